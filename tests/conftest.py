@@ -1,0 +1,29 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every test runs on eight simulated CPU devices, with shapes, dtypes and warnings checked strictly."""
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_cpu_multi_thread_eigen=true"
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+import pathlib  # noqa: E402
+
+import jax  # noqa: E402
+import jaxtyping  # noqa: E402
+import pytest  # noqa: E402
+
+jaxtyping.install_import_hook("align_jax", "beartype.beartype")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+DATA = pathlib.Path(os.environ.get("ALIGN_JAX_TESTDATA") or pathlib.Path(__file__).parents[2] / "shared" / "data")
+
+
+@pytest.fixture(scope="session")
+def testdata() -> pathlib.Path:
+    """The folder of real data and of a real pretrained model; tests that need it are skipped without it."""
+    if not DATA.is_dir():
+        pytest.skip(f"no real data at {DATA}: set ALIGN_JAX_TESTDATA")
+    return DATA
