@@ -1,0 +1,305 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rewards computed from text: what a completion is worth, without a model.
+
+Each public function but the last two is a row of ``REWARDS``: it takes options and returns a *reward function*
+
+    (prompts, completions, extras) -> one number for each completion
+
+where ``extras`` holds the columns of the data's row (a gold answer, a level).  ``resolve`` turns the config's mapping
+into a weighted sum of such functions.  Nothing here is random, and nothing depends on the other completions of the
+batch, so a score never depends on how completions were batched.
+"""
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import importlib
+import inspect
+import math
+import pathlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+Extras = Sequence[Mapping[str, Any]]
+RewardFunction = Callable[[Sequence[str], Sequence[str], Extras], Sequence[float]]
+
+_NUMBER = r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?|-?\.\d+"
+_MARKED = (rf"####\s*\$?\s*({_NUMBER})", rf"\\boxed\{{\s*\$?\s*({_NUMBER})[^}}]*\}}",
+           rf"(?i)answer(?:\s+is|\s*:)\s*:?\s*\$?\s*({_NUMBER})")
+_VADER_ALPHA = 15.0  # Hutto & Gilbert 2014, vaderSentiment `normalize`: the largest sum to be expected of a sentence
+
+
+def _each(score: Callable[[str, str, Mapping[str, Any]], float]) -> RewardFunction:
+    return lambda prompts, completions, extras: [
+        float(score(*one)) for one in zip(prompts, completions, extras, strict=True)]
+
+
+def _column(extras: Mapping[str, Any], column: str) -> Any:
+    if column not in extras:
+        near = difflib.get_close_matches(column, extras, 1)
+        raise KeyError(f"the reward needs the column {column!r}; the row has {sorted(extras)}"
+                       + (f"; did you mean {near[0]!r}?" if near else ""))
+    return extras[column]
+
+
+def exact(column: str = "answer", ignore_case: bool = False, extract: str = "") -> RewardFunction:
+    """Give 1 where the completion is the gold answer, else 0; white space around both is ignored.
+
+    Args:
+        column: the row's column that holds the answer.
+        ignore_case: compare without regard to case.
+        extract: a regular expression whose first group (of its last match) is the answer within the completion;
+            "" compares the whole completion.
+    """
+    pattern = re.compile(extract, re.DOTALL) if extract else None
+
+    def score(prompt: str, completion: str, extras: Mapping[str, Any]) -> float:
+        if pattern is not None:
+            found = pattern.findall(completion)
+            if not found:
+                return 0.0
+            completion = found[-1] if isinstance(found[-1], str) else found[-1][0]
+        left, right = completion.strip(), str(_column(extras, column)).strip()
+        return float(left.lower() == right.lower() if ignore_case else left == right)
+
+    return _each(score)
+
+
+def find_number(text: str, anywhere: bool = True) -> float | None:
+    r"""Return the number that a text gives as its answer, or None.
+
+    The last one marked as the answer (``#### 18``, ``\boxed{18}``, ``the answer is 18``); without a mark the last
+    number of the text.  Thousands' commas and a dollar sign are read over; a fraction ``3/4`` is divided.
+
+    Args:
+        text: the text.
+        anywhere: also accept a number that is not marked.
+
+    >>> find_number("She makes 9 * 2 = $18 a day. #### 1,018"), find_number("so 3 or 4"), find_number("none")
+    (1018.0, 4.0, None)
+    """
+    for pattern in _MARKED + ((rf"({_NUMBER})",) if anywhere else ()):
+        found = re.findall(pattern, text)
+        if found:
+            top, _, bottom = found[-1].replace(",", "").partition("/")
+            if bottom and not float(bottom):
+                return None
+            return float(top) / float(bottom or 1)
+    return None
+
+
+def numeric(column: str = "answer", tolerance: float = 1e-6, marked: bool = False) -> RewardFunction:
+    """Give 1 where the completion's number equals the gold answer's, else 0 (see `find_number`).
+
+    Args:
+        column: the row's column with the gold answer: a number, or text that ends in one (GSM8K's ``#### 18``).
+        tolerance: relative to the larger of 1 and the gold answer's size.
+        marked: count only a number that is marked as the answer.
+
+    Raises:
+        ValueError: when called, a gold answer without a number.
+    """
+    def score(prompt: str, completion: str, extras: Mapping[str, Any]) -> float:
+        answer = _column(extras, column)
+        gold = float(answer) if isinstance(answer, (int, float)) else find_number(str(answer))
+        if gold is None:
+            raise ValueError(f"column {column!r} holds no number: {str(answer)[:80]!r}")
+        got = find_number(completion, anywhere=not marked)
+        return float(got is not None and abs(got - gold) <= tolerance * max(1.0, abs(gold)))
+
+    return _each(score)
+
+
+def regex(pattern: str, reward: float = 1.0, otherwise: float = 0.0, count: bool = False) -> RewardFunction:
+    """Give ``reward`` where the pattern is found in the completion (for each time, with ``count``)."""
+    compiled = re.compile(pattern, re.DOTALL | re.MULTILINE)
+
+    def score(prompt: str, completion: str, extras: Mapping[str, Any]) -> float:
+        times = len(compiled.findall(completion)) if count else int(compiled.search(completion) is not None)
+        return reward * times if times else otherwise
+
+    return _each(score)
+
+
+def layout(pattern: str = r"\s*<think>.*?</think>\s*<answer>.*?</answer>\s*") -> RewardFunction:
+    """Give 1 where the whole completion has the form of the pattern, else 0."""
+    compiled = re.compile(pattern, re.DOTALL)
+    return _each(lambda prompt, completion, extras: float(compiled.fullmatch(completion) is not None))
+
+
+def length(target: int, unit: str = "words", form: str = "distance") -> RewardFunction:
+    """Score a completion's length n against a target.
+
+    Args:
+        target: the wanted (distance) or greatest (excess) length, in units.
+        unit: "words" or "characters".
+        form: "distance" is -min(1, |n - target| / target); "excess" is -min(1, max(0, n - target) / target).
+
+    Raises:
+        ValueError: an unknown unit or form, or a target below 1.
+    """
+    if unit not in ("words", "characters") or form not in ("distance", "excess") or target < 1:
+        raise ValueError("length wants unit 'words' or 'characters', form 'distance' or 'excess', target >= 1; "
+                         f"got {unit!r}, {form!r}, {target}")
+
+    def score(prompt: str, completion: str, extras: Mapping[str, Any]) -> float:
+        n = len(completion.split() if unit == "words" else completion)
+        over = abs(n - target) if form == "distance" else max(0, n - target)
+        return -min(1.0, over / target)
+
+    return _each(score)
+
+
+@functools.lru_cache(maxsize=8)
+def load_lexicon(path: str) -> Mapping[str, float]:
+    """Read a sentiment lexicon in VADER's form: a line for each token, ``token TAB mean valence TAB ...``.
+
+    Raises:
+        ValueError: a line without a number in its second field, with file and line.
+    """
+    table = {}
+    for number, line in enumerate(pathlib.Path(path).read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        fields = line.split("\t")
+        try:
+            table[fields[0].strip().lower()] = float(fields[1])
+        except (IndexError, ValueError):
+            raise ValueError(f"{path}:{number}: expected 'token<TAB>valence', got {line[:60]!r}") from None
+    return table
+
+
+def valences(text: str, table: Mapping[str, float]) -> list[float]:
+    """Return the valences of a text's words and phrases that the lexicon knows, longest phrase first."""
+    words = text.lower().split()
+    longest = max((key.count(" ") + 1 for key in table), default=1) if words else 1
+    found, i = [], 0
+    while i < len(words):
+        for n in range(min(longest, len(words) - i), 0, -1):
+            raw = " ".join(words[i:i + n])
+            key = raw if raw in table else raw.strip("\"'.,;:!?()[]{}*_-\u201c\u201d\u2018\u2019")
+            if key in table:
+                found.append(table[key])
+                break
+        i += n
+    return found
+
+
+def lexicon(path: str, form: str = "compound") -> RewardFunction:
+    """Score sentiment by a lexicon in VADER's form.
+
+    Args:
+        path: the lexicon's file.
+        form: with s the sum of the valences: "compound" is s / sqrt(s^2 + 15), in (-1, 1); "sum" is s; "mean" is s
+            divided by the number of words.
+
+    Negation, intensifiers and punctuation do not change a word's valence (they do in vaderSentiment).
+
+    References:
+        Hutto and Gilbert, VADER, ICWSM 2014; vaderSentiment's ``normalize``.
+
+    Raises:
+        ValueError: an unknown form, or a malformed file.
+    """
+    if form not in ("compound", "sum", "mean"):
+        raise ValueError(f"lexicon wants form 'compound', 'sum' or 'mean'; got {form!r}")
+    table = load_lexicon(path)
+
+    def score(prompt: str, completion: str, extras: Mapping[str, Any]) -> float:
+        total = math.fsum(valences(completion, table))
+        if form == "compound":
+            return total / math.sqrt(total * total + _VADER_ALPHA)
+        return total if form == "sum" else total / max(1, len(completion.split()))
+
+    return _each(score)
+
+
+def function(path: str, **options: Any) -> RewardFunction:
+    """Use your own reward function, ``module:function``; options are bound as keywords.
+
+    Raises:
+        ValueError: a path not of that form.
+        ImportError, AttributeError: as Python's import has them.
+    """
+    module, _, name = path.partition(":")
+    if not module or not name:
+        raise ValueError(f"a reward function is named 'module:function', got {path!r}")
+    found = getattr(importlib.import_module(module), name)
+    return functools.partial(found, **options) if options else found
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightedRewards:
+    """A weighted sum of reward functions.
+
+    Attributes:
+        terms: (name, weight, function) of each.
+    """
+
+    terms: tuple[tuple[str, float, RewardFunction], ...]
+
+    def __call__(self, prompts: Sequence[str], completions: Sequence[str], extras: Extras | None = None
+                 ) -> tuple[Float[np.ndarray, "n"], dict[str, Float[np.ndarray, "n"]]]:
+        """Score completions.
+
+        Args:
+            prompts: the prompts as text.
+            completions: as many completions.
+            extras: the columns of their rows.
+
+        Returns:
+            The weighted sum, float32 [n], and each reward by itself, unweighted.
+
+        Raises:
+            ValueError: a function that returns another number of scores, or one that is not a finite number.
+        """
+        extras = [{}] * len(prompts) if extras is None else extras
+        total, parts = np.zeros(len(completions), np.float32), {}
+        for name, weight, fn in self.terms:
+            scores = np.asarray(fn(prompts, completions, extras), np.float32)
+            if scores.shape != total.shape:
+                raise ValueError(f"reward {name!r} gave scores of shape {scores.shape} for {len(completions)} "
+                                 "completions; it must return one number for each")
+            if not np.isfinite(scores).all():
+                bad = int(np.flatnonzero(~np.isfinite(scores))[0])
+                raise ValueError(f"reward {name!r} gave {scores[bad]} for the completion {completions[bad][:80]!r}")
+            parts[name] = scores
+            total = total + np.float32(weight) * scores
+        return total, parts
+
+
+def resolve(rewards: Mapping[str, Mapping[str, Any]], table: Mapping[str, Callable[..., RewardFunction]]
+            ) -> WeightedRewards:
+    """Build the weighted sum that a config's ``rewards`` describes.
+
+    Args:
+        rewards: name -> options; ``weight`` (default 1) and ``kind`` (a row of the table; default: the name) are
+            read here, the rest goes to the row's function.
+        table: the rows, ``align_jax.online.REWARDS``.
+
+    Raises:
+        KeyError: an unknown kind, with the nearest known one.
+        TypeError: an option that the row does not take, or one missing.
+        ValueError: no reward at all.
+    """
+    if not rewards:
+        raise ValueError(f"no reward was named; known: {sorted(table)}")
+    terms = []
+    for name, given in rewards.items():
+        options = dict(given)
+        weight, kind = float(options.pop("weight", 1.0)), options.pop("kind", name)
+        if kind not in table:
+            near = difflib.get_close_matches(kind, table, 1)
+            raise KeyError(f"unknown reward {kind!r}; known: {sorted(table)}"
+                           + (f"; did you mean {near[0]!r}?" if near else ""))
+        try:
+            inspect.signature(table[kind]).bind(**options)
+        except TypeError as error:
+            raise TypeError(f"reward {name!r}: {error}; {kind} takes {inspect.signature(table[kind])}") from None
+        terms.append((name, weight, table[kind](**options)))
+    return WeightedRewards(tuple(terms))
