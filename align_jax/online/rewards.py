@@ -93,12 +93,12 @@ def find_number(text: str, anywhere: bool = True) -> float | None:
     return None
 
 
-def numeric(column: str = "answer", tolerance: float = 1e-6, marked: bool = False) -> RewardFunction:
+def numeric(column: str = "answer", tolerance: float = 1e-4, marked: bool = False) -> RewardFunction:
     """Give 1 where the completion's number equals the gold answer's, else 0 (see `find_number`).
 
     Args:
         column: the row's column with the gold answer: a number, or text that ends in one (GSM8K's ``#### 18``).
-        tolerance: relative to the larger of 1 and the gold answer's size.
+        tolerance: the greatest absolute difference that counts as equal.
         marked: count only a number that is marked as the answer.
 
     Raises:
@@ -110,7 +110,7 @@ def numeric(column: str = "answer", tolerance: float = 1e-6, marked: bool = Fals
         if gold is None:
             raise ValueError(f"column {column!r} holds no number: {str(answer)[:80]!r}")
         got = find_number(completion, anywhere=not marked)
-        return float(got is not None and abs(got - gold) <= tolerance * max(1.0, abs(gold)))
+        return float(got is not None and abs(got - gold) <= tolerance)
 
     return _each(score)
 
