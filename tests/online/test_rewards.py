@@ -83,7 +83,7 @@ def test_weighted_sum_of_named_kinds_and_of_the_users_own_function():
     ({}, ValueError, "no reward"),
     ({"lexikon": {}}, KeyError, "did you mean 'lexicon'"),
     ({"length": {}}, TypeError, "target"),
-    ({"length": {"targets": 3}}, TypeError, "targets"),
+    ({"length": {"target": 3, "from": 3}}, TypeError, "from"),
     ({"length": {"target": 3, "unit": "pages"}}, ValueError, "pages"),
     ({"function": {"path": "shout"}}, ValueError, "module:function"),
 ])
