@@ -1,0 +1,329 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Metrics: means kept on the device, fetched one step late, written as JSON lines and wherever else was asked.
+
+    step n runs on the device ──────────► its metrics are copied to the host while step n+1 runs
+    push(n, metrics) starts the copy and hands back step n-1's numbers, which have arrived: the device never waits.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+import contextlib
+import json
+import math
+import pathlib
+import threading
+import time
+from typing import Any, Protocol, runtime_checkable
+
+from etils import epath
+import jax
+
+from align_jax.core.progress import Progress, Values
+
+Sums = Mapping[str, tuple[Any, Any]]  # metric -> (weighted sum, sum of the weights), scalars on the device
+LAST = ("learning_rate",)  # of an interval the last value is written; of all others the mean over its steps
+UPLOAD_SECONDS = 30.0  # a bucket's objects cannot be appended to: the file is written anew, at most this often
+
+
+def add_sums(total: Sums | None, new: Sums) -> dict[str, tuple[Any, Any]]:
+    """Add one batch's (sum, weight) pairs to the running ones, on the device, without a transfer."""
+    if total is None:
+        return dict(new)
+    if total.keys() != new.keys():
+        raise ValueError(f"metrics changed between batches: {sorted(total.keys() ^ new.keys())}")
+    return {name: (total[name][0] + new[name][0], total[name][1] + new[name][1]) for name in new}
+
+
+def means(total: Sums) -> dict[str, float]:
+    """Fetch the sums once and divide; NaN where the weight is 0.
+
+    >>> means({"accuracy": (3.0, 4.0)})
+    {'accuracy': 0.75}
+    """
+    fetched = jax.device_get(dict(total))
+    return {name: float(top) / float(bottom) if bottom else math.nan for name, (top, bottom) in fetched.items()}
+
+
+def check_finite(values: Values, *, step: int, saved: int | None, position: str) -> None:
+    """Stop the run at the first non-finite loss or gradient norm.
+
+    Args:
+        values: the step's metrics on the host.
+        step: the step they belong to.
+        saved: the last step of which a good checkpoint exists; None: there is none.
+        position: the rows of that step, for the reader (``data step 120: train.jsonl:7, ...``).
+
+    Raises:
+        FloatingPointError: the loss or the gradient norm is infinite or not a number.
+    """
+    bad = {name: values[name] for name in ("loss", "grad_norm") if name in values and not math.isfinite(values[name])}
+    if bad:
+        raise FloatingPointError(
+            f"step {step}: {', '.join(f'{name} is {value}' for name, value in bad.items())}. "
+            f"Last good checkpoint: {'none' if saved is None else f'step {saved}'}. Rows: {position}. "
+            "Look at these rows, lower optimizer.learning_rate or optimizer.clip_norm, or find the operation with "
+            "--config.debug.nan_check=True")
+
+
+@runtime_checkable
+class Writer(Protocol):
+    """Where rows of metrics go."""
+
+    def write(self, step: int, values: Values) -> None:
+        """Write one row; ``step`` counts finished optimizer steps."""
+
+    def close(self) -> None:
+        """Write what is still buffered."""
+
+
+class JsonLines:
+    """``metrics.jsonl``: one object a line, ``{"step": 10, "time": <unix seconds>, "loss": 0.69, ...}``.
+
+    A number that is not finite is written as null (JSON has no NaN).  A resumed run drops the rows after the step
+    that it resumes from, because it will write them again; a line that a crash cut short is dropped too.
+
+    Args:
+        path: a local path or ``gs://...``; a local file is appended to, an object written anew every half minute.
+        start_step: the step that the run resumes from; 0 for a fresh one.
+    """
+
+    def __init__(self, path: str | epath.PathLike, *, start_step: int = 0):
+        self._path = epath.Path(path)
+        self._remote = "://" in str(path)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps(row) + "\n" for row in read_rows(self._path) if row["step"] <= start_step]
+        self._lines, self._uploaded = lines, time.monotonic()
+        if self._remote:
+            self._path.write_text("".join(lines))
+        else:
+            whole = pathlib.Path(f"{self._path}.tmp")
+            whole.write_text("".join(lines))
+            whole.replace(str(self._path))  # atomic: a crash here leaves the old file
+            self._file = open(str(self._path), "a", encoding="utf-8", buffering=1)
+
+    def write(self, step: int, values: Values) -> None:
+        """Append one row."""
+        numbers = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        line = json.dumps({"step": step, "time": round(time.time(), 3), **numbers}) + "\n"
+        if not self._remote:
+            self._file.write(line)
+            return
+        self._lines.append(line)
+        if time.monotonic() - self._uploaded > UPLOAD_SECONDS:
+            self._uploaded = time.monotonic()
+            threading.Thread(target=self._path.write_text, args=("".join(self._lines),), daemon=True).start()
+
+    def close(self) -> None:
+        """Write what is still buffered."""
+        if self._remote:
+            self._path.write_text("".join(self._lines))
+        else:
+            self._file.close()
+
+
+def read_rows(path: str | epath.PathLike) -> list[dict[str, Any]]:
+    """Read ``metrics.jsonl``; a last line that a crash cut short is left out; no file gives no rows.
+
+    Raises:
+        ValueError: a line before the last one is not a JSON object with ``step``.
+    """
+    path = epath.Path(path)
+    if not path.exists():
+        return []
+    rows, lines = [], path.read_text().splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            row["step"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            if number == len(lines):
+                break
+            raise ValueError(f"{path}:{number}: expected a JSON object with 'step', got {line[:80]!r}") from error
+        rows.append(row)
+    return rows
+
+
+class TensorBoard:
+    """Event files in ``WORKDIR/tensorboard``, through tensorboardX (no TensorFlow)."""
+
+    def __init__(self, folder: str, *, start_step: int = 0):
+        try:
+            import tensorboardX
+        except ImportError as error:
+            raise ModuleNotFoundError("log.tensorboard needs tensorboardX: pip install 'align_jax[tensorboard]', "
+                                      "or set log.tensorboard=False") from error
+        self._writer = tensorboardX.SummaryWriter(folder, purge_step=start_step + 1 if start_step else None)
+
+    def write(self, step: int, values: Values) -> None:
+        """Write one scalar for each metric."""
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flush the event file."""
+        self._writer.close()
+
+
+class Wandb:
+    """Weights & Biases; the run's id is kept in ``WORKDIR/wandb_id``, so that a resumed run goes on in the same one."""
+
+    def __init__(self, workdir: str, project: str, config: Mapping[str, Any]):
+        try:
+            import wandb
+        except ImportError as error:
+            raise ModuleNotFoundError("log.wandb needs wandb: pip install wandb, or set log.wandb=''") from error
+        path = epath.Path(workdir) / "wandb_id"
+        name = path.read_text().strip() if path.exists() else wandb.util.generate_id()
+        path.write_text(name)
+        self._run = wandb.init(project=project, id=name, resume="allow", config=dict(config))
+
+    def write(self, step: int, values: Values) -> None:
+        """Log one row."""
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        """End the run."""
+        self._run.finish()
+
+
+def open_writers(workdir: str, *, start_step: int = 0, tensorboard: bool = False, wandb: str = "",
+                 config: Mapping[str, Any] | None = None) -> list[Writer]:
+    """Open ``metrics.jsonl`` and the other writers asked for; only the first process of a pod should.
+
+    Args:
+        workdir: local path or ``gs://...``.
+        start_step: the step that the run resumes from.
+        tensorboard: event files too.
+        wandb: a Weights & Biases project; "" for none.
+        config: shown by Weights & Biases.
+
+    Raises:
+        ModuleNotFoundError: tensorboardX or wandb is asked for and not installed.
+    """
+    writers: list[Writer] = [JsonLines(epath.Path(workdir) / "metrics.jsonl", start_step=start_step)]
+    if tensorboard:
+        writers.append(TensorBoard(str(epath.Path(workdir) / "tensorboard"), start_step=start_step))
+    if wandb:
+        writers.append(Wandb(workdir, wandb, config or {}))
+    return writers
+
+
+class Recorder:
+    """The training loop's log: takes each step's metrics, writes a row every k steps, drives the progress bar.
+
+    Args:
+        writers: from ``open_writers``; empty on all processes but the first.
+        progress: the bar, or None.
+        every_steps: steps between rows; a row holds the means over these steps.
+        start_step: steps done before (a resumed run).
+        start_tokens: tokens seen before (a resumed run); the ``num_tokens`` of the last checkpoint.
+        flops_per_step: model FLOPs of one step, all devices together; 0: unknown, no ``mfu``.
+        peak_flops: peak FLOP/s of all devices together; 0: unknown, no ``mfu``.
+    """
+
+    def __init__(self, writers: list[Writer], progress: Progress | None = None, *, every_steps: int = 10,
+                 start_step: int = 0, start_tokens: int = 0, flops_per_step: float | int = 0,
+                 peak_flops: float | int = 0):
+        if every_steps < 1:
+            raise ValueError(f"log.every_steps must be at least 1, got {every_steps}")
+        self._writers, self._progress, self._every = writers, progress, every_steps
+        self._step, self.num_tokens = start_step, start_tokens
+        self._flops, self._peak = flops_per_step, peak_flops
+        self._pending: tuple[int, Mapping[str, Any]] | None = None
+        self._interval: list[dict[str, float]] = []
+        self._clock: float | None = None  # None until the first step is done: it holds the compilation
+        self._timed_steps = self._timed_tokens = 0
+
+    def push(self, step: int, metrics: Mapping[str, Any]) -> tuple[int, dict[str, float]] | None:
+        """Take step ``step``'s metrics from the device without waiting for them.
+
+        Args:
+            step: finished optimizer steps, this one included.
+            metrics: scalars on the device.  ``num_tokens``, if there, is this step's count of tokens over all
+                processes; the rows hold its running total and ``tokens_per_second``.
+
+        Returns:
+            The step before this one and its metrics as numbers; None at the first.
+        """
+        with jax.transfer_guard_device_to_host("allow"):  # the one copy back that a run under a guard is to make
+            for value in metrics.values():
+                if isinstance(value, jax.Array):
+                    value.copy_to_host_async()
+        arrived = self._take()
+        self._pending = (step, metrics)
+        return arrived
+
+    def flush(self) -> tuple[int, dict[str, float]] | None:
+        """Wait for the newest step's metrics: before a checkpoint, an evaluation and at the end."""
+        return self._take()
+
+    def write(self, step: int, values: Values) -> None:
+        """Write a row at once (an evaluation's, say)."""
+        for writer in self._writers:
+            writer.write(step, values)
+
+    def note(self, text: str) -> None:
+        """Print a line above the bar."""
+        if self._progress is not None:
+            self._progress.note(text)
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Keep what happens inside (an evaluation, a save) out of the throughput; call ``flush`` first."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            if self._clock is not None:
+                self._clock += time.monotonic() - began
+
+    def close(self) -> None:
+        """Write the unfinished interval's row and close the writers."""
+        self._take()
+        if self._interval:
+            self._write_interval()
+        for writer in self._writers:
+            writer.close()
+        if self._progress is not None:
+            self._progress.close()
+
+    def _take(self) -> tuple[int, dict[str, float]] | None:
+        if self._pending is None:
+            return None
+        step, metrics = self._pending
+        self._pending = None
+        values = {name: float(value) for name, value in jax.device_get(dict(metrics)).items()}
+        self._step, tokens = step, int(values.get("num_tokens", 0))
+        self.num_tokens += tokens
+        if self._clock is None:
+            self._clock = time.monotonic()
+        else:
+            self._timed_steps, self._timed_tokens = self._timed_steps + 1, self._timed_tokens + tokens
+        self._interval.append(values)
+        shown = values | self._throughput()
+        if step % self._every == 0:
+            self._write_interval()
+        if self._progress is not None:
+            self._progress.update(step, shown)
+        return step, values
+
+    def _throughput(self) -> dict[str, float]:
+        seconds = time.monotonic() - self._clock if self._clock is not None else 0.0
+        if not self._timed_steps or seconds <= 0:
+            return {}
+        row = {"tokens_per_second": self._timed_tokens / seconds} if self._timed_tokens else {}
+        if self._flops and self._peak:
+            row["mfu"] = self._flops * self._timed_steps / seconds / self._peak
+        return row
+
+    def _write_interval(self) -> None:
+        row = {}
+        for name in self._interval[-1]:
+            finite = [values[name] for values in self._interval if math.isfinite(values.get(name, math.nan))]
+            last = self._interval[-1][name]
+            row[name] = last if name in LAST or not finite else sum(finite) / len(finite)
+        if "num_tokens" in row:
+            row["num_tokens"] = self.num_tokens
+        self.write(self._step, row | self._throughput())
+        self._interval, self._timed_steps, self._timed_tokens = [], 0, 0
+        self._clock = time.monotonic()

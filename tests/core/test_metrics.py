@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The metric log: rows, means, resumption, and what is said without a terminal."""
+import io
+import json
+import math
+import sys
+import types
+
+import jax.numpy as jnp
+import pytest
+
+from align_jax.core import metrics, progress
+
+
+def _rows(folder):
+    return metrics.read_rows(folder / "metrics.jsonl")
+
+
+def test_push_hands_back_the_step_before(tmp_path):
+    recorder = metrics.Recorder(metrics.open_writers(str(tmp_path)), every_steps=1)
+    assert recorder.push(1, {"loss": jnp.float32(3.0)}) is None
+    assert recorder.push(2, {"loss": jnp.float32(2.0)}) == (1, {"loss": 3.0})
+    assert recorder.flush() == (2, {"loss": 2.0})
+    assert recorder.flush() is None
+    recorder.close()
+    assert [(row["step"], row["loss"]) for row in _rows(tmp_path)] == [(1, 3.0), (2, 2.0)]
+
+
+def test_rows_hold_interval_means_the_last_learning_rate_and_running_tokens(tmp_path):
+    recorder = metrics.Recorder(metrics.open_writers(str(tmp_path)), every_steps=2, start_tokens=100,
+                                flops_per_step=10.0, peak_flops=1e3)
+    for step in range(1, 6):
+        recorder.push(step, {"loss": jnp.float32(step), "learning_rate": jnp.float32(step), "num_tokens": jnp.int32(7),
+                             "rewards/chosen": jnp.float32(math.nan if step == 3 else step)})
+    recorder.close()
+    rows = _rows(tmp_path)
+    assert [row["step"] for row in rows] == [2, 4, 5]
+    assert [row["loss"] for row in rows] == [1.5, 3.5, 5.0]
+    assert [row["learning_rate"] for row in rows] == [2.0, 4.0, 5.0]
+    assert [row["num_tokens"] for row in rows] == [114, 128, 135]
+    assert rows[1]["rewards/chosen"] == 4.0  # a step without chosen responses says nothing of them
+    assert all(row["tokens_per_second"] > 0 and row["mfu"] > 0 for row in rows[:2])
+
+
+def test_throughput_leaves_out_the_first_step_and_pauses(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
+    recorder = metrics.Recorder(metrics.open_writers(str(tmp_path)), every_steps=3)
+    for step, seconds in ((1, 60.0), (2, 2.0), (3, 2.0)):
+        now[0] += seconds
+        recorder.push(step, {"num_tokens": 10})
+        recorder.flush()
+        with recorder.paused():
+            now[0] += 1000.0
+    recorder.close()
+    assert _rows(tmp_path)[0]["tokens_per_second"] == pytest.approx(20 / 4)
+
+
+def test_a_resumed_run_drops_the_rows_that_it_will_write_again(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 1.0}\n{"step": 2, "loss": 2.0}\n{"step": 3, "lo')
+    writer = metrics.JsonLines(path, start_step=1)
+    writer.write(2, {"loss": math.nan})
+    writer.close()
+    first, second = (json.loads(line) for line in path.read_text().splitlines())
+    assert first == {"step": 1, "loss": 1.0}
+    assert (second["step"], second["loss"]) == (2, None)
+
+
+def test_a_bad_line_in_the_middle_is_named(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
+    with pytest.raises(ValueError, match=r"metrics.jsonl:2: expected a JSON object with 'step'"):
+        metrics.read_rows(path)
+
+
+def test_means_are_weighted_and_nan_without_weight():
+    total = None
+    for value, weight in ((3.0, 1.0), (10.0, 4.0)):
+        total = metrics.add_sums(total, {"a": (jnp.float32(value), jnp.float32(weight)), "b": (0.0, 0.0)})
+    result = metrics.means(total)
+    assert result["a"] == pytest.approx(13 / 5)
+    assert math.isnan(result["b"])
+    with pytest.raises(ValueError, match="metrics changed between batches"):
+        metrics.add_sums(total, {"a": (1.0, 1.0)})
+
+
+@pytest.mark.parametrize("name", ["loss", "grad_norm"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_non_finite_step_stops_the_run_and_says_where(name, value):
+    values = {"loss": 1.0, "grad_norm": 1.0, "rewards/chosen": math.nan}
+    metrics.check_finite(values, step=7, saved=5, position="train.jsonl:3")
+    with pytest.raises(FloatingPointError, match=f"step 7: {name} is .*step 5.*train.jsonl:3"):
+        metrics.check_finite(values | {name: value}, step=7, saved=5, position="train.jsonl:3")
+
+
+def test_tensorboard_files_appear_when_asked_and_a_missing_package_is_named(tmp_path, monkeypatch):
+    writers = metrics.open_writers(str(tmp_path), tensorboard=True)
+    for writer in writers:
+        writer.write(1, {"loss": 1.0})
+        writer.close()
+    assert list((tmp_path / "tensorboard").glob("events.*"))
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    with pytest.raises(ModuleNotFoundError, match="pip install"):
+        metrics.open_writers(str(tmp_path), tensorboard=True)
+
+
+def test_wandb_goes_on_in_the_same_run(tmp_path, monkeypatch):
+    runs = []
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ModuleNotFoundError, match="pip install wandb"):
+        metrics.open_writers(str(tmp_path), wandb="project")
+    run = types.SimpleNamespace(log=lambda values, step: runs.append((step, values)), finish=lambda: None)
+    fake = types.SimpleNamespace(util=types.SimpleNamespace(generate_id=lambda: f"id{len(runs)}"),
+                                 init=lambda **options: runs.append(options["id"]) or run)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    for _ in range(2):
+        writer = metrics.open_writers(str(tmp_path), wandb="project")[-1]
+        writer.write(3, {"loss": 1.0})
+        writer.close()
+    assert runs == ["id0", (3, {"loss": 1.0}), "id0", (3, {"loss": 1.0})]
+
+
+def test_without_a_terminal_there_is_a_line_every_k_steps():
+    stream = io.StringIO()
+    bar = progress.Progress(10, start_step=2, every_steps=3, stream=stream)
+    for step in range(3, 11):
+        bar.update(step, {"loss": 0.5, "rewards/margins": 0.25, "tokens_per_second": 1000.0})
+    bar.note("saved")
+    bar.close()
+    lines = stream.getvalue().splitlines()
+    assert [line.split()[2] for line in lines[:-1]] == ["5/10", "8/10", "10/10"]
+    assert "loss 0.5  margin 0.25  tokens/s 1,000" in lines[0] and lines[0].endswith("left") and lines[-1] == "saved"
+
+
+def test_on_a_terminal_there_is_a_bar(monkeypatch):
+    stream = io.StringIO()
+    monkeypatch.setattr(stream, "isatty", lambda: True, raising=False)
+    bar = progress.Progress(4, stream=stream)
+    bar.update(4, {"loss": 0.5})
+    bar.close()
+    assert "loss=0.5" in stream.getvalue() and "4/4" in stream.getvalue()
+
+
+def test_other_processes_say_nothing():
+    stream = io.StringIO()
+    bar = progress.Progress(4, every_steps=1, stream=stream, shown=False)
+    bar.update(1, {"loss": 0.5})
+    bar.note("hello")
+    assert not stream.getvalue()
