@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 import sys
 import time
-from typing import TextIO
+from typing import Any
 
 import tqdm
 
@@ -54,7 +54,7 @@ class Progress:
     """
 
     def __init__(self, total_steps: int, *, start_step: int = 0, every_steps: int = 10, name: str = "train",
-                 stream: TextIO | None = None, shown: bool = True):
+                 stream: Any = None, shown: bool = True):
         self._stream = stream or sys.stderr
         self._total, self._step, self._every = total_steps, start_step, every_steps
         self._name, self._shown = name, shown
