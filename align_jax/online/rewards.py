@@ -273,13 +273,13 @@ class WeightedRewards:
         return total, parts
 
 
-def resolve(rewards: Mapping[str, Mapping[str, Any]], table: Mapping[str, Callable[..., RewardFunction]]
+def resolve(rewards: Mapping[str, float | Mapping[str, Any]], table: Mapping[str, Callable[..., RewardFunction]]
             ) -> WeightedRewards:
     """Build the weighted sum that a config's ``rewards`` describes.
 
     Args:
-        rewards: name -> options; ``weight`` (default 1) and ``kind`` (a row of the table; default: the name) are
-            read here, the rest goes to the row's function.
+        rewards: name -> weight, or options; of the options ``weight`` (default 1) and ``kind`` (a row of the table;
+            default: the name) are read here, the rest goes to the row's function.
         table: the rows, ``align_jax.online.REWARDS``.
 
     Raises:
@@ -291,7 +291,7 @@ def resolve(rewards: Mapping[str, Mapping[str, Any]], table: Mapping[str, Callab
         raise ValueError(f"no reward was named; known: {sorted(table)}")
     terms = []
     for name, given in rewards.items():
-        options = dict(given)
+        options = {"weight": given} if isinstance(given, (int, float)) else dict(given)
         weight, kind = float(options.pop("weight", 1.0)), options.pop("kind", name)
         if kind not in table:
             near = difflib.get_close_matches(kind, table, 1)

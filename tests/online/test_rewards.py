@@ -65,6 +65,11 @@ def test_every_gold_answer_of_gsm8k_scores_one_against_itself(testdata):
     assert sum(fn([r["question"] for r in rows], wrong, rows)) == 0
 
 
+def test_a_bare_number_is_a_weight():
+    total, _ = rewards.resolve({"format": 3}, REWARDS)(["p"], ["<think></think><answer></answer>"])
+    assert list(total) == [3.0]
+
+
 def shout(prompts, completions, extras, factor=1.0):
     return [factor * sum(map(str.isupper, text)) for text in completions]
 
