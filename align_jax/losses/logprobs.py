@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From hidden states to token log-probabilities, without ever holding all logits.
+
+    hidden [N, T, D] ──gather at loss positions──► [N, P, D] ──scan──► logits [N, c, V] ──► [N, P] ──► [N, T]
+
+The output head is applied only where the loss mask asks.  Each chunk is rematerialised in the backward pass, so neither
+pass holds more than one chunk of logits.  Log-sum-exp and all that follows is float32: bfloat16 logits would cost about
+0.01 nats a token.
+"""
+from __future__ import annotations
+
+from typing import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from align_jax.core.schema import Batch, Outputs
+
+TOKEN_FIELDS = ("entropy", "log_sum_sq", "kl")  # what token_outputs computes when asked
+
+
+def sum_by_slot(x: Float[Array, "N T"], batch: Batch) -> Float[Array, "B R"]:
+    """Sum a per-token quantity over each response, by the loss mask.
+
+    Args:
+        x: [N, T] float32.
+        batch: its ``loss_mask``, ``slot`` and ``lengths`` [B, R] say which token belongs to which response.
+
+    Returns:
+        [B, R] sums; 0 for a response without tokens.
+    """
+    masked = jnp.where(batch.loss_mask, x, 0.0)
+    slots = batch.lengths.size // x.shape[0]
+    if slots == 1:
+        return masked.sum(axis=1).reshape(batch.lengths.shape)
+    belongs = batch.slot[:, :, None] == jnp.arange(slots)[None, None]  # [N, T, S]
+    return jnp.where(belongs, masked[:, :, None], 0.0).sum(axis=1).reshape(batch.lengths.shape)
+
+
+def spread_to_tokens(x: Float[Array, "B R"], batch: Batch) -> Float[Array, "N T"]:
+    """Give every loss token its response's value: the inverse direction of ``sum_by_slot``; 0 elsewhere."""
+    rows = x.reshape(batch.tokens.shape[0], -1)  # [B, R] -> [N, S]
+    return jnp.where(batch.loss_mask, jnp.take_along_axis(rows, batch.slot, axis=1), 0.0)
+
+
+def at_sources(x: Float[Array, "N T"], batch: Batch) -> Float[Array, "N T"]:
+    """Move what a head says at the index that predicts token t to index t; 0 where the loss mask is false."""
+    return jnp.where(batch.loss_mask, jnp.take_along_axis(x, batch.source_index, axis=1), 0.0)
+
+
+def at_last(x: Float[Array, "N T"], batch: Batch) -> Float[Array, "B R"]:
+    """Take what a head says at each response's last real token.
+
+    Raises:
+        ValueError: the batch has no ``last_index``.
+    """
+    if batch.last_index is None:
+        raise ValueError("scores need batch.last_index [B, R], the index of each response's last token; it is None")
+    index = batch.last_index.reshape(x.shape[0], -1)  # [B, R] -> [N, S]
+    return jnp.take_along_axis(x, index, axis=1).reshape(batch.last_index.shape)
+
+
+def _statistics(logits: Float[Array, "N c V"], targets: Int[Array, "N c"], needs: Sequence[str],
+                reference: Float[Array, "N c V"] | None) -> dict[str, Float[Array, "N c"]]:
+    """Compute what is asked of one chunk's distributions."""
+    log_sum = jax.nn.logsumexp(logits, axis=-1)  # [N, c]
+    # A comparison and a masked sum instead of a gather: it stays local where the vocabulary is split over devices, and
+    # its gradient is a select instead of a scatter.
+    chosen = jnp.arange(logits.shape[-1])[None, None] == targets[:, :, None]
+    found = {"token_logps": jnp.where(chosen, logits, 0.0).sum(axis=-1) - log_sum}
+    if "entropy" in needs:
+        p = jnp.exp(logits - log_sum[:, :, None])
+        found["entropy"] = log_sum - (p * jnp.where(p > 0, logits, 0.0)).sum(axis=-1)
+    if "log_sum_sq" in needs:
+        found["log_sum_sq"] = jax.nn.logsumexp(2.0 * logits, axis=-1) - 2.0 * log_sum
+    if "kl" in needs:
+        reference = jax.lax.stop_gradient(reference)
+        q_log_sum = jax.nn.logsumexp(reference, axis=-1)
+        q = jnp.exp(reference - q_log_sum[:, :, None])
+        difference = jnp.where(q > 0, reference - logits, 0.0)
+        found["kl"] = (q * difference).sum(axis=-1) - q_log_sum + log_sum
+    return found
+
+
+def token_outputs(hidden: Float[Array, "N T D"], unembed: Callable[[Array], Array], batch: Batch, *,
+                  needs: Sequence[str] = (), reference_hidden: Float[Array, "N T D"] | None = None,
+                  reference_unembed: Callable[[Array], Array] | None = None, chunk: int = 256) -> Outputs:
+    """Compute token and sequence log-probabilities of a batch's responses.
+
+        token_logps[n, t] = log softmax(unembed(hidden[n, source_index[n, t]]))[tokens[n, t]]
+
+    Args:
+        hidden: [N, T, D], after the final norm, any float dtype.
+        unembed: [..., D] -> float32 logits [..., V]; closes over traced arrays only (made inside the step).
+        batch: the batch.
+        needs: of "entropy", "log_sum_sq", "kl".  "values" and "scores" are the heads' and added by the caller.
+        reference_hidden: needed for "kl", with ``reference_unembed``: the reference's hidden states.
+        reference_unembed: the reference's head.
+        chunk: positions of a row whose logits are held at a time: memory is 4 · N · chunk · V bytes, twice that in the
+            backward pass.
+
+    Returns:
+        Outputs in float32, nats; gradients flow to ``hidden`` and to what ``unembed`` closes over, through
+        ``token_logps``, ``logps``, ``entropy`` and ``kl``; never into the reference.
+
+    Raises:
+        ValueError: an unknown need, "kl" without a reference, or a chunk below 1.
+    """
+    unknown = [field for field in needs if field not in TOKEN_FIELDS + ("values", "scores")]
+    if unknown:
+        raise ValueError(f"token_outputs cannot compute {unknown}; known: {list(TOKEN_FIELDS)}")
+    if "kl" in needs and (reference_hidden is None or reference_unembed is None):
+        raise ValueError("'kl' needs reference_hidden and reference_unembed")
+    if chunk < 1:
+        raise ValueError(f"chunk must be at least 1 position, got {chunk}")
+    rows, length = batch.tokens.shape
+    budget = batch.loss_index.shape[1]
+    chunk = min(chunk, max(budget, 1))
+    padding = -budget % chunk
+    index = jnp.pad(jnp.asarray(batch.loss_index), ((0, 0), (0, padding)), constant_values=length)  # [N, P]
+    inside = jnp.minimum(index, length - 1)
+    targets = jnp.take_along_axis(batch.tokens, inside, axis=1)
+    sources = jnp.take_along_axis(batch.source_index, inside, axis=1)
+
+    def chunks(x: Array) -> Array:  # [N, P, ...] -> [P / c, N, c, ...]
+        return jnp.moveaxis(x.reshape(rows, -1, chunk, *x.shape[2:]), 1, 0)
+
+    def gather(x: Array) -> Array:
+        return chunks(jnp.take_along_axis(x, sources[:, :, None], axis=1))
+
+    scanned = [chunks(targets), gather(hidden)]
+    if "kl" in needs:
+        scanned.append(gather(jax.lax.stop_gradient(reference_hidden)))
+
+    @jax.checkpoint
+    def body(targets: Array, hidden: Array, *other: Array) -> dict[str, Array]:
+        reference = reference_unembed(other[0]) if other else None
+        return _statistics(unembed(hidden), targets, needs, reference)
+
+    with jax.named_scope("token_outputs"):
+        _, found = jax.lax.scan(lambda carry, xs: (carry, body(*xs)), (), tuple(scanned))
+
+    def scatter(x: Array) -> Array:  # [P / c, N, c] -> [N, T]
+        x = jnp.moveaxis(x, 0, 1).reshape(rows, -1)
+        zeros = jnp.zeros(length, jnp.float32)
+        return jax.vmap(lambda i, values: zeros.at[i].set(values, mode="drop"))(index, x)
+
+    fields = {name: scatter(x) for name, x in found.items()}
+    if "log_sum_sq" in fields:
+        fields["log_sum_sq"] = jax.lax.stop_gradient(fields["log_sum_sq"])
+    return Outputs(logps=sum_by_slot(fields["token_logps"], batch), lengths=jnp.asarray(batch.lengths), **fields)
