@@ -273,7 +273,7 @@ class WeightedRewards:
         return total, parts
 
 
-def resolve(rewards: Mapping[str, float | Mapping[str, Any]], table: Mapping[str, Callable[..., RewardFunction]]
+def resolve(rewards: Mapping[str, int | float | Mapping[str, Any]], table: Mapping[str, Callable[..., RewardFunction]]
             ) -> WeightedRewards:
     """Build the weighted sum that a config's ``rewards`` describes.
 
