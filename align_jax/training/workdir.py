@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a workdir says of its run: ``config.json``, and whether a configuration may go on in it."""
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+import importlib.metadata
+import json
+import pathlib
+import subprocess
+import sys
+import time
+from typing import Any
+
+from etils import epath
+import jax
+
+# A run may go on with another value of these: they change where and how fast it runs, how long, and what is said of it,
+# not what a step computes.  "group." stands for the whole group.
+MAY_CHANGE = ("mesh.", "checkpoint.", "eval.", "log.", "debug.", "total_steps", "total_epochs", "total_examples",
+              "microbatches", "model.remat", "model.attention", "data.workers", "data.eval")
+PACKAGES = ("align_jax", "jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain", "transformers",
+            "numpy")
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten nested mappings: ``{"model": {"path": "x"}}`` -> ``{"model.path": "x"}``; values as JSON gives them back.
+
+    >>> flat({"model": {"path": "x"}, "betas": (1, 2)})
+    {'model.path': 'x', 'betas': [1, 2]}
+    """
+    items: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            items |= flat(value, f"{prefix}{key}.")
+        else:
+            items[prefix + key] = json.loads(json.dumps(value, default=str))
+    return items
+
+
+def differing(config: Mapping[str, Any], recorded: Mapping[str, Any],
+              may_change: Sequence[str] = MAY_CHANGE) -> dict[str, tuple[Any, Any]]:
+    """List the keys whose values differ and may not: key -> (recorded value, this run's value).
+
+    A key that only one of the two has counts as None on the other side: a version may have brought new keys.
+    """
+    old, new = flat(recorded), flat(config)
+    free = tuple(name for name in may_change if name.endswith("."))
+    return {key: (old.get(key), new.get(key)) for key in sorted(old.keys() | new.keys())
+            if old.get(key) != new.get(key) and key not in may_change and not key.startswith(free)}
+
+
+def check(workdir: str | epath.PathLike, config: Mapping[str, Any], may_change: Sequence[str] = MAY_CHANGE) -> None:
+    """Refuse a workdir that holds another configuration's checkpoints; before anything is compiled.
+
+    Args:
+        workdir: local path or ``gs://...``; it need not exist.
+        config: the resolved configuration as nested mappings.
+        may_change: keys, or groups ending in a dot, in which a resumed run may differ.
+
+    Raises:
+        ValueError: there are checkpoints, and ``config.json`` beside them differs; every differing key is named.
+    """
+    folder = epath.Path(workdir)
+    record, checkpoints = folder / "config.json", folder / "checkpoints"
+    if not record.exists() or not checkpoints.exists() or not any(
+            child.name.isdigit() for child in checkpoints.iterdir()):
+        return
+    changes = differing(config, json.loads(record.read_text())["config"], may_change)
+    if changes:
+        lines = "\n".join(f"  {key}: {was!r} there, {now!r} here" for key, (was, now) in changes.items())
+        raise ValueError(f"workdir {workdir} holds the checkpoints of another configuration:\n{lines}\n"
+                         "Use another --workdir, or the values that it was started with (to begin from its weights: "
+                         "--config.checkpoint.restore=PATH in a new workdir)")
+
+
+def write_record(workdir: str | epath.PathLike, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Write ``config.json``: the resolved configuration, versions, devices, git commit and command.
+
+    Only the first process of a pod should.
+
+    Returns:
+        What was written.
+    """
+    devices = jax.devices()
+    record = {
+        "config": json.loads(json.dumps(config, default=str)),
+        "versions": {"python": sys.version.split()[0], **versions()},
+        "devices": {"count": len(devices), "kind": devices[0].device_kind, "platform": devices[0].platform,
+                    "processes": jax.process_count()},
+        "git_commit": git_commit(),
+        "command": [pathlib.Path(sys.argv[0]).name, *sys.argv[1:]],
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+    folder = epath.Path(workdir)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(record, indent=1) + "\n")
+    return record
+
+
+def versions() -> dict[str, str]:
+    """Return the installed versions of the packages that a result may depend on."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_commit() -> str:
+    """Return the commit of this source tree, with "+" where it was changed since; "" outside a repository."""
+    try:
+        result = subprocess.run(["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"],
+                                cwd=pathlib.Path(__file__).parent, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return result.stdout.strip() if result.returncode == 0 else ""
