@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Read a compiled program's text: which collectives it runs, how often, over which mesh axes, with how many bytes.
+
+The text names each operation once, but a scanned layer runs it L times: a computation's count is the sum over its
+callers of their counts, times the trip count where it is a loop's body.  TPU programs hold several copies of one
+collective (the fused start, middle and end of an asynchronous one), which share a channel: they count once.
+"""
+from __future__ import annotations
+
+import collections
+from collections.abc import Iterator, Mapping, Sequence
+import dataclasses
+import math
+import re
+from typing import NamedTuple
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast",
+         "ragged-all-to-all")
+BITS = {"pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "f8e4m3fn": 8, "f8e5m2": 8, "bf16": 16, "f16": 16, "s16": 16,
+        "u16": 16, "f32": 32, "s32": 32, "u32": 32, "f64": 64, "s64": 64, "u64": 64, "c64": 64}
+_ARRAY = re.compile(r"\b(%s)\[([\d,]*)\]" % "|".join(BITS))
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_OPERATION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\((.*)$")
+_CALLED = re.compile(r"\b(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
+_CALLED_LIST = re.compile(r"\b(?:called_computations|branch_computations)=\{([^}]*)\}")
+_TRIPS = re.compile(r"known_trip_count\W+n\W+(\d+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Collective:
+    """One collective of a program.
+
+    Attributes:
+        kind: one of ``KINDS``.
+        group: the devices of the first group, as positions in the program's device assignment.
+        payload: bytes of the whole array on one device: gathered, to be reduced, or sent.
+        count: how often one step runs it; loops counted.
+        operation: where it comes from in the source (XLA's ``op_name``).
+        dtype: of its (first) array.
+    """
+
+    kind: str
+    group: tuple[int, ...]
+    payload: int
+    count: int
+    operation: str
+    dtype: str = ""
+
+    @property
+    def traffic(self) -> float:
+        """Bytes that each chip receives when it runs once, by the bandwidth-optimal ring algorithm."""
+        share = (len(self.group) - 1) / len(self.group)
+        return {"all-reduce": 2 * share, "collective-permute": 1.0}.get(self.kind, share) * self.payload
+
+    def axes(self, mesh: Mapping[str, int]) -> tuple[str, ...]:
+        """Name the mesh axes that the group spans.
+
+        Args:
+            mesh: axis -> size, in the mesh's order (``jax.sharding.Mesh.shape``).
+        """
+        sizes = list(mesh.values())
+        places = [_unravel(device, sizes) for device in self.group]
+        return tuple(axis for i, axis in enumerate(mesh) if len({place[i] for place in places}) > 1)
+
+
+class _Operation(NamedTuple):
+    name: str
+    shape: str
+    opcode: str
+    rest: str  # operands and attributes
+
+
+def array_bytes(text: str) -> int:
+    """Sum the bytes of the arrays that a shape's text names.
+
+    >>> array_bytes("(bf16[2,3]{1,0}, f32[])")
+    16
+    """
+    return sum(math.prod(map(int, dims.split(","))) * BITS[dtype] // 8 if dims else BITS[dtype] // 8
+               for dtype, dims in _ARRAY.findall(text))
+
+
+def array_shapes(text: str) -> dict[tuple[str, tuple[int, ...]], int]:
+    """Return every array type of a program's text and its bytes on one device."""
+    found = {}
+    for dtype, dims in set(_ARRAY.findall(text)):
+        shape = tuple(int(size) for size in dims.split(",")) if dims else ()
+        found[dtype, shape] = math.prod(shape) * BITS[dtype] // 8
+    return found
+
+
+def read_collectives(text: str) -> list[Collective]:
+    """List a compiled program's collectives, each with how often one step runs it.
+
+    Args:
+        text: the optimised HLO module (``compiled.as_text()``, or XLA's dump ``*after_optimizations.txt``).
+
+    Returns:
+        Collectives over more than one device; each channel once.
+
+    Raises:
+        ValueError: the text has no ENTRY computation, or a replica group has a form that this reader does not know.
+    """
+    computations, entry = _parse(text)
+    counts = _counts(computations, entry)
+    found: dict[tuple[str, str], Collective] = {}
+    for computation, operations in computations.items():
+        for operation in operations:
+            kind = operation.opcode.removesuffix("-start")
+            if kind not in KINDS or not counts[computation]:
+                continue
+            collective = _collective(kind, computation, operation, counts[computation])
+            if len(collective.group) < 2:
+                continue
+            channel = re.search(r"channel_id=(\d+)", operation.rest)
+            key = (collective.kind, channel[1] if channel else f"{computation}/{operation.name}")
+            if key not in found or found[key].count < collective.count:
+                found[key] = collective
+    return list(found.values())
+
+
+def summarise(collectives: Sequence[Collective], mesh: Mapping[str, int]) -> list[dict]:
+    """Sum the collectives by kind and mesh axes.
+
+    Returns:
+        Rows ``{"kind", "axes", "count", "bytes", "dtypes"}``, the most bytes first; ``bytes`` is what one chip
+        receives in a step.
+    """
+    rows: dict[tuple[str, str], dict] = {}
+    for collective in collectives:
+        axes = "+".join(collective.axes(mesh))
+        row = rows.setdefault((collective.kind, axes), {"kind": collective.kind, "axes": axes, "count": 0, "bytes": 0.0,
+                                                        "dtypes": collections.Counter()})
+        row["count"] += collective.count
+        row["bytes"] += collective.count * collective.traffic
+        row["dtypes"][collective.dtype] += collective.count
+    return sorted(rows.values(), key=lambda row: -row["bytes"])
+
+
+def _parse(text: str) -> tuple[dict[str, list[_Operation]], str]:
+    computations: dict[str, list[_Operation]] = {}
+    entry, current = "", None
+    for line in text.splitlines():
+        header = None if line.startswith(" ") else _HEADER.match(line)
+        if header:
+            current = computations.setdefault(header[2], [])
+            entry = header[2] if header[1] else entry
+        elif current is not None:  # until the next header: a kernel's settings may hold lines of braces
+            operation = _OPERATION.match(re.sub(r"/\*.*?\*/", "", line))
+            if operation:
+                current.append(_Operation(*operation.groups()))
+    if not entry:
+        raise ValueError("not the text of an HLO module: it has no ENTRY computation")
+    return computations, entry
+
+
+def _calls(operation: _Operation) -> Iterator[tuple[str, str]]:
+    for called in _CALLED.finditer(operation.rest):
+        yield called[0].split("=")[0], called[1]
+    for called in _CALLED_LIST.finditer(operation.rest):
+        for name in called[1].split(","):
+            yield "branch", name.strip().lstrip("%")
+
+
+def _counts(computations: Mapping[str, list[_Operation]], entry: str) -> collections.Counter:
+    """Count how often one run of the program runs each computation (branches of a conditional count as run)."""
+    callers: dict[str, list[tuple[str, int]]] = collections.defaultdict(list)
+    for computation, operations in computations.items():
+        for operation in operations:
+            if operation.opcode in ("async-update", "async-done"):
+                continue  # they name the computation that their async-start has run
+            trips = _trips(operation, computations) if operation.opcode == "while" else 1
+            for role, called in _calls(operation):
+                callers[called].append((computation, trips if role == "body" else 1))
+    counts: collections.Counter = collections.Counter({entry: 1})
+
+    def count(name: str) -> int:
+        if name not in counts:
+            counts[name] = sum(count(caller) * times for caller, times in callers[name])
+        return counts[name]
+
+    for computation in computations:
+        count(computation)
+    return counts
+
+
+def _trips(loop: _Operation, computations: Mapping[str, list[_Operation]]) -> int:
+    known = _TRIPS.search(loop.rest)
+    if known:
+        return int(known[1])
+    condition = re.search(r"condition=%?([\w.\-]+)", loop.rest)
+    limits = [int(number) for operation in computations.get(condition[1] if condition else "", ())
+              if operation.opcode == "constant" for number in re.findall(r"^(\d+)\)", operation.rest)]
+    return limits[0] if len(limits) == 1 else 1  # a loop whose length the data decides counts once
+
+
+def _collective(kind: str, computation: str, operation: _Operation, count: int) -> Collective:
+    arrays = _ARRAY.findall(operation.shape)
+    sizes = [array_bytes(f"{dtype}[{dims}]") for dtype, dims in arrays]
+    group = _group(operation.rest)
+    payload = sum(sizes)
+    if operation.opcode.endswith("-start") and operation.shape.startswith("("):
+        payload = max(sizes) if kind in ("all-gather", "collective-permute") else payload // 2  # (operands, results)
+    if kind == "all-reduce" and "all-reduce-scatter" in computation:
+        kind = "reduce-scatter"  # how the TPU compiler writes one: an all-reduce and a slice, fused
+    elif kind == "reduce-scatter":
+        payload *= len(group)  # the text has the result's shape; the whole is what goes in
+    name = re.search(r'op_name="([^"]*)"', operation.rest)
+    return Collective(kind, group, payload, count, name[1] if name else "", arrays[0][0] if arrays else "")
+
+
+def _group(attributes: str) -> tuple[int, ...]:
+    """Return the first replica group; its four spellings are explained in XLA's operation semantics."""
+    pairs = re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", attributes)
+    if pairs:
+        return (int(pairs[1]), int(pairs[2])) if pairs[1] != pairs[2] else (int(pairs[1]),)
+    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", attributes)
+    if listed:
+        return tuple(int(device) for device in listed[1].split(","))
+    iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", attributes)
+    if iota:
+        return tuple(_reordered(index, iota[3]) for index in range(int(iota[2])))
+    named = re.search(r"replica_groups=@?mesh\w*\[([^\]]*)\](?:, device_ids=\((.*?\)?)\))?\s*\{([^}]*)\}", attributes)
+    if named:
+        return tuple(_reordered(index, named[2]) for index in _named_group(named[1], named[3]))
+    if "replica_groups={}" in attributes:
+        raise ValueError("replica_groups={} (all devices): compile for a mesh, not for replicas")
+    raise ValueError(f"replica groups in a form that this reader does not know: {attributes[:300]!r}")
+
+
+def _named_group(mesh: str, axes: str) -> tuple[int, ...]:
+    sizes = {name: int(size) for name, size in re.findall(r"'?([\w.\-]+)'?=(\d+)", mesh)}
+    spanned = re.findall(r"'?([\w.\-]+)'?(?::\((\d+)\)(\d+))?", axes)  # axis, or axis:(sizes before it)size
+    strides, stride = {}, 1
+    for name in reversed(sizes):
+        strides[name], stride = stride, stride * sizes[name]
+    members = [0]
+    for name, before, part in spanned:
+        size = int(part) if part else sizes[name]
+        step = strides[name] * (sizes[name] // (int(before) * size) if part else 1)
+        members = [member + step * i for member in members for i in range(size)]
+    return tuple(members)
+
+
+def _unravel(index: int, sizes: Sequence[int]) -> tuple[int, ...]:
+    place = []
+    for size in reversed(sizes):
+        index, remainder = divmod(index, size)
+        place.append(remainder)
+    return tuple(reversed(place))
+
+
+def _reordered(index: int, order: str | None) -> int:
+    """Return the device at a place of a list written ``[2,4]T(1,0)`` or ``0,2,1,3`` (None: the places themselves)."""
+    if not order:
+        return index
+    match = re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", order)
+    if not match:
+        return int(order.split(",")[index])
+    sizes = [int(size) for size in match[1].split(",")]
+    axes = [int(axis) for axis in match[2].split(",")] if match[2] else list(range(len(sizes)))
+    original = [0] * len(sizes)
+    for axis, at in zip(axes, _unravel(index, [sizes[axis] for axis in axes])):
+        original[axis] = at
+    flat = 0
+    for size, at in zip(sizes, original):
+        flat = flat * size + at
+    return flat

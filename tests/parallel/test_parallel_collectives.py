@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The reader of compiled programs agrees with programs whose collectives are known by construction."""
+from __future__ import annotations
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from align_jax.parallel.collectives import _group, array_bytes, array_shapes, read_collectives, summarise
+
+LAYERS, WIDTH, ROWS = 5, 64, 16
+
+
+def _mesh(data: int, fsdp: int) -> Mesh:
+    devices = np.asarray(jax.devices()[:data * fsdp]).reshape(data, fsdp)
+    return Mesh(devices, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+
+
+def _compile(mesh: Mesh) -> str:
+    """A scan of layers whose weights are split over fsdp and gathered in each layer."""
+    weights = jax.ShapeDtypeStruct((LAYERS, WIDTH, WIDTH), jnp.float32,
+                                   sharding=NamedSharding(mesh, P(None, "fsdp", None)))
+    x = jax.ShapeDtypeStruct((ROWS, WIDTH), jnp.float32, sharding=NamedSharding(mesh, P(("data", "fsdp"))))
+
+    def apply(weights, x):
+        def layer(x, w):
+            w = jax.lax.with_sharding_constraint(w, NamedSharding(mesh, P()))
+            return jnp.tanh(x @ w), None
+        return jax.lax.scan(layer, x, weights)[0].sum()
+
+    return jax.jit(apply).lower(weights, x).compile().as_text()
+
+
+def test_a_scanned_layers_collectives_count_once_a_layer():
+    mesh = _mesh(2, 4)
+    rows = {(row["kind"], row["axes"]): row for row in summarise(read_collectives(_compile(mesh)), mesh.shape)}
+    gather = rows["all-gather", "fsdp"]
+    assert gather["count"] == LAYERS
+    assert gather["bytes"] == LAYERS * WIDTH * WIDTH * 4 * 3 / 4  # each chip has a quarter and receives the rest
+    total = rows["all-reduce", "data+fsdp"]
+    assert (total["count"], total["bytes"]) == (1, 2 * 4 * 7 / 8)
+
+
+def test_a_program_on_one_device_has_no_collectives():
+    assert read_collectives(_compile(_mesh(1, 1))) == []
+
+
+@pytest.mark.parametrize("text, group", [
+    ("replica_groups={{0,2},{1,3}}", (0, 2)),
+    ("replica_groups=[4,2]<=[8]", (0, 1)),
+    ("replica_groups=[2,4]<=[4,2]T(1,0)", (0, 2, 4, 6)),
+    ("replica_groups=mesh['axis_0'=2,'axis_1'=2] {'axis_1'}", (0, 1)),
+    ("replica_groups=mesh['a'=4,'b'=2] {'a'}", (0, 2, 4, 6)),
+    ("replica_groups=mesh['a'=8,'b'=2] {'a':(2)2}", (0, 4)),  # the middle factor of a = 2 x 2 x 2
+    ("replica_groups=mesh['a'=1,'b'=4,'c'=2], device_ids=([2,4]T(1,0)) {'b'}", (0, 1, 2, 3)),
+    ("replica_groups=mesh['a'=2,'b'=2], device_ids=(0,3,1,2) {'b'}", (0, 3)),
+    ("source_target_pairs={{0,1},{1,0}}", (0, 1)),
+])
+def test_every_spelling_of_a_replica_group_is_read(text, group):
+    assert _group(text + ", use_global_device_ids=true") == group
+
+
+def test_an_unknown_spelling_is_an_error():
+    with pytest.raises(ValueError, match="form that this reader does not know"):
+        _group("replica_groups=everything")
+
+
+def test_a_collective_inside_an_asynchronous_fusion_counts_once():
+    text = """
+%part.1 (p.1: f32[4]) -> f32[8] {
+  ROOT %ag.1 = f32[8]{0} all-gather(%p.1), channel_id=7, replica_groups=[1,2]<=[2], dimensions={0}
+}
+%part.2 (p.2: f32[4]) -> f32[8] {
+  ROOT %ag.2 = f32[8]{0:T(8,128)S(1)} all-gather(%p.2), channel_id=7, replica_groups=[1,2]<=[2], dimensions={0}
+}
+%all-reduce-scatter.3 (p.3: f32[8]) -> f32[4] {
+  %ar.3 = f32[8]{0} all-reduce(%p.3), channel_id=8, replica_groups=[1,2]<=[2], to_apply=%add
+}
+%body (p: (s32[], f32[4])) -> (s32[], f32[4]) {
+  %kernel = f32[4]{0} custom-call(%x), backend_config={
+}
+  %a = f32[8]{0} fusion(%x), calls=%part.1
+  %b = f32[8]{0} fusion(%a), calls=%part.2
+  %c = f32[4]{0} fusion(%b), calls=%all-reduce-scatter.3
+}
+%limit (q: (s32[], f32[4])) -> pred[] {
+  %n = s32[]{:T(128)} constant(6)
+}
+ENTRY %main (x: f32[4]) -> f32[4] {
+  ROOT %w = (s32[], f32[4]{0}) while(%t), condition=%limit, body=%body
+}
+"""
+    found = {collective.kind: collective for collective in read_collectives(text)}
+    assert {kind: c.count for kind, c in found.items()} == {"all-gather": 6, "reduce-scatter": 6}
+    assert found["reduce-scatter"].traffic == 16  # half of 32 bytes
+
+
+def test_shapes_and_bytes_of_a_programs_arrays_are_found():
+    text = "%x = (bf16[2,3]{1,0}, f32[]) fusion(f32[4,5] %y)"
+    assert array_bytes("(bf16[2,3]{1,0}, f32[])") == 16
+    assert array_shapes(text)["f32", (4, 5)] == 80
+
+
+def test_text_that_is_no_program_is_an_error():
+    with pytest.raises(ValueError, match="no ENTRY"):
+        read_collectives("hello")
