@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Splash attention, run step by step on the CPU, equals plain attention: outputs and gradients, on every mesh."""
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from align_jax.models import attention, attention_kernels
+from align_jax.parallel.mesh import make_mesh
+
+ROWS, HEADS, GROUPS, WIDTH = 2, 4, 2, 8
+
+
+def _inputs(length: int, shared: bool, rows: int = ROWS):
+    """Rows of two packed segments (or a prompt with two responses) and some padding, with exact positions."""
+    key = jax.random.split(jax.random.key(0), 3)
+    q = jax.random.normal(key[0], (rows, length, HEADS, WIDTH), jnp.float32)
+    k, v = (jax.random.normal(one, (rows, length, GROUPS, WIDTH), jnp.float32) for one in key[1:])
+    cuts = [0, length // 3, 2 * length // 3, length - 5, length]
+    segments = np.zeros((rows, length), np.int32)
+    positions, prefixes = np.zeros_like(segments), np.zeros_like(segments)
+    for number, (start, end) in enumerate(zip(cuts[:-2], cuts[1:-1])):
+        segments[:, start:end] = number + 1
+        positions[:, start:end] = np.arange(end - start) + (cuts[1] if shared and number else 0)
+        prefixes[:, start:end] = 1 if shared and number else 0
+    fields = {"segment_ids": jnp.asarray(segments), "prefix_ids": jnp.asarray(prefixes) if shared else None}
+    return (q, k, v), fields, jnp.asarray(positions)
+
+
+def _both(length, shared=False, rows=ROWS, **numbers):
+    arrays, fields, positions = _inputs(length, shared, rows)
+    real = (fields["segment_ids"] > 0)[..., None, None]
+    cotangent = jnp.where(real, jax.random.normal(jax.random.key(9), arrays[0].shape), 0.0)
+
+    def run(function):
+        out, pull = jax.vjp(lambda *x: jnp.where(real, function(*x), 0.0), *arrays)
+        return out, *pull(cotangent)
+
+    expected = run(lambda *x: attention.xla(*x, **fields, positions=positions, **numbers))
+    got = jax.jit(lambda: run(lambda *x: attention_kernels.splash(*x, **fields, **numbers, interpret=True)))()
+    for name, a, b in zip(("out", "dq", "dk", "dv"), expected, got):
+        np.testing.assert_allclose(a, b, atol=2e-5, err_msg=name)
+
+
+def test_splash_equals_plain_attention():
+    _both(200, window=40, softcap=5.0, scale=0.1)
+
+
+def test_splash_equals_plain_attention_over_shared_prefixes():
+    _both(128, shared=True, softcap=5.0, scale=0.1)
+
+
+# interpreting is slow, so four devices and both kinds of mask in turn
+@pytest.mark.parametrize("sizes, length, shared", [
+    ({"fsdp": 2, "tensor": 2}, 128, False), ({"sequence": 2, "tensor": 2}, 256, True)])
+def test_splash_is_the_same_on_every_mesh(sizes, length, shared):
+    with jax.set_mesh(make_mesh(sizes, jax.devices()[:4])):
+        _both(length, shared=shared, scale=0.1)
+
+
+def test_a_window_over_shared_prefixes_is_refused():
+    arrays, fields, _ = _inputs(128, True)
+    with pytest.raises(ValueError, match="no sliding window over shared prefixes"):
+        attention_kernels.splash(*arrays, **fields, window=8, interpret=True)
