@@ -64,6 +64,12 @@ def make_pair(policy: Any, reference: Any = None, lengths: Any = None, margin: A
                 reference[:, 0], reference[:, 1], offsets)
 
 
+def example_pair(margin: float = 0.0) -> Pair:
+    """Make the docstrings' two pairs: log-ratios (1, -1) and (0.5, 0.5), lengths (4, 6) and (3, 2)."""
+    return make_pair([[-10.0, -12.0], [-8.0, -7.0]], [[-11.0, -11.0], [-8.5, -7.5]], [[4, 6], [3, 2]],
+                     [margin, margin])
+
+
 def transform(x: Float[Array, "B R"], f_divergence: str = "reverse_kl", alpha: float = 0.5) -> Float[Array, "B R"]:
     """Apply f' of a divergence to log-ratios, before the difference.
 

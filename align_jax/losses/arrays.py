@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Objectives on plain arrays of log-probabilities: for notebooks, tests and other people's training loops.
+
+The arrays become a Batch and Outputs of one row a response, and go through the same seam as in training.
+"""
+from __future__ import annotations
+
+import functools
+from typing import Any, Callable, Mapping, NamedTuple, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from align_jax.core.schema import Batch, Outputs
+from align_jax.losses import objective
+from align_jax.losses.objective import Metrics, Term
+
+POSITIONAL = {  # what positional arguments mean, by kind of data
+    "completions": ("policy",),
+    "pairs": ("policy_chosen", "policy_rejected", "reference_chosen", "reference_rejected"),
+    "ranked": ("policy",),
+    "unpaired": ("policy", "label", "reference"),
+    "rollout": ("policy", "old_token_logps", "advantages"),
+}
+COLUMNS = ("weight", "label", "scores", "margin", "old_token_logps", "advantages", "returns", "old_values")
+FIELDS = ("entropy", "log_sum_sq", "kl", "values")
+
+
+class Evaluated(NamedTuple):
+    """What an objective says of a batch.
+
+    Attributes:
+        losses: [B]; for K terms [K, B].
+        rewards: β (P - R) of each response, [B, R], no gradient (β = 1 where the objective has none).
+        weights: shaped as losses.
+        loss: the scalar to be minimised.
+        metrics: name -> mean.
+    """
+
+    losses: Float[Array, "*K B"]
+    rewards: Float[Array, "B R"]
+    weights: Float[Array, "*K B"]
+    loss: Float[Array, ""]
+    metrics: dict[str, Array]
+
+
+def finish_metrics(metrics: Mapping[str, tuple[Any, Any]]) -> dict[str, Array]:
+    """Divide summed metrics, (sum, weight) pairs; a weight of 0 gives 0.
+
+    Unpaired feedback has no margin of its own: it is the chosen rewards' mean less the rejected ones'.
+    """
+    found = {name: jnp.where(weight == 0, 0.0, total / jnp.where(weight == 0, 1.0, weight))
+             for name, (total, weight) in metrics.items()}
+    if "rewards/chosen" in found and "rewards/margins" not in found:
+        found["rewards/margins"] = found["rewards/chosen"] - found["rewards/rejected"]
+    return found
+
+
+def total_loss(terms: Sequence[Term], policy: Outputs, reference: Outputs | None, batch: Batch, *,
+               mismatched: tuple[Outputs, Outputs | None] | None = None,
+               carries: Sequence[Any] | None = None) -> tuple[Array, list[tuple[Array, Array]], Metrics, list[Any]]:
+    """Compute the weighted sum of terms on one whole batch (a step with one microbatch).
+
+    Args:
+        terms: from ``losses.resolve``.
+        policy: the policy's outputs.
+        reference: the reference's, or None.
+        batch: the batch.
+        mismatched: policy's and reference's outputs of ``batch.mismatched``.
+        carries: what each term carries from the step before; None: the first step.
+
+    Returns:
+        The loss, each term's (losses, weights), the metrics of all terms (the first to name one keeps it), the new
+        carries.
+    """
+    loss, parts, metrics, after = jnp.zeros(()), [], {}, []
+    for index, term in enumerate(terms):
+        carry = term.objective.carry if carries is None else carries[index]
+        stats = None
+        if term.objective.measure is not None:
+            measured = objective.measure(term, policy, reference, batch, mismatched)
+            weights = objective.group_weights(term, batch)[None]
+            stats, carry = objective.summarise(term, jax.tree.map(lambda x: x[None], measured), weights, carry)
+            stats = jax.tree.map(lambda x: x[0], stats)
+        losses, weights, found = objective.apply(term, policy, reference, batch, stats)
+        total = weights.sum()
+        loss = loss + term.weight * (losses * weights).sum() / jnp.where(total == 0, 1.0, total)
+        parts.append((losses, weights))
+        metrics = found | metrics
+        after.append(carry)
+    return loss, parts, metrics, after
+
+
+def make_batch(policy: Any, *, responses: int, mask: Any = None, lengths: Any = None,
+               **columns: Any) -> tuple[Batch, Outputs]:
+    """Make a Batch and the policy's Outputs of log-probabilities.
+
+    Args:
+        policy: [B * R] sums or [B * R, T] token log-probabilities, nats.
+        responses: R.
+        mask: [B * R, T], true for response tokens; all by default.
+        lengths: [B * R] tokens, where ``policy`` holds sums; 1 by default.
+        columns: of ``COLUMNS``: fields of Batch; of ``FIELDS``: fields of Outputs, [B * R, T].
+
+    Raises:
+        ValueError: both a mask and lengths.
+    """
+    policy = jnp.asarray(policy, jnp.float32)
+    sums = policy.ndim == 1
+    if (mask is not None and sums) or (lengths is not None and not sums):
+        raise ValueError("give mask [.., T] with token log-probabilities, or lengths with their sums")
+    tokens = policy[:, None] if sums else policy  # [N, T]
+    rows, length = tokens.shape
+    groups = rows // responses
+    loss_mask = jnp.ones((rows, length), bool) if mask is None else jnp.asarray(mask, bool)
+    counts = loss_mask.sum(axis=1, dtype=jnp.int32) if lengths is None else jnp.asarray(lengths, jnp.int32)
+    indices = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (rows, length))
+    weight = columns.pop("weight", None)
+    fields = {name: _tokens(columns.pop(name), rows) for name in FIELDS if columns.get(name) is not None}
+    token_logps = jnp.where(loss_mask, tokens, 0.0)
+    zeros = jnp.zeros((rows, length), jnp.int32)
+    known = {name: None if value is None else jnp.asarray(value) for name, value in columns.items()}
+    batch = Batch(
+        tokens=zeros, segment_ids=zeros + 1, positions=indices, source_index=jnp.maximum(indices - 1, 0),
+        loss_mask=loss_mask, slot=zeros,
+        loss_index=jnp.sort(jnp.where(loss_mask, indices, length), axis=1), lengths=counts.reshape(groups, responses),
+        weight=jnp.ones(groups) if weight is None else jnp.asarray(weight, jnp.float32), **known)
+    return batch, Outputs(token_logps, token_logps.sum(axis=1).reshape(groups, responses), batch.lengths, **fields)
+
+
+def _tokens(x: Any, rows: int) -> Array:
+    return jnp.asarray(x, jnp.float32).reshape(rows, -1)
+
+
+def _flat(x: Any, responses: int) -> Any:
+    """[B, R, ...] -> [B * R, ...]; with R = 1 the arrays have no R axis."""
+    if x is None or responses == 1:
+        return x
+    return jnp.reshape(jnp.asarray(x), (-1, *jnp.shape(x)[2:]))
+
+
+def _stack(arrays: dict[str, Any], name: str) -> Any:
+    chosen, rejected = arrays.pop(f"{name}_chosen", None), arrays.pop(f"{name}_rejected", None)
+    if (chosen is None) != (rejected is None):
+        raise ValueError(f"{name}: give both chosen and rejected, or neither")
+    if chosen is None:
+        return arrays.pop(name, None)
+    if name in arrays:
+        raise ValueError(f"{name}: give it stacked or as chosen and rejected, not both")
+    return jnp.stack([jnp.asarray(chosen), jnp.asarray(rejected)], axis=1)
+
+
+def _evaluate(terms: tuple[Term, ...], kind: str, arrays: dict[str, Any]) -> Evaluated:
+    scored = terms[0].objective.needs == ("scores",)
+    policy, reference = (_stack(arrays, name) for name in ("policy", "reference"))
+    mask, lengths = _stack(arrays, "mask"), _stack(arrays, "lengths")
+    if policy is None:
+        raise ValueError("the policy's log-probabilities (or a reward model's scores) are missing")
+    responses = 1 if kind in ("completions", "unpaired", "rollout") else jnp.shape(policy)[1]
+    others = {name: arrays.pop(f"mismatched_{name}", None) for name in ("policy", "reference")}
+    flat = {name: _flat(arrays.pop(name, None), responses) for name in FIELDS}
+    flat = {name: value for name, value in flat.items() if value is not None}
+    shape = {"responses": responses, "mask": _flat(mask, responses), "lengths": _flat(lengths, responses)}
+    batch, outputs = make_batch(_flat(policy, responses), **shape, **flat, **arrays)
+    if scored:
+        outputs = outputs._replace(scores=outputs.logps)
+    base = None if reference is None else make_batch(_flat(reference, responses), **shape)[1]
+    mismatched = None
+    if others["policy"] is not None:
+        other, first = make_batch(others["policy"], responses=1)
+        mismatched = (first, make_batch(others["reference"], responses=1)[1])
+        batch = batch._replace(mismatched=other)
+    loss, parts, metrics, _ = total_loss(terms, outputs, base, batch, mismatched=mismatched)
+    ratios = outputs.logps if base is None else outputs.logps - base.logps
+    rewards = jax.lax.stop_gradient(terms[0].options.get("beta", 1.0) * ratios)
+    losses, weights = (jnp.stack(x) for x in zip(*parts))
+    if len(terms) == 1:
+        losses, weights = losses[0], weights[0]
+    return Evaluated(losses, rewards, weights, loss, finish_metrics(metrics))
+
+
+def compile_terms(terms: tuple[Term, ...]) -> Callable[..., Evaluated]:
+    """Compile a weighted sum of objectives into a function of plain arrays; see ``losses.jitted``."""
+    kind = objective.data_kind(terms)
+    known = set(POSITIONAL[kind]) | {"policy", "reference", "mask", "lengths", *COLUMNS, *FIELDS}
+    if kind == "pairs":
+        known |= {f"{name}_{side}" for name in ("mask", "lengths") for side in ("chosen", "rejected")}
+    if any(term.objective.mismatched for term in terms):
+        known |= {"mismatched_policy", "mismatched_reference"}
+    compiled = jax.jit(functools.partial(_evaluate, terms, kind))
+
+    def run(*args: Any, **arrays: Any) -> Evaluated:
+        names = POSITIONAL[kind]
+        if len(args) == 1 and kind == "pairs":
+            names = ("policy",)
+        if len(args) > len(names):
+            raise TypeError(f"expected at most {len(names)} arrays {names}, got {len(args)}")
+        given = dict(zip(names, args)) | arrays
+        unknown = sorted(set(given) - known)
+        if unknown:
+            raise TypeError(f"unknown arrays {unknown}; known: {sorted(known)}")
+        return compiled({name: np.asarray(x) if isinstance(x, (list, tuple)) else x
+                         for name, x in given.items() if x is not None})
+
+    return run
+
+
+def dpo_from_indices(policy_logps: Float[Array, "C"], reference_logps: Float[Array, "C"], chosen: Int[Array, "B"],
+                     rejected: Int[Array, "B"], beta: float = 0.1) -> tuple[Float[Array, "B"], Float[Array, "C"]]:
+    """Compute DPO on a vector of completions, pairs named by two index vectors: the paper's own form.
+
+    Args:
+        policy_logps: [C] log-probabilities of completions under the policy, nats.
+        reference_logps: [C] under the reference.
+        chosen: [B] indices of each pair's chosen completion.
+        rejected: [B] indices of each pair's rejected completion; a completion may stand in several pairs.
+        beta: per nat.
+
+    Returns:
+        Losses [B] and rewards [C] = β (policy - reference), without gradient.
+
+    References:
+        Rafailov et al. 2023, arXiv 2305.18290, appendix B.
+
+    >>> losses, rewards = dpo_from_indices(jnp.array([-10.0, -12.0, -9.0]), jnp.array([-11.0, -11.0, -9.0]),
+    ...                                    jnp.array([0, 2]), jnp.array([1, 1]), beta=0.5)
+    >>> [round(x, 4) for x in losses.tolist()], rewards.tolist()
+    ([0.3133, 0.4741], [0.5, -0.5, 0.0])
+    """
+    ratios = policy_logps - reference_logps
+    z = beta * (ratios[chosen] - ratios[rejected])
+    return -jax.nn.log_sigmoid(z), jax.lax.stop_gradient(beta * ratios)
