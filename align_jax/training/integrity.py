@@ -13,6 +13,7 @@ import jax.numpy as jnp
 TRANSIENT = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAUTHENTICATED",
              "ABORTED", "Permission denied", "Input/output error", "timed out")
 
+
 def fingerprints(tree: Any) -> dict[str, int]:
     """Sum every array's bits, weighted by place, modulo 2^32; the same for any sharding of the same values.
 

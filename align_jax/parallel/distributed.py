@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Processes: how they find each other, wait for each other, and stop together.
+
+``start()`` comes before anything else in a program.  It looks at the environment only; the same command runs on a
+laptop, on one chip, and on every host of a pod:
+
+    explicit    JAX_COORDINATOR_ADDRESS=host:port  JAX_NUM_PROCESSES=n  JAX_PROCESS_ID=i
+    Slurm       srun (SLURM_PROCID and SLURM_NTASKS)
+    TPU, GKE    the metadata of the TPU virtual machine; TPU_WORKER_HOSTNAMES and TPU_WORKER_ID; MEGASCALE_* for slices
+    else        one process
+"""
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+import importlib.util
+import itertools
+import os
+import pathlib
+import signal
+import sys
+import threading
+from typing import Any, NamedTuple
+
+import jax
+from jax.experimental import multihost_utils
+
+EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+_ON_A_TPU = ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES", "TPU_ACCELERATOR_TYPE", "TPU_NAME", "COLAB_TPU_ADDR")
+_barriers = itertools.count()
+
+
+class Processes(NamedTuple):
+    """What the environment says of the processes; None: left to JAX to find out."""
+
+    how: str  # "explicit", "slurm", "tpu" or "single"
+    coordinator: str | None = None
+    count: int | None = None
+    index: int | None = None
+
+
+def detect(environment: Mapping[str, str], tpu: bool) -> Processes:
+    """Read from the environment how many processes there are and which this one is.
+
+    Args:
+        environment: ``os.environ``.
+        tpu: there is a TPU on this machine.
+
+    Raises:
+        ValueError: some of the explicit variables are set and not all, or their values make no sense.
+    """
+    given = {name: environment[name] for name in EXPLICIT if environment.get(name)}
+    if given:
+        missing = [name for name in EXPLICIT if name not in given]
+        if missing:
+            raise ValueError(f"{sorted(given)} are set, {missing} are not: set all three, or none to let JAX find out")
+        address, count, index = (given[name] for name in EXPLICIT)
+        if not count.isdigit() or not index.isdigit() or not int(index) < int(count):
+            raise ValueError(f"expected 0 <= JAX_PROCESS_ID < JAX_NUM_PROCESSES, got {index} and {count}")
+        if not address.rpartition(":")[2].isdigit():
+            raise ValueError(f"JAX_COORDINATOR_ADDRESS must be host:port, got {address!r}")
+        return Processes("explicit", address, int(count), int(index))
+    if environment.get("SLURM_PROCID", "").isdigit() and int(environment.get("SLURM_NTASKS", "1")) > 1:
+        return Processes("slurm", count=int(environment["SLURM_NTASKS"]), index=int(environment["SLURM_PROCID"]))
+    return Processes("tpu" if tpu else "single")
+
+
+def tpu_present(environment: Mapping[str, str], root: pathlib.Path = pathlib.Path("/")) -> bool:
+    """Tell whether this machine has a TPU: a device file, Google's PCI id on a device that is no network card, or the
+    environment that a TPU platform gives its programs.
+
+    Args:
+        environment: ``os.environ``.
+        root: the file system's root; another one in tests.
+    """
+    if any(environment.get(name) for name in _ON_A_TPU):
+        return True
+    if any(root.glob("dev/accel*")) or any(path.name.isdigit() for path in root.glob("dev/vfio/*")):
+        return True
+    for device in root.glob("sys/bus/pci/devices/*"):
+        with contextlib.suppress(OSError):
+            google = (device / "vendor").read_text().strip() == "0x1ae0"
+            if google and not (device / "class").read_text().startswith("0x02"):
+                return True
+    return False
+
+
+def quiet_without_tpu(environment: dict[str, str] | os._Environ[str], tpu: bool) -> None:
+    """Keep libtpu asleep on a machine without a TPU: it is there to compile for one, and complains loudly of the lack.
+
+    JAX_PLATFORMS, where the user has set it, is left alone; so are machines with another accelerator's plugin, where
+    JAX chooses.
+    """
+    if tpu:
+        return
+    environment.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no search for a metadata server that is not there
+    plugins = importlib.util.find_spec("jax_plugins")
+    if not environment.get("JAX_PLATFORMS") and plugins is None:
+        environment["JAX_PLATFORMS"] = "cpu"  # for the processes started from here
+        jax.config.update("jax_platforms", "cpu")
+
+
+def start(*, wait_seconds: int | None = None, heartbeat_seconds: int | None = None) -> Processes:
+    """Bring this process up, with its peers where there are any.  Call it once, before any other use of JAX.
+
+    Args:
+        wait_seconds: how long to wait for the peers; default $ALIGN_JAX_WAIT_SECONDS or 300.
+        heartbeat_seconds: a peer silent for so long counts as dead, and all end with a message; default
+            $ALIGN_JAX_HEARTBEAT_SECONDS or 100.
+
+    Returns:
+        How the processes were found, how many there are and which this one is.
+
+    Raises:
+        ValueError: contradictory environment.
+        SystemExit: the peers did not appear (the message names the coordinator and this process).
+    """
+    tpu = tpu_present(os.environ)
+    quiet_without_tpu(os.environ, tpu)
+    if jax.distributed.is_initialized():
+        return Processes("explicit", None, jax.process_count(), jax.process_index())
+    found = detect(os.environ, tpu)
+    if found.how == "single" or found.count == 1:
+        return Processes("single", None, 1, 0)
+    wait = wait_seconds or int(os.environ.get("ALIGN_JAX_WAIT_SECONDS", 300))
+    heartbeat = heartbeat_seconds or int(os.environ.get("ALIGN_JAX_HEARTBEAT_SECONDS", 100))
+    who = f"process {found.index} of {found.count}" if found.count else "this process"
+    with deadline(f"{who} waited {wait} s for its peers at the coordinator {found.coordinator or '(found by JAX)'} in "
+                  "vain: are all processes started, with the same address, and is the port open between the hosts?",
+                  wait):
+        try:
+            # JAX's own time-out aborts without a word of use, so it is set later than ours.
+            jax.distributed.initialize(found.coordinator, found.count, found.index, initialization_timeout=wait + 60,
+                                       heartbeat_timeout_seconds=heartbeat)
+        except ValueError:
+            if found.how != "tpu" or "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
+                raise
+            return Processes("single", None, 1, 0)  # one TPU host without a pod's metadata (Colab)
+    return Processes(found.how, found.coordinator, jax.process_count(), jax.process_index())
+
+
+def is_main() -> bool:
+    """Tell whether this is the process that writes metrics and talks to the user."""
+    return jax.process_index() == 0
+
+
+@contextlib.contextmanager
+def deadline(message: str, seconds: float | int) -> Iterator[None]:
+    """End the process with a message if the body takes longer: for waits inside which Python gets no turn.
+
+    Args:
+        message: printed to standard error.
+        seconds: of wall-clock time.
+    """
+    def end() -> None:
+        print(f"align_jax: {message}", file=sys.stderr, flush=True)
+        os._exit(1)  # the main thread sits in native code: no exception would reach it
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def barrier(name: str, timeout_seconds: float | int = 600) -> None:
+    """Wait until every process is here.
+
+    Args:
+        name: what for; shown when it fails.
+        timeout_seconds: how long to wait for the others.
+
+    Raises:
+        TimeoutError: not all came; the message names those that did not, as the coordinator knows them.
+    """
+    if jax.process_count() == 1:
+        return
+    from orbax.checkpoint import multihost  # here: half a second that single processes need not spend
+    try:
+        multihost.get_barrier_sync_fn()(key=f"align_jax/{name}/{next(_barriers)}",
+                                        timeout_ms=int(timeout_seconds * 1000))
+    except Exception as error:  # the runtime's own class is not public
+        raise TimeoutError(
+            f"barrier {name!r}: not all {jax.process_count()} processes came within {timeout_seconds} s; this is "
+            f"process {jax.process_index()}. Look at the logs of the missing ones. {str(error).splitlines()[0]}"
+        ) from error
+
+
+class Preemption:
+    """Notice SIGTERM (the platform takes the machine back) and Ctrl-C, and agree on the step to save at.
+
+    One process: ``reached`` is true at the first step after the signal.  Several: the notice to any of them spreads
+    through JAX's coordinator, and ``reached`` is true on all at the same step.  A second Ctrl-C interrupts at once.
+
+    >>> with Preemption() as preemption:
+    ...     preemption.reached(1)
+    False
+    """
+
+    def __init__(self) -> None:
+        self.notice = ""  # the signal's name, once it has come to this process
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Preemption:
+        if threading.current_thread() is not threading.main_thread():
+            return self  # Python allows handlers in the main thread only; whoever runs us has their own
+        signals = [signal.SIGINT] if self._together() else [signal.SIGINT, signal.SIGTERM]  # SIGTERM: JAX's own then
+        for number in signals:
+            self._before[number] = signal.signal(number, self._take)
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def reached(self, step: int) -> bool:
+        """Tell whether to save at this step and stop.  Every process calls it at every step, with the same step."""
+        if self._together():
+            return bool(multihost_utils.reached_preemption_sync_point(step))
+        return bool(self.notice)
+
+    @staticmethod
+    def _together() -> bool:
+        return jax.distributed.is_initialized() and jax.process_count() > 1
+
+    def _take(self, number: int, _: Any) -> None:
+        if self.notice and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.notice = signal.Signals(number).name
+        print(f"align_jax: {self.notice}: saving after this step, then stopping (Ctrl-C again: stop at once)",
+              file=sys.stderr, flush=True)
+        if self._together():
+            os.kill(os.getpid(), signal.SIGTERM)  # JAX's notifier tells the other processes
