@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loading examples: sources opened, rows read by their format, kinds converted, mistakes found, all at the start."""
+from __future__ import annotations
+
+import collections
+import dataclasses
+import difflib
+import hashlib
+import json
+from typing import Any, Mapping, Sequence
+
+from align_jax.core.schema import Example
+from align_jax.data import conversions, formats
+from align_jax.data.sources import Source, open_source
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """Examples of one kind.
+
+    Attributes:
+        kind: ``completions``, ``pairs``, ``ranked``, ``unpaired`` or ``prompts``.
+        items: the examples, source after source.
+        ends: where each source's examples end.
+        weights: each source's share of the training examples; None: as many as it has.
+        identity: changes when the examples do; part of cache keys.
+        report: counts of what was read and dropped, by reason.
+    """
+
+    kind: str
+    items: tuple[Example, ...]
+    ends: tuple[int, ...]
+    weights: tuple[float, ...] | None
+    identity: str
+    report: Mapping[str, Any]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Example:
+        return self.items[index]
+
+
+def load(specs: str | Sequence[str], *, kind: str, chat: bool, weights: Sequence[float] | None = None,
+         format: str | None = None, columns: Mapping[str, str] | None = None, invalid: str = "error",
+         responses: int | None = None, pairing: str = "best_worst", min_difference: float = 0.0,
+         threshold: float | str = "median", labels: str = "natural", limit: int | None = None, seed: int = 0
+         ) -> Examples:
+    """Load examples of the kind an objective needs.
+
+    Args:
+        specs: one source or several (see ``data.sources``).
+        kind: ``completions``, ``pairs``, ``ranked``, ``unpaired`` or ``prompts``; other kinds of data are converted.
+        chat: whether the tokenizer has a chat template; transcripts and instructions then become messages.
+        weights: each source's share of the training examples.
+        format: a key of ``FORMATS``; found from each source's first row where None.
+        columns: the format's field name -> the data's column name.
+        invalid: what to do with a row of which no example can be made: ``error``, or ``drop`` and count it.
+        responses: R, where kind is ``ranked``: rankings with more are thinned, those with fewer left out.
+        pairing, min_difference, threshold, seed: see ``conversions.convert``.
+        labels: ``natural``, or ``balanced``: as many desirable as undesirable examples.
+        limit: at most so many rows of each source.
+
+    Returns:
+        The examples.
+
+    Raises:
+        FileNotFoundError: a missing file.
+        KeyError: an unknown format.
+        ValueError: a malformed or unusable row (with file and line), an impossible conversion, or nothing left.
+    """
+    specs = [specs] if isinstance(specs, str) else list(specs)
+    _check(specs, kind, weights, invalid, labels)
+    counts: collections.Counter[str] = collections.Counter()
+    items: list[Example] = []
+    ends, identities = [], []
+    for spec in specs:
+        source = open_source(spec)
+        rows = len(source) if limit is None else min(limit, len(source))
+        read, found = _read(source, rows, format, columns or {}, chat, invalid, counts)
+        made = conversions.convert(read, found, kind, pairing=pairing, min_difference=min_difference,
+                                   threshold=threshold, seed=seed)
+        if kind == "ranked" and responses is not None:
+            made, few = conversions.take_responses(made, responses)
+            counts["dropped: too few responses"] += few
+        if kind == "unpaired" and labels == "balanced":
+            before, made = len(made), conversions.balance(made, seed)
+            counts["dropped: balanced labels"] += before - len(made)
+        if not made:
+            raise ValueError(f"{spec}: no examples left of {rows} rows: {dict(counts)}")
+        items += made
+        ends.append(len(items))
+        identities.append(source.identity)
+    options = [identities, kind, chat, format, sorted((columns or {}).items()), invalid, responses, pairing,
+               min_difference, threshold, labels, limit, seed]
+    identity = hashlib.sha256(json.dumps(options).encode()).hexdigest()[:24]
+    report = {"examples": len(items), **{name: count for name, count in counts.items() if count}}
+    return Examples(kind, tuple(items), tuple(ends), None if weights is None else tuple(map(float, weights)),
+                    identity, report)
+
+
+def _check(specs: Sequence[str], kind: str, weights: Sequence[float] | None, invalid: str, labels: str) -> None:
+    for name, value, known in (("kind", kind, conversions.KINDS), ("invalid", invalid, ("error", "drop")),
+                               ("labels", labels, ("natural", "balanced"))):
+        if value not in known:
+            near = difflib.get_close_matches(str(value), known, n=1)
+            raise ValueError(f"unknown {name} {value!r}" + (f" (did you mean {near[0]!r}?)" if near else "")
+                             + f"; known: {list(known)}")
+    if not specs:
+        raise ValueError("no data source given; set data.train")
+    if weights is not None and (len(weights) != len(specs) or min(weights) <= 0):
+        raise ValueError(f"data weights: expected {len(specs)} positive numbers, one a source, got {list(weights)}")
+
+
+def _read(source: Source, rows: int, format: str | None, columns: Mapping[str, str], chat: bool, invalid: str,
+          counts: collections.Counter[str]) -> tuple[list[Example], str]:
+    first = _rename(source[0], columns, source.where(0))
+    try:
+        name = formats.detect(first) if format is None else format
+    except ValueError as error:
+        raise ValueError(f"{source.where(0)}: {error}") from error
+    examples: list[Example] = []
+    for index in range(rows):
+        where = source.where(index)
+        try:
+            found = formats.read(_rename(source[index], columns, where), name, chat=chat)
+        except formats.Unusable as error:
+            if invalid == "error" and not formats.FORMATS[name].flawed:
+                raise ValueError(f"{where}: {error}; data.invalid='drop' leaves such rows out") from error
+            counts[f"dropped: {error}"] += 1
+            continue
+        except (ValueError, TypeError, AttributeError) as error:
+            raise ValueError(str(error) if str(error).startswith(where) else f"{where}: {error}") from error
+        examples += [dataclasses.replace(example, source=where) for example in found]
+    return examples, formats.FORMATS[name].kind
+
+
+def _rename(row: Mapping[str, Any], columns: Mapping[str, str], where: str) -> Mapping[str, Any]:
+    if not columns:
+        return row
+    missing = sorted(set(columns.values()) - set(row))
+    if missing:
+        raise ValueError(f"{where}: data.columns names the columns {missing}; the row has {sorted(row)}")
+    renamed = {key: value for key, value in row.items() if key not in columns.values() and key not in columns}
+    return {**renamed, **{field: row[column] for field, column in columns.items()}}

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The data set as tokens: flat arrays with offsets, made once at the start and kept on disk.
+
+With every length known before training, the packing, the drops, the budgets and the number of steps are exact, and a
+batch costs a few copies.
+"""
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import tempfile
+import zipfile
+from typing import Sequence
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from transformers import PreTrainedTokenizerBase
+
+from align_jax.core.schema import Example
+from align_jax.data import chat
+from align_jax.data.tokenizer import fingerprint
+
+VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """G groups of R responses as flat token arrays.
+
+    Attributes:
+        prompt_ids, prompt_ends: group g's prompt is ``prompt_ids[prompt_ends[g]:prompt_ends[g + 1]]``.
+        response_ids, response_mask, response_ends: response r of group g is number ``g * R + r``.
+        turn: where the prompt's last turn begins, in tokens.
+        tail: how many tokens at the prompt's end ask for the answer (the header).
+        label, scores, margin, weight: as in Example; ``scores`` is NaN where there are none.
+        prompt_key: equal for equal prompts.
+    """
+
+    prompt_ids: Int[np.ndarray, "p"]
+    prompt_ends: Int[np.ndarray, "G1"]
+    response_ids: Int[np.ndarray, "r"]
+    response_mask: Bool[np.ndarray, "r"]
+    response_ends: Int[np.ndarray, "GR1"]
+    turn: Int[np.ndarray, "G"]
+    tail: Int[np.ndarray, "G"]
+    label: Bool[np.ndarray, "G"]
+    scores: Float[np.ndarray, "G R"]
+    margin: Float[np.ndarray, "G"]
+    weight: Float[np.ndarray, "G"]
+    prompt_key: Int[np.ndarray, "G"]
+
+    @property
+    def groups(self) -> int:
+        """The number of groups."""
+        return len(self.turn)
+
+    @property
+    def responses(self) -> int:
+        """The number of responses in a group."""
+        return self.scores.shape[1]
+
+    def prompt(self, group: int) -> Int[np.ndarray, "t"]:
+        """Return a group's prompt."""
+        return self.prompt_ids[self.prompt_ends[group]:self.prompt_ends[group + 1]]
+
+    def response(self, group: int, index: int) -> tuple[Int[np.ndarray, "t"], Bool[np.ndarray, "t"]]:
+        """Return a response's tokens and loss mask."""
+        number = group * self.responses + index
+        part = slice(self.response_ends[number], self.response_ends[number + 1])
+        return self.response_ids[part], self.response_mask[part]
+
+
+def encode_all(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, responses: int,
+               control: Sequence[str] | None = None, cache_dir: str | None = None, identity: str = "") -> Encoded:
+    """Tokenize all examples.
+
+    Args:
+        examples: the examples, each with ``responses`` responses.
+        tokenizer: the tokenizer.
+        responses: R.
+        control: for conditional fine-tuning, R texts (or special tokens), put without loss before each response; or
+            two for unpaired data: before desirable and before undesirable ones.
+        cache_dir: a folder in which the result is kept; None keeps nothing.
+        identity: what the examples are made of (``Examples.identity``); part of the cache's key.
+
+    Returns:
+        The tokens.
+
+    Raises:
+        ValueError: an example of another number of responses, or one that cannot be rendered.
+    """
+    path = None
+    if cache_dir is not None:
+        key = json.dumps([VERSION, identity, fingerprint(tokenizer), responses, list(control or ()), len(examples)])
+        path = os.path.join(cache_dir, f"tokens-{hashlib.sha256(key.encode()).hexdigest()[:24]}.npz")
+        cached = _load(path)
+        if cached is not None:
+            return cached
+    encoded = _encode_all(examples, tokenizer, responses, control)
+    if path is not None:
+        _save(path, encoded)
+    return encoded
+
+
+def _encode_all(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, responses: int,
+                control: Sequence[str] | None) -> Encoded:
+    prompts, texts, masks, turns, tails, keys = [], [], [], [], [], []
+    for example in examples:
+        if len(example.responses) != responses:
+            raise ValueError(f"{example.source}: {len(example.responses)} responses, expected {responses}")
+        tokens = chat.encode(example, tokenizer)
+        prompts.append(np.asarray(tokens.prompt, np.int32))
+        turns.append(tokens.turn)
+        tails.append(tokens.tail)
+        keys.append(int.from_bytes(hashlib.blake2b(prompts[-1].tobytes(), digest_size=8).digest(), "little",
+                                   signed=True))
+        for index, (ids, mask) in enumerate(zip(tokens.responses, tokens.masks)):
+            lead = _control(tokenizer, control, example, index)
+            texts.append(np.asarray(lead + ids, np.int32))
+            masks.append(np.asarray([False] * len(lead) + mask, np.bool_))
+    missing = (float("nan"),) * responses
+    return Encoded(
+        prompt_ids=_flat(prompts, np.int32), prompt_ends=_ends(prompts), response_ids=_flat(texts, np.int32),
+        response_mask=_flat(masks, np.bool_), response_ends=_ends(texts), turn=np.asarray(turns, np.int64),
+        tail=np.asarray(tails, np.int64), label=np.asarray([bool(e.label) for e in examples], np.bool_),
+        scores=np.asarray([e.scores or missing for e in examples], np.float32).reshape(len(examples), responses),
+        margin=np.asarray([e.margin for e in examples], np.float32),
+        weight=np.asarray([e.weight for e in examples], np.float32), prompt_key=np.asarray(keys, np.int64))
+
+
+def _control(tokenizer: PreTrainedTokenizerBase, control: Sequence[str] | None, example: Example, index: int
+             ) -> list[int]:
+    if not control:
+        return []
+    which = index if example.label is None else int(not example.label)
+    if which >= len(control):
+        raise ValueError(f"{example.source}: {len(example.responses)} responses, but control tokens for {len(control)}")
+    return list(tokenizer(control[which], add_special_tokens=False).input_ids)
+
+
+def _flat(parts: Sequence[np.ndarray], dtype: type) -> np.ndarray:
+    return np.concatenate([np.zeros(0, dtype), *parts])
+
+
+def _ends(parts: Sequence[np.ndarray]) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum([len(part) for part in parts])]).astype(np.int64)
+
+
+def _save(path: str, encoded: Encoded) -> None:
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=os.path.dirname(path), delete=False) as file:
+        np.savez(file, **dataclasses.asdict(encoded))
+    os.replace(file.name, path)  # another process may be writing the same file
+
+
+def _load(path: str) -> Encoded | None:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            return Encoded(**{field.name: arrays[field.name] for field in dataclasses.fields(Encoded)})
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        os.remove(path)  # cut short by a kill: made anew
+        return None

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finding the prompt that two conversations share: by turns where there are turns, never by token ids."""
+from __future__ import annotations
+
+import os
+import re
+
+from align_jax.core.schema import Message
+
+_TURN = re.compile(r"\n\n(Human|Assistant):")
+_ROLE = {"Human": "user", "Assistant": "assistant"}
+
+
+class Unusable(ValueError):
+    """A row that no example can be made of; its text is the reason, by which dropped rows are counted."""
+
+
+def is_transcript(text: str) -> bool:
+    """Tell whether a text is an Anthropic transcript: turns that begin with "\\n\\nHuman:" and "\\n\\nAssistant:"."""
+    return _TURN.match(text) is not None
+
+
+def turns(text: str) -> tuple[Message, ...]:
+    """Split a transcript into messages; texts stripped, turns of one speaker in a row joined by an empty line."""
+    parts = _TURN.split(text)[1:]
+    found: list[Message] = []
+    for role, content in zip(parts[::2], parts[1::2]):
+        if found and found[-1]["role"] == _ROLE[role]:
+            found[-1] = {"role": _ROLE[role], "content": f"{found[-1]['content']}\n\n{content.strip()}"}
+        else:
+            found.append({"role": _ROLE[role], "content": content.strip()})
+    return tuple(found)
+
+
+def split_messages(chosen: tuple[Message, ...], rejected: tuple[Message, ...]
+                   ) -> tuple[tuple[Message, ...], tuple[Message, ...], tuple[Message, ...]]:
+    """Split two conversations into the prompt they share and what follows in each.
+
+    The prompt is the longest run of equal turns after which both go on with the assistant.
+
+    Raises:
+        Unusable: they share no such turns.
+    """
+    shared = 0
+    while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
+        shared += 1
+    while shared and not all(len(side) > shared and side[shared]["role"] == "assistant" for side in (chosen, rejected)):
+        shared -= 1
+    if not shared:
+        raise Unusable("chosen and rejected share no prompt")
+    return chosen[:shared], chosen[shared:], rejected[shared:]
+
+
+def split_pair(chosen: str, rejected: str, *, chat: bool
+               ) -> tuple[tuple[Message, ...] | str, tuple[str | tuple[Message, ...], ...]]:
+    """Split two texts that begin alike into prompt and responses.
+
+    Transcripts become messages where the tokenizer has a chat template, and stay the plain text they are otherwise.
+    Texts without turns are split after the last white space or line of what they share, so that a word with which
+    both answers begin is not cut.
+
+    Raises:
+        Unusable: they share no prompt, or an answer is empty.
+    """
+    if is_transcript(chosen) and is_transcript(rejected):
+        prompt, *rests = split_messages(turns(chosen), turns(rejected))
+        if chat:
+            return prompt, tuple(rest[0]["content"] if len(rest) == 1 else rest for rest in rests)
+        cut = _shared_turns_end(chosen, rejected)
+    else:
+        common = os.path.commonprefix([chosen, rejected])
+        cut = max((match.end() for match in re.finditer(r"\s+", common)), default=0)
+        if len(common) == min(len(chosen), len(rejected)) and cut == len(common):
+            raise Unusable("empty response")  # one text is the whole of what they share
+    if not cut:
+        raise Unusable("chosen and rejected share no prompt")
+    if not chosen[cut:].strip() or not rejected[cut:].strip():
+        raise Unusable("empty response")
+    return chosen[:cut], (chosen[cut:], rejected[cut:])
+
+
+def _shared_turns_end(chosen: str, rejected: str) -> int:
+    """Return where the last assistant's answer begins up to which both transcripts are equal, in characters."""
+    common = len(os.path.commonprefix([chosen, rejected]))
+    ends = [match.end() for match in _TURN.finditer(chosen) if match.group(1) == "Assistant" and match.end() <= common]
+    return ends[-1] if ends else 0
