@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The modules a block is made of: linear maps (with their adapters), norms, embeddings.
+
+Parameters are stored in any float type and cast to the compute type where they are used; norms compute in float32.
+Each parameter's logical axes are declared where it is made, in a box that ``build`` takes off at once.
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from flax.core import meta
+
+from align_jax.models.lora import LoraConfig
+
+ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu_fast": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+
+class Named(flax.struct.PyTreeNode, meta.AxisMetadata):
+    """A parameter with its axes' names, while the module is being initialised."""
+
+    value: Any
+    names: tuple[str, ...] = flax.struct.field(pytree_node=False)
+
+    def unbox(self) -> Any:
+        return self.value
+
+    def replace_boxed(self, val: Any) -> Named:
+        return self.replace(value=val)
+
+    def add_axis(self, index: int, params: Mapping[str, Any]) -> Named:
+        return self.replace(names=self.names[:index] + (params["name"],) + self.names[index:])
+
+    def remove_axis(self, index: int, params: Mapping[str, Any]) -> Named:
+        return self.replace(names=self.names[:index] + self.names[index + 1:])
+
+
+def normal(std: float) -> Callable[..., jax.Array]:
+    """Return an initialiser: normal with this standard deviation."""
+    return lambda key, shape: std * jax.random.normal(key, shape, jnp.float32)
+
+
+def parameter(module: nn.Module, name: str, init: Callable[..., jax.Array], shape: tuple[int, ...],
+              axes: tuple[str, ...]) -> Any:
+    """Make or fetch a parameter.
+
+    Fetching takes whatever stands in the tree (an array, or a quantised one that knows how to become an array); shapes
+    are checked once, on import.
+    """
+    if module.is_initializing():
+        return module.param(name, lambda key: Named(init(key, shape), axes))
+    value = module.get_variable("params", name)
+    if value is None:
+        raise KeyError(f"no parameter {'/'.join((*module.path, name))} in the tree given")
+    return value
+
+
+def array(value: Any, dtype: jnp.dtype) -> jax.Array:
+    """Return a stored parameter in the compute type."""
+    return value.astype(dtype)
+
+
+class Linear(nn.Module):
+    """y = x W + b over several axes at once, with an optional low-rank adapter beside the kernel.
+
+    Attributes:
+        inputs, outputs: the contracted axes' sizes and the new ones'.
+        axes: logical names of (*inputs, *outputs).
+        lora: the adapter on this map, if any.
+    """
+
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    axes: tuple[str, ...]
+    dtype: jnp.dtype
+    bias: bool = False
+    init_std: float = 0.02
+    lora: LoraConfig | None = None
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        count = len(self.inputs)
+        shape = self.inputs + self.outputs
+        kernel = array(parameter(self, "kernel", normal(self.init_std), shape, self.axes), self.dtype)
+        y = contract(x, kernel, count)
+        if self.lora is not None:
+            y = self._adapt(x, y, kernel)
+        if self.bias:
+            names = tuple("norm" if name == "embed" else name for name in self.axes[count:])
+            bias = array(parameter(self, "bias", zeros, self.outputs, names), self.dtype)
+            y = y + jnp.expand_dims(bias, tuple(range(y.ndim - bias.ndim)))
+        return y
+
+    def _adapt(self, x: jax.Array, y: jax.Array, kernel: jax.Array) -> jax.Array:
+        lora, count = self.lora, len(self.inputs)
+        bound = 1 / math.sqrt(math.prod(self.inputs))
+        down = parameter(self, "lora_a", uniform(bound), (*self.inputs, lora.rank), (*self.axes[:count], "rank"))
+        up = parameter(self, "lora_b", zeros, (lora.rank, *self.outputs), ("rank", *self.axes[count:]))
+        down, up = array(down, self.dtype), array(up, self.dtype)
+        if lora.dropout and self.has_rng("dropout"):
+            x = nn.Dropout(lora.dropout)(x, deterministic=False)
+        delta = contract(contract(x, down, count), up, 1) * lora.scale
+        if not lora.dora:
+            return y + delta
+        magnitude = parameter(self, "lora_m", ones, self.outputs, self.axes[count:]).astype(jnp.float32)
+        # the norm is a constant for the gradient (Liu et al. 2024, DoRA, arXiv 2402.09353, section 4.3)
+        norm = jax.lax.stop_gradient(column_norm(kernel, contract(down, up, 1) * lora.scale, count))
+        factor = (magnitude / norm).astype(self.dtype)
+        return (y + delta) * jnp.expand_dims(factor, tuple(range(y.ndim - factor.ndim)))
+
+
+def contract(x: jax.Array, kernel: jax.Array, count: int) -> jax.Array:
+    """Contract the last ``count`` axes of x with the first of the kernel."""
+    return jnp.tensordot(x, kernel, axes=count)
+
+
+def column_norm(kernel: jax.Array, delta: jax.Array, count: int) -> jax.Array:
+    """Return the norm over the input axes of kernel + delta, float32 [*outputs]."""
+    merged = kernel.astype(jnp.float32) + delta.astype(jnp.float32)
+    return jnp.sqrt(jnp.sum(jnp.square(merged), axis=tuple(range(count))))
+
+
+def zeros(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Initialise with zeros."""
+    return jnp.zeros(shape, jnp.float32)
+
+
+def ones(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Initialise with ones."""
+    return jnp.ones(shape, jnp.float32)
+
+
+def uniform(bound: float) -> Callable[..., jax.Array]:
+    """Return an initialiser: uniform in [-bound, bound]."""
+    return lambda key, shape: jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+
+
+class Norm(nn.Module):
+    """RMS or layer norm over the last axes, in float32.
+
+    Attributes:
+        shape: the normalised axes' sizes.
+        kind: "rms" or "layer" (centred, with a bias).
+        offset: the scale is stored minus one (Gemma).
+    """
+
+    shape: tuple[int, ...]
+    kind: str
+    eps: float
+    offset: bool
+    dtype: jnp.dtype
+    axes: tuple[str, ...] = ("norm",)
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        over = tuple(range(-len(self.shape), 0))
+        scale = parameter(self, "scale", zeros if self.offset else ones, self.shape, self.axes).astype(jnp.float32)
+        y = x.astype(jnp.float32)
+        if self.kind == "layer":
+            y = y - jnp.mean(y, axis=over, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=over, keepdims=True) + self.eps)
+        broadcast = tuple(range(x.ndim - len(self.shape)))
+        y = y * jnp.expand_dims(scale + 1 if self.offset else scale, broadcast)
+        if self.kind == "layer":
+            bias = parameter(self, "bias", zeros, self.shape, self.axes).astype(jnp.float32)
+            y = y + jnp.expand_dims(bias, broadcast)
+        return y.astype(self.dtype)

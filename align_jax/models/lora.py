@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Low-rank adapters: what they are, where they go, and the trees of trained and frozen parameters.
+
+An adapter's parameters (``lora_a``, ``lora_b``, and DoRA's ``lora_m``) stand beside the ``kernel`` they adapt, so the
+policy's tree is the frozen base with the trained leaves laid over it: ``merge(base, trainable)``.
+
+    y = x W + scale * (x A) B
+
+References:
+    Hu et al. 2021, LoRA (arXiv 2106.09685); Kalajdzievski 2023, rsLoRA (arXiv 2312.03732); Liu et al. 2024, DoRA (arXiv
+    2402.09353), equation 5.
+"""
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+Tree = Mapping[str, Any]
+
+ATTENTION_AND_MLP = "attention/.*|mlp/.*"
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """An adapter on the linear maps whose names match.
+
+    Attributes:
+        rank: width of the bottleneck.
+        alpha: the adapter's output is scaled by alpha / rank (rank-stabilised: alpha / sqrt(rank)).
+        dropout: on the adapter's input, in training.
+        targets: regular expression matched in full against "attention/query", "attention/key", "attention/value",
+            "attention/output", "mlp/gate", "mlp/up", "mlp/down".
+        rank_stabilised: rsLoRA.
+        dora: train each output's magnitude beside the direction.
+    """
+
+    rank: int
+    alpha: float = 16.0
+    dropout: float = 0.0
+    targets: str = ATTENTION_AND_MLP
+    rank_stabilised: bool = False
+    dora: bool = False
+
+    def __post_init__(self):
+        if self.rank < 1:
+            raise ValueError(f"LoRA rank must be at least 1, got {self.rank} (for a full fine-tune leave it out)")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"LoRA dropout must be in [0, 1), got {self.dropout}")
+
+    @property
+    def scale(self) -> float:
+        """The factor on the adapter's output."""
+        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
+
+    def on(self, name: str) -> LoraConfig | None:
+        """Return the adapter for the linear map of this name, or None."""
+        return self if re.fullmatch(self.targets, name) else None
+
+
+def merge(base: Tree, trainable: Tree) -> dict[str, Any]:
+    """Lay one nested dict over another: the trainable leaves win, the rest is the base's.
+
+    Raises:
+        ValueError: a leaf on one side is a dict on the other.
+    """
+    out = dict(base)
+    for key, value in trainable.items():
+        inner = isinstance(value, Mapping)
+        if key in base and inner != isinstance(base[key], Mapping):
+            raise ValueError(f"cannot merge parameter trees: {key!r} is a leaf in one and a subtree in the other")
+        out[key] = merge(base.get(key, {}), value) if inner else value
+    return out
+
+
+def split(params: Tree, pattern: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Split a tree by its leaves' paths into (matching, the rest).
+
+    Args:
+        params: nested dict.
+        pattern: regular expression searched in "layers/attention/query/kernel"-like paths.
+
+    Returns:
+        Two trees without common leaves; ``merge`` of the two is the input.
+
+    Raises:
+        ValueError: nothing matches.
+    """
+    def walk(node: Tree, path: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        matching, rest = {}, {}
+        for key, value in node.items():
+            here = f"{path}/{key}" if path else key
+            if isinstance(value, Mapping):
+                inside, outside = walk(value, here)
+                if inside:
+                    matching[key] = inside
+                if outside:
+                    rest[key] = outside
+            else:
+                (matching if re.search(pattern, here) else rest)[key] = value
+        return matching, rest
+
+    matching, rest = walk(params, "")
+    if not matching:
+        raise ValueError(f"no parameter matches {pattern!r}; top of the tree: {sorted(params)}")
+    return matching, rest
+
+
+TARGETS = ("attention/query", "attention/key", "attention/value", "attention/output", "mlp/gate", "mlp/up", "mlp/down")
+
+
+def check_targets(lora: LoraConfig, gated: bool, experts: bool) -> None:
+    """Check that an adapter's pattern matches linear maps of the model.
+
+    Raises:
+        ValueError: it matches none.
+    """
+    known = [name for name in TARGETS if (gated or name != "mlp/gate") and not (experts and name.startswith("mlp/"))]
+    if not any(lora.on(name) for name in known):
+        raise ValueError(f"LoRA targets {lora.targets!r} match none of {known}"
+                         + ("; experts take no adapter" if experts else ""))
+
+
+def fresh(key: jax.Array, shapes: Tree, base: Tree) -> dict[str, Any]:
+    """Return an untrained adapter: A uniform in +-1/sqrt(inputs), B zero, magnitudes the base's column norms.
+
+    Args:
+        key: random key.
+        shapes: the adapted model's tree of shapes and types.
+        base: the base's parameters (read for DoRA's magnitudes only).
+    """
+    out = {}
+    for index, (name, node) in enumerate(sorted(shapes.items())):
+        if not isinstance(node, Mapping):
+            continue
+        inner = _pair(jax.random.fold_in(key, index), node, base[name]) if "lora_a" in node else fresh(
+            jax.random.fold_in(key, index), node, base[name])
+        if inner:
+            out[name] = inner
+    return out
+
+
+def _pair(key: jax.Array, shapes: Tree, base: Tree) -> dict[str, jax.Array]:
+    a, b = shapes["lora_a"], shapes["lora_b"]
+    bound = 1 / math.sqrt(math.prod(a.shape[1:-1]))  # axis 0 is the layers
+    pair = {"lora_a": jax.random.uniform(key, a.shape, a.dtype, -bound, bound), "lora_b": jnp.zeros(b.shape, b.dtype)}
+    if "lora_m" in shapes:
+        inputs = tuple(range(1, a.ndim - 1))
+        kernel = base["kernel"].astype(jnp.float32)
+        pair["lora_m"] = jnp.sqrt(jnp.sum(jnp.square(kernel), axis=inputs)).astype(shapes["lora_m"].dtype)
+    return pair

@@ -1,0 +1,184 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A model as the rest of the code sees it: pure functions over nested dicts.
+
+    model = build(config, compute_dtype="bfloat16", remat="full")
+    params = model.init(key)
+    hidden, aux = model.hidden(params, tokens, segment_ids, positions)
+    logits = model.unembed(params, hidden)
+"""
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from align_jax.models import attention as attentions
+from align_jax.models import cache as caches
+from align_jax.models import lora as loras
+from align_jax.models.cache import Cache
+from align_jax.models.config import ModelConfig
+from align_jax.models.heads import HEADS
+from align_jax.models.layers import Named
+from align_jax.models.transformer import REMAT, Decoder, Options
+
+Params = Mapping[str, Any]
+Aux = Mapping[str, Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """Pure functions of one decoder.
+
+    Attributes:
+        config: what it is.
+        options: how it is computed.
+    """
+
+    config: ModelConfig
+    options: Options
+
+    @property
+    def _module(self) -> Decoder:
+        return Decoder(self.config, self.options)
+
+    def _apply(self, params: Params, method: str, *args: Any, **keywords: Any) -> Any:
+        return self._module.apply({"params": params}, *args, method=method, **keywords)
+
+    def _boxed(self) -> Any:
+        ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+        return jax.eval_shape(lambda key, ids: self._module.init(key, ids, method="everything"),
+                              jax.random.key(0), ids)["params"]
+
+    def init(self, key: jax.Array, dtype: Any = jnp.float32) -> dict[str, Any]:
+        """Return random parameters (normal, the config's initializer_range) as nested dicts.
+
+        Args:
+            key: random key.
+            dtype: the parameters' type.
+        """
+        boxed = self._module.init(key, jnp.zeros((1, 1), jnp.int32), method="everything")["params"]
+        return jax.tree.map(lambda box: box.value.astype(dtype), boxed, is_leaf=lambda node: isinstance(node, Named))
+
+    def axes(self) -> dict[str, Any]:
+        """Return the tree of tuples of logical axis names, parallel to the parameters."""
+        return jax.tree.map(lambda box: box.names, self._boxed(), is_leaf=lambda node: isinstance(node, Named))
+
+    def shapes(self, dtype: Any = jnp.float32) -> dict[str, Any]:
+        """Return the parameters' shapes as a tree of jax.ShapeDtypeStruct."""
+        return jax.tree.map(lambda box: jax.ShapeDtypeStruct(box.value.shape, jnp.dtype(dtype)), self._boxed(),
+                            is_leaf=lambda node: isinstance(node, Named))
+
+    def hidden(self, params: Params, tokens: Int[Array, "N T"], segment_ids: Int[Array, "N T"],
+               positions: Int[Array, "N T"], prefix_ids: Int[Array, "N T"] | None = None, *,
+               dropout_key: jax.Array | None = None) -> tuple[Float[Array, "N T D"], Aux]:
+        """Return the states after the final norm, in the compute type.
+
+        Args:
+            params: nested dict (the base, or the base with adapters laid over it).
+            tokens, segment_ids, positions, prefix_ids: as in core.schema.Batch.
+            dropout_key: turns on what dropout the options ask for.
+
+        Returns:
+            hidden; and auxiliary scalars: of a mixture of experts ``load_balancing``, else none.
+        """
+        rngs = None if dropout_key is None else {"dropout": dropout_key}
+        return self._apply(params, "hidden", tokens, segment_ids, positions, prefix_ids, rngs=rngs)
+
+    def unembed(self, params: Params, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
+        """Return the logits, float32, soft cap included; lowest float32 for padded rows of the vocabulary."""
+        return self._apply(params, "unembed", hidden)
+
+    def head(self, params: Params, name: str, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch"]:
+        """Return a scalar head's output ("score" or "value"), float32.
+
+        Raises:
+            KeyError: a head that the model was not built with.
+        """
+        if name not in self.options.heads:
+            raise KeyError(f"the model was built with heads {self.options.heads}, not {name!r}")
+        return self._apply(params, "head", name, hidden)
+
+    def init_cache(self, rows: int, length: int, dtype: Any = None) -> Cache:
+        """Return an empty cache for ``rows`` rows of up to ``length`` tokens (type: the compute type)."""
+        c, dtype = self.config, dtype or self.options.dtype
+        shape = (c.num_layers, rows, length, c.num_kv_heads, c.head_width)
+        return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((rows, length), jnp.int32),
+                     jnp.zeros((rows, length), jnp.int32), jnp.zeros((rows,), jnp.int32))
+
+    def cache_axes(self) -> Cache:
+        """Return the cache's logical axes."""
+        return caches.AXES
+
+    def prefill(self, params: Params, tokens: Int[Array, "N T"], segment_ids: Int[Array, "N T"],
+                positions: Int[Array, "N T"], cache: Cache, prefix_ids: Int[Array, "N T"] | None = None
+                ) -> tuple[Float[Array, "N T D"], Cache]:
+        """Run prompts through the model and keep their keys and values, in slots [0, T) of an empty cache.
+
+        Rows may be padded on either side; a row's next slot is the one behind its last real token.
+
+        Raises:
+            ValueError: the cache is shorter than the prompts.
+        """
+        if tokens.shape[1] > cache.segment_ids.shape[1]:
+            raise ValueError(f"prefill: {tokens.shape[1]} tokens do not fit a cache of {cache.segment_ids.shape[1]}")
+        return self._apply(params, "prefill", tokens, segment_ids, positions, prefix_ids, cache)
+
+    def decode(self, params: Params, token: Int[Array, "N"], position: Int[Array, "N"], cache: Cache
+               ) -> tuple[Float[Array, "N D"], Cache]:
+        """Run one further token a row, which continues the segment of the row's last token.
+
+        Args:
+            token: int32 [N].
+            position: its rotary position, int32 [N].
+            cache: what the row has seen; a row whose cache is full is left as it is (its result is then meaningless).
+        """
+        return self._apply(params, "decode", token, position, cache)
+
+    def init_adapter(self, key: jax.Array, base: Params, dtype: Any = jnp.float32) -> dict[str, Any]:
+        """Return a fresh adapter for these base parameters: random A, zero B, and DoRA's magnitudes of the base.
+
+        Raises:
+            ValueError: the model was built without an adapter.
+        """
+        if self.options.lora is None:
+            raise ValueError("the model was built without lora=LoraConfig(...)")
+        return loras.fresh(key, self.shapes(dtype), base)
+
+
+def build(config: ModelConfig, *, compute_dtype: Any = "bfloat16", remat: str = "full", attention: str = "auto",
+          lora: loras.LoraConfig | None = None, heads: tuple[str, ...] = (), unembed: bool | None = None,
+          dropout: float = 0.0) -> Model:
+    """Return the pure functions of a decoder.
+
+    Args:
+        config: what the model is.
+        compute_dtype: "bfloat16" or "float32"; parameters are cast where they are used.
+        remat: what the backward pass finds saved: "none" (all saved), "dots" (matrix products without batch axes),
+            "attention" (attention's outputs), "full" (each layer's input only).
+        attention: a name from ``attention.ATTENTION``, or "auto".
+        lora: the policy's adapter; None for the base alone.
+        heads: scalar heads: "score" (a linear map, as transformers' sequence classification), "value" (linear, with
+            bias), "value_mlp" (HALOs': three layers on hidden states without gradient).
+        unembed: whether there is a language-model head; default: not beside a "score" head.
+        dropout: on embeddings and on each residual branch; acts only where a ``dropout_key`` is given.
+
+    Raises:
+        KeyError: an unknown name.
+        ValueError: an adapter's targets match nothing.
+    """
+    for what, name, known in (("remat policy", remat, REMAT), *(("head", head, HEADS) for head in heads)):
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            raise KeyError(f"unknown {what} {name!r}; known: {', '.join(known)}"
+                           + (f"; did you mean {near[0]!r}?" if near else ""))
+    attentions.choose(attention)
+    if lora is not None:
+        loras.check_targets(lora, config.gated, bool(config.num_experts))
+    options = Options(dtype=jnp.dtype(compute_dtype), remat=remat, attention=attention, lora=lora, heads=tuple(heads),
+                      unembed="score" not in heads if unembed is None else unembed, dropout=dropout)
+    return Model(config, options)

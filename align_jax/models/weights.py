@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How a family's tensors correspond to ours: one invertible map for import, export and the round trip.
+
+A ``Weight`` says where one of our parameters (one layer of it) stands in the checkpoint, and how the two are laid out:
+
+    Weight("model.layers.{layer}.self_attn.q_proj.weight", "layers/attention/query/kernel", "(H h) D -> D H h")
+
+Letters are the dimensions of core/schema.py with their sizes from the configuration.  A part of a fused tensor is named
+by a digit, ``(3:0 H h)`` (entry 0 of an axis of size 3), or by a span of rows of its first axis.
+"""
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from align_jax.models.config import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """One of our parameters in a checkpoint.
+
+    Attributes:
+        name: tensor name, with {layer} (and {expert}) where there is one each.
+        path: our path, "/"-separated; under "layers/" it has a leading axis of layers.
+        layout: "theirs -> ours"; theirs may group letters: "(H h) D".
+        span: (start, length) of the tensor's first axis, where it holds several parameters one after the other.
+    """
+
+    name: str
+    path: str
+    layout: str
+    span: tuple[int, int] | None = None
+
+    @property
+    def stacked(self) -> bool:
+        """Whether there is one tensor a layer."""
+        return "{layer}" in self.name
+
+    @property
+    def by_expert(self) -> bool:
+        """Whether there is one tensor an expert."""
+        return "{expert}" in self.name
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A parsed ``Weight.layout`` with sizes.
+
+    Attributes:
+        theirs: for each axis of the tensor, its letters (outermost first).
+        ours: our letters, in order.
+        sizes: letter -> size; a selected axis "n:i" has size n.
+    """
+
+    theirs: tuple[tuple[str, ...], ...]
+    ours: tuple[str, ...]
+    sizes: Mapping[str, int]
+
+    @property
+    def our_shape(self) -> tuple[int, ...]:
+        """Our shape, one layer (and expert) of it."""
+        return tuple(self.sizes[letter] for letter in self.ours)
+
+    @property
+    def their_shape(self) -> tuple[int, ...]:
+        """The shape of the tensor (of the span, where there is one)."""
+        return tuple(math.prod(self.sizes[letter] for letter in group) for group in self.theirs)
+
+    def _split(self, shape: Sequence[int]) -> list[tuple[int, ...]]:
+        # a group is read whole but for its outermost letter, which takes what is left of the axis
+        parts = []
+        for group, size in zip(self.theirs, shape):
+            inner = [self.sizes[letter] for letter in group[1:]]
+            parts.append((size // math.prod(inner), *inner))
+        return parts
+
+    def bounds(self, index: Sequence[slice]) -> tuple[slice, ...]:
+        """Return which part of the tensor holds this part of ours (more than that where inner letters are sliced)."""
+        wanted = dict(zip(self.ours, index))
+        out = []
+        for group in self.theirs:
+            inner = math.prod(self.sizes[letter] for letter in group[1:])
+            start, stop, _ = wanted.get(group[0], slice(None)).indices(self.sizes[group[0]])
+            if ":" in group[0]:
+                start = int(group[0].split(":")[1])
+                stop = start + 1
+            out.append(slice(start * inner, stop * inner))
+        return tuple(out)
+
+    def to_ours(self, tensor: np.ndarray, index: Sequence[slice]) -> np.ndarray:
+        """Turn the part of the tensor that ``bounds(index)`` names into this part of ours."""
+        wanted = dict(zip(self.ours, index))
+        letters = [letter for group in self.theirs for letter in group]
+        grid = tensor.reshape([size for part in self._split(tensor.shape) for size in part])
+        first = {group[0] for group in self.theirs}
+        picks = tuple((0 if letter in first else int(letter.split(":")[1])) if ":" in letter
+                      else slice(None) if letter in first else wanted.get(letter, slice(None)) for letter in letters)
+        kept = [letter for letter in letters if ":" not in letter]
+        return grid[picks].transpose([kept.index(letter) for letter in self.ours])
+
+    def to_theirs(self, ours: np.ndarray, tensor: np.ndarray) -> None:
+        """Write one of our parameters (one layer of it, whole) into its place in a tensor."""
+        letters = [letter for group in self.theirs for letter in group]
+        grid = tensor.reshape([size for part in self._split(tensor.shape) for size in part])
+        picks = tuple(int(letter.split(":")[1]) if ":" in letter else slice(None) for letter in letters)
+        kept = [letter for letter in letters if ":" not in letter]
+        grid[picks] = ours.transpose([self.ours.index(letter) for letter in kept])
+
+
+def parse(weight: Weight, config: ModelConfig) -> Layout:
+    """Read a layout string."""
+    theirs, ours = (side.strip() for side in weight.layout.split("->"))
+    groups, inside = [], False
+    for token in theirs.replace("(", " ( ").replace(")", " ) ").split():
+        if token == "(":
+            groups.append([])
+            inside = True
+        elif token == ")":
+            inside = False
+        elif inside:
+            groups[-1].append(token)
+        else:
+            groups.append([token])
+    sizes = config.sizes
+    letters = {letter for group in groups for letter in group}
+    resolved = {letter: int(letter.split(":")[0]) if letter[0].isdigit() else sizes[letter] for letter in letters}
+    return Layout(tuple(tuple(group) for group in groups), tuple(ours.split()), resolved)
+
+
+def names(weight: Weight, config: ModelConfig) -> list[str]:
+    """Return the names of the tensors of all layers and experts."""
+    layers = range(config.num_layers) if weight.stacked else (0,)
+    experts = range(config.num_experts) if weight.by_expert else (0,)
+    return [weight.name.format(layer=layer, expert=expert) for layer in layers for expert in experts]
+
+
+def norm(name: str, path: str, kind: str, letters: str = "D") -> list[Weight]:
+    """Return a norm's scale, and its bias if it is a layer norm."""
+    out = [Weight(f"{name}.weight", f"{path}/scale", f"{letters} -> {letters}")]
+    return out + ([Weight(f"{name}.bias", f"{path}/bias", f"{letters} -> {letters}")] if kind == "layer" else [])
+
+
+def linear(name: str, path: str, layout: str, bias: str = "", *, span: tuple[int, int] | None = None) -> list[Weight]:
+    """Return a linear map's kernel, and its bias if that has a layout."""
+    out = [Weight(f"{name}.weight", f"{path}/kernel", layout, span)]
+    return out + ([Weight(f"{name}.bias", f"{path}/bias", bias, span)] if bias else [])
