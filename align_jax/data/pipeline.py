@@ -287,7 +287,8 @@ def _units_in_step(shape: Shape, layout: str) -> int:
     return shape.groups if layout == "plain" else shape.rows
 
 
-def _fill(cuts: planning.Cuts, layout: str, units: np.ndarray, shape: Shape) -> dict[str, float]:
+def _fill(cuts: planning.Cuts, layout: str, units: np.ndarray, shape: Shape
+          ) -> dict[str, int | float]:
     """Report how full rows and groups are, on average over an epoch."""
     used = [cuts.cuts[group] for group in units[units != FILLER]]
     copies = shape.responses if layout != "shared_prefix" else 1
