@@ -98,7 +98,7 @@ class Pipeline:
         responses = self.shape.responses
         rows = batching.Rows(self.shape.rows // count, self.shape.length, self.shape.positions, self.shape.slots,
                              self._pad, shared=self.layout == "shared_prefix")
-        for number, unit in enumerate(mine):
+        for number, unit in enumerate(mine.tolist()):
             pieces = [_EMPTY if group == FILLER else batching.piece_of(self._encoded, group, self._cuts[group])
                       for group in unit]
             if self.layout == "plain":
