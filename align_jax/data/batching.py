@@ -120,11 +120,11 @@ def best_fit(lengths: Sequence[int], capacity: int, limit: int) -> list[list[int
 class Piece:
     """A group (or, in the plain layout, one response of it) as it goes into a row."""
 
-    prompt: Int[np.ndarray, "p"]
-    responses: tuple[tuple[Int[np.ndarray, "r"], Bool[np.ndarray, "r"]], ...]
+    prompt: Int[np.ndarray, "_"]
+    responses: tuple[tuple[Int[np.ndarray, "_"], Bool[np.ndarray, "_"]], ...]
 
 
-def cut_prompt(prompt: Int[np.ndarray, "p"], cut: Cut) -> Int[np.ndarray, "q"]:
+def cut_prompt(prompt: Int[np.ndarray, "_"], cut: Cut) -> Int[np.ndarray, "_"]:
     """Return what a cut leaves of a prompt."""
     if cut.head + cut.tail >= len(prompt):
         return prompt

@@ -61,11 +61,11 @@ class Encoded:
         """The number of responses in a group."""
         return self.scores.shape[1]
 
-    def prompt(self, group: int) -> Int[np.ndarray, "t"]:
+    def prompt(self, group: int) -> Int[np.ndarray, "_"]:
         """Return a group's prompt."""
         return self.prompt_ids[self.prompt_ends[group]:self.prompt_ends[group + 1]]
 
-    def response(self, group: int, index: int) -> tuple[Int[np.ndarray, "t"], Bool[np.ndarray, "t"]]:
+    def response(self, group: int, index: int) -> tuple[Int[np.ndarray, "_"], Bool[np.ndarray, "_"]]:
         """Return a response's tokens and loss mask."""
         number = group * self.responses + index
         part = slice(self.response_ends[number], self.response_ends[number + 1])
