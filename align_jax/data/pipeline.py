@@ -184,7 +184,7 @@ def make_pipeline(examples: Examples, tokenizer: PreTrainedTokenizerBase, *, bat
         batch_size: B, groups in a step on the whole mesh (in packed rows some stay empty).
         max_length: tokens of prompt and response together.
         layout, row_length, groups_per_row, row_multiple: see ``planning.plan_shape``; ``groups_per_row`` is chosen
-            from the mean length where None, ``row_length`` is the longest group's.
+            from the mean length where None.
         truncation, max_prompt_length: see ``batching.truncate``.
         trim: shorten plain rows to the longest example, rounded up to a multiple of 8.
         seed: of the order of examples.
@@ -222,12 +222,12 @@ def make_pipeline(examples: Examples, tokenizer: PreTrainedTokenizerBase, *, bat
         if trim:
             max_length = min(max_length, -(-int(lengths.max()) // 8) * 8)
     else:
-        row_length = planning.round_up(int(lengths.max())) if row_length is None else row_length
+        row_length = responses * max_length if row_length is None else row_length
         if lengths.max() > row_length:
             raise ValueError(f"row_length {row_length} is shorter than the longest group of {responses} responses, "
                              f"{lengths.max()} tokens (layout {layout}): raise it, or lower max_length {max_length}")
         groups_per_row = groups_per_row or planning.choose_groups_per_row(
-            lengths[lengths > 0], row_length, batch_size, multiple)
+            lengths[lengths > 0].tolist(), row_length, batch_size, multiple)
     shape = planning.plan_shape(responses=responses, batch_size=batch_size, layout=layout, max_length=max_length,
                                 row_length=row_length, groups_per_row=groups_per_row, row_multiple=multiple)
     each = shape.groups // _units_in_step(shape, layout)
