@@ -9,7 +9,6 @@ first compile.
 from __future__ import annotations
 
 import difflib
-import json
 from typing import Any, Iterable, Mapping
 
 from ml_collections import ConfigDict
@@ -36,13 +35,14 @@ def defaults() -> ConfigDict:
     m.compute_dtype = "bfloat16"  # of activations and matrix products; float32 on a CPU
     m.remat = "full"  # what the backward pass recomputes; see models.transformer.REMAT
     m.attention = "auto"  # a key of models.attention.ATTENTION; auto = the platform's fastest
+    m.value_head = "value"  # of objectives with values: value (linear) or value_mlp (three layers, detached states)
     m.freeze = ()  # regular expressions: parameters whose path matches are not trained
     m.quantize = ""  # "int8" or "nf4": hold the frozen base quantized (with lora.rank > 0)
     m.lora = lora = ConfigDict()
     lora.rank = 0  # 0 = full fine-tune
     lora.alpha = 16.0  # the adapter's output is scaled by alpha / rank (rslora: alpha / sqrt(rank))
     lora.dropout = 0.0
-    lora.targets = ("q", "k", "v", "o", "gate", "up", "down")  # names or regular expressions of the adapted matrices
+    lora.targets = "attention/.*|mlp/.*"  # regular expression of the adapted matrices, as attention/query, mlp/down
     lora.rslora = False
     lora.dora = False
     lora.path = ""  # a PEFT adapter to start from
@@ -70,6 +70,7 @@ def defaults() -> ConfigDict:
     d.options = ConfigDict()  # keyword arguments of the conversion between data kinds
     d.shuffle = True
     d.prefetch = 2  # batches made ahead on the host
+    d.cache = ""  # folder of the tokenized data; "" = not kept
 
     c.objective = o = ConfigDict()
     o.name = "dpo"  # a key of losses.OBJECTIVES, or a sum of several: "dpo+sft"
@@ -152,6 +153,7 @@ def choose(table: Mapping[str, Any], name: str, key: str) -> Any:
 CHOICES: Mapping[str, tuple[Any, ...]] = {
     "model.param_dtype": ("float32", "bfloat16"),
     "model.compute_dtype": ("float32", "bfloat16"),
+    "model.value_head": ("value", "value_mlp"),
     "model.quantize": ("", "int8", "nf4"),
     "reference.dtype": ("float32", "bfloat16", "float16"),
     "reference.mode": ("in_graph", "cached"),
@@ -234,8 +236,3 @@ def resolve_steps(config: ConfigDict, steps_per_epoch: float) -> int:
     if config.total_epochs:
         return max(1, round(config.total_epochs * steps_per_epoch))
     return max(1, config.total_examples // config.batch_size)
-
-
-def to_json(config: ConfigDict) -> str:
-    """Return the config as JSON text, keys sorted: what is saved beside a run and compared on resuming."""
-    return json.dumps(json.loads(config.to_json_best_effort()), indent=2, sort_keys=True)

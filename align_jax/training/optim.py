@@ -13,13 +13,21 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from align_jax.core.config import choose
 
 Schedule = Callable[[Any], Any]
-DECAYED = ("kernel", "embedding", "lora_a", "lora_b")  # parameters' own names; norms and biases have others
+# Every parameter's own name is in exactly one of these: matrices decay, what scales or shifts a feature does not.
+DECAYED = ("kernel", "tokens", "positions", "router", "gate", "up", "down", "lora_a", "lora_b")
+NOT_DECAYED = ("scale", "bias", "lora_m")
 
 
 def _decay_mask(params: Any) -> Any:
-    """Tell for each parameter whether weight decay applies: to kernels, embeddings and adapters, by name."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: str(getattr(path[-1], "key", path[-1])) in DECAYED, params)
+    """Tell for each parameter whether weight decay applies, by its name; an unknown name is an error."""
+    def decays(path: tuple[Any, ...], _: Any) -> bool:
+        name = str(getattr(path[-1], "key", path[-1]))
+        if (name in DECAYED) == (name in NOT_DECAYED):
+            raise ValueError(f"parameter {jax.tree_util.keystr(path)}: its name {name!r} must be in exactly one of "
+                             "training.optim.DECAYED and NOT_DECAYED")
+        return name in DECAYED
+
+    return jax.tree_util.tree_map_with_path(decays, params)
 
 
 def _adamw(rate: Schedule, *, weight_decay: float, b1: float, b2: float, eps: float,

@@ -1,0 +1,319 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Train a model on preferences.
+
+    python -m align_jax.train --config=configs/dpo_7b.py --workdir=gs://bucket/run [--config.any.key=value ...]
+
+    config ─ data ─ models ─ plan ─ weights ─┬─ batch ─ step ─ metrics ─┬─ checkpoint, evaluation
+                                             └──────────◄───────────────┘
+"""
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple, Sequence
+
+from absl import app, flags
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict, config_flags
+
+from align_jax import losses
+from align_jax.core import config as configs
+from align_jax.core import metrics
+from align_jax.core.progress import Progress
+from align_jax.data import datasets, pipeline
+from align_jax.data.datasets import Examples
+from align_jax.data.pipeline import Pipeline
+from align_jax.data.tokenizer import load_tokenizer
+from align_jax.losses.objective import Term, data_kind
+from align_jax.models import hf
+from align_jax.models.config import ModelConfig
+from align_jax.models.lora import LoraConfig
+from align_jax.parallel import distributed
+from align_jax.parallel.mesh import make_mesh, row_shards
+from align_jax.parallel.sharding import put_batch
+from align_jax.training import assembly, optim, placement
+from align_jax.training import workdir as record
+from align_jax.training.checkpoint import Checkpoints
+from align_jax.training.steps import Recipe
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with its argument after a colon.", lock_config=True)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: a local path or gs://...; restarting resumes it.")
+
+
+class Setting(NamedTuple):
+    """What a config means before any weight or example is read."""
+
+    terms: tuple[Term, ...]
+    tokenizer: Any
+    model_config: ModelConfig
+    models: assembly.Models
+    kind: str
+
+
+def objective_terms(config: ConfigDict) -> tuple[Term, ...]:
+    """Resolve the objective and its options."""
+    options = {key: value for key, value in config.objective.items() if key not in ("name", "weights")}
+    return losses.resolve(config.objective.name, options, config.objective.weights or None)
+
+
+def settle(config: ConfigDict) -> Setting:
+    """Turn a config into terms, tokenizer and models; every mistake that needs no data is found here.
+
+    Raises:
+        ValueError, KeyError, FileNotFoundError: what was expected, what was got, the nearest fix.
+    """
+    configs.validate(config)
+    terms = objective_terms(config)
+    tokenizer = load_tokenizer(config.tokenizer or config.model.path or "byte",
+                               chat_template=config.data.chat_template or None)
+    if config.model.path:
+        model_config = hf.load_config(config.model.path)
+    else:
+        fields = {"vocab_size": len(tokenizer), **config.model.config.to_dict()}
+        model_config = hf.config_from({"model_type": config.model.family, **fields})
+    if len(tokenizer) > model_config.vocab_size:
+        raise ValueError(f"the tokenizer {config.tokenizer or config.model.path!r} has {len(tokenizer)} tokens, the "
+                         f"model's vocabulary only {model_config.vocab_size}; use the model's own tokenizer")
+    if config.max_length > model_config.max_positions:
+        raise ValueError(f"config.max_length = {config.max_length} exceeds the {model_config.max_positions} positions "
+                         "of the model (max_position_embeddings)")
+    if config.reference.mode == "cached" and any("kl" in term.needs for term in terms):
+        raise ValueError(f"config.reference.mode = 'cached' keeps token log-probabilities; {config.objective.name} needs "
+                         "whole distributions of the reference; use in_graph")
+    rank, options = config.model.lora.rank, config.model.lora
+    lora = LoraConfig(rank, alpha=options.alpha, dropout=options.dropout, targets=options.targets,
+                      rank_stabilised=options.rslora, dora=options.dora) if rank else None
+    models = assembly.make_models(
+        model_config, terms, compute_dtype=config.model.compute_dtype, remat=config.model.remat,
+        attention=config.model.attention, lora=lora, value_head=config.model.value_head)
+    return Setting(terms, tokenizer, model_config, models, data_kind(terms))
+
+
+def make_recipe(config: ConfigDict, setting: Setting, total_steps: int) -> Recipe:
+    """Put together what the steps are compiled from."""
+    o = config.optimizer
+    schedule = optim.make_schedule(learning_rate=o.learning_rate, schedule=o.schedule, total_steps=total_steps,
+                                   warmup_steps=o.warmup_steps, warmup_fraction=o.warmup_fraction,
+                                   final_fraction=o.final_fraction)
+    optimizer = optim.make_optimizer(schedule, name=o.name, weight_decay=o.weight_decay, clip_norm=o.clip_norm, b1=o.b1,
+                                     b2=o.b2, eps=o.eps, moment_dtype=o.moment_dtype)
+    return Recipe(setting.models.policy, setting.models.base, setting.terms, optimizer, schedule,
+                  microbatches=config.microbatches, seed=config.seed, value_head=config.model.value_head,
+                  sync_every_steps=config.reference.sync_every_steps, mix=config.reference.mix)
+
+
+def make_plan(config: ConfigDict, recipe: Recipe, mesh: Mesh) -> assembly.Plan:
+    """Say what lies where on the mesh."""
+    frozen_dtype = config.reference.dtype
+    return assembly.make_plan(
+        recipe, mesh, param_dtype=config.model.param_dtype, frozen_dtype=frozen_dtype, freeze=config.model.freeze,
+        other_reference=bool(config.reference.path), reference_in_graph=config.reference.mode == "in_graph")
+
+
+def check_rows(rows: int, shards: int, microbatches: int) -> None:
+    """Raise a ValueError where a step's rows do not divide over the devices in every microbatch."""
+    if rows % (shards * microbatches):
+        raise ValueError(f"a step has {rows} rows; the mesh splits them over {shards} devices (data * fsdp * expert) in "
+                         f"{microbatches} microbatches, so rows must be a multiple of {shards * microbatches}: change "
+                         "config.batch_size, config.microbatches or config.mesh")
+
+
+class Run(NamedTuple):
+    """A run ready to step: everything the loop touches."""
+
+    config: ConfigDict
+    workdir: str
+    mesh: Mesh
+    setting: Setting
+    recipe: Recipe
+    plan: assembly.Plan
+    train: Pipeline
+    eval: Pipeline | None
+    examples: Examples
+    total_steps: int
+
+
+def read_data(config: ConfigDict, setting: Setting) -> tuple[Examples, Examples | None]:
+    """Read the training and the held-out examples; every malformed row is found here."""
+    d = config.data
+    load = functools.partial(
+        datasets.load, kind=setting.kind, chat=bool(setting.tokenizer.chat_template), seed=config.seed,
+        format=None if d.format == "auto" else d.format, columns=d.columns.to_dict(), **d.options.to_dict())
+    examples = load(d.train.split(","), weights=tuple(d.weights) or None)
+    if d.eval:
+        return examples, load(d.eval.split(","), limit=config.eval.max_examples or None)
+    return datasets.hold_out(examples, d.eval_fraction, most=config.eval.max_examples, seed=config.seed)
+
+
+def make_pipelines(config: ConfigDict, setting: Setting, examples: Examples, held_out: Examples | None,
+                   ) -> tuple[Pipeline, Pipeline | None]:
+    """Tokenize and pack both sets; the held-out one in fixed order, once."""
+    d = config.data
+    make = functools.partial(
+        pipeline.make_pipeline, tokenizer=setting.tokenizer, layout=d.layout, max_length=config.max_length,
+        row_length=config.row_length or config.max_length, groups_per_row=d.groups_per_row or None,
+        truncation=d.truncation, max_prompt_length=d.max_prompt_length or None, seed=config.seed, prefetch=d.prefetch,
+        mismatched=any(term.objective.mismatched for term in setting.terms), process_index=jax.process_index(),
+        process_count=jax.process_count(), cache=d.cache or None)
+    train = make(examples, batch_size=config.batch_size, shuffle=d.shuffle, repeat=True)
+    if held_out is None:
+        return train, None
+    return train, make(held_out, batch_size=config.eval.batch_size or config.batch_size, shuffle=False, repeat=False)
+
+
+def prepare(config: ConfigDict, workdir: str) -> Run:
+    """Check the config, index the data, plan the parameters; nothing is compiled and no weight is read.
+
+    Raises:
+        ValueError, KeyError, FileNotFoundError: a mistake in the config, the data or the workdir.
+    """
+    setting = settle(config)
+    record.check(workdir, config.to_dict())
+    mesh = make_mesh(config.mesh.to_dict())
+    examples, held_out = read_data(config, setting)
+    train, held = make_pipelines(config, setting, examples, held_out)
+    check_rows(train.shape.rows, row_shards(mesh), config.microbatches)
+    if held is not None:
+        check_rows(held.shape.rows, row_shards(mesh), 1)
+    total = configs.resolve_steps(config, train.steps_per_epoch)
+    recipe = make_recipe(config, setting, total)
+    plan = make_plan(config, recipe, mesh)
+    return Run(config, workdir, mesh, setting, recipe, plan, train, held, examples, total)
+
+
+def start(run: Run, checkpoints: Checkpoints) -> tuple[int, Any, Any, dict[str, Any]]:
+    """Load the weights, or restore the state of a run that is to go on.
+
+    Returns:
+        (finished steps, state, frozen, what was saved beside the state).
+    """
+    config, which = run.config, str(run.config.checkpoint.restore)
+    frozen = assembly.load_frozen(run.recipe, run.plan, path=config.model.path, seed=config.seed,
+                                  reference_path=config.reference.path)
+    restored = checkpoints.restore(run.plan.state, which, rewind=True)
+    if restored is None:
+        trained = assembly.load_trained(run.recipe, run.plan, frozen, path=config.model.path, seed=config.seed)
+        return 0, assembly.first_state(run.recipe, run.plan, trained), frozen, {}
+    own = checkpoints.last_good() == restored.step
+    return (restored.step if own else 0), restored.state, frozen, restored.extra
+
+
+def evaluate(run: Run, step: Any, state: Any, frozen: Any) -> dict[str, float]:
+    """Run the eval step over the held-out set and return its means, named ``eval/...``."""
+    sums = None
+    for batch in run.eval.iterator():
+        sums = metrics.add_sums(sums, step(state, frozen, put_batch(run.mesh, batch)))
+    return {f"eval/{name}": value for name, value in metrics.means(sums).items()}
+
+
+def rows_of(run: Run, step: int) -> str:
+    """Name the rows of a step's batch, for an error's reader."""
+    places = [run.examples[i].source for i in run.train.examples_of(step - 1)]
+    return ", ".join(places[:8]) + (f" and {len(places) - 8} more" if len(places) > 8 else "")
+
+
+def train(config: ConfigDict, workdir: str) -> dict[str, float]:
+    """Train; resume if the workdir holds a run of the same config.
+
+    Args:
+        config: see ``core.config.defaults``.
+        workdir: local path or gs://...
+
+    Returns:
+        The last evaluation's metrics, {} without one.
+    """
+    distributed.start()
+    run = prepare(config, workdir)
+    main_process, c = jax.process_index() == 0, config.checkpoint
+    if main_process:
+        record.write_record(workdir, config.to_dict())
+    checkpoints = Checkpoints(workdir, every_steps=c.every_steps, keep=c.keep, best_metric=c.best_metric.lstrip("-"),
+                              best_mode="min" if c.best_metric.startswith("-") else "max")
+    with jax.set_mesh(run.mesh), checkpoints, distributed.stop_signal() as stop:
+        first, state, frozen, extra = start(run, checkpoints)
+        writers = metrics.open_writers(workdir, start_step=first, tensorboard=config.log.tensorboard,
+                                       wandb=config.log.wandb, config=config.to_dict()) if main_process else []
+        bar = Progress(run.total_steps, start_step=first, every_steps=config.log.every_steps, shown=main_process)
+        recorder = metrics.Recorder(writers, bar, every_steps=config.log.every_steps, start_step=first,
+                                    start_tokens=extra.get("num_tokens", 0))
+        for line in describe(run):
+            recorder.note(line)
+        try:
+            return loop(run, checkpoints, recorder, stop, first, state, frozen)
+        finally:
+            recorder.close()
+
+
+def loop(run: Run, checkpoints: Checkpoints, recorder: metrics.Recorder, stop: Any, first: int, state: Any,
+         frozen: Any) -> dict[str, float]:
+    """Step until the end or a stop signal; log, evaluate and save on schedule."""
+    config, last_eval = run.config, {}
+    train_step = placement.jit_train_step(run.recipe, run.plan.state, run.mesh)
+    eval_step = placement.jit_eval_step(run.recipe, run.mesh)
+
+    def check(arrived: tuple[int, dict[str, float]] | None) -> None:
+        if arrived is not None:
+            step, values = arrived
+            metrics.check_finite(values, step=step, saved=checkpoints.last_good(), position=rows_of(run, step))
+
+    if run.eval is not None and first == 0:
+        last_eval = evaluate(run, eval_step, state, frozen)
+        recorder.write(0, last_eval)
+        recorder.note(summary(0, last_eval))
+    batches = run.train.iterator(first)
+    for step in range(first + 1, run.total_steps + 1):
+        batch = put_batch(run.mesh, next(batches))
+        with jax.transfer_guard("disallow"):
+            state, values = train_step(state, frozen, batch)
+        check(recorder.push(step, values))
+        done, stopping = step == run.total_steps, stop(step)
+        evaluating = run.eval is not None and (
+            done or config.eval.every_steps and step % config.eval.every_steps == 0)
+        saving = done or stopping or checkpoints.due(step)
+        if evaluating or saving:
+            check(recorder.flush())
+            with recorder.paused():
+                if evaluating:
+                    last_eval = evaluate(run, eval_step, state, frozen)
+                    recorder.write(step, last_eval)
+                    recorder.note(summary(step, last_eval))
+                if saving:
+                    checkpoints.save(step, state, {"num_tokens": recorder.num_tokens},
+                                     last_eval if evaluating else None, wait=done or stopping)
+        if stopping and not done:
+            recorder.note(f"stopped by a signal after step {step}, which is saved; the same command resumes")
+            break
+    return last_eval
+
+
+def describe(run: Run) -> list[str]:
+    """Say in a few lines what is about to run."""
+    shape, mesh = run.train.shape, {axis: size for axis, size in run.mesh.shape.items() if size > 1}
+    trained, frozen = assembly.count(run.plan.trained), assembly.count(run.plan.frozen)
+    return [
+        f"{run.config.objective.name}: {run.train.num_examples} examples, {run.total_steps} steps of "
+        f"{shape.groups} groups in {shape.rows} rows of {shape.length} tokens",
+        f"parameters: {trained:,} trained, {frozen:,} frozen; devices: {jax.device_count()} "
+        f"{jax.devices()[0].device_kind} {mesh or ''}",
+        "data: " + ", ".join(f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
+                             for name, value in {**run.examples.report, **run.train.report}.items()),
+    ]
+
+
+def summary(step: int, values: dict[str, float]) -> str:
+    """Write an evaluation on one line."""
+    shown = ("loss", "rewards/accuracies", "rewards/margins", "accuracy", "margin", "nll", "kl")
+    found = [f"{name} {values[f'eval/{name}']:.4g}" for name in shown if f"eval/{name}" in values]
+    return f"eval at step {step}: " + ", ".join(found)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run from the command line."""
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown arguments {argv[1:]}; flags are --config, --config.KEY=VALUE and --workdir")
+    train(_CONFIG.value, _WORKDIR.value)
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["config", "workdir"])
+    app.run(main)

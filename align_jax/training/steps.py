@@ -1,0 +1,352 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The train step and the eval step: pure functions of (state, frozen, batch), the same for every objective.
+
+    state   = {"step", "params": what is trained, "opt_state", "carry": running statistics of objectives,
+               "reference": only where the reference moves with the policy}
+    frozen  = {"base": the reference of a full fine-tune, and under LoRA the policy's base too; "reference": overrides}
+
+              ┌─ policy forward ────┐
+    batch ────┤                     ├─ losses, weights ─ one division ─ gradient ─ optax ─ state
+              └─ reference forward ─┘
+
+A step's batch may be split into M microbatches.  Every division is by a sum over the *whole* global batch, known before
+the first microbatch, so the result does not depend on the split.  Objectives that need a statistic of the whole batch
+get it from a first pass without gradients (free when M = 1: the same forward serves).
+"""
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from align_jax.core.schema import Batch, Outputs
+from align_jax.losses import objective
+from align_jax.losses.logprobs import at_last, at_sources, sum_by_slot, token_outputs
+from align_jax.losses.objective import Term
+from align_jax.models.lora import merge
+from align_jax.models.model import Model
+from align_jax.parallel.mesh import ROWS
+
+Tree = Any
+Sums = dict[str, tuple[jax.Array, jax.Array]]  # metric -> (weighted sum, sum of the weights)
+
+
+class Recipe(NamedTuple):
+    """What a step is compiled from: everything static."""
+
+    policy: Model  # with its adapter, if it has one
+    base: Model  # the reference: the same without adapter
+    terms: tuple[Term, ...]
+    optimizer: optax.GradientTransformation
+    schedule: Any  # step -> learning rate, for the metrics
+    microbatches: int = 1
+    chunk: int = 128  # loss positions of every row whose logits are alive at once
+    seed: int = 0
+    sync_every_steps: int = 0
+    mix: float = 1.0
+    value_head: str = "value"
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Fields of Outputs, beyond the basic three, that some term asks for."""
+        return tuple(sorted({need for term in self.terms for need in term.needs}))
+
+    @property
+    def wants_logps(self) -> bool:
+        """Tell whether any term looks at log-probabilities; reward models, which need scores alone, do not."""
+        return any(term.needs != ("scores",) for term in self.terms)
+
+    @property
+    def wants_reference(self) -> bool:
+        """Tell whether any term compares the policy with a reference."""
+        return any(term.reference for term in self.terms)
+
+    @property
+    def measured(self) -> tuple[int, ...]:
+        """Terms that need statistics of the whole batch."""
+        return tuple(i for i, term in enumerate(self.terms) if term.objective.measure is not None)
+
+
+def init_state(recipe: Recipe, params: Tree) -> Tree:
+    """Make the state of step 0 from the trained parameters."""
+    state = {
+        "step": jnp.zeros((), jnp.int32),
+        "params": params,
+        "opt_state": recipe.optimizer.init(params),
+        "carry": {str(i): jax.tree.map(jnp.asarray, recipe.terms[i].objective.carry) for i in recipe.measured},
+    }
+    if recipe.sync_every_steps:
+        state["reference"] = jax.tree.map(jnp.copy, params)
+    return state
+
+
+# ---------------------------------------------------------------------------------------------------- forwards
+
+
+def forward(model: Model, params: Tree, batch: Batch, *, needs: tuple[str, ...] = (), chunk: int,
+            logps: bool = True, value_head: str = "value", reference: tuple[Model, Tree] | None = None,
+            key: jax.Array | None = None) -> tuple[Outputs, dict]:
+    """Run a model over a batch.
+
+    Args:
+        model: the model.
+        params: its parameters.
+        batch: the rows.
+        needs: optional fields of Outputs to compute.
+        chunk: loss positions of every row whose logits are alive at once.
+        logps: false leaves the output head out (zeros instead): a reward model's.
+        value_head: which head gives the values.
+        reference: model and parameters to compare with, where ``"kl"`` is needed.
+        key: of dropout; None = off.
+
+    Returns:
+        The outputs, and the model's auxiliary losses (sums over layers; empty for dense models).
+    """
+    fields = (batch.tokens, batch.segment_ids, batch.positions, batch.prefix_ids)
+    hidden, aux = model.hidden(params, *fields, dropout_key=key)
+    other_hidden = other_unembed = None
+    if "kl" in needs and reference is not None:
+        other, other_params = reference
+        other_hidden = other.hidden(other_params, *fields)[0]
+        other_unembed = lambda x: other.unembed(other_params, x)
+    outputs = objective.blank_outputs(batch)
+    if logps:
+        outputs = token_outputs(hidden, lambda x: model.unembed(params, x), batch, needs=needs, chunk=chunk,
+                                reference_hidden=other_hidden, reference_unembed=other_unembed)
+    if "scores" in needs:
+        outputs = outputs._replace(scores=at_last(model.head(params, "score", hidden), batch))
+    if "values" in needs:
+        outputs = outputs._replace(values=at_sources(model.head(params, value_head, hidden), batch))
+    return outputs, aux
+
+
+def _policy(recipe: Recipe, trainable: Tree, frozen: Tree, batch: Batch, reference: tuple[Model, Tree] | None,
+            key: jax.Array | None) -> tuple[Outputs, dict]:
+    with jax.named_scope("policy"):
+        return forward(recipe.policy, merge(frozen["base"], trainable), batch, needs=recipe.needs, chunk=recipe.chunk,
+                       logps=recipe.wants_logps, value_head=recipe.value_head, reference=reference, key=key)
+
+
+def _reference_model(recipe: Recipe, state: Tree, frozen: Tree) -> tuple[Model, Tree]:
+    if "reference" in state:  # it moves with the policy
+        return recipe.policy, merge(frozen["base"], state["reference"])
+    return recipe.base, frozen.get("reference", frozen["base"])
+
+
+def _reference(recipe: Recipe, reference: tuple[Model, Tree], batch: Batch) -> Outputs | None:
+    if not recipe.wants_reference:
+        return None
+    if batch.reference_token_logps is not None:
+        token_logps = batch.reference_token_logps
+        return Outputs(token_logps, sum_by_slot(token_logps, batch), batch.lengths)
+    with jax.named_scope("reference"):
+        outputs, _ = forward(*reference, batch, chunk=recipe.chunk)
+    return jax.lax.stop_gradient(outputs)
+
+
+# ----------------------------------------------------------------------------------- statistics and the losses
+
+
+def _measure(recipe: Recipe, trainable: Tree, frozen: Tree, reference_model: tuple[Model, Tree], policy: Outputs,
+             reference: Outputs | None, batch: Batch) -> dict[str, dict[str, jax.Array]]:
+    """Measure one microbatch, without gradients: per-example quantities, from which summarise makes statistics."""
+    policy, mismatched = jax.lax.stop_gradient(policy), None
+    if batch.mismatched is not None:
+        params = merge(frozen["base"], jax.lax.stop_gradient(trainable))
+        with jax.named_scope("mismatched"):
+            mine, _ = forward(recipe.policy, params, batch.mismatched, chunk=recipe.chunk)
+            mismatched = (mine, _reference(recipe, reference_model, batch.mismatched))
+    return {str(i): objective.measure(recipe.terms[i], policy, reference, batch, mismatched) for i in recipe.measured}
+
+
+def _summarise(recipe: Recipe, measured: Tree, weights: Tree, carry: Tree) -> tuple[Tree, Tree]:
+    """Turn what was measured, [M, b] arrays over the global batch, into statistics and the next carry."""
+    stats, carried = {}, {}
+    for i in map(str, recipe.measured):
+        stats[i], carried[i] = objective.summarise(recipe.terms[int(i)], measured[i], weights[int(i)], carry[i])
+    return stats, carried
+
+
+def _weights(recipe: Recipe, batch: Batch) -> list[jax.Array]:
+    """Return every term's weights [b], which depend on the batch alone."""
+    return [objective.group_weights(term, batch) for term in recipe.terms]
+
+
+def _own_statistics(recipe: Recipe, trainable: Tree, frozen: Tree, reference_model: tuple[Model, Tree],
+                    policy: Outputs, reference: Outputs | None, batch: Batch, carry: Tree) -> tuple[Tree, Tree]:
+    """Make the statistics of a batch that is a single part."""
+    if not recipe.measured:
+        return {}, carry
+    measured = _measure(recipe, trainable, frozen, reference_model, policy, reference, batch)
+    measured, weights = jax.tree.map(lambda x: x[None], (measured, _weights(recipe, batch)))
+    stats, carry = _summarise(recipe, measured, weights, carry)
+    return part(stats, 0), carry
+
+
+def _total(recipe: Recipe, policy: Outputs, reference: Outputs | None, batch: Batch, stats: Tree,
+           denominators: list[jax.Array] | None) -> tuple[jax.Array, Sums]:
+    """This microbatch's share of the loss, and its metrics."""
+    total, metrics = jnp.zeros((), jnp.float32), {}
+    for i, term in enumerate(recipe.terms):
+        losses, weights, more = objective.apply(term, policy, reference, batch, stats.get(str(i)))
+        summed = jnp.sum(losses * weights)
+        denominator = jnp.sum(weights) if denominators is None else denominators[i]
+        total += term.weight * summed / jnp.maximum(denominator, 1e-8)
+        if len(recipe.terms) > 1:
+            more = {**more, f"loss/{term.name}": (summed, jnp.sum(weights))}
+        metrics = {**more, **metrics}  # where two terms report the same quantity, the first one's stands
+    return total, jax.lax.stop_gradient(metrics)
+
+
+# ------------------------------------------------------------------------------------------------ microbatches
+
+
+def split(batch: Batch, parts: int) -> Batch:
+    """Split a batch into microbatches: ``[N, ...] -> [M, N/M, ...]``, whole groups, interleaved.
+
+    Interleaved (unit i goes to part i mod M) each device keeps its own rows, so the split moves nothing between
+    devices; contiguous parts would cost an all-to-all.
+
+    Raises:
+        ValueError: the groups do not divide into so many parts.
+    """
+    rows, (groups, _) = batch.tokens.shape[0], batch.lengths.shape
+    units = min(rows, groups)  # the smallest pieces that hold whole rows and whole groups
+    if units % parts:
+        raise ValueError(f"a batch of {units} units (rows with whole groups) does not divide into {parts} microbatches")
+
+    def interleave(x: jax.Array) -> jax.Array:
+        x = x.reshape(units // parts, parts, x.shape[0] // units, *x.shape[1:])
+        x = jnp.moveaxis(x, 1, 0).reshape(parts, -1, *x.shape[3:])
+        mesh = jax.sharding.get_abstract_mesh()
+        if mesh.empty or mesh.size == 1:
+            return x
+        return jax.lax.with_sharding_constraint(x, jax.sharding.PartitionSpec(None, ROWS))
+
+    return jax.tree.map(interleave, batch)
+
+
+def part(tree: Tree, index: int) -> Tree:
+    """Take one microbatch out of a split tree."""
+    return jax.tree.map(lambda x: x[index], tree)
+
+
+# ---------------------------------------------------------------------------------------------------- the steps
+
+
+def train_step(recipe: Recipe, state: Tree, frozen: Tree, batch: Batch) -> tuple[Tree, dict[str, jax.Array]]:
+    """Take one optimizer step.
+
+    Args:
+        recipe: static; everything else is arrays.
+        state: what is trained (donated).
+        frozen: weights that are not.
+        batch: the global batch of this step.
+
+    Returns:
+        The next state, and the metrics: means over the global batch, NaN where there was nothing to average.  Where
+        the loss or the gradient's norm is not finite the state is returned unchanged but for its step, so that nothing
+        is spoilt; the caller stops the run.
+    """
+    parts = recipe.microbatches
+    batches = split(batch, parts)
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(recipe.seed), state["step"]), parts)
+    reference_model = _reference_model(recipe, state, frozen)
+
+    def part_loss(trainable: Tree, batch: Batch, key: jax.Array, stats: Tree, reference: Outputs | None,
+                  denominators: list[jax.Array] | None) -> tuple[jax.Array, tuple[Sums, Tree]]:
+        if reference is None:
+            reference = _reference(recipe, reference_model, batch)
+        policy, aux = _policy(recipe, trainable, frozen, batch, reference_model, key)
+        carry = state["carry"]
+        if stats is None:
+            stats, carry = _own_statistics(recipe, trainable, frozen, reference_model, policy, reference, batch, carry)
+        with jax.named_scope("loss"):
+            total, metrics = _total(recipe, policy, reference, batch, stats, denominators)
+        for name, value in aux.items():
+            total += value / parts
+            metrics[f"loss/{name}"] = (jax.lax.stop_gradient(value), jnp.ones(()))
+        return total, (metrics, carry)
+
+    grad = jax.value_and_grad(part_loss, has_aux=True)
+    if parts == 1:
+        (loss, (metrics, carry)), grads = grad(state["params"], part(batches, 0), keys[0], None, None, None)
+    else:
+        loss, metrics, carry, grads = _accumulate(recipe, state, frozen, batches, keys, reference_model, grad)
+
+    with jax.named_scope("optimizer"):
+        norm = optax.global_norm(grads)
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes integer counts with floats
+            updates, opt_state = recipe.optimizer.update(grads, state["opt_state"], state["params"])
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        changed = {"params": optax.apply_updates(state["params"], updates), "opt_state": opt_state, "carry": carry}
+        step = state["step"] + 1
+        if recipe.sync_every_steps:
+            changed["reference"] = _sync(recipe, step, state["reference"], changed["params"])
+        kept = {name: state[name] for name in changed}
+        new_state = {"step": step, **jax.tree.map(lambda new, old: jnp.where(finite, new, old), changed, kept)}
+    means = {name: jnp.where(weight > 0, total / jnp.maximum(weight, 1e-8), jnp.nan)
+             for name, (total, weight) in metrics.items()}
+    rate = jnp.asarray(recipe.schedule(state["step"]), jnp.float32)
+    real = jnp.sum(batch.segment_ids > 0)
+    counts = {"num_tokens": real, "padding_fraction": 1.0 - real / batch.tokens.size,
+              "groups": jnp.sum(batch.weight > 0)}
+    return new_state, {"loss": loss, "grad_norm": norm, "learning_rate": rate, **counts, **means}
+
+
+def _sync(recipe: Recipe, step: jax.Array, reference: Tree, params: Tree) -> Tree:
+    """TR-DPO (arXiv 2404.09656): every k steps, reference <- mix * policy + (1 - mix) * reference."""
+    mix = jnp.where(step % recipe.sync_every_steps == 0, recipe.mix, 0.0)
+    return jax.tree.map(lambda r, p: (mix * p + (1.0 - mix) * r).astype(r.dtype), reference, params)
+
+
+def _accumulate(recipe: Recipe, state: Tree, frozen: Tree, batches: Batch, keys: jax.Array,
+                reference_model: tuple[Model, Tree], grad: Any) -> tuple[jax.Array, Sums, Tree, Tree]:
+    """Sum loss, metrics and gradients over the microbatches."""
+    references, stats, carry = None, {}, state["carry"]
+    _, weights = jax.lax.scan(lambda _, batch: (None, _weights(recipe, batch)), None, batches)
+    denominators = [jnp.sum(x) for x in weights]
+    if recipe.measured:
+        def first_pass(_, xs: tuple[Batch, jax.Array]) -> tuple[None, tuple[Tree, Outputs | None]]:
+            batch, key = xs
+            reference = _reference(recipe, reference_model, batch)
+            policy, _aux = _policy(recipe, state["params"], frozen, batch, reference_model, key)
+            measured = _measure(recipe, state["params"], frozen, reference_model, policy, reference, batch)
+            return None, (measured, reference)
+
+        _, (measured, references) = jax.lax.scan(first_pass, None, (batches, keys))
+        stats, carry = _summarise(recipe, measured, weights, carry)
+    batches = batches._replace(mismatched=None)  # only the first pass looks at them
+
+    def second_pass(grads: Tree, xs: tuple) -> tuple[Tree, tuple[jax.Array, Sums]]:
+        batch, key, stats, reference = xs
+        (loss, (metrics, _)), more = grad(state["params"], batch, key, stats, reference, denominators)
+        return jax.tree.map(jnp.add, grads, more), (loss, metrics)
+
+    zeros = jax.tree.map(jnp.zeros_like, state["params"])
+    grads, (losses, metrics) = jax.lax.scan(second_pass, zeros, (batches, keys, stats, references))
+    return jnp.sum(losses), jax.tree.map(lambda x: jnp.sum(x, axis=0), metrics), carry, grads
+
+
+def eval_step(recipe: Recipe, state: Tree, frozen: Tree, batch: Batch) -> Sums:
+    """Measure the loss and the metrics of a batch, without dropout and without a gradient.
+
+    Returns:
+        (sum, weight) pairs, to be added up over the evaluation set; ``loss`` weighted by the batch's real groups.
+    """
+    reference_model = _reference_model(recipe, state, frozen)
+    reference = _reference(recipe, reference_model, batch)
+    policy, _ = _policy(recipe, state["params"], frozen, batch, reference_model, None)
+    stats, _ = _own_statistics(recipe, state["params"], frozen, reference_model, policy, reference, batch,
+                               state["carry"])
+    total, metrics = _total(recipe, policy, reference, batch, stats, None)
+    groups = jnp.sum(batch.weight)
+    return {"loss": (total * groups, groups), **metrics}
+
+
+def reference_step(recipe: Recipe, frozen: Tree, batch: Batch) -> jax.Array:
+    """Return the reference's token log-probabilities [N, T], for the cache."""
+    model, params = recipe.base, frozen.get("reference", frozen["base"])
+    return forward(model, params, batch, needs=(), chunk=recipe.chunk)[0].token_logps

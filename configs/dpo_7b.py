@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""DPO of a 7B model: Zephyr's SFT checkpoint on the binarized UltraFeedback pairs.
+
+    python -m align_jax.train --config=configs/dpo_7b.py --workdir=gs://BUCKET/dpo_7b
+
+Recipe: Zephyr (Tunstall et al. 2023, arXiv 2310.16944, section 4 and the alignment-handbook's
+recipes/zephyr-7b-beta/dpo/config_full.yaml): beta 0.01 in the handbook, 0.1 in the paper; learning rate 5e-7, batch 128
+pairs (handbook; the paper uses 32), cosine, 10 % warm-up, one epoch, 1,024 tokens of which 512 prompt.
+Hardware: v5e-64 (topology v5e:8x8).  Compiled for it; not yet run.
+"""
+from align_jax import losses
+from align_jax.core.config import ConfigDict, defaults
+
+
+def get_config() -> ConfigDict:
+    config = defaults()
+    config.total_epochs = 1.0
+    config.batch_size = 128
+    config.max_length = 1024
+
+    config.model.path = "alignment-handbook/zephyr-7b-sft-full"
+    config.model.remat = "full"
+
+    config.data.train = "hf:HuggingFaceH4/ultrafeedback_binarized:train_prefs"
+    config.data.eval = "hf:HuggingFaceH4/ultrafeedback_binarized:test_prefs"
+    config.data.format = "ultrafeedback"
+    config.data.max_prompt_length = 512
+
+    config.objective = losses.options("dpo", beta=0.01)
+
+    config.optimizer.learning_rate = 5e-7
+    config.optimizer.schedule = "cosine"
+    config.optimizer.warmup_fraction = 0.1
+
+    config.mesh.fsdp = -1
+
+    config.checkpoint.every_steps = 100
+    config.checkpoint.best_metric = "eval/rewards/accuracies"
+    config.eval.every_steps = 100
+    config.eval.max_examples = 1024
+    return config
