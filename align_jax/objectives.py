@@ -44,7 +44,7 @@ def text(table: Sequence[dict[str, Any]]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the table, and write it as JSON where asked."""
-    parser = argparse.ArgumentParser(prog="python -m align_jax.objectives", description="Print the table of objectives.")
+    parser = argparse.ArgumentParser(prog="python -m align_jax.objectives", description="Print the objectives.")
     parser.add_argument("names", nargs="*", help="objectives to print; all by default")
     parser.add_argument("--json", metavar="FILE", type=pathlib.Path, help="write the rows to FILE as well")
     arguments = parser.parse_args(argv)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Callable, Mapping, Sequence
 
-from align_jax.losses import arrays, batchwise, kto, objective, preference, reference_free, supervised
+from align_jax.losses import arrays, batchwise, kto, objective, ppo_offline, preference, reference_free, supervised
 from align_jax.losses.arrays import Evaluated, dpo_from_indices
 from align_jax.losses.objective import Objective, Term
 from align_jax.losses.pairs import paired
@@ -119,6 +119,11 @@ OBJECTIVES: dict[str, Objective] = {
     "bco": Objective(
         kto.bco, formula="-w_D log σ(β x - δ), -w_U log σ(-(β x - δ)), δ = running mean of β x",
         paper="arXiv 2404.04656", measure=kto.measure_rewards, summarise=kto.summarise_rewards, carry=kto.BCO_CARRY,
+        **_UNPAIRED),
+    "ppo_offline": Objective(
+        ppo_offline.ppo_offline, needs=("values",),
+        formula="max(-A w, -A clip(w)) + critic_coef ½ (V - target)² + kl_coef (a - b), w = e^(a - b)",
+        paper="arXiv 1707.06347", measure=ppo_offline.measure_advantages, summarise=ppo_offline.summarise_advantages,
         **_UNPAIRED),
 }
 
