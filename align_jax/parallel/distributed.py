@@ -11,10 +11,10 @@ laptop, on one chip, and on every host of a pod:
 """
 from __future__ import annotations
 
+import collections
+from collections.abc import Callable, Iterator, Mapping
 import contextlib
-from collections.abc import Iterator, Mapping
 import importlib.util
-import itertools
 import os
 import pathlib
 import signal
@@ -27,7 +27,7 @@ from jax.experimental import multihost_utils
 
 EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
 _ON_A_TPU = ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES", "TPU_ACCELERATOR_TYPE", "TPU_NAME", "COLAB_TPU_ADDR")
-_barriers = itertools.count()
+_passed: collections.Counter[str] = collections.Counter()  # a barrier's key may be used once: name and count
 
 
 class Processes(NamedTuple):
@@ -178,58 +178,50 @@ def barrier(name: str, timeout_seconds: float | int = 600) -> None:
     if jax.process_count() == 1:
         return
     from orbax.checkpoint import multihost  # here: half a second that single processes need not spend
+    _passed[name] += 1
     try:
-        multihost.get_barrier_sync_fn()(key=f"align_jax/{name}/{next(_barriers)}",
+        multihost.get_barrier_sync_fn()(key=f"align_jax/{name}/{_passed[name]}",
                                         timeout_ms=int(timeout_seconds * 1000))
     except Exception as error:  # the runtime's own class is not public
+        missing = " ".join(str(error).partition("timed out task names:")[2].partition("RPC:")[0].split())
         raise TimeoutError(
-            f"barrier {name!r}: not all {jax.process_count()} processes came within {timeout_seconds} s; this is "
-            f"process {jax.process_index()}. Look at the logs of the missing ones. {str(error).splitlines()[0]}"
-        ) from error
+            f"barrier {name!r}: not all {jax.process_count()} processes came within {timeout_seconds} s; missing: "
+            f"{missing or 'unknown'}; this is process {jax.process_index()}. Look at the logs of the missing ones. "
+            f"{str(error).splitlines()[0]}") from error
 
 
-class Preemption:
+@contextlib.contextmanager
+def stop_signal() -> Iterator[Callable[[int], bool]]:
     """Notice SIGTERM (the platform takes the machine back) and Ctrl-C, and agree on the step to save at.
 
-    One process: ``reached`` is true at the first step after the signal.  Several: the notice to any of them spreads
-    through JAX's coordinator, and ``reached`` is true on all at the same step.  A second Ctrl-C interrupts at once.
+    One process: the function is true from the first step after the signal.  Several: the notice to any of them spreads
+    through JAX's coordinator, and the function is true on all at the same step.  A second Ctrl-C interrupts at once.
 
-    >>> with Preemption() as preemption:
-    ...     preemption.reached(1)
+    Yields:
+        ``stop(step)``: save at this step and stop?  Every process calls it after every step, with the same step.
+
+    >>> with stop_signal() as stop:
+    ...     stop(1)
     False
     """
+    together = jax.distributed.is_initialized() and jax.process_count() > 1
+    notices: list[str] = []
 
-    def __init__(self) -> None:
-        self.notice = ""  # the signal's name, once it has come to this process
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> Preemption:
-        if threading.current_thread() is not threading.main_thread():
-            return self  # Python allows handlers in the main thread only; whoever runs us has their own
-        signals = [signal.SIGINT] if self._together() else [signal.SIGINT, signal.SIGTERM]  # SIGTERM: JAX's own then
-        for number in signals:
-            self._before[number] = signal.signal(number, self._take)
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def reached(self, step: int) -> bool:
-        """Tell whether to save at this step and stop.  Every process calls it at every step, with the same step."""
-        if self._together():
-            return bool(multihost_utils.reached_preemption_sync_point(step))
-        return bool(self.notice)
-
-    @staticmethod
-    def _together() -> bool:
-        return jax.distributed.is_initialized() and jax.process_count() > 1
-
-    def _take(self, number: int, _: Any) -> None:
-        if self.notice and number == signal.SIGINT:
+    def take(number: int, _: Any) -> None:
+        if notices and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.notice = signal.Signals(number).name
-        print(f"align_jax: {self.notice}: saving after this step, then stopping (Ctrl-C again: stop at once)",
+        notices.append(signal.Signals(number).name)
+        print(f"align_jax: {notices[-1]}: saving after this step, then stopping (Ctrl-C again: stop at once)",
               file=sys.stderr, flush=True)
-        if self._together():
+        if together:
             os.kill(os.getpid(), signal.SIGTERM)  # JAX's notifier tells the other processes
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
+        for number in (signal.SIGINT,) if together else (signal.SIGINT, signal.SIGTERM):  # SIGTERM is JAX's own then
+            before[number] = signal.signal(number, take)
+    try:
+        yield lambda step: bool(multihost_utils.reached_preemption_sync_point(step) if together else notices)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -99,17 +99,17 @@ def test_peers_that_never_come_end_the_wait_with_a_message():
 
 def test_a_signal_is_noticed_once_and_the_old_handler_comes_back():
     before = signal.getsignal(signal.SIGTERM)
-    with distributed.Preemption() as preemption:
-        assert not preemption.reached(1)
+    with distributed.stop_signal() as stop:
+        assert not stop(1)
         os.kill(os.getpid(), signal.SIGTERM)
-        assert preemption.reached(2) and preemption.notice == "SIGTERM"
+        assert stop(2)
     assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_second_interrupt_stops_at_once():
-    with distributed.Preemption() as preemption:
+    with distributed.stop_signal() as stop:
         os.kill(os.getpid(), signal.SIGINT)
-        assert preemption.reached(1)
+        assert stop(1)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(1)

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One process of the tests of checkpoints and signals: ``library_worker.py ACT WORKDIR``."""
+import logging
+import os
+import pathlib
+import signal
+import sys
+import time
+
+from align_jax.parallel import distributed
+
+distributed.start()
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import numpy as np  # noqa: E402
+
+from align_jax.parallel.mesh import make_mesh  # noqa: E402
+from align_jax.training import checkpoint  # noqa: E402
+from align_jax.training.checkpoint import Checkpoints  # noqa: E402
+
+
+def _sharding():
+    return jax.sharding.NamedSharding(make_mesh({"fsdp": -1}), jax.sharding.PartitionSpec("fsdp"))
+
+
+def _state(step):
+    values = np.arange(32, dtype=np.float32).reshape(16, 2) + 100 * step
+    everywhere = jax.sharding.NamedSharding(_sharding().mesh, jax.sharding.PartitionSpec())
+    return {"params": {"kernel": jax.make_array_from_callback((16, 2), _sharding(), lambda index: values[index])},
+            "step": jax.make_array_from_callback((), everywhere, lambda index: np.int32(step))}
+
+
+def _abstract():
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _state(0))
+
+
+def save(workdir):
+    """Save two steps."""
+    with Checkpoints(workdir) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, _state(step), {"from": jax.process_count()})
+
+
+def restore(workdir):
+    """Restore the newest; print its step, who wrote it and whether every value is right."""
+    with Checkpoints(workdir, backoff_seconds=0.0) as checkpoints:
+        restored = checkpoints.restore(_abstract())
+        kernels = [state["params"]["kernel"] for state in (restored.state, _state(restored.step))]
+        same = jax.jit(lambda x, y: jnp.all(x == y))(*kernels)
+        print("restored", restored.step, restored.extra["from"], bool(same))
+
+
+def save_and_lose_one(workdir):
+    """Save two steps, restore with the last process alone finding the newest unreadable, and save it anew."""
+    save(workdir)
+    read = checkpoint._read_here
+
+    def fail(path, abstract_state):
+        if path.name == "2" and jax.process_index() == jax.process_count() - 1:
+            raise ValueError("DATA_LOSS: seen by one")
+        return read(path, abstract_state)
+
+    checkpoint._read_here = fail
+    restore(workdir)
+    with Checkpoints(workdir) as checkpoints:
+        checkpoints.save(2, _state(2), {"from": jax.process_count()})
+
+
+def mistakes(workdir):
+    """Open a workdir that is another folder for each process; miss a barrier."""
+    try:
+        Checkpoints(f"{workdir}/{jax.process_index()}")
+    except ValueError as error:
+        print(error)
+    try:
+        if jax.process_index() == 0:
+            distributed.barrier("meeting", timeout_seconds=1)
+    except TimeoutError as error:
+        print(error)
+    distributed.barrier("end", timeout_seconds=20)
+
+
+def _loop(workdir, stop):
+    add = jax.jit(lambda x: (x + 1.0, jnp.sum(x)))
+    with distributed.stop_signal() as stopping, Checkpoints(workdir) as checkpoints:
+        state = _state(0)
+        for step in range(1, 10_000):
+            state["params"]["kernel"], total = add(state["params"]["kernel"])
+            jax.block_until_ready(total)
+            time.sleep(0.02)
+            if step == 5:
+                (pathlib.Path(workdir) / f"ready{jax.process_index()}").touch()
+            if step == 20 and jax.process_index() == 1 and stop is not None:
+                os.kill(os.getpid(), stop)
+            if stopping(step):
+                checkpoints.save(step, state, wait=True)
+                print("saved", step)
+                return
+    print("never stopped")
+
+
+def interrupted(workdir):
+    """The second process gets Ctrl-C."""
+    _loop(workdir, signal.SIGINT)
+
+
+def killed(workdir):
+    """The second process dies."""
+    _loop(workdir, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.WARNING)
+    globals()[sys.argv[1]](sys.argv[2])

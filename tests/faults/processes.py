@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Start several JAX processes on this machine, as the hosts of a pod would be started."""
+from __future__ import annotations
+
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import time
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def environment(count: int = 1, index: int = 0, port: int = 0, *, devices: int = 1) -> dict[str, str]:
+    """Make the environment of process ``index`` of ``count``, each with ``devices`` simulated CPU devices."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "TPU_", "XLA_"))}
+    clean |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "TPU_SKIP_MDS_QUERY": "1",
+              "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "ALIGN_JAX_WAIT_SECONDS": "60",
+              "ALIGN_JAX_HEARTBEAT_SECONDS": "10"}
+    if count > 1:
+        clean |= {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": str(count),
+                  "JAX_PROCESS_ID": str(index)}
+    return clean
+
+
+def free_port() -> int:
+    """Find a port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+def start(arguments: list[str], count: int = 1, *, devices: int = 1, log: pathlib.Path,
+          **extra: str) -> list[subprocess.Popen]:
+    """Start ``count`` processes of ``python ARGUMENTS``; process i writes to ``LOG.i``.
+
+    Args:
+        arguments: after ``python``.
+        count: how many.
+        devices: simulated devices of each.
+        log: where the output goes.
+        extra: environment variables.
+    """
+    port, started = free_port(), []
+    for index in range(count):
+        with open(f"{log}.{index}", "w") as output:
+            started.append(subprocess.Popen([sys.executable, *arguments], stdout=output, stderr=subprocess.STDOUT,
+                                            env=environment(count, index, port, devices=devices) | extra, cwd=ROOT))
+    return started
+
+
+def wait(started: list[subprocess.Popen], log: pathlib.Path, *, seconds: float = 120,
+         expect: int | None = 0) -> list[str]:
+    """Wait for all; return what they wrote.
+
+    Raises:
+        AssertionError: one took too long, or did not exit with ``expect`` (None: any status).
+    """
+    end = time.monotonic() + seconds
+    try:
+        statuses = [process.wait(max(end - time.monotonic(), 0.1)) for process in started]
+    except subprocess.TimeoutExpired:
+        statuses = None
+    finally:
+        for process in started:
+            if process.poll() is None:
+                process.kill()
+                process.wait()
+    outputs = [pathlib.Path(f"{log}.{index}").read_text() for index in range(len(started))]
+    shown = "\n".join(f"--- process {index}\n{output[-3000:]}" for index, output in enumerate(outputs))
+    assert statuses is not None, f"still running after {seconds} s\n{shown}"
+    assert expect is None or all(status == expect for status in statuses), f"exit statuses {statuses}\n{shown}"
+    return outputs

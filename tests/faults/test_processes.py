@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Real processes: checkpoints written by some and read by others, agreed stops, deaths that end with a message."""
+import re
+import time
+
+import processes
+
+WORKER = str(processes.ROOT / "tests/faults/library_worker.py")
+
+
+def _run(act, workdir, count, log, **options):
+    return processes.wait(processes.start([WORKER, act, str(workdir)], count, log=log), log, **options)
+
+
+def test_a_checkpoint_of_two_processes_is_read_by_four_and_damage_that_one_sees_sends_all_back(tmp_path):
+    for output in _run("save_and_lose_one", tmp_path / "run", 2, tmp_path / "log"):
+        assert "restored 1 2 True" in output and "step 2 is damaged" in output
+    assert (tmp_path / "run/checkpoints/damaged-2").is_dir()
+    for output in _run("restore", tmp_path / "run", 4, tmp_path / "log"):
+        assert "restored 2 2 True" in output
+
+
+def test_a_workdir_that_is_not_shared_and_a_missed_barrier_are_named(tmp_path):
+    first, second = _run("mistakes", tmp_path, 2, tmp_path / "log")
+    for output in (first, second):
+        assert "not all processes see the same folder" in output
+    assert re.search("barrier 'meeting': not all 2 processes came within 1 s; missing: 1; this is process 0", first)
+
+
+def test_ctrl_c_in_one_process_makes_all_save_the_same_step_and_exit_0(tmp_path):
+    outputs = _run("interrupted", tmp_path, 2, tmp_path / "log")
+    steps = [re.search(r"^saved (\d+)$", output, re.M).group(1) for output in outputs]
+    assert steps[0] == steps[1] and (tmp_path / "checkpoints" / steps[0]).is_dir()
+
+
+def test_a_process_that_dies_ends_the_others(tmp_path):
+    began = time.monotonic()
+    output = _run("killed", tmp_path, 2, tmp_path / "log", expect=None, seconds=60)[0]
+    assert "never stopped" not in output and time.monotonic() - began < 60
+    assert re.search("died|peer|unavailable|heartbeat", output, re.I)
