@@ -14,4 +14,5 @@ REWARDS: Mapping[str, Callable[..., rewards.RewardFunction]] = {
     "length": rewards.length,
     "lexicon": rewards.lexicon,
     "function": rewards.function,
+    "model": rewards.model,
 }

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rewards computed from text: what a completion is worth, without a model.
+"""Rewards: what a completion is worth, by rules on its text or by a model.
 
-Each public function but the last two is a row of ``REWARDS``: it takes options and returns a *reward function*
+Each public function up to `model` is a row of ``REWARDS``: it takes options and returns a *reward function*
 
     (prompts, completions, extras) -> one number for each completion
 
@@ -24,6 +24,9 @@ from typing import Any
 
 import numpy as np
 from jaxtyping import Float
+
+from align_jax.core.schema import Example
+from align_jax.inference.score import RewardModel
 
 Extras = Sequence[Mapping[str, Any]]
 RewardFunction = Callable[[Sequence[str], Sequence[str], Extras], Sequence[float]]
@@ -231,6 +234,27 @@ def function(path: str, **options: Any) -> RewardFunction:
         raise ValueError(f"a reward function is named 'module:function', got {path!r}")
     found = getattr(importlib.import_module(module), name)
     return functools.partial(found, **options) if options else found
+
+
+def model(path: str, rows: int = 16, max_length: int = 0, compute_dtype: str = "float32") -> RewardFunction:
+    """Score by a reward model: a checkpoint with a score head, ours or a Hugging Face sequence classifier.
+
+    A row's column ``messages`` (the prompt's turns) goes through the reward model's own chat template where it has
+    one; else the prompt's text is taken as it is.
+
+    Args:
+        path: directory or hub id.
+        rows, max_length, compute_dtype: see `align_jax.inference.score.RewardModel`; 0 = the model's positions.
+    """
+    scorer = RewardModel(path, rows=rows, max_length=max_length or None, compute_dtype=compute_dtype)
+
+    def score(prompts: Sequence[str], completions: Sequence[str], extras: Extras) -> Sequence[float]:
+        turns = [row["messages"] if scorer.chat and "messages" in row else prompt
+                 for prompt, row in zip(prompts, extras)]
+        return scorer([Example(prompt if isinstance(prompt, str) else tuple(prompt), (completion,))
+                       for prompt, completion in zip(turns, completions)]).tolist()
+
+    return score
 
 
 @dataclasses.dataclass(frozen=True)

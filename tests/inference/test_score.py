@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scores by models: a Hugging Face sequence classifier's, and a batch's log-probabilities."""
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from align_jax.core.schema import Example
+from align_jax.data.tokenizer import load_tokenizer
+from align_jax.inference.score import RewardModel
+from align_jax.online import REWARDS
+from align_jax.parallel.mesh import make_mesh
+
+TEXTS = [("Hi", "hello"), ("How are you?", "fine, thank you very much indeed"), ("?", "no"), ("abc", "d" * 40)]
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    path = tmp_path_factory.mktemp("classifier")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(vocab_size=272, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+                                      num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
+                                      num_labels=1, pad_token_id=256, initializer_range=0.4)
+    model = transformers.LlamaForSequenceClassification(config).eval()
+    model.save_pretrained(path)
+    tokenizer = load_tokenizer("byte")
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(path)
+    return path, model, tokenizer
+
+
+def expected(model, tokenizer, texts):
+    scores = []
+    for prompt, completion in texts:
+        ids = tokenizer(prompt + completion).input_ids + [tokenizer.eos_token_id]
+        with torch.no_grad():
+            scores.append(model(torch.tensor([ids[-64:]])).logits.item())
+    return np.float32(scores)
+
+
+@pytest.mark.parametrize("mesh", [None, {"fsdp": 4, "tensor": 2}])
+def test_rewards_equal_transformers_sequence_classifier(classifier, mesh):
+    path, model, tokenizer = classifier
+    scorer = RewardModel(str(path), rows=4, mesh=mesh and make_mesh(mesh))
+    got = scorer([Example(prompt, (completion,)) for prompt, completion in TEXTS + TEXTS[:1]])
+    np.testing.assert_allclose(got, expected(model, tokenizer, TEXTS + TEXTS[:1]), atol=1e-4)
+
+
+def test_a_reward_model_is_a_row_of_the_rewards(classifier):
+    path, model, tokenizer = classifier
+    fn = REWARDS["model"](path=str(path), rows=2)
+    got = fn([p for p, _ in TEXTS], [c for _, c in TEXTS], [{}] * 4)
+    np.testing.assert_allclose(got, expected(model, tokenizer, TEXTS), atol=1e-4)
+
+
+def test_a_checkpoint_without_a_score_head_is_refused(tmp_path):
+    config = transformers.LlamaConfig(vocab_size=272, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+                                      num_attention_heads=4, num_key_value_heads=2)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    load_tokenizer("byte").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="score"):
+        RewardModel(str(tmp_path))
