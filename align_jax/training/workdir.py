@@ -16,8 +16,9 @@ import jax
 
 # A run may go on with another value of these: they change where and how fast it runs, how long, and what is said of it,
 # not what a step computes.  "group." stands for the whole group.
-MAY_CHANGE = ("mesh.", "checkpoint.", "eval.", "log.", "debug.", "total_steps", "total_epochs", "total_examples",
-              "microbatches", "model.remat", "model.attention", "data.workers", "data.eval")
+MAY_CHANGE = ("mesh.", "checkpoint.", "log.", "debug.", "total_steps", "total_epochs", "total_examples", "microbatches",
+              "model.remat", "model.attention", "eval.every_steps", "eval.batch_size", "data.prefetch", "data.cache",
+              "reference.cache", "rollout.log_samples_every_steps")
 PACKAGES = ("align_jax", "jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain", "transformers",
             "numpy")
 
