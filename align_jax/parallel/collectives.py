@@ -1,29 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read a compiled program's text: which collectives it runs, how often, over which mesh axes, with how many bytes.
+"""Which collectives a compiled program runs: how often, over which mesh axes, with how many bytes.
 
-The text names each operation once, but a scanned layer runs it L times: a computation's count is the sum over its
-callers of their counts, times the trip count where it is a loop's body.  TPU programs hold several copies of one
-collective (the fused start, middle and end of an asynchronous one), which share a channel: they count once.
+TPU programs hold several copies of one collective (the fused start, middle and end of an asynchronous one, the middle
+perhaps inside another loop); they share a channel and count once.
 """
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
-import math
 import re
-from typing import NamedTuple
+
+from align_jax.parallel.hlo import ARRAY, Operation, Program, array_bytes
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast",
          "ragged-all-to-all")
-BITS = {"pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "f8e4m3fn": 8, "f8e5m2": 8, "bf16": 16, "f16": 16, "s16": 16,
-        "u16": 16, "f32": 32, "s32": 32, "u32": 32, "f64": 64, "s64": 64, "u64": 64, "c64": 64}
-_ARRAY = re.compile(r"\b(%s)\[([\d,]*)\]" % "|".join(BITS))
-_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
-_OPERATION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\((.*)$")
-_CALLED = re.compile(r"\b(?:calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
-_CALLED_LIST = re.compile(r"\b(?:called_computations|branch_computations)=\{([^}]*)\}")
-_TRIPS = re.compile(r"known_trip_count\W+n\W+(\d+)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,58 +54,30 @@ class Collective:
         return tuple(axis for i, axis in enumerate(mesh) if len({place[i] for place in places}) > 1)
 
 
-class _Operation(NamedTuple):
-    name: str
-    shape: str
-    opcode: str
-    rest: str  # operands and attributes
-
-
-def array_bytes(text: str) -> int:
-    """Sum the bytes of the arrays that a shape's text names.
-
-    >>> array_bytes("(bf16[2,3]{1,0}, f32[])")
-    16
-    """
-    return sum(math.prod(map(int, dims.split(","))) * BITS[dtype] // 8 if dims else BITS[dtype] // 8
-               for dtype, dims in _ARRAY.findall(text))
-
-
-def array_shapes(text: str) -> dict[tuple[str, tuple[int, ...]], int]:
-    """Return every array type of a program's text and its bytes on one device."""
-    found = {}
-    for dtype, dims in set(_ARRAY.findall(text)):
-        shape = tuple(int(size) for size in dims.split(",")) if dims else ()
-        found[dtype, shape] = math.prod(shape) * BITS[dtype] // 8
-    return found
-
-
-def read_collectives(text: str) -> list[Collective]:
+def read_collectives(program: Program) -> list[Collective]:
     """List a compiled program's collectives, each with how often one step runs it.
 
     Args:
-        text: the optimised HLO module (``compiled.as_text()``, or XLA's dump ``*after_optimizations.txt``).
+        program: from ``hlo.parse``.
 
     Returns:
         Collectives over more than one device; each channel once.
 
     Raises:
-        ValueError: the text has no ENTRY computation, or a replica group has a form that this reader does not know.
+        ValueError: a replica group has a form that this reader does not know.
     """
-    computations, entry = _parse(text)
-    counts = _counts(computations, entry)
     found: dict[tuple[str, str], Collective] = {}
-    for computation, operations in computations.items():
+    for computation, operations in program.computations.items():
         for operation in operations:
             kind = operation.opcode.removesuffix("-start")
-            if kind not in KINDS or not counts[computation]:
+            if kind not in KINDS or not program.counts[computation]:
                 continue
-            collective = _collective(kind, computation, operation, counts[computation])
+            collective = _collective(kind, computation, operation, program.counts[computation])
             if len(collective.group) < 2:
                 continue
             channel = re.search(r"channel_id=(\d+)", operation.rest)
             key = (collective.kind, channel[1] if channel else f"{computation}/{operation.name}")
-            if key not in found or found[key].count < collective.count:
+            if key not in found or found[key].count > collective.count:
                 found[key] = collective
     return list(found.values())
 
@@ -137,66 +100,9 @@ def summarise(collectives: Sequence[Collective], mesh: Mapping[str, int]) -> lis
     return sorted(rows.values(), key=lambda row: -row["bytes"])
 
 
-def _parse(text: str) -> tuple[dict[str, list[_Operation]], str]:
-    computations: dict[str, list[_Operation]] = {}
-    entry, current = "", None
-    for line in text.splitlines():
-        header = None if line.startswith(" ") else _HEADER.match(line)
-        if header:
-            current = computations.setdefault(header[2], [])
-            entry = header[2] if header[1] else entry
-        elif current is not None:  # until the next header: a kernel's settings may hold lines of braces
-            operation = _OPERATION.match(re.sub(r"/\*.*?\*/", "", line))
-            if operation:
-                current.append(_Operation(*operation.groups()))
-    if not entry:
-        raise ValueError("not the text of an HLO module: it has no ENTRY computation")
-    return computations, entry
-
-
-def _calls(operation: _Operation) -> Iterator[tuple[str, str]]:
-    for called in _CALLED.finditer(operation.rest):
-        yield called[0].split("=")[0], called[1]
-    for called in _CALLED_LIST.finditer(operation.rest):
-        for name in called[1].split(","):
-            yield "branch", name.strip().lstrip("%")
-
-
-def _counts(computations: Mapping[str, list[_Operation]], entry: str) -> collections.Counter:
-    """Count how often one run of the program runs each computation (branches of a conditional count as run)."""
-    callers: dict[str, list[tuple[str, int]]] = collections.defaultdict(list)
-    for computation, operations in computations.items():
-        for operation in operations:
-            if operation.opcode in ("async-update", "async-done"):
-                continue  # they name the computation that their async-start has run
-            trips = _trips(operation, computations) if operation.opcode == "while" else 1
-            for role, called in _calls(operation):
-                callers[called].append((computation, trips if role == "body" else 1))
-    counts: collections.Counter = collections.Counter({entry: 1})
-
-    def count(name: str) -> int:
-        if name not in counts:
-            counts[name] = sum(count(caller) * times for caller, times in callers[name])
-        return counts[name]
-
-    for computation in computations:
-        count(computation)
-    return counts
-
-
-def _trips(loop: _Operation, computations: Mapping[str, list[_Operation]]) -> int:
-    known = _TRIPS.search(loop.rest)
-    if known:
-        return int(known[1])
-    condition = re.search(r"condition=%?([\w.\-]+)", loop.rest)
-    limits = [int(number) for operation in computations.get(condition[1] if condition else "", ())
-              if operation.opcode == "constant" for number in re.findall(r"^(\d+)\)", operation.rest)]
-    return limits[0] if len(limits) == 1 else 1  # a loop whose length the data decides counts once
-
-
-def _collective(kind: str, computation: str, operation: _Operation, count: int) -> Collective:
-    arrays = _ARRAY.findall(operation.shape)
-    sizes = [array_bytes(f"{dtype}[{dims}]") for dtype, dims in arrays]
+def _collective(kind: str, computation: str, operation: Operation, count: int) -> Collective:
+    arrays = ARRAY.findall(operation.shape)
+    sizes = [array_bytes(f"{dtype}[{dims}]") for dtype, dims, _ in arrays]
     group = _group(operation.rest)
     payload = sum(sizes)
     if operation.opcode.endswith("-start") and operation.shape.startswith("("):

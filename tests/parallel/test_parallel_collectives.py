@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from align_jax.parallel.collectives import _group, array_bytes, array_shapes, read_collectives, summarise
+from align_jax.parallel.collectives import _group, read_collectives, summarise
+from align_jax.parallel.hlo import array_bytes, array_shapes, memory_traffic, parse
 
 LAYERS, WIDTH, ROWS = 5, 64, 16
 
@@ -35,7 +36,7 @@ def _compile(mesh: Mesh) -> str:
 
 def test_a_scanned_layers_collectives_count_once_a_layer():
     mesh = _mesh(2, 4)
-    rows = {(row["kind"], row["axes"]): row for row in summarise(read_collectives(_compile(mesh)), mesh.shape)}
+    rows = {(row["kind"], row["axes"]): row for row in summarise(read_collectives(parse(_compile(mesh))), mesh.shape)}
     gather = rows["all-gather", "fsdp"]
     assert gather["count"] == LAYERS
     assert gather["bytes"] == LAYERS * WIDTH * WIDTH * 4 * 3 / 4  # each chip has a quarter and receives the rest
@@ -44,7 +45,7 @@ def test_a_scanned_layers_collectives_count_once_a_layer():
 
 
 def test_a_program_on_one_device_has_no_collectives():
-    assert read_collectives(_compile(_mesh(1, 1))) == []
+    assert read_collectives(parse(_compile(_mesh(1, 1)))) == []
 
 
 @pytest.mark.parametrize("text, group", [
@@ -67,7 +68,7 @@ def test_an_unknown_spelling_is_an_error():
         _group("replica_groups=everything")
 
 
-def test_a_collective_inside_an_asynchronous_fusion_counts_once():
+def test_copies_of_a_collective_count_once_and_an_unrolled_loop_by_its_steps():
     text = """
 %part.1 (p.1: f32[4]) -> f32[8] {
   ROOT %ag.1 = f32[8]{0} all-gather(%p.1), channel_id=7, replica_groups=[1,2]<=[2], dimensions={0}
@@ -84,15 +85,20 @@ def test_a_collective_inside_an_asynchronous_fusion_counts_once():
   %a = f32[8]{0} fusion(%x), calls=%part.1
   %b = f32[8]{0} fusion(%a), calls=%part.2
   %c = f32[4]{0} fusion(%b), calls=%all-reduce-scatter.3
+  %two = s32[] constant(2)
+  %next = s32[] add(%i, %two)
+  ROOT %both = (s32[], f32[4]{0}) tuple(%next, %c)
 }
 %limit (q: (s32[], f32[4])) -> pred[] {
-  %n = s32[]{:T(128)} constant(6)
+  %n = s32[]{:T(128)} constant(12)
+  %at = s32[]{:T(128)} get-tuple-element(%q), index=0
+  ROOT %less = pred[] compare(%at, %n), direction=LT
 }
 ENTRY %main (x: f32[4]) -> f32[4] {
   ROOT %w = (s32[], f32[4]{0}) while(%t), condition=%limit, body=%body
 }
 """
-    found = {collective.kind: collective for collective in read_collectives(text)}
+    found = {collective.kind: collective for collective in read_collectives(parse(text))}
     assert {kind: c.count for kind, c in found.items()} == {"all-gather": 6, "reduce-scatter": 6}
     assert found["reduce-scatter"].traffic == 16  # half of 32 bytes
 
@@ -105,4 +111,11 @@ def test_shapes_and_bytes_of_a_programs_arrays_are_found():
 
 def test_text_that_is_no_program_is_an_error():
     with pytest.raises(ValueError, match="no ENTRY"):
-        read_collectives("hello")
+        parse("hello")
+
+
+def test_memory_traffic_counts_slices_of_stacked_weights_once_a_layer():
+    program = parse(_compile(_mesh(1, 1)))
+    weights, rows = LAYERS * WIDTH * WIDTH * 4, ROWS * WIDTH * 4
+    # every layer's weights once or twice (a slice may be copied before its product), and a few passes over the rows
+    assert weights <= memory_traffic(program) <= 4 * weights + 12 * LAYERS * rows

@@ -1,0 +1,229 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Read a compiled program's text: its computations, how often one step runs each, and the memory traffic.
+
+The text names each operation once, but a scanned layer runs it L times: a computation's count is the sum over its
+callers of their counts, times the trip count where it is a loop's body.
+"""
+from __future__ import annotations
+
+import collections
+from collections.abc import Iterator, Mapping
+import dataclasses
+import math
+import re
+from typing import NamedTuple
+
+BITS = {"pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "f8e4m3fn": 8, "f8e5m2": 8, "bf16": 16, "f16": 16, "s16": 16,
+        "u16": 16, "f32": 32, "s32": 32, "u32": 32, "f64": 64, "s64": 64, "u64": 64, "c64": 64}
+ARRAY = re.compile(r"\b(%s)\[([\d,]*)\](\{[^}]*\})?" % "|".join(BITS))
+_HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_OPERATION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\((.*)$")
+_CALLED = re.compile(r"\b(calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
+_CALLED_LIST = re.compile(r"\b(?:called_computations|branch_computations)=\{([^}]*)\}")
+_TRIPS = re.compile(r"known_trip_count\W+n\W+(\d+)")
+_FREE = frozenset({"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call",
+                   "after-all", "partition-id", "replica-id", "iota", "opt-barrier", "async-start", "async-update",
+                   "async-done", "copy-done"})  # no traffic of their own
+
+
+class Operation(NamedTuple):
+    """One line of a computation."""
+
+    name: str
+    shape: str
+    opcode: str
+    rest: str  # operands and attributes
+
+    @property
+    def operands(self) -> list[str]:
+        """The operands' names."""
+        depth, end = 1, len(self.rest)
+        for end, letter in enumerate(self.rest):
+            depth += (letter == "(") - (letter == ")")
+            if not depth:
+                break
+        return re.findall(r"%([\w.\-]+)", self.rest[:end])
+
+    def calls(self) -> Iterator[tuple[str, str]]:
+        """Yield (role, computation) for every computation that it names."""
+        for role, name in _CALLED.findall(self.rest):
+            yield role, name
+        for names in _CALLED_LIST.findall(self.rest):
+            for name in names.split(","):
+                yield "branch", name.strip().lstrip("%")
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A compiled module.
+
+    Attributes:
+        computations: name -> its operations.
+        counts: name -> how often one run of the program runs it (branches of a conditional count as run).
+    """
+
+    computations: Mapping[str, list[Operation]]
+    counts: Mapping[str, int]
+
+
+def array_bytes(text: str) -> int:
+    """Sum the bytes of the arrays that a shape's text names.
+
+    >>> array_bytes("(bf16[2,3]{1,0}, f32[])")
+    16
+    """
+    return sum(_size(dtype, dims) for dtype, dims, _ in ARRAY.findall(text))
+
+
+def array_shapes(text: str) -> dict[tuple[str, tuple[int, ...]], int]:
+    """Return every array type of a program's text and its bytes on one device."""
+    return {(dtype, tuple(int(size) for size in dims.split(",")) if dims else ()): _size(dtype, dims)
+            for dtype, dims in {found[:2] for found in ARRAY.findall(text)}}
+
+
+def parse(text: str) -> Program:
+    """Parse a module.
+
+    Args:
+        text: the optimised HLO module (``compiled.as_text()``, or XLA's dump ``*after_optimizations.txt``).
+
+    Raises:
+        ValueError: the text has no ENTRY computation.
+    """
+    computations: dict[str, list[Operation]] = {}
+    entry, current = "", None
+    for line in text.splitlines():
+        header = None if line.startswith(" ") else _HEADER.match(line)
+        if header:
+            current = computations.setdefault(header[2], [])
+            entry = header[2] if header[1] else entry
+        elif current is not None:  # until the next header: a kernel's settings may hold lines of braces
+            operation = _OPERATION.match(re.sub(r"/\*.*?\*/", "", line))
+            if operation:
+                current.append(Operation(*operation.groups()))
+    if not entry:
+        raise ValueError("not the text of an HLO module: it has no ENTRY computation")
+    return Program(computations, _counts(computations, entry))
+
+
+def memory_traffic(program: Program) -> float:
+    """Return the bytes that one step moves between HBM and the cores of one chip, as the program's text has them.
+
+    Each operation reads its operands and writes its result once; what stays in the cores' own memory (``S(1)``) is
+    left out, and of an array that is only sliced, or updated in place, the slice counts.  Kernels written by hand count
+    their operands once, however often their blocks are read again.
+    """
+    fused = {name for operations in program.computations.values() for operation in operations
+             for role, name in operation.calls() if role in ("calls", "to_apply") and operation.opcode != "call"
+             and not operation.opcode.startswith("async")}
+    total = 0.0
+    for name, operations in program.computations.items():
+        if name in fused or not program.counts.get(name):
+            continue
+        shapes = {operation.name: operation.shape for operation in operations}
+        total += program.counts[name] * sum(
+            _traffic(operation, shapes, program) for operation in operations if operation.opcode not in _FREE)
+    return total
+
+
+def _size(dtype: str, dims: str) -> int:
+    return (math.prod(map(int, dims.split(","))) if dims else 1) * BITS[dtype] // 8
+
+
+def _hbm_bytes(shape: str) -> int:
+    return sum(_size(dtype, dims) for dtype, dims, layout in ARRAY.findall(shape) if "S(1)" not in layout)
+
+
+def _traffic(operation: Operation, shapes: Mapping[str, str], program: Program) -> int:
+    operands = operation.operands
+    read = [_hbm_bytes(shapes.get(name, "")) for name in operands]
+    written = _hbm_bytes(operation.shape)
+    if operation.opcode == "dynamic-slice":
+        return 2 * written
+    if operation.opcode == "dynamic-update-slice":
+        return 2 * read[1] if len(read) > 1 else written
+    body = next((program.computations.get(name) for role, name in operation.calls() if role == "calls"), None)
+    if operation.opcode != "fusion" or not body:
+        return sum(read) + written
+    slices, updates = _slices(body)
+    for place, size in slices.items():
+        if place < len(read):
+            read[place] = min(read[place], size)
+    return sum(read) + max(0, written - sum(whole - part for whole, part in updates))
+
+
+def _slices(body: list[Operation]) -> tuple[dict[int, int], list[tuple[int, int]]]:
+    """Find in a fusion the parameters that are only sliced or updated (place -> bytes), and the updates' sizes."""
+    named = {operation.name: operation for operation in body}
+    uses: dict[str, list[Operation]] = collections.defaultdict(list)
+    for operation in body:
+        for name in operation.operands:
+            uses[name].append(operation)
+    slices, updates = {}, []
+    for operation in body:
+        if operation.opcode == "dynamic-update-slice" and len(operation.operands) > 1:
+            part = array_bytes(named[operation.operands[1]].shape) if operation.operands[1] in named else 0
+            updates.append((array_bytes(operation.shape), part))
+        if operation.opcode != "parameter" or not uses[operation.name]:
+            continue
+        parts = [array_bytes(use.shape) if use.opcode == "dynamic-slice" else 0
+                 if use.opcode == "dynamic-update-slice" and use.operands[0] == operation.name else None
+                 for use in uses[operation.name]]
+        if None not in parts:
+            slices[int(re.match(r"(\d+)", operation.rest)[1])] = sum(parts)
+    return slices, updates
+
+
+def _counts(computations: Mapping[str, list[Operation]], entry: str) -> collections.Counter:
+    callers: dict[str, list[tuple[str, int]]] = collections.defaultdict(list)
+    for computation, operations in computations.items():
+        for operation in operations:
+            if operation.opcode in ("async-update", "async-done"):
+                continue  # they name the computation that their async-start has run
+            trips = _trips(operation, computations) if operation.opcode == "while" else 1
+            for role, called in operation.calls():
+                callers[called].append((computation, trips if role == "body" else 1))
+    counts: collections.Counter = collections.Counter({entry: 1})
+
+    def count(name: str) -> int:
+        if name not in counts:
+            counts[name] = sum(count(caller) * times for caller, times in callers[name])
+        return counts[name]
+
+    for computation in computations:
+        count(computation)
+    return counts
+
+
+def _trips(loop: Operation, computations: Mapping[str, list[Operation]]) -> int:
+    """Read how often a loop's body runs: limit over step of the counter; 1 where the data decides."""
+    known = _TRIPS.search(loop.rest)
+    if known:
+        return int(known[1])
+    called = {role: {operation.name: operation for operation in computations.get(name, ())}
+              for role, name in loop.calls()}
+    condition = called.get("condition", {})
+    compare = next((operation for operation in condition.values() if operation.opcode == "compare"), None)
+    if compare is None or "direction=LT" not in compare.rest:
+        return 1
+    counter, limit = (condition.get(name) for name in compare.operands[:2])
+    place = re.search(r"index=(\d+)", counter.rest if counter else "")
+    if place is None or limit is None or limit.opcode != "constant":
+        return 1
+    return -(-_constant(limit) // _step(called.get("body", {}), int(place[1])))
+
+
+def _step(body: Mapping[str, Operation], place: int) -> int:
+    """Return by how much a loop's body raises its counter (an unrolled loop's by more than one)."""
+    result = next((operation for operation in reversed(body.values()) if operation.opcode == "tuple"), None)
+    names = result.operands if result else []
+    update = body.get(names[place]) if place < len(names) else None
+    if update is None or update.opcode != "add":
+        return 1
+    return next((_constant(body[name]) for name in update.operands
+                 if name in body and body[name].opcode == "constant"), 1)
+
+
+def _constant(operation: Operation) -> int:
+    number = re.match(r"(\d+)\)", operation.rest)
+    return max(1, int(number[1])) if number else 1
