@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -193,56 +194,75 @@ def _anchor(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False).input_ids if text else []
+    return tokenizer(text, add_special_tokens=False, verbose=False).input_ids if text else []
 
 
-def _continue(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def _continue(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    """Tokenize texts that stand in the middle of one."""
+    if not texts:
+        return []
     anchor = _anchor(tokenizer)
-    ids, lead = _encode(tokenizer, anchor + text), _encode(tokenizer, anchor)
-    return ids[len(lead):] if ids[:len(lead)] == lead else _encode(tokenizer, text)
+    lead = _encode(tokenizer, anchor)
+    found = tokenizer([anchor + text for text in texts], add_special_tokens=False, verbose=False).input_ids
+    return [ids[len(lead):] if ids[:len(lead)] == lead else _encode(tokenizer, text) for ids, text in zip(found, texts)]
 
 
-def encode_prompt(rendered: Rendered, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], int, int]:
-    """Tokenize the prompt: ids, where its last turn begins, and how long its header is, in tokens.
+def encode_prompts(rendered: Sequence[Rendered], tokenizer: PreTrainedTokenizerBase
+                   ) -> list[tuple[list[int], int, int]]:
+    """Tokenize prompts.
 
-    A plain text gets the tokenizer's beginning-of-sequence token, unless it is written there already.
+    Returns:
+        For each its ids, where its last turn begins, and how long its header is, in tokens.  A plain text gets the
+        tokenizer's beginning-of-sequence token, unless it is written there already.
     """
-    encoding: Any = tokenizer(rendered.prompt, add_special_tokens=False, return_offsets_mapping=True)
-    ids, offsets = list(encoding.input_ids), encoding.offset_mapping
-    turn = sum(end <= rendered.turn for _, end in offsets) if rendered.turn else 0
-    tail = sum(start >= len(rendered.prompt) - rendered.tail for start, _ in offsets) if rendered.tail else 0
-    lead = [] if rendered.templated else bos_ids(tokenizer)
-    if lead and ids[:1] != lead:
-        ids, turn = lead + ids, turn + 1 if turn else 0
-    return ids, turn, tail
+    if not rendered:
+        return []
+    encoding: Any = tokenizer([one.prompt for one in rendered], add_special_tokens=False, return_offsets_mapping=True,
+                              verbose=False)
+    lead, found = bos_ids(tokenizer), []
+    for one, ids, offsets in zip(rendered, encoding.input_ids, encoding.offset_mapping):
+        turn = sum(end <= one.turn for _, end in offsets) if one.turn else 0
+        tail = sum(start >= len(one.prompt) - one.tail for start, _ in offsets) if one.tail else 0
+        if lead and not one.templated and ids[:1] != lead:
+            ids, turn = lead + ids, turn + 1 if turn else 0
+        found.append((list(ids), turn, tail))
+    return found
 
 
-def encode(example: Example, tokenizer: PreTrainedTokenizerBase) -> Tokens:
-    """Tokenize an example.
+def encode_many(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[Tokens]:
+    """Tokenize examples, many at once.
 
     Args:
-        example: the example.
+        examples: the examples.
         tokenizer: the tokenizer; messages need its chat template.
 
     Returns:
-        Prompt ids (the same for every response), each response's ids and loss mask: true on the assistant's tokens,
-        the one that ends the turn included.
+        For each its prompt ids (the same for every response), each response's ids and loss mask: true on the
+        assistant's tokens, the one that ends the turn included.
 
     Raises:
         ValueError: as ``render``.
     """
-    rendered = render(example, tokenizer)
-    prompt, turn, tail = encode_prompt(rendered, tokenizer)
-    responses, masks = [], []
-    for spans in rendered.responses:
-        ids: list[int] = []
-        mask: list[bool] = []
-        for span in spans:
-            piece = _continue(tokenizer, span.text) + ([tokenizer.eos_token_id] if span.end else [])
-            ids += piece
-            mask += [span.loss] * len(piece)
-        if not prompt and mask:
-            mask[0] = False  # nothing precedes the first token, so nothing predicts it
-        responses.append(ids)
-        masks.append(mask)
-    return Tokens(prompt, tuple(responses), tuple(masks), turn, tail)
+    rendered = [render(example, tokenizer) for example in examples]
+    pieces = iter(_continue(tokenizer, [span.text for one in rendered for spans in one.responses for span in spans]))
+    made = []
+    for one, (prompt, turn, tail) in zip(rendered, encode_prompts(rendered, tokenizer)):
+        responses, masks = [], []
+        for spans in one.responses:
+            ids: list[int] = []
+            mask: list[bool] = []
+            for span in spans:
+                piece = next(pieces) + ([tokenizer.eos_token_id] if span.end else [])
+                ids += piece
+                mask += [span.loss] * len(piece)
+            if not prompt and mask:
+                mask[0] = False  # nothing precedes the first token, so nothing predicts it
+            responses.append(ids)
+            masks.append(mask)
+        made.append(Tokens(prompt, tuple(responses), tuple(masks), turn, tail))
+    return made
+
+
+def encode(example: Example, tokenizer: PreTrainedTokenizerBase) -> Tokens:
+    """Tokenize one example; see ``encode_many``."""
+    return encode_many([example], tokenizer)[0]

@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import json
 import statistics
-from typing import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 

@@ -7,7 +7,9 @@ import dataclasses
 import difflib
 import hashlib
 import json
-from typing import Any, Mapping, Sequence
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from align_jax.core.schema import Example
 from align_jax.data import conversions, formats
@@ -97,6 +99,46 @@ def load(specs: str | Sequence[str], *, kind: str, chat: bool, weights: Sequence
     report = {"examples": len(items), **{name: count for name, count in counts.items() if count}}
     return Examples(kind, tuple(items), tuple(ends), None if weights is None else tuple(map(float, weights)),
                     identity, report)
+
+
+def hold_out(examples: Examples, fraction: float, *, most: int, seed: int) -> tuple[Examples, Examples | None]:
+    """Divide examples into training and held-out ones, by prompt: no prompt is in both.
+
+    Args:
+        examples: all of them.
+        fraction: of the examples, held out; 0: none.
+        most: at most about so many examples held out; 0: no limit.
+        seed: of the choice.
+
+    Returns:
+        (training, held out); the latter None where nothing is held out.
+
+    Raises:
+        ValueError: a fraction outside [0, 1), or a single prompt.
+    """
+    if not 0 <= fraction < 1:
+        raise ValueError(f"data.eval_fraction = {fraction}: expected from 0 to below 1")
+    wanted = min(round(fraction * len(examples)), most or len(examples))
+    if not wanted:
+        return examples, None
+    of_prompt: dict[str, list[int]] = collections.defaultdict(list)
+    for index, example in enumerate(examples.items):
+        of_prompt[json.dumps(example.prompt, default=str)].append(index)
+    if len(of_prompt) < 2:
+        raise ValueError(f"data.eval_fraction = {fraction}: all {len(examples)} examples have the same prompt, so none "
+                         "can be held out; set it to 0, or name data.eval")
+    held: set[int] = set()
+    for prompt in random.Random(seed).sample(sorted(of_prompt), len(of_prompt) - 1):
+        if len(held) >= wanted:
+            break
+        held.update(of_prompt[prompt])
+    part = lambda name, inside: dataclasses.replace(
+        examples, identity=f"{examples.identity}-{name}-{fraction}-{most}-{seed}",
+        items=tuple(example for i, example in enumerate(examples.items) if (i in held) == inside),
+        ends=tuple(end - sum(i < end for i in held) if not inside else sum(i < end for i in held)
+                   for end in examples.ends),
+        weights=None if inside else examples.weights)
+    return part("train", False), part("held_out", True)
 
 
 def _check(specs: Sequence[str], kind: str, weights: Sequence[float] | None, invalid: str, labels: str) -> None:

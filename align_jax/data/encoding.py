@@ -12,7 +12,7 @@ import json
 import os
 import tempfile
 import zipfile
-from typing import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -23,6 +23,7 @@ from align_jax.data import chat
 from align_jax.data.tokenizer import fingerprint
 
 VERSION = 1
+_CHUNK = 1024  # examples tokenized at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,10 +108,7 @@ def encode_all(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, 
 def _encode_all(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, responses: int,
                 control: Sequence[str] | None) -> Encoded:
     prompts, texts, masks, turns, tails, keys = [], [], [], [], [], []
-    for example in examples:
-        if len(example.responses) != responses:
-            raise ValueError(f"{example.source}: {len(example.responses)} responses, expected {responses}")
-        tokens = chat.encode(example, tokenizer)
+    for example, tokens in zip(examples, _tokens(examples, tokenizer, responses)):
         prompts.append(np.asarray(tokens.prompt, np.int32))
         turns.append(tokens.turn)
         tails.append(tokens.tail)
@@ -128,6 +126,15 @@ def _encode_all(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase,
         scores=np.asarray([e.scores or missing for e in examples], np.float32).reshape(len(examples), responses),
         margin=np.asarray([e.margin for e in examples], np.float32),
         weight=np.asarray([e.weight for e in examples], np.float32), prompt_key=np.asarray(keys, np.int64))
+
+
+def _tokens(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, responses: int) -> Iterator[chat.Tokens]:
+    for start in range(0, len(examples), _CHUNK):
+        chunk = examples[start:start + _CHUNK]
+        for example in chunk:
+            if len(example.responses) != responses:
+                raise ValueError(f"{example.source}: {len(example.responses)} responses, expected {responses}")
+        yield from chat.encode_many(chunk, tokenizer)
 
 
 def _control(tokenizer: PreTrainedTokenizerBase, control: Sequence[str] | None, example: Example, index: int

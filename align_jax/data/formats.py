@@ -10,7 +10,8 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
-from typing import Any, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from align_jax.core.schema import Example, Message
 from align_jax.data import transcripts

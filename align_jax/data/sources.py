@@ -16,7 +16,8 @@ import gzip
 import io
 import json
 import urllib.parse
-from typing import Any, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from etils import epath
