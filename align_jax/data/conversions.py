@@ -45,7 +45,7 @@ def convert(examples: Sequence[Example], source: str, target: str, *, pairing: s
     if source == target:
         return list(examples)
     if target == "prompts":
-        return [dataclasses.replace(example, responses=(), label=None, scores=None) for example in _unique(examples)]
+        return [_ask(example, source) for example in _unique(examples)]
     if (source, target) not in CONVERSIONS:
         ways = sorted(f"{a} to {b}" for a, b in CONVERSIONS)
         raise ValueError(f"no conversion from {source} to {target}; there are: {', '.join(ways)}")
@@ -59,6 +59,14 @@ class _Options:
     min_difference: float
     threshold: float | str
     seed: int
+
+
+def _ask(example: Example, source: str) -> Example:
+    """Keep the prompt; an answer that came with it stays as the column ``answer``, for rewards that compare with it."""
+    extras = dict(example.extras)
+    if source == "completions" and len(example.responses) == 1 and isinstance(example.responses[0], str):
+        extras.setdefault("answer", example.responses[0])
+    return dataclasses.replace(example, responses=(), label=None, scores=None, extras=extras)
 
 
 def prompt_key(example: Example) -> str:
