@@ -58,7 +58,8 @@ class Progress:
         self._stream = stream or sys.stderr
         self._total, self._step, self._every = total_steps, start_step, every_steps
         self._name, self._shown = name, shown
-        self._began, self._start, self._line = time.monotonic(), start_step, start_step
+        self._line = start_step
+        self._first: tuple[int, float] | None = None  # the first step held the compilation: time counts from its end
         self._bar = None
         if shown and self._stream.isatty():
             self._bar = tqdm.tqdm(total=total_steps, initial=start_step, desc=name, unit="step", file=self._stream,
@@ -67,16 +68,16 @@ class Progress:
     def update(self, step: int, values: Values) -> None:
         """Show that ``step`` steps are done, with the newest metrics."""
         done, self._step = step - self._step, step
+        self._first = self._first or (step, time.monotonic())
         if self._bar is not None:
             self._bar.set_postfix(summary(values), refresh=False)
             self._bar.update(done)
         elif self._shown and (step - self._line >= self._every or step == self._total):
             self._line = step
             words = "  ".join(f"{word} {number}" for word, number in summary(values).items())
-            spent = time.monotonic() - self._began
-            left = spent / max(step - self._start, 1) * (self._total - step)
-            print(f"{self._name} step {step}/{self._total}  {words}  {duration(left)} left", file=self._stream,
-                  flush=True)
+            steps, spent = step - self._first[0], time.monotonic() - self._first[1]
+            left = f"  {duration(spent / steps * (self._total - step))} left" if steps else ""
+            print(f"{self._name} step {step}/{self._total}  {words}{left}", file=self._stream, flush=True)
 
     def note(self, text: str) -> None:
         """Print a line of its own, above the bar."""

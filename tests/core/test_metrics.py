@@ -130,7 +130,7 @@ def test_without_a_terminal_there_is_a_line_every_k_steps():
     bar.close()
     lines = stream.getvalue().splitlines()
     assert [line.split()[2] for line in lines[:-1]] == ["5/10", "8/10", "10/10"]
-    assert "loss 0.5  margin 0.25  tokens/s 1,000" in lines[0] and lines[0].endswith("left") and lines[-1] == "saved"
+    assert "loss 0.5  margin 0.25  tokens/s 1,000" in lines[0] and lines[1].endswith("left") and lines[-1] == "saved"
 
 
 def test_on_a_terminal_there_is_a_bar(monkeypatch):
