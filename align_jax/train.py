@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 from typing import Any, NamedTuple, Sequence
 
-from absl import app, flags
+from absl import app, flags, logging
 import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
@@ -36,7 +36,7 @@ from align_jax.training import workdir as record
 from align_jax.training.checkpoint import Checkpoints
 from align_jax.training.steps import Recipe
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, with its argument after a colon.", lock_config=True)
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, its argument after a colon.", lock_config=True)
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: a local path or gs://...; restarting resumes it.")
 
 
@@ -78,8 +78,8 @@ def settle(config: ConfigDict) -> Setting:
         raise ValueError(f"config.max_length = {config.max_length} exceeds the {model_config.max_positions} positions "
                          "of the model (max_position_embeddings)")
     if config.reference.mode == "cached" and any("kl" in term.needs for term in terms):
-        raise ValueError(f"config.reference.mode = 'cached' keeps token log-probabilities; {config.objective.name} needs "
-                         "whole distributions of the reference; use in_graph")
+        raise ValueError("config.reference.mode = 'cached' keeps token log-probabilities; the objective "
+                         f"{config.objective.name!r} needs whole distributions of the reference; use in_graph")
     rank, options = config.model.lora.rank, config.model.lora
     lora = LoraConfig(rank, alpha=options.alpha, dropout=options.dropout, targets=options.targets,
                       rank_stabilised=options.rslora, dora=options.dora) if rank else None
@@ -95,8 +95,8 @@ def make_recipe(config: ConfigDict, setting: Setting, total_steps: int) -> Recip
     schedule = optim.make_schedule(learning_rate=o.learning_rate, schedule=o.schedule, total_steps=total_steps,
                                    warmup_steps=o.warmup_steps, warmup_fraction=o.warmup_fraction,
                                    final_fraction=o.final_fraction)
-    optimizer = optim.make_optimizer(schedule, name=o.name, weight_decay=o.weight_decay, clip_norm=o.clip_norm, b1=o.b1,
-                                     b2=o.b2, eps=o.eps, moment_dtype=o.moment_dtype)
+    optimizer = optim.make_optimizer(schedule, name=o.name, weight_decay=o.weight_decay, clip_norm=o.clip_norm,
+                                     b1=o.b1, b2=o.b2, eps=o.eps, moment_dtype=o.moment_dtype)
     return Recipe(setting.models.policy, setting.models.base, setting.terms, optimizer, schedule,
                   microbatches=config.microbatches, seed=config.seed, value_head=config.model.value_head,
                   sync_every_steps=config.reference.sync_every_steps, mix=config.reference.mix)
@@ -108,14 +108,6 @@ def make_plan(config: ConfigDict, recipe: Recipe, mesh: Mesh) -> assembly.Plan:
     return assembly.make_plan(
         recipe, mesh, param_dtype=config.model.param_dtype, frozen_dtype=frozen_dtype, freeze=config.model.freeze,
         other_reference=bool(config.reference.path), reference_in_graph=config.reference.mode == "in_graph")
-
-
-def check_rows(rows: int, shards: int, microbatches: int) -> None:
-    """Raise a ValueError where a step's rows do not divide over the devices in every microbatch."""
-    if rows % (shards * microbatches):
-        raise ValueError(f"a step has {rows} rows; the mesh splits them over {shards} devices (data * fsdp * expert) in "
-                         f"{microbatches} microbatches, so rows must be a multiple of {shards * microbatches}: change "
-                         "config.batch_size, config.microbatches or config.mesh")
 
 
 class Run(NamedTuple):
@@ -145,20 +137,22 @@ def read_data(config: ConfigDict, setting: Setting) -> tuple[Examples, Examples 
     return datasets.hold_out(examples, d.eval_fraction, most=config.eval.max_examples, seed=config.seed)
 
 
-def make_pipelines(config: ConfigDict, setting: Setting, examples: Examples, held_out: Examples | None,
+def make_pipelines(config: ConfigDict, setting: Setting, mesh: Mesh, examples: Examples, held_out: Examples | None,
                    ) -> tuple[Pipeline, Pipeline | None]:
     """Tokenize and pack both sets; the held-out one in fixed order, once."""
-    d = config.data
+    d, shards = config.data, row_shards(mesh)
     make = functools.partial(
         pipeline.make_pipeline, tokenizer=setting.tokenizer, layout=d.layout, max_length=config.max_length,
-        row_length=config.row_length or config.max_length, groups_per_row=d.groups_per_row or None,
-        truncation=d.truncation, max_prompt_length=d.max_prompt_length or None, seed=config.seed, prefetch=d.prefetch,
+        row_length=config.row_length or None, groups_per_row=d.groups_per_row or None, truncation=d.truncation,
+        max_prompt_length=d.max_prompt_length or None, trim=d.trim, seed=config.seed, prefetch=d.prefetch,
+        control=tuple(d.control_tokens) or None, cache_dir=d.cache or None,
         mismatched=any(term.objective.mismatched for term in setting.terms), process_index=jax.process_index(),
-        process_count=jax.process_count(), cache=d.cache or None)
-    train = make(examples, batch_size=config.batch_size, shuffle=d.shuffle, repeat=True)
+        process_count=jax.process_count())
+    train = make(examples, batch_size=config.batch_size, shuffle=d.shuffle, row_multiple=shards * config.microbatches)
     if held_out is None:
         return train, None
-    return train, make(held_out, batch_size=config.eval.batch_size or config.batch_size, shuffle=False, repeat=False)
+    size = config.eval.batch_size or config.batch_size
+    return train, make(held_out, batch_size=size, shuffle=False, repeat=False, row_multiple=shards)
 
 
 def prepare(config: ConfigDict, workdir: str) -> Run:
@@ -171,10 +165,7 @@ def prepare(config: ConfigDict, workdir: str) -> Run:
     record.check(workdir, config.to_dict())
     mesh = make_mesh(config.mesh.to_dict())
     examples, held_out = read_data(config, setting)
-    train, held = make_pipelines(config, setting, examples, held_out)
-    check_rows(train.shape.rows, row_shards(mesh), config.microbatches)
-    if held is not None:
-        check_rows(held.shape.rows, row_shards(mesh), 1)
+    train, held = make_pipelines(config, setting, mesh, examples, held_out)
     total = configs.resolve_steps(config, train.steps_per_epoch)
     recipe = make_recipe(config, setting, total)
     plan = make_plan(config, recipe, mesh)
@@ -311,6 +302,8 @@ def main(argv: Sequence[str]) -> None:
     """Run from the command line."""
     if len(argv) > 1:
         raise app.UsageError(f"unknown arguments {argv[1:]}; flags are --config, --config.KEY=VALUE and --workdir")
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # Orbax tells much of little
     train(_CONFIG.value, _WORKDIR.value)
 
 

@@ -26,7 +26,7 @@ def get_config() -> ConfigDict:
     config.data.format = "ultrafeedback"
     config.data.max_prompt_length = 512
 
-    config.objective = losses.options("dpo", beta=0.01)
+    config.objective = ConfigDict(losses.options("dpo", beta=0.01))
 
     config.optimizer.learning_rate = 5e-7
     config.optimizer.schedule = "cosine"

@@ -13,14 +13,18 @@ Hardware: two CPU cores.
 """
 from align_jax import losses
 from align_jax.core.config import ConfigDict, defaults
+from align_jax.losses.objective import data_kind
 
 LLAMA = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
              max_position_embeddings=512, tie_word_embeddings=True)
 
+MADE = {"pairs": "preferences", "completions": "completions", "unpaired": "unpaired", "ranked": "ranked",
+        "rollout": "arithmetic"}  # the objective's kind of data -> the data set made by code
+
 
 def get_config(objective: str = "dpo") -> ConfigDict:
     config = defaults()
-    kind = losses.resolve(objective, {})[0].objective.data
+    made = MADE[data_kind(losses.resolve(objective))]
     config.total_steps = 200
     config.batch_size = 32
     config.max_length = 128
@@ -31,10 +35,10 @@ def get_config(objective: str = "dpo") -> ConfigDict:
     config.model.remat = "none"
     config.reference.dtype = "float32"
 
-    config.data.train = f"builtin:{kind}:train"
-    config.data.eval = f"builtin:{kind}:eval"
+    config.data.train = f"builtin:{made}:train"
+    config.data.eval = f"builtin:{made}:eval"
 
-    config.objective = losses.options(objective)
+    config.objective = ConfigDict(losses.options(objective))
 
     config.optimizer.learning_rate = 1e-3
     config.optimizer.schedule = "cosine"
