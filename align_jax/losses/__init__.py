@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Callable, Mapping, Sequence
 
-from align_jax.losses import arrays, batchwise, kto, objective, ppo_offline, preference, reference_free, supervised
+from align_jax.losses import arrays, batchwise, kto, objective, policy_gradient, ppo_offline, preference, reference_free
+from align_jax.losses import supervised, targets
 from align_jax.losses.arrays import Evaluated, dpo_from_indices
 from align_jax.losses.objective import Objective, Term
 from align_jax.losses.pairs import paired
@@ -17,6 +18,9 @@ _PAIRS: dict[str, Any] = {"data": "pairs", "reference": True, **_UP, **_WPO}
 _FREE: dict[str, Any] = {"data": "pairs", **_UP, **_WPO}
 _UNPAIRED: dict[str, Any] = {"data": "unpaired", "reference": True, **_UP}
 _KL: dict[str, Any] = {"mismatched": True, "measure": kto.measure_kl, "summarise": kto.summarise_kl}
+_ENTROPY = {"entropy_coef": ("entropy", 0.0)}
+_ROLLOUT: dict[str, Any] = {"data": "rollout", "metric": "reward up"}
+_GROUPED: dict[str, Any] = {"reference": True, "reference_option": "beta", "adds": _ENTROPY, **_ROLLOUT}
 
 OBJECTIVES: dict[str, Objective] = {
     # supervised, and reward models
@@ -125,6 +129,38 @@ OBJECTIVES: dict[str, Objective] = {
         formula="max(-A w, -A clip(w)) + critic_coef ½ (V - target)² + kl_coef (a - b), w = e^(a - b)",
         paper="arXiv 1707.06347", measure=ppo_offline.measure_advantages, summarise=ppo_offline.summarise_advantages,
         **_UNPAIRED),
+    # policy gradients on rollouts
+    "ppo": Objective(
+        policy_gradient.ppo, needs=("values",), adds={"entropy_coef": ("entropy", 0.0), "ptx_coef": ("ptx", 0.0)},
+        formula="max(-A w, -A clip(w, 1±c)) + vf_coef ½ max((V - ret)², (clip(V, V_old ± c_v) - ret)²)",
+        paper="arXiv 1707.06347", rollout=targets.PPO, **_ROLLOUT),
+    "grpo": Objective(
+        policy_gradient.grpo, formula="-min(min(w, δ) A, clip(w, 1-ε_low, 1+ε_high) A) + β k3, summed by loss_type",
+        paper="arXiv 2402.03300", rollout=targets.GRPO, **_GROUPED),
+    "gspo": Objective(
+        policy_gradient.gspo, formula="grpo with w = exp(mean_t (a - a_old)) for the whole sequence",
+        paper="arXiv 2507.18071", rollout=targets.GRPO, **_GROUPED),
+    "cispo": Objective(
+        policy_gradient.cispo, formula="-sg(min(w, ε_high)) A a_t + β k3", paper="arXiv 2506.13585",
+        rollout=targets.GRPO, **_GROUPED),
+    "sapo": Objective(
+        policy_gradient.sapo, formula="-(4/τ) σ(τ (w - 1)) A + β k3", paper="arXiv 2511.20347", rollout=targets.GRPO,
+        **_GROUPED),
+    "rloo": Objective(
+        policy_gradient.rloo, formula="-min(w A, clip(w, 1-ε_low, 1+ε_high) A), w of the whole sequence",
+        paper="arXiv 2402.14740", adds=_ENTROPY, rollout=targets.RLOO, **_ROLLOUT),
+    "reinforce": Objective(
+        policy_gradient.reinforce, formula="-A a_t, A with the batch's mean as baseline", paper="Williams 1992",
+        adds=_ENTROPY, rollout=targets.REINFORCE, **_ROLLOUT),
+    "reinforce_pp": Objective(
+        policy_gradient.reinforce_pp, formula="-min(w A, clip(w, 1-ε_low, 1+ε_high) A), A normalised globally",
+        paper="arXiv 2501.03262", adds=_ENTROPY, rollout=targets.REINFORCE_PP, **_ROLLOUT),
+    "entropy": Objective(
+        policy_gradient.entropy, formula="-H, mean over tokens; the term that entropy_coef adds",
+        paper="arXiv 1602.01783", needs=("entropy",), data="rollout", metric="entropy up"),
+    "ptx": Objective(
+        policy_gradient.ptx, formula="NLL of the groups whose label is false; the term that ptx_coef adds",
+        paper="arXiv 2203.02155", data="rollout", metric="ptx_nll down"),
 }
 
 
@@ -132,6 +168,22 @@ def resolve(name: str, options: Mapping[str, Any] | None = None,
             weights: Sequence[float] | None = None) -> tuple[Term, ...]:
     """Turn "dpo+bco_pair+sft" with options and weights into terms; see ``objective.resolve``."""
     return objective.resolve(OBJECTIVES, name, options, weights)
+
+
+def options(name: str, weights: Sequence[float] = (), **values: Any) -> dict[str, Any]:
+    """Return the ``objective`` section of a config: the name, and every option at its default or the value given.
+
+    >>> options("ipo", beta=0.2)["beta"]
+    0.2
+
+    Raises:
+        KeyError, ValueError: as ``resolve``.
+    """
+    terms = resolve(name, values, weights or None)
+    known = {option: default for part in name.split("+")
+             for option, default in OBJECTIVES[part.strip()].options.items()}
+    known |= {option: value for term in terms for option, value in term.options.items()}
+    return {"name": name, "weights": tuple(weights), **known, **values}
 
 
 def jitted(name: str, weights: Sequence[float] | None = None, **options: Any) -> Callable[..., Evaluated]:

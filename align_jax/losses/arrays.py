@@ -24,7 +24,8 @@ POSITIONAL = {  # what positional arguments mean, by kind of data
     "unpaired": ("policy", "label", "reference"),
     "rollout": ("policy", "old_token_logps", "advantages"),
 }
-COLUMNS = ("weight", "label", "scores", "margin", "old_token_logps", "advantages", "returns", "old_values")
+TOKEN_COLUMNS = ("old_token_logps", "advantages", "returns", "old_values")
+COLUMNS = ("weight", "label", "scores", "margin", *TOKEN_COLUMNS)
 FIELDS = ("entropy", "log_sum_sq", "kl", "values")
 
 
@@ -118,7 +119,7 @@ def make_batch(policy: Any, *, responses: int, mask: Any = None, lengths: Any = 
     counts = loss_mask.sum(axis=1, dtype=jnp.int32) if lengths is None else jnp.asarray(lengths, jnp.int32)
     indices = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (rows, length))
     weight = columns.pop("weight", None)
-    fields = {name: _tokens(columns.pop(name), rows) for name in FIELDS if columns.get(name) is not None}
+    fields = {name: jnp.asarray(columns.pop(name), jnp.float32) for name in FIELDS if columns.get(name) is not None}
     token_logps = jnp.where(loss_mask, tokens, 0.0)
     zeros = jnp.zeros((rows, length), jnp.int32)
     known = {name: None if value is None else jnp.asarray(value) for name, value in columns.items()}
@@ -130,15 +131,9 @@ def make_batch(policy: Any, *, responses: int, mask: Any = None, lengths: Any = 
     return batch, Outputs(token_logps, token_logps.sum(axis=1).reshape(groups, responses), batch.lengths, **fields)
 
 
-def _tokens(x: Any, rows: int) -> Array:
-    return jnp.asarray(x, jnp.float32).reshape(rows, -1)
-
-
-def _flat(x: Any, responses: int) -> Any:
-    """[B, R, ...] -> [B * R, ...]; with R = 1 the arrays have no R axis."""
-    if x is None or responses == 1:
-        return x
-    return jnp.reshape(jnp.asarray(x), (-1, *jnp.shape(x)[2:]))
+def _flat(x: Any, rows: int, tokens: bool) -> Any:
+    """Reshape to one row a response: [B * R, T] or [B * R]."""
+    return None if x is None else jnp.reshape(jnp.asarray(x), (rows, -1) if tokens else (rows,))
 
 
 def _stack(arrays: dict[str, Any], name: str) -> Any:
@@ -158,15 +153,17 @@ def _evaluate(terms: tuple[Term, ...], kind: str, arrays: dict[str, Any]) -> Eva
     mask, lengths = _stack(arrays, "mask"), _stack(arrays, "lengths")
     if policy is None:
         raise ValueError("the policy's log-probabilities (or a reward model's scores) are missing")
-    responses = 1 if kind in ("completions", "unpaired", "rollout") else jnp.shape(policy)[1]
+    size, grouped = jnp.shape(policy), kind in ("pairs", "ranked") or (kind == "rollout" and jnp.ndim(policy) == 3)
+    responses = size[1] if grouped else 1
+    rows, tokens = size[0] * responses, kind == "rollout" or len(size) == (3 if grouped else 2)
     others = {name: arrays.pop(f"mismatched_{name}", None) for name in ("policy", "reference")}
-    flat = {name: _flat(arrays.pop(name, None), responses) for name in FIELDS}
-    flat = {name: value for name, value in flat.items() if value is not None}
-    shape = {"responses": responses, "mask": _flat(mask, responses), "lengths": _flat(lengths, responses)}
-    batch, outputs = make_batch(_flat(policy, responses), **shape, **flat, **arrays)
+    named = {name: arrays.pop(name) for name in (*FIELDS, *TOKEN_COLUMNS) if name in arrays}
+    named = {name: _flat(x, rows, True) for name, x in named.items()}
+    shape = {"responses": responses, "mask": _flat(mask, rows, True), "lengths": _flat(lengths, rows, False)}
+    batch, outputs = make_batch(_flat(policy, rows, tokens), **shape, **named, **arrays)
     if scored:
         outputs = outputs._replace(scores=outputs.logps)
-    base = None if reference is None else make_batch(_flat(reference, responses), **shape)[1]
+    base = None if reference is None else make_batch(_flat(reference, rows, tokens), **shape)[1]
     mismatched = None
     if others["policy"] is not None:
         other, first = make_batch(others["policy"], responses=1)

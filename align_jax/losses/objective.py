@@ -39,6 +39,7 @@ class Objective:
         data: "completions" (R = 1), "pairs" (R = 2, chosen first), "ranked" (R = K, best first), "unpaired" (R = 1 with
             a label) or "rollout".
         reference: does it need the reference's log-probabilities?
+        reference_option: if set, only where this option is not 0.
         formula: in one line.
         paper: arXiv id, or authors and year.
         metric: the held-out metric that training should improve, with its direction: "rewards/accuracies up".
@@ -51,6 +52,7 @@ class Objective:
         summarise: ``summarise(measured: dict of [M, b], weights [M, b], carry, **options) -> (stats, carry)``; the
             leaves of stats have a leading axis M, and ``stats[m]`` goes to ``fn`` with microbatch m.
         carry: the first value of what ``summarise`` carries from step to step, kept in the train state.
+        rollout: options that the rollout source reads for this objective, with their defaults: how advantages are made.
     """
 
     fn: Callable[..., tuple[Array, Array, Metrics]]
@@ -59,6 +61,7 @@ class Objective:
     paper: str
     metric: str
     reference: bool = False
+    reference_option: str | None = None
     needs: tuple[str, ...] = ()
     option_needs: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     adds: Mapping[str, tuple[str, float]] = dataclasses.field(default_factory=dict)
@@ -66,13 +69,14 @@ class Objective:
     measure: Callable[..., dict[str, Array]] | None = None
     summarise: Callable[..., tuple[Any, Any]] | None = None
     carry: Any = None
+    rollout: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def options(self) -> dict[str, Any]:
-        """Every option with its default: the function's keywords, the added terms' coefficients, humanline."""
+        """Every option with its default: the function's, the added terms' coefficients, the rollout's, humanline."""
         found = {name: parameter.default for name, parameter in inspect.signature(self.fn).parameters.items()
                  if parameter.kind is inspect.Parameter.KEYWORD_ONLY and name != "stats"}
-        found |= {name: default for name, (_, default) in self.adds.items()}
+        found |= {name: default for name, (_, default) in self.adds.items()} | dict(self.rollout)
         return found | (HUMANLINE if self.reference else {})
 
 
@@ -85,11 +89,15 @@ class Term:
     options: Mapping[str, Any]  # what fn takes
     weight: float = 1.0
     humanline: tuple[float, float] | None = None  # (log_eps_p, log_eps_r)
+    rollout: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # what the rollout source takes
 
     @property
     def reference(self) -> bool:
         """Tell whether this term needs the reference's log-probabilities."""
-        return self.objective.reference and not self.options.get("reference_free", False)
+        if not self.objective.reference or self.options.get("reference_free", False):
+            return False
+        option = self.objective.reference_option
+        return option is None or bool(self.options[option]) or self.humanline is not None
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -158,7 +166,8 @@ def _terms(table: Mapping[str, Objective], name: str, options: Mapping[str, Any]
             raise ValueError(f"objective {name!r}: humanline clamps ratios to the reference, but reference_free is on")
         humanline = (float(low), float(high)) if on else None
     added = [(other, float(chosen.pop(option))) for option, (other, _) in objective.adds.items()]
-    terms = [Term(name, objective, chosen, weight, humanline)]
+    rollout = {option: chosen.pop(option) for option in objective.rollout}
+    terms = [Term(name, objective, chosen, weight, humanline, rollout)]
     for other, coefficient in added:
         if coefficient:
             terms.extend(_terms(table, other, options, weight * coefficient))
