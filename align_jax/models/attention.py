@@ -13,19 +13,27 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from align_jax.models import attention_kernels
+
 
 def mask(segment_ids: Int[Array, "N T"], positions: Int[Array, "N T"], prefix_ids: Int[Array, "N T"] | None = None,
          window: int | None = None) -> Bool[Array, "N T T"]:
     """Return which keys (last axis) each query (middle axis) attends to."""
-    length = segment_ids.shape[1]
-    index = jnp.arange(length)
-    allowed = segment_ids[:, :, None] == segment_ids[:, None, :]
-    if prefix_ids is not None:
-        allowed |= (prefix_ids[:, :, None] == segment_ids[:, None, :]) & (prefix_ids > 0)[:, :, None]
-    allowed &= (index[:, None] >= index[None, :])[None]
+    index = jnp.arange(segment_ids.shape[1])
+    return _allowed((segment_ids, positions, prefix_ids), index, segment_ids, positions, window)
+
+
+def _allowed(queries: tuple[jax.Array, jax.Array, jax.Array | None], index: jax.Array, segment_ids: jax.Array,
+             positions: jax.Array, window: int | None) -> jax.Array:
+    """Return the mask [N, t, T] of some of the rows' queries, which stand at ``index`` [t]."""
+    segments, places, prefixes = queries
+    allowed = segments[:, :, None] == segment_ids[:, None, :]
+    if prefixes is not None:
+        allowed |= (prefixes[:, :, None] == segment_ids[:, None, :]) & (prefixes > 0)[:, :, None]
+    allowed &= (index[:, None] >= jnp.arange(segment_ids.shape[1])[None, :])[None]
     if window is not None:
         # positions, not indices: a response may stand far behind the prompt it continues
-        allowed &= positions[:, :, None] - positions[:, None, :] < window
+        allowed &= places[:, :, None] - positions[:, None, :] < window
     return allowed
 
 
@@ -58,9 +66,61 @@ def xla(q: Float[Array, "N T H h"], k: Float[Array, "N T K h"], v: Float[Array, 
     return weighted(q, k, v, mask(segment_ids, positions, prefix_ids, window), scale=scale, softcap=softcap)
 
 
+def blocks(q: Float[Array, "N T H h"], k: Float[Array, "N T K h"], v: Float[Array, "N T K h"], *,
+           segment_ids: Int[Array, "N T"], positions: Int[Array, "N T"], prefix_ids: Int[Array, "N T"] | None = None,
+           window: int | None = None, softcap: float = 0.0, scale: float = 1.0, block: int = 256
+           ) -> Float[Array, "N T H h"]:
+    """Attend as ``xla`` does, ``block`` queries at a time: [N, H, block, T] weights are held, recomputed backwards."""
+    rows, length, heads, width = q.shape
+    if length <= block:
+        return xla(q, k, v, segment_ids=segment_ids, positions=positions, prefix_ids=prefix_ids, window=window,
+                   softcap=softcap, scale=scale)
+    extra = -length % block
+
+    def split(x: jax.Array) -> jax.Array:  # [N, T, ...] -> [T / block, N, block, ...]
+        x = jnp.pad(x, ((0, 0), (0, extra)) + ((0, 0),) * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(rows, -1, block, *x.shape[2:]), 1, 0)
+
+    @jax.checkpoint
+    def attend(args: tuple) -> jax.Array:
+        q, segments, places, prefixes, index = args
+        allowed = _allowed((segments, places, prefixes), index, segment_ids, positions, window)
+        return weighted(q, k, v, allowed, scale=scale, softcap=softcap)
+
+    queries = (split(q), split(segment_ids), split(positions), None if prefix_ids is None else split(prefix_ids),
+               jnp.arange(length + extra).reshape(-1, block))
+    out = jax.lax.map(attend, queries)  # [T / block, N, block, H, h]
+    return jnp.moveaxis(out, 0, 1).reshape(rows, length + extra, heads, width)[:, :length]
+
+
+def splash(q: Float[Array, "N T H h"], k: Float[Array, "N T K h"], v: Float[Array, "N T K h"], *,
+           segment_ids: Int[Array, "N T"], positions: Int[Array, "N T"], prefix_ids: Int[Array, "N T"] | None = None,
+           window: int | None = None, softcap: float = 0.0, scale: float = 1.0) -> Float[Array, "N T H h"]:
+    """Attend by the TPU's splash kernels; what they lack, a window over shared prefixes, goes by blocks."""
+    if window is not None and prefix_ids is not None:
+        return blocks(q, k, v, segment_ids=segment_ids, positions=positions, prefix_ids=prefix_ids, window=window,
+                      softcap=softcap, scale=scale)
+    return attention_kernels.splash(q, k, v, segment_ids=segment_ids, prefix_ids=prefix_ids, window=window,
+                                    softcap=softcap, scale=scale)
+
+
+def cudnn(q: Float[Array, "N T H h"], k: Float[Array, "N T K h"], v: Float[Array, "N T K h"], *,
+          segment_ids: Int[Array, "N T"], positions: Int[Array, "N T"], prefix_ids: Int[Array, "N T"] | None = None,
+          window: int | None = None, softcap: float = 0.0, scale: float = 1.0) -> Float[Array, "N T H h"]:
+    """Attend by cuDNN's fused kernels; what they lack, float32 and soft caps, goes by blocks."""
+    if softcap or q.dtype == jnp.float32:
+        return blocks(q, k, v, segment_ids=segment_ids, positions=positions, prefix_ids=prefix_ids, window=window,
+                      softcap=softcap, scale=scale)
+    return attention_kernels.cudnn(q, k, v, mask(segment_ids, positions, prefix_ids, window), scale=scale)
+
+
 ATTENTION: Mapping[str, Callable[..., jax.Array]] = {
     "xla": xla,
+    "blocks": blocks,
+    "splash": splash,
+    "cudnn": cudnn,
 }
+FASTEST: Mapping[str, str] = {"tpu": "splash", "gpu": "cudnn"}  # by backend; elsewhere xla
 
 
 def choose(name: str) -> Callable[..., jax.Array]:
@@ -70,7 +130,7 @@ def choose(name: str) -> Callable[..., jax.Array]:
         KeyError: an unknown name.
     """
     if name == "auto":
-        name = "xla"
+        name = FASTEST.get(jax.default_backend(), "xla")
     if name not in ATTENTION:
         raise KeyError(f"unknown attention {name!r}; known: auto, {', '.join(ATTENTION)}")
     return ATTENTION[name]

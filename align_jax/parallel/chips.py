@@ -5,7 +5,8 @@ A *device* is what JAX calls one: on TPU7x a chip has two, on the others one.  A
 """
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+import contextlib
 import dataclasses
 import math
 import os
@@ -138,22 +139,29 @@ def describe_topology(name: str) -> Topology:
     except ImportError as error:
         raise ModuleNotFoundError("compiling for TPUs needs libtpu: pip install 'align_jax[plan]'") from error
     from jax.experimental import topologies
-    _keep_libtpu_quiet()
     slices, generation = int(match[1] or 1), match[2]
     options = {"chip_config_name": "megacore"} if generation == "v4" else {}  # one device a chip, as Cloud has it
     if slices > 1:
         options["num_slices"] = slices
     try:
-        devices = topologies.get_topology_desc(
-            platform="tpu", topology_name=f"{generation}:{match[3]}", **options).devices
+        with _quiet_libtpu():
+            devices = topologies.get_topology_desc(
+                platform="tpu", topology_name=f"{generation}:{match[3]}", **options).devices
     except jax.errors.JaxRuntimeError as error:
         raise ValueError(f"topology {name!r}: libtpu does not know it: {str(error).splitlines()[0][:300]}") from error
     shape = tuple(int(size) for size in match[3].split("x"))
     return Topology(name, CHIPS[generation], shape, slices, tuple(devices))
 
 
-def _keep_libtpu_quiet() -> None:
-    # Without these libtpu asks the cloud's metadata server who it is, for minutes, and complains to stderr.
-    for key, value in {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-                       "TPU_WORKER_HOSTNAMES": "localhost"}.items():
-        os.environ.setdefault(key, value)
+@contextlib.contextmanager
+def _quiet_libtpu() -> Iterator[None]:
+    """Tell libtpu, while it starts, that it is nowhere: else it asks the cloud for minutes and complains to stderr."""
+    given = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost"}
+    before = {key: os.environ.get(key) for key in given}
+    os.environ.update({key: value for key, value in given.items() if before[key] is None})
+    try:
+        yield
+    finally:
+        for key in given:
+            if before[key] is None:
+                del os.environ[key]

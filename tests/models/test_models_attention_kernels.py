@@ -2,6 +2,8 @@
 """Splash attention, run step by step on the CPU, equals plain attention: outputs and gradients, on every mesh."""
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -64,3 +66,21 @@ def test_a_window_over_shared_prefixes_is_refused():
     arrays, fields, _ = _inputs(128, True)
     with pytest.raises(ValueError, match="no sliding window over shared prefixes"):
         attention_kernels.splash(*arrays, **fields, window=8, interpret=True)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_attention_by_blocks_equals_plain_attention(shared):
+    arrays, fields, positions = _inputs(72, shared)
+    numbers = {"scale": 0.1, "softcap": 5.0, "window": 30, "positions": positions}
+    for argument in range(3):
+        expected, got = (jax.grad(lambda *x: jnp.sum(function(*x, **fields, **numbers) ** 2), argument)(*arrays)
+                         for function in (attention.xla, functools.partial(attention.blocks, block=32)))
+        np.testing.assert_allclose(expected, got, atol=1e-5)
+
+
+def test_what_a_kernel_lacks_goes_by_blocks():
+    arrays, fields, positions = _inputs(40, True)
+    numbers = {"scale": 0.1, "positions": positions}
+    for name, lacking in {"splash": {"window": 9}, "cudnn": {"softcap": 5.0}}.items():
+        np.testing.assert_allclose(attention.ATTENTION[name](*arrays, **fields, **numbers, **lacking),
+                                   attention.xla(*arrays, **fields, **numbers, **lacking), atol=1e-6)
