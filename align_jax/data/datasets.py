@@ -8,11 +8,12 @@ import difflib
 import hashlib
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from align_jax.core.schema import Example
 from align_jax.data import conversions, formats
+from align_jax.data import named as named_sets
 from align_jax.data.sources import Source, open_source
 
 
@@ -46,12 +47,12 @@ class Examples:
 def load(specs: str | Sequence[str], *, kind: str, chat: bool, weights: Sequence[float] | None = None,
          format: str | None = None, columns: Mapping[str, str] | None = None, invalid: str = "error",
          responses: int | None = None, pairing: str = "best_worst", min_difference: float = 0.0,
-         threshold: float | str = "median", labels: str = "natural", limit: int | None = None, seed: int = 0
-         ) -> Examples:
+         threshold: float | str = "median", labels: str = "natural", strings: str = "plain", turns: str = "all",
+         limit: int | None = None, seed: int = 0) -> Examples:
     """Load examples of the kind an objective needs.
 
     Args:
-        specs: one source or several (see ``data.sources``).
+        specs: one source or several (see ``data.sources``), or named data sets (``set:...``, see ``data.named``).
         kind: ``completions``, ``pairs``, ``ranked``, ``unpaired`` or ``prompts``; other kinds of data are converted.
         chat: whether the tokenizer has a chat template; transcripts and instructions then become messages.
         weights: each source's share of the training examples.
@@ -61,6 +62,8 @@ def load(specs: str | Sequence[str], *, kind: str, chat: bool, weights: Sequence
         responses: R, where kind is ``ranked``: rankings with more are thinned, those with fewer left out.
         pairing, min_difference, threshold, seed: see ``conversions.convert``.
         labels: ``natural``, or ``balanced``: as many desirable as undesirable examples.
+        strings: what a prompt that is a mere text means: ``plain`` text, or (``messages``) one turn of a user.
+        turns: of a conversation with several answers, learn ``all`` or only the ``last`` (the others are context).
         limit: at most so many rows of each source.
 
     Returns:
@@ -72,14 +75,13 @@ def load(specs: str | Sequence[str], *, kind: str, chat: bool, weights: Sequence
         ValueError: a malformed or unusable row (with file and line), an impossible conversion, or nothing left.
     """
     specs = [specs] if isinstance(specs, str) else list(specs)
-    _check(specs, kind, weights, invalid, labels)
+    _check(specs, weights, kind=kind, invalid=invalid, labels=labels, strings=strings, turns=turns)
     counts: collections.Counter[str] = collections.Counter()
     items: list[Example] = []
     ends, identities = [], []
     for spec in specs:
-        source = open_source(spec)
-        rows = len(source) if limit is None else min(limit, len(source))
-        read, found = _read(source, rows, format, columns or {}, chat, invalid, counts)
+        read, found, identity = _read(spec, limit, format, columns or {}, chat, invalid, seed, counts)
+        read = [_reshape(example, strings, turns) for example in read]
         made = conversions.convert(read, found, kind, pairing=pairing, min_difference=min_difference,
                                    threshold=threshold, seed=seed)
         if kind == "ranked" and responses is not None:
@@ -89,12 +91,12 @@ def load(specs: str | Sequence[str], *, kind: str, chat: bool, weights: Sequence
             before, made = len(made), conversions.balance(made, seed)
             counts["dropped: balanced labels"] += before - len(made)
         if not made:
-            raise ValueError(f"{spec}: no examples left of {rows} rows: {dict(counts)}")
+            raise ValueError(f"{spec}: no {kind} are left of {len(read)} {found}: {dict(counts)}")
         items += made
         ends.append(len(items))
-        identities.append(source.identity)
+        identities.append(identity)
     options = [identities, kind, chat, format, sorted((columns or {}).items()), invalid, responses, pairing,
-               min_difference, threshold, labels, limit, seed]
+               min_difference, threshold, labels, strings, turns, limit, seed]
     identity = hashlib.sha256(json.dumps(options).encode()).hexdigest()[:24]
     report = {"examples": len(items), **{name: count for name, count in counts.items() if count}}
     return Examples(kind, tuple(items), tuple(ends), None if weights is None else tuple(map(float, weights)),
@@ -141,40 +143,68 @@ def hold_out(examples: Examples, fraction: float, *, most: int, seed: int) -> tu
     return part("train", False), part("held_out", True)
 
 
-def _check(specs: Sequence[str], kind: str, weights: Sequence[float] | None, invalid: str, labels: str) -> None:
-    for name, value, known in (("kind", kind, conversions.KINDS), ("invalid", invalid, ("error", "drop")),
-                               ("labels", labels, ("natural", "balanced"))):
-        if value not in known:
-            near = difflib.get_close_matches(str(value), known, n=1)
+_CHOICES = {"kind": conversions.KINDS, "invalid": ("error", "drop"), "labels": ("natural", "balanced"),
+            "strings": ("plain", "messages"), "turns": ("all", "last")}
+
+
+def _check(specs: Sequence[str], weights: Sequence[float] | None, **choices: str) -> None:
+    for name, value in choices.items():
+        if value not in _CHOICES[name]:
+            near = difflib.get_close_matches(str(value), _CHOICES[name], n=1)
             raise ValueError(f"unknown {name} {value!r}" + (f" (did you mean {near[0]!r}?)" if near else "")
-                             + f"; known: {list(known)}")
+                             + f"; known: {list(_CHOICES[name])}")
     if not specs:
         raise ValueError("no data source given; set data.train")
     if weights is not None and (len(weights) != len(specs) or min(weights) <= 0):
         raise ValueError(f"data weights: expected {len(specs)} positive numbers, one a source, got {list(weights)}")
 
 
-def _read(source: Source, rows: int, format: str | None, columns: Mapping[str, str], chat: bool, invalid: str,
-          counts: collections.Counter[str]) -> tuple[list[Example], str]:
-    first = _rename(source[0], columns, source.where(0))
-    try:
-        name = formats.detect(first) if format is None else format
-    except ValueError as error:
-        raise ValueError(f"{source.where(0)}: {error}") from error
+def _read(spec: str, limit: int | None, format: str | None, columns: Mapping[str, str], chat: bool, invalid: str,
+          seed: int, counts: collections.Counter[str]) -> tuple[list[Example], str, str]:
+    """Read one source: its examples, their kind, and what identifies the data."""
+    named, location, training = named_sets.resolve(spec) if spec.startswith("set:") else (None, spec, True)
+    source = open_source(location)
+    size = len(source) if limit is None else min(limit, len(source))
+    rows: Iterable[tuple[str, Mapping[str, Any]]] = (
+        (source.where(index), _rename(source[index], columns, source.where(index))) for index in range(size))
+    if named is not None and named.gather is not None:
+        rows = [(f"{spec}[{index}]", row) for index, row in enumerate(named.gather([row for _, row in rows]))]
+    name = format or (named.format if named is not None else _detect(source, columns))
     examples: list[Example] = []
-    for index in range(rows):
-        where = source.where(index)
+    for where, row in rows:
         try:
-            found = formats.read(_rename(source[index], columns, where), name, chat=chat)
+            found = formats.read(row, name, chat=chat)
         except formats.Unusable as error:
             if invalid == "error" and not formats.FORMATS[name].flawed:
                 raise ValueError(f"{where}: {error}; data.invalid='drop' leaves such rows out") from error
             counts[f"dropped: {error}"] += 1
-            continue
         except (ValueError, TypeError, AttributeError) as error:
-            raise ValueError(str(error) if str(error).startswith(where) else f"{where}: {error}") from error
-        examples += [dataclasses.replace(example, source=where) for example in found]
-    return examples, formats.FORMATS[name].kind
+            raise ValueError(f"{where}: {error}") from error
+        else:
+            examples += [dataclasses.replace(example, source=where) for example in found]
+    if named is not None and named.keep is not None:
+        before, examples = len(examples), list(named.keep(examples, training, seed))
+        counts["dropped: the data set's own filter"] += before - len(examples)
+    return examples, formats.FORMATS[name].kind, f"{spec}={source.identity}"
+
+
+def _detect(source: Source, columns: Mapping[str, str]) -> str:
+    try:
+        return formats.detect(_rename(source[0], columns, source.where(0)))
+    except ValueError as error:
+        where = source.where(0)
+        raise ValueError(str(error) if str(error).startswith(where) else f"{where}: {error}") from error
+
+
+def _reshape(example: Example, strings: str, turns: str) -> Example:
+    if strings == "messages" and isinstance(example.prompt, str) and example.prompt:
+        example = dataclasses.replace(example, prompt=({"role": "user", "content": example.prompt},))
+    if turns == "last" and len(example.responses) == 1 and not isinstance(example.responses[0], str):
+        whole = (*example.prompt, *example.responses[0])
+        while whole[-1]["role"] != "assistant":
+            whole = whole[:-1]
+        example = dataclasses.replace(example, prompt=whole[:-1], responses=(whole[-1]["content"],))
+    return example
 
 
 def _rename(row: Mapping[str, Any], columns: Mapping[str, str], where: str) -> Mapping[str, Any]:

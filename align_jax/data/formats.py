@@ -9,18 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from align_jax.core.schema import Example, Message
-from align_jax.data import transcripts
+from align_jax.core.schema import Example
+from align_jax.data import published, rows
 from align_jax.data.transcripts import Unusable
 
 Row = Mapping[str, Any]
-ROLES = {"system": "system", "user": "user", "human": "user", "prompter": "user", "assistant": "assistant",
-         "gpt": "assistant", "model": "assistant", "bot": "assistant", "chatgpt": "assistant", "tool": "tool",
-         "observation": "tool", "function": "tool"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,229 +96,39 @@ def read(row: Row, name: str, *, chat: bool) -> list[Example]:
     return examples
 
 
-def messages(value: Any, what: str) -> tuple[Message, ...]:
-    """Read a list of messages: ``role``/``content``, or ShareGPT's ``from``/``value``.
-
-    Raises:
-        Unusable: not a list of such messages, or an unknown role.
-    """
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        value = json.loads(value)
-    if isinstance(value, Mapping):
-        value = [value]
-    if not isinstance(value, (list, tuple)):
-        raise Unusable(f"{what}: expected a list of messages, got {type(value).__name__}")
-    found = []
-    for message in value:
-        role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
-        if role not in ROLES or not isinstance(content, str):
-            raise Unusable(f"{what}: expected messages with a known role and a text, got {dict(message)!r:.200}")
-        found.append({"role": ROLES[role], "content": content})
-    return tuple(found)
-
-
-def _system(row: Row) -> tuple[Message, ...]:
-    text = row.get("system") or row.get("system_prompt")
-    return ({"role": "system", "content": text},) if text else ()
-
-
-def _extras(row: Row, *used: str) -> dict[str, Any]:
-    return {key: value for key, value in row.items() if key not in used}
-
-
-def _number(row: Row, name: str, default: float) -> float:
-    value = row.get(name)
-    return default if value is None else float(value)
-
-
-def _about(row: Row, *used: str) -> dict[str, Any]:
-    return {"margin": _number(row, "margin", 0.0), "weight": _number(row, "weight", 1.0),
-            "extras": _extras(row, *used, "margin", "weight")}
-
-
-def _prompt(row: Row, name: str = "prompt") -> tuple[Message, ...] | str:
-    value = row[name]
-    if isinstance(value, str):
-        if _system(row):
-            return _system(row) + ({"role": "user", "content": value},)
-        return value
-    return _system(row) + messages(value, name)
-
-
-def _response(value: Any, prompt: tuple[Message, ...] | str, what: str) -> str | tuple[Message, ...]:
-    """Read a response to a prompt; messages that repeat the prompt lose it; one assistant turn becomes text."""
-    if isinstance(value, str):
-        return value
-    turns = messages(value, what)
-    if isinstance(prompt, tuple) and turns[:len(prompt)] == prompt:
-        turns = turns[len(prompt):]
-    elif turns and turns[0]["role"] != "assistant":
-        first = next((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), len(turns))
-        turns = turns[first:]
-    return turns[0]["content"] if len(turns) == 1 and turns[0]["role"] == "assistant" else turns
-
-
-def _pair_scores(row: Row) -> tuple[float, float] | None:
-    for chosen, rejected in (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"),
-                             ("chosen_rating", "rejected_rating")):
-        if row.get(chosen) is not None and row.get(rejected) is not None:
-            return float(row[chosen]), float(row[rejected])
-    return None
-
-
-def _pairs(row: Row, chat: bool) -> list[Example]:
-    prompt = _prompt(row)
-    if isinstance(prompt, str) and not isinstance(row["chosen"], str):
-        # UltraFeedback's way: a prompt as text beside whole conversations that repeat it
-        return _implicit({**row, "prompt": None}, chat)
-    responses = tuple(_response(row[side], prompt, side) for side in ("chosen", "rejected"))
-    return [Example(prompt, responses, scores=_pair_scores(row), **_about(row, "prompt", "chosen", "rejected"))]
-
-
-def _implicit(row: Row, chat: bool) -> list[Example]:
-    about = {"scores": _pair_scores(row), **_about(row, "chosen", "rejected")}
-    if isinstance(row["chosen"], str):
-        prompt, responses = transcripts.split_pair(row["chosen"], row["rejected"], chat=chat)
-        return [Example(prompt, responses, **about)]
-    prompt, *rests = transcripts.split_messages(messages(row["chosen"], "chosen"),
-                                                messages(row["rejected"], "rejected"))
-    return [Example(_system(row) + prompt, tuple(_response(rest, (), "response") for rest in rests), **about)]
-
-
-def _conversation(row: Row, name: str) -> tuple[tuple[Message, ...], str | tuple[Message, ...]]:
-    turns = _system(row) + messages(row[name], name)
-    first = next((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), None)
-    if first is None:
-        return turns, ()
-    return turns[:first], _response(turns[first:], (), name)
-
-
-def _messages(row: Row, chat: bool) -> list[Example]:
-    prompt, response = _conversation(row, "messages")
-    return [Example(prompt, (response,) if response else (), **_about(row, "messages"))]
-
-
-def _messages_label(row: Row, chat: bool) -> list[Example]:
-    # feedback is about the last answer; the turns before it are context
-    turns = _system(row) + messages(row["messages"], "messages")
-    if not turns or turns[-1]["role"] != "assistant":
-        raise Unusable("the labelled conversation does not end with the assistant")
-    return [Example(turns[:-1], (turns[-1]["content"],), label=_label(row["label"]),
-                    **_about(row, "messages", "label"))]
-
-
-def _label(value: Any) -> bool:
-    words = {"true": True, "1": True, "desirable": True, "chosen": True, "false": False, "0": False, "-1": False,
-             "undesirable": False, "rejected": False}
-    name = str(value).strip().lower().removesuffix(".0")
-    if name not in words:
-        raise Unusable(f"label: expected true or false, got {value!r}")
-    return words[name]
-
-
-def _unpaired(row: Row, chat: bool) -> list[Example]:
-    prompt = _prompt(row)
-    name = "completion" if row.get("completion") is not None else "response"
-    return [Example(prompt, (_response(row[name], prompt, name),), label=_label(row["label"]),
-                    **_about(row, "prompt", name, "label"))]
-
-
-def _completion(row: Row, chat: bool) -> list[Example]:
-    prompt = _prompt(row)
-    name = "completion" if row.get("completion") is not None else "response"
-    return [Example(prompt, (_response(row[name], prompt, name),), **_about(row, "prompt", name))]
-
-
-def _only_prompt(row: Row, chat: bool) -> list[Example]:
-    return [Example(_prompt(row), (), **_about(row, "prompt"))]
-
-
-def _text(row: Row, chat: bool) -> list[Example]:
-    return [Example("", (row["text"],), **_about(row, "text"))]
-
-
-def _alpaca_prompt(row: Row, chat: bool) -> tuple[Message, ...] | str:
-    extra = row.get("input") or ""
-    if chat:
-        content = f"{row['instruction']}\n\n{extra}" if extra else row["instruction"]
-        return _system(row) + ({"role": "user", "content": content},)
-    lead = "Below is an instruction that describes a task" + (
-        ", paired with an input that provides further context. " if extra else ". ")
-    lead += "Write a response that appropriately completes the request.\n\n"
-    return (lead + f"### Instruction:\n{row['instruction']}\n\n" + (f"### Input:\n{extra}\n\n" if extra else "")
-            + "### Response:\n")
-
-
-def _alpaca_pairs(row: Row, chat: bool) -> list[Example]:
-    return [Example(_alpaca_prompt(row, chat), (row["chosen"], row["rejected"]), scores=_pair_scores(row),
-                    **_about(row, "chosen", "rejected"))]
-
-
-def _alpaca(row: Row, chat: bool) -> list[Example]:
-    return [Example(_alpaca_prompt(row, chat), (row["output"],), **_about(row, "output"))]
-
-
-def _question_prompt(row: Row, chat: bool) -> tuple[Message, ...] | str:
-    if chat:
-        return _system(row) + ({"role": "user", "content": row["question"]},)
-    lead = "".join(f"{message['content']}\n\n" for message in _system(row))
-    return f"{lead}Question: {row['question']}\nAnswer:"
-
-
-def _answered(row: Row, chat: bool, names: Sequence[str], **known: Any) -> list[Example]:
-    lead = "" if chat else " "
-    texts = [text for name in names for text in ([row[name]] if isinstance(row[name], str) else row[name])]
-    responses = tuple(lead + text for text in texts)
-    return [Example(_question_prompt(row, chat), responses, **known, **_about(row, "question"))]
-
-
-def _question_pairs(row: Row, chat: bool) -> list[Example]:
-    return _answered(row, chat, ("chosen", "rejected"), scores=_pair_scores(row))
-
-
-def _question_ranked(row: Row, chat: bool) -> list[Example]:
-    return [order(example, row) for example in _answered(row, chat, ("responses",))]
-
-
-def _question(row: Row, chat: bool) -> list[Example]:
-    return _answered(row, chat, ("response" if row.get("response") is not None else "answer",))
-
-
-def _question_label(row: Row, chat: bool) -> list[Example]:
-    return _answered(row, chat, ("response" if row.get("response") is not None else "answer",),
-                     label=_label(row["label"]))
-
-
-def order(example: Example, row: Row) -> Example:
-    """Order an example's responses from best to worst by the row's ``ranks`` (0 is best) or ``scores``."""
-    values = row["scores"] if row.get("scores") is not None else [-float(rank) for rank in row["ranks"]]
-    if len(values) != len(example.responses):
-        raise Unusable(f"{len(example.responses)} responses, but {len(values)} ranks or scores")
-    best_first = sorted(range(len(values)), key=lambda i: -float(values[i]))
-    scores = tuple(float(values[i]) for i in best_first) if row.get("scores") is not None else None
-    return dataclasses.replace(example, responses=tuple(example.responses[i] for i in best_first), scores=scores)
-
-
-def _ranked(row: Row, chat: bool) -> list[Example]:
-    prompt = _prompt(row)
-    responses = tuple(_response(value, prompt, "responses") for value in row["responses"])
-    return [order(Example(prompt, responses, **_about(row, "prompt", "responses", "ranks", "scores")), row)]
-
-
 FORMATS: Mapping[str, Format] = {
-    "ranked": Format("ranked", ("prompt", "responses", "ranks|scores"), _ranked),
-    "question_ranked": Format("ranked", ("question", "responses", "ranks|scores"), _question_ranked),
-    "pairs": Format("pairs", ("prompt", "chosen", "rejected"), _pairs),
-    "alpaca_pairs": Format("pairs", ("instruction", "chosen", "rejected"), _alpaca_pairs),
-    "question_pairs": Format("pairs", ("question", "chosen", "rejected"), _question_pairs),
-    "implicit_pairs": Format("pairs", ("chosen", "rejected"), _implicit, flawed=True),
-    "messages_label": Format("unpaired", ("messages", "label"), _messages_label),
-    "unpaired": Format("unpaired", ("prompt", "completion|response", "label"), _unpaired),
-    "question_label": Format("unpaired", ("question", "response|answer", "label"), _question_label),
-    "messages": Format("completions", ("messages",), _messages),
-    "completion": Format("completions", ("prompt", "completion|response"), _completion),
-    "alpaca": Format("completions", ("instruction", "output"), _alpaca),
-    "question": Format("completions", ("question", "response|answer"), _question),
-    "text": Format("completions", ("text",), _text),
-    "prompt": Format("prompts", ("prompt",), _only_prompt),
+    # files that HALOs' sample and label programs (and ours) write
+    "binary_feedback": Format("unpaired", ("type=binary_feedback", "prompt|instruction", "output", "label"),
+                              published.read_binary_feedback),
+    "pairwise_feedback": Format("pairs", ("type=pairwise_feedback", "prompt|instruction", "output_A", "output_B",
+                                          "label"), published.read_pairwise_feedback),
+    "scalar_feedback": Format("scored", ("type=scalar_feedback", "prompt|instruction", "output", "reward"),
+                              published.read_scalar_feedback),
+    "sample": Format("completions", ("type=sample", "prompt|instruction", "output"), published.read_sample),
+    # public data sets with fields of their own
+    "oasst_tree": Format("ranked", ("message_tree_id", "prompt"), published.read_oasst_tree),
+    "shp": Format("pairs", ("history", "human_ref_A", "human_ref_B", "labels"), published.read_shp),
+    "safe_rlhf": Format("pairs", ("prompt", "response_0", "response_1", "better_response_id"),
+                        published.read_safe_rlhf),
+    "comparisons": Format("pairs", ("info", "summaries", "choice"), published.read_comparisons),
+    "ultrafeedback": Format("ranked", ("instruction", "completions"), published.read_ultrafeedback),
+    # fields that say what they are
+    "ranked": Format("ranked", ("prompt", "responses", "ranks|scores"), rows.read_ranked),
+    "question_ranked": Format("ranked", ("question", "responses", "ranks|scores"), rows.read_question_ranked),
+    "pairs": Format("pairs", ("prompt", "chosen", "rejected"), rows.read_pairs),
+    "sharegpt_pairs": Format("pairs", ("conversations", "chosen", "rejected"), rows.read_pairs),
+    "alpaca_pairs": Format("pairs", ("instruction", "chosen", "rejected"), rows.read_alpaca_pairs),
+    "question_pairs": Format("pairs", ("question", "chosen", "rejected"), rows.read_question_pairs),
+    "implicit_pairs": Format("pairs", ("chosen", "rejected"), rows.read_implicit, flawed=True),
+    "messages_label": Format("unpaired", ("messages", "label"), rows.read_conversation_label),
+    "sharegpt_label": Format("unpaired", ("conversations", "label|kto_tag"), rows.read_conversation_label),
+    "unpaired": Format("unpaired", ("prompt", "completion|response", "label"), rows.read_unpaired),
+    "question_label": Format("unpaired", ("question", "response|answer", "label"), rows.read_question_label),
+    "messages": Format("completions", ("messages",), rows.read_conversation_completion),
+    "sharegpt": Format("completions", ("conversations",), rows.read_conversation_completion),
+    "completion": Format("completions", ("prompt", "completion|response"), rows.read_completion),
+    "alpaca": Format("completions", ("instruction", "output"), rows.read_alpaca),
+    "question": Format("completions", ("question", "response|answer"), rows.read_question),
+    "text": Format("completions", ("text",), rows.read_text),
+    "prompt": Format("prompts", ("prompt",), rows.read_only_prompt),
 }

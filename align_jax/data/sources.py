@@ -15,6 +15,7 @@ import glob
 import gzip
 import io
 import json
+import re
 import urllib.parse
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -233,8 +234,9 @@ def _open_hub(spec: str) -> Source:
     root = huggingface_hub.snapshot_download("/".join(parts[:2]), repo_type="dataset", allow_patterns=patterns)
     base = epath.Path(root) / folder
     found = sorted(str(path.relative_to(base)) for path in base.glob("**/*") if str(path).endswith(SUFFIXES))
-    chosen = [path for path in found if split in path.replace("-", "/").replace("_", "/").replace(".", "/").split("/")]
-    chosen = chosen or [path for path in found if path.rpartition("/")[2].startswith(split)]
+    # train.jsonl, train-00000-of-00002.parquet; else a folder named train; else train_something.json
+    rules = (rf"(.*/)?{re.escape(split)}([-.].*)", rf"(.*/)?{re.escape(split)}/.*", rf"(.*/)?{re.escape(split)}_.*")
+    chosen = next(filter(None, ([path for path in found if re.fullmatch(rule, path)] for rule in rules)), [])
     if not chosen:
         raise ValueError(f"{spec}: no file of split {split!r} among {found[:20]}")
     source = _concatenate(spec, [_open_file(str(base / path)) for path in chosen])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 
 from align_jax.core.schema import Message
 
@@ -30,6 +31,24 @@ def turns(text: str) -> tuple[Message, ...]:
         else:
             found.append({"role": _ROLE[role], "content": content.strip()})
     return tuple(found)
+
+
+def write(messages: Sequence[Message]) -> str:
+    """Write messages as a transcript that ends where the assistant is to answer.
+
+    >>> write(({"role": "user", "content": "Why?"},))
+    '\\n\\nHuman: Why?\\n\\nAssistant:'
+    """
+    names = {"user": "\n\nHuman: ", "assistant": "\n\nAssistant: ", "tool": "\n\nTool: ", "system": ""}
+    return "".join(names[message["role"]] + message["content"] for message in messages) + "\n\nAssistant:"
+
+
+def asking(messages: tuple[Message, ...], responses: Sequence[str], *, chat: bool
+           ) -> tuple[tuple[Message, ...] | str, tuple[str, ...]]:
+    """Return a prompt and its responses: messages where there is a chat template, else a plain transcript."""
+    if chat:
+        return messages, tuple(responses)
+    return write(messages), tuple(f" {response}" for response in responses)
 
 
 def split_messages(chosen: tuple[Message, ...], rejected: tuple[Message, ...]

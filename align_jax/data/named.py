@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Public data sets by name, with the filters that their users agree on.
+
+``set:NAME:SPLIT`` reads the data set from the hub; ``set:NAME:SOURCE`` reads the same rows from anywhere else (a path,
+a glob, ``tfds:...``, ``hf:...``).  Filters are those of HALOs (commit 4831988, train/data.py) and of the papers.
+"""
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from align_jax.core.schema import Example
+from align_jax.data.conversions import prompt_key
+from align_jax.data.published import grow_trees
+
+Row = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Named:
+    """A public data set.
+
+    Attributes:
+        splits: split -> source spec.
+        format: a key of ``FORMATS``.
+        gather: all rows -> the rows to read, where a row alone says too little.
+        keep: (examples, split is for training, seed) -> the examples to keep.
+    """
+
+    splits: Mapping[str, str]
+    format: str
+    gather: Callable[[Sequence[Row]], Sequence[Row]] | None = None
+    keep: Callable[[Sequence[Example], bool, int], Sequence[Example]] | None = None
+
+
+def resolve(spec: str) -> tuple[Named, str, bool]:
+    """Resolve ``set:NAME:SPLIT_OR_SOURCE``.
+
+    Returns:
+        The data set, the source to open, and whether it is for training (a split or source named otherwise than
+        test, eval or validation).
+
+    Raises:
+        ValueError: not of that form, or an unknown name.
+    """
+    name, _, rest = spec.removeprefix("set:").partition(":")
+    if name not in DATASETS or not rest:
+        near = difflib.get_close_matches(name, DATASETS, n=1)
+        raise ValueError(f"{spec!r}: expected set:NAME:SPLIT or set:NAME:SOURCE"
+                         + (f"; did you mean {near[0]!r}?" if near and near[0] != name else "")
+                         + f"; known names: {sorted(DATASETS)}")
+    named = DATASETS[name]
+    return named, named.splits.get(rest, rest), not any(word in rest for word in ("test", "eval", "valid"))
+
+
+def keep_shp(examples: Sequence[Example], training: bool, seed: int) -> Sequence[Example]:
+    """Keep pairs whose votes differ by a factor of two, and at most five pairs a post; all of them in a test split.
+
+    Source: Ethayarajh et al., 2022 (arXiv 2110.08420), and HALOs' get_shp.
+    """
+    if not training:
+        return examples
+    posts: dict[str, list[Example]] = {}
+    for example in examples:
+        high, low = max(example.scores), min(example.scores)
+        if high >= 2 * low:
+            posts.setdefault(prompt_key(example), []).append(example)
+    rng = np.random.default_rng(seed)
+    return [pairs[i] for pairs in posts.values() for i in sorted(rng.permutation(len(pairs))[:5].tolist())]
+
+
+def grow_english_trees(rows: Sequence[Row]) -> Sequence[Row]:
+    """Gather Open-Assistant's flat messages into trees, the English ones only."""
+    return grow_trees([row for row in rows if row.get("lang", "en") == "en"])
+
+
+def _hub(repository: str, *splits: str) -> dict[str, str]:
+    return {split: f"hf:{repository}:{split}" for split in splits}
+
+
+DATASETS: Mapping[str, Named] = {
+    "hh": Named(_hub("Anthropic/hh-rlhf", "train", "test"), "implicit_pairs"),
+    "hh_helpful": Named(_hub("Anthropic/hh-rlhf/helpful-base", "train", "test"), "implicit_pairs"),
+    "hh_harmless": Named(_hub("Anthropic/hh-rlhf/harmless-base", "train", "test"), "implicit_pairs"),
+    "shp": Named(_hub("stanfordnlp/SHP", "train", "validation", "test"), "shp", keep=keep_shp),
+    "oasst": Named(_hub("OpenAssistant/oasst1", "train", "validation"), "oasst_tree",
+                   gather=grow_english_trees),
+    "oasst_trees": Named({}, "oasst_tree"),
+    "ultrafeedback": Named({"train": "hf:HuggingFaceH4/ultrafeedback_binarized:train_prefs",
+                            "test": "hf:HuggingFaceH4/ultrafeedback_binarized:test_prefs"}, "pairs"),
+    "ultrafeedback_armorm": Named(_hub("princeton-nlp/llama3-ultrafeedback-armorm", "train", "test"), "pairs"),
+    "ultrachat": Named({"train": "hf:HuggingFaceH4/ultrachat_200k:train_sft",
+                        "test": "hf:HuggingFaceH4/ultrachat_200k:test_sft"}, "messages"),
+    "alpaca": Named(_hub("tatsu-lab/alpaca", "train"), "alpaca"),
+    "tldr": Named({**_hub("CarperAI/openai_summarize_comparisons", "train", "test"),
+                   "validation": "hf:CarperAI/openai_summarize_comparisons:valid1"}, "pairs"),
+    "tldr_comparisons": Named({}, "comparisons"),
+    "safe_rlhf": Named(_hub("PKU-Alignment/PKU-SafeRLHF-single-dimension", "train", "test"), "safe_rlhf"),
+    "gsm8k": Named(_hub("openai/gsm8k/main", "train", "test"), "question"),
+}
