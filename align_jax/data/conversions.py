@@ -74,14 +74,6 @@ def prompt_key(example: Example) -> str:
     return example.prompt if isinstance(example.prompt, str) else json.dumps(list(example.prompt), sort_keys=True)
 
 
-def _ask(example: Example) -> Example:
-    """Leave the prompt; an only response becomes ``extras["answer"]``, for rewards that know the answer."""
-    extras = dict(example.extras)
-    if len(example.responses) == 1 and isinstance(example.responses[0], str):
-        extras.setdefault("answer", example.responses[0])
-    return dataclasses.replace(example, responses=(), label=None, scores=None, margin=0.0, extras=extras)
-
-
 def _unique(examples: Sequence[Example]) -> list[Example]:
     return list({prompt_key(example): example for example in reversed(examples)}.values())[::-1]
 

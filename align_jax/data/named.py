@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -41,8 +42,8 @@ def resolve(spec: str) -> tuple[Named, str, bool]:
     """Resolve ``set:NAME:SPLIT_OR_SOURCE``.
 
     Returns:
-        The data set, the source to open, and whether it is for training (a split or source named otherwise than
-        test, eval or validation).
+        The data set, the source to open, and whether it is for training: a split, or file name, that does not speak of
+        test, eval or validation.
 
     Raises:
         ValueError: not of that form, or an unknown name.
@@ -54,7 +55,7 @@ def resolve(spec: str) -> tuple[Named, str, bool]:
                          + (f"; did you mean {near[0]!r}?" if near and near[0] != name else "")
                          + f"; known names: {sorted(DATASETS)}")
     named = DATASETS[name]
-    return named, named.splits.get(rest, rest), not any(word in rest for word in ("test", "eval", "valid"))
+    return named, named.splits.get(rest, rest), re.search("test|eval|valid", rest.rpartition("/")[2]) is None
 
 
 def keep_shp(examples: Sequence[Example], training: bool, seed: int) -> Sequence[Example]:
