@@ -154,3 +154,49 @@ def _pair(key: jax.Array, shapes: Tree, base: Tree) -> dict[str, jax.Array]:
         kernel = base["kernel"].astype(jnp.float32)
         pair["lora_m"] = jnp.sqrt(jnp.sum(jnp.square(kernel), axis=inputs)).astype(shapes["lora_m"].dtype)
     return pair
+
+
+LEAVES = ("lora_a", "lora_b", "lora_m")
+
+
+def fold(params: Tree, lora: LoraConfig) -> dict[str, Any]:
+    """Merge an adapter into the kernels that it stands beside.
+
+    W + scale * A B, with DoRA m * (W + scale * A B) / ||W + scale * A B||; in float32, one layer at a time, and back in
+    the kernel's own type and place.
+
+    Args:
+        params: the policy's tree: the base with the adapter's leaves laid over it.
+        lora: the adapter's configuration.
+
+    Returns:
+        The tree without adapter leaves.
+    """
+    out = {}
+    for name, node in params.items():
+        if not isinstance(node, Mapping):
+            out[name] = node
+        elif "lora_a" in node:
+            rest = {key: value for key, value in node.items() if key not in LEAVES}
+            out[name] = rest | {"kernel": _folded(node, lora.scale)}
+        else:
+            out[name] = fold(node, lora)
+    return out
+
+
+def _folded(node: Tree, scale: float) -> jax.Array:
+    kernel = node["kernel"]
+
+    def layer(leaves: Tree) -> jax.Array:
+        stored = leaves["kernel"].astype(jnp.float32)
+        down, up = leaves["lora_a"].astype(jnp.float32), leaves["lora_b"].astype(jnp.float32)
+        merged = stored + scale * jnp.tensordot(down, up, axes=1, precision="highest")
+        if "lora_m" in leaves:
+            inputs = tuple(range(down.ndim - 1))
+            norm = jnp.sqrt(jnp.sum(jnp.square(merged), axis=inputs))
+            factor = leaves["lora_m"].astype(jnp.float32) / norm
+            merged = merged * jnp.expand_dims(factor, inputs)
+        return merged.astype(kernel.dtype)
+
+    leaves = {key: node[key] for key in ("kernel", *LEAVES) if key in node}
+    return jax.jit(lambda leaves: jax.lax.map(layer, leaves), out_shardings=kernel.sharding)(leaves)
