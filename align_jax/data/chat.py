@@ -185,12 +185,12 @@ def _anchor(tokenizer: PreTrainedTokenizerBase) -> str:
 
     Nothing for byte-level tokenizers; a line end for SentencePiece ones, which else begin every text with a space.
     """
-    for anchor in ("", "\n"):
-        skip = len(_encode(tokenizer, anchor))
-        if all(_encode(tokenizer, left + right) == _encode(tokenizer, left) + _encode(tokenizer, anchor + right)[skip:]
-               for left, right in (("a:", " b c"), ("a:\n", "b c"))):
-            return anchor
-    return ""
+    def agrees(anchor: str) -> int:
+        skip, encode = len(_encode(tokenizer, anchor)), functools.partial(_encode, tokenizer)
+        return sum(encode(left + right) == encode(left) + encode(anchor + right)[skip:]
+                   for left, right in (("a:", " b c"), ("a:\n", "b c")))
+
+    return max(("", "\n"), key=agrees)
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -56,7 +56,8 @@ def load(specs: str | Sequence[str], *, kind: str, chat: bool, weights: Sequence
         kind: ``completions``, ``pairs``, ``ranked``, ``unpaired`` or ``prompts``; other kinds of data are converted.
         chat: whether the tokenizer has a chat template; transcripts and instructions then become messages.
         weights: each source's share of the training examples.
-        format: a key of ``FORMATS``; found from each source's first row where None.
+        format: a key of ``FORMATS``, or of ``DATASETS`` (its format and its filter); found from each source's first row
+            where None.
         columns: the format's field name -> the data's column name.
         invalid: what to do with a row of which no example can be made: ``error``, or ``drop`` and count it.
         responses: R, where kind is ``ranked``: rankings with more are thinned, those with fewer left out.
@@ -162,6 +163,8 @@ def _check(specs: Sequence[str], weights: Sequence[float] | None, **choices: str
 def _read(spec: str, limit: int | None, format: str | None, columns: Mapping[str, str], chat: bool, invalid: str,
           seed: int, counts: collections.Counter[str]) -> tuple[list[Example], str, str]:
     """Read one source: its examples, their kind, and what identifies the data."""
+    if format in named_sets.DATASETS:
+        spec, format = f"set:{format}:{spec}", None
     named, location, training = named_sets.resolve(spec) if spec.startswith("set:") else (None, spec, True)
     source = open_source(location)
     size = len(source) if limit is None else min(limit, len(source))

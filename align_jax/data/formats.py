@@ -111,7 +111,7 @@ FORMATS: Mapping[str, Format] = {
     "safe_rlhf": Format("pairs", ("prompt", "response_0", "response_1", "better_response_id"),
                         published.read_safe_rlhf),
     "comparisons": Format("pairs", ("info", "summaries", "choice"), published.read_comparisons),
-    "ultrafeedback": Format("ranked", ("instruction", "completions"), published.read_ultrafeedback),
+    "scored_completions": Format("ranked", ("instruction", "completions"), published.read_scored_completions),
     # fields that say what they are
     "ranked": Format("ranked", ("prompt", "responses", "ranks|scores"), rows.read_ranked),
     "question_ranked": Format("ranked", ("question", "responses", "ranks|scores"), rows.read_question_ranked),

@@ -120,8 +120,8 @@ def read_comparisons(row: Row, chat: bool) -> list[Example]:
                     **about(row, "info", "summaries", "choice"))]
 
 
-def read_ultrafeedback(row: Row, chat: bool) -> list[Example]:
-    """Read UltraFeedback: an instruction and several completions with an overall score each."""
+def read_scored_completions(row: Row, chat: bool) -> list[Example]:
+    """Read UltraFeedback as first published: an instruction and several completions with an overall score each."""
     scored = [(float(one["overall_score"]), one["response"]) for one in row["completions"]
               if one.get("overall_score") is not None]
     scored.sort(key=lambda pair: -pair[0])

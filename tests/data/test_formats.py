@@ -65,8 +65,8 @@ CASES = [
     ("comparisons", {"info": {"subreddit": "x", "title": "t", "post": "p"},
                      "summaries": [{"text": " r"}, {"text": " c"}], "choice": 1},
      (U("SUBREDDIT: r/x\n\nTITLE: t\n\nPOST: p\n\nTL;DR:"),), ("c", "r"), {}),
-    ("ultrafeedback", {"instruction": "p", "completions": [{"response": "b", "overall_score": 3},
-                                                           {"response": "a", "overall_score": 8.5}]},
+    ("scored_completions", {"instruction": "p", "completions": [{"response": "b", "overall_score": 3},
+                                                                {"response": "a", "overall_score": 8.5}]},
      (U("p"),), ("a", "b"), {"scores": (8.5, 3.0)}),
 ]
 
@@ -249,12 +249,19 @@ def test_a_named_set_reads_local_files_with_its_filter(tmp_path):
     path = write(tmp_path / "data.jsonl", row, {**row, "score_A": 9})
     examples = datasets.load(f"set:shp:{path}", kind="pairs", chat=True)
     assert len(examples) == 1 and examples.report["dropped: the data set's own filter"] == 1
+    assert len(datasets.load(path, kind="pairs", chat=True, format="shp")) == 1
+    assert len(datasets.load(path, kind="pairs", chat=True)) == 2  # found from the fields: no filter
     with pytest.raises(ValueError, match="did you mean 'shp'"):
         datasets.load("set:ship:train", kind="pairs", chat=True)
 
 
 def test_every_named_set_has_a_known_format():
     assert {entry.format for entry in named.DATASETS.values()} <= set(formats.FORMATS)
+
+
+def test_a_name_that_is_a_format_and_a_data_set_means_the_same_fields():
+    shared = set(named.DATASETS) & set(formats.FORMATS)
+    assert shared and all(named.DATASETS[name].format == name for name in shared)
 
 
 SPLITS = [  # transcripts whose ends are not a plain pair of answers

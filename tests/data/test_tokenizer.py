@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The byte tokenizer is a real one; mistakes in naming tokenizers are told."""
+import pytest
+from transformers import AutoTokenizer
+
+from align_jax.data import tokenizer
+
+
+def test_byte_ids_are_the_bytes():
+    tok = tokenizer.byte_tokenizer()
+    text = "Grüß 🙂\n\t\x00 end"
+    assert tok(text).input_ids == list(text.encode())
+    assert tok.decode(tok(text).input_ids) == text
+    assert len(tok) == tokenizer.BYTE_VOCAB and len(tok) % 16 == 0
+    assert tok(f"{tokenizer.CHOSEN}a").input_ids[1:] == [97]
+
+
+def test_the_byte_tokenizer_saves_and_loads_as_any_other(tmp_path):
+    tok = tokenizer.byte_tokenizer()
+    tok.save_pretrained(tmp_path)
+    for again in (AutoTokenizer.from_pretrained(tmp_path), tokenizer.load_tokenizer(str(tmp_path))):
+        assert again.chat_template == tok.chat_template
+        assert (again.pad_token_id, again.bos_token_id, again.eos_token_id) == (256, 257, 258)
+        messages = [{"role": "user", "content": "ä"}]
+        assert again.apply_chat_template(messages, tokenize=False) == "<|bos|><|user|>ä<|end|>"
+        assert tokenizer.fingerprint(again) == tokenizer.fingerprint(tokenizer.load_tokenizer(str(tmp_path)))
+
+
+def test_the_fingerprint_sees_the_template():
+    assert tokenizer.fingerprint(tokenizer.load_tokenizer("byte")) != tokenizer.fingerprint(
+        tokenizer.load_tokenizer("byte", chat_template="{{ messages }}"))
+
+
+def test_a_template_may_be_a_file(tmp_path):
+    path = tmp_path / "chat.jinja"
+    path.write_text("{{ 1 }}")
+    assert tokenizer.load_tokenizer("byte", chat_template=str(path)).chat_template == "{{ 1 }}"
+    with pytest.raises(ValueError, match="neither a file nor a Jinja template"):
+        tokenizer.load_tokenizer("byte", chat_template=str(tmp_path / "chta.jinja"))
+
+
+def test_a_missing_tokenizer_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="expected 'byte', a directory, a tokenizer.json or a hub id"):
+        tokenizer.load_tokenizer(str(tmp_path / "none"))
+
+
+@pytest.mark.parametrize("name, vocabulary, end, template", [
+    ("deepseek_r1", 128815, "<｜end▁of▁sentence｜>", True), ("minimind", 6400, "<|im_end|>", True),
+    ("gpt_neox_20B/20B_tokenizer.json", 50277, "<|endoftext|>", False)])
+def test_real_tokenizers_load(testdata, name, vocabulary, end, template):
+    tok = tokenizer.load_tokenizer(str(testdata / "tokenizers" / name))
+    assert (len(tok), tok.eos_token, bool(tok.chat_template)) == (vocabulary, end, template)
+    assert 0 <= tokenizer.pad_id(tok) < vocabulary
