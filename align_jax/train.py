@@ -8,13 +8,16 @@
 """
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator, Sequence
 import functools
-from typing import Any, NamedTuple, Sequence
+from typing import Any, NamedTuple
 
 from absl import app, flags, logging
+from etils import epath
 import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
+import tqdm
 
 from align_jax import losses
 from align_jax.core import config as configs
@@ -23,21 +26,18 @@ from align_jax.core.progress import Progress
 from align_jax.data import datasets, pipeline
 from align_jax.data.datasets import Examples
 from align_jax.data.pipeline import Pipeline
-from align_jax.data.tokenizer import load_tokenizer
+from align_jax.data.tokenizer import fingerprint, load_tokenizer
 from align_jax.losses.objective import Term, data_kind
 from align_jax.models import hf
 from align_jax.models.config import ModelConfig
 from align_jax.models.lora import LoraConfig
 from align_jax.parallel import distributed
-from align_jax.parallel.mesh import make_mesh, row_shards
+from align_jax.parallel.mesh import AXES, make_mesh, mesh_shape, row_shards
 from align_jax.parallel.sharding import put_batch
-from align_jax.training import assembly, optim, placement
+from align_jax.training import assembly, optim, placement, reference
 from align_jax.training import workdir as record
 from align_jax.training.checkpoint import Checkpoints
-from align_jax.training.steps import Recipe
-
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Config file, its argument after a colon.", lock_config=True)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run: a local path or gs://...; restarting resumes it.")
+from align_jax.training.steps import Recipe, reference_step
 
 
 class Setting(NamedTuple):
@@ -56,8 +56,12 @@ def objective_terms(config: ConfigDict) -> tuple[Term, ...]:
     return losses.resolve(config.objective.name, options, config.objective.weights or None)
 
 
-def settle(config: ConfigDict) -> Setting:
+def settle(config: ConfigDict, devices: int) -> Setting:
     """Turn a config into terms, tokenizer and models; every mistake that needs no data is found here.
+
+    Args:
+        config: the config.
+        devices: how many there are (the vocabulary is padded to what the mesh's tensor axis divides).
 
     Raises:
         ValueError, KeyError, FileNotFoundError: what was expected, what was got, the nearest fix.
@@ -71,6 +75,7 @@ def settle(config: ConfigDict) -> Setting:
     else:
         fields = {"vocab_size": len(tokenizer), **config.model.config.to_dict()}
         model_config = hf.config_from({"model_type": config.model.family, **fields})
+    model_config = model_config.padded(mesh_shape(config.mesh.to_dict(), devices)[AXES.index("tensor")])
     if len(tokenizer) > model_config.vocab_size:
         raise ValueError(f"the tokenizer {config.tokenizer or config.model.path!r} has {len(tokenizer)} tokens, the "
                          f"model's vocabulary only {model_config.vocab_size}; use the model's own tokenizer")
@@ -80,6 +85,9 @@ def settle(config: ConfigDict) -> Setting:
     if config.reference.mode == "cached" and any("kl" in term.needs for term in terms):
         raise ValueError("config.reference.mode = 'cached' keeps token log-probabilities; the objective "
                          f"{config.objective.name!r} needs whole distributions of the reference; use in_graph")
+    if config.reference.mode == "cached" and any(term.objective.mismatched for term in terms):
+        raise ValueError(f"config.reference.mode = 'cached' does not hold the mismatched pairs of the objective "
+                         f"{config.objective.name!r}; use in_graph, or kto_zero")
     rank, options = config.model.lora.rank, config.model.lora
     lora = LoraConfig(rank, alpha=options.alpha, dropout=options.dropout, targets=options.targets,
                       rank_stabilised=options.rslora, dora=options.dora) if rank else None
@@ -99,6 +107,7 @@ def make_recipe(config: ConfigDict, setting: Setting, total_steps: int) -> Recip
                                      b1=o.b1, b2=o.b2, eps=o.eps, moment_dtype=o.moment_dtype)
     return Recipe(setting.models.policy, setting.models.base, setting.terms, optimizer, schedule,
                   microbatches=config.microbatches, seed=config.seed, value_head=config.model.value_head,
+                  load_balancing=config.model.load_balancing,
                   sync_every_steps=config.reference.sync_every_steps, mix=config.reference.mix)
 
 
@@ -122,6 +131,7 @@ class Run(NamedTuple):
     train: Pipeline
     eval: Pipeline | None
     examples: Examples
+    held_out: Examples | None
     total_steps: int
 
 
@@ -137,22 +147,18 @@ def read_data(config: ConfigDict, setting: Setting) -> tuple[Examples, Examples 
     return datasets.hold_out(examples, d.eval_fraction, most=config.eval.max_examples, seed=config.seed)
 
 
-def make_pipelines(config: ConfigDict, setting: Setting, mesh: Mesh, examples: Examples, held_out: Examples | None,
-                   ) -> tuple[Pipeline, Pipeline | None]:
-    """Tokenize and pack both sets; the held-out one in fixed order, once."""
+def make_pipeline(config: ConfigDict, setting: Setting, mesh: Mesh, examples: Examples, *, once: bool) -> Pipeline:
+    """Tokenize and pack examples: for training (shuffled, endless), or once in fixed order (evaluation)."""
     d, shards = config.data, row_shards(mesh)
-    make = functools.partial(
-        pipeline.make_pipeline, tokenizer=setting.tokenizer, layout=d.layout, max_length=config.max_length,
-        row_length=config.row_length or None, groups_per_row=d.groups_per_row or None, truncation=d.truncation,
-        max_prompt_length=d.max_prompt_length or None, trim=d.trim, seed=config.seed, prefetch=d.prefetch,
-        control=tuple(d.control_tokens) or None, cache_dir=d.cache or None,
-        mismatched=any(term.objective.mismatched for term in setting.terms), process_index=jax.process_index(),
-        process_count=jax.process_count())
-    train = make(examples, batch_size=config.batch_size, shuffle=d.shuffle, row_multiple=shards * config.microbatches)
-    if held_out is None:
-        return train, None
-    size = config.eval.batch_size or config.batch_size
-    return train, make(held_out, batch_size=size, shuffle=False, repeat=False, row_multiple=shards)
+    return pipeline.make_pipeline(
+        examples, setting.tokenizer, layout=d.layout, max_length=config.max_length,
+        row_length=config.row_length or None, groups_per_row=d.groups_per_row or None,
+        truncation=d.truncation, max_prompt_length=d.max_prompt_length or None, trim=d.trim, seed=config.seed,
+        prefetch=d.prefetch, control=tuple(d.control_tokens) or None, cache_dir=d.cache or None,
+        mismatched=any(term.objective.mismatched for term in setting.terms),
+        process_index=jax.process_index(), process_count=jax.process_count(), shuffle=d.shuffle and not once,
+        repeat=not once, batch_size=(once and config.eval.batch_size) or config.batch_size,
+        row_multiple=shards * (1 if once else config.microbatches))
 
 
 def prepare(config: ConfigDict, workdir: str) -> Run:
@@ -161,15 +167,16 @@ def prepare(config: ConfigDict, workdir: str) -> Run:
     Raises:
         ValueError, KeyError, FileNotFoundError: a mistake in the config, the data or the workdir.
     """
-    setting = settle(config)
+    setting = settle(config, jax.device_count())
     record.check(workdir, config.to_dict())
     mesh = make_mesh(config.mesh.to_dict())
     examples, held_out = read_data(config, setting)
-    train, held = make_pipelines(config, setting, mesh, examples, held_out)
+    train = make_pipeline(config, setting, mesh, examples, once=False)
+    held = None if held_out is None else make_pipeline(config, setting, mesh, held_out, once=True)
     total = configs.resolve_steps(config, train.steps_per_epoch)
     recipe = make_recipe(config, setting, total)
     plan = make_plan(config, recipe, mesh)
-    return Run(config, workdir, mesh, setting, recipe, plan, train, held, examples, total)
+    return Run(config, workdir, mesh, setting, recipe, plan, train, held, examples, held_out, total)
 
 
 def start(run: Run, checkpoints: Checkpoints) -> tuple[int, Any, Any, dict[str, Any]]:
@@ -189,10 +196,44 @@ def start(run: Run, checkpoints: Checkpoints) -> tuple[int, Any, Any, dict[str, 
     return (restored.step if own else 0), restored.state, frozen, restored.extra
 
 
-def evaluate(run: Run, step: Any, state: Any, frozen: Any) -> dict[str, float]:
+def cached_reference(run: Run, examples: Examples) -> reference.Cache:
+    """Read the reference's token log-probabilities of a data set from disk, or compute and keep them."""
+    config, r = run.config, run.config.reference
+    path = r.path or config.model.path
+    identity = {
+        "examples": examples.identity, "tokenizer": fingerprint(run.setting.tokenizer), "max_length": config.max_length,
+        "truncation": [config.data.truncation, config.data.max_prompt_length, list(config.data.control_tokens)],
+        "weights": reference.weights_identity(hf.locate(path) if path else None, config.seed),
+        "model": repr(run.setting.model_config), "types": [r.dtype, config.model.compute_dtype]}
+    file = epath.Path(r.cache or epath.Path(run.workdir) / "reference") / f"{reference.name_of(identity)}.npz"
+    if (found := reference.load(file, identity)) is not None:
+        return found
+    with config.unlocked():
+        in_graph = config.copy_and_resolve_references()
+    in_graph.reference.mode = "in_graph"
+    plan = make_plan(in_graph, run.recipe, run.mesh)
+    frozen = assembly.load_frozen(run.recipe, plan, path=config.model.path, seed=config.seed, reference_path=r.path)
+    step = jax.jit(functools.partial(reference_step, run.recipe))
+    batches = make_pipeline(config, run.setting, run.mesh, examples, once=True).iterator()
+    cache = reference.compute(tqdm.tqdm(batches, desc="reference", disable=None),
+                              lambda batch: step(frozen, put_batch(run.mesh, batch)), len(examples))
+    if distributed.is_main():
+        reference.save(file, cache, identity)
+    return cache
+
+
+def batches_of(run: Run, source: Pipeline, examples: Examples) -> Callable[[int], Iterator[Any]]:
+    """Return a function from a step to this process's batches from there on, the cached reference filled in."""
+    if run.config.reference.mode != "cached" or not run.recipe.wants_reference:
+        return source.iterator
+    cache = cached_reference(run, examples)
+    return lambda step: map(cache.fill, source.iterator(step))
+
+
+def evaluate(run: Run, batches: Iterable[Any], step: Any, state: Any, frozen: Any) -> dict[str, float]:
     """Run the eval step over the held-out set and return its means, named ``eval/...``."""
     sums = None
-    for batch in run.eval.iterator():
+    for batch in batches:
         sums = metrics.add_sums(sums, step(state, frozen, put_batch(run.mesh, batch)))
     return {f"eval/{name}": value for name, value in metrics.means(sums).items()}
 
@@ -239,6 +280,8 @@ def loop(run: Run, checkpoints: Checkpoints, recorder: metrics.Recorder, stop: A
          frozen: Any) -> dict[str, float]:
     """Step until the end or a stop signal; log, evaluate and save on schedule."""
     config, last_eval = run.config, {}
+    training = batches_of(run, run.train, run.examples)
+    evaluation = None if run.eval is None else batches_of(run, run.eval, run.held_out)
     train_step = placement.jit_train_step(run.recipe, run.plan.state, run.mesh)
     eval_step = placement.jit_eval_step(run.recipe, run.mesh)
 
@@ -247,25 +290,25 @@ def loop(run: Run, checkpoints: Checkpoints, recorder: metrics.Recorder, stop: A
             step, values = arrived
             metrics.check_finite(values, step=step, saved=checkpoints.last_good(), position=rows_of(run, step))
 
-    if run.eval is not None and first == 0:
-        last_eval = evaluate(run, eval_step, state, frozen)
+    if evaluation is not None and first == 0:
+        last_eval = evaluate(run, evaluation(0), eval_step, state, frozen)
         recorder.write(0, last_eval)
         recorder.note(summary(0, last_eval))
-    batches = run.train.iterator(first)
+    batches = training(first)
     for step in range(first + 1, run.total_steps + 1):
         batch = put_batch(run.mesh, next(batches))
         with jax.transfer_guard("disallow"):
             state, values = train_step(state, frozen, batch)
         check(recorder.push(step, values))
         done, stopping = step == run.total_steps, stop(step)
-        evaluating = run.eval is not None and (
+        evaluating = evaluation is not None and (
             done or config.eval.every_steps and step % config.eval.every_steps == 0)
         saving = done or stopping or checkpoints.due(step)
         if evaluating or saving:
             check(recorder.flush())
             with recorder.paused():
                 if evaluating:
-                    last_eval = evaluate(run, eval_step, state, frozen)
+                    last_eval = evaluate(run, evaluation(0), eval_step, state, frozen)
                     recorder.write(step, last_eval)
                     recorder.note(summary(step, last_eval))
                 if saving:
@@ -304,9 +347,11 @@ def main(argv: Sequence[str]) -> None:
         raise app.UsageError(f"unknown arguments {argv[1:]}; flags are --config, --config.KEY=VALUE and --workdir")
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax tells much of little
-    train(_CONFIG.value, _WORKDIR.value)
+    train(flags.FLAGS.config, flags.FLAGS.workdir)
 
 
 if __name__ == "__main__":
+    config_flags.DEFINE_config_file("config", None, "Config file, its argument after a colon.", lock_config=True)
+    flags.DEFINE_string("workdir", None, "Folder of the run: a local path or gs://...; restarting resumes it.")
     flags.mark_flags_as_required(["config", "workdir"])
     app.run(main)

@@ -36,6 +36,7 @@ def defaults() -> ConfigDict:
     m.remat = "full"  # what the backward pass recomputes; see models.transformer.REMAT
     m.attention = "auto"  # a key of models.attention.ATTENTION; auto = the platform's fastest
     m.value_head = "value"  # of objectives with values: value (linear) or value_mlp (three layers, detached states)
+    m.load_balancing = 0.0  # coefficient of a mixture of experts' load-balancing loss
     m.freeze = ()  # regular expressions: parameters whose path matches are not trained
     m.quantize = ""  # "int8" or "nf4": hold the frozen base quantized (with lora.rank > 0)
     m.lora = lora = ConfigDict()
@@ -68,6 +69,8 @@ def defaults() -> ConfigDict:
     d.max_prompt_length = 0  # tokens; 0 = what the response leaves of max_length
     d.chat_template = ""  # a Jinja template or a file with one; "" = the tokenizer's own
     d.options = ConfigDict()  # keyword arguments of the conversion between data kinds
+    d.control_tokens = ()  # (before chosen, before rejected) responses: csft
+    d.trim = True  # rows of the longest example's length where that is below max_length
     d.shuffle = True
     d.prefetch = 2  # batches made ahead on the host
     d.cache = ""  # folder of the tokenized data; "" = not kept
@@ -134,6 +137,18 @@ def defaults() -> ConfigDict:
     debug.compile_cache = ""  # directory of the persistent compilation cache
     debug.memory_profile_step = -1  # write a device memory profile after this step
     return c.lock()
+
+
+def from_dict(values: Mapping[str, Any]) -> ConfigDict:
+    """Return the config that was saved as nested dicts, keys of a newer version at their defaults."""
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return ConfigDict({key: plain(inner) for key, inner in value.items()})
+        return tuple(map(plain, value)) if isinstance(value, list) else value
+
+    config = defaults().unlock()
+    config.update(plain(values))
+    return config.lock()
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -221,7 +236,7 @@ def validate(config: ConfigDict) -> None:
         raise ValueError("the config has mistakes:\n" + "\n".join(f"  config.{line}" for line in wrong))
 
 
-def resolve_steps(config: ConfigDict, steps_per_epoch: float) -> int:
+def resolve_steps(config: ConfigDict, steps_per_epoch: float | int) -> int:
     """Return the run's length in optimizer steps, whichever of the three totals gives it.
 
     Args:

@@ -47,6 +47,7 @@ class Recipe(NamedTuple):
     sync_every_steps: int = 0
     mix: float = 1.0
     value_head: str = "value"
+    load_balancing: float = 0.0  # coefficient of a mixture of experts' auxiliary loss
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -266,7 +267,7 @@ def train_step(recipe: Recipe, state: Tree, frozen: Tree, batch: Batch) -> tuple
         with jax.named_scope("loss"):
             total, metrics = _total(recipe, policy, reference, batch, stats, denominators)
         for name, value in aux.items():
-            total += value / parts
+            total += recipe.load_balancing * value / parts
             metrics[f"loss/{name}"] = (jax.lax.stop_gradient(value), jnp.ones(()))
         return total, (metrics, carry)
 

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+import pytest
+
+from align_jax.core import config as configs
+
+
+def good():
+    config = configs.defaults()
+    config.total_steps, config.data.train, config.model.path = 10, "builtin:preferences:train", "somewhere"
+    return config
+
+
+def test_a_complete_config_is_valid():
+    configs.validate(good())
+
+
+def test_a_misspelt_key_is_an_error():
+    with pytest.raises((AttributeError, KeyError), match="learning_rte|optimizer"):
+        good().optimizer.learning_rte = 1.0
+
+
+@pytest.mark.parametrize("key, value, said", [
+    ("total_epochs", 1.0, "exactly one of total_steps"),
+    ("total_steps", 0, "exactly one of total_steps"),
+    ("data.train", "", "data.train is empty"),
+    ("microbatches", 3, "not divisible by microbatches"),
+    ("row_length", 2048, "belong to data.layout"),
+    ("model.path", "", "model.config"),
+    ("model.quantize", "int8", "needs model.lora.rank"),
+    ("model.quantize", "int4", "expected one of"),
+    ("reference.mix", 1.5, "from 0 to 1"),
+    ("optimizer.learning_rate", -1.0, "at least 0"),
+    ("optimizer.warmup_fraction", 1.5, "at most 1"),
+    ("debug.profile_steps", (1,), "expected (first, last)"),
+])
+def test_a_mistake_is_found_and_named(key, value, said):
+    config = good()
+    group, _, name = key.rpartition(".")
+    setattr(configs.get(config, group) if group else config, name, value)
+    with pytest.raises(ValueError, match="config has mistakes") as error:
+        configs.validate(config)
+    assert said in str(error.value)
+
+
+def test_all_mistakes_are_told_at_once():
+    config = good()
+    config.batch_size, config.reference.dtype = 0, "float8"
+    with pytest.raises(ValueError) as error:
+        configs.validate(config)
+    assert "batch_size = 0" in str(error.value) and "reference.dtype = 'float8'" in str(error.value)
+
+
+@pytest.mark.parametrize("total, expected", [(("total_steps", 7), 7), (("total_epochs", 2.5), 25),
+                                             (("total_examples", 320), 5)])
+def test_the_run_s_length_is_resolved_by_one_function(total, expected):
+    config = good()
+    config.total_steps = 0
+    setattr(config, *total)
+    assert configs.resolve_steps(config, steps_per_epoch=10) == expected
+
+
+def test_a_saved_config_comes_back_equal():
+    config = good()
+    config.model.freeze = ("embed", "layers/attention")
+    with config.unlocked():
+        config.objective.beta = 0.3
+    again = configs.from_dict(__import__("json").loads(config.to_json_best_effort()))
+    assert again == config
+
+
+def test_an_unknown_name_is_told_the_nearest():
+    with pytest.raises(ValueError, match="did you mean 'adamw'"):
+        configs.choose({"adamw": 1, "lion": 2}, "adamww", "optimizer.name")

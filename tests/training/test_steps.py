@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The step gives the same result however its batch is split, on one device and on eight."""
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from align_jax.training import placement, steps
+
+MESHES = [
+    (("data", 8),),
+    (("fsdp", 8),),
+    (("data", 2), ("fsdp", 2), ("tensor", 2)),
+    (("fsdp", 2), ("sequence", 2), ("tensor", 2)),
+    (("data", 2), ("expert", 2), ("fsdp", 2)),
+]
+
+
+def same(a, b, tolerance=1e-5):
+    for name in ("loss", "grad_norm"):
+        np.testing.assert_allclose([step[name] for step in a[0]], [step[name] for step in b[0]], rtol=tolerance,
+                                   err_msg=name)
+    # Adam divides by the gradient's size, so tiny gradients make rounding visible: absolute, against a rate of 1e-2
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=2e-4), a[1], b[1])
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=lambda mesh: "-".join(f"{axis}{size}" for axis, size in mesh))
+def test_dpo_on_eight_devices_equals_one(train_steps, mesh):
+    same(train_steps("dpo"), train_steps("dpo", mesh, devices=8))
+
+
+@pytest.mark.parametrize("name", ["dpo", "kto", "aot", "dpo+sft"])
+def test_microbatches_leave_the_step_unchanged(train_steps, name):
+    same(train_steps(name), train_steps(name, microbatches=4))
+
+
+@pytest.mark.parametrize("name, mesh, rank", [("kto", MESHES[2], 0), ("dpo", MESHES[2], 2), ("aot", MESHES[0], 0)])
+def test_microbatches_and_devices_together_leave_the_step_unchanged(train_steps, name, mesh, rank):
+    same(train_steps(name, rank=rank), train_steps(name, mesh, microbatches=2, rank=rank, devices=8))
+
+
+def test_the_step_compiles_once(train_steps):
+    assert train_steps("dpo")[2]._cache_size() == 1
+
+
+def test_dpo_at_the_reference_is_log_2(train_steps):
+    for rank in (0, 2):
+        assert train_steps("dpo", rank=rank)[0][0]["loss"] == pytest.approx(np.log(2), abs=1e-6)
+
+
+def test_no_array_of_all_logits_is_alive(train_steps):
+    _, _, _, (plan, recipe, mesh, batch) = train_steps("dpo")
+    abstract = placement.abstract_batch(mesh, batch)
+    text = placement.lower_train_step(recipe, plan.state, plan.frozen, abstract, mesh).compile().as_text()
+    rows, length = batch.tokens.shape
+    vocabulary = recipe.policy.config.vocab_size
+    assert f"f32[{rows},4,{vocabulary}]" in text  # a chunk of 4 positions is
+    for positions in (length, batch.loss_index.shape[1]):
+        assert not re.search(rf"\[({rows},{positions}|{rows * positions}),{vocabulary}\]", text)
+
+
+def test_splitting_keeps_groups_whole_and_interleaves_them(make_batch):
+    batch = jax.tree.map(jnp.asarray, make_batch(0, groups=8))
+    parts = steps.split(batch, 4)
+    tokens = batch.tokens.reshape(8, 2, -1)  # groups of two rows
+    for index in range(4):
+        np.testing.assert_array_equal(parts.tokens[index].reshape(2, 2, -1), tokens[index::4])
+        np.testing.assert_array_equal(parts.lengths[index], batch.lengths[index::4])
+
+
+def test_an_indivisible_batch_is_an_error(make_batch):
+    with pytest.raises(ValueError, match="does not divide into 3 microbatches"):
+        steps.split(make_batch(0, groups=8), 3)
+
+
+def test_a_step_that_is_not_finite_leaves_the_state_as_it_was(train_steps, make_batch):
+    _, _, step, (plan, recipe, mesh, batch) = train_steps("dpo", steps=1)
+    with jax.set_mesh(mesh):
+        from align_jax.training import assembly
+        frozen = assembly.load_frozen(recipe, plan, path="", seed=0)
+        trained = assembly.load_trained(recipe, plan, frozen, path="", seed=0)
+        trained["final_norm"]["scale"] = trained["final_norm"]["scale"] * jnp.nan
+        before = jax.device_get(trained)
+        state, metrics = step(assembly.first_state(recipe, plan, trained), frozen, batch)
+    assert not np.isfinite(float(metrics["loss"]))
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(state["params"]), before)
+    assert int(state["step"]) == 1
+
+
+def test_the_reference_follows_the_policy_every_few_steps(train_steps):
+    metrics = train_steps("dpo", sync_every_steps=2, mix=1.0)[0]
+    assert metrics[1]["rewards/margins"] != 0  # the policy has left the reference
+    assert metrics[2]["loss"] == pytest.approx(np.log(2), abs=1e-6)  # after step 2 they are one again
+
+
+def test_an_adapter_s_reference_is_its_base_without_a_second_copy(train_steps):
+    _, params, _, (plan, *_rest) = train_steps("dpo", rank=2)
+    assert all("lora" in name for name in placement.flatten(params))
+    assert plan.reference is None and not any("lora" in name for name in placement.flatten(plan.base))
+
+
+def test_an_objective_without_reference_holds_none(train_steps):
+    plan = train_steps("simpo")[3][0]
+    assert plan.base == {} and plan.reference is None
