@@ -32,7 +32,7 @@ class Named(flax.struct.PyTreeNode, meta.AxisMetadata):
     """A parameter with its axes' names, while the module is being initialised."""
 
     value: Any
-    names: tuple[str, ...] = flax.struct.field(pytree_node=False)
+    names: tuple[str | None, ...] = flax.struct.field(pytree_node=False)
 
     def unbox(self) -> Any:
         return self.value
@@ -53,7 +53,7 @@ def normal(std: float) -> Callable[..., jax.Array]:
 
 
 def parameter(module: nn.Module, name: str, init: Callable[..., jax.Array], shape: tuple[int, ...],
-              axes: tuple[str, ...]) -> Any:
+              axes: tuple[str | None, ...]) -> Any:
     """Make or fetch a parameter.
 
     Fetching takes whatever stands in the tree (an array, or a quantised one that knows how to become an array); shapes

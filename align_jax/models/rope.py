@@ -49,10 +49,10 @@ def _llama3(rope: Rope, plain: np.ndarray) -> np.ndarray:
 
 
 def _yarn(rope: Rope) -> tuple[np.ndarray, float]:
-    factor = rope.option("factor")
+    factor = float(rope.option("factor"))
     original = rope.option("original_max_position_embeddings", rope.option("max_position_embeddings"))
 
-    def magnitude(scale: float, mscale: float = 1.0) -> float:
+    def magnitude(scale: float, mscale: float = 1.0):
         return 1.0 if scale <= 1 else 0.1 * mscale * math.log(scale) + 1.0
 
     attention = rope.option("attention_factor")
@@ -64,7 +64,8 @@ def _yarn(rope: Rope) -> tuple[np.ndarray, float]:
     def dimension(rotations: float) -> float:
         return rope.width * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
 
-    low, high = dimension(rope.option("beta_fast", 32)), dimension(rope.option("beta_slow", 1))
+    low, high = (dimension(float(rope.option(name, default))) for name, default in (
+        ("beta_fast", 32), ("beta_slow", 1)))
     if rope.option("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, rope.width - 1)
