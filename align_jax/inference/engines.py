@@ -13,7 +13,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -30,6 +30,7 @@ PUSHES: Mapping[str, Callable[[str], tuple[str, dict[str, Any]]]] = {
 }
 
 
+@runtime_checkable
 class Engine(Protocol):
     """What generates."""
 

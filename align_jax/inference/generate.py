@@ -225,7 +225,7 @@ class Generator:
             self._cut(progress, each, cuts)
             done = local(progress.done).copy()
             done[list(cuts)] = True
-            if int(local(progress.step)) >= slots or _everywhere(bool(done.all())):
+            if int(local(progress.step)) >= slots or everywhere(bool(done.all())):
                 return progress, cuts
             flags = put_batch(self._mesh, done) if self._mesh is not None else jnp.asarray(done)
             until = np.int32(min(slots, int(local(progress.step)) + _STOP_CHECK_TOKENS))
@@ -265,7 +265,7 @@ def _ambient(mesh: jax.sharding.Mesh | None) -> Any:
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
-def _everywhere(flag: bool) -> bool:
+def everywhere(flag: bool) -> bool:
     """Tell whether a flag is true in every process."""
     if jax.process_count() == 1:
         return flag

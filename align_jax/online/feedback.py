@@ -34,7 +34,7 @@ def round_id(prompt_id: int, round_number: int) -> int:
     return round_number * ROUND_STRIDE + prompt_id
 
 
-def resolve_threshold(threshold: float | str, rewards: Sequence[float]) -> float:
+def resolve_threshold(threshold: float | int | str, rewards: Sequence[float]) -> float:
     """Return the number that a threshold means: itself, or the rewards' mean or median.
 
     Raises:

@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rollouts: batches of the right form, exact on resuming, the same numbers as by hand."""
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from align_jax import losses
+from align_jax.core.schema import Example
+from align_jax.data.tokenizer import load_tokenizer
+from align_jax.inference.engines import Local
+from align_jax.inference.generate import Generator
+from align_jax.models.config import ModelConfig, Rope
+from align_jax.models.model import build
+from align_jax.online.plan import make_plan
+from align_jax.online.prompts import Prompts
+from align_jax.online.rewards import WeightedRewards
+from align_jax.online.rollout import Rollouts, Weights
+from align_jax.parallel.mesh import make_mesh
+
+CONFIG = ModelConfig(
+    family="llama", vocab_size=272, vocab_rows=272, num_layers=1, width=16, num_heads=4, num_kv_heads=2, head_width=4,
+    ffn_width=32, max_positions=64, query_scale=0.5, windows=(0,), layer_ropes=(0,), ropes=(Rope(10000.0, 4),),
+    init_std=0.3)
+EXAMPLES = [Example(f"prompt {i}" + "x" * (i % 5), (), source=f"prompts[{i}]") for i in range(6)]
+
+
+def vowels(prompts, completions, extras):
+    return [float(sum(text.count(v) for v in "aeiou") + 0.1 * len(text)) for text in completions]
+
+
+REWARDS = WeightedRewards((("vowels", 1.0, vowels),))
+
+
+@pytest.fixture(scope="module")
+def models():
+    policy = build(CONFIG, compute_dtype="float32", remat="none", heads=("value",), unembed=True)
+    reference = build(CONFIG, compute_dtype="float32", remat="none")
+    params, other = jax.jit(policy.init)(jax.random.key(0)), jax.jit(reference.init)(jax.random.key(1))
+    return policy, reference, Weights(params, other)
+
+
+def make(models, name, *, batch_size=2, responses=4, mesh=None, examples=EXAMPLES, objective=None, **keywords):
+    tokenizer = load_tokenizer("byte")
+    mesh = mesh or make_mesh({"data": 1}, jax.devices()[:1])
+    plan = make_plan(losses.resolve(name, objective or {}), batch_size=batch_size, responses=responses,
+                     max_new_tokens=6, **keywords)
+    prompts = Prompts(examples, tokenizer, max_length=24, max_new_tokens=6, seed=plan.seed)
+    policy, reference, weights = models
+    generator = Generator(policy, tokenizer, rows=8, max_length=24, mesh=mesh, prompt_bucket=18)
+    return Rollouts(plan, prompts, Local(generator, weights.policy), REWARDS, tokenizer, policy=policy,
+                    reference=reference, mesh=mesh)
+
+
+def equal(a, b):
+    flat_a, flat_b = jax.tree.leaves_with_path(a), jax.tree.leaves_with_path(b)
+    assert [path for path, _ in flat_a] == [path for path, _ in flat_b]
+    return all(np.array_equal(x, y) for (_, x), (_, y) in zip(flat_a, flat_b))
+
+
+@pytest.mark.parametrize("layout", ["plain", "shared_prefix"])
+def test_grpo_batch_has_group_advantages_of_its_scores_and_the_policys_own_logps(models, layout):
+    source = make(models, "grpo", layout=layout)
+    batch = source.next(lambda: models[2])
+    assert batch.lengths.shape == (2, 4) and batch.tokens.shape == (source.shape.rows, source.shape.length)
+    scores = batch.scores
+    expected = (scores - scores.mean(1, keepdims=True)) / (scores.std(1, ddof=1, keepdims=True) + 1e-4)
+    each = [batch.advantages[batch.loss_mask & (batch.slot == s)] for s in range(source.shape.slots)]
+    assert batch.advantages[~batch.loss_mask].max() == 0 and sum(map(len, each)) == batch.lengths.sum()
+    from align_jax.losses.logprobs import sum_by_slot
+    means = np.asarray(sum_by_slot(jnp.asarray(batch.advantages), batch)) / batch.lengths
+    np.testing.assert_allclose(means, expected, rtol=1e-4)
+    generated = make(models, "grpo", layout=layout, options={"rescore": False}).next(lambda: models[2])
+    assert equal(batch._replace(old_token_logps=None), generated._replace(old_token_logps=None))
+    np.testing.assert_allclose(batch.old_token_logps, generated.old_token_logps, atol=1e-4)
+    assert (batch.old_token_logps[batch.loss_mask] < 0).all()
+
+
+def test_layouts_hold_the_same_rollout(models):
+    plain, shared = (make(models, "grpo", layout=layout).next(lambda: models[2])
+                     for layout in ("plain", "shared_prefix"))
+    np.testing.assert_array_equal(plain.lengths, shared.lengths)
+    np.testing.assert_array_equal(plain.scores, shared.scores)
+    for field in ("tokens", "old_token_logps", "advantages"):
+        a, b = getattr(plain, field)[plain.loss_mask], getattr(shared, field)[shared.loss_mask]
+        np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+def test_ppo_batch_has_returns_and_a_kl_in_the_reward(models):
+    source = make(models, "ppo", batch_size=4, responses=1, objective={"whiten_advantages": False, "lam": 1.0,
+                                                                       "kl_coef": 0.5})
+    batch = source.next(lambda: models[2])
+    from align_jax.inference.score import rescore
+    reference, _ = rescore(models[1], models[2].reference, jax.tree.map(jnp.asarray, batch._replace(mismatched=None)))
+    kl = np.where(batch.loss_mask, batch.old_token_logps - np.asarray(reference), 0.0).sum(1)
+    first = np.argmax(batch.loss_mask, axis=1)
+    returns = batch.returns[np.arange(4), first]
+    np.testing.assert_allclose(returns, batch.scores[:, 0] - 0.5 * kl, rtol=1e-4)
+    np.testing.assert_allclose(batch.advantages, np.where(batch.loss_mask, batch.returns - batch.old_values, 0.0),
+                               atol=1e-4)
+    np.testing.assert_allclose(source.metrics["objective/kl"], kl.mean(), rtol=1e-4)
+    assert source.metrics["reward"] == pytest.approx(batch.scores.mean(), rel=1e-5)
+
+
+def test_epochs_hand_out_the_same_rollout_in_other_slices_then_a_new_one(models):
+    source = make(models, "ppo", responses=1, objective={"epochs": 2, "minibatches": 2, "kl_coef": 0.0})
+    calls = []
+    batches = [source.next(lambda: calls.append(1) or models[2]) for _ in range(5)]
+    assert len(calls) == 2
+    names = [sorted(map(bytes, b.tokens)) for b in batches]
+    assert sorted(names[0] + names[1]) == sorted(names[2] + names[3])
+    assert not set(names[4]) & set(names[0] + names[1])
+    assert batches[0].tokens.shape[0] == 2 and source.steps_per_epoch == 6
+
+
+def test_online_dpo_pairs_are_best_and_worst_and_kto_has_labels_and_mismatched_rows(models):
+    batch = make(models, "dpo").next(lambda: models[2])
+    assert batch.lengths.shape == (2, 2) and batch.advantages is None and batch.old_token_logps is None
+    assert (batch.scores[:, 0] > batch.scores[:, 1]).all() and (batch.weight == 1).all()
+    source = make(models, "kto", batch_size=8)
+    batch = source.next(lambda: models[2])
+    np.testing.assert_array_equal(batch.label, batch.scores[:, 0] >= batch.scores.mean())
+    assert batch.mismatched.tokens.shape == batch.tokens.shape and not np.array_equal(batch.mismatched.tokens,
+                                                                                      batch.tokens)
+
+
+def test_resuming_in_mid_rollout_is_exact(models, tmp_path):
+    options = dict(responses=1, objective={"epochs": 2, "minibatches": 2, "kl_target": 3.0}, seed=3,
+                   options={"normalise_scores": True})
+    source, weights = make(models, "ppo", **options), lambda: models[2]
+    through = [source.next(weights) for _ in range(10)]
+    again = make(models, "ppo", **options)
+    for step in range(6):
+        assert equal(again.next(weights), through[step])
+    state = json.loads(json.dumps(again.save(tmp_path, 6)))
+    resumed = make(models, "ppo", **options)
+    resumed.restore(tmp_path, state)
+    for step in range(6, 10):
+        assert equal(resumed.next(weights), through[step])
+    whole = resumed.save(tmp_path, 10)
+    assert not whole["file"] or (tmp_path / f"{whole['file']}-0.npz").exists()
+    assert source.metrics == pytest.approx(resumed.metrics, abs=1e9)  # the same names
+
+
+def test_adaptive_coefficient_moves_towards_its_target(models):
+    source = make(models, "rloo", objective={"kl_target": 1e-3, "kl_horizon": 40.0})
+    coefficients = []
+    for _ in range(3):
+        source.next(lambda: models[2])
+        coefficients.append(source.metrics["objective/kl_coef"])
+    assert coefficients[0] == pytest.approx(0.05) and coefficients[0] < coefficients[1] < coefficients[2]
+
+
+def test_dynamic_sampling_keeps_groups_with_unequal_scores(models):
+    flat = WeightedRewards((("parity", 1.0, lambda p, c, e: [float(len(text.encode()) % 2) for text in c]),))
+    source = make(models, "grpo", responses=2, options={"tries": 8}, seed=1)
+    source._rewards = flat
+    batch = source.next(lambda: models[2])
+    assert (batch.scores[:, 0] != batch.scores[:, 1]).all() and source.metrics["rollout/tries"] > 1
+    assert source.save("/nonexistent", 1)["place"] == 2 * source.metrics["rollout/tries"]
+
+
+def test_overlapped_rollouts_are_those_of_the_weights_before(models):
+    fresh = Weights(jax.jit(models[0].init)(jax.random.key(5)), models[2].reference)
+    plain = make(models, "grpo")
+    first, second = plain.next(lambda: models[2]), plain.next(lambda: models[2])
+    ahead = make(models, "grpo", options={"overlap": True})
+    assert equal(ahead.next(lambda: models[2]), first)
+    assert equal(ahead.next(lambda: fresh), second)  # made with the first weights
+    assert not equal(ahead.next(lambda: fresh), plain.next(lambda: models[2]))
+
+
+def test_divergence_ends_a_rollout_early(models):
+    options = dict(responses=1, objective={"epochs": 4, "kl_coef": 0.0}, batch_size=4)
+    fresh = Weights(jax.jit(models[0].init)(jax.random.key(5)), None)
+    source = make(models, "ppo", options={"stop_kl": 1e-3}, **options)
+    first = source.next(lambda: models[2])
+    assert sorted(map(bytes, source.next(lambda: models[2]).tokens)) == sorted(map(bytes, first.tokens))
+    assert sorted(map(bytes, source.next(lambda: fresh).tokens)) != sorted(map(bytes, first.tokens))
+
+
+def test_over_a_mesh_the_rollout_is_the_same(models):
+    alone = make(models, "grpo", batch_size=4, responses=2).next(lambda: models[2])
+    mesh = make_mesh({"data": 2, "fsdp": 2}, jax.devices()[:4])
+    batch = make(models, "grpo", batch_size=4, responses=2, mesh=mesh).next(lambda: models[2])
+    np.testing.assert_array_equal(alone.tokens, batch.tokens)
+    np.testing.assert_allclose(alone.advantages, batch.advantages, atol=1e-4)
+    np.testing.assert_allclose(alone.old_token_logps, batch.old_token_logps, atol=1e-4)
+
+
+def test_samples_are_logged_for_people(models, tmp_path):
+    source = make(models, "grpo")
+    source.next(lambda: models[2])
+    source.log_samples(tmp_path, 1)
+    source.log_samples(tmp_path, 2)
+    lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert len(lines) == 16 and lines[0]["step"] == 1 and lines[-1]["step"] == 2
+    assert set(lines[0]) == {"step", "prompt", "output", "reward", "score", "rewards", "tokens", "finish"}
+
+
+@pytest.mark.parametrize("name,keywords,error,message", [
+    ("grpo", {"options": {"overlapp": True}}, KeyError, "did you mean 'overlap'"),
+    ("dpo", {"options": {"pairing": "bets"}}, ValueError, "'bets'"),
+    ("grpo", {"prompts": 3}, ValueError, "3 groups"),
+    ("kto", {"batch_size": 6}, ValueError, "multiple of"),
+    ("grpo", {"layout": "packed"}, ValueError, "packed"),
+])
+def test_mistakes_are_named(models, name, keywords, error, message):
+    with pytest.raises(error, match=message):
+        make(models, name, **keywords)
