@@ -16,8 +16,8 @@ def environment(count: int = 1, index: int = 0, port: int = 0, *, devices: int =
     """Make the environment of process ``index`` of ``count``, each with ``devices`` simulated CPU devices."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "TPU_", "XLA_"))}
     clean |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "TPU_SKIP_MDS_QUERY": "1",
-              "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "ALIGN_JAX_WAIT_SECONDS": "60",
-              "ALIGN_JAX_HEARTBEAT_SECONDS": "10"}
+              "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
+              "ALIGN_JAX_WAIT_SECONDS": "120", "ALIGN_JAX_HEARTBEAT_SECONDS": "10"}
     if count > 1:
         clean |= {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": str(count),
                   "JAX_PROCESS_ID": str(index)}

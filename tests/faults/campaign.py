@@ -1,0 +1,170 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kill a run at random moments, again and again, and see that nothing is lost.
+
+    python tests/faults/campaign.py --kills=30 [--processes=1] [--steps=150] [--seed=0] [--folder=DIR]
+
+One run goes through undisturbed; another, of the same command, is killed with signal 9 (with several processes: one of
+them, chosen at random) at a random time, some steps after its start, or while a checkpoint is being written, and
+started again.  At the end every array of the two last checkpoints must be equal bit for bit, and so must every step's
+loss; a run that ends before all kills are spent is followed by another.
+"""
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import pathlib
+import random
+import shutil
+import subprocess
+import tempfile
+import time
+
+import processes
+
+EVERY_STEPS = 5  # between checkpoints
+
+
+def make_data(path: pathlib.Path) -> None:
+    """Write forty preference pairs."""
+    pairs = [{"prompt": f"say {i} ", "chosen": f"yes {i * i}", "rejected": f"no {i + 7}"} for i in range(40)]
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+
+
+def start(folder: pathlib.Path, name: str, steps: int, count: int = 1, *overrides: str) -> list[subprocess.Popen]:
+    """Start ``train`` in ``folder/name``, ``count`` processes of it, compiled programs shared through a cache."""
+    data = folder / "pairs.jsonl"
+    if not data.exists():
+        make_data(data)
+    return processes.start(
+        ["-m", "align_jax.train", f"--config={processes.ROOT}/tests/faults/config.py:{data}",
+         f"--workdir={folder / name}", f"--config.total_steps={steps}",
+         f"--config.checkpoint.every_steps={EVERY_STEPS}", *overrides],
+        count, log=folder / f"{name}.log", JAX_COMPILATION_CACHE_DIR=str(folder / "cache"),
+        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0", JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="0")
+
+
+def finish(folder: pathlib.Path, name: str, started: list[subprocess.Popen], seconds: float = 600) -> list[str]:
+    """Wait for the processes to end well; return what they wrote."""
+    return processes.wait(started, folder / f"{name}.log", seconds=seconds)
+
+
+def losses(workdir: pathlib.Path) -> dict[int, float]:
+    """Read each step's loss; a step that stands there twice is an error."""
+    path = workdir / "metrics.jsonl"
+    found: dict[int, float] = {}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:  # being written just now, or cut short by a kill
+            continue
+        if "loss" in row:
+            assert row["step"] not in found, f"{path}: step {row['step']} stands there twice"
+            found[row["step"]] = row["loss"]
+    return found
+
+
+def newest(workdir: pathlib.Path) -> int:
+    """Return the newest committed step, 0 without one."""
+    folder = workdir / "checkpoints"
+    return max((int(path.name) for path in folder.glob("*") if path.name.isdigit()), default=0)
+
+
+def fingerprints(workdir: pathlib.Path) -> dict[str, int]:
+    """Return the bit sums of every array in the newest checkpoint."""
+    return json.loads((workdir / f"checkpoints/{newest(workdir)}/extra/metadata").read_text())["fingerprints"]
+
+
+def saving(workdir: pathlib.Path) -> bool:
+    """Tell whether a checkpoint is half written."""
+    return any("tmp" in path.name for path in (workdir / "checkpoints").glob("*"))
+
+
+def kill_one(workdir: pathlib.Path, started: list[subprocess.Popen], draw: random.Random, seconds: float) -> str:
+    """Wait for a random moment, then kill one process with signal 9; return where it was, "" if the run had ended."""
+    kind, began, first = draw.choice(("time", "step", "save", "save")), time.monotonic(), newest(workdir)
+    when, after, saves = draw.uniform(0, seconds), draw.randint(1, 15), draw.randint(1, 3)
+    was_saving = False
+    while all(process.poll() is None for process in started):
+        if kind == "time" and time.monotonic() - began > when:
+            break
+        if kind == "step" and max(losses(workdir), default=0) >= first + after:
+            break
+        if kind == "save":
+            now = saving(workdir)
+            saves -= now and not was_saving
+            was_saving = now
+            if saves <= 0:
+                time.sleep(draw.choice((0, 0, 0.01, 0.05)))
+                break
+        time.sleep(0.001)
+    alive = [process for process in started if process.poll() is None]
+    if len(alive) < len(started):
+        return ""
+    draw.choice(alive).kill()
+    for process in started:
+        process.wait(120)  # the others notice, and end by themselves
+    return "in a save" if saving(workdir) else "in a step" if max(losses(workdir), default=0) > first else "in start-up"
+
+
+def compare(reference: pathlib.Path, other: pathlib.Path) -> None:
+    """Check that two finished runs are the same, bit for bit.
+
+    Raises:
+        AssertionError: naming what differs.
+    """
+    assert newest(reference) == newest(other), f"last steps {newest(reference)} and {newest(other)}"
+    expected, found = fingerprints(reference), fingerprints(other)
+    wrong = [name for name in expected | found if expected.get(name) != found.get(name)]
+    assert not wrong, f"arrays that differ: {wrong}"
+    expected, found = losses(reference), losses(other)
+    wrong = [step for step in expected | found if expected.get(step) != found.get(step)]
+    assert not wrong, f"losses that differ: {[(step, expected.get(step), found.get(step)) for step in wrong[:5]]}"
+
+
+def campaign(folder: pathlib.Path, *, kills: int, count: int, steps: int, seed: int) -> dict[str, int]:
+    """Run the campaign; return how many kills fell where.
+
+    Raises:
+        AssertionError: a killed run did not come to the same end.
+    """
+    finish(folder, "reference", start(folder, "reference", steps, count))
+    began = time.monotonic()
+    finish(folder, "warm", start(folder, "warm", steps, count))
+    compare(folder / "reference", folder / "warm")
+    seconds, draw, tally, rounds = time.monotonic() - began, random.Random(seed), collections.Counter(), 0
+    while sum(tally.values()) < kills:
+        rounds += 1
+        victim = f"victim{rounds}"
+        while sum(tally.values()) < kills:
+            where = kill_one(folder / victim, start(folder, victim, steps, count), draw, seconds)
+            if not where:
+                break
+            tally[where] += 1
+            print(f"kill {sum(tally.values())}: {where}; the newest checkpoint is step {newest(folder / victim)}",
+                  flush=True)
+        finish(folder, victim, start(folder, victim, steps, count))
+        compare(folder / "reference", folder / victim)
+        shutil.rmtree(folder / victim)
+    return {"runs": rounds, **tally}
+
+
+def main() -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--folder", help="kept; a temporary one by default")
+    options = parser.parse_args()
+    folder = pathlib.Path(options.folder or tempfile.mkdtemp())
+    folder.mkdir(parents=True, exist_ok=True)
+    tally = campaign(folder, kills=options.kills, count=options.processes, steps=options.steps, seed=options.seed)
+    print(f"the same bits after {sum(tally.values()) - tally['runs']} kills: {tally}")
+    if not options.folder:
+        shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()
