@@ -51,9 +51,9 @@ def truncate(prompt: int, responses: Sequence[int], *, turn: int, tail: int, bos
              policy: str, max_prompt_length: int | None = None) -> Cut:
     """Fit a group's prompt and its longest response into ``max_length`` tokens.
 
-    The prompt gives way first, the same for all responses of the group, but not its last user turn as long as that
-    leaves the response a quarter of the length; then the responses lose their ends (and with them the token that ends
-    a turn, so that nobody learns to stop there).
+    The prompt gives way first, the same for all responses of the group, but its last user turn (all of it, where there
+    is one turn) only to leave the response a quarter of the length; beyond that the responses lose their ends (and
+    with them the token that ends a turn, so that nobody learns to stop there).
 
     Args:
         prompt: tokens of the prompt.
@@ -74,7 +74,7 @@ def truncate(prompt: int, responses: Sequence[int], *, turn: int, tail: int, bos
         return Cut(prompt, 0, tuple(responses))
     if policy == "drop":
         return Cut(prompt, 0, tuple(responses), reason="too long")
-    floor = min(prompt - turn + bos if turn else prompt // 2, max_length - min(longest, max_length // 4))
+    floor = min(prompt - turn + (bos and turn > 0), max_length - min(longest, max_length // 4))
     keep = min(limit, max(max_length - longest, floor))
     keep = max(keep, min(prompt, tail + bos))
     lengths = tuple(min(length, max_length - keep) for length in responses)

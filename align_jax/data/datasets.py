@@ -44,7 +44,7 @@ class Examples:
         return self.items[index]
 
 
-def load(specs: str | Sequence[str], *, kind: str, chat: bool, weights: Sequence[float] | None = None,
+def load(specs: str | Sequence[str], *, kind: str, chat: bool, weights: Sequence[float | int] | None = None,
          format: str | None = None, columns: Mapping[str, str] | None = None, invalid: str = "error",
          responses: int | None = None, pairing: str = "best_worst", min_difference: float = 0.0,
          threshold: float | str = "median", labels: str = "natural", strings: str = "plain", turns: str = "all",
@@ -148,7 +148,7 @@ _CHOICES = {"kind": conversions.KINDS, "invalid": ("error", "drop"), "labels": (
             "strings": ("plain", "messages"), "turns": ("all", "last")}
 
 
-def _check(specs: Sequence[str], weights: Sequence[float] | None, **choices: str) -> None:
+def _check(specs: Sequence[str], weights: Sequence[float | int] | None, **choices: str) -> None:
     for name, value in choices.items():
         if value not in _CHOICES[name]:
             near = difflib.get_close_matches(str(value), _CHOICES[name], n=1)

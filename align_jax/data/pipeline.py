@@ -26,6 +26,7 @@ from align_jax.data.encoding import Encoded, encode_all
 from align_jax.data.planning import FILLER, Limits
 from align_jax.data.tokenizer import pad_id
 
+_EPOCHS = 10**9  # without end: Grain's own endless length overflows when it is cut into batches of one
 _EMPTY = Piece(np.zeros(0, np.int32), ())
 
 
@@ -276,7 +277,7 @@ def _stream(units: np.ndarray, bounds: Sequence[int], weights: Sequence[float] |
         part = grain.MapDataset.range(start, end)
         if seed is not None:
             part = part.shuffle(seed=int(np.random.SeedSequence([seed, number]).generate_state(1)[0]))
-        parts.append(part.repeat() if repeat else part)
+        parts.append(part.repeat(_EPOCHS) if repeat else part)
     if weights is None:
         return parts[0]
     # weights speak of groups, the stream of units: a source of short examples has more groups in a unit

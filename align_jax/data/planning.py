@@ -200,7 +200,8 @@ def mismatched_shape(shape: Shape, max_length: int, longest: int) -> Shape:
 
 def make_units(lengths: Sequence[int], groups: Sequence[int], row_length: int, each: int) -> np.ndarray:
     """Pack groups into units of ``each`` places; returns group numbers [units, each], FILLER in places left over."""
-    rows = batching.best_fit(lengths, row_length, each) if each > 1 else [[item] for item in range(len(lengths))]
+    # in the order of the data, as far as packing leaves it, for those who do not shuffle
+    rows = sorted(sorted(row) for row in batching.best_fit(lengths, row_length, each))
     units = np.full((len(rows), each), FILLER, np.int64)
     for number, row in enumerate(rows):
         units[number, :len(row)] = [groups[item] for item in row]

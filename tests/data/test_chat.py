@@ -125,7 +125,7 @@ def test_a_header_longer_than_the_templates_own_turn_is_cut_where_they_part():
 ERRORS = [
     (None, Example((U("a"),), ("b",), source="d:7"), "d:7: messages, but the tokenizer has no chat template"),
     (FORGETFUL, Example((U("a"),), ("b",), source="d:7"), "d:7: the chat template renders the prompt diff"),
-    ("{{ raise_exception('no') }}", Example((SYSTEM,), ("b",), source="x"), "x: the chat template refuses .*system.*no"),
+    ("{{ raise_exception('no') }}", Example((SYSTEM,), ("b",), source="x"), "x: the chat template refuses .*no"),
     (CHATML, Example("plain", ((A("b"),),), source="x"), "x: the prompt is plain text, so the responses must be"),
 ]
 

@@ -1,9 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """A batch is a pure function of (seed, step), and its arrays say what the examples say."""
+import collections
+import dataclasses
+
 import numpy as np
 import pytest
 
-from align_jax.data import datasets, pipeline, tokenizer
+from align_jax.core.schema import Batch, Example
+from align_jax.data import chat, datasets, encoding, pipeline, planning, tokenizer
+
+LAYOUTS = ("plain", "packed", "shared_prefix")
 
 
 @pytest.fixture(scope="module")
@@ -11,21 +17,286 @@ def byte():
     return tokenizer.load_tokenizer("byte")
 
 
+def load(name, kind, size=44, **options):
+    return datasets.load(f"builtin:{name}:train?size={size}", kind=kind, chat=True, **options)
+
+
 @pytest.fixture(scope="module")
 def pairs():
-    return datasets.load("builtin:preferences:train?size=40", kind="pairs", chat=True)
+    return load("preferences", "pairs")
+
+
+def make(examples, tok, **options):
+    return pipeline.make_pipeline(examples, tok, **{"batch_size": 8, "max_length": 128, "seed": 3, **options})
+
+
+def of_texts(*texts, kind="pairs"):
+    """Examples of plain texts: (prompt, response, ...)."""
+    items = tuple(Example(prompt, responses, source=f"t:{i}") for i, (prompt, *rest) in enumerate(texts)
+                  for responses in [tuple(rest)])
+    return datasets.Examples(kind, items, (len(items),), None, "texts", {})
 
 
 def assert_same(left, right):
     for name, a, b in zip(left._fields, left, right):
         assert (a is None) == (b is None), name
-        if a is not None:
+        if isinstance(a, Batch):
+            assert_same(a, b)
+        elif a is not None:
+            assert a.dtype == b.dtype
             np.testing.assert_array_equal(a, b, err_msg=name)
 
 
-@pytest.mark.parametrize("layout", ["plain", "packed", "shared_prefix"])
+def groups_of(batch):
+    """Read a batch back: example -> (prompt and response tokens, learnt tokens) of each response."""
+    found = {}
+    slots = batch.lengths.size // len(batch.tokens)
+    for group, example in enumerate(batch.example_index.tolist()):
+        for index in range(batch.lengths.shape[1]) if example >= 0 else ():
+            row, slot = divmod(group * batch.lengths.shape[1] + index, slots)
+            mine = batch.loss_mask[row] & (batch.slot[row] == slot)
+            segment = batch.segment_ids[row] == batch.segment_ids[row][mine][0]
+            seen = segment if batch.prefix_ids is None else segment | (
+                batch.segment_ids[row] == batch.prefix_ids[row][mine][0])
+            order = np.argsort(batch.positions[row][seen], kind="stable")
+            assert batch.positions[row][seen][order].tolist() == list(range(seen.sum()))
+            assert mine.sum() == batch.lengths[group, index]
+            assert batch.last_index[group, index] == np.flatnonzero(mine)[-1]
+            found.setdefault(example, []).append((batch.tokens[row][seen][order].tolist(),
+                                                  batch.tokens[row][mine].tolist()))
+    return found
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_batch_depends_on_the_step_alone(byte, pairs, layout):
-    pipe = pipeline.make_pipeline(pairs, byte, batch_size=8, max_length=128, layout=layout, seed=3)
+    pipe, again = (make(pairs, byte, layout=layout) for _ in range(2))
     iterator = pipe.iterator(7)
     for step in range(7, 12):
-        assert_same(next(iterator), pipe.batch(step))
+        batch = next(iterator)
+        assert_same(batch, pipe.batch(step))
+        assert_same(batch, again.batch(step))
+    assert groups_of(make(pairs, byte, layout=layout, seed=4).batch(7)).keys() != groups_of(pipe.batch(7)).keys()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_rows_hold_what_was_tokenized(byte, pairs, layout):
+    pipe = make(pairs, byte, layout=layout, row_length=None if layout == "plain" else 512)
+    for step in range(3):
+        for number, responses in groups_of(pipe.batch(step)).items():
+            tokens = chat.encode(pairs[number], byte)
+            assert [whole for whole, _ in responses] == [tokens.prompt + ids for ids in tokens.responses]
+            assert [learnt for _, learnt in responses] == list(tokens.responses)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_token_is_predicted_from_the_one_before_it(byte, pairs, layout):
+    batch = make(pairs, byte, layout=layout).batch(0)
+    for row in range(len(batch.tokens)):
+        for t in batch.loss_index[row][batch.loss_index[row] < batch.tokens.shape[1]]:
+            source = batch.source_index[row, t]
+            assert source < t and batch.positions[row, source] == batch.positions[row, t] - 1
+            assert batch.segment_ids[row, source] in (batch.segment_ids[row, t],
+                                                      0 if batch.prefix_ids is None else batch.prefix_ids[row, t])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_loss_index_lists_the_mask_and_its_budget_is_exact(byte, pairs, layout):
+    pipe = make(pairs, byte, layout=layout, batch_size=44, repeat=False)
+    batch = pipe.batch(0)
+    width = batch.tokens.shape[1]
+    for row, indices in enumerate(batch.loss_index):
+        assert indices[indices < width].tolist() == np.flatnonzero(batch.loss_mask[row]).tolist()
+    assert pipe.shape.positions == planning.round_up(int(batch.loss_mask.sum(1).max()))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shuffle", [True, False])
+def test_an_epoch_sees_every_example_once(byte, pairs, layout, shuffle):
+    pipe = make(pairs, byte, layout=layout, batch_size=4, shuffle=shuffle)
+    units = pipe.num_examples if layout == "plain" else round(pipe.num_examples / pipe.report["groups_per_step"]
+                                                              * pipe.shape.rows)
+    in_step = pipe.shape.groups if layout == "plain" else pipe.shape.rows
+    assert pipe.steps_per_epoch == units // in_step
+    epochs = 2 * in_step  # after so many epochs the steps come out even
+    seen = collections.Counter(n for step in range(2 * units) for n in pipe.examples_of(step))
+    assert seen == {number: epochs for number in range(len(pairs))}
+    first = [pipe.examples_of(step) for step in range(3)]
+    assert (sorted(sum(first, [])) == sum(first, [])) == (not shuffle)  # here one group is a row of its own
+
+
+def test_epochs_are_shuffled_differently(byte, pairs):
+    pipe = make(pairs, byte, batch_size=44)
+    assert sorted(pipe.examples_of(0)) == sorted(pipe.examples_of(1)) == list(range(44))
+    assert pipe.examples_of(0) != pipe.examples_of(1)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind, mismatched", [("pairs", False), ("unpaired", True)])
+def test_processes_share_one_global_batch(byte, layout, kind, mismatched):
+    examples = load("preferences", kind, seed=1)
+    whole = make(examples, byte, layout=layout, mismatched=mismatched)
+    parts = [make(examples, byte, layout=layout, mismatched=mismatched, process_index=i, process_count=4,
+                  groups_per_row=None if layout == "plain" else whole.shape.slots // whole.shape.responses)
+             for i in range(4)] if whole.shape.rows % 4 == 0 else []
+    assert parts
+    join = lambda *values: None if values[0] is None else (
+        Batch(*map(join, *values)) if isinstance(values[0], Batch) else np.concatenate(values))
+    for step in (0, 9):
+        assert_same(join(*[part.batch(step) for part in parts]), whole.batch(step))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name, kind, mismatched", [("preferences", "pairs", False), ("unpaired", "unpaired", True),
+                                                    ("ranked", "ranked", False), ("completions", "completions", False)])
+def test_the_abstract_batch_has_the_shapes_of_a_real_one(byte, layout, name, kind, mismatched):
+    pipe = make(load(name, kind), byte, layout=layout, mismatched=mismatched)
+
+    def compare(real, abstract):
+        for field, a, b in zip(real._fields, real, abstract):
+            assert (a is None) == (b is None), field
+            if isinstance(a, Batch):
+                compare(a, b)
+            elif a is not None:
+                assert (a.shape, a.dtype) == (b.shape, b.dtype), field
+
+    compare(pipe.batch(0), pipe.abstract())
+    s = pipe.shape
+    assert s.groups * s.responses == s.rows * s.slots
+    planned = planning.plan_shape(
+        responses=s.responses, batch_size=8, layout=layout, max_length=128, loss_positions=s.positions,
+        groups_per_row=None if layout == "plain" else s.slots // s.responses)
+    assert planned == s
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_evaluation_is_one_pass_filled_up_with_groups_of_weight_zero(byte, pairs, layout):
+    pipe = make(pairs, byte, layout=layout, repeat=False, shuffle=False, batch_size=16)
+    batches = list(pipe.iterator())
+    assert len(batches) == pipe.steps_per_epoch
+    assert sorted(n for batch in batches for n in groups_of(batch)) == list(range(44))
+    last = batches[-1]
+    fillers = last.example_index == planning.FILLER
+    assert fillers.any() and not last.weight[fillers].any() and not last.lengths[fillers].any()
+    assert (last.weight[~fillers] == 1).all() and (last.loss_index[-1] == last.tokens.shape[1]).all()
+    with pytest.raises(IndexError, match="the data ends after"):
+        pipe.batch(pipe.steps_per_epoch)
+
+
+def test_mismatched_rows_pair_a_prompt_with_the_next_other_prompts_response(byte):
+    texts = [("a:", " one"), ("a:", " two"), ("b:", " three"), ("c:", " four"), ("c:", " five")]
+    pipe = make(of_texts(*texts, kind="unpaired"), byte, batch_size=5, shuffle=False, mismatched=True)
+    batch = pipe.batch(0)
+    extra = batch.mismatched
+    got = [byte.decode(row[ids > 0], skip_special_tokens=True) for row, ids in zip(extra.tokens, extra.segment_ids)]
+    assert got == ["a: three", "a: three", "b: four", "c: one", "c: one"]
+    assert [byte.decode(row[mask], skip_special_tokens=True) for row, mask in zip(extra.tokens, extra.loss_mask)] == [
+        " three", " three", " four", " one", " one"]
+    assert extra.weight.tolist() == [1] * 5 and extra.lengths.tolist() == [[7], [7], [6], [5], [5]]
+
+
+def test_mismatched_rows_of_fillers_weigh_nothing(byte):
+    texts = [("a:", " one"), ("b:", " two"), ("c:", " three")]
+    pipe = make(of_texts(*texts, kind="unpaired"), byte, batch_size=4, shuffle=False, repeat=False, mismatched=True)
+    extra = pipe.batch(0).mismatched
+    assert extra.weight.tolist() == [1, 1, 1, 0] and not extra.loss_mask[3].any()
+    assert byte.decode(extra.tokens[2][extra.loss_mask[2]], skip_special_tokens=True) == " one"
+
+
+def test_the_batches_fields_are_the_examples(byte):
+    examples = load("ranked", "ranked")
+    batch = make(examples, byte).batch(1)
+    np.testing.assert_array_equal(batch.scores, [examples[n].scores for n in batch.example_index.tolist()])
+    labelled = load("unpaired", "unpaired")
+    batch = make(labelled, byte).batch(1)
+    assert batch.label.tolist() == [labelled[n].label for n in batch.example_index.tolist()] and batch.margin is None
+    weighted = of_texts(("p:", " a", " b"), ("q:", " c", " d"))
+    weighted = dataclasses.replace(weighted, items=tuple(
+        dataclasses.replace(example, margin=1.5, weight=0.25) for example in weighted.items))
+    batch = make(weighted, byte, batch_size=2).batch(0)
+    assert batch.margin.tolist() == [1.5, 1.5] and batch.weight.tolist() == [0.25, 0.25] and batch.scores.sum() == 0
+
+
+def test_control_tokens_stand_before_responses_and_are_not_learnt(byte):
+    examples = of_texts(("p:", " good", " bad"))
+    control = (tokenizer.CHOSEN, tokenizer.REJECTED)
+    for layout in LAYOUTS:
+        batch = make(examples, byte, batch_size=1, layout=layout, control=control).batch(0)
+        (responses,) = groups_of(batch).values()
+        assert [byte.decode(whole) for whole, _ in responses] == ["p:<|chosen|> good<|end|>",
+                                                                  "p:<|rejected|> bad<|end|>"]
+        assert [byte.decode(learnt) for _, learnt in responses] == [" good<|end|>", " bad<|end|>"]
+    labelled = of_texts(("p:", " bad"), kind="unpaired")
+    labelled = dataclasses.replace(labelled, items=(dataclasses.replace(labelled[0], label=False),))
+    batch = make(labelled, byte, batch_size=1, control=control).batch(0)
+    assert byte.decode(batch.tokens[0][batch.segment_ids[0] > 0]) == "p:<|rejected|> bad<|end|>"
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_sources_are_mixed_by_weight(byte, layout):
+    specs = ["builtin:preferences:train?size=64", "builtin:preferences:eval?size=16"]
+    examples = datasets.load(specs, kind="pairs", chat=True, weights=(1, 3))
+    pipe = make(examples, byte, layout=layout, groups_per_row=None if layout == "plain" else 1)
+    seen = [number for step in range(40) for number in pipe.examples_of(step)]
+    assert abs(np.mean(np.array(seen) >= 64) - 0.75) < 0.02
+    natural = make(dataclasses.replace(examples, weights=None), byte, layout=layout,
+                   groups_per_row=None if layout == "plain" else 1)
+    seen = [number for step in range(40) for number in natural.examples_of(step)]
+    assert abs(np.mean(np.array(seen) >= 64) - 0.2) < 0.02
+
+
+def test_what_is_cut_and_dropped_is_counted(byte):
+    examples = of_texts(("p" * 40, " a", " b"), ("p:", " a" * 40, " b"), ("p:", " a", " b"))
+    report = make(examples, byte, batch_size=1, max_length=32).report
+    assert (report["truncated prompts"], report["truncated responses"]) == (1, 1)
+    report = make(examples, byte, batch_size=1, max_length=32, truncation="drop").report
+    assert report["dropped: too long"] == 2 and make(examples, byte, batch_size=1, max_length=90).report.keys() == {
+        "tokens", "padding_fraction", "groups_per_step"}
+    batch = make(examples, byte, batch_size=3, max_length=32, shuffle=False).batch(0)
+    rows = [byte.decode(row[ids > 0]) for row, ids in zip(batch.tokens, batch.segment_ids)]
+    assert rows[2] == "p:" + " a" * 15 and rows[4] == "p: a<|end|>" and rows[0] == "p" * 29 + " a<|end|>"
+
+
+def test_trim_shortens_rows_to_the_longest_example(byte, pairs):
+    assert make(pairs, byte, trim=True).shape.length < make(pairs, byte).shape.length == 128
+    longest = max(len(chat.encode(e, byte).prompt) + max(map(len, chat.encode(e, byte).responses)) for e in pairs.items)
+    assert make(pairs, byte, trim=True).shape.length == -(-longest // 8) * 8
+
+
+def test_tokens_are_kept_on_disk_and_damaged_files_made_anew(byte, pairs, tmp_path, monkeypatch):
+    first = make(pairs, byte, cache_dir=str(tmp_path))
+    (path,) = tmp_path.iterdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(chat, "encode_many", None)
+        assert_same(make(pairs, byte, cache_dir=str(tmp_path)).batch(0), first.batch(0))
+        with pytest.raises(TypeError):  # another tokenizer, another key
+            make(pairs, tokenizer.load_tokenizer("byte", chat_template="{{ messages }}"), cache_dir=str(tmp_path))
+    path.write_bytes(path.read_bytes()[:1000])
+    assert_same(make(pairs, byte, cache_dir=str(tmp_path)).batch(0), first.batch(0))
+    assert encoding._load(str(path)) is not None
+
+
+ONE = [("p:", " a", " b")]
+ERRORS = [
+    ({"batch_size": 6, "row_multiple": 4}, "batch_size 6 .groups. is not divisible by 4 .*nearest that are: 4, 8"),
+    ({"layout": "packed", "groups_per_row": 3}, "batch_size 8 .rows of 3 groups. is not divisible by 3"),
+    ({"layout": "pack"}, "unknown data layout 'pack'; known"),
+    ({"truncation": "keep"}, "unknown truncation 'keep'; known"),
+    ({"layout": "packed", "row_length": 8}, "row_length 8 is shorter than the longest group of 2 responses, 10 tokens"),
+    ({"max_length": 4, "truncation": "drop"}, "the data set is empty after truncation to max_length=4.*too long': 1"),
+    ({"mismatched": True}, "mismatched completions need one response a prompt, these examples have 2"),
+    ({"max_prompt_length": 128}, "max_prompt_length must be from 1 to max_length - 1"),
+    ({"control": ("x",)}, "t:0: 2 responses, but control tokens for 1"),
+]
+
+
+@pytest.mark.parametrize("options, message", ERRORS)
+def test_sizes_that_do_not_fit_are_told(byte, options, message):
+    with pytest.raises(ValueError, match=message):
+        make(of_texts(*ONE), byte, **options)
+
+
+def test_a_single_prompt_has_no_mismatched_completions(byte):
+    with pytest.raises(ValueError, match="all examples have the same one"):
+        make(of_texts(("p:", " a"), ("p:", " b"), kind="unpaired"), byte, mismatched=True)
+    with pytest.raises(ValueError, match="this batch of 1 has one: use a larger batch_size"):
+        make(of_texts(("p:", " a"), ("q:", " b"), kind="unpaired"), byte, batch_size=1, mismatched=True).batch(0)

@@ -1,0 +1,96 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Truncation keeps what it promises, packing fits, and rows say of every token what precedes it."""
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from align_jax.data import batching
+
+# prompt, responses, turn, tail, options -> head, tail, lengths, reason; max_length 20
+TRUNCATIONS = [
+    (10, (10, 4), 0, 2, {}, (10, 0, (10, 4), "")),  # it fits exactly
+    (14, (10, 4), 9, 2, {}, (0, 10, (10, 4), "")),  # the prompt's start goes
+    (14, (10, 4), 9, 2, {"policy": "keep_start"}, (8, 2, (10, 4), "")),  # its end goes, but not the header
+    (14, (10, 4), 9, 2, {"policy": "drop"}, (14, 0, (10, 4), "too long")),
+    (14, (10, 4), 9, 2, {"bos": True}, (1, 9, (10, 4), "")),  # the first token stays
+    (30, (18, 4), 18, 2, {}, (0, 12, (8, 4), "")),  # the last turn (12) stays; the response loses its end
+    (30, (18, 4), 2, 2, {}, (0, 15, (5, 4), "")),  # a last turn of 28 leaves the response a quarter
+    (30, (3, 2), 2, 2, {}, (0, 17, (3, 2), "")),
+    (6, (18, 2), 0, 2, {}, (6, 0, (14, 2), "")),  # the prompt is one turn
+    (10, (4,), 0, 2, {"max_prompt_length": 6}, (0, 6, (4,), "")),
+    (10, (40,), 0, 2, {"max_prompt_length": 6}, (0, 6, (14,), "")),
+]
+
+
+@pytest.mark.parametrize("prompt, responses, turn, tail, options, expected", TRUNCATIONS)
+def test_truncation(prompt, responses, turn, tail, options, expected):
+    cut = batching.truncate(prompt, responses, turn=turn, tail=tail, max_length=20,
+                            **{"bos": False, "policy": "keep_end", **options})
+    assert (cut.head, cut.tail, cut.lengths, cut.reason) == expected
+
+
+@settings(max_examples=300, deadline=None)
+@given(prompt=st.integers(0, 60), responses=st.lists(st.integers(1, 60), min_size=1, max_size=4),
+       turn=st.integers(0, 60), tail=st.integers(0, 5), bos=st.booleans(), max_length=st.integers(2, 50),
+       policy=st.sampled_from(("keep_start", "keep_end")))
+def test_what_truncation_leaves_always_fits(prompt, responses, turn, tail, bos, max_length, policy):
+    cut = batching.truncate(prompt, responses, turn=min(turn, prompt), tail=min(tail, prompt), bos=bos and prompt > 0,
+                            max_length=max_length, policy=policy)
+    if cut.reason:
+        assert max_length < 12  # only where the header alone leaves no room
+        return
+    assert cut.head >= 0 and cut.tail >= 0 and cut.head + cut.tail <= prompt
+    assert cut.head + cut.tail + max(cut.lengths) <= max_length
+    assert all(1 <= after <= before for after, before in zip(cut.lengths, responses))
+    if prompt + max(responses) <= max_length:
+        assert cut.head + cut.tail == prompt and cut.lengths == tuple(responses)
+
+
+@settings(max_examples=200, deadline=None)
+@given(lengths=st.lists(st.integers(1, 40), max_size=60), limit=st.integers(1, 6))
+def test_best_fit_places_every_item_once_and_overfills_nothing(lengths, limit):
+    rows = batching.best_fit(lengths, 40, limit)
+    assert sorted(item for row in rows for item in row) == list(range(len(lengths)))
+    assert all(sum(lengths[item] for item in row) <= 40 and len(row) <= limit for row in rows)
+    if limit >= len(lengths):  # best fit decreasing: at most 11/9 of the optimum and one row
+        assert len(rows) <= 11 / 9 * -(-sum(lengths) // 40) * 2 + 1
+
+
+def row_of(layout, prompt, responses, length=24):
+    pieces = [batching.Piece(np.array(prompt, np.int32), tuple(
+        (np.array(ids, np.int32), np.array(mask, bool)) for ids, mask in responses))] * 2
+    rows = batching.Rows(1, length, 8, 2 * len(responses), 0, shared=layout == "shared_prefix")
+    rows.write(0, pieces, len(responses))
+    return rows
+
+
+def test_a_packed_row():
+    rows = row_of("packed", [5, 6], [([7, 8], [1, 1]), ([9], [1])])
+    field = {name: value[0].tolist() for name, value in rows.arrays.items()}
+    assert field["tokens"] == [5, 6, 7, 8, 5, 6, 9] * 2 + [0] * 10
+    assert field["segment_ids"] == [1] * 4 + [2] * 3 + [3] * 4 + [4] * 3 + [0] * 10
+    assert field["positions"] == [0, 1, 2, 3, 0, 1, 2] * 2 + [0] * 10
+    assert field["source_index"] == [0, 0, 1, 2, 0, 4, 5, 0, 7, 8, 9, 0, 11, 12] + [0] * 10
+    assert field["loss_index"] == [2, 3, 6, 9, 10, 13, 24, 24]
+    assert [field["slot"][t] for t in field["loss_index"][:6]] == [0, 0, 1, 2, 2, 3]
+    assert rows.lengths.tolist() == [[2, 1, 2, 1]] and rows.last_index.tolist() == [[3, 6, 10, 13]]
+    assert "prefix_ids" not in rows.arrays
+
+
+def test_a_shared_prefix_row():
+    rows = row_of("shared_prefix", [5, 6], [([7, 8], [0, 1]), ([9], [1])])
+    field = {name: value[0].tolist() for name, value in rows.arrays.items()}
+    assert field["tokens"] == [5, 6, 7, 8, 9] * 2 + [0] * 14
+    assert field["segment_ids"] == [1, 1, 2, 2, 3, 4, 4, 5, 5, 6] + [0] * 14
+    assert field["prefix_ids"] == [0, 0, 1, 1, 1, 0, 0, 4, 4, 4] + [0] * 14
+    assert field["positions"] == [0, 1, 2, 3, 2] * 2 + [0] * 14
+    assert field["source_index"] == [0, 0, 1, 2, 1, 0, 5, 6, 7, 6] + [0] * 14
+    assert field["loss_index"] == [3, 4, 8, 9, 24, 24, 24, 24]
+    assert rows.lengths.tolist() == [[1, 1, 1, 1]] and rows.last_index.tolist() == [[3, 4, 8, 9]]
+
+
+def test_a_shared_prefix_row_without_a_prompt():
+    rows = row_of("shared_prefix", [], [([7, 8], [0, 1])])
+    assert rows.arrays["prefix_ids"].sum() == 0
+    assert rows.arrays["source_index"][0, :4].tolist() == [0, 0, 0, 2]
