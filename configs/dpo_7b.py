@@ -12,6 +12,11 @@ from align_jax import losses
 from align_jax.core.config import ConfigDict, defaults
 
 
+MISTRAL_7B = dict(vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+                  num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=32768, sliding_window=4096,
+                  rms_norm_eps=1e-5)
+
+
 def get_config() -> ConfigDict:
     config = defaults()
     config.total_epochs = 1.0
@@ -19,6 +24,8 @@ def get_config() -> ConfigDict:
     config.max_length = 1024
 
     config.model.path = "alignment-handbook/zephyr-7b-sft-full"
+    config.model.family = "mistral"  # with the sizes below: what align_jax.plan compiles without the checkpoint
+    config.model.config = ConfigDict(MISTRAL_7B)
     config.model.remat = "full"
 
     config.data.train = "hf:HuggingFaceH4/ultrafeedback_binarized:train_prefs"

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which collectives a compiled program runs: how often, over which mesh axes, with how many bytes.
 
+Between slices XLA reduces hierarchically: within each slice over the interconnect, then a shard between slices through
+the hosts, which the text has as sends and receives.
+
 TPU programs hold several copies of one collective (the fused start, middle and end of an asynchronous one, the middle
 perhaps inside another loop); they share a channel and count once.
 """
@@ -28,6 +31,7 @@ class Collective:
         count: how often one step runs it; loops counted.
         operation: where it comes from in the source (XLA's ``op_name``).
         dtype: of its (first) array.
+        network: it runs between slices, over the data-centre network.
     """
 
     kind: str
@@ -36,6 +40,7 @@ class Collective:
     count: int
     operation: str
     dtype: str = ""
+    network: bool = False
 
     @property
     def traffic(self) -> float:
@@ -70,9 +75,11 @@ def read_collectives(program: Program) -> list[Collective]:
     for computation, operations in program.computations.items():
         for operation in operations:
             kind = operation.opcode.removesuffix("-start")
-            if kind not in KINDS or not program.counts[computation]:
+            between = operation.opcode == "recv" and "xla_megascale_runtime" in operation.rest
+            if (kind not in KINDS and not between) or not program.counts[computation]:
                 continue
-            collective = _collective(kind, computation, operation, program.counts[computation])
+            make = _between_slices if between else _collective
+            collective = make(kind, computation, operation, program.counts[computation])
             if len(collective.group) < 2:
                 continue
             channel = re.search(r"channel_id=(\d+)", operation.rest)
@@ -113,6 +120,25 @@ def _collective(kind: str, computation: str, operation: Operation, count: int) -
         payload *= len(group)  # the text has the result's shape; the whole is what goes in
     name = re.search(r'op_name="([^"]*)"', operation.rest)
     return Collective(kind, group, payload, count, name[1] if name else "", arrays[0][0] if arrays else "")
+
+
+def _between_slices(_: str, computation: str, operation: Operation, count: int) -> Collective:
+    """Read a collective between slices: the program hands the host an array and says what is to be done."""
+    kind = re.search(r'_xla_host_transfer_rendezvous="([a-z\-]+)', operation.rest)
+    target = re.search(r'_xla_megascale_target="\{([\d,:]+)\}x\{([\d,:]+)\}', operation.rest)
+    if not kind or not target:
+        raise ValueError("a transfer between slices in a form that this reader does not know: "
+                         f"{operation.rest[:300]!r}")
+    slices, devices = (_span(part) for part in target.groups())
+    group = tuple(place * devices for place in range(slices))
+    dtype = ARRAY.search(operation.shape)[1]
+    return Collective(kind[1].rstrip("-"), group, array_bytes(operation.shape.split("u32[]")[0]), count,
+                      f"between slices in {computation}", dtype, network=True)
+
+
+def _span(text: str) -> int:
+    """Return how many numbers ``1,2`` or ``0:3`` (both ends included) names."""
+    return sum(int(part.split(":")[-1]) - int(part.split(":")[0]) + 1 for part in text.split(","))
 
 
 def _group(attributes: str) -> tuple[int, ...]:

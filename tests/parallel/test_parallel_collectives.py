@@ -119,3 +119,16 @@ def test_memory_traffic_counts_slices_of_stacked_weights_once_a_layer():
     weights, rows = LAYERS * WIDTH * WIDTH * 4, ROWS * WIDTH * 4
     # every layer's weights once or twice (a slice may be copied before its product), and a few passes over the rows
     assert weights <= memory_traffic(program) <= 4 * weights + 12 * LAYERS * rows
+
+
+def test_a_reduction_between_slices_is_read_from_the_transfer_to_the_host():
+    program = parse("""
+ENTRY %main (x: f32[64,8]) -> f32[64,8] {
+  %recv = (f32[64,8]{1,0}, u32[]{:S(2)}, token[]) recv(%after-all), channel_id=1, is_host_transfer=true, \
+frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",\
+_xla_host_transfer_rendezvous="all-reduce.1_0",_xla_megascale_target="{1,2}x{0:3}"}
+}
+""")
+    (found,) = read_collectives(program)
+    assert (found.kind, found.network, found.payload, found.group) == ("all-reduce", True, 64 * 8 * 4, (0, 4))
+    assert found.axes({"data": 2, "fsdp": 4}) == ("data",)

@@ -89,9 +89,9 @@ def test_an_adapter_saves_the_gradients_of_the_weights():
 
 def test_statistics_of_the_whole_batch_cost_a_forward_only_where_there_are_microbatches():
     batch = _batch(8, 32, 16, 1, "unpaired")
-    batch = batch._replace(mismatched=planning.batch_shapes(
-        planning.mismatched_shape(planning.plan_shape(responses=1, batch_size=8, layout="plain", max_length=32), 32, 32),
-        kind="mismatched", layout="plain"))
+    shape = planning.plan_shape(responses=1, batch_size=8, layout="plain", max_length=32)
+    mismatched = planning.batch_shapes(planning.mismatched_shape(shape, 32, 32), kind="mismatched", layout="plain")
+    batch = batch._replace(mismatched=mismatched)
     one, four = (step_flops(_recipe(TINY, "kto", microbatches=parts), batch) for parts in (1, 4))
     assert four.statistics > one.statistics > 0  # mismatched rows always; the rows themselves again for four
     np.testing.assert_allclose(four.statistics - one.statistics, one.policy / 3)
