@@ -7,65 +7,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-import json
-from typing import Any, NamedTuple
 
 from absl import app, flags, logging
-from etils import epath
-import jax
-from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
-from align_jax import train
-from align_jax.core import config as configs
 from align_jax.data.tokenizer import load_tokenizer
 from align_jax.models import hf, peft
-from align_jax.models.lora import fold, merge
+from align_jax.models.lora import fold
 from align_jax.parallel import distributed
-from align_jax.parallel.mesh import AXES, make_mesh
-from align_jax.training import assembly
-from align_jax.training.checkpoint import Checkpoints
+from align_jax.run import restore
 from align_jax.training.placement import ADAPTER, flatten, unflatten
-
-
-class Trained(NamedTuple):
-    """A run's policy, read back."""
-
-    config: ConfigDict
-    setting: train.Setting
-    mesh: Mesh
-    params: Any  # the whole policy: base, adapters and heads
-    step: int
-
-
-def restore(workdir: str, which: str = "latest") -> Trained:
-    """Read back the policy that a run has trained, onto whatever devices there are.
-
-    Args:
-        workdir: the run's folder.
-        which: "latest", "best" or a step.
-
-    Raises:
-        FileNotFoundError: no run, or no such checkpoint, in the folder.
-    """
-    path = epath.Path(workdir) / "config.json"
-    if not path.exists():
-        raise FileNotFoundError(f"{workdir} is not a run's folder: it has no config.json")
-    config = configs.from_dict(json.loads(path.read_text())["config"])
-    config.mesh.update({axis: 1 for axis in AXES} | {"fsdp": -1})
-    setting = train.settle(config, jax.device_count())
-    mesh = make_mesh(config.mesh.to_dict())
-    recipe = train.make_recipe(config, setting, total_steps=1)
-    plan = train.make_plan(config, recipe, mesh)
-    c = config.checkpoint
-    with jax.set_mesh(mesh), Checkpoints(workdir, keep=c.keep, best_metric=c.best_metric.lstrip("-"),
-                                         best_mode="min" if c.best_metric.startswith("-") else "max") as checkpoints:
-        restored = checkpoints.restore(plan.state, which)
-        if restored is None:
-            raise FileNotFoundError(f"{workdir} has no checkpoint")
-        frozen = assembly.load_frozen(recipe, plan, path=config.model.path, seed=config.seed,
-                                      reference_path=config.reference.path)
-        return Trained(config, setting, mesh, merge(frozen["base"], restored.state["params"]), restored.step)
 
 
 def export_run(workdir: str, output: str, *, step: str = "latest", dtype: str | None = None,

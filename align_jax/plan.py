@@ -23,7 +23,7 @@ from jax.sharding import Mesh  # noqa: E402
 from ml_collections import ConfigDict, config_flags  # noqa: E402
 import numpy as np  # noqa: E402
 
-from align_jax import train  # noqa: E402
+from align_jax import run  # noqa: E402
 from align_jax.core.schema import Batch  # noqa: E402
 from align_jax.data import planning  # noqa: E402
 from align_jax.parallel.chips import GIB, Topology, describe_topology  # noqa: E402
@@ -58,7 +58,7 @@ def for_planning(config: ConfigDict) -> ConfigDict:
     return config
 
 
-def abstract_batch(config: ConfigDict, setting: train.Setting, mesh: Mesh, loss_positions: int = 0) -> Batch:
+def abstract_batch(config: ConfigDict, setting: run.Setting, mesh: Mesh, loss_positions: int = 0) -> Batch:
     """Return the shapes of a step's global batch, as the data layer would make it.
 
     Args:
@@ -95,10 +95,10 @@ def make_step(config: ConfigDict, topology: Topology, loss_positions: int = 0) -
     Raises:
         ValueError: what the run itself would refuse: sizes that do not divide, a mesh that is not the topology's.
     """
-    setting = train.settle(config, len(topology.devices))
+    setting = run.settle(config, len(topology.devices))
     mesh = make_mesh(config.mesh.to_dict(), topology.devices)
-    recipe = train.make_recipe(config, setting, total_steps=1000)
-    plan = train.make_plan(config, recipe, mesh)
+    recipe = run.make_recipe(config, setting, total_steps=1000)
+    plan = run.make_plan(config, setting, recipe, mesh)
     batch = abstract_batch(config, setting, mesh, loss_positions)
     segment = config.max_length if config.data.layout != "plain" else None
     return Step(config, recipe, plan, batch, mesh, step_flops(recipe, batch, segment_length=segment))
@@ -167,7 +167,7 @@ def search(config: ConfigDict, topology: Topology, count: int, loss_positions: i
     Returns:
         Those that compiled and fit, the fastest first.
     """
-    setting = train.settle(config, len(topology.devices))
+    setting = run.settle(config, len(topology.devices))
     found: list[tuple[Candidate, Forecast]] = []
     tried = 0
     for candidate in candidates(setting.model_config, topology, slices=topology.slices, remat=config.model.remat,

@@ -26,6 +26,7 @@ from jaxtyping import Float
 from transformers import PreTrainedTokenizerBase
 
 from align_jax.core.schema import Batch
+from align_jax.data import planning
 from align_jax.data.batching import Shape
 from align_jax.data.tokenizer import pad_id
 from align_jax.inference.engines import Engine
@@ -109,6 +110,17 @@ class Rollouts:
         self._pool = concurrent.futures.ThreadPoolExecutor(1) if plan.overlap else None
 
     # ------------------------------------------------------------------------------------------- what train sees
+
+    def abstract(self) -> Batch:
+        """Return the whole mesh's batch as arrays of the right shape and dtype that take no memory."""
+        plan = self._plan
+        batch = planning.batch_shapes(self.shape, kind=plan.kind, layout=plan.layout)
+        by_token = np.broadcast_to(np.zeros((), np.float32), batch.tokens.shape)
+        if plan.targets is not None:
+            batch = batch._replace(old_token_logps=by_token, advantages=by_token)
+        if plan.value_head:
+            batch = batch._replace(returns=by_token, old_values=by_token)
+        return batch
 
     @property
     def num_examples(self) -> int:

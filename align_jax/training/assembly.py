@@ -68,7 +68,7 @@ def make_models(config: ModelConfig, terms: Sequence[Term], *, compute_dtype: st
 
 
 def make_plan(recipe: Recipe, mesh: Mesh, *, param_dtype: str, frozen_dtype: str, freeze: Sequence[str] = (),
-              other_reference: bool = False, reference_in_graph: bool = True) -> Plan:
+              other_reference: bool = False, with_reference: bool = True) -> Plan:
     """Say what is trained, what is frozen, and where each lies.
 
     Args:
@@ -78,7 +78,8 @@ def make_plan(recipe: Recipe, mesh: Mesh, *, param_dtype: str, frozen_dtype: str
         frozen_dtype: of what is not.
         freeze: patterns of parameters that are not trained.
         other_reference: the reference is another checkpoint than the starting weights.
-        reference_in_graph: false where its log-probabilities come from a cache.
+        with_reference: whether the reference's weights are needed at all (not where its log-probabilities are
+            cached, nor for objectives without one).
 
     Raises:
         ValueError: the mesh does not divide a parameter; nothing is left to train.
@@ -87,14 +88,13 @@ def make_plan(recipe: Recipe, mesh: Mesh, *, param_dtype: str, frozen_dtype: str
     adapter = recipe.policy.options.lora is not None
     trained, rest = trainable(recipe.policy.shapes(jnp.dtype(param_dtype)), adapter=adapter, freeze=freeze)
     base_shapes = recipe.base.shapes(jnp.dtype(frozen_dtype))
-    in_graph = recipe.wants_reference and reference_in_graph
-    whole = in_graph and not other_reference and not recipe.sync_every_steps
+    whole = with_reference and not other_reference and not recipe.sync_every_steps
     base_leaves = flatten(base_shapes)
     if not whole:  # what is trained is not needed beside itself
         base_leaves = {path: leaf for path, leaf in base_leaves.items() if path in flatten(rest)}
     trained = abstract_params(mesh, trained, axes)
     base = abstract_params(mesh, unflatten(base_leaves), axes)
-    reference = abstract_params(mesh, base_shapes, axes) if in_graph and other_reference else None
+    reference = abstract_params(mesh, base_shapes, axes) if with_reference and other_reference else None
     check_divisible(trained)
     check_divisible(base)
     return Plan(trained, base, reference, abstract_state(recipe, trained, mesh))

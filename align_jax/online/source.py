@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An online source put together from plain arguments: prompts, generator, rewards, rollouts."""
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from transformers import PreTrainedTokenizerBase
+
+from align_jax.core.schema import Example
+from align_jax.inference.engines import Local
+from align_jax.inference.generate import Generator, bucket
+from align_jax.inference.samplers import Sampling
+from align_jax.losses.objective import Term
+from align_jax.models.model import Model
+from align_jax.online import REWARDS, rewards
+from align_jax.online.plan import Plan, make_plan
+from align_jax.online.prompts import Prompts
+from align_jax.online.rollout import Rollouts
+from align_jax.parallel.mesh import row_shards
+
+MOST_ROWS = 256  # generated at a time: the KV cache's rows
+
+
+def plan_rollouts(terms: Sequence[Term], rollout: Mapping[str, Any], *, batch_size: int, microbatches: int, layout: str,
+                  value_head: str, seed: int) -> Plan:
+    """Say how rollouts are made, from the config's ``rollout`` group.
+
+    Raises:
+        KeyError, ValueError: an unknown option, or sizes that do not divide.
+    """
+    return make_plan(
+        terms, batch_size=batch_size, microbatches=microbatches, prompts=rollout["prompts"],
+        responses=rollout["responses_per_prompt"], max_new_tokens=rollout["max_new_tokens"],
+        stop=tuple(rollout["stop"]), layout=layout, value_head=value_head, seed=seed,
+        sampling=Sampling(rollout["temperature"], rollout["top_k"], rollout["top_p"], rollout["min_p"]),
+        options=rollout["options"])
+
+
+def make_rollouts(plan: Plan, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, policy: Model,
+                  reference: Model, reward_weights: Mapping[str, Any], mesh: jax.sharding.Mesh, max_length: int,
+                  truncation: str, shuffle: bool, seed: int) -> Rollouts:
+    """Make the source of an online run.
+
+    Args:
+        plan: from ``plan_rollouts``.
+        examples: prompts, with what the rewards compare with in their extras.
+        tokenizer: the policy's.
+        policy, reference: models of the weights that will be given.
+        reward_weights: the config's ``rewards`` group.
+        mesh: where generation and training run.
+        max_length: tokens of a prompt with its completion.
+        truncation, shuffle, seed: of the prompts.
+    """
+    prompts = Prompts(examples, tokenizer, max_length=max_length, max_new_tokens=plan.max_new_tokens,
+                      truncation=truncation, seed=seed, shuffle=shuffle)
+    shards = row_shards(mesh)
+    rows = -(-min(plan.prompts * plan.responses, MOST_ROWS) // shards) * shards
+    generator = Generator(policy, tokenizer, rows=rows, max_length=max_length, mesh=mesh,
+                          prompt_bucket=bucket(prompts.longest, max_length - 1))
+    return Rollouts(plan, prompts, Local(generator, None), rewards.resolve(reward_weights, REWARDS), tokenizer,
+                    policy=policy, reference=reference, mesh=mesh)

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The main job as its user runs it: it learns, resumes to the bit, exports, and finds mistakes before it compiles."""
+import contextlib
+import functools
+import gzip
+import importlib
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from align_jax import export, run, train
+from align_jax.core import config as configs
+
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
+
+
+def tiny(objective="dpo", **overrides):
+    """configs/tiny.py, smaller still: for tests."""
+    spec = importlib.util.spec_from_file_location("tiny", CONFIGS / "tiny.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config(objective)
+    config.model.config.update(hidden_size=32, intermediate_size=64, num_hidden_layers=1)
+    settings = dict(total_steps=6, batch_size=8, max_length=112, checkpoint__every_steps=100, eval__every_steps=0,
+                    eval__max_examples=16, log__every_steps=1)
+    for key, value in {**settings, **overrides}.items():
+        group, _, name = key.replace("__", ".").rpartition(".")
+        setattr(configs.get(config, group) if group else config, name, value)
+    return config
+
+
+def rows(workdir):
+    return [json.loads(line) for line in (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def params(workdir):
+    return jax.device_get(run.restore(str(workdir)).params)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """One uninterrupted run of six steps."""
+    workdir = tmp_path_factory.mktemp("run")
+    train.train(tiny(), str(workdir))
+    return workdir
+
+
+def test_a_run_writes_the_metrics_that_dashboards_know(finished):
+    found = rows(finished)
+    assert [row["step"] for row in found if "loss" in row] == [1, 2, 3, 4, 5, 6]
+    last = [row for row in found if "loss" in row][-1]
+    for name in ("loss", "grad_norm", "learning_rate", "num_tokens", "tokens_per_second", "padding_fraction",
+                 "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen",
+                 "logps/rejected"):
+        assert name in last, name
+    assert found[0]["eval/loss"] == pytest.approx(np.log(2), abs=1e-6)
+    record = json.loads((finished / "config.json").read_text())
+    assert record["config"]["objective"]["beta"] == 0.1 and "jax" in record["versions"]
+
+
+def test_stopped_and_resumed_equals_uninterrupted_to_the_bit(finished, tmp_path, monkeypatch):
+    @contextlib.contextmanager
+    def stop_after_three():
+        yield lambda step: step == 3
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.distributed, "stop_signal", stop_after_three)
+        train.train(tiny(), str(tmp_path))
+    assert run.restore(str(tmp_path)).step == 3
+    train.train(tiny(), str(tmp_path))
+    whole = {row["step"]: row for row in rows(finished) if "loss" in row}
+    halves = {row["step"]: row for row in rows(tmp_path) if "loss" in row}
+    for step in range(1, 7):
+        for name in ("loss", "grad_norm", "num_tokens", "rewards/margins"):
+            assert whole[step][name] == halves[step][name], (step, name)
+    jax.tree.map(np.testing.assert_array_equal, params(finished), params(tmp_path))
+
+
+def test_the_exported_model_speaks_in_transformers_as_here(finished, tmp_path):
+    import torch
+    import transformers
+
+    export.export_run(str(finished), str(tmp_path), dtype="float32")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ids = np.asarray([tokenizer.encode("How do I paint a door?")], np.int32)
+    trained = run.restore(str(finished))
+    model = trained.setting.models.policy
+    hidden, _ = model.hidden(trained.params, ids, np.ones_like(ids), np.arange(ids.shape[1], dtype=np.int32)[None])
+    ours = model.unembed(trained.params, hidden)
+    with torch.no_grad():
+        np.testing.assert_allclose(ours, theirs(torch.tensor(ids, dtype=torch.long)).logits, atol=1e-4)
+
+
+@pytest.mark.parametrize("overrides", [
+    dict(data__layout="packed", row_length=448), dict(data__layout="shared_prefix", row_length=448),
+    dict(reference__mode="cached")], ids=["packed", "shared_prefix", "cached_reference"])
+def test_layout_and_cache_leave_the_held_out_measure_unchanged(finished, tmp_path, overrides):
+    config = tiny(total_steps=1, optimizer__learning_rate=0.0, eval__batch_size=16, **overrides)
+    train.train(config, str(tmp_path))
+    ours, theirs = (next(row for row in rows(path) if "eval/loss" in row) for path in (tmp_path, finished))
+    for name in ("eval/logps/chosen", "eval/logps/rejected", "eval/loss"):
+        assert ours[name] == pytest.approx(theirs[name], rel=1e-5), name
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_rows(tmp_path):
+    config = tiny(optimizer__name="sgd", optimizer__learning_rate=1e30, optimizer__clip_norm=0.0,
+                  optimizer__warmup_fraction=0.0)
+    with pytest.raises(FloatingPointError, match=r"step \d: .*Last good checkpoint: none.*builtin:preferences:train"):
+        train.train(config, str(tmp_path))
+
+
+@functools.cache
+def pairs_file(folder, *lines):
+    path = pathlib.Path(folder) / f"{abs(hash(lines))}.jsonl.gz"
+    path.write_bytes(gzip.compress("\n".join(lines).encode()))
+    return str(path)
+
+
+GOOD = '{"prompt": "a", "chosen": "b", "rejected": "c"}'
+MISTAKES = {
+    "unknown objective option": (dict(objective__name="ipo"), "label_smoothing|no option"),
+    "unknown objective": (dict(objective__name="dp0"), "did you mean 'dpo'"),
+    "unknown optimizer": (dict(optimizer__name="adamm"), "did you mean 'adamw'"),
+    "missing file": (dict(data__train="nowhere.jsonl"), "nowhere.jsonl"),
+    "missing model": (dict(model__path="./nowhere"), "nowhere"),
+    "batch and mesh": (dict(batch_size=6), "multiple"),
+    "mesh and devices": (dict(mesh__data=3), "divisible|devices"),
+    "mesh and parameters": (dict(mesh__tensor=8, mesh__fsdp=1), "does not divide"),
+    "positions": (dict(max_length=100000), "positions"),
+    "malformed line": ([GOOD, "{oops"], r"gz:2"),
+    "missing field": ([GOOD, '{"prompt": "a", "chosen": "b"}'], r"gz:2.*rejected"),
+    "empty response": (['{"prompt": "a", "chosen": "", "rejected": "c"}'], r"gz:1.*(empty|chosen)"),
+    "no rows": ([""], "no rows|empty|no examples"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_found_before_anything_compiles(name, tmp_path, monkeypatch):
+    overrides, said = MISTAKES[name]
+    if isinstance(overrides, list):
+        overrides = dict(data__train=pairs_file(tmp_path, *overrides), data__eval="")
+    monkeypatch.setattr(jax, "jit", lambda *_, **__: pytest.fail("compiled"))
+    with pytest.raises((ValueError, KeyError, FileNotFoundError), match=f"(?s){said}"):
+        run.prepare(tiny(**overrides), str(tmp_path))
+
+
+def test_another_config_s_workdir_is_refused_and_the_difference_named(finished):
+    with pytest.raises(ValueError, match="objective.beta: 0.1 there, 0.5 here"):
+        run.prepare(tiny(objective__beta=0.5), str(finished))
+
+
+def test_real_pairs_train_a_real_model(testdata, tmp_path):
+    config = tiny(model__path=str(testdata / "models" / "TinyStories-656K"), total_steps=12, batch_size=16,
+                  max_length=256, data__train=str(testdata / "preference" / "rasbt_instruction_preference.json"),
+                  data__eval="", optimizer__learning_rate=3e-4, eval__max_examples=64)
+    last = train.train(config, str(tmp_path))
+    assert last["eval/rewards/margins"] > 0.05 and last["eval/rewards/accuracies"] > 0.6
