@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax.core import meta
 
 from align_jax.models.lora import LoraConfig
+from align_jax.models.quantize import Quantized, product
 
 ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -93,8 +94,9 @@ class Linear(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         count = len(self.inputs)
         shape = self.inputs + self.outputs
-        kernel = array(parameter(self, "kernel", normal(self.init_std), shape, self.axes), self.dtype)
-        y = contract(x, kernel, count)
+        kernel = parameter(self, "kernel", normal(self.init_std), shape, self.axes)
+        quantized = isinstance(kernel, Quantized)
+        y = product(x, kernel, count) if quantized else contract(x, array(kernel, self.dtype), count)
         if self.lora is not None:
             y = self._adapt(x, y, kernel)
         if self.bias:
@@ -103,20 +105,19 @@ class Linear(nn.Module):
             y = y + jnp.expand_dims(bias, tuple(range(y.ndim - bias.ndim)))
         return y
 
-    def _adapt(self, x: jax.Array, y: jax.Array, kernel: jax.Array) -> jax.Array:
+    def _adapt(self, x: jax.Array, y: jax.Array, kernel: Any) -> jax.Array:
         lora, count = self.lora, len(self.inputs)
         bound = 1 / math.sqrt(math.prod(self.inputs))
         down = parameter(self, "lora_a", uniform(bound), (*self.inputs, lora.rank), (*self.axes[:count], "rank"))
         up = parameter(self, "lora_b", zeros, (lora.rank, *self.outputs), ("rank", *self.axes[count:]))
-        down, up = array(down, self.dtype), array(up, self.dtype)
         if lora.dropout and self.has_rng("dropout"):
             x = nn.Dropout(lora.dropout)(x, deterministic=False)
-        delta = contract(contract(x, down, count), up, 1) * lora.scale
+        delta = contract(contract(x, array(down, self.dtype), count), array(up, self.dtype), 1) * lora.scale
         if not lora.dora:
             return y + delta
         magnitude = parameter(self, "lora_m", ones, self.outputs, self.axes[count:]).astype(jnp.float32)
         # the norm is a constant for the gradient (Liu et al. 2024, DoRA, arXiv 2402.09353, section 4.3)
-        norm = jax.lax.stop_gradient(column_norm(kernel, contract(down, up, 1) * lora.scale, count))
+        norm = column_norm(*jax.lax.stop_gradient((kernel, down, up)), lora.scale)
         factor = (magnitude / norm).astype(self.dtype)
         return (y + delta) * jnp.expand_dims(factor, tuple(range(y.ndim - factor.ndim)))
 
@@ -126,10 +127,17 @@ def contract(x: jax.Array, kernel: jax.Array, count: int) -> jax.Array:
     return jnp.tensordot(x, kernel, axes=count)
 
 
-def column_norm(kernel: jax.Array, delta: jax.Array, count: int) -> jax.Array:
-    """Return the norm over the input axes of kernel + delta, float32 [*outputs]."""
-    merged = kernel.astype(jnp.float32) + delta.astype(jnp.float32)
-    return jnp.sqrt(jnp.sum(jnp.square(merged), axis=tuple(range(count))))
+def column_norm(kernel: jax.Array | Quantized, down: jax.Array, up: jax.Array, scale: float) -> jax.Array:
+    """Return the norm over the inputs of W + scale * A B, float32 [*outputs], without making that matrix.
+
+    ||W + s A B||^2 = ||W||^2 + 2 s <A^T W, B> + s^2 <A^T A B, B>, all over the rank or the inputs of one output.
+    """
+    kernel, down, up = (value.astype(jnp.float32) for value in (kernel, down, up))
+    inputs = tuple(range(down.ndim - 1))
+    seen = jnp.tensordot(down, kernel, axes=(inputs, inputs))  # A^T W [r, *outputs]
+    gram = jnp.tensordot(down, down, axes=(inputs, inputs))  # A^T A [r, r]
+    cross = jnp.sum((2 * scale * seen + scale ** 2 * jnp.tensordot(gram, up, axes=1)) * up, axis=0)
+    return jnp.sqrt(jnp.maximum(jnp.sum(jnp.square(kernel), axis=inputs) + cross, jnp.finfo(jnp.float32).tiny))
 
 
 def zeros(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:

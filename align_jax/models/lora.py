@@ -21,6 +21,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from align_jax.models.quantize import Quantized
+
 Tree = Mapping[str, Any]
 
 ATTENTION_AND_MLP = "attention/.*|mlp/.*"
@@ -163,19 +165,19 @@ def fold(params: Tree, lora: LoraConfig) -> dict[str, Any]:
     """Merge an adapter into the kernels that it stands beside.
 
     W + scale * A B, with DoRA m * (W + scale * A B) / ||W + scale * A B||; in float32, one layer at a time, and back in
-    the kernel's own type and place.
+    the kernel's own type and place.  A quantised base becomes what it stands for: the adapter was trained on that.
 
     Args:
         params: the policy's tree: the base with the adapter's leaves laid over it.
         lora: the adapter's configuration.
 
     Returns:
-        The tree without adapter leaves.
+        The tree without adapter leaves and without codes.
     """
     out = {}
     for name, node in params.items():
         if not isinstance(node, Mapping):
-            out[name] = node
+            out[name] = jax.jit(lambda x: x.astype(x.dtype))(node) if isinstance(node, Quantized) else node
         elif "lora_a" in node:
             rest = {key: value for key, value in node.items() if key not in LEAVES}
             out[name] = rest | {"kernel": _folded(node, lora.scale)}
@@ -199,4 +201,5 @@ def _folded(node: Tree, scale: float) -> jax.Array:
         return merged.astype(kernel.dtype)
 
     leaves = {key: node[key] for key in ("kernel", *LEAVES) if key in node}
-    return jax.jit(lambda leaves: jax.lax.map(layer, leaves), out_shardings=kernel.sharding)(leaves)
+    place = None if isinstance(kernel, Quantized) else kernel.sharding
+    return jax.jit(lambda leaves: jax.lax.map(layer, leaves), out_shardings=place)(leaves)
