@@ -22,7 +22,7 @@ from align_jax.training import optim
 from align_jax.training.steps import Recipe, eval_step, init_state, train_step
 
 Tree = Any
-ADAPTER = re.compile(r"(^|/)(lora_[abm]|score/.*|value/.*)$")
+ADAPTER = re.compile(r"/lora_[abm]$|^(score|value|value_mlp)/")  # paths of what is trained beside a frozen base
 
 
 def trainable(params: Tree, *, adapter: bool, freeze: Sequence[str] = ()) -> tuple[Tree, Tree]:
