@@ -197,8 +197,14 @@ def stop_signal() -> Iterator[Callable[[int], bool]]:
     One process: the function is true from the first step after the signal.  Several: the notice to any of them spreads
     through JAX's coordinator, and the function is true on all at the same step.  A second Ctrl-C interrupts at once.
 
+    A scheduler that takes status 0 for "finished" (a Kubernetes Job) would not start a preempted run again: with
+    $ALIGN_JAX_STOPPED_STATUS set, a program that was told to stop exits with that status instead.
+
     Yields:
         ``stop(step)``: save at this step and stop?  Every process calls it after every step, with the same step.
+
+    Raises:
+        SystemExit: at the end of the block, after ``stop`` was true, with $ALIGN_JAX_STOPPED_STATUS if that is set.
 
     >>> with stop_signal() as stop:
     ...     stop(1)
@@ -220,8 +226,17 @@ def stop_signal() -> Iterator[Callable[[int], bool]]:
     if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
         for number in (signal.SIGINT,) if together else (signal.SIGINT, signal.SIGTERM):  # SIGTERM is JAX's own then
             before[number] = signal.signal(number, take)
+    stopped: list[int] = []  # the steps at which the answer was yes
+
+    def stop(step: int) -> bool:
+        if multihost_utils.reached_preemption_sync_point(step) if together else notices:
+            stopped.append(step)
+        return bool(stopped)
+
     try:
-        yield lambda step: bool(multihost_utils.reached_preemption_sync_point(step) if together else notices)
+        yield stop
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    if stopped and os.environ.get("ALIGN_JAX_STOPPED_STATUS"):
+        sys.exit(int(os.environ["ALIGN_JAX_STOPPED_STATUS"]))

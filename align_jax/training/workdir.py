@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 import importlib.metadata
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -110,10 +111,14 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str:
-    """Return the commit of this source tree, with "+" where it was changed since; "" outside a repository."""
+    """Return the commit of this source tree, with "+" where it was changed since.
+
+    Outside a repository it is $ALIGN_JAX_COMMIT, which launch/tpu.sh sets on the hosts it copies the tree to; else "".
+    """
+    unknown = os.environ.get("ALIGN_JAX_COMMIT", "")
     try:
         result = subprocess.run(["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"],
                                 cwd=pathlib.Path(__file__).parent, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return result.stdout.strip() if result.returncode == 0 else ""
+        return unknown
+    return result.stdout.strip() if result.returncode == 0 else unknown

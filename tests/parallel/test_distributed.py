@@ -106,6 +106,16 @@ def test_a_signal_is_noticed_once_and_the_old_handler_comes_back():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_a_scheduler_can_tell_a_stopped_run_from_a_finished_one(monkeypatch):
+    monkeypatch.setenv("ALIGN_JAX_STOPPED_STATUS", "75")
+    with distributed.stop_signal() as stop:
+        assert not stop(1)
+    with pytest.raises(SystemExit) as status, distributed.stop_signal() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop(2)
+    assert status.value.code == 75
+
+
 def test_a_second_interrupt_stops_at_once():
     with distributed.stop_signal() as stop:
         os.kill(os.getpid(), signal.SIGINT)
