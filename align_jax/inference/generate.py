@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
+import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +21,8 @@ from jax.experimental import multihost_utils
 from jaxtyping import Float, Int
 from transformers import PreTrainedTokenizerBase
 
+from align_jax.core.schema import Example
+from align_jax.data import chat
 from align_jax.inference import decoding
 from align_jax.inference.samplers import Sampling, row_keys, stack
 from align_jax.models.model import Model
@@ -111,6 +115,26 @@ def find_stop(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], tokens:
     return low, text[:min(places)]
 
 
+def stop_tokens(tokenizer: PreTrainedTokenizerBase, path: str = "") -> tuple[int, ...]:
+    """Return the tokens that end an answer: end of sequence, end of turn in the chat template, the checkpoint's own.
+
+    Args:
+        tokenizer: the tokenizer.
+        path: folder of the checkpoint, whose ``generation_config.json`` may name more; "" = none.
+    """
+    found = {tokenizer.eos_token_id}
+    if tokenizer.chat_template:
+        rendered = chat.render(Example(({"role": "user", "content": "a"},), ("b",)), tokenizer)
+        last = tokenizer(rendered.responses[0][-1].text, add_special_tokens=False).input_ids[-1]
+        special = tokenizer.added_tokens_decoder.get(last)
+        found |= {last} if special is not None and special.special else set()
+    config = pathlib.Path(path) / "generation_config.json"
+    if path and config.is_file():
+        named = json.loads(config.read_text()).get("eos_token_id")
+        found |= set(named if isinstance(named, list) else [named]) - {None}
+    return tuple(sorted(found))
+
+
 class Generator:
     """Compiled generation for one model.
 
@@ -120,7 +144,7 @@ class Generator:
         rows: completions that are decoded together (a multiple of the mesh's row shards).
         max_length: tokens of a prompt with its completion; default: the model's positions.
         mesh: where to run; None: the default device.
-        stop_ids: tokens that end a completion; default: the tokenizer's end of sequence.
+        stop_ids: tokens that end a completion; default: `stop_tokens` of the tokenizer.
         cache_dtype: of keys and values; default: the model's compute type.
         prompt_bucket: one padded prompt length for all calls; default: powers of two.  Needed with several
             processes, which must run the same programs whatever their own prompts are.
@@ -144,7 +168,7 @@ class Generator:
         self._model, self._tokenizer, self._mesh = model, tokenizer, mesh
         self._rows, self._max_length, self._bucket = rows, max_length or limit, prompt_bucket
         self._shards, self._dtype = shards, cache_dtype
-        ids = [tokenizer.eos_token_id] if stop_ids is None else list(stop_ids)
+        ids = stop_tokens(tokenizer) if stop_ids is None else tuple(stop_ids)
         self._stop_ids = np.full(-(-max(1, len(ids)) // _STOP_IDS_MULTIPLE) * _STOP_IDS_MULTIPLE, -1, np.int32)
         self._stop_ids[:len(ids)] = ids
 
