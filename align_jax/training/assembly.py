@@ -68,7 +68,7 @@ def make_models(config: ModelConfig, terms: Sequence[Term], *, compute_dtype: st
 
 
 def make_plan(recipe: Recipe, mesh: Mesh, *, param_dtype: str, frozen_dtype: str, freeze: Sequence[str] = (),
-              other_reference: bool = False, with_reference: bool = True) -> Plan:
+              other_reference: bool = False, with_reference: bool | None = None) -> Plan:
     """Say what is trained, what is frozen, and where each lies.
 
     Args:
@@ -78,8 +78,8 @@ def make_plan(recipe: Recipe, mesh: Mesh, *, param_dtype: str, frozen_dtype: str
         frozen_dtype: of what is not.
         freeze: patterns of parameters that are not trained.
         other_reference: the reference is another checkpoint than the starting weights.
-        with_reference: whether the reference's weights are needed at all (not where its log-probabilities are
-            cached, nor for objectives without one).
+        with_reference: whether the reference's weights are needed (not where its log-probabilities are cached);
+            None: where some objective compares with a reference.
 
     Raises:
         ValueError: the mesh does not divide a parameter; nothing is left to train.
@@ -88,6 +88,7 @@ def make_plan(recipe: Recipe, mesh: Mesh, *, param_dtype: str, frozen_dtype: str
     adapter = recipe.policy.options.lora is not None
     trained, rest = trainable(recipe.policy.shapes(jnp.dtype(param_dtype)), adapter=adapter, freeze=freeze)
     base_shapes = recipe.base.shapes(jnp.dtype(frozen_dtype))
+    with_reference = recipe.wants_reference if with_reference is None else with_reference
     whole = with_reference and not other_reference and not recipe.sync_every_steps
     base_leaves = flatten(base_shapes)
     if not whole:  # what is trained is not needed beside itself
