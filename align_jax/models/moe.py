@@ -7,20 +7,27 @@ References:
 """
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
 
 from align_jax.models.config import ModelConfig
-from align_jax.models.layers import ACTIVATIONS, array, normal, parameter
+from align_jax.models.layers import ACTIVATIONS, array, contract, normal, parameter
+from align_jax.parallel.mesh import ROWS
+from align_jax.parallel.sharding import spec
 
 
-def route(logits: Float[Array, "X E"], count: int, normalise: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
+def route(logits: Float[Array, "N T E"], count: int, normalise: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Choose each token's experts.
 
     Returns:
-        probabilities float32 [X, E], the chosen experts' weights float32 [X, k], and the experts int32 [X, k].
+        probabilities float32 [N, T, E], the chosen experts' weights float32 [N, T, k], and the experts int32 [N, T, k].
     """
     probabilities = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
     weights, experts = jax.lax.top_k(probabilities, count)
@@ -29,22 +36,66 @@ def route(logits: Float[Array, "X E"], count: int, normalise: bool) -> tuple[jax
     return probabilities, weights, experts
 
 
-def sorted_products(x: Float[Array, "X D"], weights: Float[Array, "X k"], experts: jax.Array,
+def sorted_products(x: Float[Array, "X D"], weights: Float[Array, "X k"], experts: Int[Array, "X k"],
                     gate: Float[Array, "E D F"], up: Float[Array, "E D F"], down: Float[Array, "E F D"],
-                    act) -> Float[Array, "X D"]:
+                    act: Callable[[jax.Array], jax.Array], first: Any = 0) -> Float[Array, "X D"]:
     """Return sum_k weight_k * expert_k(x): tokens sorted by expert, one grouped matrix product a projection.
 
-    No token is dropped and none is computed twice: the work is that of k dense MLPs a token.
+    No token is dropped: the work is that of k dense MLPs a token.
+
+    Args:
+        x: tokens.
+        weights, experts: each token's chosen experts and their weights.
+        gate, up, down: the experts at hand, ``first`` to ``first + E``; what others would add is left out.
+        act: the gate's activation.
+        first: number of the first expert at hand.
     """
-    count = experts.shape[1]
-    flat = experts.reshape(-1)
+    count, at_hand = experts.shape[1], gate.shape[0]
+    flat = experts.reshape(-1) - first
+    flat = jnp.where((flat >= 0) & (flat < at_hand), flat, at_hand)  # the others' sort behind ours
     order = jnp.argsort(flat, stable=True)
-    sizes = jnp.bincount(flat, length=gate.shape[0]).astype(jnp.int32)
+    sizes = jnp.bincount(flat, length=at_hand).astype(jnp.int32)
     inputs = x[order // count]
     hidden = act(jax.lax.ragged_dot(inputs, gate, sizes)) * jax.lax.ragged_dot(inputs, up, sizes)
     outputs = jax.lax.ragged_dot(hidden, down, sizes)
+    ours = jnp.arange(order.size) < jnp.sum(sizes)
     scaled = outputs * weights.reshape(-1)[order].astype(outputs.dtype)[:, None]
-    return jnp.zeros_like(x).at[order // count].add(scaled)
+    return jnp.zeros_like(x).at[order // count].add(jnp.where(ours[:, None], scaled, 0))
+
+
+def sharded_products(x: Float[Array, "N T D"], weights: Float[Array, "N T k"], experts: Int[Array, "N T k"],
+                     gate: Float[Array, "E D F"], up: Float[Array, "E D F"], down: Float[Array, "E F D"],
+                     act: Callable[[jax.Array], jax.Array]) -> Float[Array, "N T D"]:
+    """Return ``sorted_products`` under the ambient mesh: each device sorts its own tokens, nothing global is sorted.
+
+    Devices along ``expert`` gather each other's tokens, compute what their own experts add, and give the sums back
+    (all-gather, reduce-scatter); ``tensor`` splits F, ``fsdp`` the storage alone.  Without a mesh, or where rows do not
+    divide it (a single prompt), the same products without the collectives.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+
+    def local(x, weights, experts, gate, up, down, first=0):
+        flat = (y.reshape(-1, y.shape[-1]) for y in (x, weights, experts))
+        return sorted_products(*flat, gate, up, down, act, first).reshape(x.shape)
+
+    if mesh.empty or mesh.size == 1 or x.shape[0] % math.prod(mesh.shape[axis] for axis in ROWS) or (
+            x.shape[1] % mesh.shape["sequence"]):
+        return local(x, weights, experts, gate, up, down)
+
+    def body(x, weights, experts, gate, up, down):
+        split = mesh.shape["expert"] > 1
+        first = jax.lax.axis_index("expert") * gate.shape[0] if split else 0
+        if split:
+            x, weights, experts = (jax.lax.all_gather(y, "expert", tiled=True) for y in (x, weights, experts))
+        y = local(x, weights, experts, gate, up, down, first)
+        if mesh.shape["tensor"] > 1:
+            y = jax.lax.psum(y, "tensor")
+        return jax.lax.psum_scatter(y, "expert", tiled=True) if split else y
+
+    tokens = spec(("rows", "length", None))
+    kernels = (PartitionSpec("expert", None, "tensor"),) * 2 + (PartitionSpec("expert", "tensor", None),)
+    return jax.shard_map(body, in_specs=(tokens,) * 3 + kernels, out_specs=tokens, check_vma=False)(
+        x, weights, experts, gate, up, down)
 
 
 class Experts(nn.Module):
@@ -62,17 +113,17 @@ class Experts(nn.Module):
         gate, up = (array(parameter(self, name, init, (E, D, F), ("experts", "embed", "ffn")), dtype)
                     for name in ("gate", "up"))
         down = array(parameter(self, "down", init, (E, F, D), ("experts", "ffn", "embed")), dtype)
-        flat = x.reshape(-1, D)
-        probabilities, weights, experts = route(flat @ router, c.experts_per_token, c.normalise_experts)
-        y = sorted_products(flat, weights, experts, gate, up, down, ACTIVATIONS[c.activation])
-        return y.reshape(x.shape), balance(probabilities, experts, real.reshape(-1))
+        probabilities, weights, experts = route(contract(x, router, 1), c.experts_per_token, c.normalise_experts)
+        y = sharded_products(x, weights, experts, gate, up, down, ACTIVATIONS[c.activation])
+        return y, balance(probabilities, experts, real)
 
 
-def balance(probabilities: Float[Array, "X E"], experts: jax.Array, real: Bool[Array, "X"]) -> dict[str, jax.Array]:
+def balance(probabilities: Float[Array, "N T E"], experts: Int[Array, "N T k"], real: Bool[Array, "N T"]
+            ) -> dict[str, jax.Array]:
     """Return one layer's routing sums over real tokens: choices and probabilities by expert, and the token count."""
-    mask = real.astype(jnp.float32)[:, None]
-    chosen = jnp.sum(jax.nn.one_hot(experts, probabilities.shape[1], dtype=jnp.float32), axis=1)
-    return {"chosen": jnp.sum(chosen * mask, axis=0), "probability": jnp.sum(probabilities * mask, axis=0),
+    mask = real.astype(jnp.float32)[..., None]
+    chosen = jnp.sum(jax.nn.one_hot(experts, probabilities.shape[-1], dtype=jnp.float32), axis=2)
+    return {"chosen": jnp.sum(chosen * mask, axis=(0, 1)), "probability": jnp.sum(probabilities * mask, axis=(0, 1)),
             "tokens": jnp.sum(mask)}
 
 

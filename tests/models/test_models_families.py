@@ -115,7 +115,7 @@ def test_prefill_and_decode_equal_the_full_forward(peer):
         pytest.skip("dynamic scaling changes the earlier keys with the length")
     tokens, segments, positions = padded_rows()
     full = np.asarray(apply(params, np.where(segments > 0, tokens, 5), np.ones_like(segments),
-                                 np.broadcast_to(np.arange(LENGTH, dtype=np.int32), tokens.shape)))
+                            np.broadcast_to(np.arange(LENGTH, dtype=np.int32), tokens.shape)))
     tokens = np.where(segments > 0, tokens, 5)
     prompts = np.array([6, 3, 1])  # rows of different lengths, padded on the right
     width = prompts.max()
