@@ -86,30 +86,41 @@ def truncate(prompt: int, responses: Sequence[int], *, turn: int, tail: int, bos
     return Cut(keep - end, end, lengths)
 
 
-def best_fit(lengths: Sequence[int], capacity: int, limit: int) -> list[list[int]]:
+def best_fit(lengths: Sequence[int], capacity: int, limit: int, *, loads: Sequence[int] | None = None, most: int = 0
+             ) -> list[list[int]]:
     """Pack items into rows: the longest first, each into the fullest row that still has room.
 
     Args:
         lengths: tokens of each item, at most ``capacity``.
         capacity: tokens in a row.
         limit: the most items in a row.
+        loads: a second measure of each item (its loss tokens); None: there is none.
+        most: the most of it in a row of several items.
 
     Returns:
         Rows of item numbers; no row holds more than ``capacity`` tokens or ``limit`` items.
 
     >>> best_fit([5, 4, 3, 2, 2], capacity=8, limit=3)
     [[0, 2], [1, 3, 4]]
+    >>> best_fit([5, 4, 3, 2, 2], capacity=8, limit=3, loads=[4, 2, 3, 1, 1], most=5)
+    [[0, 3], [1, 2], [4]]
     """
     rows: list[list[int]] = []
+    loaded: list[int] = []
     room: list[tuple[int, int]] = []  # (tokens left, row) of the rows that still take items, ascending
     for item in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        load = 0 if loads is None else loads[item]
         at = bisect.bisect_left(room, (lengths[item], -1))
+        while at < len(room) and loaded[room[at][1]] + load > most and loads is not None:
+            at += 1
         if at < len(room):
             left, row = room.pop(at)
             rows[row].append(item)
+            loaded[row] += load
         else:
             left, row = capacity, len(rows)
             rows.append([item])
+            loaded.append(load)
         left -= lengths[item]
         if left and len(rows[row]) < limit:
             bisect.insort(room, (left, row))

@@ -172,7 +172,7 @@ def next_other(keys: np.ndarray) -> np.ndarray:
 
 
 def make_pipeline(examples: Examples, tokenizer: PreTrainedTokenizerBase, *, batch_size: int, max_length: int,
-                  layout: str = "plain", row_length: int | None = None, groups_per_row: int | None = None,
+                  layout: str = "plain", row_length: int | None = None, groups_per_row: float | int | None = None,
                   truncation: str = "keep_end", max_prompt_length: int | None = None, trim: bool = False,
                   seed: int = 0, shuffle: bool = True, repeat: bool = True, mismatched: bool = False,
                   control: Sequence[str] | None = None, row_multiple: int = 1, process_index: int = 0,
@@ -183,10 +183,10 @@ def make_pipeline(examples: Examples, tokenizer: PreTrainedTokenizerBase, *, bat
     Args:
         examples: the examples; their kind decides R and the batch's fields.
         tokenizer: the tokenizer.
-        batch_size: B, groups in a step on the whole mesh (in packed rows some stay empty).
+        batch_size: groups in a step on the whole mesh: exactly in plain rows, on average in packed ones.
         max_length: tokens of prompt and response together.
         layout, row_length, groups_per_row, row_multiple: see ``planning.plan_shape``; ``groups_per_row`` is chosen
-            from the mean length where None.
+            from the data where None.
         truncation, max_prompt_length: see ``batching.truncate``.
         trim: shorten plain rows to the longest example, rounded up to a multiple of 8.
         seed: of the order of examples.
@@ -206,13 +206,7 @@ def make_pipeline(examples: Examples, tokenizer: PreTrainedTokenizerBase, *, bat
         ValueError: sizes that do not fit or divide, no examples left, or mismatched completions with R > 1 or with
             one prompt only.
     """
-    if not len(examples):
-        raise ValueError("no examples")
-    responses = len(examples[0].responses)
-    if mismatched and responses != 1:
-        raise ValueError(f"mismatched completions need one response a prompt, these examples have {responses}")
-    if examples.weights is not None and not repeat:
-        raise ValueError("weights mix endless sources: they go with repeat=True only")
+    responses = _check(examples, mismatched, repeat)
     encoded = encode_all(examples.items, tokenizer, responses=responses, control=control, cache_dir=cache_dir,
                          identity=examples.identity)
     limits = Limits(max_length, truncation, max_prompt_length, tokenizer.bos_token_id)
@@ -221,24 +215,23 @@ def make_pipeline(examples: Examples, tokenizer: PreTrainedTokenizerBase, *, bat
                           for cut in cuts.cuts])
     multiple = math.lcm(row_multiple, process_count)
     if layout == "plain":
-        if trim:
-            max_length = min(max_length, -(-int(lengths.max()) // 8) * 8)
+        units, bounds = _units_by_source(examples, cuts, lengths, max_length, 1)
+        length = min(max_length, -(-int(lengths.max()) // 8) * 8) if trim else max_length
+        shape = planning.plan_shape(responses=responses, batch_size=batch_size, layout=layout, max_length=length,
+                                    row_multiple=multiple)
     else:
-        row_length = responses * max_length if row_length is None else row_length
-        if lengths.max() > row_length:
-            raise ValueError(f"row_length {row_length} is shorter than the longest group of {responses} responses, "
-                             f"{lengths.max()} tokens (layout {layout}): raise it, or lower max_length {max_length}")
-        groups_per_row = groups_per_row or planning.choose_groups_per_row(
-            lengths[lengths > 0].tolist(), row_length, batch_size, multiple)
-    shape = planning.plan_shape(responses=responses, batch_size=batch_size, layout=layout, max_length=max_length,
-                                row_length=row_length, groups_per_row=groups_per_row, row_multiple=multiple)
-    each = shape.groups // _units_in_step(shape, layout)
-    units, bounds = _units_by_source(examples, cuts, lengths, shape.length, each)
-    budget = planning.round_up(_budget(layout, cuts.loss, units))
-    shape = dataclasses.replace(shape, positions=min(budget, shape.length))
-    keys = encoded.prompt_key[units[units != FILLER]]
-    if mismatched and len(np.unique(keys)) < 2:
-        raise ValueError("mismatched completions need two different prompts; all examples have the same one")
+        length = responses * max_length if row_length is None else row_length
+        groups_per_row = groups_per_row or planning.mean_groups_per_row(lengths[lengths > 0].tolist(), length)
+        units, bounds = _units_by_source(examples, cuts, lengths, length, planning.places(groups_per_row))
+        shape = planning.plan_shape(responses=responses, batch_size=batch_size, layout=layout, max_length=max_length,
+                                    row_length=length, groups_per_row=groups_per_row, row_multiple=multiple)
+        if repeat:
+            _check_packing(shape, units, batch_size, multiple)
+    shape = dataclasses.replace(shape, positions=min(planning.round_up(_budget(layout, cuts.loss, units)), length))
+    extra = None
+    if mismatched:
+        extra = planning.mismatched_shape(shape, _mismatched_length(encoded, units, cuts, max_length, trim),
+                                          int(cuts.loss.max()))
     wanted = _units_in_step(shape, layout)
     stream = _stream(units, bounds, examples.weights, seed if shuffle else None, repeat).batch(wanted)
     return Pipeline(
@@ -246,18 +239,64 @@ def make_pipeline(examples: Examples, tokenizer: PreTrainedTokenizerBase, *, bat
         steps_per_epoch=max(1, len(units) // wanted) if repeat else -(-len(units) // wanted),
         report={**examples.report, **cuts.report, **_fill(cuts, layout, units, shape)},
         _encoded=encoded, _cuts=cuts.cuts, _units=units, _stream=stream, _limits=limits, _pad=pad_id(tokenizer),
-        _process=(process_index, process_count), _threads=threads, _prefetch=prefetch,
-        _mismatched=planning.mismatched_shape(shape, max_length, int(cuts.loss.max())) if mismatched else None)
+        _process=(process_index, process_count), _threads=threads, _prefetch=prefetch, _mismatched=extra)
+
+
+def _check(examples: Examples, mismatched: bool, repeat: bool) -> int:
+    """Return R, or raise where the examples do not go with the rest."""
+    if not len(examples):
+        raise ValueError("no examples")
+    responses = len(examples[0].responses)
+    if not responses:
+        raise ValueError(f"{examples[0].source}: prompts without responses: they are for rollouts, not for batches")
+    if mismatched and responses != 1:
+        raise ValueError(f"mismatched completions need one response a prompt, these examples have {responses}")
+    if examples.weights is not None and not repeat:
+        raise ValueError("weights mix endless sources: they go with repeat=True only")
+    return responses
+
+
+def _check_packing(shape: Shape, units: np.ndarray, batch_size: int, multiple: int) -> None:
+    mean = float((units != FILLER).sum(-1).mean())
+    if not 0.5 <= shape.rows * mean / batch_size <= 1.5 and len(units) > shape.rows:
+        raise ValueError(f"batch_size {batch_size} would become {shape.rows} rows of {mean:.3g} groups, "
+                         f"{shape.rows * mean:.3g} in a step: rows come in multiples of {multiple} (devices over rows "
+                         f"times microbatches); change row_length"
+                         f", or batch_size to a multiple of {round(multiple * mean)}")
+
+
+def _mismatched_length(encoded: Encoded, units: np.ndarray, cuts: planning.Cuts, max_length: int, trim: bool) -> int:
+    """Return T of the mismatched completions' rows: any prompt may meet any response."""
+    used = units[units != FILLER]
+    if len(np.unique(encoded.prompt_key[used])) < 2:
+        raise ValueError("mismatched completions need two different prompts; all examples have the same one")
+    if not trim:
+        return max_length
+    prompts = np.diff(encoded.prompt_ends)[used].max()
+    responses = np.diff(encoded.response_ends)[used].max()
+    return min(max_length, -(-int(prompts + responses) // 8) * 8)
 
 
 def _units_by_source(examples: Examples, cuts: planning.Cuts, lengths: np.ndarray, row_length: int, each: int
                      ) -> tuple[np.ndarray, list[int]]:
-    """Pack each source's groups by themselves, so that sources can be mixed by weight."""
+    """Pack each source's groups by themselves, so that sources can be mixed by weight.
+
+    Raises:
+        ValueError: a group longer than a row, or a weighted source of which nothing is left.
+    """
     made, bounds, start = [], [0], 0
-    for end in examples.ends:
+    if lengths.max() > row_length:
+        raise ValueError(f"row_length {row_length} is shorter than the longest group, {lengths.max()} tokens: raise "
+                         "it, or lower max_length")
+    for number, end in enumerate(examples.ends):
         groups = [group for group in range(start, end) if cuts.cuts[group] is not None]
-        made.append(planning.make_units(lengths[groups].tolist(), groups, row_length, each))
-        bounds.append(bounds[-1] + len(made[-1]))
+        if groups:
+            loss = cuts.loss[groups].sum(-1).tolist()
+            made.append(planning.make_units(lengths[groups].tolist(), loss, groups, row_length, each))
+        elif examples.weights is not None:
+            raise ValueError(f"data source {number + 1} of {len(examples.ends)} has a weight, but no examples are left "
+                             f"of it: {cuts.report}")
+        bounds.append(sum(map(len, made)))
         start = end
     return np.concatenate(made), bounds
 

@@ -121,7 +121,8 @@ def test_an_epoch_sees_every_example_once(byte, pairs, layout, shuffle):
     seen = collections.Counter(n for step in range(2 * units) for n in pipe.examples_of(step))
     assert seen == {number: epochs for number in range(len(pairs))}
     first = [pipe.examples_of(step) for step in range(3)]
-    assert (sorted(sum(first, [])) == sum(first, [])) == (not shuffle)  # here one group is a row of its own
+    if layout == "plain":
+        assert (sorted(sum(first, [])) == sum(first, [])) == (not shuffle)
 
 
 def test_epochs_are_shuffled_differently(byte, pairs):
@@ -134,11 +135,9 @@ def test_epochs_are_shuffled_differently(byte, pairs):
 @pytest.mark.parametrize("kind, mismatched", [("pairs", False), ("unpaired", True)])
 def test_processes_share_one_global_batch(byte, layout, kind, mismatched):
     examples = load("preferences", kind, seed=1)
-    whole = make(examples, byte, layout=layout, mismatched=mismatched)
-    parts = [make(examples, byte, layout=layout, mismatched=mismatched, process_index=i, process_count=4,
-                  groups_per_row=None if layout == "plain" else whole.shape.slots // whole.shape.responses)
-             for i in range(4)] if whole.shape.rows % 4 == 0 else []
-    assert parts
+    whole = make(examples, byte, layout=layout, mismatched=mismatched, row_multiple=4)
+    parts = [make(examples, byte, layout=layout, mismatched=mismatched, row_multiple=4, process_index=i,
+                  process_count=4) for i in range(4)]
     join = lambda *values: None if values[0] is None else (
         Batch(*map(join, *values)) if isinstance(values[0], Batch) else np.concatenate(values))
     for step in (0, 9):
@@ -164,7 +163,7 @@ def test_the_abstract_batch_has_the_shapes_of_a_real_one(byte, layout, name, kin
     assert s.groups * s.responses == s.rows * s.slots
     planned = planning.plan_shape(
         responses=s.responses, batch_size=8, layout=layout, max_length=128, loss_positions=s.positions,
-        groups_per_row=None if layout == "plain" else s.slots // s.responses)
+        groups_per_row=None if layout == "plain" else pipe.report["groups_per_step"] / s.rows)
     assert planned == s
 
 
@@ -244,6 +243,13 @@ def test_sources_are_mixed_by_weight(byte, layout):
     assert abs(np.mean(np.array(seen) >= 64) - 0.2) < 0.02
 
 
+def test_a_source_of_which_nothing_is_left_is_an_error_if_it_has_a_weight(byte):
+    examples = dataclasses.replace(of_texts(("p" * 200, " a", " b"), ("p:", " a", " b")), ends=(1, 2))
+    assert make(examples, byte, batch_size=1, truncation="drop").num_examples == 1
+    with pytest.raises(ValueError, match="data source 1 of 2 has a weight, but no examples are left"):
+        make(dataclasses.replace(examples, weights=(1.0, 1.0)), byte, batch_size=1, truncation="drop")
+
+
 def test_what_is_cut_and_dropped_is_counted(byte):
     examples = of_texts(("p" * 40, " a", " b"), ("p:", " a" * 40, " b"), ("p:", " a", " b"))
     report = make(examples, byte, batch_size=1, max_length=32).report
@@ -277,11 +283,11 @@ def test_tokens_are_kept_on_disk_and_damaged_files_made_anew(byte, pairs, tmp_pa
 
 ONE = [("p:", " a", " b")]
 ERRORS = [
-    ({"batch_size": 6, "row_multiple": 4}, "batch_size 6 .groups. is not divisible by 4 .*nearest that are: 4, 8"),
-    ({"layout": "packed", "groups_per_row": 3}, "batch_size 8 .rows of 3 groups. is not divisible by 3"),
+    ({"batch_size": 6, "row_multiple": 4}, "batch_size 6 is not divisible by 4 .*nearest that are: 4, 8"),
+    ({"layout": "packed", "groups_per_row": 0.5}, "groups_per_row must be at least 1, got 0.5"),
     ({"layout": "pack"}, "unknown data layout 'pack'; known"),
     ({"truncation": "keep"}, "unknown truncation 'keep'; known"),
-    ({"layout": "packed", "row_length": 8}, "row_length 8 is shorter than the longest group of 2 responses, 10 tokens"),
+    ({"layout": "packed", "row_length": 8}, "row_length 8 is shorter than the longest group, 10 tokens"),
     ({"max_length": 4, "truncation": "drop"}, "the data set is empty after truncation to max_length=4.*too long': 1"),
     ({"mismatched": True}, "mismatched completions need one response a prompt, these examples have 2"),
     ({"max_prompt_length": 128}, "max_prompt_length must be from 1 to max_length - 1"),
@@ -293,6 +299,25 @@ ERRORS = [
 def test_sizes_that_do_not_fit_are_told(byte, options, message):
     with pytest.raises(ValueError, match=message):
         make(of_texts(*ONE), byte, **options)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[1:])
+def test_packed_rows_are_full_and_a_step_holds_the_groups_asked_for(byte, layout):
+    examples = load("preferences", "pairs", size=400)
+    pipe = make(examples, byte, layout=layout, batch_size=32, row_length=512)
+    assert pipe.report["padding_fraction"] < 0.17 and abs(pipe.report["groups_per_step"] - 32) < 3
+    plain = make(examples, byte, batch_size=32)
+    assert pipe.shape.rows * pipe.shape.length < 0.75 * plain.shape.rows * plain.shape.length
+    with pytest.raises(ValueError, match="batch_size 4 would become 16 rows of .* change row_length, or batch_size"):
+        make(examples, byte, layout=layout, batch_size=4, row_length=512, row_multiple=16)
+
+
+def test_mismatched_rows_have_room_for_any_prompt_with_any_response(byte):
+    texts = [("p" * 60 + ":", " one"), ("q:", " two" * 15)]
+    pipe = make(of_texts(*texts, kind="unpaired"), byte, batch_size=2, trim=True, mismatched=True, shuffle=False)
+    extra = pipe.batch(0).mismatched
+    assert pipe.shape.length == 72 and extra.tokens.shape == (2, 128)
+    assert byte.decode(extra.tokens[0][extra.segment_ids[0] > 0]) == "p" * 60 + ":" + " two" * 15 + "<|end|>"
 
 
 def test_a_single_prompt_has_no_mismatched_completions(byte):
