@@ -108,8 +108,8 @@ class Plan:
         return bool(self.targets and self.targets.get("kl_coef"))
 
 
-_OPTIONS = ("epochs", "rescore", "keep_unfinished", "overlong_buffer", "normalise_scores", "score_clip", "tries",
-            "stop_kl", "overlap")  # fields of Plan that may be given as options of any online objective
+_OPTIONS = ("epochs", "rescore", "keep_unfinished", "missing_eos_penalty", "overlong_buffer", "normalise_scores",
+            "score_clip", "tries", "stop_kl", "overlap")  # fields of Plan that any online objective takes as options
 
 
 def make_plan(terms: Sequence[Term], *, batch_size: int, responses: int, max_new_tokens: int, prompts: int = 0,
