@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+import dataclasses
 import functools
 import json
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ from align_jax.data.datasets import Examples
 from align_jax.data.pipeline import Pipeline
 from align_jax.data.tokenizer import fingerprint, load_tokenizer
 from align_jax.losses.objective import Term, data_kind
-from align_jax.models import hf
+from align_jax.models import hf, peft
 from align_jax.models.config import ModelConfig
 from align_jax.models.lora import LoraConfig, merge
 from align_jax.online import source
@@ -54,6 +55,23 @@ def objective_terms(config: ConfigDict) -> tuple[Term, ...]:
     """Resolve the objective and its options."""
     options = {key: value for key, value in config.objective.items() if key not in ("name", "weights")}
     return losses.resolve(config.objective.name, options, config.objective.weights or None)
+
+
+def adapter(config: ConfigDict, model_config: ModelConfig) -> LoraConfig | None:
+    """Return the policy's adapter: as the config says, or as the PEFT adapter is that it starts from.
+
+    Raises:
+        ValueError: the config gives another rank than that adapter's.
+    """
+    options = config.model.lora
+    if not options.path:
+        return LoraConfig(options.rank, alpha=options.alpha, dropout=options.dropout, targets=options.targets,
+                          rank_stabilised=options.rslora, dora=options.dora) if options.rank else None
+    lora, _ = peft.load(options.path, model_config)
+    if options.rank not in (0, lora.rank):
+        raise ValueError(f"config.model.lora.rank = {options.rank}, but the adapter {options.path!r} has rank "
+                         f"{lora.rank}; leave the rank at 0")
+    return dataclasses.replace(lora, dropout=options.dropout)
 
 
 def settle(config: ConfigDict, devices: int) -> Setting:
@@ -88,9 +106,7 @@ def settle(config: ConfigDict, devices: int) -> Setting:
     if config.reference.mode == "cached" and any(term.objective.mismatched for term in terms):
         raise ValueError(f"config.reference.mode = 'cached' does not hold the mismatched pairs of the objective "
                          f"{config.objective.name!r}; use in_graph, or kto_zero")
-    rank, options = config.model.lora.rank, config.model.lora
-    lora = LoraConfig(rank, alpha=options.alpha, dropout=options.dropout, targets=options.targets,
-                      rank_stabilised=options.rslora, dora=options.dora) if rank else None
+    lora = adapter(config, model_config)
     models = assembly.make_models(
         model_config, terms, compute_dtype=config.model.compute_dtype, remat=config.model.remat,
         attention=config.model.attention, lora=lora, value_head=config.model.value_head, unembed=bool(config.rewards))
@@ -124,7 +140,8 @@ def make_plan(config: ConfigDict, setting: Setting, recipe: Recipe, mesh: Mesh) 
     in_rollout = setting.rollouts is not None and setting.rollouts.needs_reference
     return assembly.make_plan(
         recipe, mesh, param_dtype=config.model.param_dtype, frozen_dtype=config.reference.dtype,
-        freeze=config.model.freeze, other_reference=bool(config.reference.path), with_reference=in_step or in_rollout)
+        freeze=config.model.freeze, other_reference=bool(config.reference.path), with_reference=in_step or in_rollout,
+        quantization=config.model.quantize)
 
 
 class Run(NamedTuple):
@@ -216,7 +233,7 @@ def cached_reference(run: Run, examples: Examples) -> reference.Cache:
     frozen = assembly.load_frozen(run.recipe, plan, path=config.model.path, seed=config.seed, reference_path=r.path)
     step = jax.jit(functools.partial(reference_step, run.recipe))
     batches = make_pipeline(config, run.setting, run.mesh, examples, once=True).iterator()
-    cache = reference.compute(tqdm.tqdm(batches, desc="reference", disable=None),
+    cache = reference.compute(iter(tqdm.tqdm(batches, desc="reference", disable=None)),
                               lambda batch: step(frozen, put_batch(run.mesh, batch)), len(examples))
     if distributed.is_main():
         reference.save(file, cache, identity)

@@ -41,7 +41,8 @@ def start(run: Run, checkpoints: Checkpoints) -> tuple[int, Any, Any, dict[str, 
                                   reference_path=config.reference.path)
     restored = checkpoints.restore(run.plan.state, which, rewind=True)
     if restored is None:
-        trained = assembly.load_trained(run.recipe, run.plan, frozen, path=config.model.path, seed=config.seed)
+        trained = assembly.load_trained(run.recipe, run.plan, frozen, path=config.model.path, seed=config.seed,
+                                        adapter_path=config.model.lora.path)
         return 0, assembly.first_state(run.recipe, run.plan, trained), frozen, {}
     own = checkpoints.last_good() == restored.step
     return (restored.step if own else 0), restored.state, frozen, restored.extra
@@ -86,7 +87,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
         bar = Progress(run.total_steps, start_step=first, every_steps=config.log.every_steps, shown=main_process)
         recorder = metrics.Recorder(writers, bar, every_steps=config.log.every_steps, start_step=first,
                                     start_tokens=extra.get("num_tokens", 0), flops_per_step=model_flops(run),
-                                    peak_flops=peak_flops(run.mesh.devices.flat))
+                                    peak_flops=peak_flops(run.mesh.devices.flatten().tolist()))
         for line in describe(run):
             recorder.note(line)
         try:

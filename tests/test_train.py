@@ -8,6 +8,7 @@ import json
 import pathlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -86,17 +87,18 @@ def test_the_exported_model_speaks_in_transformers_as_here(finished, tmp_path):
     export.export_run(str(finished), str(tmp_path), dtype="float32")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    ids = np.asarray([tokenizer.encode("How do I paint a door?")], np.int32)
+    ids = jnp.asarray([tokenizer.encode("How do I paint a door?")], jnp.int32)
     trained = run.restore(str(finished))
     model = trained.setting.models.policy
-    hidden, _ = model.hidden(trained.params, ids, np.ones_like(ids), np.arange(ids.shape[1], dtype=np.int32)[None])
+    hidden, _ = model.hidden(trained.params, ids, jnp.ones_like(ids), jnp.arange(ids.shape[1])[None])
     ours = model.unembed(trained.params, hidden)
     with torch.no_grad():
-        np.testing.assert_allclose(ours, theirs(torch.tensor(ids, dtype=torch.long)).logits, atol=1e-4)
+        np.testing.assert_allclose(ours, theirs(torch.tensor(np.asarray(ids), dtype=torch.long)).logits, atol=1e-4)
 
 
 @pytest.mark.parametrize("overrides", [
-    dict(data__layout="packed", row_length=448), dict(data__layout="shared_prefix", row_length=448),
+    dict(data__layout="packed", row_length=448, data__groups_per_row=2, batch_size=16),
+    dict(data__layout="shared_prefix", row_length=448, data__groups_per_row=2, batch_size=16),
     dict(reference__mode="cached")], ids=["packed", "shared_prefix", "cached_reference"])
 def test_layout_and_cache_leave_the_held_out_measure_unchanged(finished, tmp_path, overrides):
     config = tiny(total_steps=1, optimizer__learning_rate=0.0, eval__batch_size=16, **overrides)
@@ -127,7 +129,7 @@ MISTAKES = {
     "unknown optimizer": (dict(optimizer__name="adamm"), "did you mean 'adamw'"),
     "missing file": (dict(data__train="nowhere.jsonl"), "nowhere.jsonl"),
     "missing model": (dict(model__path="./nowhere"), "nowhere"),
-    "batch and mesh": (dict(batch_size=6), "multiple"),
+    "batch and mesh": (dict(batch_size=6), "batch_size 6 is not divisible by 8"),
     "mesh and devices": (dict(mesh__data=3), "divisible|devices"),
     "mesh and parameters": (dict(mesh__tensor=8, mesh__fsdp=1), "does not divide"),
     "positions": (dict(max_length=100000), "positions"),

@@ -281,6 +281,7 @@ def train_step(recipe: Recipe, state: Tree, frozen: Tree, batch: Batch) -> tuple
         norm = optax.global_norm(grads)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes integer counts with floats
             updates, opt_state = recipe.optimizer.update(grads, state["opt_state"], state["params"])
+            rate = jnp.asarray(recipe.schedule(state["step"]), jnp.float32)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         changed = {"params": optax.apply_updates(state["params"], updates), "opt_state": opt_state, "carry": carry}
         step = state["step"] + 1
@@ -290,8 +291,7 @@ def train_step(recipe: Recipe, state: Tree, frozen: Tree, batch: Batch) -> tuple
         new_state = {"step": step, **jax.tree.map(lambda new, old: jnp.where(finite, new, old), changed, kept)}
     means = {name: jnp.where(weight > 0, total / jnp.maximum(weight, 1e-8), jnp.nan)
              for name, (total, weight) in metrics.items()}
-    rate = jnp.asarray(recipe.schedule(state["step"]), jnp.float32)
-    real = jnp.sum(batch.segment_ids > 0)
+    real = jnp.sum(batch.segment_ids > 0, dtype=jnp.float32)
     counts = {"num_tokens": real, "padding_fraction": 1.0 - real / batch.tokens.size,
               "groups": jnp.sum(batch.weight > 0)}
     return new_state, {"loss": loss, "grad_norm": norm, "learning_rate": rate, **counts, **means}
