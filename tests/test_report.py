@@ -21,6 +21,7 @@ def _run(folder, beta, offset):
 
 @pytest.mark.parametrize("image", ["svg", "png"])
 def test_two_runs_are_compared(tmp_path, image, capsys):
+    pytest.importorskip("matplotlib")
     _run(tmp_path / "a", 0.1, 0.0)
     _run(tmp_path / "b", 0.5, 0.05)
     report.main([str(tmp_path / "a"), str(tmp_path / "b"), f"--output={tmp_path}/out", "--smooth=2",

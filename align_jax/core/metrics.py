@@ -93,6 +93,7 @@ class JsonLines:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         lines = [json.dumps(row) + "\n" for row in read_rows(self._path) if row["step"] <= start_step]
         self._lines, self._uploaded = lines, time.monotonic()
+        self._upload: threading.Thread | None = None
         if self._remote:
             self._path.write_text("".join(lines))
         else:
@@ -109,16 +110,20 @@ class JsonLines:
             self._file.write(line)
             return
         self._lines.append(line)
-        if time.monotonic() - self._uploaded > UPLOAD_SECONDS:
+        busy = self._upload is not None and self._upload.is_alive()
+        if time.monotonic() - self._uploaded > UPLOAD_SECONDS and not busy:
             self._uploaded = time.monotonic()
-            threading.Thread(target=self._path.write_text, args=("".join(self._lines),), daemon=True).start()
+            self._upload = threading.Thread(target=self._path.write_text, args=("".join(self._lines),), daemon=True)
+            self._upload.start()
 
     def close(self) -> None:
         """Write what is still buffered."""
-        if self._remote:
-            self._path.write_text("".join(self._lines))
-        else:
+        if not self._remote:
             self._file.close()
+            return
+        if self._upload is not None:
+            self._upload.join()  # an older state of the file must not land after the last one
+        self._path.write_text("".join(self._lines))
 
 
 def read_rows(path: str | epath.PathLike) -> list[dict[str, Any]]:

@@ -343,11 +343,13 @@ class Checkpoints:
 
     def _make_folder(self) -> None:
         """Make the folder, and see that all processes look at the same one."""
-        token = self._folder / f"seen-{int(multihost_utils.broadcast_one_to_all(np.int32(time.time() % 1e9)))}"
-        self._once(lambda: (self._folder.mkdir(parents=True, exist_ok=True), token.write_text("")))
+        # In a folder of its own: a bucket's client may remember what it has listed before.
+        number = int(multihost_utils.broadcast_one_to_all(np.int32(time.time() % 1e9)))
+        token = self._folder / f"seen-{number}" / "token"
+        self._once(lambda: (token.parent.mkdir(parents=True, exist_ok=True), token.write_text("")))
         seen = token.exists()
         alone = _most(_GOOD if seen else _DAMAGED) != _GOOD
-        self._once(token.unlink)
+        self._once(token.parent.rmtree)
         if alone:
             raise ValueError(f"workdir {self._folder.parent}: not all processes see the same folder"
                              f"{'' if seen else ' (this one does not)'}; use a shared mount or gs://...")

@@ -6,6 +6,7 @@ import math
 import sys
 import types
 
+from fsspec.implementations.memory import MemoryFileSystem
 import jax.numpy as jnp
 import pytest
 
@@ -65,6 +66,29 @@ def test_a_resumed_run_drops_the_rows_that_it_will_write_again(tmp_path):
     first, second = (json.loads(line) for line in path.read_text().splitlines())
     assert first == {"step": 1, "loss": 1.0}
     assert (second["step"], second["loss"]) == (2, None)
+
+
+class _Bucket(MemoryFileSystem):
+    """A gs:// that lives in memory."""
+
+    store, pseudo_dirs = {}, [""]
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return "/" + path.removeprefix("gs://").strip("/")
+
+
+def test_in_a_bucket_the_file_is_written_anew(monkeypatch):
+    bucket = "gs://bucket/run"
+    monkeypatch.setattr("etils.epath.backend.fsspec_backend._get_filesystem", lambda name: _Bucket())
+    monkeypatch.setattr(metrics, "UPLOAD_SECONDS", 0.0)
+    for start in (0, 3):
+        recorder = metrics.Recorder(metrics.open_writers(bucket, start_step=start), every_steps=1, start_step=start)
+        for step in range(start + 1, start + 6):
+            recorder.push(step, {"loss": step / 2})
+        recorder.close()
+    rows = metrics.read_rows(f"{bucket}/metrics.jsonl")
+    assert [(row["step"], row["loss"]) for row in rows] == [(step, step / 2) for step in range(1, 9)]
 
 
 def test_a_bad_line_in_the_middle_is_named(tmp_path):

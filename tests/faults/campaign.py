@@ -128,11 +128,11 @@ def campaign(folder: pathlib.Path, *, kills: int, count: int, steps: int, seed: 
     Raises:
         AssertionError: a killed run did not come to the same end.
     """
-    finish(folder, "reference", start(folder, "reference", steps, count))
     began = time.monotonic()
-    finish(folder, "warm", start(folder, "warm", steps, count))
-    compare(folder / "reference", folder / "warm")
-    seconds, draw, tally, rounds = time.monotonic() - began, random.Random(seed), collections.Counter(), 0
+    if newest(folder / "reference") < steps:
+        finish(folder, "reference", start(folder, "reference", steps, count))
+    seconds = max(time.monotonic() - began, 5.0)
+    draw, tally, rounds = random.Random(seed), collections.Counter(), 0
     while sum(tally.values()) < kills:
         rounds += 1
         victim = f"victim{rounds}"
