@@ -15,6 +15,7 @@ import glob
 import gzip
 import io
 import json
+import pathlib
 import re
 import urllib.parse
 from collections.abc import Callable, Mapping, Sequence
@@ -230,17 +231,17 @@ def _open_hub(spec: str) -> Source:
     if len(parts) < 2:
         raise ValueError(f"{spec!r}: expected hf:OWNER/NAME[/FOLDER]:SPLIT")
     folder = "/".join(parts[2:])
-    patterns = [f"{folder + '/' if folder else ''}*{suffix}" for suffix in SUFFIXES]
+    patterns = [f"{folder + '/' if folder else ''}*{split}*{suffix}" for suffix in SUFFIXES]
     root = huggingface_hub.snapshot_download("/".join(parts[:2]), repo_type="dataset", allow_patterns=patterns)
-    base = epath.Path(root) / folder
-    found = sorted(str(path.relative_to(base)) for path in base.glob("**/*") if str(path).endswith(SUFFIXES))
+    base = pathlib.Path(root, folder)
+    found = sorted(path.relative_to(base).as_posix() for path in base.rglob("*") if path.name.endswith(SUFFIXES))
     # train.jsonl, train-00000-of-00002.parquet; else a folder named train; else train_something.json
     rules = (rf"(.*/)?{re.escape(split)}([-.].*)", rf"(.*/)?{re.escape(split)}/.*", rf"(.*/)?{re.escape(split)}_.*")
     chosen = next(filter(None, ([path for path in found if re.fullmatch(rule, path)] for rule in rules)), [])
     if not chosen:
         raise ValueError(f"{spec}: no file of split {split!r} among {found[:20]}")
     source = _concatenate(spec, [_open_file(str(base / path)) for path in chosen])
-    return dataclasses.replace(source, identity=f"{spec}@{epath.Path(root).name}")
+    return dataclasses.replace(source, identity=f"{spec}@{pathlib.Path(root).name}")
 
 
 SCHEMES: Mapping[str, Callable[[str], Source]] = {"tfds": _open_tfds, "hf": _open_hub, "builtin": _open_builtin}

@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rows from files of every kind, TFDS and the hub; each knows its place."""
+import gzip
+import json
+
+import numpy as np
+import pytest
+from etils import epath
+
+from align_jax.data import datasets, sources
+
+ROWS = [{"prompt": f"p{i}", "chosen": "c", "rejected": "r"} for i in range(5)]
+
+
+def lines(rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def write(path, text):
+    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+    return str(path)
+
+
+@pytest.mark.parametrize("name, text", [
+    ("a.jsonl", lines(ROWS)), ("a.jsonl.gz", lines(ROWS)), ("a.json", json.dumps(ROWS)), ("b.json", lines(ROWS)),
+    ("a.json.gz", json.dumps(ROWS, indent=1)), ("c.jsonl", "\n" + lines(ROWS[:2]) + "\r\n" + lines(ROWS[2:]) + "\n")])
+def test_files_give_their_rows(tmp_path, name, text):
+    source = sources.open_source(write(tmp_path / name, text))
+    assert [source[i] for i in range(len(source))] == ROWS
+    assert source.where(2).startswith(str(tmp_path / name))
+
+
+def test_places_are_line_numbers(tmp_path):
+    source = sources.open_source(write(tmp_path / "a.jsonl", "\n\n" + lines(ROWS[:2])))
+    assert [source.where(i).rpartition(":")[2] for i in range(2)] == ["3", "4"]
+    with pytest.raises(IndexError):
+        source[2]
+
+
+def test_parquet_keeps_nested_fields(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+    rows = [{"chosen": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "c"}], "score": 1.5}] * 3
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    source = sources.open_source(str(tmp_path / "a.parquet"))
+    assert len(source) == 3 and source[1] == rows[1]
+
+
+def test_a_glob_is_one_source_in_the_order_of_names(tmp_path):
+    write(tmp_path / "b.jsonl", lines(ROWS[3:]))
+    write(tmp_path / "a.jsonl.gz", lines(ROWS[:3]))
+    source = sources.open_source(str(tmp_path / "*.jsonl*"))
+    assert [source[i] for i in range(5)] == ROWS
+    assert source.where(3) == f"{tmp_path}/b.jsonl:1"
+
+
+def test_a_change_of_the_file_changes_its_identity(tmp_path):
+    first = sources.open_source(write(tmp_path / "a.jsonl", lines(ROWS))).identity
+    assert sources.open_source(write(tmp_path / "a.jsonl", lines(ROWS[:4]))).identity != first
+
+
+def broken_gzip(folder):
+    (folder / "a.jsonl.gz").write_bytes(gzip.compress(lines(ROWS).encode())[:-12])
+    return str(folder / "a.jsonl.gz")
+
+
+def broken_parquet(folder):
+    (folder / "a.parquet").write_bytes(b"PAR1 no")
+    return str(folder / "a.parquet")
+
+
+MISTAKES = [
+    (lambda folder: str(folder / "train.jsnl"), FileNotFoundError, r"no such file: .*near: \['.*train\.jsonl'\]"),
+    (lambda folder: str(folder / "*.csv"), FileNotFoundError, r"no file matches .*\*\.csv"),
+    (lambda folder: str(folder), ValueError, "is a directory: name its files"),
+    (lambda folder: write(folder / "a.csv", "x"), ValueError, r"a\.csv: unknown kind of file; known: \.json, "),
+    (lambda folder: write(folder / "a.json", "[{},\n{]"), ValueError, r"a\.json:2: malformed JSON"),
+    (lambda folder: write(folder / "a.jsonl", "\n"), ValueError, "no rows"),
+    (broken_gzip, ValueError, "not a whole gzip file"),
+    (broken_parquet, ValueError, "not a readable Parquet file"),
+    (lambda folder: "builtin:preference:train", ValueError, "unknown builtin.*did you mean 'preferences'"),
+    (lambda folder: "builtin:preferences:test", ValueError, r"unknown split 'test'; known: \['train', 'eval'\]"),
+    (lambda folder: "builtin:preferences:train?sed=1", ValueError, r"got options \['sed'\]"),
+    (lambda folder: "builtin:preferences:train?size=0", ValueError, "size must be at least 1"),
+    (lambda folder: "hf:name:train", ValueError, "expected hf:OWNER/NAME"),
+    (lambda folder: "tfds:name", ValueError, "expected tfds:NAME:SPLIT"),
+]
+
+
+@pytest.mark.parametrize("spec, error, message", MISTAKES, ids=[case[2][:24] for case in MISTAKES])
+def test_mistakes_name_what_is_wrong_and_what_is_near(tmp_path, spec, error, message):
+    write(tmp_path / "train.jsonl", lines(ROWS))
+    with pytest.raises(error, match=message):
+        sources.open_source(spec(tmp_path))
+
+
+HUB = [  # split, files in the repository's snapshot, files chosen
+    ("owner/name", "train", ["a/train.jsonl.gz", "b/train.jsonl.gz", "b/test.jsonl.gz", "c/red_team.jsonl.gz"],
+     ["a/train.jsonl.gz", "b/train.jsonl.gz"]),
+    ("owner/name/b", "train", ["b/train.jsonl", "b/test.jsonl"], ["b/train.jsonl"]),
+    ("owner/name", "train_prefs", ["data/train_prefs-00000-of-00001.jsonl", "data/train_sft-00000-of-00001.jsonl"],
+     ["data/train_prefs-00000-of-00001.jsonl"]),
+    ("owner/name", "test", ["test/0.jsonl", "train/0.jsonl"], ["test/0.jsonl"]),
+    ("owner/name", "train", ["train_extra.jsonl", "train.jsonl"], ["train.jsonl"]),
+]
+
+
+@pytest.mark.parametrize("repository, split, files, chosen", HUB)
+def test_a_hub_split_is_its_files(tmp_path, monkeypatch, repository, split, files, chosen):
+    for file in files:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        write(tmp_path / file, json.dumps({"file": file}) + "\n")
+    asked = []
+    monkeypatch.setattr("huggingface_hub.snapshot_download",
+                        lambda name, **known: asked.append((name, known)) or str(tmp_path))
+    source = sources.open_source(f"hf:{repository}:{split}")
+    assert [source[i]["file"] for i in range(len(source))] == chosen
+    assert asked[0][0] == "owner/name" and asked[0][1]["repo_type"] == "dataset"
+    with pytest.raises(ValueError, match="no file of split 'validation' among"):
+        sources.open_source(f"hf:{repository}:validation")
+
+
+def test_tfds_is_read_without_tensorflow(tmp_path):
+    import sys
+
+    import tensorflow_datasets as tfds
+
+    class Pairs(tfds.core.GeneratorBasedBuilder):
+        """Three pairs."""
+
+        VERSION = tfds.core.Version("1.0.0")
+        pkg_dir_path = epath.Path(tmp_path)
+
+        def _info(self):
+            text = tfds.features.Text()
+            return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(
+                {"prompt": text, "chosen": text, "rejected": text, "margin": tfds.features.Scalar(np.float32)}))
+
+        def _split_generators(self, manager):
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            for number in range(3):
+                yield number, {"prompt": f"é{number}", "chosen": "c", "rejected": "r", "margin": number}
+
+    builder = Pairs(data_dir=tmp_path, file_format="array_record")
+    builder.download_and_prepare()
+    examples = datasets.load(f"tfds:{builder.data_dir}:train", kind="pairs", chat=False)
+    assert sorted((example.prompt, example.margin) for example in examples.items) == [("é0", 0), ("é1", 1), ("é2", 2)]
+    assert examples[0].source == f"tfds:{builder.data_dir}:train[0]" and "tensorflow" not in sys.modules
+    with pytest.raises(ValueError, match="no split 'test'; there are .*train"):
+        datasets.load(f"tfds:{builder.data_dir}:test", kind="pairs", chat=False)
