@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import json
 import pathlib
 import random
@@ -22,7 +23,7 @@ import time
 
 import processes
 
-EVERY_STEPS = 5  # between checkpoints
+EVERY_STEPS = 10  # between checkpoints
 
 
 def make_data(path: pathlib.Path) -> None:
@@ -75,23 +76,33 @@ def fingerprints(workdir: pathlib.Path) -> dict[str, int]:
     return json.loads((workdir / f"checkpoints/{newest(workdir)}/extra/metadata").read_text())["fingerprints"]
 
 
-def saving(workdir: pathlib.Path) -> bool:
-    """Tell whether a checkpoint is half written."""
-    return any("tmp" in path.name for path in (workdir / "checkpoints").glob("*"))
+def saving(workdir: pathlib.Path, since: float) -> bool:
+    """Tell whether a checkpoint is half written that was begun after ``since``: an earlier kill's may lie there too."""
+    with contextlib.suppress(FileNotFoundError):  # committed while we look
+        return any("tmp" in path.name and path.stat().st_mtime > since
+                   for path in (workdir / "checkpoints").glob("*"))
+    return False
+
+
+def last_step(workdir: pathlib.Path, since: float) -> int:
+    """Return the last step logged since then, 0 if none: an earlier start's rows lie there until a run resumes."""
+    path = workdir / "metrics.jsonl"
+    return max(losses(workdir), default=0) if path.exists() and path.stat().st_mtime > since else 0
 
 
 def kill_one(workdir: pathlib.Path, started: list[subprocess.Popen], draw: random.Random, seconds: float) -> str:
     """Wait for a random moment, then kill one process with signal 9; return where it was, "" if the run had ended."""
-    kind, began, first = draw.choice(("time", "step", "save", "save")), time.monotonic(), newest(workdir)
-    when, after, saves = draw.uniform(0, seconds), draw.randint(1, 15), draw.randint(1, 3)
+    kind, began, since = draw.choice(("time", "step", "save", "save")), time.monotonic(), time.time()
+    first = newest(workdir)
+    when, after, saves = draw.uniform(0, seconds), draw.randint(1, 25), draw.randint(1, 3)
     was_saving = False
     while all(process.poll() is None for process in started):
         if kind == "time" and time.monotonic() - began > when:
             break
-        if kind == "step" and max(losses(workdir), default=0) >= first + after:
+        if kind == "step" and last_step(workdir, since) >= first + after:
             break
         if kind == "save":
-            now = saving(workdir)
+            now = saving(workdir, since)
             saves -= now and not was_saving
             was_saving = now
             if saves <= 0:
@@ -104,7 +115,9 @@ def kill_one(workdir: pathlib.Path, started: list[subprocess.Popen], draw: rando
     draw.choice(alive).kill()
     for process in started:
         process.wait(120)  # the others notice, and end by themselves
-    return "in a save" if saving(workdir) else "in a step" if max(losses(workdir), default=0) > first else "in start-up"
+    if saving(workdir, since):
+        return "in a save"
+    return "in a step" if last_step(workdir, since) > first else "in start-up"
 
 
 def compare(reference: pathlib.Path, other: pathlib.Path) -> None:
