@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every test runs on eight simulated CPU devices, with shapes, dtypes and warnings checked strictly."""
 import os
+import pathlib
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_cpu_multi_thread_eigen=true"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-
-import pathlib  # noqa: E402
+# Many tests compile the same step again (a resumed run, a second process): the second time it is read from disk.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".jax_cache"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 import jax  # noqa: E402
 import jaxtyping  # noqa: E402
