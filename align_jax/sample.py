@@ -17,9 +17,10 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from absl import app, flags
+from absl import app, flags, logging
 import tqdm
 
+from align_jax import run
 from align_jax.core.schema import Example
 from align_jax.data import chat, datasets
 from align_jax.data.tokenizer import load_tokenizer
@@ -70,9 +71,7 @@ def load_run(workdir: str, *, rows: int, which: str = "latest", max_length: int 
         which: "latest", "best" or a step.
         max_length: tokens of a prompt with its completion; None: the model's positions.
     """
-    from align_jax import export  # here, because it brings the training program, which a served model does not need
-
-    trained = export.restore(workdir, which)
+    trained = run.restore(workdir, which)
     generator = Generator(trained.setting.models.policy, trained.setting.tokenizer, mesh=trained.mesh,
                           rows=round_up(rows, row_shards(trained.mesh)), max_length=max_length)
     return Speaker(ENGINES["local"](generator, trained.params), trained.setting.tokenizer,
@@ -214,6 +213,8 @@ def main(argv: Sequence[str]) -> None:
         raise app.UsageError("give one of --model and --workdir")
     if not values.chat and not (values.prompts and values.output):
         raise app.UsageError("give --prompts and --output, or --chat")
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # Orbax tells much of little
     distributed.start()
     rows = 1 if values.chat else values.rows
     template = values.chat_template or None

@@ -114,7 +114,8 @@ class Rollouts:
     def abstract(self) -> Batch:
         """Return the whole mesh's batch as arrays of the right shape and dtype that take no memory."""
         plan = self._plan
-        batch = planning.batch_shapes(self.shape, kind=plan.kind, layout=plan.layout)
+        batch = planning.batch_shapes(self.shape, kind=plan.kind, layout=plan.layout,
+                                      mismatched=self.shape if plan.mismatched else None)
         by_token = np.broadcast_to(np.zeros((), np.float32), batch.tokens.shape)
         if plan.targets is not None:
             batch = batch._replace(old_token_logps=by_token, advantages=by_token)

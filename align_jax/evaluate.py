@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Evaluate a policy on held-out data.
+
+    python -m align_jax.evaluate (--model=HF_DIR | --workdir=DIR) --eval=NAME=SOURCE [--eval=NAME=SOURCE ...]
+        [--reference=HF_DIR --rewards=JSON_OR_FILE --judge=URL --judge_model=NAME --json=FILE]
+
+    preference=pairs.jsonl     accuracy and margins on pairs          generation=prompts.jsonl   reward, length, KL
+    perplexity=answers.jsonl   nats a token on completions            win_rate=prompts.jsonl     against the reference
+
+A run's reference is what it was trained against; a model's is what ``--reference`` names, or none.
+"""
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from absl import app, flags, logging
+import jax
+
+from align_jax import run
+from align_jax.core.config import nearest
+from align_jax.data import datasets
+from align_jax.data.tokenizer import load_tokenizer
+from align_jax.evals import EVALS
+from align_jax.evals.subject import Subject
+from align_jax.evals.win_rate import by_judge, by_rewards
+from align_jax.inference.engines import Client
+from align_jax.inference.samplers import Sampling
+from align_jax.models import hf
+from align_jax.models.model import Model, build
+from align_jax.online import REWARDS
+from align_jax.online.rewards import WeightedRewards, resolve
+from align_jax.parallel import distributed
+from align_jax.parallel.mesh import make_mesh
+from align_jax.parallel.sharding import tree_shardings
+
+
+def load(path: str, mesh: jax.sharding.Mesh, dtype: str) -> tuple[Model, Any]:
+    """Load a Hugging Face checkpoint onto a mesh."""
+    config = hf.load_config(path)
+    model = build(config, compute_dtype=dtype, remat="none")
+    _, params = hf.load(path, config=config, dtype=dtype, shardings=tree_shardings(mesh, model.axes()))
+    return model, params
+
+
+def model_subject(path: str, reference: str = "", dtype: str = "float32", chat_template: str | None = None) -> Subject:
+    """Return a checkpoint as the policy, another as its reference."""
+    mesh = make_mesh({"fsdp": -1})
+    model, params = load(path, mesh, dtype)
+    other = load(reference, mesh, dtype) if reference else (None, None)
+    return Subject(model, params, load_tokenizer(path, chat_template=chat_template), mesh, *other, name=path)
+
+
+def run_subject(workdir: str, which: str = "latest", reference: str = "") -> Subject:
+    """Return a run's policy; its reference is the one it was trained against, unless another is named.
+
+    Raises:
+        FileNotFoundError: no such run or checkpoint.
+    """
+    trained = run.restore(workdir, which)
+    config, models = trained.config, trained.setting.models
+    path = reference or config.reference.path or config.model.path
+    other = load(path, trained.mesh, config.model.compute_dtype) if path else (None, None)
+    return Subject(models.policy, trained.params, trained.setting.tokenizer, trained.mesh, *other,
+                   name=f"{workdir}@{trained.step}")
+
+
+def evaluate(subject: Subject, wanted: Sequence[str], *, rewards: WeightedRewards | None = None,
+             compare: Any = None, limit: int | None = None, options: Mapping[str, Mapping[str, Any]] | None = None
+             ) -> dict[str, dict[str, float]]:
+    """Run evaluations.
+
+    Args:
+        subject: the policy.
+        wanted: of each ``name=source``.
+        rewards: for evaluations that take them; also the comparison where ``compare`` is None.
+        compare: for win rates.
+        limit: at most so many rows of each source.
+        options: evaluation -> its keyword arguments.
+
+    Returns:
+        ``name=source`` -> metric -> number.
+
+    Raises:
+        ValueError: an unknown evaluation, a missing source, or no rewards where they are needed.
+    """
+    found = {}
+    for item in wanted:
+        name, _, source = item.partition("=")
+        if name not in EVALS:
+            raise ValueError(f"unknown evaluation {name!r}{nearest(name, EVALS)}")
+        if not source:
+            raise ValueError(f"--eval={item}: expected NAME=SOURCE, such as {name}=data.jsonl")
+        row = EVALS[name]
+        if row.takes and rewards is None and not (row.takes == "compare" and compare is not None):
+            raise ValueError(f"{name} needs --rewards" + (" or --judge" if row.takes == "compare" else ""))
+        more = {"": (), "rewards": (rewards,), "compare": (compare or by_rewards(rewards),) if row.takes else ()}
+        examples = datasets.load(source, kind=row.kind, chat=bool(subject.tokenizer.chat_template), limit=limit)
+        found[item] = row.fn(subject, examples, *more[row.takes], **dict((options or {}).get(name, {})))
+    return found
+
+
+def table(results: Mapping[str, Mapping[str, float]]) -> str:
+    """Write results as an aligned table; a metric's standard error stands beside it."""
+    lines = []
+    for item, values in results.items():
+        lines.append(item)
+        shown = [name for name in values if not name.endswith("/stderr")]
+        width = max(map(len, shown))
+        for name in shown:
+            error = values.get(f"{name}/stderr")
+            lines.append(f"  {name:<{width}}  {values[name]:>10.4f}" + (f" ± {error:.4f}" if error is not None else ""))
+    return "\n".join(lines)
+
+
+def define_flags() -> None:
+    """Define the command line."""
+    flags.DEFINE_string("model", "", "Hugging Face checkpoint: directory or hub id.")
+    flags.DEFINE_string("workdir", "", "Folder of a training run.")
+    flags.DEFINE_string("step", "latest", "Checkpoint of the run: latest, best or a step.")
+    flags.DEFINE_string("reference", "", "Checkpoint to compare with.")
+    flags.DEFINE_multi_string("eval", [], "NAME=SOURCE; may be repeated. " + ", ".join(EVALS))
+    flags.DEFINE_string("rewards", "", "As config.rewards: JSON, or a file of it.")
+    flags.DEFINE_string("judge", "", "OpenAI-compatible server that compares answers (its key in OPENAI_API_KEY).")
+    flags.DEFINE_string("judge_model", "", "The judge's name on that server.")
+    flags.DEFINE_string("json", "", "File for the results.")
+    flags.DEFINE_integer("limit", 0, "Rows of each source; 0 = all.", 0)
+    flags.DEFINE_integer("batch_size", 16, "Groups at once.", 1)
+    flags.DEFINE_integer("max_length", 1024, "Tokens of prompt and response.", 1)
+    flags.DEFINE_integer("samples_per_prompt", 1, "generation: completions of each prompt.", 1)
+    flags.DEFINE_integer("max_new_tokens", 128, "generation, win_rate: tokens of a completion.", 1)
+    flags.DEFINE_float("temperature", 1.0, "generation, win_rate: 0 is greedy.")
+    flags.DEFINE_float("top_p", 1.0, "generation, win_rate.")
+    flags.DEFINE_integer("seed", 0, "generation, win_rate: of the samples.")
+    flags.DEFINE_float("beta", 0.1, "preference: of implicit rewards.")
+    flags.DEFINE_string("dtype", "float32", "Of weights and activations (--model).")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run from the command line."""
+    values = flags.FLAGS
+    if len(argv) > 1:
+        raise app.UsageError(f"unknown arguments {argv[1:]}")
+    if bool(values.model) == bool(values.workdir):
+        raise app.UsageError("give one of --model and --workdir")
+    if not values.eval:
+        raise app.UsageError(f"give at least one --eval=NAME=SOURCE; known: {', '.join(EVALS)}")
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # Orbax tells much of little
+    distributed.start()
+    rewards = None
+    if values.rewards:
+        text = pathlib.Path(values.rewards).read_text() if os.path.isfile(values.rewards) else values.rewards
+        rewards = resolve(json.loads(text), REWARDS)
+    compare = by_judge(Client(values.judge), values.judge_model) if values.judge else None
+    if values.workdir:
+        subject = run_subject(values.workdir, values.step, values.reference)
+    else:
+        subject = model_subject(values.model, values.reference, values.dtype)
+    scored = {"batch_size": values.batch_size, "max_length": values.max_length}
+    sampled = {"max_new_tokens": values.max_new_tokens, "max_length": values.max_length, "seed": values.seed,
+               "sampling": Sampling(values.temperature, top_p=values.top_p)}
+    results = evaluate(subject, values.eval, rewards=rewards, compare=compare, limit=values.limit or None, options={
+        "preference": scored | {"beta": values.beta}, "perplexity": scored, "win_rate": sampled,
+        "generation": sampled | {"samples": values.samples_per_prompt}})
+    print(table(results))
+    if values.json:
+        pathlib.Path(values.json).write_text(json.dumps({"subject": subject.name, "results": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)
