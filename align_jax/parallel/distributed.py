@@ -62,7 +62,9 @@ def detect(environment: Mapping[str, str], tpu: bool) -> Processes:
         return Processes("explicit", address, int(count), int(index))
     if environment.get("SLURM_PROCID", "").isdigit() and int(environment.get("SLURM_NTASKS", "1")) > 1:
         return Processes("slurm", count=int(environment["SLURM_NTASKS"]), index=int(environment["SLURM_PROCID"]))
-    return Processes("tpu" if tpu else "single")
+    hosts = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES") or ""
+    alone = hosts and "," not in hosts and int(environment.get("MEGASCALE_NUM_SLICES") or 1) == 1
+    return Processes("tpu" if tpu and not alone else "single")
 
 
 def tpu_present(environment: Mapping[str, str], root: pathlib.Path = pathlib.Path("/")) -> bool:

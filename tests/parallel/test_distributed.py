@@ -18,6 +18,9 @@ EXPLICIT = {"JAX_COORDINATOR_ADDRESS": "h:1", "JAX_NUM_PROCESSES": "4", "JAX_PRO
 @pytest.mark.parametrize("environment, tpu, expected", [
     ({}, False, Processes("single")),
     ({}, True, Processes("tpu")),
+    ({"TPU_WORKER_HOSTNAMES": "a,b"}, True, Processes("tpu")),
+    ({"TPU_WORKER_HOSTNAMES": "localhost"}, True, Processes("single")),  # Colab
+    ({"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"}, True, Processes("tpu")),
     (EXPLICIT, True, Processes("explicit", "h:1", 4, 3)),
     ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, False, Processes("slurm", None, 2, 1)),
     ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2"}, False, Processes("single")),  # a shell inside sbatch, not srun
