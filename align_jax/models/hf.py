@@ -13,13 +13,14 @@ import functools
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 
 from align_jax.models import FAMILIES, Family
 from align_jax.models import tensors as files
@@ -28,6 +29,7 @@ from align_jax.models.model import build
 from align_jax.models.weights import Layout, Weight, linear, names, parse
 
 SHARD_BYTES = 5 * 10 ** 9  # a file's size, as transformers' default
+CHUNK_BYTES = 1 << 26  # what is read of a tensor at once
 
 HEAD_WEIGHTS: Mapping[str, tuple[Weight, ...]] = {
     "score": (Weight("score.weight", "score/out/kernel", "1 D -> D 1"),),
@@ -103,10 +105,12 @@ def load(path: str, *, config: ModelConfig | None = None, shardings: Any = None,
 
     Args:
         path: folder, or hub id.
-        config: what to read it as; default: the checkpoint's own.  Only ``vocab_rows`` may differ from that.
+        config: what to read it as; default: the checkpoint's own.  Its vocabulary may differ from that: rows that the
+            checkpoint lacks get the mean of those it has (new tokens), rows that pad the table are zero.
         shardings: tree of jax.sharding.Sharding parallel to the parameters; None: the first device.
         dtype: the parameters' type; None: as stored.
-        heads: scalar heads to read as well; one that the checkpoint lacks is left out of the result.
+        heads: scalar heads to read as well; one that the checkpoint lacks is left out of the result, one that is not
+            asked for is not read.
         unembed: whether to read a language-model head; default: not beside a "score" head.
         only: paths of the parameters to read; None: all.
 
@@ -115,13 +119,15 @@ def load(path: str, *, config: ModelConfig | None = None, shardings: Any = None,
 
     Raises:
         FileNotFoundError: no such folder, id or shard.
-        ValueError: an unknown family, or tensors missing, unexpected or mis-shaped: all of them in one message.
+        ValueError: an unknown family, a configuration of another model, or tensors missing, unexpected or mis-shaped:
+            all of them in one message.
     """
     folder = locate(path)
-    config = config or load_config(folder)
+    own = load_config(folder)
+    config = config or own
+    _check_config(config, own, path)
     unembed = "score" not in heads if unembed is None else unembed
     model = build(config, heads=heads, unembed=unembed)
-    stored = dataclasses.replace(config, vocab_rows=config.vocab_size)
     flat_shapes = flatten(model.shapes())
     flat_shardings = flatten(shardings) if shardings is not None else {}
     default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -129,15 +135,47 @@ def load(path: str, *, config: ModelConfig | None = None, shardings: Any = None,
     with files.Reader(folder) as reader:
         present = [head for head in heads if HEAD_WEIGHTS[head][0].name in reader.names]
         weights = _renamed(weight_map(config, tuple(present), unembed), reader.names, FAMILIES[config.family].base)
-        _check(reader, weights, stored, path)
+        _check(reader, weights, own, path)
         for weight in weights:
             if only is not None and weight.path not in only:
                 continue
             shape = flat_shapes[weight.path].shape
             kind = reader.dtype(names(weight, config)[0]) if dtype is None else jnp.dtype(dtype)
             sharding = flat_shardings.get(weight.path, default)
-            out[weight.path] = _fill(reader, weight, stored, shape, kind, sharding)
+            value = _fill(reader, weight, own, shape, kind, sharding)
+            letters = parse(weight, own).ours
+            if "V" in letters and config.vocab_size > own.vocab_size:
+                value = _grown(letters.index("V"), own.vocab_size, config.vocab_size, sharding)(value)
+            out[weight.path] = value
     return config, unflatten(out)
+
+
+def stored_heads(path: str) -> tuple[str, ...]:
+    """Return the scalar heads that a checkpoint holds: what ``load`` needs to read all of it."""
+    with files.Reader(locate(path)) as reader:
+        found = [head for head, weights in HEAD_WEIGHTS.items() if weights[0].name in reader.names]
+    return tuple(found)
+
+
+def _check_config(config: ModelConfig, own: ModelConfig, path: str) -> None:
+    same = dataclasses.replace(own, vocab_size=config.vocab_size, vocab_rows=config.vocab_rows)
+    differing = [field.name for field in dataclasses.fields(own)
+                 if field.name != "hf" and getattr(same, field.name) != getattr(config, field.name)]
+    if differing:
+        raise ValueError(f"the checkpoint {path!r} is another model than the one asked for: " + "; ".join(
+            f"{name} is {getattr(own, name)!r}, expected {getattr(config, name)!r}" for name in differing))
+
+
+@functools.lru_cache
+def _grown(axis: int, had: int, wanted: int, sharding: jax.sharding.Sharding) -> Any:
+    """Return a function that gives rows [had, wanted) of a vocabulary's table the mean of the rows before them."""
+    def grow(table: jax.Array) -> jax.Array:
+        row = jnp.expand_dims(jnp.arange(table.shape[axis]), tuple(i for i in range(table.ndim) if i != axis))
+        known = jnp.where(row < had, table.astype(jnp.float32), 0)
+        mean = jnp.sum(known, axis=axis, keepdims=True) / had
+        return jnp.where((row >= had) & (row < wanted), mean, known).astype(table.dtype)
+
+    return jax.jit(grow, donate_argnums=0, out_shardings=sharding)
 
 
 def _renamed(weights: list[Weight], present: set[str], base: str) -> list[Weight]:
@@ -162,9 +200,12 @@ def _expected(weights: list[Weight], config: ModelConfig) -> dict[str, tuple[int
 def _check(reader: files.Reader, weights: list[Weight], config: ModelConfig, path: str) -> None:
     expected = _expected(weights, config)
     row = FAMILIES[config.family]
-    ignored = "|".join(part for part in (row.ignored, r"^lm_head\.weight$" if config.tied else "") if part)
+    # another use of the same decoder may have other heads
+    other = {weight.name for head in HEAD_WEIGHTS.values() for weight in head}
+    other |= {weight.name for weight in row.weights(dataclasses.replace(config, tied=False))
+              if weight.path.startswith("output/")}
     missing = sorted(set(expected) - reader.names)
-    unexpected = sorted(name for name in reader.names - set(expected) if not re.search(ignored, name))
+    unexpected = sorted(name for name in reader.names - set(expected) - other if not re.search(row.ignored, name))
     wrong = [f"{name}: expected {shape}, got {reader.shape(name)}" for name, shape in sorted(expected.items())
              if name in reader.names and reader.shape(name) != shape]
     if missing or unexpected or wrong:
@@ -218,22 +259,38 @@ def _piece(reader: files.Reader, weight: Weight, layout: Layout, layer: int, ind
     inner = index[weight.stacked:]
     experts = range(inner[0].start, inner[0].stop) if weight.by_expert else (0,)
     inner = inner[weight.by_expert:]
+    # rows that pad the vocabulary stand in no tensor and stay zero
     wanted = [slice(min(part.start, size), min(part.stop, size)) for part, size in zip(inner, layout.our_shape)]
-    padding = [(0, (part.stop - part.start) - (kept.stop - kept.start)) for part, kept in zip(inner, wanted)]
-    out = np.empty((len(experts), *(part.stop - part.start for part in inner)), dtype)
-    bounds = layout.bounds(wanted)
-    if weight.span:
-        bounds = (slice(bounds[0].start + weight.span[0], bounds[0].stop + weight.span[0]), *bounds[1:])
+    out = np.zeros((len(experts), *(part.stop - part.start for part in inner)), dtype)
     for row, expert in enumerate(experts):
-        tensor = reader.read(weight.name.format(layer=layer, expert=expert), bounds)
-        ours = layout.to_ours(tensor, wanted)
-        out[row] = np.pad(ours.astype(dtype), padding) if any(after for _, after in padding) else ours
+        name = weight.name.format(layer=layer, expert=expert)
+        for chunk in _chunks(wanted, layout, out[row].nbytes):
+            bounds = layout.bounds(chunk)
+            if weight.span:
+                bounds = (slice(bounds[0].start + weight.span[0], bounds[0].stop + weight.span[0]), *bounds[1:])
+            place = tuple(slice(part.start - whole.start, part.stop - whole.start)
+                          for part, whole in zip(chunk, inner))
+            out[row][place] = layout.to_ours(reader.read(name, bounds), chunk)
     out = out if weight.by_expert else out[0]
     return out[None] if weight.stacked else out
 
 
+def _chunks(wanted: list[slice], layout: Layout, size: int) -> Iterator[list[slice]]:
+    """Cut a part of ours along the tensor's first axis, so that what is read at once stays small."""
+    letter = layout.theirs[0][0]
+    if letter not in layout.ours:
+        yield wanted
+        return
+    axis = layout.ours.index(letter)
+    start, stop = wanted[axis].start, wanted[axis].stop
+    step = max(1, (stop - start) * CHUNK_BYTES // max(size, 1))
+    for begin in range(start, stop, step):
+        yield [*wanted[:axis], slice(begin, min(begin + step, stop)), *wanted[axis + 1:]]
+
+
 def save(path: str, config: ModelConfig, params: Mapping[str, Any], *, dtype: Any = None, heads: tuple[str, ...] = (),
-         unembed: bool | None = None, shard_bytes: int = SHARD_BYTES) -> None:
+         unembed: bool | None = None, shard_bytes: int = SHARD_BYTES, changes: Mapping[str, Any] | None = None
+         ) -> None:
     """Write parameters as a Hugging Face checkpoint: config.json and safetensors (tokenizer files are not ours).
 
     Args:
@@ -244,6 +301,9 @@ def save(path: str, config: ModelConfig, params: Mapping[str, Any], *, dtype: An
         heads: scalar heads to write.
         unembed: whether to write a language-model head; default: not beside a "score" head.
         shard_bytes: largest file, in bytes.
+        changes: further keys of config.json (``pad_token_id``, which sequence classifiers need).
+
+    Every process of a run calls this; process 0 writes.
 
     Raises:
         ValueError: the parameters are not those of this model.
@@ -269,18 +329,27 @@ def save(path: str, config: ModelConfig, params: Mapping[str, Any], *, dtype: An
         tensor = np.empty(shapes[name], dtype)
         for weight, layer, expert in sources[name]:
             value = flat[weight.path][layer] if weight.stacked else flat[weight.path]
-            value = np.asarray(jax.device_get(value[expert] if weight.by_expert else value))
+            value = _host(value[expert] if weight.by_expert else value)
             layout = parse(weight, stored)
             rows = slice(weight.span[0], sum(weight.span)) if weight.span else slice(None)
             layout.to_theirs(value[tuple(slice(size) for size in layout.our_shape)].astype(dtype), tensor[rows])
         return tensor
 
-    files.write(path, {name: shapes[name] for name in sources}, dtype, make, shard_bytes)
-    row = FAMILIES[config.family]
-    architecture = row.classifier if "score" in heads else row.architecture
-    changes = {"num_labels": 1} if "score" in heads else {}
-    text = json.dumps(config.to_hf(architecture=architecture, dtype=dtype.name, **changes), indent=2, sort_keys=True)
-    (epath.Path(path) / "config.json").write_text(text + "\n")
+    files.write(path, {name: shapes[name] for name in sources}, dtype, make, shard_bytes, jax.process_index() == 0)
+    if jax.process_index() == 0:
+        row = FAMILIES[config.family]
+        text = json.dumps(config.to_hf(
+            architecture=row.classifier if "score" in heads else row.architecture, dtype=dtype.name,
+            **({"id2label": {"0": "reward"}, "label2id": {"reward": 0}} if "score" in heads else {}),
+            **(changes or {})), indent=2, sort_keys=True)
+        (epath.Path(path) / "config.json").write_text(text + "\n")
+
+
+def _host(value: jax.Array | np.ndarray) -> np.ndarray:
+    """Bring an array to this host, from all processes if it spans them (they all call this)."""
+    if isinstance(value, jax.Array) and not value.is_fully_addressable:
+        return np.asarray(multihost_utils.process_allgather(value, tiled=True))
+    return np.asarray(jax.device_get(value))
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

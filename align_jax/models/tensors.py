@@ -91,7 +91,7 @@ def _files(folder: str) -> list[str]:
 
 
 def write(folder: str, shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype, make: Callable[[str], np.ndarray],
-          shard_bytes: int) -> None:
+          shard_bytes: int, keep: bool = True) -> None:
     """Write a checkpoint: one file, or shards with an index where it is larger than ``shard_bytes``.
 
     Args:
@@ -100,7 +100,12 @@ def write(folder: str, shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype, m
         dtype: type of every tensor.
         make: name -> the tensor; called once each, in order; must return ``dtype``.
         shard_bytes: largest size of a file, in bytes (a larger tensor gets a file to itself).
+        keep: False makes each tensor and writes none (a process that only takes part in making them).
     """
+    if not keep:
+        for name in shapes:
+            make(name)
+        return
     shards, size = [[]], 0
     for name, shape in shapes.items():
         length = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
