@@ -211,23 +211,10 @@ def make_pipeline(examples: Examples, tokenizer: PreTrainedTokenizerBase, *, bat
                          identity=examples.identity)
     limits = Limits(max_length, truncation, max_prompt_length, tokenizer.bos_token_id)
     cuts = planning.cut_all(encoded, limits)
-    lengths = np.asarray([0 if cut is None else batching.group_length(cut.head + cut.tail, cut.lengths, layout)
-                          for cut in cuts.cuts])
-    multiple = math.lcm(row_multiple, process_count)
-    if layout == "plain":
-        units, bounds = _units_by_source(examples, cuts, lengths, max_length, 1)
-        length = min(max_length, -(-int(lengths.max()) // 8) * 8) if trim else max_length
-        shape = planning.plan_shape(responses=responses, batch_size=batch_size, layout=layout, max_length=length,
-                                    row_multiple=multiple)
-    else:
-        length = responses * max_length if row_length is None else row_length
-        groups_per_row = groups_per_row or planning.mean_groups_per_row(lengths[lengths > 0].tolist(), length)
-        units, bounds = _units_by_source(examples, cuts, lengths, length, planning.places(groups_per_row))
-        shape = planning.plan_shape(responses=responses, batch_size=batch_size, layout=layout, max_length=max_length,
-                                    row_length=length, groups_per_row=groups_per_row, row_multiple=multiple)
-        if repeat:
-            _check_packing(shape, units, batch_size, multiple)
-    shape = dataclasses.replace(shape, positions=min(planning.round_up(_budget(layout, cuts.loss, units)), length))
+    shape, units, bounds = _lay_out(examples, cuts, responses, layout, batch_size, max_length, row_length,
+                                    groups_per_row, trim, math.lcm(row_multiple, process_count))
+    if repeat and layout != "plain":
+        _check_packing(shape, units, batch_size, math.lcm(row_multiple, process_count))
     extra = None
     if mismatched:
         extra = planning.mismatched_shape(shape, _mismatched_length(encoded, units, cuts, max_length, trim),
@@ -240,6 +227,27 @@ def make_pipeline(examples: Examples, tokenizer: PreTrainedTokenizerBase, *, bat
         report={**examples.report, **cuts.report, **_fill(cuts, layout, units, shape)},
         _encoded=encoded, _cuts=cuts.cuts, _units=units, _stream=stream, _limits=limits, _pad=pad_id(tokenizer),
         _process=(process_index, process_count), _threads=threads, _prefetch=prefetch, _mismatched=extra)
+
+
+def _lay_out(examples: Examples, cuts: planning.Cuts, responses: int, layout: str, batch_size: int, max_length: int,
+             row_length: int | None, groups_per_row: float | int | None, trim: bool, multiple: int
+             ) -> tuple[Shape, np.ndarray, list[int]]:
+    """Decide what shares a row, and every static size: the shape, the units, and where each source's units end."""
+    lengths = np.asarray([0 if cut is None else batching.group_length(cut.head + cut.tail, cut.lengths, layout)
+                          for cut in cuts.cuts])
+    if layout == "plain":
+        units, bounds = _units_by_source(examples, cuts, lengths, max_length, 1)
+        length = min(max_length, -(-int(lengths.max()) // 8) * 8) if trim else max_length
+        shape = planning.plan_shape(responses=responses, batch_size=batch_size, layout=layout, max_length=length,
+                                    row_multiple=multiple)
+    else:
+        length = responses * max_length if row_length is None else row_length
+        groups_per_row = groups_per_row or planning.mean_groups_per_row(lengths[lengths > 0].tolist(), length)
+        shape = planning.plan_shape(responses=responses, batch_size=batch_size, layout=layout, max_length=max_length,
+                                    row_length=length, groups_per_row=groups_per_row, row_multiple=multiple)
+        units, bounds = _units_by_source(examples, cuts, lengths, length, shape.slots // responses)
+    positions = min(planning.round_up(_budget(layout, cuts.loss, units)), length)
+    return dataclasses.replace(shape, positions=positions), units, bounds
 
 
 def _check(examples: Examples, mismatched: bool, repeat: bool) -> int:
