@@ -10,12 +10,13 @@ from collections.abc import Sequence
 
 from absl import app, flags, logging
 
+from align_jax.core.tree import flatten, unflatten
 from align_jax.data.tokenizer import load_tokenizer
 from align_jax.models import hf, peft
 from align_jax.models.lora import fold
 from align_jax.parallel import distributed
 from align_jax.run import restore
-from align_jax.training.placement import ADAPTER, flatten, unflatten
+from align_jax.training.placement import ADAPTER
 
 
 def export_run(workdir: str, output: str, *, step: str = "latest", dtype: str | None = None,

@@ -22,6 +22,7 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
+from align_jax.core.tree import flatten, unflatten
 from align_jax.models import FAMILIES, Family
 from align_jax.models import tensors as files
 from align_jax.models.config import ModelConfig
@@ -183,6 +184,11 @@ def _renamed(weights: list[Weight], present: set[str], base: str) -> list[Weight
     if not base or any(name.startswith(base) for name in present):
         return weights
     return [dataclasses.replace(weight, name=weight.name.removeprefix(base)) for weight in weights]
+
+
+def tensor_shapes(config: ModelConfig, heads: tuple[str, ...] = (), unembed: bool = True) -> dict[str, tuple[int, ...]]:
+    """Return the names and shapes of the tensors of a model's checkpoint, in the order in which they are written."""
+    return _expected(weight_map(config, heads, unembed), dataclasses.replace(config, vocab_rows=config.vocab_size))
 
 
 def _expected(weights: list[Weight], config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -350,24 +356,3 @@ def _host(value: jax.Array | np.ndarray) -> np.ndarray:
     if isinstance(value, jax.Array) and not value.is_fully_addressable:
         return np.asarray(multihost_utils.process_allgather(value, tiled=True))
     return np.asarray(jax.device_get(value))
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return a nested dict's leaves by "/"-joined path."""
-    out = {}
-    for key, value in tree.items():
-        path = f"{prefix}{key}"
-        out.update(flatten(value, f"{path}/") if isinstance(value, Mapping) else {path: value})
-    return out
-
-
-def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the nested dict of "/"-joined paths."""
-    out: dict[str, Any] = {}
-    for path, value in flat.items():
-        *parents, leaf = path.split("/")
-        node = out
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf] = value
-    return out

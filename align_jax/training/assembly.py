@@ -3,7 +3,8 @@
 
                      full fine-tune            low-rank adapters            nothing frozen needed (sft, reward, simpo)
     state.params     all parameters            adapters and heads           all parameters
-    frozen.base      the starting weights      the starting weights         {} (what config.model.freeze names, if any)
+    frozen.base      the starting weights      the starting weights,        {} (what config.model.freeze names, if any)
+                                               quantised if asked for
     reference        frozen.base               frozen.base                  none
 """
 from __future__ import annotations
@@ -13,14 +14,16 @@ from typing import Any, NamedTuple, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from align_jax.losses.objective import Term
-from align_jax.models import hf
+from align_jax.models import hf, peft
 from align_jax.models.config import ModelConfig
-from align_jax.models.hf import flatten, unflatten
+from align_jax.core.tree import flatten, unflatten
 from align_jax.models.lora import LoraConfig, merge
 from align_jax.models.model import Model, build
+from align_jax.models.quantize import Quantized, quantize, quantized_shapes
 from align_jax.training.placement import abstract_params, abstract_state, check_divisible, trainable
 from align_jax.training.steps import Recipe, init_state
 
@@ -68,7 +71,7 @@ def make_models(config: ModelConfig, terms: Sequence[Term], *, compute_dtype: st
 
 
 def make_plan(recipe: Recipe, mesh: Mesh, *, param_dtype: str, frozen_dtype: str, freeze: Sequence[str] = (),
-              other_reference: bool = False, with_reference: bool | None = None) -> Plan:
+              other_reference: bool = False, with_reference: bool | None = None, quantization: str = "") -> Plan:
     """Say what is trained, what is frozen, and where each lies.
 
     Args:
@@ -80,9 +83,10 @@ def make_plan(recipe: Recipe, mesh: Mesh, *, param_dtype: str, frozen_dtype: str
         other_reference: the reference is another checkpoint than the starting weights.
         with_reference: whether the reference's weights are needed (not where its log-probabilities are cached);
             None: where some objective compares with a reference.
+        quantization: "int8" or "nf4": hold the base's linear maps so (another checkpoint's reference stays as it is).
 
     Raises:
-        ValueError: the mesh does not divide a parameter; nothing is left to train.
+        ValueError: the mesh does not divide a parameter, or its blocks; nothing is left to train.
     """
     axes = recipe.policy.axes()
     adapter = recipe.policy.options.lora is not None
@@ -98,6 +102,7 @@ def make_plan(recipe: Recipe, mesh: Mesh, *, param_dtype: str, frozen_dtype: str
     reference = abstract_params(mesh, base_shapes, axes) if with_reference and other_reference else None
     check_divisible(trained)
     check_divisible(base)
+    base = quantized_shapes(base, quantization) if quantization else base
     return Plan(trained, base, reference, abstract_state(recipe, trained, mesh))
 
 
@@ -114,20 +119,34 @@ def load_params(model: Model, shapes: Tree, *, path: str, key: jax.Array) -> Tre
         The same tree with arrays, each at its dtype and in its place.
     """
     wanted = flatten(shapes)
-    loaded: dict[str, jax.Array] = {}
+    codes = [name for name, leaf in wanted.items() if isinstance(leaf, Quantized)]
+    loaded: dict[str, Any] = {}
     if path:
-        _, params = hf.load(path, config=model.config, shardings=jax.tree.map(lambda x: x.sharding, shapes),
-                            dtype=next(iter(wanted.values())).dtype, heads=model.options.heads,
-                            unembed=model.options.unembed, only=wanted)
-        loaded = flatten(params)
+        # a tensor that is to be quantised is read alone, so that only one of them is ever held at full size
+        for names in ([name for name in wanted if name not in codes], *([name] for name in codes)):
+            places = unflatten({name: wanted[name].sharding for name in names})
+            _, params = hf.load(path, config=model.config, shardings=places, dtype=next(iter(wanted.values())).dtype,
+                                heads=model.options.heads, unembed=model.options.unembed, only=names)
+            loaded |= {name: _packed(leaf, wanted[name]) for name, leaf in flatten(params).items()}
     missing = {name: leaf for name, leaf in wanted.items() if name not in loaded}
     if missing:
-        def draw(key: jax.Array) -> dict[str, jax.Array]:
+        def draw(key: jax.Array) -> dict[str, Any]:
             drawn = flatten(model.init(key))
-            return {name: drawn[name].astype(leaf.dtype) for name, leaf in missing.items()}
+            return {name: _as(drawn[name].astype(leaf.dtype), leaf) for name, leaf in missing.items()}
 
-        loaded |= jax.jit(draw, out_shardings={name: leaf.sharding for name, leaf in missing.items()})(key)
+        loaded |= jax.jit(draw, out_shardings=jax.tree.map(lambda x: x.sharding, missing))(key)
     return unflatten({name: loaded[name] for name in wanted})
+
+
+def _as(kernel: jax.Array, leaf: Any) -> Any:
+    return quantize(kernel, leaf) if isinstance(leaf, Quantized) else kernel
+
+
+def _packed(kernel: jax.Array, leaf: Any) -> Any:
+    if not isinstance(leaf, Quantized):
+        return kernel
+    places = jax.tree.map(lambda x: x.sharding, leaf)
+    return jax.block_until_ready(jax.jit(functools.partial(quantize, like=leaf), out_shardings=places)(kernel))
 
 
 def load_frozen(recipe: Recipe, plan: Plan, *, path: str, reference_path: str = "", seed: int = 0) -> Tree:
@@ -147,22 +166,38 @@ def load_frozen(recipe: Recipe, plan: Plan, *, path: str, reference_path: str = 
     return frozen
 
 
-def load_trained(recipe: Recipe, plan: Plan, frozen: Tree, *, path: str, seed: int = 0) -> Tree:
-    """Load or draw the trained parameters; they share no buffer with what is frozen, so the state can be donated."""
+def load_trained(recipe: Recipe, plan: Plan, frozen: Tree, *, path: str, adapter_path: str = "", seed: int = 0) -> Tree:
+    """Load or draw the trained parameters; they share no buffer with what is frozen, so the state can be donated.
+
+    Args:
+        recipe: the recipe.
+        plan: from ``make_plan``.
+        frozen: from ``load_frozen``.
+        path: checkpoint of the starting weights; "" = random.
+        adapter_path: PEFT adapter to start from; "" = a fresh one.
+        seed: of random weights.
+    """
     key = jax.random.key(seed)
     if recipe.policy.options.lora is None:
         return load_params(recipe.policy, plan.trained, path=path, key=key)
     shapes = flatten(plan.trained)
     adapter = {name: leaf for name, leaf in shapes.items() if name.split("/")[-1].startswith("lora_")}
+    if adapter_path:
+        given = flatten(peft.load(adapter_path, recipe.policy.config)[1])
+        trained = {name: _spread(given[name], leaf) for name, leaf in shapes.items() if name in given}
+    else:
+        def draw(base: Tree, key: jax.Array) -> dict[str, jax.Array]:
+            drawn = flatten(recipe.policy.init_adapter(key, base))
+            return {name: drawn[name].astype(leaf.dtype) for name, leaf in adapter.items()}
 
-    def draw(base: Tree, key: jax.Array) -> dict[str, jax.Array]:
-        drawn = flatten(recipe.policy.init_adapter(key, base))
-        return {name: drawn[name].astype(leaf.dtype) for name, leaf in adapter.items()}
+        places = {name: leaf.sharding for name, leaf in adapter.items()}
+        trained = jax.jit(draw, out_shardings=places)(frozen["base"], key)
+    heads = unflatten({name: leaf for name, leaf in shapes.items() if name not in trained})
+    return merge(unflatten(trained), load_params(recipe.policy, heads, path=path, key=key) if heads else {})
 
-    places = {name: leaf.sharding for name, leaf in adapter.items()}
-    drawn = jax.jit(draw, out_shardings=places)(frozen["base"], key)
-    heads = unflatten({name: leaf for name, leaf in shapes.items() if name not in adapter})
-    return merge(unflatten(drawn), load_params(recipe.policy, heads, path=path, key=key) if heads else {})
+
+def _spread(value: np.ndarray, leaf: Any) -> jax.Array:
+    return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: value[index].astype(leaf.dtype))
 
 
 def first_state(recipe: Recipe, plan: Plan, trained: Tree) -> Tree:
@@ -173,4 +208,4 @@ def first_state(recipe: Recipe, plan: Plan, trained: Tree) -> Tree:
 
 def count(tree: Tree) -> int:
     """Return the number of parameters of a tree."""
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+    return sum(leaf.size for leaf in flatten(tree).values())

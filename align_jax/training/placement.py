@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from align_jax.core.schema import Batch
-from align_jax.models.hf import flatten, unflatten
+from align_jax.core.tree import flatten, unflatten
 from align_jax.parallel.sharding import is_axes, row_sharding, tree_shardings
 from align_jax.training import optim
 from align_jax.training.steps import Recipe, eval_step, init_state, train_step

@@ -10,6 +10,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
+from align_jax.core.tree import flatten
 from align_jax.models import hf
 from align_jax.models.model import build
 
@@ -134,4 +135,4 @@ def test_random_initialisation_matches_axes_and_shapes(tmp_path):
         lambda x: (x.shape, x.dtype), model.shapes(jnp.bfloat16))
     jax.tree.map(lambda x, names: None if x.ndim == len(names) else pytest.fail(f"{x.shape} {names}"),
                  params, model.axes(), is_leaf=lambda node: isinstance(node, tuple))
-    assert hf.flatten(params).keys() == {weight.path for weight in hf.weight_map(config)}
+    assert flatten(params).keys() == {weight.path for weight in hf.weight_map(config)}

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from align_jax.models import hf
-from align_jax.models.hf import flatten
+from align_jax.core.tree import flatten, unflatten
 from align_jax.models.lora import LoraConfig, fold, merge
 from align_jax.models.model import build
 from align_jax.models.quantize import BLOCK, METHODS, NF4, Quantized, product, quantize, quantized_shapes
@@ -22,7 +22,7 @@ SHAPE = dict(vocab_size=61, hidden_size=64, intermediate_size=128, num_hidden_la
 
 def entry(kernel, method, path="layers/attention/query/kernel"):
     """What quantized_shapes says of one kernel."""
-    return flatten(quantized_shapes(hf.unflatten({path: kernel}), method))[path]
+    return flatten(quantized_shapes(unflatten({path: kernel}), method))[path]
 
 
 def packed(kernel, method):
@@ -50,7 +50,7 @@ def quantized(base, method):
     few = {path: packed(leaf, method) if isinstance(likes[path], Quantized) else leaf
            for path, leaf in flatten(base).items()}
     many = {path: jnp.asarray(full(leaf)) if isinstance(leaf, Quantized) else leaf for path, leaf in few.items()}
-    return hf.unflatten(few), hf.unflatten(many)
+    return unflatten(few), unflatten(many)
 
 
 @pytest.mark.parametrize("method, error, bits", [("int8", 0.009, 8.01), ("nf4", 0.093, 4.14)])

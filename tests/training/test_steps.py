@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from align_jax.core.tree import flatten
 from align_jax.training import placement, steps
 
 MESHES = [
@@ -97,8 +98,8 @@ def test_the_reference_follows_the_policy_every_few_steps(train_steps):
 
 def test_an_adapter_s_reference_is_its_base_without_a_second_copy(train_steps):
     _, params, _, (plan, *_rest) = train_steps("dpo", rank=2)
-    assert all("lora" in name for name in placement.flatten(params))
-    assert plan.reference is None and not any("lora" in name for name in placement.flatten(plan.base))
+    assert all("lora" in name for name in flatten(params))
+    assert plan.reference is None and not any("lora" in name for name in flatten(plan.base))
 
 
 def test_an_objective_without_reference_holds_none(train_steps):
