@@ -46,7 +46,7 @@ def defaults() -> ConfigDict:
     lora.targets = "attention/.*|mlp/.*"  # regular expression of the adapted matrices, as attention/query, mlp/down
     lora.rslora = False
     lora.dora = False
-    lora.path = ""  # a PEFT adapter to start from
+    lora.path = ""  # a PEFT adapter to start from; its rank, alpha, targets and kind then hold (rank: 0 or the same)
 
     c.reference = r = ConfigDict()
     r.path = ""  # directory or hub id; "" = the starting weights
@@ -223,7 +223,7 @@ def validate(config: ConfigDict) -> None:
     if not config.model.path and not config.model.config:
         wrong.append("model.path is empty and so is model.config: name a checkpoint, or give the fields of a "
                      f"{config.model.family} config for random weights")
-    if config.model.quantize and not config.model.lora.rank:
+    if config.model.quantize and not (config.model.lora.rank or config.model.lora.path):
         wrong.append("model.quantize holds the frozen base quantized: it needs model.lora.rank > 0")
     if not 0 <= config.reference.mix <= 1:
         wrong.append(f"reference.mix = {config.reference.mix}: expected from 0 to 1")
