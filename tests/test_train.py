@@ -5,7 +5,10 @@ import functools
 import gzip
 import importlib
 import json
+import os
 import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -156,8 +159,13 @@ def test_another_config_s_workdir_is_refused_and_the_difference_named(finished):
 
 
 def test_real_pairs_train_a_real_model(testdata, tmp_path):
-    config = tiny(model__path=str(testdata / "models" / "TinyStories-656K"), total_steps=12, batch_size=16,
-                  max_length=256, data__train=str(testdata / "preference" / "rasbt_instruction_preference.json"),
-                  data__eval="", optimizer__learning_rate=3e-4, eval__max_examples=64)
-    last = train.train(config, str(tmp_path))
-    assert last["eval/rewards/margins"] > 0.05 and last["eval/rewards/accuracies"] > 0.6
+    flags = dict(model__path=testdata / "models" / "TinyStories-656K", total_steps=12, batch_size=16, max_length=256,
+                 data__train=testdata / "preference" / "rasbt_instruction_preference.json", data__eval="",
+                 optimizer__learning_rate=3e-4, eval__max_examples=64)
+    command = [sys.executable, "-m", "align_jax.train", f"--config={CONFIGS / 'tiny.py'}:dpo", f"--workdir={tmp_path}",
+               *(f"--config.{key.replace('__', '.')}={value}" for key, value in flags.items())]
+    environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    done = subprocess.run(command, env=environment, cwd=CONFIGS.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    last = [row for row in rows(tmp_path) if "eval/loss" in row][-1]
+    assert last["step"] == 12 and last["eval/rewards/margins"] > 0.05 and last["eval/rewards/accuracies"] > 0.6
