@@ -1,23 +1,42 @@
 #!/usr/bin/env bash
-# From nothing to an aligned model on a CPU: install, a supervised stage, DPO from it, an export, samples before and after.
+# From nothing to an aligned model on a CPU: install, a supervised stage, DPO from it, an export, answers before and after.
 #   launch/demo.sh [FOLDER for the runs; default runs/demo]
 set -euo pipefail
 cd "$(dirname "$0")/.."
 runs="${1:-runs/demo}"
+steps="${DEMO_STEPS:-200}" # of the supervised stage; DPO takes a third of them
 [ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv
-.venv/bin/python -m pip install --quiet --upgrade pip
-.venv/bin/python -m pip install --quiet --editable .
 python=.venv/bin/python
+if ! $python -c "import align_jax" 2>/dev/null; then
+  $python -m pip install --quiet --upgrade pip
+  $python -m pip install --quiet --editable .
+fi
 export JAX_PLATFORMS=cpu
 rm -rf "$runs"
 
-echo "== 1. supervised fine-tuning on completions of both kinds"
-$python -m align_jax.train --config=configs/tiny.py:sft --workdir="$runs/sft" --config.total_steps=300
+echo "== 1. Supervised fine-tuning on answers of all kinds, the rude ones too"
+$python -m align_jax.train --config=configs/tiny.py:sft --workdir="$runs/sft" --config.total_steps="$steps"
 $python -m align_jax.export --workdir="$runs/sft" --output="$runs/sft_hf"
 
-echo "== 2. DPO from it on preference pairs"
-$python -m align_jax.train --config=configs/tiny.py:dpo --workdir="$runs/dpo" --config.total_steps=100 \
-  --config.model.path="$runs/sft_hf" --config.optimizer.learning_rate=2e-4
+echo "== 2. DPO from there on preference pairs"
+$python -m align_jax.train --config=configs/tiny.py:dpo --workdir="$runs/dpo" --config.total_steps="$((steps / 3))" \
+  --config.model.path="$runs/sft_hf" --config.optimizer.learning_rate=2e-4 --config.eval.every_steps=20
 $python -m align_jax.export --workdir="$runs/dpo" --output="$runs/dpo_hf"
 
-echo "== 3. what it says, before and after"
+echo "== 3. Which of two answers is more probable? On pairs that neither stage has seen"
+for stage in sft dpo; do
+  echo "after $stage"
+  $python -m align_jax.evaluate --model="$runs/${stage}_hf" --eval=preference=builtin:preferences:eval
+done
+
+echo "== 4. What it says"
+for stage in sft dpo; do
+  $python -m align_jax.sample --model="$runs/${stage}_hf" --prompts=builtin:preferences:eval --limit=3 \
+    --temperature=0.7 --max_new_tokens=80 --output="$runs/$stage.jsonl"
+  $python - "$stage" "$runs/$stage.jsonl" <<'PYTHON'
+import json, sys
+for line in open(sys.argv[2]):
+    print(f"after {sys.argv[1]}: {json.loads(line)['output']}")
+PYTHON
+done
+echo "== the aligned model is in $runs/dpo_hf: transformers loads it"
