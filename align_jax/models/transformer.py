@@ -297,7 +297,9 @@ class Embedding(nn.Module):
     def __call__(self, tokens, positions):
         c = self.config
         with jax.named_scope("embed"):
-            x = jnp.take(self.table(), tokens, axis=0)
+            # Gathered over the width first, so that each device looks up its rows of the vocabulary and one sum over
+            # the tensor axis puts them together; else the partitioner moves the looked-up states between all devices.
+            x = jnp.take(constrain(self.table(), "vocab", "features"), tokens, axis=0)
             if c.embed_scale != 1:
                 x = x * jnp.asarray(c.embed_scale, self.dtype)
             if c.learned_positions:
