@@ -15,6 +15,7 @@ from align_jax.core.schema import Example
 from align_jax.data import conversions, formats
 from align_jax.data import named as named_sets
 from align_jax.data.sources import Source, open_source
+from align_jax.data.transcripts import Flawed, Unusable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +60,8 @@ def load(specs: str | Sequence[str], *, kind: str, chat: bool, weights: Sequence
         format: a key of ``FORMATS``, or of ``DATASETS`` (its format and its filter); found from each source's first row
             where None.
         columns: the format's field name -> the data's column name.
-        invalid: what to do with a row of which no example can be made: ``error``, or ``drop`` and count it.
+        invalid: what to do with a row of which no example can be made: ``error``, or ``drop`` and count it; Anthropic
+            transcripts, whose public files hold some, are always dropped and counted.
         responses: R, where kind is ``ranked``: rankings with more are thinned, those with fewer left out.
         pairing, min_difference, threshold, seed: see ``conversions.convert``.
         labels: ``natural``, or ``balanced``: as many desirable as undesirable examples.
@@ -177,8 +179,8 @@ def _read(spec: str, limit: int | None, format: str | None, columns: Mapping[str
     for where, row in rows:
         try:
             found = formats.read(row, name, chat=chat)
-        except formats.Unusable as error:
-            if invalid == "error" and not formats.FORMATS[name].flawed:
+        except Unusable as error:
+            if invalid == "error" and not isinstance(error, Flawed):
                 raise ValueError(f"{where}: {error}; data.invalid='drop' leaves such rows out") from error
             counts[f"dropped: {error}"] += 1
         except (ValueError, TypeError, AttributeError) as error:

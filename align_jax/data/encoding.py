@@ -6,9 +6,11 @@ batch costs a few copies.
 """
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import hashlib
 import json
+import multiprocessing
 import os
 import tempfile
 import zipfile
@@ -74,7 +76,8 @@ class Encoded:
 
 
 def encode_all(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, responses: int,
-               control: Sequence[str] | None = None, cache_dir: str | None = None, identity: str = "") -> Encoded:
+               control: Sequence[str] | None = None, cache_dir: str | None = None, identity: str = "",
+               processes: int | None = None) -> Encoded:
     """Tokenize all examples.
 
     Args:
@@ -85,6 +88,7 @@ def encode_all(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, 
             two for unpaired data: before desirable and before undesirable ones.
         cache_dir: a folder in which the result is kept; None keeps nothing.
         identity: what the examples are made of (``Examples.identity``); part of the cache's key.
+        processes: how many tokenize at once; None: one for every 20,000 examples, at most one a CPU.
 
     Returns:
         The tokens.
@@ -99,16 +103,18 @@ def encode_all(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, 
         cached = _load(path)
         if cached is not None:
             return cached
-    encoded = _encode_all(examples, tokenizer, responses, control)
+    if processes is None:
+        processes = min(os.cpu_count() or 1, len(examples) // 20_000)
+    encoded = _encode_all(examples, tokenizer, responses, control, processes)
     if path is not None:
         _save(path, encoded)
     return encoded
 
 
 def _encode_all(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, responses: int,
-                control: Sequence[str] | None) -> Encoded:
+                control: Sequence[str] | None, processes: int) -> Encoded:
     prompts, texts, masks, turns, tails, keys = [], [], [], [], [], []
-    for example, tokens in zip(examples, _tokens(examples, tokenizer, responses)):
+    for example, tokens in zip(examples, _tokens(examples, tokenizer, responses, processes)):
         prompts.append(np.asarray(tokens.prompt, np.int32))
         turns.append(tokens.turn)
         tails.append(tokens.tail)
@@ -128,13 +134,33 @@ def _encode_all(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase,
         weight=np.asarray([e.weight for e in examples], np.float32), prompt_key=np.asarray(keys, np.int64))
 
 
-def _tokens(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, responses: int) -> Iterator[chat.Tokens]:
-    for start in range(0, len(examples), _CHUNK):
-        chunk = examples[start:start + _CHUNK]
-        for example in chunk:
-            if len(example.responses) != responses:
-                raise ValueError(f"{example.source}: {len(example.responses)} responses, expected {responses}")
-        yield from chat.encode_many(chunk, tokenizer)
+def _tokens(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, responses: int, processes: int
+            ) -> Iterator[chat.Tokens]:
+    for example in examples:
+        if len(example.responses) != responses:
+            raise ValueError(f"{example.source}: {len(example.responses)} responses, expected {responses}")
+    chunks = [examples[start:start + _CHUNK] for start in range(0, len(examples), _CHUNK)]
+    if processes < 2:
+        for chunk in chunks:
+            yield from chat.encode_many(chunk, tokenizer)
+        return
+    # spawned, not forked: the parent may hold an accelerator's threads
+    with concurrent.futures.ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"),
+                                                initializer=_start, initargs=(tokenizer,)) as pool:
+        for made in pool.map(_encode_chunk, chunks):
+            yield from made
+
+
+_TOKENIZER: list[PreTrainedTokenizerBase] = []  # of a tokenizing process
+
+
+def _start(tokenizer: PreTrainedTokenizerBase) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    _TOKENIZER.append(tokenizer)
+
+
+def _encode_chunk(chunk: Sequence[Example]) -> list[chat.Tokens]:
+    return chat.encode_many(chunk, _TOKENIZER[0])
 
 
 def _control(tokenizer: PreTrainedTokenizerBase, control: Sequence[str] | None, example: Example, index: int

@@ -29,14 +29,11 @@ class Format:
         fields: a row that has all of these is taken for this format, unless an earlier one matches; an alternative is
             written ``a|b``, a value ``type=sample``.
         read: (row, has a chat template) -> examples.
-        flawed: public data of this kind is known to hold a few unusable rows; they are dropped and counted instead of
-            refused.
     """
 
     kind: str
     fields: tuple[str, ...]
     read: Callable[[Row, bool], Sequence[Example]]
-    flawed: bool = False
 
     def matches(self, row: Row) -> bool:
         """Tell whether the row has this format's fields."""
@@ -119,7 +116,7 @@ FORMATS: Mapping[str, Format] = {
     "sharegpt_pairs": Format("pairs", ("conversations", "chosen", "rejected"), rows.read_pairs),
     "alpaca_pairs": Format("pairs", ("instruction", "chosen", "rejected"), rows.read_alpaca_pairs),
     "question_pairs": Format("pairs", ("question", "chosen", "rejected"), rows.read_question_pairs),
-    "implicit_pairs": Format("pairs", ("chosen", "rejected"), rows.read_implicit, flawed=True),
+    "implicit_pairs": Format("pairs", ("chosen", "rejected"), rows.read_implicit),
     "messages_label": Format("unpaired", ("messages", "label"), rows.read_conversation_label),
     "sharegpt_label": Format("unpaired", ("conversations", "label|kto_tag"), rows.read_conversation_label),
     "unpaired": Format("unpaired", ("prompt", "completion|response", "label"), rows.read_unpaired),

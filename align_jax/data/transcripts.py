@@ -16,6 +16,10 @@ class Unusable(ValueError):
     """A row that no example can be made of; its text is the reason, by which dropped rows are counted."""
 
 
+class Flawed(Unusable):
+    """A row of a kind of public data that is known to hold a few unusable ones: dropped and counted, not refused."""
+
+
 def is_transcript(text: str) -> bool:
     """Tell whether a text is an Anthropic transcript: turns that begin with "\\n\\nHuman:" and "\\n\\nAssistant:"."""
     return _TURN.match(text) is not None
@@ -79,22 +83,32 @@ def split_pair(chosen: str, rejected: str, *, chat: bool
     both answers begin is not cut.
 
     Raises:
-        Unusable: they share no prompt, or an answer is empty.
+        Unusable: they share no prompt, or an answer is empty; Flawed if they are transcripts.
     """
     if is_transcript(chosen) and is_transcript(rejected):
-        prompt, *rests = split_messages(turns(chosen), turns(rejected))
-        if chat:
-            return prompt, tuple(rest[0]["content"] if len(rest) == 1 else rest for rest in rests)
-        cut = _shared_turns_end(chosen, rejected)
-    else:
-        common = os.path.commonprefix([chosen, rejected])
-        cut = max((match.end() for match in re.finditer(r"\s+", common)), default=0)
-        if len(common) == min(len(chosen), len(rejected)) and cut == len(common):
-            raise Unusable("empty response")  # one text is the whole of what they share
+        return _split_transcripts(chosen, rejected, chat)
+    common = os.path.commonprefix([chosen, rejected])
+    cut = max((match.end() for match in re.finditer(r"\s+", common)), default=0)
     if not cut:
         raise Unusable("chosen and rejected share no prompt")
     if not chosen[cut:].strip() or not rejected[cut:].strip():
-        raise Unusable("empty response")
+        raise Unusable("empty response")  # one text is the whole of what they share
+    return chosen[:cut], (chosen[cut:], rejected[cut:])
+
+
+def _split_transcripts(chosen: str, rejected: str, chat: bool
+                       ) -> tuple[tuple[Message, ...] | str, tuple[str | tuple[Message, ...], ...]]:
+    try:
+        prompt, *rests = split_messages(turns(chosen), turns(rejected))
+    except Unusable as error:
+        raise Flawed(str(error)) from error
+    cut = _shared_turns_end(chosen, rejected)
+    if not all(message["content"] for rest in rests for message in rest if message["role"] == "assistant"):
+        raise Flawed("empty response")
+    if chat:
+        return prompt, tuple(rest[0]["content"] if len(rest) == 1 else rest for rest in rests)
+    if not cut:
+        raise Flawed("chosen and rejected share no prompt")
     return chosen[:cut], (chosen[cut:], rejected[cut:])
 
 

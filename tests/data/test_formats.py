@@ -140,6 +140,8 @@ MISTAKES = [
     ("unknown format", [GOOD], {"format": "pair"}, "did you mean 'pairs'"),
     ("unknown column", [GOOD], {"columns": {"prompt": "question"}}, r"data\.jsonl:1: .*\['question'\]; the row has"),
     ("no rows", [], {}, "no rows"),
+    ("nothing shared", [{"chosen": "abc", "rejected": "abd"}], {}, r"data\.jsonl:1: chosen and rejected share no"),
+    ("one is all they share", [{"chosen": "p q ", "rejected": "p q r"}], {}, r"data\.jsonl:1: empty response"),
     ("all invalid", [{**GOOD, "chosen": ""}], {"invalid": "drop"}, "no pairs are left of 0 pairs.*empty response': 1"),
     ("bad label", [{"prompt": "p", "completion": "c", "label": "maybe"}], {}, "label: expected true or false"),
     ("bad role", [{"messages": [{"role": "narrator", "content": "x"}]}], {"kind": "completions"}, "known role"),
@@ -278,5 +280,5 @@ def test_transcripts_split_where_both_go_on_with_the_assistant(chosen, rejected,
 
 
 def test_transcripts_without_a_shared_prompt_are_refused():
-    with pytest.raises(transcripts.Unusable, match="share no prompt"):
+    with pytest.raises(transcripts.Flawed, match="share no prompt"):
         transcripts.split_pair("\n\nHuman: a\n\nAssistant: b", "\n\nHuman: c\n\nAssistant: d", chat=True)

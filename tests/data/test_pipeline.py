@@ -281,6 +281,12 @@ def test_tokens_are_kept_on_disk_and_damaged_files_made_anew(byte, pairs, tmp_pa
     assert encoding._load(str(path)) is not None
 
 
+def test_several_processes_tokenize_as_one_does(byte, pairs):
+    one, two = (encoding.encode_all(pairs.items, byte, responses=2, processes=count) for count in (1, 2))
+    for field in dataclasses.fields(encoding.Encoded):
+        np.testing.assert_array_equal(getattr(one, field.name), getattr(two, field.name))
+
+
 ONE = [("p:", " a", " b")]
 ERRORS = [
     ({"batch_size": 6, "row_multiple": 4}, "batch_size 6 is not divisible by 4 .*nearest that are: 4, 8"),
