@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adapters both ways between PEFT's files and our parameters, through each family's own weight map.
 
-    folder/adapter_config.json, adapter_model.safetensors  <->  LoraConfig, {layers: {attention: {query: {lora_a, ...}}}}
+    adapter_config.json, adapter_model.safetensors  <->  LoraConfig, {"layers": {"attention": {"query": {"lora_a"...}}}}
 
 PEFT adapts modules, we adapt linear maps; where a family's module holds several of ours (GPT-2's ``c_attn``, Phi 3's
 ``qkv_proj``), the file's A is ours one above the other and its B block-diagonal, at the sum of the ranks: the same
@@ -285,8 +285,8 @@ def _found(tensors: Mapping[str, np.ndarray], config: ModelConfig, dora: bool, p
         known = ", ".join(name.split("{layer}.")[1] for name in sites(config))
         parts = [f"  {len(names)} {what}:\n    " + "\n    ".join(names) for what, names in (
             ("missing", missing), ("unexpected", sorted(left)), ("mis-shaped", wrong)) if names]
-        raise ValueError(f"the adapter {path!r} does not fit a {config.family} model, in every layer of which these can "
-                         f"be adapted: {known}\n" + "\n".join(parts))
+        raise ValueError(f"the adapter {path!r} does not fit a {config.family} model, in every layer of which these "
+                         f"can be adapted: {known}\n" + "\n".join(parts))
     return out
 
 

@@ -2,7 +2,7 @@
 """The frozen base in 8 or 4 bits, turned back into numbers where it is used (QLoRA).
 
 A quantised kernel stands in the tree where the kernel stood; ``astype`` makes the kernel, so a layer that casts its
-parameters runs from either.  Only the linear maps inside the layers are quantised: they are nearly all of a large model.
+parameters runs from either.  Only the linear maps inside the layers are quantised, which are most of a large model.
 
     int8    codes int8; one scale for each output: largest magnitude / 127                           8.01 bits a weight
     nf4     codes of 4 bits, two a byte, in blocks of 64 along one axis; each block's largest       4.13 bits a weight
