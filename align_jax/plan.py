@@ -26,6 +26,7 @@ import numpy as np  # noqa: E402
 from align_jax import run  # noqa: E402
 from align_jax.core.schema import Batch  # noqa: E402
 from align_jax.data import planning  # noqa: E402
+from align_jax.online import writing  # noqa: E402
 from align_jax.parallel.chips import GIB, Topology, describe_topology  # noqa: E402
 from align_jax.parallel.mesh import make_mesh, row_shards  # noqa: E402
 from align_jax.training import placement  # noqa: E402
@@ -33,7 +34,7 @@ from align_jax.training.flops import StepFlops, step_flops  # noqa: E402
 from align_jax.training.forecast import Forecast, advice, forecast  # noqa: E402
 from align_jax.training.search import Candidate, candidates  # noqa: E402
 
-RESPONSES = {"completions": 1, "unpaired": 1, "pairs": 2}
+RESPONSES = {"completions": 1, "unpaired": 1, "pairs": 2, "ranked": 4}  # of a ranking the data says how many
 
 
 class Step(NamedTuple):
@@ -49,7 +50,8 @@ class Step(NamedTuple):
 
 def for_planning(config: ConfigDict) -> ConfigDict:
     """Return the config with what only a run on the spot needs replaced: TPU attention, no tokenizer from the hub."""
-    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config = config.copy_and_resolve_references()
     with config.unlocked():
         if config.model.attention == "auto":
             config.model.attention = "splash"
@@ -59,7 +61,7 @@ def for_planning(config: ConfigDict) -> ConfigDict:
 
 
 def abstract_batch(config: ConfigDict, setting: run.Setting, mesh: Mesh, loss_positions: int = 0) -> Batch:
-    """Return the shapes of a step's global batch, as the data layer would make it.
+    """Return the shapes of a step's global batch, as the data layer or the rollouts would make it.
 
     Args:
         config: the config.
@@ -67,26 +69,35 @@ def abstract_batch(config: ConfigDict, setting: run.Setting, mesh: Mesh, loss_po
         mesh: the mesh.
         loss_positions: P; 0 = what ``data.max_prompt_length`` leaves of a row, else the whole row.
     """
+    if setting.rollouts is not None:
+        return placement.abstract_batch(mesh, _rollout_batch(config, setting.rollouts))
     d, layout, kind = config.data, config.data.layout, setting.kind
-    responses = RESPONSES.get(kind) or (config.rollout.responses_per_prompt if kind == "rollout" else 4)
     if not loss_positions and layout == "plain" and d.max_prompt_length:
         loss_positions = config.max_length - d.max_prompt_length
     shape = planning.plan_shape(
-        responses=responses, batch_size=config.batch_size, layout=layout, max_length=config.max_length,
+        responses=RESPONSES[kind], batch_size=config.batch_size, layout=layout, max_length=config.max_length,
         row_length=config.row_length or None, groups_per_row=d.groups_per_row or None,
         loss_positions=loss_positions or None, row_multiple=row_shards(mesh) * config.microbatches)
     mismatched = None
     if any(term.objective.mismatched for term in setting.terms):
         mismatched = planning.mismatched_shape(shape, config.max_length, shape.positions)
     batch = planning.batch_shapes(shape, kind=kind, layout=layout, mismatched=mismatched)
-    by_token = np.broadcast_to(np.zeros((), np.float32), batch.tokens.shape)
     if config.reference.mode == "cached":
-        batch = batch._replace(reference_token_logps=by_token)
-    if kind == "rollout":
-        batch = batch._replace(old_token_logps=by_token, advantages=by_token, label=None, margin=None)
-        if "values" in setting.models.policy.options.heads or "values" in {n for t in setting.terms for n in t.needs}:
-            batch = batch._replace(returns=by_token, old_values=by_token)
+        batch = batch._replace(reference_token_logps=np.broadcast_to(np.zeros((), np.float32), batch.tokens.shape))
     return placement.abstract_batch(mesh, batch)
+
+
+def _rollout_batch(config: ConfigDict, rollouts: Any) -> Batch:
+    """Return the shapes of a step on rollouts whose longest prompt fills what the completions leave."""
+    shape = writing.plan_shape(
+        groups=rollouts.batch_size, responses=rollouts.groups[1], prompt=config.max_length - rollouts.max_new_tokens,
+        response=rollouts.max_new_tokens, layout=rollouts.layout)
+    batch = planning.batch_shapes(shape, kind=rollouts.kind, layout=rollouts.layout,
+                                  mismatched=shape if rollouts.mismatched else None)
+    by_token = np.broadcast_to(np.zeros((), np.float32), batch.tokens.shape)
+    if rollouts.targets is not None:
+        batch = batch._replace(old_token_logps=by_token, advantages=by_token)
+    return batch._replace(returns=by_token, old_values=by_token) if rollouts.value_head else batch
 
 
 def make_step(config: ConfigDict, topology: Topology, loss_positions: int = 0) -> Step:
@@ -120,14 +131,14 @@ def advise(step: Step, found: Forecast) -> list[str]:
                   adapter=bool(step.config.model.lora.rank))
 
 
-def _count(number: float) -> str:
+def _count(number: float | int) -> str:
     for unit, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if number >= size:
             return f"{number / size:.2f} {unit}"
     return f"{number:.0f} "
 
 
-def _bytes(size: float) -> str:
+def _bytes(size: float | int) -> str:
     return f"{size / GIB:8.2f} GiB" if abs(size) >= GIB / 10 else f"{size / 2**20:8.2f} MiB"
 
 
@@ -170,12 +181,13 @@ def search(config: ConfigDict, topology: Topology, count: int, loss_positions: i
     setting = run.settle(config, len(topology.devices))
     found: list[tuple[Candidate, Forecast]] = []
     tried = 0
+    shape = abstract_batch(config, setting, make_mesh(config.mesh.to_dict(), topology.devices)).tokens.shape
     for candidate in candidates(setting.model_config, topology, slices=topology.slices, remat=config.model.remat,
-                                rows=config.batch_size * RESPONSES.get(setting.kind, 4), length=config.max_length,
-                                trained_bytes=4 if config.model.lora.rank else 16):
+                                rows=shape[0], length=shape[1], trained_bytes=4 if config.model.lora.rank else 16):
         if tried == count:
             break
-        other = config.copy_and_resolve_references()
+        with config.unlocked():
+            other = config.copy_and_resolve_references()
         candidate.write(other)
         try:
             step = make_step(other, topology, loss_positions)

@@ -156,7 +156,8 @@ def describe_topology(name: str) -> Topology:
 @contextlib.contextmanager
 def _quiet_libtpu() -> Iterator[None]:
     """Tell libtpu, while it starts, that it is nowhere: else it asks the cloud for minutes and complains to stderr."""
-    given = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost"}
+    given = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-4", "TPU_WORKER_HOSTNAMES": "localhost",
+             "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}  # and that it shares no chips with other processes
     before = {key: os.environ.get(key) for key in given}
     os.environ.update({key: value for key, value in given.items() if before[key] is None})
     try:

@@ -188,15 +188,20 @@ def memory_of(compiled: Compiled, state: Any, frozen: Any, batch: Batch, capacit
                   program=stats["generated_code"] + padding, capacity=capacity)
 
 
-def bandwidth(collective: Collective, topology: Topology, mesh: jax.sharding.Mesh) -> float:
+def bandwidth(collective: Collective, topology: Topology, devices: Sequence[Any]) -> float:
     """Return the bytes/s that each of a collective's devices receives.
 
     Within a slice a ring uses both directions of each torus axis that the group spans (one on an axis that does not
     close); between slices each device has its share of the data-centre network.
+
+    Args:
+        collective: the collective.
+        topology: the topology.
+        devices: the mesh's, in its order.
     """
     if collective.network:
         return topology.chip.network
-    coordinates = np.asarray([mesh.devices.flat[place].coords for place in collective.group])
+    coordinates = np.asarray([devices[place].coords for place in collective.group])
     spanned = [axis for axis in range(len(topology.shape)) if len(set(coordinates[:, axis])) > 1]
     links = sum(2.0 if topology.wraps(axis) else 1.0 for axis in spanned)
     if collective.kind == "collective-permute":
@@ -207,7 +212,7 @@ def bandwidth(collective: Collective, topology: Topology, mesh: jax.sharding.Mes
 
 
 def roofline(program: hlo.Program | None, collectives: Sequence[Collective], flops: StepFlops, topology: Topology,
-             mesh: jax.sharding.Mesh) -> dict[str, float]:
+             devices: Sequence[Any]) -> dict[str, float]:
     """Return the seconds that computation, memory, interconnect and network take, each alone and at its peak."""
     chip = topology.chip
     seconds = {"compute": flops.hardware / (len(topology.devices) * chip.flops), "memory": 0.0, "interconnect": 0.0,
@@ -216,7 +221,7 @@ def roofline(program: hlo.Program | None, collectives: Sequence[Collective], flo
         seconds["memory"] = hlo.memory_traffic(program) / chip.hbm_bandwidth
     for collective in collectives:
         way = "network" if collective.network else "interconnect"
-        seconds[way] += collective.count * collective.traffic / bandwidth(collective, topology, mesh)
+        seconds[way] += collective.count * collective.traffic / bandwidth(collective, topology, devices)
     return seconds
 
 
@@ -238,11 +243,11 @@ def forecast(lowered: jax.stages.Lowered, *, state: Any, frozen: Any, batch: Bat
     shapes = sorted(hlo.array_shapes(compiled.text).items(), key=lambda item: -item[1])
     return Forecast(
         topology, dict(mesh.shape), memory, flops, summarise(collectives, mesh.shape),
-        roofline(program, collectives, flops, topology, mesh), compiled.seconds,
+        roofline(program, collectives, flops, topology, list(mesh.devices.flat)), compiled.seconds,
         [(dtype, shape, size) for (dtype, shape), size in shapes[:50]])
 
 
-def advice(found: Forecast, *, microbatches: int, remat: str, rows_a_device: float, adapter: bool) -> list[str]:
+def advice(found: Forecast, *, microbatches: int, remat: str, rows_a_device: float | int, adapter: bool) -> list[str]:
     """Say what to change in a config whose step does not fit, the cheapest first.
 
     Args:

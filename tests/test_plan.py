@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plan of a run: the batch it assumes is the data layer's own, what it prints is what the compiler said."""
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import runpy
+import types
+import xml.etree.ElementTree
+
+import jax
+import pytest
+
+from align_jax import plan, run
+from align_jax.parallel.chips import CHIPS, GIB, Topology
+from align_jax.parallel.collectives import Collective
+from align_jax.parallel.mesh import make_mesh
+from align_jax.training import forecast as forecasts
+from align_jax.training.flops import StepFlops
+from align_jax.training.forecast import Forecast, Memory
+from align_jax.training.search import candidates
+
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
+
+
+def _config(name: str, *argument: str):
+    return runpy.run_path(str(CONFIGS / f"{name}.py"))["get_config"](*argument)
+
+
+def _device(coords, slice_index=0):
+    return types.SimpleNamespace(coords=coords, slice_index=slice_index)
+
+
+def _topology(chip="v5e", shape=(2, 4), slices=1) -> Topology:
+    coords = [(x, y, 0) for x in range(shape[0]) for y in range(shape[1])]
+    return Topology(f"{chip}:{'x'.join(map(str, shape))}", CHIPS[chip], shape, slices,
+                    tuple(_device(place, s) for s in range(slices) for place in coords))
+
+
+def _forecast(temporaries=1 * GIB, **changes) -> Forecast:
+    memory = Memory(3 * GIB, 6 * GIB, 2 * GIB, 0, temporaries, 0, CHIPS["v5e"].hbm)
+    flops = StepFlops(3e15, 1e15, 0.0, 1e15, 65536)
+    seconds = {"compute": 3.0, "memory": 1.0, "interconnect": 2.0, "network": 0.5}
+    rows = [{"kind": "all-gather", "axes": "fsdp", "count": 7, "bytes": 2e9, "dtypes": {"bf16": 7}}]
+    whole = Forecast(_topology(), {"data": 1, "fsdp": 8}, memory, flops, rows, seconds, 1.0, [])
+    return dataclasses.replace(whole, **changes)
+
+
+@pytest.mark.parametrize("objective, layout", [("dpo", "plain"), ("kto", "plain"), ("sft", "packed"),
+                                               ("dpo", "shared_prefix")])
+def test_the_planned_batch_is_the_data_layers_own(objective, layout):
+    config = _config("tiny", objective)
+    config.data.layout, config.data.trim = layout, False
+    if layout != "plain":
+        config.row_length, config.data.groups_per_row = 256, 2
+    setting = run.settle(config, 8)
+    mesh = make_mesh({"fsdp": -1})
+    examples, _ = run.read_data(config, setting)
+    real = run.make_pipeline(config, setting, mesh, examples, once=False).abstract()
+    planned = plan.abstract_batch(config, setting, mesh, loss_positions=real.loss_index.shape[1])
+    assert jax.tree.structure(real) == jax.tree.structure(planned)
+    shapes = [jax.tree.map(lambda x: (x.shape, str(x.dtype)), batch) for batch in (real, planned)]
+    if real.mismatched is not None:  # its budget of loss positions is the data's, the plan's the most it can be
+        shapes = [batch._replace(mismatched=batch.mismatched._replace(loss_index=None)) for batch in shapes]
+    assert shapes[0] == shapes[1]
+
+
+def test_the_time_lies_between_all_hidden_and_all_exposed():
+    found = _forecast()
+    assert (found.overlapped, found.exposed) == (3.0, 5.5)
+    assert found.mfu(3.0) == pytest.approx(4e15 / (3 * 8 * 197e12))
+
+
+def test_the_table_says_what_fills_the_memory_and_what_moves():
+    text = plan.table(_forecast())
+    for part in ("fits", "12.00 GiB of 15.75", "optimizer", "6.00 GiB", "4.00 P", "all-gather", "2.00 GB",
+                 "21,845 tokens/s"):
+        assert part in text, (part, text)
+
+
+@pytest.mark.parametrize("changes, expected", [
+    ({"rows_a_device": 4, "remat": "none"}, ("microbatches=4", "remat=full")),
+    ({"rows_a_device": 1}, ("mesh.sequence",)),
+])
+def test_a_step_that_does_not_fit_is_told_by_how_much_and_what_to_change(changes, expected):
+    found = _forecast(temporaries=9 * GIB)
+    arguments = {"microbatches": 2, "remat": "full", "rows_a_device": 4, "adapter": False} | changes
+    lines = forecasts.advice(found, **arguments)
+    assert "4.25 GiB too much" in lines[0]
+    for part in expected:
+        assert any(part in line for line in lines), lines
+    assert "DOES NOT FIT" in plan.table(found, lines)
+
+
+def test_a_forecast_survives_json_and_draws_as_svg():
+    found = _forecast()
+    row = json.loads(json.dumps(found.to_dict()))
+    assert row["hbm"]["used"] + row["hbm"]["free"] == row["hbm"]["capacity"]
+    assert row["tokens_per_second"][0] < row["tokens_per_second"][1]
+    drawing = xml.etree.ElementTree.fromstring(plan.draw([found, found]))
+    assert len(drawing.findall("{http://www.w3.org/2000/svg}rect")) == 2 * 6 + 6
+
+
+def test_a_ring_uses_the_links_of_the_torus_axes_that_it_spans():
+    topology = _topology("v5e", (4, 16))
+    rates = {}
+    for name, group in {"open": (0, 16, 32, 48), "closed": tuple(range(16)), "both": tuple(range(64))}.items():
+        rates[name] = forecasts.bandwidth(Collective("all-gather", group, 1, 1, ""), topology, topology.devices)
+    assert rates == {"open": 50e9, "closed": 100e9, "both": 150e9}
+    between = Collective("all-reduce", (0, 16), 1, 1, "", network=True)
+    assert forecasts.bandwidth(between, topology, topology.devices) == CHIPS["v5e"].network
+
+
+def test_a_real_models_config_is_planned_without_the_hub():
+    config = plan.for_planning(_config("dpo_7b"))
+    assert (config.model.path, config.model.attention) == ("", "splash")
+    setting = run.settle(config, 64)
+    assert setting.model_config.num_layers == 32
+
+
+def test_candidates_divide_the_model_the_rows_and_the_devices():
+    model = run.settle(plan.for_planning(_config("dpo_7b")), 64).model_config
+    found = list(candidates(model, _topology("v5e", (8, 8)), slices=1, remat="full", rows=256, length=1024,
+                            trained_bytes=16))
+    assert len(found) > 10 and len(set(found)) == len(found)
+    for one in found:
+        assert one.data * one.fsdp * one.expert * one.sequence * one.tensor == 64
+        assert model.num_heads % one.tensor == 0
+        assert 256 % (one.data * one.fsdp * one.expert * one.microbatches) == 0
+    assert found[0].tensor <= 2  # 256 rows on 64 chips: FSDP alone, or nearly, moves least
