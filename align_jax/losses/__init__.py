@@ -95,7 +95,7 @@ OBJECTIVES: dict[str, Objective] = {
         paired(reference_free.simpo, reference=False, divergences=False, reward="mean"),
         formula="-log σ(β (p̄_w - p̄_l - γ/β))", paper="arXiv 2405.14734", adds={"sft_coef": ("sft", 0.0)}, **_FREE),
     "orpo": Objective(
-        paired(reference_free.orpo, reference=False, divergences=False, reward="mean"),
+        paired(reference_free.orpo, reference=False, divergences=False, reward="mean", scale="lam"),
         formula="sft_coef NLL(chosen) - λ log σ(log odds ratio)", paper="arXiv 2403.07691",
         adds={"sft_coef": ("sft", 1.0)}, **_FREE),
     "cpo": Objective(

@@ -163,7 +163,7 @@ def pair_metrics(chosen_rewards: Float[Array, "B"], rejected_rewards: Float[Arra
 
 
 def paired(loss: Callable[..., Float[Array, "B"]], *, reference: bool = True, divergences: bool = True,
-           reward: str = "sum") -> Callable[..., tuple[Array, Array, Metrics]]:
+           reward: str = "sum", scale: str = "beta") -> Callable[..., tuple[Array, Array, Metrics]]:
     """Make a row's ``fn`` of a paired loss.
 
     Args:
@@ -172,6 +172,7 @@ def paired(loss: Callable[..., Float[Array, "B"]], *, reference: bool = True, di
         divergences: adds ``f_divergence`` and ``f_alpha``; off for losses that use a log-ratio by itself, for which the
             transforms are not defined.
         reward: implicit reward reported, in units of beta: "sum" (log-ratio) or "mean" (log-ratio per token).
+        scale: the option that multiplies it; 1 where the loss has none of this name.
 
     Returns:
         ``fn(policy, reference, batch, *, stats=None, **options)``, whose options are the loss's and ``ld_alpha`` (None:
@@ -193,9 +194,9 @@ def paired(loss: Callable[..., Float[Array, "B"]], *, reference: bool = True, di
         if options["wpo"]:
             losses = losses * on_policy_weights(policy, batch)
         # Rewards are beta · x whatever the divergence, so that curves of different objectives compare.
-        scale = plain.get("beta", 1.0)
-        chosen = scale * (pair.policy_chosen - pair.reference_chosen)
-        rejected = scale * (pair.policy_rejected - pair.reference_rejected)
+        unit = plain.get(scale, 1.0)
+        chosen = unit * (pair.policy_chosen - pair.reference_chosen)
+        rejected = unit * (pair.policy_rejected - pair.reference_rejected)
         if reward == "mean":
             chosen, rejected = chosen / pair.chosen_length, rejected / pair.rejected_length
         return losses, jnp.asarray(batch.weight, jnp.float32), pair_metrics(chosen, rejected, policy, batch)

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every objective and option that TRL has equals TRL's own code: losses and gradients, from goldens."""
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from align_jax import losses
+from align_jax.losses import arrays
+
+GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "trl_objectives.npz"
+with np.load(GOLDEN) as _file:
+    ARRAYS = dict(_file)
+HEADER = json.loads(ARRAYS.pop("cases").item())
+CASES = HEADER["cases"]
+ADVICE = ("our loss and TRL {trl}'s differ: find out which formula is right; if TRL's has changed on purpose, make the "
+          "golden anew with tests/golden/make_trl.py in a commit of its own that gives the reason").format(
+              **HEADER["versions"])
+TRL_OBJECTIVES = {  # all loss types of DPOTrainer, KTOTrainer, CPOTrainer, ORPOTrainer, RewardTrainer, SFTTrainer, ...
+    "dpo", "robust", "ipo", "hinge", "dpo_norm", "exo_pair", "nca_pair", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
+    "apo_zero", "apo_down", "discopop", "sft", "simpo", "orpo", "cpo", "alphapo", "kto", "apo_zero_unpaired", "reward",
+    "grpo", "gspo", "cispo", "sapo", "rloo", "reinforce_pp",
+}
+
+
+def label(index):
+    case = CASES[index]
+    return f"{index}-{case['name']}-" + ",".join(f"{key}={value}" for key, value in case["options"].items())
+
+
+def close(found, expected, rtol=1e-5):
+    """Compare relative to the largest entry: a sum's rounding does not shrink with a small entry."""
+    np.testing.assert_allclose(found, expected, rtol=rtol, atol=rtol * np.abs(expected).max(initial=1e-6),
+                               err_msg=ADVICE)
+
+
+def test_goldens_hold_every_objective_that_trl_has():
+    found = {part for case in CASES for part in case["name"].split("+")}
+    assert found == TRL_OBJECTIVES
+
+
+@pytest.mark.parametrize("index", range(len(CASES)), ids=label)
+def test_loss_gradient_and_metrics_equal_trl(index):
+    case = CASES[index]
+    columns = {key: jnp.asarray(ARRAYS[f"{index}/{key}"]) for key in case["columns"]}
+    terms = losses.resolve(case["name"], case["options"], case["weights"])
+    kind = losses.objective.data_kind(terms)
+    policy, mask = columns.pop("policy"), columns.pop("mask", None)
+    if case["name"] == "sft" and case["data"] == "pairs":
+        kind = "pairs"  # TRL's "sft" loss type trains on the chosen of each pair
+    if not any(term.reference for term in terms):
+        columns.pop("reference", None)
+    if mask is not None:
+        columns["mask"] = mask
+
+    def f(policy):
+        found = arrays._evaluate(terms, kind, {"policy": policy, **columns})
+        return found.loss, found.metrics
+
+    (loss, metrics), grad = jax.value_and_grad(f, has_aux=True)(policy)
+    close(loss, ARRAYS[f"{index}/loss"])
+    close(grad, ARRAYS[f"{index}/grad"])
+    for key, value in case["metrics"].items():
+        np.testing.assert_allclose(metrics[key], value, rtol=2e-5, atol=2e-6, err_msg=f"{key}: {ADVICE}")
