@@ -7,7 +7,7 @@ runs="${1:-runs/demo}"
 steps="${DEMO_STEPS:-200}" # of the supervised stage; DPO takes a third of them
 [ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv
 python=.venv/bin/python
-if ! $python -c "import align_jax" 2>/dev/null; then
+if ! $python -m pip show --quiet align_jax 2>/dev/null; then
   $python -m pip install --quiet --upgrade pip
   $python -m pip install --quiet --editable .
 fi
