@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Evaluations: against transformers' log-probabilities, by hand, and as a program."""
+import json
+
+import jax
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from align_jax import evaluate
+from align_jax.data import datasets
+from align_jax.evals import EVALS
+from align_jax.evals.subject import Subject
+from align_jax.evals.win_rate import by_judge, by_rewards, tally
+from align_jax.online import rewards
+from align_jax.parallel.mesh import make_mesh
+
+PAIRS = [("What? ", "good answer", "bad"), ("Why? ", "no", "because it is so"), ("Who? ", "me", "you"),
+         ("When? ", "now", "then"), ("Where? ", "here", "over there")]
+
+
+def letters(prompts, completions, extras):
+    return [float(len(text)) for text in completions]
+
+
+REWARD = rewards.WeightedRewards((("letters", 1.0, letters),))
+
+
+@pytest.fixture(scope="module")
+def folder(testdata):
+    return str(testdata / "models" / "TinyStories-656K")
+
+
+@pytest.fixture(scope="module")
+def subject(folder):
+    mesh = make_mesh({"fsdp": 2}, jax.devices()[:2])
+    model, params = evaluate.load(folder, mesh, "float32")
+    noisy = jax.tree.map(lambda x: x * 1.05, params)
+    return Subject(model, noisy, evaluate.load_tokenizer(folder), mesh, model, params, "noisy")
+
+
+@pytest.fixture()
+def pairs(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps({"prompt": p, "chosen": c, "rejected": r}) + "\n" for p, c, r in PAIRS))
+    return str(path)
+
+
+def expected_logps(folder, tokenizer, scale):
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(scale)
+    from align_jax.core.schema import Example
+    from align_jax.data import chat
+    sums = []
+    for prompt, *responses in PAIRS:
+        tokens = chat.encode(Example(prompt, tuple(responses)), tokenizer)
+        for ids in tokens.responses:
+            whole = torch.tensor([[*tokens.prompt, *ids]])
+            with torch.no_grad():
+                logps = torch.log_softmax(model(whole).logits[0, :-1], -1)
+            sums.append(logps.gather(1, whole[0, 1:, None])[-len(ids):].sum().item())
+    return np.array(sums).reshape(-1, 2)
+
+
+def test_preference_and_perplexity_equal_transformers(subject, folder, pairs):
+    found = EVALS["preference"].fn(subject, datasets.load(pairs, kind="pairs", chat=False), batch_size=4)
+    mine, other = (expected_logps(folder, subject.tokenizer, scale) for scale in (1.05, 1.0))
+    rewards_ = 0.1 * (mine - other)
+    assert found["logps/chosen"] == pytest.approx(mine[:, 0].mean(), abs=1e-3)
+    assert found["logps/accuracies"] == pytest.approx((mine[:, 0] > mine[:, 1]).mean())
+    assert found["rewards/margins"] == pytest.approx((rewards_[:, 0] - rewards_[:, 1]).mean(), abs=1e-4)
+    assert found["rewards/accuracies"] == pytest.approx((rewards_[:, 0] > rewards_[:, 1]).mean())
+    assert found["examples"] == 5
+    found = EVALS["perplexity"].fn(subject, datasets.load(pairs, kind="completions", chat=False), batch_size=4)
+    assert found["nll"] == pytest.approx(-mine[:, 0].sum() / found["tokens"], abs=1e-4)
+    assert found["reference_nll"] == pytest.approx(-other[:, 0].sum() / found["tokens"], abs=1e-4)
+
+
+def test_generation_reports_rewards_and_the_kl_of_its_own_samples(subject, pairs):
+    examples = datasets.load(pairs, kind="prompts", chat=False)
+    found = EVALS["generation"].fn(subject, examples, REWARD, samples=4, max_new_tokens=8, rows=8)
+    assert found["prompts"] == 5 and 0 < found["completions/mean_length"] <= 8
+    assert found["best_of_n"] > found["reward"] > 0 and found["objective/kl"] > 0
+    same = subject._replace(params=subject.reference_params)
+    found = EVALS["generation"].fn(same, examples, REWARD, samples=1, max_new_tokens=8, rows=8)
+    assert found["objective/kl"] == pytest.approx(0.0, abs=1e-5) and "best_of_n" not in found
+
+
+def test_win_rate_against_itself_is_half_and_against_empty_answers_one(subject, pairs, tmp_path):
+    examples = datasets.load(pairs, kind="prompts", chat=False)
+    same = subject._replace(params=subject.reference_params)
+    by_length = by_rewards(REWARD)
+    found = EVALS["win_rate"].fn(same, examples, by_length, max_new_tokens=8, rows=8)
+    assert found["win_rate"] == 0.5 and found["ties"] == 1.0
+    path = tmp_path / "answers.jsonl"
+    path.write_text("".join(json.dumps({"prompt": p, "answer": ""}) + "\n" for p, *_ in PAIRS))
+    alone = subject._replace(reference=None, reference_params=None)
+    found = EVALS["win_rate"].fn(alone, datasets.load(str(path), kind="prompts", chat=False), by_length,
+                                 max_new_tokens=8, rows=8)
+    assert found["win_rate"] == 1.0 and found["comparisons"] == 5
+    with pytest.raises(ValueError, match="reference"):
+        EVALS["win_rate"].fn(alone, datasets.load(pairs, kind="prompts", chat=False), by_length, max_new_tokens=8,
+                             rows=8)
+
+
+def test_a_judge_is_asked_in_both_orders():
+    class Judge:
+        def __init__(self, answer):
+            self.answer, self.asked = answer, []
+
+        def chat(self, model, messages, **options):
+            self.asked.append(messages[0]["content"])
+            return self.answer(messages[0]["content"])
+
+    biased = Judge(lambda text: "I say A")
+    assert by_judge(biased, "m")(["p"], ["x"], ["y"], [{}]) == [0.5] and len(biased.asked) == 2
+    fair = Judge(lambda text: "A" if text.index("best") < text.index("Answer B") else "The answer: B")
+    assert by_judge(fair, "m")(["p", "p"], ["best", "y"], ["x", "best"], [{}, {}]) == [1.0, 0.0]
+    assert tally(np.float32([1.0, 0.5, 0.0, 1.0]))["win_rate"] == 0.625
+    with pytest.raises(ValueError, match="neither A, B nor C"):
+        by_judge(Judge(lambda text: "well"), "m")(["p"], ["x"], ["y"], [{}])
+
+
+def test_the_program_names_mistakes_and_writes_an_aligned_table(subject, pairs):
+    for item, message in (("preferences=x", "did you mean 'preference'"), ("preference", "NAME=SOURCE"),
+                          ("generation=x", "--rewards"), ("win_rate=x", "--judge")):
+        with pytest.raises(ValueError, match=message):
+            evaluate.evaluate(subject, [item])
+    results = evaluate.evaluate(subject, [f"preference={pairs}"], limit=3)
+    text = evaluate.table(results)
+    assert "examples" in text and "3.0000" in text and "±" in text
