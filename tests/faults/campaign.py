@@ -17,7 +17,6 @@ import json
 import pathlib
 import random
 import shutil
-import subprocess
 import tempfile
 import time
 
@@ -32,20 +31,20 @@ def make_data(path: pathlib.Path) -> None:
     path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
 
 
-def start(folder: pathlib.Path, name: str, steps: int, count: int = 1, *overrides: str) -> list[subprocess.Popen]:
+def start(folder: pathlib.Path, name: str, steps: int, count: int = 1, *overrides: str) -> list[processes.Forked]:
     """Start ``train`` in ``folder/name``, ``count`` processes of it, compiled programs shared through a cache."""
     data = folder / "pairs.jsonl"
     if not data.exists():
         make_data(data)
-    return processes.start(
-        ["-m", "align_jax.train", f"--config={processes.ROOT}/tests/faults/config.py:{data}",
+    return processes.fork(
+        "align_jax.train",
+        [f"--config={processes.ROOT}/tests/faults/config.py:{data}",
          f"--workdir={folder / name}", f"--config.total_steps={steps}",
          f"--config.checkpoint.every_steps={EVERY_STEPS}", *overrides],
-        count, log=folder / f"{name}.log", JAX_COMPILATION_CACHE_DIR=str(folder / "cache"),
-        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0", JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES="0")
+        count, log=folder / f"{name}.log", cache=folder / "cache")
 
 
-def finish(folder: pathlib.Path, name: str, started: list[subprocess.Popen], seconds: float = 600) -> list[str]:
+def finish(folder: pathlib.Path, name: str, started: list[processes.Forked], seconds: float = 600) -> list[str]:
     """Wait for the processes to end well; return what they wrote."""
     return processes.wait(started, folder / f"{name}.log", seconds=seconds)
 
@@ -90,7 +89,7 @@ def last_step(workdir: pathlib.Path, since: float) -> int:
     return max(losses(workdir), default=0) if path.exists() and path.stat().st_mtime > since else 0
 
 
-def kill_one(workdir: pathlib.Path, started: list[subprocess.Popen], draw: random.Random, seconds: float) -> str:
+def kill_one(workdir: pathlib.Path, started: list[processes.Forked], draw: random.Random, seconds: float) -> str:
     """Wait for a random moment, then kill one process with signal 9; return where it was, "" if the run had ended."""
     kind, began, since = draw.choice(("time", "step", "save", "save")), time.monotonic(), time.time()
     first = newest(workdir)
