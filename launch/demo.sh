@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 runs="${1:-runs/demo}"
-steps="${DEMO_STEPS:-200}" # of the supervised stage; DPO takes a third of them
+steps="${DEMO_STEPS:-300}" # of the supervised stage; DPO takes a third of them
 [ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv
 python=.venv/bin/python
 if ! $python -m pip show --quiet align_jax 2>/dev/null; then
