@@ -13,6 +13,7 @@ from align_jax.data import datasets
 from align_jax.evals import EVALS
 from align_jax.evals.subject import Subject
 from align_jax.evals.win_rate import by_judge, by_rewards, tally
+from align_jax.inference.engines import Client
 from align_jax.online import rewards
 from align_jax.parallel.mesh import make_mesh
 
@@ -107,7 +108,7 @@ def test_win_rate_against_itself_is_half_and_against_empty_answers_one(subject, 
 
 
 def test_a_judge_is_asked_in_both_orders():
-    class Judge:
+    class Judge(Client):
         def __init__(self, answer):
             self.answer, self.asked = answer, []
 
