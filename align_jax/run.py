@@ -131,6 +131,7 @@ def make_recipe(config: ConfigDict, setting: Setting, total_steps: int) -> Recip
     return Recipe(setting.models.policy, setting.models.base, setting.terms, optimizer, schedule,
                   microbatches=config.microbatches, seed=config.seed, value_head=config.model.value_head,
                   load_balancing=config.model.load_balancing,
+                  temperature=1.0 if setting.rollouts is None else setting.rollouts.temperature,
                   sync_every_steps=config.reference.sync_every_steps, mix=config.reference.mix)
 
 

@@ -25,8 +25,8 @@ from align_jax.parallel.sharding import put_batch, tree_shardings
 
 
 @functools.partial(jax.jit, static_argnames=("model", "value_head", "chunk"))
-def rescore(model: Model, params: Any, batch: Batch, *, value_head: str = "", chunk: int = 128
-            ) -> tuple[Float[Array, "N T"], Float[Array, "N T"] | None]:
+def rescore(model: Model, params: Any, batch: Batch, *, value_head: str = "", chunk: int = 128,
+            temperature: float | int = 1.0) -> tuple[Float[Array, "N T"], Float[Array, "N T"] | None]:
     """Return a model's log-probability of each loss token, and its values, by one forward over whole rows.
 
     Args:
@@ -35,12 +35,13 @@ def rescore(model: Model, params: Any, batch: Batch, *, value_head: str = "", ch
         batch: the rows.
         value_head: the head that gives values; "" = none.
         chunk: loss positions of every row whose logits are alive at once.
+        temperature: the logits are divided by it, as in sampling.
 
     Returns:
         token_logps [N, T] in nats, float32, and values [N, T] or None; zero where ``loss_mask`` is false.
     """
     hidden, _ = model.hidden(params, batch.tokens, batch.segment_ids, batch.positions, batch.prefix_ids)
-    outputs = token_outputs(hidden, lambda x: model.unembed(params, x), batch, chunk=chunk)
+    outputs = token_outputs(hidden, lambda x: model.unembed(params, x) / temperature, batch, chunk=chunk)
     values = at_sources(model.head(params, value_head, hidden), batch) if value_head else None
     return outputs.token_logps, values
 

@@ -85,6 +85,9 @@ class Plan:
         if self.prompts % processes or self.batch_size % (processes * self.microbatches):
             raise ValueError(f"rollout.prompts = {self.prompts} and batch_size = {self.batch_size} must divide over "
                              f"{processes} processes (and {self.microbatches} microbatches)")
+        if not self.rescore and self.temperature != 1:
+            raise ValueError("rollout.options.rescore = False keeps log-probabilities at temperature 1: set "
+                             f"rollout.temperature = 1, got {self.sampling.temperature}")
         if self.tries > 1 and self.responses < 2:
             raise ValueError("dynamic sampling (rollout.options.tries > 1) needs rollout.responses_per_prompt > 1")
         if self.overlap and processes > 1:
@@ -101,6 +104,11 @@ class Plan:
     def slices(self) -> int:
         """Optimizer steps in one pass over a rollout."""
         return self.groups[0] // self.batch_size
+
+    @property
+    def temperature(self) -> float:
+        """What the logits are divided by wherever these samples' log-probabilities are computed; 1 for preferences."""
+        return float(self.sampling.temperature or 1.0) if self.targets is not None else 1.0
 
     @property
     def needs_reference(self) -> bool:

@@ -221,7 +221,8 @@ class Rollouts:
         logps, values = [], []
         for begin in range(0, len(batch.weight), size):
             part = writing.take(batch._replace(mismatched=None), np.arange(begin, begin + size))
-            token_logps, found = rescore(model, params, put_batch(self._mesh, part), value_head=value_head)
+            token_logps, found = rescore(model, params, put_batch(self._mesh, part), value_head=value_head,
+                                         temperature=self._plan.temperature)
             logps.append(local(token_logps))
             values.append(found if found is None else local(found))
         return np.concatenate(logps), np.concatenate(values) if value_head else None

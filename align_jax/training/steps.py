@@ -47,6 +47,7 @@ class Recipe(NamedTuple):
     sync_every_steps: int = 0
     mix: float = 1.0
     value_head: str = "value"
+    temperature: float = 1.0  # of the samples that a policy gradient learns from: logits are divided by it
     load_balancing: float = 0.0  # coefficient of a mixture of experts' auxiliary loss
 
     @property
@@ -88,7 +89,7 @@ def init_state(recipe: Recipe, params: Tree) -> Tree:
 
 def forward(model: Model, params: Tree, batch: Batch, *, needs: tuple[str, ...] = (), chunk: int,
             logps: bool = True, value_head: str = "value", reference: tuple[Model, Tree] | None = None,
-            key: jax.Array | None = None) -> tuple[Outputs, dict]:
+            key: jax.Array | None = None, temperature: float = 1.0) -> tuple[Outputs, dict]:
     """Run a model over a batch.
 
     Args:
@@ -101,6 +102,7 @@ def forward(model: Model, params: Tree, batch: Batch, *, needs: tuple[str, ...] 
         value_head: which head gives the values.
         reference: model and parameters to compare with, where ``"kl"`` is needed.
         key: of dropout; None = off.
+        temperature: the logits are divided by it.
 
     Returns:
         The outputs, and the model's auxiliary losses (sums over layers; empty for dense models).
@@ -111,10 +113,11 @@ def forward(model: Model, params: Tree, batch: Batch, *, needs: tuple[str, ...] 
     if "kl" in needs and reference is not None:
         other, other_params = reference
         other_hidden = other.hidden(other_params, *fields)[0]
-        other_unembed = lambda x: other.unembed(other_params, x)
+        other_unembed = lambda x: other.unembed(other_params, x) / temperature
     outputs = objective.blank_outputs(batch)
     if logps:
-        outputs = token_outputs(hidden, lambda x: model.unembed(params, x), batch, needs=needs, chunk=chunk,
+        unembed = lambda x: model.unembed(params, x) / temperature
+        outputs = token_outputs(hidden, unembed, batch, needs=needs, chunk=chunk,
                                 reference_hidden=other_hidden, reference_unembed=other_unembed)
     if "scores" in needs:
         outputs = outputs._replace(scores=at_last(model.head(params, "score", hidden), batch))
@@ -127,7 +130,8 @@ def _policy(recipe: Recipe, trainable: Tree, frozen: Tree, batch: Batch, referen
             key: jax.Array | None) -> tuple[Outputs, dict]:
     with jax.named_scope("policy"):
         return forward(recipe.policy, merge(frozen["base"], trainable), batch, needs=recipe.needs, chunk=recipe.chunk,
-                       logps=recipe.wants_logps, value_head=recipe.value_head, reference=reference, key=key)
+                       logps=recipe.wants_logps, value_head=recipe.value_head, reference=reference, key=key,
+                       temperature=recipe.temperature)
 
 
 def _reference_model(recipe: Recipe, state: Tree, frozen: Tree) -> tuple[Model, Tree]:
@@ -143,7 +147,7 @@ def _reference(recipe: Recipe, reference: tuple[Model, Tree], batch: Batch) -> O
         token_logps = batch.reference_token_logps
         return Outputs(token_logps, sum_by_slot(token_logps, batch), batch.lengths)
     with jax.named_scope("reference"):
-        outputs, _ = forward(*reference, batch, chunk=recipe.chunk)
+        outputs, _ = forward(*reference, batch, chunk=recipe.chunk, temperature=recipe.temperature)
     return jax.lax.stop_gradient(outputs)
 
 
