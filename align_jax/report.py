@@ -92,7 +92,7 @@ def draw(runs: Sequence[Run], folder: pathlib.Path, *, smooth: int = 1, image: s
         matplotlib.use("Agg")
         from matplotlib import pyplot
     except ImportError as error:
-        raise ModuleNotFoundError("the report's curves need matplotlib: pip install matplotlib") from error
+        raise ModuleNotFoundError("the report's curves need matplotlib: pip install 'align_jax[report]'") from error
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []
     for title, metrics in PANELS.items():

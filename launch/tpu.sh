@@ -98,7 +98,7 @@ push() {
   everywhere 'set -e; mkdir -p ~/align_jax; tar -xzf ~/align_jax.tgz -C ~/align_jax;
 [ -x ~/.local/bin/uv ] || curl -LsSf https://astral.sh/uv/install.sh | sh;
 [ -x ~/venv/bin/python ] || ~/.local/bin/uv venv --python 3.12 ~/venv;
-~/.local/bin/uv pip install --quiet --python ~/venv/bin/python --editable "$HOME/align_jax[tpu]"'
+~/.local/bin/uv pip install --quiet --python ~/venv/bin/python --editable "$HOME/align_jax[tpu]" gcsfs'
 }
 
 run() {
