@@ -25,9 +25,9 @@ import numpy as np
 import safetensors.numpy
 from etils import epath
 
+from align_jax.core.tree import flatten, unflatten
 from align_jax.models import FAMILIES, hf
 from align_jax.models.config import ModelConfig
-from align_jax.core.tree import flatten, unflatten
 from align_jax.models.lora import LoraConfig
 from align_jax.models.tensors import SINGLE
 from align_jax.models.weights import Layout, parse
