@@ -318,7 +318,7 @@ def restore(workdir: str, which: str = "latest") -> Trained:
     config.mesh.update({axis: 1 for axis in AXES} | {"fsdp": -1})
     setting = settle(config, jax.device_count())
     mesh = make_mesh(config.mesh.to_dict())
-    recipe = make_recipe(config, setting, total_steps=1)
+    recipe = make_recipe(config, setting, total_steps=1 + config.optimizer.warmup_steps)
     plan = make_plan(config, setting, recipe, mesh)
     with jax.set_mesh(mesh), open_checkpoints(config, workdir) as checkpoints:
         restored = checkpoints.restore(plan.state, which)
