@@ -15,4 +15,5 @@ REWARDS: Mapping[str, Callable[..., rewards.RewardFunction]] = {
     "lexicon": rewards.lexicon,
     "function": rewards.function,
     "model": rewards.model,
+    "judge": rewards.judge,
 }

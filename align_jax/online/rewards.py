@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rewards: what a completion is worth, by rules on its text or by a model.
 
-Each public function up to `model` is a row of ``REWARDS``: it takes options and returns a *reward function*
+Each public function up to `judge` is a row of ``REWARDS``: it takes options and returns a *reward function*
 
     (prompts, completions, extras) -> one number for each completion
 
@@ -11,6 +11,7 @@ batch, so a score never depends on how completions were batched.
 """
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import difflib
 import functools
@@ -26,6 +27,7 @@ import numpy as np
 from jaxtyping import Float
 
 from align_jax.core.schema import Example
+from align_jax.inference.engines import Client
 from align_jax.inference.score import RewardModel
 
 Extras = Sequence[Mapping[str, Any]]
@@ -253,6 +255,51 @@ def model(path: str, rows: int = 16, max_length: int = 0, compute_dtype: str = "
                  for prompt, row in zip(prompts, extras)]
         return scorer([Example(prompt if isinstance(prompt, str) else tuple(prompt), (completion,))
                        for prompt, completion in zip(turns, completions)]).tolist()
+
+    return score
+
+
+RATING = """Rate the answer to the request from 0 (useless) to 10 (perfect) for help, correctness and clarity.
+
+Request:
+{prompt}
+
+Answer:
+{completion}
+
+End with a line of the form "Final score: N"."""
+
+
+def judge(url: str, model: str, question: str = RATING, scale: float = 10.0, concurrency: int = 16,
+          **options: Any) -> RewardFunction:
+    """Score by a language model's rating, behind an OpenAI-compatible server (its key in OPENAI_API_KEY).
+
+    Args:
+        url: of the server.
+        model: the judge's name there.
+        question: with the fields ``{prompt}`` and ``{completion}``; of the answer the number after "score:" counts,
+            else its last number.
+        scale: the rating is divided by this.
+        concurrency: questions under way at once.
+        options: of the request (``temperature``, ``max_tokens``).
+
+    Raises:
+        ValueError: when called, an answer without a number.
+        ConnectionError: when called, as ``inference.engines.Client.post``.
+    """
+    client = Client(url)
+
+    def rate(one: tuple[str, str]) -> float:
+        text = client.chat(model, [{"role": "user", "content": question.format(prompt=one[0], completion=one[1])}],
+                           **options)
+        marked = re.findall(rf"(?i)score:\s*({_NUMBER})", text) or re.findall(_NUMBER, text)
+        if not marked:
+            raise ValueError(f"the judge {model!r} gave no number: {text[:100]!r}")
+        return float(marked[-1].replace(",", "").partition("/")[0]) / scale
+
+    def score(prompts: Sequence[str], completions: Sequence[str], extras: Extras) -> Sequence[float]:
+        with concurrent.futures.ThreadPoolExecutor(concurrency) as pool:
+            return list(pool.map(rate, zip(prompts, completions, strict=True)))
 
     return score
 

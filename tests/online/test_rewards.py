@@ -84,6 +84,23 @@ def test_weighted_sum_of_named_kinds_and_of_the_users_own_function():
     np.testing.assert_array_equal(total, np.float32([0.5, 0.0]))
 
 
+@pytest.mark.parametrize("answer,expected", [
+    ("It has 2 faults.\nFinal score: 7", 0.7), ("final Score: 8.5/10", 0.85), ("9", 0.9)])
+def test_a_judges_rating_is_the_number_after_the_word_score(monkeypatch, answer, expected):
+    asked = []
+    monkeypatch.setattr(rewards.Client, "chat", lambda self, model, messages, **options: asked.append(
+        (model, messages[0]["content"], options)) or answer)
+    fn = REWARDS["judge"](url="http://nowhere", model="m", max_tokens=9)
+    assert fn(["What?"], ["That."], [{}]) == [pytest.approx(expected)]
+    assert asked[0][0] == "m" and "What?" in asked[0][1] and "That." in asked[0][1] and asked[0][2] == {"max_tokens": 9}
+
+
+def test_a_judge_without_a_number_is_named(monkeypatch):
+    monkeypatch.setattr(rewards.Client, "chat", lambda self, model, messages, **options: "very good")
+    with pytest.raises(ValueError, match="'m' gave no number: 'very good'"):
+        REWARDS["judge"](url="http://nowhere", model="m")(["p"], ["c"], [{}])
+
+
 @pytest.mark.parametrize("given,error,message", [
     ({}, ValueError, "no reward"),
     ({"lexikon": {}}, KeyError, "did you mean 'lexicon'"),
