@@ -4,7 +4,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 runs="${1:-runs/demo}"
-steps="${DEMO_STEPS:-300}" # of the supervised stage; DPO takes a quarter of them
+steps="${DEMO_STEPS:-300}" # of the supervised stage; DPO takes a third of them
 [ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv
 python=.venv/bin/python
 if ! $python -m pip show --quiet align_jax 2>/dev/null; then
@@ -19,7 +19,7 @@ $python -m align_jax.train --config=configs/tiny.py:sft --workdir="$runs/sft" --
 $python -m align_jax.export --workdir="$runs/sft" --output="$runs/sft_hf"
 
 echo "== 2. DPO from there on preference pairs"
-$python -m align_jax.train --config=configs/tiny.py:dpo --workdir="$runs/dpo" --config.total_steps="$((steps / 4))" \
+$python -m align_jax.train --config=configs/tiny.py:dpo --workdir="$runs/dpo" --config.total_steps="$((steps / 3))" \
   --config.model.path="$runs/sft_hf" --config.optimizer.learning_rate=5e-5 --config.eval.every_steps=20
 $python -m align_jax.export --workdir="$runs/dpo" --output="$runs/dpo_hf"
 
