@@ -57,6 +57,7 @@ class Pipeline:
     _pad: int
     _process: tuple[int, int]
     _mismatched: Shape | None
+    _repeat: bool
     _threads: int
     _prefetch: int
 
@@ -132,6 +133,10 @@ class Pipeline:
         weight = np.zeros(share, np.float32)
         real = groups[groups != FILLER]
         place = np.cumsum(groups != FILLER) - 1
+        if not self._repeat and len(np.unique(table.prompt_key[real])) == 1:
+            # evaluation takes batches as they fall, down to a single example: the data's next other prompt helps out
+            used = self._units[self._units != FILLER]
+            real = np.append(real, used[table.prompt_key[used] != table.prompt_key[real[0]]][:1])
         partners = next_other(table.prompt_key[real])
         for row, at in enumerate(range(index * share, (index + 1) * share)):
             if groups[at] == FILLER:
@@ -226,7 +231,8 @@ def make_pipeline(examples: Examples, tokenizer: PreTrainedTokenizerBase, *, bat
         steps_per_epoch=max(1, len(units) // wanted) if repeat else -(-len(units) // wanted),
         report={**examples.report, **cuts.report, **_fill(cuts, layout, units, shape)},
         _encoded=encoded, _cuts=cuts.cuts, _units=units, _stream=stream, _limits=limits, _pad=pad_id(tokenizer),
-        _process=(process_index, process_count), _threads=threads, _prefetch=prefetch, _mismatched=extra)
+        _process=(process_index, process_count), _threads=threads, _prefetch=prefetch,
+        _mismatched=extra, _repeat=repeat)
 
 
 def _lay_out(examples: Examples, cuts: planning.Cuts, responses: int, layout: str, batch_size: int, max_length: int,

@@ -201,6 +201,14 @@ def test_mismatched_rows_of_fillers_weigh_nothing(byte):
     assert byte.decode(extra.tokens[2][extra.loss_mask[2]], skip_special_tokens=True) == " one"
 
 
+def test_evaluation_finds_a_mismatch_for_a_single_example(byte):
+    texts = [("a:", " one"), ("b:", " two"), ("b:", " three")]
+    pipe = make(of_texts(*texts, kind="unpaired"), byte, batch_size=2, shuffle=False, repeat=False, mismatched=True)
+    extra = pipe.batch(1).mismatched
+    assert byte.decode(extra.tokens[0][extra.segment_ids[0] > 0]) == "b: one<|end|>"
+    assert extra.weight.tolist() == [1, 0]
+
+
 def test_the_batches_fields_are_the_examples(byte):
     examples = load("ranked", "ranked")
     batch = make(examples, byte).batch(1)
