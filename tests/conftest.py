@@ -24,6 +24,12 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 DATA = pathlib.Path(os.environ.get("ALIGN_JAX_TESTDATA") or pathlib.Path(__file__).parents[2] / "shared" / "data")
 
 
+def pytest_ignore_collect(collection_path: pathlib.Path) -> bool | None:
+    """Leave scripts that lie beside the tests (makers of goldens, measurements) out of the doctests."""
+    script = collection_path.suffix == ".py" and not collection_path.name.startswith(("test_", "conftest"))
+    return True if script and pathlib.Path(__file__).parent in collection_path.parents else None
+
+
 @pytest.fixture(scope="session")
 def testdata() -> pathlib.Path:
     """The folder of real data and of a real pretrained model; tests that need it are skipped without it."""
