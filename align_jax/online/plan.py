@@ -44,6 +44,8 @@ class Plan:
         stop_kl: skip a rollout's later epochs once the policy's divergence from the old one exceeds this, nats a
             token; 0 = never.
         overlap: make the next rollout while this one trains, with weights one rollout old.
+        server: an OpenAI-compatible server generates: the options of ``inference.engines.Server`` (url, model, and
+            the folder ``weights`` through which it gets the newest ones).  None: this mesh generates.
         selection: options of the selection.
         seed: of prompts' order, draws and slices.
     """
@@ -72,6 +74,7 @@ class Plan:
     tries: int = 1
     stop_kl: float = 0.0
     overlap: bool = False
+    server: Mapping[str, Any] | None = None
     selection: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     seed: int = 0
 
@@ -90,6 +93,8 @@ class Plan:
                              f"rollout.temperature = 1, got {self.sampling.temperature}")
         if self.tries > 1 and self.responses < 2:
             raise ValueError("dynamic sampling (rollout.options.tries > 1) needs rollout.responses_per_prompt > 1")
+        if self.server is not None and processes > 1:
+            raise ValueError("rollout.options.server works with one process only")
         if self.overlap and processes > 1:
             raise ValueError("rollout.options.overlap works in one process only: threads of several processes would "
                              "meet in different orders")

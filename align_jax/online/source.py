@@ -9,10 +9,12 @@ import jax
 from transformers import PreTrainedTokenizerBase
 
 from align_jax.core.schema import Example
-from align_jax.inference.engines import Local
+from align_jax.inference.engines import Engine, Local, Server
 from align_jax.inference.generate import Generator, bucket
 from align_jax.inference.samplers import Sampling
 from align_jax.losses.objective import Term
+from align_jax.models import hf
+from align_jax.models.lora import fold
 from align_jax.models.model import Model
 from align_jax.online import REWARDS, rewards
 from align_jax.online.plan import Plan, make_plan
@@ -55,9 +57,20 @@ def make_rollouts(plan: Plan, examples: Sequence[Example], tokenizer: PreTrained
     """
     prompts = Prompts(examples, tokenizer, max_length=max_length, max_new_tokens=plan.max_new_tokens,
                       truncation=truncation, seed=seed, shuffle=shuffle)
-    shards = row_shards(mesh)
-    rows = -(-min(plan.prompts * plan.responses, MOST_ROWS) // shards) * shards
-    generator = Generator(policy, tokenizer, rows=rows, max_length=max_length, mesh=mesh,
-                          prompt_bucket=bucket(prompts.longest, max_length - 1))
-    return Rollouts(plan, prompts, Local(generator, None), rewards.resolve(reward_weights, REWARDS), tokenizer,
-                    policy=policy, reference=reference, mesh=mesh)
+    if plan.server is None:
+        shards = row_shards(mesh)
+        rows = -(-min(plan.prompts * plan.responses, MOST_ROWS) // shards) * shards
+        generator = Generator(policy, tokenizer, rows=rows, max_length=max_length, mesh=mesh,
+                              prompt_bucket=bucket(prompts.longest, max_length - 1))
+        engine: Engine = Local(generator, None)
+    else:
+        engine = Server(**{"tokenizer": tokenizer, "export": lambda folder, params: export(folder, policy, params),
+                           **plan.server})
+    return Rollouts(plan, prompts, engine, rewards.resolve(reward_weights, REWARDS), tokenizer, policy=policy,
+                    reference=reference, mesh=mesh)
+
+
+def export(folder: str, policy: Model, params: Mapping[str, Any]) -> None:
+    """Write a policy's weights for a server: adapters merged, scalar heads left out; the tokenizer stays as it is."""
+    whole = fold(params, policy.options.lora) if policy.options.lora is not None else dict(params)
+    hf.save(folder, policy.config, {name: leaf for name, leaf in whole.items() if name not in policy.options.heads})
