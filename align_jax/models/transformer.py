@@ -196,6 +196,7 @@ class Decoder(nn.Module):
             block, variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True},
             in_axes=(0, nn.broadcast), length=c.num_layers, metadata_params={"name": "layers"})(c, o)
         self.embed = Embedding(c, o.dtype)
+        self.drop = nn.Dropout(o.dropout)
         self.final_norm = Norm((c.width,), c.norm, c.norm_eps, c.norm_offset, o.dtype)
         if o.unembed and not c.tied:
             self.output = Linear((c.width,), (c.vocab_rows,), ("embed", "vocab"), o.dtype, False, c.init_std)
@@ -250,7 +251,7 @@ class Decoder(nn.Module):
                  "rope": jnp.asarray(c.layer_ropes, jnp.int32)}
         x = self.embed(tokens, shared["positions"])
         if self.options.dropout and self.has_rng("dropout"):
-            x = nn.Dropout(self.options.dropout)(x, deterministic=False)
+            x = self.drop(x, deterministic=False)
         (x, cache), aux = self.layers((x, cache), layer, shared)
         with jax.named_scope("final_norm"):
             return constrain(self.final_norm(x), "rows", "length", "features"), cache, aux
