@@ -2,7 +2,7 @@
 """Do the online methods learn?  Each trains the same model on the same prompts; reward against KL, held out.
 
     python launch/online_study.py --model=HF_DIR --prompts=PROMPTS.jsonl --lexicon=vader_lexicon.txt --output=DIR
-        [--methods=grpo,ppo --seeds=0,1,2 --steps=60]
+        [--methods=grpo,ppo --seeds=0,1,2 --steps=40]
 
 Every method sees 128 samples a rollout.  The last eighth of the prompts is held out: after training, each is sampled
 eight times; reward and KL (nats a completion, against the starting weights) are means over these.  Results that
@@ -28,12 +28,12 @@ from align_jax.online import REWARDS, rewards
 NEW_TOKENS = 32
 # Method -> (objective, its options, groups in a step, samples a prompt, learning rate).
 METHODS: Mapping[str, tuple[str, dict[str, Any], int, int, float]] = {
-    "GRPO": ("grpo", {"beta": 0.02}, 16, 8, 5e-4),
-    "RLOO": ("rloo", {"kl_coef": 0.02}, 16, 8, 5e-4),
-    "REINFORCE++": ("reinforce_pp", {"kl_coef": 0.02}, 128, 1, 5e-4),
-    "PPO": ("ppo", {"kl_coef": 0.02, "epochs": 2, "minibatches": 2}, 64, 1, 3e-4),
-    "online DPO": ("dpo", {"beta": 0.1}, 16, 8, 5e-4),
-    "online KTO": ("kto", {"beta": 0.1}, 128, 8, 5e-4),
+    "GRPO": ("grpo", {"beta": 0.1}, 16, 8, 3e-4),
+    "RLOO": ("rloo", {"kl_coef": 0.05}, 16, 8, 3e-4),
+    "REINFORCE++": ("reinforce_pp", {"kl_coef": 0.05}, 128, 1, 3e-4),
+    "PPO": ("ppo", {"kl_coef": 0.05, "epochs": 2, "minibatches": 2}, 64, 1, 3e-4),
+    "online DPO": ("dpo", {"beta": 0.1}, 16, 8, 3e-4),
+    "online KTO": ("kto", {"beta": 0.1}, 128, 8, 3e-4),
 }
 
 
@@ -132,5 +132,5 @@ if __name__ == "__main__":
         flags.DEFINE_string(name, None, f"See the file's head: {name}.", required=True)
     flags.DEFINE_list("methods", [], f"Of {', '.join(METHODS)}; default: all.")
     flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds.")
-    flags.DEFINE_integer("steps", 60, "Rollouts of each run.", 1)
+    flags.DEFINE_integer("steps", 40, "Rollouts of each run.", 1)
     app.run(main)
