@@ -24,7 +24,7 @@ def defaults() -> ConfigDict:
     c.batch_size = 64  # groups (prompts with their responses) in a step, the whole mesh together
     c.microbatches = 1  # the step's batch in so many parts, one after another: less memory, same result
     c.max_length = 1024  # tokens of a prompt with one response
-    c.row_length = 0  # tokens of a packed row; 0 = max_length
+    c.row_length = 0  # tokens of a packed row; 0 = that of R full-length responses
     c.tokenizer = ""  # directory, hub id, or "byte"; "" = the model's own (byte for random weights)
 
     c.model = m = ConfigDict()
