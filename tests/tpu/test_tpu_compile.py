@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The TPU compiler, without a TPU: steps fit, hold no logits of whole rows, and move what their mesh must move."""
+from __future__ import annotations
+
+import math
+import pathlib
+import runpy
+
+import pytest
+
+pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu")
+
+from align_jax import plan  # noqa: E402
+from align_jax.models.attention import ATTENTION  # noqa: E402
+from align_jax.parallel.chips import GIB, describe_topology  # noqa: E402
+from align_jax.training.flops import layer_weights  # noqa: E402
+from align_jax.training.forecast import tree_bytes  # noqa: E402
+
+CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
+MODEL = dict(vocab_size=1024, hidden_size=256, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4,
+             num_key_value_heads=2, max_position_embeddings=4096)
+
+
+def _config(name: str, argument: str = "", **changes):
+    config = runpy.run_path(str(CONFIGS / f"{name}.py"))["get_config"](*[argument] * bool(argument))
+    for key, value in changes.items():
+        *parents, last = key.split("__")
+        node = config
+        for parent in parents:
+            node = node[parent]
+        node[last] = value
+    return plan.for_planning(config)
+
+
+def _small(**changes):
+    from ml_collections import ConfigDict
+    return _config("tiny", "dpo", **({"model__config": ConfigDict(MODEL), "model__compute_dtype": "bfloat16",
+                                      "model__remat": "full", "reference__dtype": "bfloat16", "batch_size": 8,
+                                      "max_length": 512} | changes))
+
+
+def _forecast(config, name: str):
+    topology = describe_topology(name)
+    step = plan.make_step(config, topology)
+    return step, plan.compile_train(step, topology)
+
+
+def _moved(found, *kinds: str, axes: str | None = None) -> float:
+    return sum(row["bytes"] for row in found.collectives if row["kind"] in kinds and axes in (None, row["axes"]))
+
+
+def _no_whole_rows_of_logits(step, found) -> None:
+    """No array has a vocabulary axis and as many elements beside it as the device's rows have tokens."""
+    sizes = step.mesh.shape
+    rows = step.batch.tokens.shape[0] // math.prod(sizes[axis] for axis in ("data", "fsdp", "expert"))
+    tokens = rows * step.batch.tokens.shape[1] // sizes["sequence"] // step.config.microbatches
+    vocab = {step.recipe.policy.config.vocab_rows // split for split in (1, sizes["tensor"])}
+    wrong = [shape for _, shape, _ in found.largest if vocab & set(shape)
+             and math.prod(shape) // max(vocab & set(shape)) >= tokens]
+    assert not wrong, wrong
+
+
+def test_a_small_model_moves_what_its_mesh_must_move_and_no_more():
+    config = _small(mesh__fsdp=2, mesh__sequence=2, mesh__tensor=2)
+    step, found = _forecast(config, "v5e:2x4")
+    assert found.fits and step.config.model.attention == "splash" in ATTENTION
+    assert not _moved(found, "all-to-all", "ragged-all-to-all"), found.collectives
+    assert {row["axes"] for row in found.collectives} & {"fsdp", "tensor"}
+    _no_whole_rows_of_logits(step, found)
+    weights = layer_weights(step.recipe.policy.config)
+    passes = 3  # the reference's, the policy's, and again where the backward pass recomputes
+    least = 2 * passes * weights / 2 * (1 / 2)  # bfloat16; split over tensor; half of it is already here
+    assert _moved(found, "all-gather", axes="fsdp") < 2 * least + 4e6, found.collectives
+
+
+def test_slices_exchange_gradients_only_and_shards_of_them():
+    step, found = _forecast(_small(mesh__data=2, mesh__fsdp=4), "2*v5e:2x2")
+    between = _moved(found, "all-reduce", axes="data")
+    gradients = tree_bytes(step.plan.trained)  # of one device, float32
+    assert 0.4 * gradients < between < 1.3 * gradients, (between, gradients, found.collectives)
+    assert found.seconds["network"] > 0
+
+
+def test_a_step_that_does_not_fit_says_by_how_much():
+    config = _small(batch_size=16384, model__remat="none", mesh__fsdp=1)
+    step, found = _forecast(config, "v5e:1x1")
+    assert not found.fits and found.memory.used > 16 * GIB
+    lines = plan.advise(step, found)
+    assert "GiB too much" in lines[0] and any("microbatches" in line for line in lines)
+
+
+def test_dpo_of_7b_fits_v5e_in_less_than_the_prototype():
+    step, found = _forecast(_config("dpo_7b", batch_size=32), "v5e:4x8")
+    assert found.memory.used < 5.3 * GIB, found.memory  # the prototype's, with the same rows and tokens
+    _no_whole_rows_of_logits(step, found)
+    assert not _moved(found, "all-to-all"), found.collectives
+    weights = 2 * (layer_weights(step.recipe.policy.config) + 2 * 4096 * 32000)  # bfloat16
+    least = 4 * weights * 31 / 32  # gathered in three passes, reduced once
+    assert _moved(found, "all-gather", "reduce-scatter", "collective-permute", "all-reduce") < 1.25 * least
