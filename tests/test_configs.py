@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every file in configs/ is a recipe that works: it loads, means something, and its shrunk twin trains two steps."""
+import importlib.util
+import json
+import pathlib
+import re
+
+import numpy as np
+import pytest
+
+from align_jax import losses, run, train
+from align_jax.core import config as configs
+from align_jax.data import planning
+from align_jax.losses.objective import data_kind
+from align_jax.models import hf
+from align_jax.parallel.chips import CHIPS
+from align_jax.parallel.mesh import AXES, ROWS, mesh_shape
+
+FOLDER = pathlib.Path(__file__).parents[1] / "configs"
+FILES = sorted(path.stem for path in FOLDER.glob("*.py"))
+RECIPES = [name for name in FILES if name != "tiny"]
+SPECS = [*RECIPES, "dpo_pythia_2p8b:sft"]
+ONLINE = ("dpo", "kto", "ipo", "simpo")  # as tiny.py:online_NAME
+
+# A model small enough for a test: what a family's fields are shrunk to, where the recipe has them.
+SMALL = dict(vocab_size=272, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+             num_key_value_heads=2, num_local_experts=4, max_position_embeddings=512, sliding_window=32)
+MADE = {"completions": "completions", "pairs": "preferences", "unpaired": "unpaired", "prompts": "arithmetic"}
+
+
+def module(name):
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found
+
+
+def load(spec):
+    name, _, argument = spec.partition(":")
+    return module(name).get_config(*([argument] if argument else []))
+
+
+def topology(name):
+    """The chips that a recipe's docstring says it is laid out for."""
+    kind, sizes = re.search(r"^Topology: (\w+):([\dx]+)\.  Not yet run", module(name).__doc__, re.MULTILINE).groups()
+    assert kind in CHIPS
+    return int(np.prod([int(size) for size in sizes.split("x")])) * CHIPS[kind].devices_per_chip
+
+
+def shrunk(spec):
+    """The same recipe for a CPU: a tiny model of its family, data made by code, the mesh's axes kept at two."""
+    config = load(spec)
+    kind = "prompts" if config.rewards else data_kind(run.objective_terms(config))
+    with config.unlocked():
+        config.model.config.update({key: value for key, value in SMALL.items() if config.model.config.get(key)})
+        if "rope_scaling" in config.model.config:
+            config.model.config.rope_scaling.original_max_position_embeddings = 64
+        if config.rewards:  # no reward model to load
+            config.rewards = configs.ConfigDict({"length": {"target": 3}})
+    config.model.path, config.tokenizer, config.data.format = "", "byte", "auto"
+    config.model.compute_dtype = "float32"
+    config.data.train, config.data.eval = f"builtin:{MADE[kind]}:train?size=64", ""
+    config.data.eval_fraction = 0.0
+    config.data.max_prompt_length = min(config.data.max_prompt_length, 32)
+    config.total_steps, config.total_epochs, config.total_examples = 2, 0.0, 0
+    config.max_length, config.row_length = 112, 224 if config.row_length else 0
+    config.batch_size, config.microbatches = 16, min(config.microbatches, 2)
+    config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, 1)
+    config.rollout.max_new_tokens = 8
+    config.mesh.update({axis: min(config.mesh[axis], 2) for axis in AXES})
+    config.log.every_steps = 1
+    return config
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_says_how_to_run_it_on_what_and_where_it_is_from(name):
+    source, doc = (FOLDER / f"{name}.py").read_text(), module(name).__doc__
+    assert f"python -m align_jax.train --config=configs/{name}.py" in doc
+    found = re.search(rf"python -m align_jax.plan --config=configs/{name}.py --topology=(\S+)\n", doc)
+    assert found and f"Topology: {found[1]}.  Not yet run" in doc
+    assert re.search(r"arXiv \d{4}\.\d{5}|/[\w./-]+\.(yaml|py|sh|md)", doc), "no paper and no file of a repository"
+    assert 30 <= len(source.splitlines()) <= 70
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_recipe_is_valid_and_its_objective_resolves(spec):
+    config = load(spec)
+    configs.validate(config)
+    terms = run.objective_terms(config)
+    assert terms[0].objective is losses.OBJECTIVES[config.objective.name]
+    assert config.model.path and config.model.family
+    best = config.checkpoint.best_metric.lstrip("-")
+    assert best.startswith("eval/") if not config.rewards else not best
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_recipe_fits_its_topology(spec):
+    config = load(spec)
+    sizes = dict(zip(AXES, mesh_shape(config.mesh.to_dict(), topology(spec.partition(":")[0]))))
+    shards = int(np.prod([sizes[axis] for axis in ROWS]))
+    model = hf.config_from({"model_type": config.model.family, **config.model.config.to_dict()})
+    assert config.max_length <= model.max_positions
+    assert model.num_kv_heads % sizes["tensor"] == 0 == config.max_length % sizes["sequence"]
+    if model.num_experts:
+        assert model.num_experts % sizes["expert"] == 0
+    kind = data_kind(run.objective_terms(config))
+    responses = {"pairs": 2, "rollout": config.rollout.responses_per_prompt}.get(kind, 1)
+    multiple = shards * config.microbatches
+    shape = planning.plan_shape(
+        responses=responses, batch_size=config.batch_size, layout=config.data.layout, max_length=config.max_length,
+        row_length=config.row_length or None, groups_per_row=config.data.groups_per_row or None, row_multiple=multiple)
+    assert shape.rows == config.batch_size * responses // max(1, config.data.groups_per_row), "filler rows"
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_a_shrunk_recipe_trains_two_steps(spec, tmp_path):
+    config = shrunk(spec)
+    train.train(config, str(tmp_path))
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in rows if "loss" in row]
+    assert [row["step"] for row in steps] == [1, 2]
+    assert all(np.isfinite(row["loss"]) and row["grad_norm"] > 0 and row["learning_rate"] > 0 for row in steps)
+
+
+@pytest.mark.parametrize("name", [*losses.OBJECTIVES, *(f"online_{name}" for name in ONLINE), "dpo+sft"])
+def test_the_tiny_config_is_valid_for_every_objective(name):
+    config = module("tiny").get_config(name)
+    configs.validate(config)
+    setting = run.settle(config, 1)
+    assert setting.kind == data_kind(run.objective_terms(config))
+    assert (setting.rollouts is not None) == (setting.kind == "rollout" or name.startswith("online_"))
+
+
+def test_the_settings_that_tiny_makes_for_an_objective_name_objectives():
+    names = set(losses.OBJECTIVES) | {f"online_{name}" for name in losses.OBJECTIVES}
+    assert set(module("tiny").LEARNING_RATE) <= names
+
+
+def test_a_recipe_reads_as_assignments():
+    for name in RECIPES:
+        body = (FOLDER / f"{name}.py").read_text()
+        assert not re.search(r"^\s*(for|while|try|with|class) ", body, re.MULTILINE), name
