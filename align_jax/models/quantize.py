@@ -6,7 +6,7 @@ parameters runs from either.  Only the linear maps inside the layers are quantis
 
     int8    codes int8; one scale for each output: largest magnitude / 127                           8.01 bits a weight
     nf4     codes of 4 bits, two a byte, in blocks of 64 along one axis; each block's largest       4.13 bits a weight
-            magnitude as 8 bits of the largest in its column ("double quantisation")
+            magnitude in 8 bits, as a part of its output's largest ("double quantisation")
 
 Codes have as many axes as the kernel and are split over the mesh as it is.  Blocks never straddle two devices, so
 nothing is communicated to quantise or to use them.
@@ -53,9 +53,9 @@ class Quantized:
 
     Attributes:
         codes: int8 as the kernel; nf4: uint8, the blocked axis half as long.
-        scales: int8: (float32 [..., 1, outputs],); nf4: (uint8, the blocked axis 1/64 as long; float32, of length 1).
+        scales: float32, the contracted axes of length 1; nf4: before it uint8, the blocked axis 1/64 as long.
         method: a name of ``METHODS``.
-        axes: int8: the contracted axes; nf4: the blocked one.  From the end, so that they hold in a layer too.
+        axes: the axes that share a float32 scale, nf4's blocked one first.  From the end: they hold in a layer too.
         dtype: type of the kernel that was quantised.
     """
 
@@ -131,7 +131,8 @@ def quantize(kernel: jax.Array, like: Quantized) -> Quantized:
         return dataclasses.replace(like, codes=jnp.round(x / scales).astype(jnp.int8), scales=(scales,))
     axis = x.ndim + like.axes[0]
     blocks = _split(x, axis, BLOCK)  # [..., blocks, 64, ...]
-    coarse = jnp.maximum(jnp.ceil(jnp.max(jnp.abs(blocks), axis=axis + 1) / (tops / 255)), 1)  # up: nothing is clipped
+    coarse = jnp.ceil(jnp.max(jnp.abs(blocks), axis=axis + 1) / (tops / 255))  # up, so that no weight is cut off
+    coarse = jnp.clip(coarse, 1, 255)
     blocks = blocks / jnp.expand_dims(coarse * (tops / 255), axis + 1)
     codes = jnp.zeros(blocks.shape, jnp.uint8)
     for lower, upper in zip(NF4, NF4[1:]):
@@ -178,18 +179,19 @@ def quantized_shapes(shapes: Mapping[str, Any], method: str) -> dict[str, Any]:
 
 def _abstract(kernel: Any, method: str, leading: int, inputs: int, path: str, wrong: list[str]) -> Any:
     ndim = kernel.ndim
-    if method == "int8":
-        axes = tuple(axis - ndim for axis in range(leading, leading + inputs))
-        return Quantized(_resized(kernel, {}, jnp.int8), (_resized(kernel, {axis: 1 for axis in axes}, jnp.float32),),
-                         method, axes, kernel.dtype)
-    held = kernel.sharding.shard_shape(kernel.shape) if kernel.sharding is not None else kernel.shape
-    axis = next((axis - ndim for axis in range(leading, ndim) if held[axis] % BLOCK == 0), None)
-    if axis is None:
-        wrong.append(f"{path} {kernel.shape}, on a device {held}")
-        return kernel
-    size = kernel.shape[axis]
-    scales = _resized(kernel, {axis: size // BLOCK}, jnp.uint8), _resized(kernel, {axis: 1}, jnp.float32)
-    return Quantized(_resized(kernel, {axis: size // 2}, jnp.uint8), scales, method, (axis,), kernel.dtype)
+    axes = tuple(axis - ndim for axis in range(leading, leading + inputs))
+    codes, scales = _resized(kernel, {}, jnp.int8), ()
+    if method == "nf4":
+        held = kernel.sharding.shard_shape(kernel.shape) if kernel.sharding is not None else kernel.shape
+        block = next((axis - ndim for axis in range(leading, ndim) if held[axis] % BLOCK == 0), None)
+        if block is None:
+            wrong.append(f"{path} {kernel.shape}, on a device {held}")
+            return kernel
+        axes = (block, *(axis for axis in axes if axis != block))
+        codes = _resized(kernel, {block: kernel.shape[block] // 2}, jnp.uint8)
+        scales = (_resized(kernel, {block: kernel.shape[block] // BLOCK}, jnp.uint8),)
+    tops = _resized(kernel, {axis: 1 for axis in axes}, jnp.float32)
+    return Quantized(codes, (*scales, tops), method, axes, kernel.dtype)
 
 
 def _resized(kernel: Any, changes: Mapping[int, int], dtype: Any) -> jax.ShapeDtypeStruct:

@@ -123,9 +123,12 @@ def test_policy_and_reference_run_from_the_codes(method):
 
     @jax.jit
     def run(base, adapter):
-        loss = lambda adapter: jnp.mean(jnp.square(adapted.hidden(merge(base, adapter), *fields())[0]))
-        return plain.hidden(base, *fields())[0], adapted.hidden(merge(base, adapter), *fields())[0], jax.grad(
-            loss)(adapter)
+        def loss(adapter):
+            hidden = adapted.hidden(merge(base, adapter), *fields())[0]
+            return jnp.mean(jnp.square(hidden)), hidden
+
+        gradient, hidden = jax.grad(loss, has_aux=True)(adapter)
+        return plain.hidden(base, *fields())[0], hidden, gradient
 
     got, expected = run(base, adapter), run(stood_for, adapter)
     assert np.abs(got[0] - got[1]).max() > 0.01  # the adapter does something
