@@ -104,8 +104,12 @@ class Model:
         return self._apply(params, "head", name, hidden)
 
     def init_cache(self, rows: int, length: int, dtype: Any = None) -> Cache:
-        """Return an empty cache for ``rows`` rows of up to ``length`` tokens (type: the compute type)."""
+        """Return an empty cache for ``rows`` rows of up to ``length`` tokens (type: the compute type).
+
+        Where every layer has a window, it has no more slots than the longest of these.
+        """
         c, dtype = self.config, dtype or self.options.dtype
+        length = caches.slots(c.windows, length)
         shape = (c.num_layers, rows, length, c.num_kv_heads, c.head_width)
         return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((rows, length), jnp.int32),
                      jnp.zeros((rows, length), jnp.int32), jnp.zeros((rows,), jnp.int32))
@@ -117,15 +121,16 @@ class Model:
     def prefill(self, params: Params, tokens: Int[Array, "N T"], segment_ids: Int[Array, "N T"],
                 positions: Int[Array, "N T"], cache: Cache, prefix_ids: Int[Array, "N T"] | None = None
                 ) -> tuple[Float[Array, "N T D"], Cache]:
-        """Run prompts through the model and keep their keys and values, in slots [0, T) of an empty cache.
+        """Run prompts through the model and keep their keys and values in an empty cache.
 
         Rows may be padded on either side; a row's next slot is the one behind its last real token.
 
         Raises:
             ValueError: the cache is shorter than the prompts.
         """
-        if tokens.shape[1] > cache.segment_ids.shape[1]:
-            raise ValueError(f"prefill: {tokens.shape[1]} tokens do not fit a cache of {cache.segment_ids.shape[1]}")
+        slots = cache.segment_ids.shape[1]
+        if tokens.shape[1] > slots and not caches.is_ring(self.config.windows, slots):
+            raise ValueError(f"prefill: {tokens.shape[1]} tokens do not fit a cache of {slots}")
         return self._apply(params, "prefill", tokens, segment_ids, positions, prefix_ids, cache)
 
     def decode(self, params: Params, token: Int[Array, "N"], position: Int[Array, "N"], cache: Cache

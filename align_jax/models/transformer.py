@@ -18,6 +18,7 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name, checkpoint_policies
 
 from align_jax.models import attention as attentions
+from align_jax.models import cache as caches
 from align_jax.models import rope as ropes
 from align_jax.models.cache import Cache
 from align_jax.models.config import ModelConfig
@@ -98,8 +99,9 @@ class Attention(nn.Module):
             return y, (keys, values)
         if cache is not None:
             start = (layer["index"], 0, 0, 0, 0)
+            kept = (caches.taken(x, shared["held"]) if "held" in shared else x for x in (k, v))
             cache = tuple(jax.lax.dynamic_update_slice(whole, new[None].astype(whole.dtype), start)
-                          for whole, new in zip(cache, (k, v)))
+                          for whole, new in zip(cache, kept))
         function = attentions.choose(self.options.attention)
         fields = {name: shared[name] for name in ("segment_ids", "positions", "prefix_ids")}
         branches = [lambda q, k, v, w=w: function(q, k, v, **fields, window=w or None, **numbers) for w in kinds]
@@ -219,25 +221,31 @@ class Decoder(nn.Module):
     def prefill(self, tokens, segment_ids, positions, prefix_ids, cache):
         """Run whole rows and keep their keys and values."""
         shared = self._shared(segment_ids, positions, prefix_ids)
-        x, (keys, values), _ = self._run(tokens, shared, (cache.keys, cache.values))
-        length = tokens.shape[1]
+        length, size = tokens.shape[1], cache.segment_ids.shape[1]
         slot = jnp.arange(length, dtype=jnp.int32)[None]
         end = jnp.max(jnp.where(segment_ids > 0, slot + 1, 0), axis=1)
-        return x, Cache(keys, values, cache.segment_ids.at[:, :length].set(segment_ids),
-                        cache.positions.at[:, :length].set(positions), end)
+        fields = segment_ids, positions
+        if length > size:
+            shared["held"] = caches.held(end, size)
+            fields = tuple(caches.taken(x, shared["held"]) for x in fields)
+        x, (keys, values), _ = self._run(tokens, shared, (cache.keys, cache.values))
+        fields = (jax.lax.dynamic_update_slice(old, new, (0, 0))
+                  for old, new in zip((cache.segment_ids, cache.positions), fields))
+        return x, Cache(keys, values, *fields, end)
 
     def decode(self, token, position, cache):
         """Run one token a row against the cache."""
-        rows = jnp.arange(token.shape[0])
-        slots = cache.length
-        segment = cache.segment_ids[rows, jnp.maximum(slots - 1, 0)]
+        rows, size = jnp.arange(token.shape[0]), cache.segment_ids.shape[1]
+        slots, last = cache.length, jnp.maximum(cache.length - 1, 0)
+        if caches.is_ring(self.config.windows, size):
+            slots, last = slots % size, last % size
+        segment = cache.segment_ids[rows, last]
         segment_ids = cache.segment_ids.at[rows, slots].set(segment, mode="drop")
         positions = cache.positions.at[rows, slots].set(position, mode="drop")
         shared = self._shared(segment[:, None], position[:, None], None) | {
-            "slots": slots, "allowed": segment_ids == segment[:, None],
-            "distance": position[:, None] - positions}
+            "slots": slots, "allowed": segment_ids == segment[:, None], "distance": position[:, None] - positions}
         x, (keys, values), _ = self._run(token[:, None], shared, (cache.keys, cache.values))
-        return x[:, 0], Cache(keys, values, segment_ids, positions, slots + 1)
+        return x[:, 0], Cache(keys, values, segment_ids, positions, cache.length + 1)
 
     def _shared(self, segment_ids, positions, prefix_ids):
         return {"segment_ids": segment_ids, "positions": positions, "prefix_ids": prefix_ids,

@@ -117,11 +117,13 @@ def test_prefill_and_decode_equal_the_full_forward(peer):
     full = np.asarray(apply(params, np.where(segments > 0, tokens, 5), np.ones_like(segments),
                             np.broadcast_to(np.arange(LENGTH, dtype=np.int32), tokens.shape)))
     tokens = np.where(segments > 0, tokens, 5)
-    prompts = np.array([6, 3, 1])  # rows of different lengths, padded on the right
+    prompts = np.array([8, 3, 1])  # rows of different lengths, padded on the right
     width = prompts.max()
     real = (np.arange(width)[None] < prompts[:, None]).astype(np.int32)
     places = np.broadcast_to(np.arange(width, dtype=np.int32), real.shape) * real
     cache = model.init_cache(3, LENGTH, jnp.float32)
+    windows = model.config.windows
+    assert cache.keys.shape[2] == (WINDOW if all(windows) else LENGTH)  # a ring where every layer has a window
     hidden, cache = jax.jit(model.prefill)(params, tokens[:, :width] * real, real, places, cache)
     first = np.asarray(jax.jit(model.unembed)(params, hidden))
     decode = jax.jit(lambda *fields: (lambda h, c: (model.unembed(params, h), c))(*model.decode(params, *fields)))
