@@ -60,7 +60,7 @@ def config_from(hf: Mapping[str, Any]) -> ModelConfig:
     Raises:
         ValueError: no or an unknown ``model_type``, or a feature that the family's file does not support.
     """
-    if "model_type" not in hf:
+    if not hf.get("model_type"):
         raise ValueError(f"config.json has no model_type; known: {', '.join(FAMILIES)}")
     return family(hf["model_type"]).from_hf(hf)
 
