@@ -120,12 +120,15 @@ def check_targets(lora: LoraConfig, gated: bool, experts: bool) -> None:
     """Check that an adapter's pattern matches linear maps of the model.
 
     Raises:
-        ValueError: it matches none.
+        ValueError: it matches none, or experts, which take no adapter.
     """
     known = [name for name in TARGETS if (gated or name != "mlp/gate") and not (experts and name.startswith("mlp/"))]
+    refused = [name for name in TARGETS if experts and name.startswith("mlp/") and lora.on(name)]
+    if refused:
+        raise ValueError(f"LoRA targets {lora.targets!r} match {', '.join(refused)}, but experts take no adapter; "
+                         "adapt the attention: 'attention/.*'")
     if not any(lora.on(name) for name in known):
-        raise ValueError(f"LoRA targets {lora.targets!r} match none of {known}"
-                         + ("; experts take no adapter" if experts else ""))
+        raise ValueError(f"LoRA targets {lora.targets!r} match none of {known}")
 
 
 def fresh(key: jax.Array, shapes: Tree, base: Tree) -> dict[str, Any]:

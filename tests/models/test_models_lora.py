@@ -46,8 +46,8 @@ def shaken(tree, seed=5, size=0.1):
     return jax.tree.map(lambda x: x + jnp.asarray(draw.normal(size=x.shape) * size, x.dtype), tree)
 
 
-def hidden(model, params, key=None):
-    return jax.jit(lambda params: model.hidden(params, *fields(), dropout_key=key)[0])(params)
+def hidden(model, params):
+    return jax.jit(lambda params: model.hidden(params, *fields())[0])(params)
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -63,23 +63,18 @@ def test_a_folded_adapter_computes_what_the_layer_does(name):
     np.testing.assert_allclose(got, expected, atol=2e-5)
 
 
-@pytest.mark.parametrize("name, dtype", [("plain", "float32"), ("plain", "bfloat16"), ("dora", "bfloat16")])
-def test_a_fresh_adapter_leaves_the_model_bit_equal(name, dtype):
-    plain, adapted = models(VARIANTS[name], dtype)
+def test_a_fresh_dora_adapter_is_bit_equal_in_bfloat16_and_when_folded():
+    plain, adapted = models(VARIANTS["dora"], "bfloat16")
     base = filled(plain, jnp.bfloat16)
     fresh = adapted.init_adapter(jax.random.key(1), base)
-    assert all(bool((leaf == 0).all()) == path.endswith("lora_b") for path, leaf in flatten(fresh).items())
     np.testing.assert_array_equal(hidden(adapted, merge(base, fresh)), hidden(plain, base))
-    for got, kept in zip(jax.tree.leaves(fold(merge(base, fresh), VARIANTS[name])), jax.tree.leaves(base)):
+    for got, kept in zip(jax.tree.leaves(fold(merge(base, fresh), VARIANTS["dora"])), jax.tree.leaves(base)):
         assert got.dtype == jnp.bfloat16 and bool((got == kept).all())
 
 
 def test_scales():
     assert LoraConfig(4, alpha=8.0).scale == 2.0
     assert LoraConfig(4, alpha=8.0, rank_stabilised=True).scale == 4.0
-    for wrong in (dict(rank=0), dict(rank=2, dropout=1.0)):
-        with pytest.raises(ValueError, match="LoRA"):
-            LoraConfig(**wrong)
 
 
 def linear(lora):
@@ -119,18 +114,6 @@ def test_no_product_as_large_as_the_kernel_is_made(name):
     assert (7, 40) in found and (32, 40) not in found
 
 
-def test_dropout_acts_on_the_adapter_alone_and_only_with_a_key():
-    lora = LoraConfig(4, dropout=0.5)
-    plain, adapted = models(lora)
-    base = filled(plain)
-    fresh = adapted.init_adapter(jax.random.key(1), base)
-    params = merge(base, shaken(fresh))
-    keys = [None, jax.random.key(0), jax.random.key(1)]
-    off, first, second = (hidden(adapted, params, key) for key in keys)
-    assert np.abs(off - first).max() > 0.01 and np.abs(first - second).max() > 0.01
-    np.testing.assert_array_equal(hidden(adapted, merge(base, fresh), keys[1]), hidden(plain, base))
-
-
 def test_a_fresh_adapters_gradient_is_in_b_and_in_doras_magnitudes():
     plain, adapted = models(VARIANTS["dora"])
     base = filled(plain)
@@ -140,6 +123,8 @@ def test_a_fresh_adapters_gradient_is_in_b_and_in_doras_magnitudes():
         assert (np.abs(leaf).max() > 1e-5) == (not path.endswith("lora_a")), path
 
 
-def test_targets_that_match_nothing_are_refused():
-    with pytest.raises(ValueError, match="LoRA targets 'q_proj' match none of"):
-        models(LoraConfig(2, targets="q_proj"))
+def test_experts_take_no_adapter():
+    config = hf.config_from({"model_type": "mixtral", "num_local_experts": 4} | SHAPE)
+    with pytest.raises(ValueError, match="match mlp/gate, mlp/up, mlp/down, but experts take no adapter"):
+        build(config, lora=LoraConfig(2))
+    build(config, lora=LoraConfig(2, targets="attention/.*"))

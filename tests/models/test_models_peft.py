@@ -30,7 +30,8 @@ CASES = {  # family -> (what differs from SHAPE, a fused module's name)
 }
 VARIANTS = {"llama": dict(dora=True), "gpt2": dict(dora=True), "phi3": dict(rank_stabilised=True),
             "gpt_neox": dict(dora=True), "qwen3": dict(targets="attention/(query|value)"),
-            "opt": dict(targets="attention/output|mlp/up", rank_stabilised=True)}
+            "opt": dict(targets="attention/output|mlp/up", rank_stabilised=True),
+            "mixtral": dict(targets="attention/.*"), "qwen3_moe": dict(targets="attention/.*")}
 
 
 def tiny(family, auto=transformers.AutoModelForCausalLM, **changes):
