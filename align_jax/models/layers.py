@@ -80,6 +80,7 @@ class Linear(nn.Module):
         inputs, outputs: the contracted axes' sizes and the new ones'.
         axes: logical names of (*inputs, *outputs).
         lora: the adapter on this map, if any.
+        result: type of y where it is not the compute type: logits are summed and kept in float32.
     """
 
     inputs: tuple[int, ...]
@@ -89,6 +90,7 @@ class Linear(nn.Module):
     bias: bool = False
     init_std: float = 0.02
     lora: LoraConfig | None = None
+    result: Any = None
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -96,7 +98,7 @@ class Linear(nn.Module):
         shape = self.inputs + self.outputs
         kernel = parameter(self, "kernel", normal(self.init_std), shape, self.axes)
         quantized = isinstance(kernel, Quantized)
-        y = product(x, kernel, count) if quantized else contract(x, array(kernel, self.dtype), count)
+        y = product(x, kernel, count) if quantized else contract(x, array(kernel, self.dtype), count, self.result)
         if self.lora is not None:
             y = self._adapt(x, y, kernel)
         if self.bias:
@@ -122,9 +124,9 @@ class Linear(nn.Module):
         return (y + delta) * jnp.expand_dims(factor, tuple(range(y.ndim - factor.ndim)))
 
 
-def contract(x: jax.Array, kernel: jax.Array, count: int) -> jax.Array:
-    """Contract the last ``count`` axes of x with the first of the kernel."""
-    return jnp.tensordot(x, kernel, axes=count)
+def contract(x: jax.Array, kernel: jax.Array, count: int, result: Any = None) -> jax.Array:
+    """Contract the last ``count`` axes of x with the first of the kernel; ``result`` is the sums' type if another."""
+    return jnp.tensordot(x, kernel, axes=count, preferred_element_type=result)
 
 
 def column_norm(kernel: jax.Array | Quantized, down: jax.Array, up: jax.Array, scale: float) -> jax.Array:

@@ -201,7 +201,8 @@ class Decoder(nn.Module):
         self.drop = nn.Dropout(o.dropout)
         self.final_norm = Norm((c.width,), c.norm, c.norm_eps, c.norm_offset, o.dtype)
         if o.unembed and not c.tied:
-            self.output = Linear((c.width,), (c.vocab_rows,), ("embed", "vocab"), o.dtype, False, c.init_std)
+            self.output = Linear((c.width,), (c.vocab_rows,), ("embed", "vocab"), o.dtype, False, c.init_std,
+                                 result=jnp.float32)
         self.scalars = {name: HEADS[name](c.width, name) for name in o.heads}
 
     def everything(self, tokens):
@@ -272,7 +273,7 @@ class Decoder(nn.Module):
             if c.tied:
                 logits = jnp.einsum("...D,VD->...V", hidden, self.embed.table(), preferred_element_type=jnp.float32)
             else:
-                logits = self.output(hidden).astype(jnp.float32)
+                logits = self.output(hidden)
             if c.final_softcap:
                 logits = c.final_softcap * jnp.tanh(logits / c.final_softcap)
             if c.vocab_rows == c.vocab_size:

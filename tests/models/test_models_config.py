@@ -16,7 +16,8 @@ PYTHIA = {"model_type": "gpt_neox", "hidden_size": 2560, "intermediate_size": 10
           "num_hidden_layers": 32, "rotary_pct": 0.25, "rotary_emb_base": 10000, "max_position_embeddings": 2048,
           "use_parallel_residual": True, "tie_word_embeddings": False, "vocab_size": 50304, "layer_norm_eps": 1e-5}
 GEMMA2 = {"model_type": "gemma2", "hidden_size": 2304, "intermediate_size": 9216, "num_attention_heads": 8,
-          "head_dim": 256, "num_key_value_heads": 4, "num_hidden_layers": 26, "sliding_window": 4096, "query_pre_attn_scalar": 256,
+          "head_dim": 256, "num_key_value_heads": 4, "num_hidden_layers": 26, "sliding_window": 4096,
+          "query_pre_attn_scalar": 256,
           "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "vocab_size": 256000, "rope_theta": 10000.0}
 GEMMA3 = {"model_type": "gemma3_text", "hidden_size": 1152, "intermediate_size": 6912, "num_attention_heads": 4,
           "head_dim": 256, "num_key_value_heads": 1, "num_hidden_layers": 26, "sliding_window": 512,
