@@ -8,6 +8,7 @@ which of them are in use (``filters``) is static, so that a plain temperature ne
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -141,6 +142,29 @@ def adjust(logits: Float[Array, "N V"], settings: Settings, filters: frozenset[s
     return logits
 
 
+def _invert(uniform: Float[Array, "N"], weights: Float[Array, "N m"]) -> Int[Array, "N"]:
+    """Return the first index whose cumulated weight exceeds a share of the total: the inverse distribution function."""
+    cumulated = jnp.cumsum(weights, axis=-1)
+    over = cumulated > (uniform * cumulated[:, -1])[:, None]
+    return jnp.where(over[:, -1], jnp.argmax(over, axis=-1), jnp.argmax(weights, axis=-1))  # rounding may leave none
+
+
+def categorical(keys: Key[Array, "N"], logits: Float[Array, "N V"]) -> Int[Array, "N"]:
+    """Draw from each row's softmax, by its own key: first a block of about √V tokens, then one of its tokens.
+
+    Two random numbers a row, where adding Gumbel noise takes V of them (five times the time on a CPU at V = 2,048); in
+    two stages, because one cumulated sum over a large vocabulary would round small probabilities away.
+    """
+    rows, vocabulary = logits.shape
+    block = math.isqrt(vocabulary - 1) + 1
+    weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+    weights = jnp.pad(weights, ((0, 0), (0, -vocabulary % block))).reshape(rows, -1, block)
+    uniform = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys)
+    chosen = _invert(uniform[:, 0], weights.sum(axis=-1))
+    inside = _invert(uniform[:, 1], jnp.take_along_axis(weights, chosen[:, None, None], axis=1)[:, 0])
+    return chosen * block + inside
+
+
 def draw(keys: Key[Array, "N"], positions: Int[Array, "N"], logits: Float[Array, "N V"], settings: Settings,
          filters: frozenset[str], seen: Bool[Array, "N V"] | None = None
          ) -> tuple[Int[Array, "N"], Float[Array, "N"], Float[Array, "N"]]:
@@ -158,7 +182,7 @@ def draw(keys: Key[Array, "N"], positions: Int[Array, "N"], logits: Float[Array,
     """
     adjusted = adjust(logits, settings, filters, seen)
     keys = jax.vmap(jax.random.fold_in)(keys, positions.astype(jnp.uint32))
-    tokens = jax.vmap(jax.random.categorical)(keys, adjusted)
+    tokens = categorical(keys, adjusted)
     greedy = settings.temperature == 0
     tokens = jnp.where(greedy, jnp.argmax(adjusted, axis=-1), tokens).astype(jnp.int32)
 

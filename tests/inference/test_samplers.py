@@ -54,6 +54,18 @@ def test_drawn_frequencies_pass_a_chi_square_test():
     assert counts[5] == 0 and statistic < 18.47  # the 0.999 quantile with 4 degrees of freedom
 
 
+def test_excluded_and_rare_tokens_of_a_large_vocabulary_are_drawn_as_often_as_they_should():
+    n, vocabulary = 20000, 5003
+    logits = np.full(vocabulary, -1e30, np.float32)
+    logits[[3, 700, 2500, 5002]] = np.log([0.5, 0.25, 0.2, 0.05])
+    tokens = samplers.categorical(samplers.row_keys(np.arange(n, 2 * n), np.zeros(n, int)),
+                                  jnp.broadcast_to(jnp.asarray(logits), (n, vocabulary)))
+    counts = np.bincount(np.asarray(tokens), minlength=vocabulary)
+    expected = n * np.exp(logits.astype(np.float64))
+    kept = expected > 0
+    assert counts[~kept].sum() == 0 and np.sum((counts[kept] - expected[kept]) ** 2 / expected[kept]) < 16.3  # 3 df
+
+
 def test_each_row_follows_its_own_settings_whatever_its_neighbours():
     rng = np.random.default_rng(1)
     rows = [Sampling(temperature=0.0), Sampling(top_k=1), Sampling(temperature=0.5, top_p=0.9), Sampling(min_p=0.3),
