@@ -61,19 +61,15 @@ def splash(q: Float[Array, "N T H h"], k: Float[Array, "N T K h"], v: Float[Arra
                                    for x in (segment_ids, prefix_ids))
     kernel = _kernel(length + extra, heads // tensor, window, softcap, sequence, interpret, prefix_ids is not None)
     scaled = (q.astype(jnp.float32) * scale).astype(q.dtype)
-    fields = (segment_ids, segment_ids, prefix_ids)
-    if mesh.empty:
-        out = _rows(kernel, scaled, k, v, *fields)
-    else:
+    run = functools.partial(_rows, split=sequence > 1)
+    if not mesh.empty:
         over = ROWS if rows % math.prod(sizes[axis] for axis in ROWS) == 0 else None
-        queries = PartitionSpec(over, "sequence", "tensor", None)
-        keys = PartitionSpec(over, None, "tensor", None)
-        per_query, per_key = PartitionSpec(over, "sequence"), PartitionSpec(over, None)
-        blocks = kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(None, "sequence")))
-        out = jax.shard_map(
-            _rows, mesh=mesh, out_specs=queries, check_vma=False,
-            in_specs=(blocks, queries, keys, keys, per_query, per_key, None if prefix_ids is None else per_query),
-        )(kernel, scaled, k, v, *fields)
+        by_head, by_token = PartitionSpec(over, "sequence", "tensor", None), PartitionSpec(over, "sequence")
+        tables = kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(None, "sequence")))
+        run = jax.shard_map(
+            run, mesh=mesh, out_specs=by_head, check_vma=False,
+            in_specs=(tables, by_head, by_head, by_head, by_token, None if prefix_ids is None else by_token))
+    out = run(kernel, scaled, k, v, segment_ids, prefix_ids)
     return out[:, :length] if extra else out
 
 
@@ -120,9 +116,15 @@ def _kernel(length: int, heads: int, window: int | None, softcap: float, sequenc
         save_residuals=merging, interpret=interpret)
 
 
-def _rows(kernel: kernels.SplashAttentionKernel, q: jax.Array, k: jax.Array, v: jax.Array, query_ids: jax.Array,
-          key_ids: jax.Array, prefix_ids: jax.Array | None) -> jax.Array:
+def _rows(kernel: kernels.SplashAttentionKernel, q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array,
+          prefix_ids: jax.Array | None, *, split: bool) -> jax.Array:
     """Run the kernel on one device's rows: [N, T, H, h] -> [N, T, H, h]."""
+    key_ids = segment_ids
+    if split:
+        # gathered here, not by the arguments' sharding: XLA would gather what they are made of, which is wider, and
+        # the gradients of keys and values are then scattered as they are summed
+        k, v, key_ids = (jax.lax.all_gather(x, "sequence", axis=1, tiled=True) for x in (k, v, key_ids))
+
     def row(q, k, v, query_ids, key_ids, prefix_ids):
         q, k, v = (x.swapaxes(0, 1) for x in (q, k, v))  # [T, H, h] -> [H, T, h]
         own = kernels.SegmentIds(query_ids, key_ids)
@@ -131,7 +133,7 @@ def _rows(kernel: kernels.SplashAttentionKernel, q: jax.Array, k: jax.Array, v: 
         prompt = kernels.SegmentIds(jnp.where(prefix_ids > 0, prefix_ids, -1), key_ids)
         return _merged(kernel, q, k, v, own, prompt).swapaxes(0, 1)
 
-    return jax.vmap(row)(q, k, v, query_ids, key_ids, prefix_ids)
+    return jax.vmap(row)(q, k, v, segment_ids, key_ids, prefix_ids)
 
 
 def _merged(kernel: kernels.SplashAttentionKernel, q: jax.Array, k: jax.Array, v: jax.Array, own: Any,
