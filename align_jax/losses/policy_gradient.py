@@ -320,7 +320,8 @@ def entropy(policy: Outputs, reference: Outputs | None, batch: Batch, *, stats: 
     >>> jitted("entropy")(policy=[[[-1.0, -2.0]]], entropy=[[[0.5, 1.5]]]).losses.tolist()
     [-1.0]
     """
-    return *_over_tokens(-policy.entropy, batch), {}
+    losses, weights = _over_tokens(-policy.entropy, batch)
+    return losses, weights, {"entropy": (-jax.lax.stop_gradient((losses * weights).sum()), weights.sum())}
 
 
 def ptx(policy: Outputs, reference: Outputs | None, batch: Batch, *, stats: Any = None) -> Result:
