@@ -9,4 +9,4 @@ cd "$(dirname "$0")/.."
 .venv/bin/python -m pip install --quiet --editable ".[test,tensorboard]"
 export JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 HF_HUB_OFFLINE=1
 .venv/bin/python -m flake8 align_jax configs tests
-.venv/bin/python -m pytest -rs --durations=15 "$@"
+.venv/bin/python -m pytest -rsfE --durations=15 "$@"
