@@ -24,7 +24,7 @@ from align_jax.parallel.mesh import row_shards
 from align_jax.parallel.sharding import put_batch, tree_shardings
 
 
-@functools.partial(jax.jit, static_argnames=("model", "value_head", "chunk"))
+@functools.partial(jax.jit, static_argnames=("model", "value_head", "chunk", "temperature"))
 def rescore(model: Model, params: Any, batch: Batch, *, value_head: str = "", chunk: int = 128,
             temperature: float | int = 1.0) -> tuple[Float[Array, "N T"], Float[Array, "N T"] | None]:
     """Return a model's log-probability of each loss token, and its values, by one forward over whole rows.
