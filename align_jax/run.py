@@ -223,7 +223,8 @@ def cached_reference(run: Run, examples: Examples) -> reference.Cache:
         "examples": examples.identity, "tokenizer": fingerprint(run.setting.tokenizer), "max_length": config.max_length,
         "truncation": [config.data.truncation, config.data.max_prompt_length, list(config.data.control_tokens)],
         "weights": reference.weights_identity(hf.locate(path) if path else None, config.seed),
-        "model": repr(run.setting.model_config), "types": [r.dtype, config.model.compute_dtype]}
+        "model": repr(run.setting.model_config), "types": [
+            r.dtype, config.model.compute_dtype, "" if r.path else config.model.quantize]}
     file = epath.Path(r.cache or epath.Path(run.workdir) / "reference") / f"{reference.name_of(identity)}.npz"
     if (found := reference.load(file, identity)) is not None:
         return found
