@@ -54,7 +54,7 @@ def test_an_import_holds_no_more_than_its_largest_tensor(tmp_path, monkeypatch):
     hf.load(str(tmp_path))
     peak = tracemalloc.get_traced_memory()[1]  # numpy's memory, and Python's while compiling
     tracemalloc.stop()
-    assert peak < 1.3 * largest + (8 << 20), f"{peak / largest:.2f} of the largest tensor"
+    assert peak < 1.3 * largest + (16 << 20), f"{peak / largest:.2f} of the largest tensor"
 
 
 @pytest.mark.parametrize("layout, index", [
