@@ -6,7 +6,7 @@
 The argument after the colon is any name of ``python -m align_jax.objectives``, or a sum such as ``dpo+sft``.  An
 objective of pairs or unpaired answers after ``online_`` (``online_dpo``) learns from the policy's own samples, as the
 policy gradients do.  The rule behind the made data is known (see data.synthetic), so the held-out metrics have a true
-answer; samples are worth their share of lower-case letters.  Measured: docs/objectives.md.  To start from a real model,
+answer; samples are worth their share of lower-case letters.  To start from a real model,
 or from your own data:
 
     --config.model.path=DIRECTORY_OR_HUB_ID --config.data.train=pairs.jsonl
