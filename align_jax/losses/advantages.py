@@ -133,7 +133,7 @@ def leave_one_out(scores: Float[Array, "B R"]) -> Float[Array, "B R"]:
         A_r = s_r - Σ_{q ≠ r} s_q / (R - 1)
 
     References:
-        Ahmadian et al. 2024, arXiv 2402.14740, equation 9.
+        Ahmadian et al. 2024, arXiv 2402.14740, the leave-one-out estimator.
 
     >>> leave_one_out(jnp.array([[1.0, 0.0, 0.5]])).tolist()
     [[0.75, -0.75, 0.0]]

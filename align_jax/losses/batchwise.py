@@ -161,7 +161,7 @@ def beta_dpo(policy: Outputs, reference: Outputs, batch: Batch, *, stats: Any = 
     The paper's second part, which drops outlying pairs at random, is not here.  Rewards reported use β₀.
 
     References:
-        Wu et al. 2024, arXiv 2407.08639, equations 7 and 8; α = 0.6, m = 0.9: section 5.1.
+        Wu et al. 2024, arXiv 2407.08639, the batch-level dynamic β; α = 0.6, m = 0.9 are the paper's.
 
     >>> from align_jax.losses import jitted
     >>> found = jitted("beta_dpo", beta=0.5)(policy=[[-10.0, -12.0]], reference=[[-11.0, -11.0]])
@@ -184,7 +184,7 @@ def tdpo(policy: Outputs, reference: Outputs, batch: Batch, *, stats: Any = None
     That is TDPO₂; ``stop_gradient_chosen=False`` with ``alpha=1`` is TDPO₁.
 
     References:
-        Zeng et al. 2024, arXiv 2404.11999, equations 17 and 18.
+        Zeng et al. 2024, arXiv 2404.11999, the losses of TDPO₁ and TDPO₂.
 
     >>> from align_jax.losses import jitted
     >>> found = jitted("tdpo", beta=0.5)(policy=[[[-4.0], [-6.0]]], reference=[[[-5.0], [-5.0]]],

@@ -193,7 +193,7 @@ def clamp_ratios(policy: Outputs, reference: Outputs, batch: Batch, low: float, 
         high: log ε_R, in nats, positive.
 
     References:
-        Liu et al. 2025, arXiv 2509.24207, section 4 (humanline clipping).
+        Liu et al. 2025, arXiv 2509.24207 (humanline clipping); HALOs, commit 4831988, ``get_sequence_rewards``.
     """
     ratios = jnp.clip(policy.token_logps - reference.token_logps, low, high)
     token_logps = jnp.where(batch.loss_mask, reference.token_logps + ratios, 0.0)

@@ -100,7 +100,7 @@ def shared_length_logps(token_logps: Float[Array, "N T"], batch: Batch, alpha: f
         P = Σ_{t ≤ k} a_t + α Σ_{t > k} a_t,    k = min(n_w, n_l)
 
     References:
-        Liu et al. 2024, arXiv 2409.06411 (LD-DPO), equation 10.
+        Liu et al. 2024, arXiv 2409.06411 (LD-DPO), the modified likelihood.
     """
     shared = jnp.broadcast_to(batch.lengths.min(axis=1, keepdims=True), batch.lengths.shape)
     slots = batch.lengths.size // token_logps.shape[0]

@@ -158,7 +158,7 @@ def gspo(policy: Outputs, reference: Outputs | None, batch: Batch, *, stats: Any
     """Compute GSPO: GRPO with one ratio for the whole sequence, w = exp(mean_t (a_t - old_t)).
 
     References:
-        Zheng et al. 2025, arXiv 2507.18071, equations 5 to 7; clip range: section 5.1.
+        Zheng et al. 2025, arXiv 2507.18071, the GSPO objective and its clip range.
 
     >>> from align_jax.losses import jitted
     >>> found = jitted("gspo", epsilon_high=0.5)(policy=[[[-1.0, -2.0]]], old_token_logps=[[[-1.5, -2.0]]],
@@ -175,7 +175,7 @@ def cispo(policy: Outputs, reference: Outputs | None, batch: Batch, *, stats: An
     """Compute CISPO: -sg(min(w, ε_high)) A a_t + β k3, mean over the global batch's tokens.
 
     References:
-        MiniMax 2025, arXiv 2506.13585, equations 4 and 5.
+        MiniMax 2025, arXiv 2506.13585, the CISPO objective.
 
     >>> from align_jax.losses import jitted
     >>> found = jitted("cispo")(policy=[[[-1.0, -2.0]]], old_token_logps=[[[-1.5, -2.0]]], advantages=[[[1.0, 1.0]]])
@@ -197,7 +197,7 @@ def sapo(policy: Outputs, reference: Outputs | None, batch: Batch, *, stats: Any
     τ is ``tau_positive`` where A > 0, else ``tau_negative``.
 
     References:
-        Gao et al. 2025, arXiv 2511.20347, equations 5 and 6.
+        Gao et al. 2025, arXiv 2511.20347, the soft gate.
 
     >>> from align_jax.losses import jitted
     >>> found = jitted("sapo")(policy=[[[-1.0, -2.0]]], old_token_logps=[[[-1.5, -2.0]]], advantages=[[[1.0, 1.0]]])
@@ -240,7 +240,7 @@ def reinforce(policy: Outputs, reference: Outputs | None, batch: Batch, *, stats
     """Compute REINFORCE: -A a_t, mean over the global batch's tokens.
 
     References:
-        Williams 1992, "Simple statistical gradient-following algorithms", equation 6.
+        Williams 1992, "Simple statistical gradient-following algorithms".
 
     >>> from align_jax.losses import jitted
     >>> jitted("reinforce")(policy=[[[-1.0, -2.0]]], advantages=[[[1.0, 1.0]]]).losses.tolist()
@@ -286,7 +286,7 @@ def ppo(policy: Outputs, reference: Outputs | None, batch: Batch, *, stats: Any 
 
     References:
         Schulman et al. 2017, arXiv 1707.06347, equations 7 and 9; the value clip: Huang et al. 2024,
-        arXiv 2403.17031, detail 20.
+        arXiv 2403.17031 (value function clipping).
 
     >>> from align_jax.losses import jitted
     >>> found = jitted("ppo")(policy=[[-1.0, -2.0]], old_token_logps=[[-1.5, -2.0]], advantages=[[1.0, 1.0]],

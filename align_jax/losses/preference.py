@@ -54,7 +54,7 @@ def dpo(pair: Pair, *, beta: float = 0.1, label_smoothing: float = 0.0) -> Float
 
     References:
         Rafailov et al. 2023, arXiv 2305.18290, equation 7.  Smoothing: Mitchell 2023, "A note on DPO with noisy
-        preferences" (cDPO), equation 3.  Margin: Amini et al. 2024, arXiv 2402.10571 (ODPO), equation 8.
+        preferences" (cDPO).  Margin: Amini et al. 2024, arXiv 2402.10571 (ODPO), the loss with an offset.
 
     >>> from align_jax.losses.pairs import example_pair
     >>> [round(x, 4) for x in dpo(example_pair(), beta=0.5).tolist()]
@@ -70,7 +70,7 @@ def robust(pair: Pair, *, beta: float = 0.1, label_smoothing: float = 0.0) -> Fl
         [-(1-ε) log σ(β d) + ε log σ(-β d)] / (1 - 2ε)
 
     References:
-        Chowdhury et al. 2024, arXiv 2403.00409, equation 9.
+        Chowdhury et al. 2024, arXiv 2403.00409, the rDPO loss.
 
     >>> from align_jax.losses.pairs import example_pair
     >>> [round(x, 4) for x in robust(example_pair(), beta=0.5, label_smoothing=0.1).tolist()]
@@ -109,7 +109,7 @@ def hinge(pair: Pair, *, beta: float = 0.1) -> Float[Array, "B"]:
     """Compute the hinge loss on the normalised margin: max(0, 1 - β d).
 
     References:
-        Liu et al. 2023, arXiv 2309.06657 (RSO), equation 11; after SLiC, arXiv 2305.10425.
+        Liu et al. 2023, arXiv 2309.06657 (RSO), the hinge-norm loss; after SLiC, arXiv 2305.10425.
 
     >>> from align_jax.losses.pairs import example_pair
     >>> [round(x, 4) for x in hinge(example_pair(), beta=0.1).tolist()]
@@ -124,7 +124,7 @@ def dpo_norm(pair: Pair, *, beta: float = 0.1, label_smoothing: float = 0.0) -> 
     A log-ratio per token is small: Tülu 3 uses β = 5.
 
     References:
-        Lambert et al. 2024, arXiv 2411.15124 (Tülu 3), equation 6.
+        Lambert et al. 2024, arXiv 2411.15124 (Tülu 3), length-normalised DPO.
 
     >>> from align_jax.losses.pairs import example_pair
     >>> [round(x, 4) for x in dpo_norm(example_pair(), beta=5.0).tolist()]
@@ -161,7 +161,7 @@ def nca_pair(pair: Pair, *, beta: float = 0.1) -> Float[Array, "B"]:
         -log σ(β x_w) - ½ log σ(-β x_w) - ½ log σ(-β x_l)
 
     References:
-        Chen et al. 2024, arXiv 2402.05369, equation 13 with K = 2 and hard labels.
+        Chen et al. 2024, arXiv 2402.05369, pairwise NCA: K = 2 and hard labels.
 
     >>> from align_jax.losses.pairs import example_pair
     >>> [round(x, 4) for x in nca_pair(example_pair(), beta=0.5).tolist()]
@@ -175,7 +175,7 @@ def bco_pair(pair: Pair, *, beta: float = 0.1) -> Float[Array, "B"]:
     """Compute binary classifier optimisation on pairs: -log σ(β x_w) - log σ(-β x_l), without a reward shift.
 
     References:
-        Jung et al. 2024, arXiv 2404.04656, equation 10.
+        Jung et al. 2024, arXiv 2404.04656, the BCO loss on pairs.
 
     >>> from align_jax.losses.pairs import example_pair
     >>> [round(x, 4) for x in bco_pair(example_pair(), beta=0.5).tolist()]
@@ -252,7 +252,7 @@ def dpo_sigmoid(pair: Pair, *, beta: float = 0.1) -> Float[Array, "B"]:
     """Compute the sigmoid loss, bounded and so robust to wrong labels: -σ(β d).
 
     References:
-        The noise-aware loss of Liang et al. 2024, arXiv 2404.04102 (ROPO), section 3, up to a constant.
+        The noise-aware loss of Liang et al. 2024, arXiv 2404.04102 (ROPO), up to a constant.
 
     >>> from align_jax.losses.pairs import example_pair
     >>> [round(x, 4) for x in dpo_sigmoid(example_pair(), beta=0.5).tolist()]
@@ -267,7 +267,7 @@ def dpop(pair: Pair, *, beta: float = 0.1, lam: float = 50.0) -> Float[Array, "B
         -log σ(β (d - λ max(0, R_w - P_w)))
 
     References:
-        Pal et al. 2024, arXiv 2402.13228 (Smaug), equation 3; λ = 50, section 5.
+        Pal et al. 2024, arXiv 2402.13228 (Smaug), the DPOP loss; λ = 50 is the paper's.
 
     >>> from align_jax.losses.pairs import make_pair
     >>> pair = make_pair([[-10.0, -12.0], [-10.0, -12.0]], [[-11.0, -11.0], [-9.9, -9.0]])

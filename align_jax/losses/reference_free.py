@@ -53,7 +53,7 @@ def alphapo(pair: Pair, *, beta: float = 2.0, gamma_beta_ratio: float = 0.5, alp
     α = 0 is SimPO.  The exponent is cut at 80.
 
     References:
-        Gupta et al. 2025, arXiv 2501.03884, equation 6.
+        Gupta et al. 2025, arXiv 2501.03884, the AlphaPO loss.
 
     >>> from align_jax.losses.pairs import example_pair
     >>> [round(x, 4) for x in alphapo(example_pair(), alpha=0.25).tolist()]
@@ -118,7 +118,7 @@ def slic(pair: Pair, *, delta: float = 1.0, lam: float = 0.1) -> Float[Array, "B
         max(0, δ + margin - P_w + P_l) - λ P_w
 
     References:
-        Zhao et al. 2023, arXiv 2305.10425, equation 2, with the chosen response as the regularisation target.
+        Zhao et al. 2023, arXiv 2305.10425, the SLiC-HF loss with the chosen response as the regularisation target.
 
     >>> from align_jax.losses.pairs import example_pair
     >>> [round(x, 4) for x in slic(example_pair()).tolist()]

@@ -61,7 +61,7 @@ def sft(policy: Outputs, reference: Outputs | None, batch: Batch, *, stats: Any 
         Losses [B] in nats a token, weights [B] (token counts, or the groups' weights), metrics.
 
     References:
-        dft: Wu et al. 2025, arXiv 2508.05629, equation 9.
+        dft: Wu et al. 2025, arXiv 2508.05629, the DFT loss.
 
     >>> from align_jax.losses import jitted
     >>> found = jitted("sft")([[-1.0, -3.0], [-2.0, 0.0]], mask=[[True, True], [True, False]])
@@ -123,7 +123,7 @@ def reward(policy: Outputs, reference: Outputs | None, batch: Batch, *, stats: A
 
     References:
         Ouyang et al. 2022, arXiv 2203.02155, equation 1; margin: Touvron et al. 2023, arXiv 2307.09288, equation 2;
-        centring: Eisenstein et al. 2023, arXiv 2312.09244, equation 2.
+        centring: Eisenstein et al. 2023, arXiv 2312.09244.
 
     >>> from align_jax.losses import jitted
     >>> [round(x, 4) for x in jitted("reward", center_coef=0.01)([[1.0, 0.0], [0.5, 0.5]]).losses.tolist()]

@@ -66,7 +66,7 @@ def dpo_sigmoid(a):
 
 
 def dpop(a):
-    """Pal et al. 2402.13228, equation 3, λ = 50."""
+    """Pal et al. 2402.13228, the DPOP loss, λ = 50."""
     penalty = np.maximum(0, sums(a, "reference")[:, 0] - sums(a)[:, 0])
     return np.mean(-log_sigmoid(0.1 * (d_of(a) - 50 * penalty)))
 
@@ -85,7 +85,7 @@ def beta_dpo(a):
 
 
 def odpo(a):
-    """Amini et al. 2402.10571, equation 8: -log σ(Δ - offset)."""
+    """Amini et al. 2402.10571: -log σ(Δ - offset)."""
     return np.mean(-log_sigmoid(0.1 * d_of(a) - a["margin"]))
 
 
@@ -106,13 +106,13 @@ def weighted(a):
 
 
 def slic(a):
-    """Zhao et al. 2305.10425, equation 2: max(0, δ - log P(y+) + log P(y-)) - λ log P(y_ref)."""
+    """Zhao et al. 2305.10425, SLiC-HF: max(0, δ - log P(y+) + log P(y-)) - λ log P(y_ref)."""
     total = sums(a)
     return np.mean(np.maximum(0, 1.0 - total[:, 0] + total[:, 1]) - 0.1 * total[:, 0])
 
 
 def per_sequence(a):
-    """RPO as Pang et al. 2404.19733, equation 1, have it: DPO + α NLL / |y|, a mean over sequences."""
+    """RPO as Pang et al. 2404.19733 have it: DPO + α NLL / |y|, a mean over sequences."""
     nll = -sums(a)[:, 0] / a["mask"][:, 0].sum(-1)
     return np.mean(-log_sigmoid(0.1 * d_of(a))) + 0.7 * np.mean(nll)
 
