@@ -22,7 +22,7 @@ EXTRA = ("dpo_7b@v5p:2x2x2", "dpo_lora_7b@v5e:4x4", "dpo_7b@2*v5e:8x8+--config.m
 HEAD = """# What each config needs
 
 The very train step of each config, compiled with the TPU compiler for the topology that its docstring names, by
-`python tests/tpu/all_configs.py` (JAX {jax}, libtpu {libtpu}); nothing here was run on a TPU.  HBM is the compiler's own
+`python tests/tpu/all_configs.py` (JAX {jax}, libtpu {libtpu}); nothing here ran on a TPU.  HBM is the compiler's own
 figure for one device.  The time is a roofline, every unit at its peak: *exposed* waits for all communication,
 *overlapped* hides all of it; real steps are slower than both by what matrix products miss of their peak.  Collectives
 are bytes that one chip receives in a step.
