@@ -20,7 +20,7 @@ $python -m align_jax.export --workdir="$runs/sft" --output="$runs/sft_hf"
 
 echo "== 2. DPO from there on preference pairs"
 $python -m align_jax.train --config=configs/tiny.py:dpo --workdir="$runs/dpo" --config.total_steps="$((steps / 3))" \
-  --config.model.path="$runs/sft_hf" --config.optimizer.learning_rate=5e-5 --config.eval.every_steps=20
+  --config.model.path="$runs/sft_hf" --config.optimizer.learning_rate=6e-5 --config.eval.every_steps=20
 $python -m align_jax.export --workdir="$runs/dpo" --output="$runs/dpo_hf"
 
 echo "== 3. Which of two answers is more probable? On pairs that neither stage has seen"
