@@ -29,7 +29,7 @@ def get_config(objective: str = "dpo") -> ConfigDict:
     kind = data_kind(losses.resolve(name))
     online = kind == "rollout" or name != objective
     config = defaults()
-    config.total_steps = 40
+    config.total_steps = 30
     config.batch_size = 32
     config.max_length = 128
 
@@ -55,7 +55,7 @@ def get_config(objective: str = "dpo") -> ConfigDict:
     config.optimizer.warmup_fraction = 0.1
 
     config.checkpoint.every_steps = 100
-    config.eval.every_steps = 20
+    config.eval.every_steps = 15
     config.eval.max_examples = 128
     config.log.every_steps = 10
     return config

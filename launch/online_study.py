@@ -25,15 +25,15 @@ from align_jax.evals.subject import Subject
 from align_jax.data import datasets
 from align_jax.online import REWARDS, rewards
 
-NEW_TOKENS = 32
+NEW_TOKENS = 24
 # Method -> (objective, its options, groups in a step, samples a prompt, learning rate).
 METHODS: Mapping[str, tuple[str, dict[str, Any], int, int, float]] = {
-    "GRPO": ("grpo", {"beta": 0.1}, 16, 8, 3e-4),
-    "RLOO": ("rloo", {"kl_coef": 0.05}, 16, 8, 3e-4),
-    "REINFORCE++": ("reinforce_pp", {"kl_coef": 0.05}, 128, 1, 3e-4),
-    "PPO": ("ppo", {"kl_coef": 0.05, "epochs": 2, "minibatches": 2}, 64, 1, 3e-4),
-    "online DPO": ("dpo", {"beta": 0.1}, 16, 8, 3e-4),
-    "online KTO": ("kto", {"beta": 0.1}, 128, 8, 3e-4),
+    "GRPO": ("grpo", {"beta": 0.1}, 16, 8, 5e-4),
+    "RLOO": ("rloo", {"kl_coef": 0.05}, 16, 8, 5e-4),
+    "REINFORCE++": ("reinforce_pp", {"kl_coef": 0.05}, 128, 1, 5e-4),
+    "PPO": ("ppo", {"kl_coef": 0.05, "epochs": 2, "minibatches": 2}, 64, 1, 5e-4),
+    "online DPO": ("dpo", {"beta": 0.1}, 16, 8, 5e-4),
+    "online KTO": ("kto", {"beta": 0.1}, 128, 8, 5e-4),
 }
 
 
@@ -119,8 +119,11 @@ def main(argv: Sequence[str]) -> None:
             subject = evaluate.model_subject(values.model, values.model)
         else:
             workdir = str(folder / f"{method.replace(' ', '_')}_{seed}")
-            train.train(make_config(method, seed, values.steps, values.model, train_prompts, values.lexicon), workdir)
+            config = make_config(method, seed, values.steps, values.model, train_prompts, values.lexicon)
+            train.train(config, workdir)
             subject = evaluate.run_subject(workdir)
+            if not subject.name.endswith(f"@{config.total_steps}"):
+                raise SystemExit(f"{workdir} was stopped early; the same command goes on")
         results.append({"method": method, "seed": seed, **measure(subject, held_out, values.lexicon)})
         file.write_text(json.dumps(results, indent=1) + "\n")
         print(table(results), flush=True)

@@ -5,6 +5,7 @@ import json
 import pathlib
 import re
 
+import jax
 import numpy as np
 import pytest
 
@@ -112,8 +113,16 @@ def test_a_recipe_fits_its_topology(spec):
     assert shape.rows == config.batch_size * responses // max(1, config.data.groups_per_row), "filler rows"
 
 
+@pytest.fixture
+def quick_compiles():
+    """Compile in half the time; what two steps of a tiny model take does not matter."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.mark.parametrize("spec", SPECS)
-def test_a_shrunk_recipe_trains_two_steps(spec, tmp_path):
+def test_a_shrunk_recipe_trains_two_steps(spec, tmp_path, quick_compiles):
     config = shrunk(spec)
     train.train(config, str(tmp_path))
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]

@@ -73,6 +73,8 @@ def measure(name: str) -> dict[str, object]:
             train.train(config, folder)
         rows = [json.loads(line) for line in (pathlib.Path(folder) / "metrics.jsonl").read_text().splitlines()]
     seconds = time.process_time() - started
+    if rows[-1]["step"] != config.total_steps:
+        raise RuntimeError(f"{name}: stopped after step {rows[-1]['step']} of {config.total_steps}; run this again")
     jax.clear_caches()
     found = [row[f"eval/{key}"] for row in rows if f"eval/{key}" in row]
     if config.rewards:

@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An online run of two processes is that of one: the same samples, rewards and updates."""
+import importlib.util
+import json
+import pathlib
+
+import pytest
+
+SPEC = importlib.util.spec_from_file_location(
+    "processes", pathlib.Path(__file__).parents[1] / "faults" / "processes.py")
+processes = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(processes)
+
+
+def run(folder, count):
+    arguments = [
+        "-m", "align_jax.train", "--config=configs/tiny.py:grpo", f"--workdir={folder}", "--config.total_steps=2",
+        "--config.batch_size=4", "--config.rollout.responses_per_prompt=2", "--config.rollout.max_new_tokens=6",
+        "--config.max_length=48", "--config.rewards={'length': {'target': 3, 'unit': 'characters'}}",
+        "--config.model.config.hidden_size=32", "--config.model.config.intermediate_size=32",
+        "--config.log.every_steps=1", "--config.rollout.log_samples_every_steps=1"]
+    started = processes.start(arguments, count, devices=2 // count, log=folder.with_suffix(".log"))
+    assert [one.wait(timeout=900) for one in started] == [0] * count, folder.with_suffix(".log.0").read_text()[-2000:]
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.timeout(1800)
+def test_two_processes_train_online_as_one_does(tmp_path):
+    alone, together = (run(tmp_path / f"run{count}", count) for count in (1, 2))
+    for one, both in zip(alone, together, strict=True):
+        for name in ("reward", "reward_std", "grad_norm", "completions/mean_length", "completions/clipped_ratio"):
+            assert both[name] == pytest.approx(one[name], rel=1e-4), name
