@@ -42,9 +42,15 @@ PLAIN: Mapping[str, tuple[Any, ...]] = {
     "layer_replication": (None,), "target_parameters": (None, []), "trainable_token_indices": (None,),
     "alora_invocation_tokens": (None,), "use_qalora": (False, None), "use_bdlora": (False, None),
     "arrow_config": (None,), "megatron_config": (None,), "velora_config": (None,), "monteclora_config": (None,),
-    "modules_to_save": (None, [], ["score"], ["classifier", "score"]),
-    # the others (pissa, olora, corda, loftq, ...) change the base's weights too
+    "kasa_config": (None,), "modules_to_save": (None, [], ["score"], ["classifier", "score"]),
+    # the others (pissa, olora, corda, loftq, lora_ga, ...) change the base's weights too
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal")}
+# keys that we follow, or that do not change what a finished adapter computes; any other must be unset
+HARMLESS = frozenset((
+    "r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "target_modules",
+    "exclude_modules", "fan_in_fan_out", "layers_pattern", "task_type", "inference_mode", "auto_mapping",
+    "base_model_name_or_path", "revision", "peft_version", "runtime_config", "megatron_core", "qalora_group_size",
+    "loftq_config", "eva_config", "corda_config", "lora_ga_config", "ensure_weight_tying"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,6 +244,8 @@ def load(path: str, config: ModelConfig) -> tuple[LoraConfig, dict[str, Any]]:
         settings = json.load(file)
     wrong = [f"{key} = {settings[key]!r} (expected {', '.join(map(repr, known))})" for key, known in PLAIN.items()
              if key in settings and settings[key] not in known]
+    wrong += [f"{key} = {value!r} (not known here)" for key, value in settings.items()
+              if key not in PLAIN and key not in HARMLESS and value not in (None, False, [], {})]
     if wrong:
         raise ValueError(f"the adapter {path!r} is of a kind that is not supported: {'; '.join(wrong)}")
     tensors = {name.removeprefix(PREFIX): value.astype(np.float32)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adapters of every family against the peft package, both ways."""
+import dataclasses
 import json
 
 import jax
@@ -151,6 +152,34 @@ def test_a_score_head_goes_with_the_adapter(tmp_path, saved):
 def edited(path, **changes):
     file = path / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+OTHERS = {  # a key of adapter_config.json that we do not follow -> a value that changes what is computed
+    "peft_type": "LOHA", "bias": "lora_only", "lora_bias": True, "init_lora_weights": "lora_ga",
+    "layers_to_transform": [0], "layer_replication": [[0, 1], [0, 2]], "target_parameters": ["experts.down_proj"],
+    "trainable_token_indices": [3], "alora_invocation_tokens": [4, 5], "use_qalora": True,
+    "use_bdlora": {"nblocks": 2}, "arrow_config": {"top_k": 2}, "megatron_config": {"a": 1},
+    "velora_config": {"scale": 1.0}, "monteclora_config": {"num_samples": 2}, "kasa_config": {"beta": 0.1},
+    "modules_to_save": ["embed_tokens"], "a_key_of_next_year": 0.5}
+
+
+@pytest.mark.parametrize("key", OTHERS)
+def test_a_variant_that_we_do_not_compute_is_refused(key, tmp_path, saved):
+    config, base = hf.load(saved("llama"), dtype="float32")
+    lora = LoraConfig(2, targets="attention/query")
+    peft.save(str(tmp_path), config, lora, trained(config, lora, base), base_name="")
+    plain = theirs.LoraConfig(target_modules=["q_proj"]).to_dict()
+    edited(tmp_path, **{name: value for name, value in plain.items() if name in OTHERS and name != "peft_type"})
+    peft.load(str(tmp_path), config)
+    edited(tmp_path, **{key: OTHERS[key]})
+    with pytest.raises(ValueError, match=f"not supported: {key} = "):
+        peft.load(str(tmp_path), config)
+
+
+def test_no_variant_of_peft_is_unknown_to_us():
+    variants = {field.name for field in dataclasses.fields(theirs.LoraConfig) if field.metadata.get("is_lora_variant")}
+    assert variants - {"use_dora"} <= peft.PLAIN.keys()
+    assert {field.name for field in dataclasses.fields(theirs.LoraConfig)} <= peft.PLAIN.keys() | peft.HARMLESS
 
 
 def test_what_is_not_the_same_adapter_is_refused(tmp_path, saved):

@@ -14,17 +14,19 @@ import importlib.util
 import json
 import os
 import pathlib
+import sys
 import tempfile
 import time
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+ROOT = pathlib.Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
 
 import jax  # noqa: E402
 
 from align_jax import losses, train  # noqa: E402
 
-ROOT = pathlib.Path(__file__).parents[2]
 TERMS = ("entropy", "ptx")  # rows of the table that other objectives add, not objectives by themselves
 ALSO = ("dpo+sft", "dpo+bco_pair+sft", "online_dpo", "online_ipo", "online_kto")
 LAST = 5  # rollouts whose mean reward is compared with the first rollout's
