@@ -179,11 +179,20 @@ def load_lexicon(path: str) -> Mapping[str, float]:
     return table
 
 
-def valences(text: str, table: Mapping[str, float]) -> list[float]:
-    """Return the valences of a text's words and phrases that the lexicon knows, longest phrase first."""
-    words = text.lower().split()
-    longest = max((key.count(" ") + 1 for key in table), default=1) if words else 1
-    found, i = [], 0
+def longest_phrase(table: Mapping[str, float]) -> int:
+    """Return the words of a lexicon's longest phrase."""
+    return max((key.count(" ") + 1 for key in table), default=1)
+
+
+def valences(text: str, table: Mapping[str, float], longest: int) -> list[float]:
+    """Return the valences of a text's words and phrases that the lexicon knows, longest phrase first.
+
+    Args:
+        text: words between white space.
+        table: word or phrase, in lower case -> valence.
+        longest: words of a phrase at most (see `longest_phrase`).
+    """
+    words, found, i = text.lower().split(), [], 0
     while i < len(words):
         for n in range(min(longest, len(words) - i), 0, -1):
             raw = " ".join(words[i:i + n])
@@ -214,9 +223,10 @@ def lexicon(path: str, form: str = "compound") -> RewardFunction:
     if form not in ("compound", "sum", "mean"):
         raise ValueError(f"lexicon wants form 'compound', 'sum' or 'mean'; got {form!r}")
     table = load_lexicon(path)
+    longest = longest_phrase(table)
 
     def score(prompt: str, completion: str, extras: Mapping[str, Any]) -> float:
-        total = math.fsum(valences(completion, table))
+        total = math.fsum(valences(completion, table, longest))
         if form == "compound":
             return total / math.sqrt(total * total + _VADER_ALPHA)
         return total if form == "sum" else total / max(1, len(completion.split()))

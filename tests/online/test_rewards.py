@@ -42,7 +42,8 @@ def test_lexicon_sums_valences_of_words_and_phrases(tmp_path):
     path = tmp_path / "lexicon.txt"
     path.write_text("good\t2.0\t0.1\t[]\nbad\t-3.0\nfed up\t-1.5\n:)\t1.0\n")
     text = 'It was Good, "good" and :) but we were fed up.'
-    assert rewards.valences(text, rewards.load_lexicon(str(path))) == [2.0, 2.0, 1.0, -1.5]
+    table = rewards.load_lexicon(str(path))
+    assert rewards.valences(text, table, rewards.longest_phrase(table)) == [2.0, 2.0, 1.0, -1.5]
     for form, expected in (("sum", 3.5), ("mean", 3.5 / 11), ("compound", 3.5 / np.sqrt(3.5**2 + 15))):
         fn = rewards.lexicon(str(path), form=form)
         np.testing.assert_allclose(fn(["", ""], [text, ""], [{}, {}]), [expected, 0.0], rtol=1e-12)
