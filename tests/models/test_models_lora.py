@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adapters: in the layer, beside it, and merged into it."""
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -105,7 +106,7 @@ def test_no_product_as_large_as_the_kernel_is_made(name):
         for equation in jaxpr.eqns:
             if equation.primitive.name == "dot_general":
                 yield from (tuple(out.aval.shape) for out in equation.outvars)
-            for inner in jax.core.jaxprs_in_params(equation.params):
+            for inner in jax.extend.core.jaxprs_in_params(equation.params):
                 yield from products(inner)
 
     loss = lambda adapter, x: jnp.sum(module.apply({"params": leaves | adapter}, x))

@@ -210,3 +210,14 @@ def test_samples_are_logged_for_people(models, tmp_path):
 def test_mistakes_are_named(models, name, keywords, error, message):
     with pytest.raises(error, match=message):
         make(models, name, **keywords)
+
+
+def test_generation_speed_and_share_are_measured(models):
+    source = make(models, "grpo")
+    source.next(lambda: models[2])
+    first = dict(source.metrics)
+    tokens = first["rollout/tokens_per_second"] * first["rollout/generation_seconds"]
+    assert tokens == pytest.approx(8 * first["completions/mean_length"])  # 2 prompts, 4 samples of each
+    assert first["rollout/generation_seconds"] < first["rollout/seconds"] and "rollout/share" not in first
+    source.next(lambda: models[2])
+    assert 0 < source.metrics["rollout/share"] < 1
