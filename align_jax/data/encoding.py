@@ -138,7 +138,9 @@ def _tokens(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, res
             ) -> Iterator[chat.Tokens]:
     for example in examples:
         if len(example.responses) != responses:
-            raise ValueError(f"{example.source}: {len(example.responses)} responses, expected {responses}")
+            raise ValueError(f"{example.source}: {len(example.responses)} responses, expected {responses} as in the "
+                             "first example; data.options = {'responses': 2} gives every ranking two (the best, the "
+                             "worst) and leaves those with fewer out")
     chunks = [examples[start:start + _CHUNK] for start in range(0, len(examples), _CHUNK)]
     if processes < 2:
         for chunk in chunks:

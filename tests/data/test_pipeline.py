@@ -258,6 +258,12 @@ def test_a_source_of_which_nothing_is_left_is_an_error_if_it_has_a_weight(byte):
         make(dataclasses.replace(examples, weights=(1.0, 1.0)), byte, batch_size=1, truncation="drop")
 
 
+def test_rankings_of_unlike_lengths_are_refused_with_the_option_that_evens_them(byte):
+    examples = of_texts(("p:", " a", " b", " c"), ("p:", " a", " b"), kind="ranked")
+    with pytest.raises(ValueError, match="t:1: 2 responses, expected 3 .*data.options = {'responses': 2}"):
+        make(examples, byte, batch_size=1)
+
+
 def test_what_is_cut_and_dropped_is_counted(byte):
     examples = of_texts(("p" * 40, " a", " b"), ("p:", " a" * 40, " b"), ("p:", " a", " b"))
     report = make(examples, byte, batch_size=1, max_length=32).report
