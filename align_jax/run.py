@@ -155,7 +155,7 @@ class Run(NamedTuple):
     recipe: Recipe
     plan: assembly.Plan
     train: Pipeline | Rollouts
-    eval: Pipeline | None
+    eval: Pipeline | None  # of held-out examples; None of prompts, which the source itself samples
     examples: Examples
     held_out: Examples | None
     total_steps: int
@@ -169,8 +169,6 @@ def read_data(config: ConfigDict, setting: Setting) -> tuple[Examples, Examples 
         chat=bool(setting.tokenizer.chat_template), format=None if d.format == "auto" else d.format,
         columns=d.columns.to_dict(), **d.options.to_dict())
     examples = load(d.train.split(","), weights=tuple(d.weights) or None)
-    if setting.rollouts is not None:
-        return examples, None  # the reward of the rollouts themselves is the measure
     if d.eval:
         return examples, load(d.eval.split(","), limit=config.eval.max_examples or None)
     return datasets.hold_out(examples, d.eval_fraction, most=config.eval.max_examples, seed=config.seed)
@@ -200,15 +198,16 @@ def prepare(config: ConfigDict, workdir: str) -> Run:
     record.check(workdir, config.to_dict())
     mesh = make_mesh(config.mesh.to_dict())
     examples, held_out = read_data(config, setting)
+    held: Pipeline | None = None
     if setting.rollouts is None:
         train: Pipeline | Rollouts = make_pipeline(config, setting, mesh, examples, once=False)
+        held = None if held_out is None else make_pipeline(config, setting, mesh, held_out, once=True)
     else:
         train = source.make_rollouts(
             setting.rollouts, examples.items, setting.tokenizer, policy=setting.models.policy,
             reference=setting.models.base, reward_weights=config.rewards.to_dict(), mesh=mesh,
             max_length=config.max_length, truncation=config.data.truncation, shuffle=config.data.shuffle,
-            seed=config.seed)
-    held = None if held_out is None else make_pipeline(config, setting, mesh, held_out, once=True)
+            seed=config.seed, held_out=() if held_out is None else held_out.items)
     total = configs.resolve_steps(config, train.steps_per_epoch)
     recipe = make_recipe(config, setting, total)
     plan = make_plan(config, setting, recipe, mesh)

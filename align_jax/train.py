@@ -8,7 +8,7 @@
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from absl import app, flags, logging
@@ -48,12 +48,29 @@ def start(run: Run, checkpoints: Checkpoints) -> tuple[int, Any, Any, dict[str, 
     return (restored.step if own else 0), restored.state, frozen, restored.extra
 
 
-def evaluate(run: Run, batches: Iterable[Any], step: Any, state: Any, frozen: Any) -> dict[str, float]:
-    """Run the eval step over the held-out set and return its means, named ``eval/...``."""
-    sums = None
-    for batch in batches:
-        sums = metrics.add_sums(sums, step(state, frozen, put_batch(run.mesh, batch)))
-    return {f"eval/{name}": value for name, value in metrics.means(sums).items()}
+def weights_of(state: Any, frozen: Any) -> Weights:
+    """Return what an online source generates with, and its reference."""
+    return Weights(merge(frozen["base"], state["params"]), frozen.get("reference", frozen["base"]))
+
+
+def make_evaluation(run: Run, source: Offline | Rollouts) -> Callable[[Any, Any], dict[str, float]] | None:
+    """Return a function from (state, frozen) to the held-out set's means; None where nothing is held out.
+
+    Of examples the means are those of the eval step; of prompts, those of the policy's samples.
+    """
+    if run.held_out is None:
+        return None
+    if run.eval is None:
+        return lambda state, frozen: source.evaluate(weights_of(state, frozen))
+    batches, step = batches_of(run, run.eval, run.held_out), placement.jit_eval_step(run.recipe, run.mesh)
+
+    def evaluate(state: Any, frozen: Any) -> dict[str, float]:
+        sums = None
+        for batch in batches(0):
+            sums = metrics.add_sums(sums, step(state, frozen, put_batch(run.mesh, batch)))
+        return metrics.means(sums)
+
+    return evaluate
 
 
 def rows_of(run: Run, batch: Any) -> str:
@@ -101,9 +118,8 @@ def loop(run: Run, checkpoints: Checkpoints, recorder: metrics.Recorder, stop: C
          state: Any, frozen: Any, batches: Offline | Rollouts) -> dict[str, float]:
     """Step until the end or a stop signal; log, evaluate and save on schedule."""
     config, folder, last_eval = run.config, epath.Path(run.workdir), {}
-    evaluation = None if run.eval is None else batches_of(run, run.eval, run.held_out)
+    evaluation = make_evaluation(run, batches)
     train_step = placement.jit_train_step(run.recipe, run.plan.state, run.mesh)
-    eval_step = placement.jit_eval_step(run.recipe, run.mesh)
     recent: dict[int, Any] = {}  # the last two steps' batches, on the host
 
     def check(arrived: tuple[int, dict[str, float]] | None) -> None:
@@ -118,7 +134,7 @@ def loop(run: Run, checkpoints: Checkpoints, recorder: metrics.Recorder, stop: C
             raise
 
     def evaluate_at(step: int) -> dict[str, float]:
-        values = evaluate(run, evaluation(0), eval_step, state, frozen)
+        values = {f"eval/{name}": value for name, value in evaluation(state, frozen).items()}
         recorder.write(step, values)
         recorder.note(summary(step, values))
         return values
@@ -130,8 +146,7 @@ def loop(run: Run, checkpoints: Checkpoints, recorder: metrics.Recorder, stop: C
     with debug.traced(folder / "profile", config.debug.profile_steps) as before:
         for step in range(first + 1, run.total_steps + 1):
             before(step)
-            recent = {step - 1: recent.get(step - 1), step: batches.next(
-                lambda: Weights(merge(frozen["base"], state["params"]), frozen.get("reference", frozen["base"])))}
+            recent = {step - 1: recent.get(step - 1), step: batches.next(lambda: weights_of(state, frozen))}
             batch = put_batch(run.mesh, recent[step])
             with jax.transfer_guard("disallow"):
                 state, values = train_step(state, frozen, batch)
@@ -181,7 +196,7 @@ def describe(run: Run) -> list[str]:
 
 def summary(step: int, values: dict[str, float]) -> str:
     """Write an evaluation on one line."""
-    shown = ("loss", "rewards/accuracies", "rewards/margins", "accuracy", "margin", "nll", "kl")
+    shown = ("loss", "rewards/accuracies", "rewards/margins", "accuracy", "margin", "nll", "kl", "reward")
     found = [f"{name} {values[f'eval/{name}']:.4g}" for name in shown if f"eval/{name}" in values]
     return f"eval at step {step}: " + ", ".join(found)
 

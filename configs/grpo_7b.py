@@ -30,6 +30,7 @@ def get_config() -> ConfigDict:
         num_key_value_heads=4, max_position_embeddings=32768, rope_theta=1e6, rms_norm_eps=1e-6))
 
     config.data.train = "set:gsm8k:train"
+    config.data.eval = "set:gsm8k:test"
 
     config.objective = ConfigDict(losses.options(
         "grpo", loss_type="dapo", epsilon_low=0.2, epsilon_high=0.2, beta=0.001, epochs=1, minibatches=4))

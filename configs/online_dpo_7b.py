@@ -28,6 +28,7 @@ def get_config() -> ConfigDict:
         layer_norm_eps=1e-5))
 
     config.data.train = "hf:trl-lib/tldr:train"
+    config.data.eval = "hf:trl-lib/tldr:validation"
 
     config.objective = ConfigDict(losses.options("dpo", beta=0.1))
     config.rollout.responses_per_prompt = 2

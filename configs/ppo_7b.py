@@ -32,6 +32,7 @@ def get_config() -> ConfigDict:
         layer_norm_eps=1e-5))
 
     config.data.train = "hf:trl-lib/tldr:train"
+    config.data.eval = "hf:trl-lib/tldr:validation"
 
     config.objective = ConfigDict(losses.options(
         "ppo", clip=0.2, value_clip=0.2, vf_coef=0.1, gamma=1.0, lam=0.95, kl_coef=0.05, epochs=4, minibatches=1,

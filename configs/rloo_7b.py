@@ -30,6 +30,7 @@ def get_config() -> ConfigDict:
         layer_norm_eps=1e-5))
 
     config.data.train = "hf:trl-lib/tldr:train"
+    config.data.eval = "hf:trl-lib/tldr:validation"
 
     config.objective = ConfigDict(losses.options(
         "rloo", kl_coef=0.03, epochs=2, minibatches=2, missing_eos_penalty=1.0))

@@ -49,6 +49,7 @@ def get_config(objective: str = "dpo") -> ConfigDict:
         config.rollout.responses_per_prompt = 4
         config.rollout.max_new_tokens = 16
         config.max_length = 64
+    config.eval.max_examples = 64 if online else 128
 
     config.optimizer.learning_rate = LEARNING_RATE.get(objective, 1e-3)
     config.optimizer.schedule = "cosine"
@@ -56,6 +57,5 @@ def get_config(objective: str = "dpo") -> ConfigDict:
 
     config.checkpoint.every_steps = 100
     config.eval.every_steps = 15
-    config.eval.max_examples = 128
     config.log.every_steps = 10
     return config

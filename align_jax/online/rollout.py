@@ -14,6 +14,7 @@ import concurrent.futures
 import functools
 import io
 import json
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -90,15 +91,17 @@ class Rollouts:
         tokenizer: the policy's.
         policy, reference: the models of the weights that `next` is given.
         mesh: where the forwards run.
+        held_out: prompts that are never trained on, for ``evaluate``.
 
     Attributes:
         shape: a step's sizes on the whole mesh.
     """
 
     def __init__(self, plan: Plan, prompts: Prompts, engine: Engine, rewards: WeightedRewards,
-                 tokenizer: PreTrainedTokenizerBase, *, policy: Model, reference: Model, mesh: jax.sharding.Mesh
-                 ) -> None:
-        self._plan, self._prompts, self._engine, self._rewards = plan, prompts, engine, rewards
+                 tokenizer: PreTrainedTokenizerBase, *, policy: Model, reference: Model, mesh: jax.sharding.Mesh,
+                 held_out: Prompts | None = None) -> None:
+        self._plan, self._prompts, self._held_out = plan, prompts, held_out
+        self._engine, self._rewards = engine, rewards
         self._pad, self._policy, self._reference, self._mesh = pad_id(tokenizer), policy, reference, mesh
         self.shape: Shape = writing.plan_shape(
             groups=plan.batch_size, responses=plan.groups[1], prompt=prompts.longest, response=plan.max_new_tokens,
@@ -106,6 +109,7 @@ class Rollouts:
         self._next = Control(0, float((plan.targets or {}).get("kl_coef", 0.0)), dict(estimators.SCORE_CARRY))
         self._now: Rollout | None = None
         self._slice = 0  # the next one of the rollout now
+        self._renewed: float | None = None  # when the rollout now was asked for, on the monotonic clock
         self._ahead: concurrent.futures.Future | None = None
         self._pool = concurrent.futures.ThreadPoolExecutor(1) if plan.overlap else None
 
@@ -168,11 +172,35 @@ class Rollouts:
         return order[index * share:(index + 1) * share]
 
     def _renew(self, weights: Callable[[], Weights]) -> None:
-        self._now = self._make(weights(), self._next) if self._ahead is None else self._ahead.result()
+        newest = jax.block_until_ready(weights())  # the last step's time is not the generation's
+        before, began, self._renewed = self._now, self._renewed, time.monotonic()
+        self._now = self._make(newest, self._next) if self._ahead is None else self._ahead.result()
+        known = before is not None and began is not None  # else this is the first rollout, or the first after resuming
+        self._now.metrics["rollout/share"] = (
+            before.metrics["rollout/generation_seconds"] / (self._renewed - began) if known else math.nan)
         self._next, self._slice = self._now.control, 0
         if self._pool is not None:
-            copy = jax.tree.map(jnp.copy, weights())  # the train step donates what it is given
+            copy = jax.tree.map(jnp.copy, newest)  # the train step donates what it is given
             self._ahead = self._pool.submit(self._make, copy, self._next)
+
+    def evaluate(self, weights: Weights) -> dict[str, float]:
+        """Sample the held-out prompts as training's are sampled, always with the same draws.
+
+        Several processes take equal shares; what is left over of the prompts stays out.
+
+        Returns:
+            What ``describe`` says of a rollout but for its speed: ``reward``, ``rewards/...``, ``completions/...``.
+        """
+        if self._ahead is not None:
+            concurrent.futures.wait([self._ahead])  # the engine holds one set of weights
+        share = len(self._held_out) // jax.process_count()
+        first = jax.process_index() * share
+        with jax.set_mesh(self._mesh):
+            self._engine.update(weights.policy)
+            asked, moments, seconds = sampling.sample(range(first, first + share), self._plan, self._held_out,
+                                                      self._engine, self._rewards, self._next.moments)
+        found = sampling.describe(sampling.Drawn(asked, 1, moments, seconds, tokens=0), self._plan)
+        return {name: value for name, value in found.items() if not name.startswith("rollout/")}
 
     # ------------------------------------------------------------------------------------------ making a rollout
 
@@ -183,10 +211,9 @@ class Rollouts:
             self._engine.update(weights.policy)
             drawn = sampling.draw(control.place, self._plan, self._prompts, self._engine, self._rewards,
                                   control.moments)
-            generated = time.monotonic() - started
             batch, metrics, kl_coef = self._write(drawn.asked, weights, control.kl_coef)
         metrics |= sampling.describe(drawn, self._plan)
-        metrics |= {"rollout/seconds": time.monotonic() - started, "rollout/generation_seconds": generated}
+        metrics["rollout/seconds"] = time.monotonic() - started
         place = control.place + drawn.tries * self._plan.prompts
         return Rollout(batch, metrics, sampling.records(drawn), Control(place, kl_coef, drawn.moments))
 

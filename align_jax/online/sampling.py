@@ -2,6 +2,7 @@
 """Prompts in, scored samples out: the part of a rollout that deals in text."""
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -40,6 +41,8 @@ class Drawn(NamedTuple):
     asked: list[Asked]
     tries: int  # times that a whole rollout's prompts were taken from the stream
     moments: Moments
+    seconds: float  # spent generating, all tries together
+    tokens: int  # generated in them
 
 
 def prompt_text(example: Example) -> str:
@@ -79,11 +82,17 @@ def shape_scores(scores: Float[np.ndarray, "q n"], completions: Sequence[Sequenc
 
 
 def sample(places: Sequence[int], plan: Plan, prompts: Prompts, engine: Engine, rewards: WeightedRewards,
-           moments: Moments) -> tuple[list[Asked], Moments]:
-    """Sample the prompts at these places of the stream, and score the samples."""
+           moments: Moments) -> tuple[list[Asked], Moments, float]:
+    """Sample the prompts at these places of the stream, and score the samples.
+
+    Returns:
+        The samples, the running moments of all scores, and the seconds spent generating.
+    """
     asked, n = [prompts[place] for place in places], plan.responses
+    began = time.monotonic()
     completions = engine([Request(tuple(ids.tolist()), n, plan.max_new_tokens, plan.sampling, prompts.seed(place),
                                   plan.stop) for place, (_, ids) in zip(places, asked)])
+    seconds = time.monotonic() - began
     raw, parts = rewards([prompt_text(example) for example, _ in asked for _ in range(n)],
                          [one.text for several in completions for one in several],
                          [columns(example) for example, _ in asked for _ in range(n)])
@@ -93,7 +102,7 @@ def sample(places: Sequence[int], plan: Plan, prompts: Prompts, engine: Engine, 
         return x[i * n:(i + 1) * n]
 
     return [Asked(place, example, ids, several, scores[i], own(raw, i), {k: own(v, i) for k, v in parts.items()})
-            for i, (place, (example, ids), several) in enumerate(zip(places, asked, completions))], moments
+            for i, (place, (example, ids), several) in enumerate(zip(places, asked, completions))], moments, seconds
 
 
 def draw(place: int, plan: Plan, prompts: Prompts, engine: Engine, rewards: WeightedRewards, moments: Moments) -> Drawn:
@@ -105,14 +114,16 @@ def draw(place: int, plan: Plan, prompts: Prompts, engine: Engine, rewards: Weig
     share = plan.prompts // jax.process_count()
     kept: list[Asked] = []
     spare: list[Asked] = []  # groups without a difference: used only where the tries do not suffice
-    tries = 0
+    tries, seconds, tokens = 0, 0.0, 0
     while tries < plan.tries and (tries == 0 or not everywhere(len(kept) >= share)):
         first = place + tries * plan.prompts + jax.process_index() * share
-        found, moments = sample(range(first, first + share), plan, prompts, engine, rewards, moments)
+        found, moments, taken = sample(range(first, first + share), plan, prompts, engine, rewards, moments)
+        seconds += taken
+        tokens += sum(len(one.tokens) for each in found for one in each.completions)
         for one in found:
             (kept if plan.tries == 1 or np.ptp(one.scores) > 0 else spare).append(one)
         tries += 1
-    return Drawn((kept + spare)[:share], tries, moments)
+    return Drawn((kept + spare)[:share], tries, moments, seconds, tokens)
 
 
 def describe(drawn: Drawn, plan: Plan) -> dict[str, float]:
@@ -121,12 +132,14 @@ def describe(drawn: Drawn, plan: Plan) -> dict[str, float]:
     completions = [one for asked in drawn.asked for one in asked.completions]
     lengths = gather(np.array([len(one.tokens) for one in completions], np.float32))
     cut_off = gather(np.array([one.finish == "length" for one in completions], np.float32))
+    tokens = float(gather(np.array([drawn.tokens], np.float32)).sum())
     metrics = {
         "reward": float(raw.mean()), "reward_std": float(raw.std(axis=1, ddof=1).mean()) if plan.responses > 1 else 0.0,
         "frac_reward_zero_std": float((np.ptp(raw, axis=1) == 0).mean()),
         "completions/mean_length": float(lengths.mean()), "completions/min_length": float(lengths.min()),
         "completions/max_length": float(lengths.max()), "completions/clipped_ratio": float(cut_off.mean()),
-        "rollout/tries": float(drawn.tries)}
+        "rollout/tries": float(drawn.tries), "rollout/generation_seconds": drawn.seconds,
+        "rollout/tokens_per_second": tokens / drawn.seconds}
     for name in drawn.asked[0].parts:
         metrics[f"rewards/{name}"] = float(gather(np.concatenate([one.parts[name] for one in drawn.asked])).mean())
     return metrics

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+import functools
 from typing import Any
 
 import jax
@@ -42,7 +43,7 @@ def plan_rollouts(terms: Sequence[Term], rollout: Mapping[str, Any], *, batch_si
 
 def make_rollouts(plan: Plan, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, policy: Model,
                   reference: Model, reward_weights: Mapping[str, Any], mesh: jax.sharding.Mesh, max_length: int,
-                  truncation: str, shuffle: bool, seed: int) -> Rollouts:
+                  truncation: str, shuffle: bool, seed: int, held_out: Sequence[Example] = ()) -> Rollouts:
     """Make the source of an online run.
 
     Args:
@@ -54,20 +55,28 @@ def make_rollouts(plan: Plan, examples: Sequence[Example], tokenizer: PreTrained
         mesh: where generation and training run.
         max_length: tokens of a prompt with its completion.
         truncation, shuffle, seed: of the prompts.
+        held_out: prompts to evaluate on; none: no evaluation.
+
+    Raises:
+        ValueError: no prompts are left, or fewer held-out ones than processes.
     """
-    prompts = Prompts(examples, tokenizer, max_length=max_length, max_new_tokens=plan.max_new_tokens,
-                      truncation=truncation, seed=seed, shuffle=shuffle)
+    read = functools.partial(Prompts, tokenizer=tokenizer, max_length=max_length, max_new_tokens=plan.max_new_tokens,
+                             truncation=truncation, seed=seed)
+    prompts, others = read(examples, shuffle=shuffle), read(held_out, shuffle=False) if held_out else None
+    if others is not None and len(others) < jax.process_count():
+        raise ValueError(f"{len(others)} held-out prompts for {jax.process_count()} processes: each needs one at least")
+    longest = max(prompts.longest, 0 if others is None else others.longest)
     if plan.server is None:
         shards = row_shards(mesh)
         rows = -(-min(plan.prompts * plan.responses, MOST_ROWS) // shards) * shards
         generator = Generator(policy, tokenizer, rows=rows, max_length=max_length, mesh=mesh,
-                              prompt_bucket=bucket(prompts.longest, max_length - 1))
+                              prompt_bucket=bucket(longest, max_length - 1))
         engine: Engine = Local(generator, None)
     else:
         engine = Server(**{"tokenizer": tokenizer, "export": lambda folder, params: export(folder, policy, params),
                            **plan.server})
     return Rollouts(plan, prompts, engine, rewards.resolve(reward_weights, REWARDS), tokenizer, policy=policy,
-                    reference=reference, mesh=mesh)
+                    reference=reference, mesh=mesh, held_out=others)
 
 
 def export(folder: str, policy: Model, params: Mapping[str, Any]) -> None:
