@@ -121,7 +121,11 @@ class Pipeline:
             fields["label"] = table.label[pick] & real
         else:
             fields["margin"] = np.where(real, table.margin[pick], 0.0).astype(np.float32)
-        fields["scores"] = np.where(real[:, None], np.nan_to_num(table.scores[pick]), 0.0).astype(np.float32)
+        scores = table.scores[pick]
+        if self.kind == "ranked":  # best first, without ties, where the data has ranks alone
+            ranks = np.arange(self.shape.responses)[None, ::-1]
+            scores = np.where(np.isnan(scores).all(axis=1, keepdims=True), ranks, scores)
+        fields["scores"] = np.where(real[:, None], np.nan_to_num(scores), 0.0).astype(np.float32)
         return batching.to_batch(rows, self.shape.responses, mismatched=extra,
                                  weight=np.where(real, table.weight[pick], 0.0).astype(np.float32), **fields)
 
@@ -222,8 +226,10 @@ def make_pipeline(examples: Examples, tokenizer: PreTrainedTokenizerBase, *, bat
         _check_packing(shape, units, batch_size, math.lcm(row_multiple, process_count))
     extra = None
     if mismatched:
-        extra = planning.mismatched_shape(shape, _mismatched_length(encoded, units, cuts, max_length, trim),
-                                          int(cuts.loss.max()))
+        used = units[units != FILLER]
+        # a response that its own long prompt has cut short may be whole after another prompt
+        longest = max(int(encoded.response(group, 0)[1][:max_length].sum()) for group in used.tolist())
+        extra = planning.mismatched_shape(shape, _mismatched_length(encoded, used, max_length, trim), longest)
     wanted = _units_in_step(shape, layout)
     stream = _stream(units, bounds, examples.weights, seed if shuffle else None, repeat).batch(wanted)
     return Pipeline(
@@ -279,9 +285,8 @@ def _check_packing(shape: Shape, units: np.ndarray, batch_size: int, multiple: i
                          f", or batch_size to a multiple of {round(multiple * mean)}")
 
 
-def _mismatched_length(encoded: Encoded, units: np.ndarray, cuts: planning.Cuts, max_length: int, trim: bool) -> int:
+def _mismatched_length(encoded: Encoded, used: np.ndarray, max_length: int, trim: bool) -> int:
     """Return T of the mismatched completions' rows: any prompt may meet any response."""
-    used = units[units != FILLER]
     if len(np.unique(encoded.prompt_key[used])) < 2:
         raise ValueError("mismatched completions need two different prompts; all examples have the same one")
     if not trim:

@@ -223,6 +223,13 @@ def test_the_batches_fields_are_the_examples(byte):
     assert batch.margin.tolist() == [1.5, 1.5] and batch.weight.tolist() == [0.25, 0.25] and batch.scores.sum() == 0
 
 
+def test_rankings_without_scores_have_no_ties(byte):
+    ranked = of_texts(("p:", " a", " b", " c"), ("q:", " d", " e", " f"), kind="ranked")
+    first = dataclasses.replace(ranked[0], scores=(2.5, 2.5, 0.0))
+    batch = make(dataclasses.replace(ranked, items=(first, ranked[1])), byte, batch_size=2, shuffle=False).batch(0)
+    assert batch.scores.tolist() == [[2.5, 2.5, 0.0], [2.0, 1.0, 0.0]]
+
+
 def test_control_tokens_stand_before_responses_and_are_not_learnt(byte):
     examples = of_texts(("p:", " good", " bad"))
     control = (tokenizer.CHOSEN, tokenizer.REJECTED)
@@ -338,6 +345,14 @@ def test_mismatched_rows_have_room_for_any_prompt_with_any_response(byte):
     extra = pipe.batch(0).mismatched
     assert pipe.shape.length == 72 and extra.tokens.shape == (2, 128)
     assert byte.decode(extra.tokens[0][extra.segment_ids[0] > 0]) == "p" * 60 + ":" + " two" * 15 + "<|end|>"
+
+
+def test_a_mismatched_response_may_be_longer_than_its_own_prompt_left_room_for(byte):
+    texts = [("p" * 200 + ":", " one" * 40), ("q:", " two")]
+    pipe = make(of_texts(*texts, kind="unpaired"), byte, batch_size=2, max_prompt_length=100, mismatched=True,
+                shuffle=False)
+    batch = pipe.batch(0)
+    assert batch.lengths[0, 0] < batch.mismatched.lengths[1, 0] <= batch.mismatched.loss_index.shape[1]
 
 
 def test_a_single_prompt_has_no_mismatched_completions(byte):
