@@ -7,7 +7,7 @@ set -euo pipefail
 model="$1" stories="$2" lexicon="$3" runs="${4:-runs/classical}" rollouts="${5:-60}"
 python="$(dirname "$0")/../.venv/bin/python"
 here="$(dirname "$0")"
-train() { $python -m align_jax.train --config="$here/../configs/tiny.py:$1" --workdir="$runs/$1" "${@:2}"; }
+train() { $python -m align_jax.train --config="$here/../configs/tiny.py:$1" --workdir="$runs/$1" --config.data.eval= "${@:2}"; }
 true_reward="'lexicon': {'path': '$lexicon'"
 
 echo "== 1. prompts and completions"
@@ -39,8 +39,9 @@ train ppo --config.model.path="$runs/sft_hf" --config.data.train="$runs/data/pro
 echo "== 6. the learned reward and the true one, over the rollouts"
 $python - "$runs/ppo/metrics.jsonl" <<'PYTHON'
 import json, sys
-print(f"{'step':>6} {'learned':>9} {'true':>9} {'KL':>9}")
-for line in list(open(sys.argv[1]))[::5]:
-    row = json.loads(line)
-    print(f"{row['step']:6d} {row['rewards/model']:9.3f} {row['rewards/lexicon']:9.3f} {row['objective/kl']:9.3f}")
+rows = [row for row in map(json.loads, open(sys.argv[1])) if "rewards/model" in row]  # evaluations have rows too
+print("| rollouts | learned reward | true reward | KL, nats |\n|---|---|---|---|")
+for number, row in enumerate(rows, 1):
+    if number == 1 or number % 5 == 0:
+        print(f"| {number} | {row['rewards/model']:.3f} | {row['rewards/lexicon']:.3f} | {row['objective/kl']:.2f} |")
 PYTHON

@@ -45,7 +45,7 @@ def make_config(method: str, seed: int, steps: int, model: str, prompts: str, le
     config.seed, config.total_steps, config.batch_size, config.max_length = seed, steps * slices, batch_size, 96
     config.model.path, config.model.compute_dtype, config.model.remat = model, "float32", "none"
     config.reference.dtype = "float32"
-    config.data.train = prompts
+    config.data.train, config.data.eval_fraction = prompts, 0.0  # they are held out already
     config.objective = ConfigDict(losses.options(name) | {"name": name} | options)
     config.rollout.responses_per_prompt, config.rollout.max_new_tokens = samples, NEW_TOKENS
     config.rewards = ConfigDict({"lexicon": {"path": lexicon}})
