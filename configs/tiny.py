@@ -9,7 +9,9 @@ policy gradients do.  The rule behind the made data is known (see data.synthetic
 answer; samples are worth their share of lower-case letters.  To start from a real model,
 or from your own data:
 
-    --config.model.path=DIRECTORY_OR_HUB_ID --config.data.train=pairs.jsonl
+    --config.model.path=DIRECTORY_OR_HUB_ID --config.data.train=pairs.jsonl --config.data.eval=
+
+where the emptied ``data.eval`` holds out a part of your data instead of evaluating on the made ones.
 
 Hardware: two CPU cores.
 """
