@@ -37,11 +37,18 @@ def add_sums(total: Sums | None, new: Sums) -> dict[str, tuple[Any, Any]]:
 def means(total: Sums) -> dict[str, float]:
     """Fetch the sums once and divide; NaN where the weight is 0.
 
+    Unpaired feedback has no margin of its own: it is the chosen rewards' mean less the rejected ones'.
+
     >>> means({"accuracy": (3.0, 4.0)})
     {'accuracy': 0.75}
+    >>> means({"rewards/chosen": (3.0, 2.0), "rewards/rejected": (2.0, 2.0)})["rewards/margins"]
+    0.5
     """
     fetched = jax.device_get(dict(total))
-    return {name: float(top) / float(bottom) if bottom else math.nan for name, (top, bottom) in fetched.items()}
+    found = {name: float(top) / float(bottom) if bottom else math.nan for name, (top, bottom) in fetched.items()}
+    if "rewards/chosen" in found and "rewards/margins" not in found:
+        found["rewards/margins"] = found["rewards/chosen"] - found["rewards/rejected"]
+    return found
 
 
 def check_finite(values: Values, *, step: int, saved: int | None, position: str) -> None:
