@@ -66,13 +66,15 @@ def read_collectives(program: Program) -> list[Collective]:
         program: from ``hlo.parse``.
 
     Returns:
-        Collectives over more than one device; each channel once.
+        Collectives over more than one device.  The pieces of one, in several fused computations of one channel, count
+        once; in one computation each operation is another collective, whatever its channel.
 
     Raises:
         ValueError: a replica group has a form that this reader does not know.
     """
-    found: dict[tuple[str, str], Collective] = {}
+    found: dict[tuple, Collective] = {}
     for computation, operations in program.computations.items():
+        seen: collections.Counter[tuple] = collections.Counter()
         for operation in operations:
             kind = operation.opcode.removesuffix("-start")
             between = operation.opcode == "recv" and "xla_megascale_runtime" in operation.rest
@@ -83,7 +85,10 @@ def read_collectives(program: Program) -> list[Collective]:
             if len(collective.group) < 2:
                 continue
             channel = re.search(r"channel_id=(\d+)", operation.rest)
-            key = (collective.kind, channel[1] if channel else f"{computation}/{operation.name}")
+            # within and between slices channels are numbered apart
+            same = (collective.kind, between, channel[1] if channel else f"{computation}/{operation.name}")
+            key = (*same, seen[same])
+            seen[same] += 1
             if key not in found or found[key].count > collective.count:
                 found[key] = collective
     return list(found.values())

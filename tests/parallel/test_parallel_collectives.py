@@ -103,6 +103,21 @@ ENTRY %main (x: f32[4]) -> f32[4] {
     assert found["reduce-scatter"].traffic == 16  # half of 32 bytes
 
 
+def test_what_shares_a_channel_but_not_its_place_is_another_collective():
+    text = """
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %gate = f32[8]{0} all-reduce(%x), channel_id=4, replica_groups=[1,2]<=[2], to_apply=%add
+  %up = f32[8]{0} all-reduce(%gate), channel_id=4, replica_groups=[1,2]<=[2], to_apply=%add
+  %recv = (f32[8]{0}, u32[]{:S(2)}, token[]) recv(%after-all), channel_id=4, is_host_transfer=true, \
+frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",\
+_xla_host_transfer_rendezvous="all-reduce.1_0",_xla_megascale_target="{1,2}x{0:1}"}
+}
+"""
+    found = read_collectives(parse(text))
+    assert sorted((c.kind, c.network) for c in found) == [("all-reduce", False), ("all-reduce", False),
+                                                          ("all-reduce", True)]
+
+
 def test_shapes_and_bytes_of_a_programs_arrays_are_found():
     text = "%x = (bf16[2,3]{1,0}, f32[]) fusion(f32[4,5] %y)"
     assert array_bytes("(bf16[2,3]{1,0}, f32[])") == 16

@@ -12,6 +12,7 @@ import argparse
 import json
 import pathlib
 import re
+import runpy
 import subprocess
 import sys
 from typing import Any
@@ -25,11 +26,17 @@ The very train step of each config, compiled with the TPU compiler for the topol
 `python tests/tpu/all_configs.py` (JAX {jax}, libtpu {libtpu}); nothing here ran on a TPU.  HBM is the compiler's own
 figure for one device.  The time is a roofline, every unit at its peak: *exposed* waits for all communication,
 *overlapped* hides all of it; real steps are slower than both by what matrix products miss of their peak.  Collectives
-are bytes that one chip receives in a step.
+are bytes that one chip receives in a step; *least* is what sharded weights cannot do without: the bfloat16 weights
+gathered once for each forward and each backward pass of each microbatch, and one bfloat16 gradient scattered (meshes of
+`data` and `fsdp` alone).  No step has an all-to-all but those that an `expert` axis needs.
+
+Where a slice's chips form a square or a cube and all of them share the gradients, the compiler turns every
+reduce-scatter, an explicit `psum_scatter` too, into an all-reduce and a slice: twice the bytes (seen with one
+`psum_scatter` on v5e:8x8, v5p:4x4x4 and v6e:8x8; not on v5e:4x8).
 
 """
 COLUMNS = ("config", "topology", "mesh", "HBM used of usable, GiB", "parameters, optimizer, reference, temporaries",
-           "model PFLOP a step", "collectives, GB", "step, s: overlapped to exposed", "tokens/s", "MFU")
+           "model PFLOP a step", "collectives, GB", "least, GB", "step, s: overlapped to exposed", "tokens/s", "MFU")
 
 
 def topology_of(config: pathlib.Path) -> str | None:
@@ -52,6 +59,16 @@ def compile_one(name: str, topology: str, overrides: list[str]) -> None:
         file.write_text(json.dumps({"config": name, "overrides": overrides, **row}, indent=1) + "\n")
 
 
+def least(row: dict[str, Any]) -> float:
+    """Return the bytes that a chip must receive where weights are sharded over fsdp and full remat is on."""
+    mesh, hbm, flops = row["mesh"], row["hbm"], row["flops"]
+    config = runpy.run_path(str(ROOT / "configs" / f"{row['config']}.py"))["get_config"]()
+    elsewhere = 1 - 1 / mesh["fsdp"]
+    trained, held = (hbm[kind] / size * mesh["fsdp"] for kind, size in (("parameters", 4), ("reference", 2)))
+    passes = 2 + (flops["reference"] + flops["statistics"]) / flops["recomputed"]
+    return 2 * elsewhere * (config.microbatches * passes * max(trained, held) + trained)
+
+
 def line(row: dict[str, Any]) -> str:
     """Write one row of the table."""
     gib, hbm = 2**30, row["hbm"]
@@ -61,12 +78,14 @@ def line(row: dict[str, Any]) -> str:
     for one in row["collectives"]:
         moved[f"{one['kind']} ({one['axes']})"] = one["bytes"] / 1e9
     largest = ", ".join(f"{name} {size:.1f}" for name, size in moved.items() if size >= 0.05)
+    sharded = all(size == 1 for axis, size in row["mesh"].items() if axis not in ("data", "fsdp"))
+    bound = f"{least(row) / 1e9:.1f}" if sharded and row["flops"]["recomputed"] else ""
     s, speed, mfu = row["seconds"], row["tokens_per_second"], row["mfu"]
     fits = "" if row["fits"] else " **does not fit**"
     times = f"{s['overlapped']:.2f} to {s['exposed']:.2f} | {speed[0]:,.0f} to {speed[1]:,.0f} | " \
             f"{mfu[0]:.0%} to {mfu[1]:.0%}" if row["fits"] else " | | "
     return (f"| {row['config']} | {row['topology']} | {mesh} | {hbm['used'] / gib:.2f} of {hbm['capacity'] / gib:.2f}"
-            f"{fits} | {parts} | {row['flops']['model'] / 1e15:.2f} | {largest} | {times} |")
+            f"{fits} | {parts} | {row['flops']['model'] / 1e15:.2f} | {largest} | {bound} | {times} |")
 
 
 def main() -> None:
