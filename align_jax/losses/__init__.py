@@ -128,7 +128,7 @@ OBJECTIVES: dict[str, Objective] = {
         ppo_offline.ppo_offline, needs=("values",),
         formula="max(-A w, -A clip(w)) + critic_coef ½ (V - target)² + kl_coef (a - b), w = e^(a - b)",
         paper="arXiv 1707.06347", measure=ppo_offline.measure_advantages, summarise=ppo_offline.summarise_advantages,
-        **_UNPAIRED),
+        **{**_UNPAIRED, "metric": "rewards/margins up"}),  # its KL term moves all rewards together
     # policy gradients on rollouts
     "ppo": Objective(
         policy_gradient.ppo, needs=("values",), adds={"entropy_coef": ("entropy", 0.0), "ptx_coef": ("ptx", 0.0)},
