@@ -2,7 +2,7 @@
 """Do the online methods learn?  Each trains the same model on the same prompts; reward against KL, held out.
 
     python launch/online_study.py --model=HF_DIR --prompts=PROMPTS.jsonl --lexicon=vader_lexicon.txt --output=DIR
-        [--methods=grpo,ppo --seeds=0,1,2 --steps=40]
+        [--methods=GRPO,PPO --seeds=0,1,2 --steps=30]
 
 Every method sees 128 samples a rollout.  The last eighth of the prompts is held out: after training, each is sampled
 eight times; reward and KL (nats a completion, against the starting weights) are means over these.  Results that
@@ -135,5 +135,5 @@ if __name__ == "__main__":
         flags.DEFINE_string(name, None, f"See the file's head: {name}.", required=True)
     flags.DEFINE_list("methods", [], f"Of {', '.join(METHODS)}; default: all.")
     flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds.")
-    flags.DEFINE_integer("steps", 40, "Rollouts of each run.", 1)
+    flags.DEFINE_integer("steps", 30, "Rollouts of each run.", 1)
     app.run(main)
