@@ -20,7 +20,7 @@ import tqdm
 
 from align_jax import losses
 from align_jax.core import config as configs
-from align_jax.data import datasets, pipeline
+from align_jax.data import datasets, pipeline, synthetic
 from align_jax.data.datasets import Examples
 from align_jax.data.pipeline import Pipeline
 from align_jax.data.tokenizer import fingerprint, load_tokenizer
@@ -169,8 +169,8 @@ def read_data(config: ConfigDict, setting: Setting) -> tuple[Examples, Examples 
         chat=bool(setting.tokenizer.chat_template), format=None if d.format == "auto" else d.format,
         columns=d.columns.to_dict(), **d.options.to_dict())
     examples = load(d.train.split(","), weights=tuple(d.weights) or None)
-    if d.eval:
-        return examples, load(d.eval.split(","), limit=config.eval.max_examples or None)
+    if held_out := d.eval or (synthetic.eval_split(d.train) if d.eval_fraction else ""):
+        return examples, load(held_out.split(","), limit=config.eval.max_examples or None)
     return datasets.hold_out(examples, d.eval_fraction, most=config.eval.max_examples, seed=config.seed)
 
 

@@ -6,12 +6,10 @@
 The argument after the colon is any name of ``python -m align_jax.objectives``, or a sum such as ``dpo+sft``.  An
 objective of pairs or unpaired answers after ``online_`` (``online_dpo``) learns from the policy's own samples, as the
 policy gradients do.  The rule behind the made data is known (see data.synthetic), so the held-out metrics have a true
-answer; samples are worth their share of lower-case letters.  To start from a real model,
-or from your own data:
+answer; samples are worth their share of lower-case letters.  To start from a real model, or from your own data, a part
+of which is then held out:
 
-    --config.model.path=DIRECTORY_OR_HUB_ID --config.data.train=pairs.jsonl --config.data.eval=
-
-where the emptied ``data.eval`` holds out a part of your data instead of evaluating on the made ones.
+    --config.model.path=DIRECTORY_OR_HUB_ID --config.data.train=pairs.jsonl
 
 Hardware: two CPU cores.
 """
@@ -41,9 +39,7 @@ def get_config(objective: str = "dpo") -> ConfigDict:
     config.model.remat = "none"
     config.reference.dtype = "float32"
 
-    made = MADE["rollout" if online else kind]
-    config.data.train = f"builtin:{made}:train"
-    config.data.eval = f"builtin:{made}:eval"
+    config.data.train = f"builtin:{MADE['rollout' if online else kind]}:train"
 
     config.objective = ConfigDict(losses.options(name))
     if online:

@@ -147,7 +147,7 @@ MISTAKES = {
 def test_a_mistake_is_found_before_anything_compiles(name, tmp_path, monkeypatch):
     overrides, said = MISTAKES[name]
     if isinstance(overrides, list):
-        overrides = dict(data__train=pairs_file(tmp_path, *overrides), data__eval="")
+        overrides = dict(data__train=pairs_file(tmp_path, *overrides))
     monkeypatch.setattr(jax, "jit", lambda *_, **__: pytest.fail("compiled"))
     with pytest.raises((ValueError, KeyError, FileNotFoundError), match=f"(?s){said}"):
         run.prepare(tiny(**overrides), str(tmp_path))
@@ -160,7 +160,7 @@ def test_another_config_s_workdir_is_refused_and_the_difference_named(finished):
 
 def test_real_pairs_train_a_real_model(testdata, tmp_path):
     flags = dict(model__path=testdata / "models" / "TinyStories-656K", total_steps=12, batch_size=16, max_length=256,
-                 data__train=testdata / "preference" / "rasbt_instruction_preference.json", data__eval="",
+                 data__train=testdata / "preference" / "rasbt_instruction_preference.json",
                  optimizer__learning_rate=3e-4, eval__max_examples=64)
     command = [sys.executable, "-m", "align_jax.train", f"--config={CONFIGS / 'tiny.py'}:dpo", f"--workdir={tmp_path}",
                *(f"--config.{key.replace('__', '.')}={value}" for key, value in flags.items())]

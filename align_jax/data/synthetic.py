@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -60,6 +61,16 @@ def make(name: str, split: str = "train", *, seed: int = 0, size: int | None = N
         raise ValueError(f"builtin:{name}:{split}: size must be at least 1, got {size}")
     stream = (sorted(BUILTINS).index(name), SPLITS.index(split), seed)
     return Made(size, lambda index: BUILTINS[name](np.random.default_rng([*stream, index]), split == "eval"))
+
+
+def eval_split(source: str) -> str:
+    """Return the source of the evaluation split of made training data; "" for any other source.
+
+    >>> eval_split("builtin:arithmetic:train?seed=1"), eval_split("pairs.jsonl")
+    ('builtin:arithmetic:eval?seed=1', '')
+    """
+    made = re.fullmatch(r"builtin:(\w+):train(\?[^,]*)?", source)
+    return f"builtin:{made[1]}:eval{made[2] or ''}" if made else ""
 
 
 def kindness(answer: str) -> int:
