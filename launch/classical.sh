@@ -7,7 +7,7 @@ set -euo pipefail
 model="$1" stories="$2" lexicon="$3" runs="${4:-runs/classical}" rollouts="${5:-60}"
 python="$(dirname "$0")/../.venv/bin/python"
 here="$(dirname "$0")"
-train() { $python -m align_jax.train --config="$here/../configs/tiny.py:$1" --workdir="$runs/$1" --config.data.eval= "${@:2}"; }
+train() { $python -m align_jax.train --config="$here/../configs/tiny.py:$1" --workdir="$runs/$1" "${@:2}"; }
 true_reward="'lexicon': {'path': '$lexicon'"
 
 echo "== 1. prompts and completions"
