@@ -28,7 +28,7 @@ figure for one device.  The time is a roofline, every unit at its peak: *exposed
 *overlapped* hides all of it; real steps are slower than both by what matrix products miss of their peak.  Collectives
 are bytes that one chip receives in a step; *least* is what sharded weights cannot do without: the bfloat16 weights
 gathered once for each forward and each backward pass of each microbatch, and one bfloat16 gradient scattered (meshes of
-`data` and `fsdp` alone).  No step has an all-to-all but those that an `expert` axis needs.
+`data` and `fsdp` alone).  No step has an all-to-all.
 
 Where a slice's chips form a square or a cube and all of them share the gradients, the compiler turns every
 reduce-scatter, an explicit `psum_scatter` too, into an all-reduce and a slice: twice the bytes (seen with one
@@ -92,6 +92,7 @@ def main() -> None:
     """Compile what is asked for and write the table."""
     import jax
     import libtpu
+    sys.path.insert(0, str(ROOT))
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="configs, separated by commas; none = all; '-' = the table alone")
     parser.add_argument("--extra", default=",".join(EXTRA), help="CONFIG@TOPOLOGY+FLAG, separated by commas")
