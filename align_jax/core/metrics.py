@@ -37,18 +37,23 @@ def add_sums(total: Sums | None, new: Sums) -> dict[str, tuple[Any, Any]]:
 def means(total: Sums) -> dict[str, float]:
     """Fetch the sums once and divide; NaN where the weight is 0.
 
-    Unpaired feedback has no margin of its own: it is the chosen rewards' mean less the rejected ones'.
-
     >>> means({"accuracy": (3.0, 4.0)})
     {'accuracy': 0.75}
-    >>> means({"rewards/chosen": (3.0, 2.0), "rewards/rejected": (2.0, 2.0)})["rewards/margins"]
-    0.5
     """
     fetched = jax.device_get(dict(total))
-    found = {name: float(top) / float(bottom) if bottom else math.nan for name, (top, bottom) in fetched.items()}
-    if "rewards/chosen" in found and "rewards/margins" not in found:
-        found["rewards/margins"] = found["rewards/chosen"] - found["rewards/rejected"]
-    return found
+    return with_margin({name: float(top) / float(bottom) if bottom else math.nan
+                        for name, (top, bottom) in fetched.items()})
+
+
+def with_margin(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Add the margin that unpaired feedback lacks: the chosen rewards' mean less the rejected ones'.
+
+    >>> with_margin({"rewards/chosen": 1.5, "rewards/rejected": 1.0})["rewards/margins"]
+    0.5
+    """
+    if "rewards/chosen" not in values or "rewards/margins" in values:
+        return dict(values)
+    return {**values, "rewards/margins": values["rewards/chosen"] - values["rewards/rejected"]}
 
 
 def check_finite(values: Values, *, step: int, saved: int | None, position: str) -> None:

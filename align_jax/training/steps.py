@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from align_jax.core.metrics import with_margin
 from align_jax.core.schema import Batch, Outputs
 from align_jax.losses import objective
 from align_jax.losses.logprobs import at_last, at_sources, sum_by_slot, token_outputs
@@ -298,7 +299,7 @@ def train_step(recipe: Recipe, state: Tree, frozen: Tree, batch: Batch) -> tuple
     real = jnp.sum(batch.segment_ids > 0, dtype=jnp.float32)
     counts = {"num_tokens": real, "padding_fraction": 1.0 - real / batch.tokens.size,
               "groups": jnp.sum(batch.weight > 0)}
-    return new_state, {"loss": loss, "grad_norm": norm, "learning_rate": rate, **counts, **means}
+    return new_state, {"loss": loss, "grad_norm": norm, "learning_rate": rate, **counts, **with_margin(means)}
 
 
 def _sync(recipe: Recipe, step: jax.Array, reference: Tree, params: Tree) -> Tree:
