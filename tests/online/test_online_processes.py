@@ -27,6 +27,9 @@ def run(folder, count):
 @pytest.mark.timeout(1800)
 def test_two_processes_train_online_as_one_does(tmp_path):
     alone, together = (run(tmp_path / f"run{count}", count) for count in (1, 2))
+    compared = ("reward", "reward_std", "completions/mean_length", "completions/clipped_ratio")
+    kinds = [(*compared, "grad_norm"), tuple(f"eval/{name}" for name in compared)]  # steps', held-out prompts'
+    assert [kinds[0][0] in row for row in alone] == [False, True, True, False]  # held out, two steps, held out
     for one, both in zip(alone, together, strict=True):
-        for name in ("reward", "reward_std", "grad_norm", "completions/mean_length", "completions/clipped_ratio"):
+        for name in kinds["eval/reward" in one]:
             assert both[name] == pytest.approx(one[name], rel=1e-4), name
