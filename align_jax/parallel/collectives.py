@@ -67,12 +67,15 @@ def read_collectives(program: Program) -> list[Collective]:
 
     Returns:
         Collectives over more than one device.  The pieces of one, in several fused computations of one channel, count
-        once; in one computation each operation is another collective, whatever its channel.
+        once, as often as the rarest runs; elsewhere each operation is another collective, whatever its channel (a turn
+        that the compiler has taken out of a loop keeps the channel).
 
     Raises:
         ValueError: a replica group has a form that this reader does not know.
     """
     found: dict[tuple, Collective] = {}
+    fused = {name for operations in program.computations.values() for operation in operations
+             for name in re.findall(r"calls=%([\w.\-]+)", operation.rest)}
     for computation, operations in program.computations.items():
         seen: collections.Counter[tuple] = collections.Counter()
         for operation in operations:
@@ -87,7 +90,7 @@ def read_collectives(program: Program) -> list[Collective]:
             channel = re.search(r"channel_id=(\d+)", operation.rest)
             # within and between slices channels are numbered apart
             same = (collective.kind, between, channel[1] if channel else f"{computation}/{operation.name}")
-            key = (*same, seen[same])
+            key = (*same, seen[same], "" if computation in fused else computation)
             seen[same] += 1
             if key not in found or found[key].count > collective.count:
                 found[key] = collective

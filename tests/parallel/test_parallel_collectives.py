@@ -118,6 +118,27 @@ _xla_host_transfer_rendezvous="all-reduce.1_0",_xla_megascale_target="{1,2}x{0:1
                                                           ("all-reduce", True)]
 
 
+def test_a_turn_taken_out_of_a_loop_counts_beside_the_loop():
+    text = """
+%body (p: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %inside = f32[8]{0} all-reduce(%x), channel_id=4, replica_groups=[1,2]<=[2], to_apply=%add
+  %one = s32[] constant(1)
+  %next = s32[] add(%i, %one)
+  ROOT %both = (s32[], f32[8]{0}) tuple(%next, %inside)
+}
+%limit (q: (s32[], f32[8])) -> pred[] {
+  %n = s32[] constant(3)
+  %at = s32[] get-tuple-element(%q), index=0
+  ROOT %less = pred[] compare(%at, %n), direction=LT
+}
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %w = (s32[], f32[8]{0}) while(%t), condition=%limit, body=%body
+  ROOT %last = f32[8]{0} all-reduce(%y), channel_id=4, replica_groups=[1,2]<=[2], to_apply=%add
+}
+"""
+    assert sorted(collective.count for collective in read_collectives(parse(text))) == [1, 3]
+
+
 def test_shapes_and_bytes_of_a_programs_arrays_are_found():
     text = "%x = (bf16[2,3]{1,0}, f32[]) fusion(f32[4,5] %y)"
     assert array_bytes("(bf16[2,3]{1,0}, f32[])") == 16
