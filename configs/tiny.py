@@ -21,7 +21,7 @@ LLAMA = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_at
              max_position_embeddings=512, tie_word_embeddings=True)
 MADE = {"completions": "completions", "pairs": "preferences", "ranked": "ranked", "unpaired": "unpaired",
         "rollout": "arithmetic"}  # the objective's kind of data -> the data set made by code
-LEARNING_RATE = {"ppo_offline": 3e-4}  # where 1e-3 is not a good one: it drives all tokens past the clip
+LEARNING_RATE = {"ppo_offline": 3e-4}  # where 1e-3 is not a good one: all log-probabilities fall
 
 
 def get_config(objective: str = "dpo") -> ConfigDict:

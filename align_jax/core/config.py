@@ -59,7 +59,7 @@ def defaults() -> ConfigDict:
     c.data = d = ConfigDict()
     d.train = ""  # one source, or several separated by commas: path, glob, tfds:..., hf:..., builtin:...
     d.eval = ""  # likewise; "" = hold out eval_fraction of the training examples (builtin data: its own eval split)
-    d.eval_fraction = 0.05  # of the training examples, at most eval.max_examples; 0 = no evaluation
+    d.eval_fraction = 0.05  # of the training examples, at most eval.max_examples; 0 = hold nothing out
     d.weights = ()  # of several training sources; () = each example once an epoch
     d.format = "auto"  # a key of data.FORMATS, a name of data.DATASETS, or auto: found from the fields
     d.columns = ConfigDict()  # field that the format expects -> column of the data
