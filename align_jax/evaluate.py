@@ -32,7 +32,7 @@ from align_jax.inference.samplers import Sampling
 from align_jax.models import hf
 from align_jax.models.model import Model, build
 from align_jax.online import REWARDS
-from align_jax.online.rewards import WeightedRewards, resolve
+from align_jax.online.weighted import WeightedRewards, resolve
 from align_jax.parallel import distributed
 from align_jax.parallel.mesh import make_mesh
 from align_jax.parallel.sharding import tree_shardings

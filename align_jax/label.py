@@ -21,7 +21,7 @@ import tqdm
 
 from align_jax.data.sources import open_source
 from align_jax.online import REWARDS, feedback
-from align_jax.online.rewards import WeightedRewards, resolve
+from align_jax.online.weighted import WeightedRewards, resolve
 from align_jax.parallel import distributed
 
 KINDS = ("binary", "pairwise", "scalar")

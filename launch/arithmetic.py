@@ -21,7 +21,7 @@ from align_jax import evaluate, losses, train
 from align_jax.core.config import ConfigDict, defaults
 from align_jax.data import datasets
 from align_jax.evals.generation import generation
-from align_jax.online import REWARDS, rewards
+from align_jax.online import REWARDS, weighted
 
 NEW_TOKENS = 2  # a digit and the end of the answer
 SAMPLES = 64  # of each question, in the measurement
@@ -75,7 +75,7 @@ def main(argv: Sequence[str]) -> None:
         if not subject.name.endswith(f"@{config.total_steps}"):
             raise SystemExit(f"{workdir} was stopped early; the same command goes on")
         examples = datasets.load(questions, kind="prompts", chat=bool(subject.tokenizer.chat_template))
-        found = generation(subject, examples, rewards.resolve({"exact": 1.0}, REWARDS), samples=SAMPLES,
+        found = generation(subject, examples, weighted.resolve({"exact": 1.0}, REWARDS), samples=SAMPLES,
                            max_new_tokens=NEW_TOKENS, max_length=64, rows=1600, seed=1000)
         lines.append(f"| {seed} | {found['reward']:.4f} | {values.steps} | {minutes:.1f} |")
         print("\n".join(lines), flush=True)

@@ -23,7 +23,7 @@ from align_jax.core.config import ConfigDict, defaults
 from align_jax.evals.generation import generation
 from align_jax.evals.subject import Subject
 from align_jax.data import datasets
-from align_jax.online import REWARDS, rewards
+from align_jax.online import REWARDS, weighted
 
 NEW_TOKENS = 24
 # Method -> (objective, its options, groups in a step, samples a prompt, learning rate).
@@ -70,7 +70,7 @@ def split(prompts: str, folder: pathlib.Path) -> tuple[str, str]:
 def measure(subject: Subject, held_out: str, lexicon: str) -> dict[str, float]:
     """Sample the held-out prompts."""
     examples = datasets.load(held_out, kind="prompts", chat=False)
-    scored = rewards.resolve({"lexicon": {"path": lexicon}}, REWARDS)
+    scored = weighted.resolve({"lexicon": {"path": lexicon}}, REWARDS)
     return generation(subject, examples, scored, samples=8, max_new_tokens=NEW_TOKENS, rows=128, seed=1000)
 
 

@@ -20,7 +20,7 @@ from align_jax.online import sampling as online_sampling
 from align_jax.online import selection, writing
 from align_jax.online.plan import Plan
 from align_jax.online.prompts import Prompts
-from align_jax.online.rewards import WeightedRewards
+from align_jax.online.weighted import WeightedRewards
 from align_jax.parallel.mesh import row_shards
 from align_jax.parallel.sharding import put_batch
 

@@ -13,12 +13,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from align_jax.inference.samplers import Settings, draw
 from align_jax.models import cache as caches
+from align_jax.models.cache import Cache
 from align_jax.models.model import Model
-from align_jax.parallel.sharding import constrain
+from align_jax.parallel.sharding import tree_shardings
 
 
 class Rows(NamedTuple):
@@ -62,6 +64,21 @@ def _take(logits: Float[Array, "N V"], rows: Rows, filters: frozenset[str], prog
         token=token, step=progress.step + 1, seen=seen)
 
 
+def shardings(mesh: Mesh | AbstractMesh, progress: Progress) -> Progress:
+    """Return where each array of a Progress lies: rows over the mesh's row axes, the cache's heads over ``tensor``.
+
+    Args:
+        mesh: the mesh.
+        progress: arrays or shapes.
+    """
+    heads = progress.cache.keys.shape[3] % mesh.shape["tensor"] == 0  # else each device holds them all
+    axes = Cache(*(tuple(None if name == "kv_heads" and not heads else name for name in names)
+                   for names in caches.AXES))
+    rows = lambda x: ("rows", *(None,) * (x.ndim - 1)) if x.ndim else ()
+    names = jax.tree.map(rows, progress._replace(cache=None))._replace(cache=axes)
+    return tree_shardings(mesh, names)
+
+
 @functools.partial(jax.jit, static_argnames=("model", "samples", "slots", "filters", "dtype"))
 def start(model: Model, params: Any, tokens: Int[Array, "G T"], lengths: Int[Array, "G"], rows: Rows, *,
           samples: int, slots: int, filters: frozenset[str], dtype: Any) -> Progress:
@@ -91,13 +108,21 @@ def start(model: Model, params: Any, tokens: Int[Array, "G T"], lengths: Int[Arr
         seen = jnp.zeros(logits.shape, bool).at[group, tokens].max(real)
         seen = jnp.repeat(seen, samples, axis=0)
     n = tokens.shape[0] * samples
-    empty = lambda dtype: constrain(jnp.zeros((n, slots), dtype), "rows", None)
+    empty = lambda dtype: jnp.zeros((n, slots), dtype)
     progress = Progress(
         tokens=empty(jnp.int32), token_logps=empty(jnp.float32), drawn_logps=empty(jnp.float32),
         count=jnp.zeros(n, jnp.int32), done=rows.limits <= 0, stopped=jnp.zeros(n, bool),
         token=jnp.zeros(n, jnp.int32), starts=jnp.repeat(lengths, samples), step=jnp.zeros((), jnp.int32), seen=seen,
         cache=caches.repeat(cache, samples))
-    return _take(jnp.repeat(logits, samples, axis=0), rows, filters, progress)
+    return _placed(_take(jnp.repeat(logits, samples, axis=0), rows, filters, progress))
+
+
+def _placed(progress: Progress) -> Progress:
+    """Pin where everything lies, under an ambient mesh: what `advance` is compiled for, and keeps."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return progress
+    return jax.lax.with_sharding_constraint(progress, shardings(mesh, progress))
 
 
 @functools.partial(jax.jit, static_argnames=("model", "filters"), donate_argnames=("progress",))
@@ -109,6 +134,6 @@ def advance(model: Model, params: Any, rows: Rows, progress: Progress, until: In
 
     def body(progress: Progress) -> Progress:
         hidden, cache = model.decode(params, progress.token, progress.starts + progress.count - 1, progress.cache)
-        return _take(model.unembed(params, hidden), rows, filters, progress._replace(cache=cache))
+        return _placed(_take(model.unembed(params, hidden), rows, filters, progress._replace(cache=cache)))
 
     return jax.lax.while_loop(running, body, progress)

@@ -18,16 +18,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Float, Int
 from transformers import PreTrainedTokenizerBase
 
 from align_jax.core.schema import Example
 from align_jax.data import chat
 from align_jax.inference import decoding
-from align_jax.inference.samplers import Sampling, row_keys, stack
+from align_jax.inference.samplers import Sampling, Settings, row_keys, stack
 from align_jax.models.model import Model
 from align_jax.parallel.mesh import row_shards
-from align_jax.parallel.sharding import put_batch
+from align_jax.parallel.sharding import put_batch, row_sharding
 
 _STOP_CHECK_TOKENS = 16  # tokens drawn between two looks for stop strings, on the host
 _STOP_IDS_MULTIPLE = 8  # stop tokens are padded to this many, so that one more does not recompile
@@ -72,6 +73,29 @@ class _Call(NamedTuple):
     first: int
     samples: int
     bucket: int
+
+
+class _Arrays(NamedTuple):
+    """A call as this process's arrays, and what they mean."""
+
+    tokens: Int[np.ndarray, "G T"]
+    lengths: Int[np.ndarray, "G"]
+    settings: Settings
+    limits: Int[np.ndarray, "N"]
+    keys: Any  # uint32 [N, 2]
+    each: list[tuple[Request, int]]  # of each row that is no filler: its request, and which of its samples it is
+    slots: int
+    filters: frozenset[str]
+
+
+class Lowered(NamedTuple):
+    """Generation's two programs, lowered."""
+
+    prefill: jax.stages.Lowered
+    decode: jax.stages.Lowered  # its loop's body draws one token in each row
+    progress: Any  # what goes from one to the other, shapes with shardings: the cache most of all
+    prompts: tuple[int, int]  # how many a call prefills, and their padded length
+    calls: int  # that the requests take
 
 
 def bucket(length: int, largest: int) -> int:
@@ -214,7 +238,8 @@ class Generator:
             for begin in range(0, len(indices), prompts):
                 yield _Call(tuple(indices[begin:begin + prompts]), first, samples, size)
 
-    def _run(self, params: Any, requests: Sequence[Request], call: _Call) -> list[list[Completion]]:
+    def _arrays(self, requests: Sequence[Request], call: _Call) -> _Arrays:
+        """Write a call's requests, and the rows that fill it up, as this process's arrays."""
         share = jax.process_count()
         rows, shards = self._rows // share, max(1, self._shards // share)
         prompts = max(shards, rows // call.samples // shards * shards)
@@ -229,15 +254,53 @@ class Generator:
         seeds = np.array([request.seed for request, _ in each] + [0] * fill)
         numbers = np.array([s for _, s in each] + [0] * fill)
         slots = bucket(max(request.max_new_tokens for request in requests), self._max_length)
+        keys = np.asarray(jax.random.key_data(row_keys(seeds, numbers)))
+        return _Arrays(tokens, lengths, settings, np.array(limits, np.int32), keys, each, slots, filters)
+
+    def _run(self, params: Any, requests: Sequence[Request], call: _Call) -> list[list[Completion]]:
+        arrays = self._arrays(requests, call)
         put = (lambda tree: jax.tree.map(jnp.asarray, tree)) if self._mesh is None else (
             lambda tree: put_batch(self._mesh, tree))
-        fields = put((settings, np.array(limits, np.int32), jax.random.key_data(row_keys(seeds, numbers))))
-        asked = decoding.Rows(jax.random.wrap_key_data(fields[2]), fields[0], fields[1], jnp.asarray(self._stop_ids))
-        with _ambient(self._mesh):
-            progress = decoding.start(self._model, params, *put((tokens, lengths)), asked, samples=call.samples,
-                                      slots=slots, filters=filters, dtype=self._dtype)
-            progress, cuts = self._finish(params, asked, progress, each, slots, filters)
-        return self._collect(progress, each, call.samples, cuts)
+        tokens, lengths, settings, limits, keys = put(arrays[:5])
+        asked = decoding.Rows(jax.random.wrap_key_data(keys), settings, limits, jnp.asarray(self._stop_ids))
+        with ambient(self._mesh):
+            progress = decoding.start(self._model, params, tokens, lengths, asked, samples=call.samples,
+                                      slots=arrays.slots, filters=arrays.filters, dtype=self._dtype)
+            progress, cuts = self._finish(params, asked, progress, arrays.each, arrays.slots, arrays.filters)
+        return self._collect(progress, arrays.each, call.samples, cuts)
+
+    def lower(self, params: Any, requests: Sequence[Request], platform: str | None = None) -> Lowered:
+        """Lower the two programs that answer these requests, from shapes alone.
+
+        Args:
+            params: the model's parameters, shapes with shardings.
+            requests: what would be asked for; only the sizes matter.
+            platform: "tpu" for a topology's devices; None: the devices' own.
+
+        Raises:
+            ValueError: the requests take calls of several shapes.
+        """
+        calls = list(self._plan(requests))
+        if len({(call.samples, call.bucket) for call in calls}) > 1:
+            raise ValueError("expected requests of one shape, so that two programs serve them all")
+        call = calls[0]
+        arrays = self._arrays([requests[i] for i in call.indices], call)
+        rows = row_sharding(self._mesh)
+        shape = lambda x, sharding=rows: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+        tokens, lengths, settings, limits, keys = jax.tree.map(shape, arrays[:5])
+        everywhere = NamedSharding(self._mesh, PartitionSpec())
+        asked = decoding.Rows(shape(jax.eval_shape(jax.random.wrap_key_data, keys)), settings, limits,
+                              shape(self._stop_ids, everywhere))
+        platforms = None if platform is None else (platform,)
+        with jax.set_mesh(self._mesh):
+            prefill = decoding.start.trace(
+                self._model, params, tokens, lengths, asked, samples=call.samples, slots=arrays.slots,
+                filters=arrays.filters, dtype=self._dtype).lower(lowering_platforms=platforms)
+            progress = jax.tree.map(shape, prefill.out_info, decoding.shardings(self._mesh, prefill.out_info))
+            until = jax.ShapeDtypeStruct((), np.int32, sharding=everywhere)
+            decode = decoding.advance.trace(self._model, params, asked, progress, until, filters=arrays.filters
+                                            ).lower(lowering_platforms=platforms)
+        return Lowered(prefill, decode, progress, tokens.shape, len(calls))
 
     def _finish(self, params: Any, asked: decoding.Rows, progress: decoding.Progress, each: Sequence, slots: int,
                 filters: frozenset[str]) -> tuple[decoding.Progress, Mapping[int, tuple[int, str]]]:
@@ -285,7 +348,8 @@ class Generator:
         return found
 
 
-def _ambient(mesh: jax.sharding.Mesh | None) -> Any:
+def ambient(mesh: jax.sharding.Mesh | None) -> Any:
+    """Return a context in which this mesh, if it is one, is the ambient one."""
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 

@@ -16,9 +16,10 @@ from transformers import PreTrainedTokenizerBase
 from align_jax.core.schema import Batch, Example
 from align_jax.data import chat
 from align_jax.data.tokenizer import load_tokenizer
-from align_jax.inference.generate import bucket, local
+from align_jax.inference.generate import ambient, bucket, local
 from align_jax.losses.logprobs import at_sources, token_outputs
 from align_jax.models import hf
+from align_jax.models.config import ModelConfig
 from align_jax.models.model import Model, build
 from align_jax.parallel.mesh import row_shards
 from align_jax.parallel.sharding import put_batch, tree_shardings
@@ -46,8 +47,21 @@ def rescore(model: Model, params: Any, batch: Batch, *, value_head: str = "", ch
     return outputs.token_logps, values
 
 
+def scorer(config: ModelConfig, compute_dtype: str, attention: str = "auto") -> Model:
+    """Return the model of a reward model's checkpoint: a score head on the last hidden state, no vocabulary."""
+    return build(config, compute_dtype=compute_dtype, remat="none", attention=attention, heads=("score",))
+
+
 @functools.partial(jax.jit, static_argnames="model")
-def _scores(model: Model, params: Any, tokens: Int[Array, "N T"], lengths: Int[Array, "N"]) -> Float[Array, "N"]:
+def scores(model: Model, params: Any, tokens: Int[Array, "N T"], lengths: Int[Array, "N"]) -> Float[Array, "N"]:
+    """Return what a score head says of each row's last token.
+
+    Args:
+        model: static; from ``scorer``.
+        params: its parameters.
+        tokens: padded on the right.
+        lengths: real tokens of each row, at least 1.
+    """
     index = jnp.arange(tokens.shape[1])[None, :]
     real: Bool[Array, "N T"] = index < lengths[:, None]
     hidden, _ = model.hidden(params, tokens, real.astype(jnp.int32), jnp.where(real, index, 0))
@@ -83,7 +97,8 @@ class RewardModel:
         if not any("SequenceClassification" in kind for kind in kinds):
             raise ValueError(f"{path} is a checkpoint of {kinds}; expected a sequence classifier with one label, which "
                              "has a score head (ours are exported as such)")
-        self._model = build(config, compute_dtype=compute_dtype, remat="none", heads=("score",))
+        config = config.padded(1 if mesh is None else mesh.shape["tensor"])
+        self._model = scorer(config, compute_dtype)
         shardings = None if mesh is None else tree_shardings(mesh, self._model.axes())
         _, self._params = hf.load(path, config=config, dtype=compute_dtype, heads=("score",), shardings=shardings)
         self._tokenizer: PreTrainedTokenizerBase = load_tokenizer(path)
@@ -112,5 +127,6 @@ class RewardModel:
             for row, i in enumerate(chosen):
                 tokens[row, :len(texts[i])], lengths[row] = texts[i], len(texts[i])
             arrays = (tokens, lengths) if self._mesh is None else put_batch(self._mesh, (tokens, lengths))
-            found[chosen] = local(_scores(self._model, self._params, *arrays))[:len(chosen)]
+            with ambient(self._mesh):  # attention kernels and mixtures of experts look at it
+                found[chosen] = local(scores(self._model, self._params, *arrays))[:len(chosen)]
         return found

@@ -114,10 +114,6 @@ class Model:
         return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((rows, length), jnp.int32),
                      jnp.zeros((rows, length), jnp.int32), jnp.zeros((rows,), jnp.int32))
 
-    def cache_axes(self) -> Cache:
-        """Return the cache's logical axes."""
-        return caches.AXES
-
     def prefill(self, params: Params, tokens: Int[Array, "N T"], segment_ids: Int[Array, "N T"],
                 positions: Int[Array, "N T"], cache: Cache, prefix_ids: Int[Array, "N T"] | None = None
                 ) -> tuple[Float[Array, "N T D"], Cache]:

@@ -5,26 +5,22 @@ Each public function up to `judge` is a row of ``REWARDS``: it takes options and
 
     (prompts, completions, extras) -> one number for each completion
 
-where ``extras`` holds the columns of the data's row (a gold answer, a level).  ``resolve`` turns the config's mapping
-into a weighted sum of such functions.  Nothing here is random, and nothing depends on the other completions of the
-batch, so a score never depends on how completions were batched.
+where ``extras`` holds the columns of the data's row (a gold answer, a level).  Nothing here is random, and nothing
+depends on the other completions of the batch, so a score never depends on how completions were batched.
 """
 from __future__ import annotations
 
 import concurrent.futures
-import dataclasses
 import difflib
 import functools
 import importlib
-import inspect
 import math
 import pathlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-from jaxtyping import Float
+from jax.sharding import Mesh
 
 from align_jax.core.schema import Example
 from align_jax.inference.engines import Client
@@ -248,7 +244,8 @@ def function(path: str, **options: Any) -> RewardFunction:
     return functools.partial(found, **options) if options else found
 
 
-def model(path: str, rows: int = 16, max_length: int = 0, compute_dtype: str = "float32") -> RewardFunction:
+def model(path: str, rows: int = 16, max_length: int = 0, compute_dtype: str = "float32",
+          mesh: Mesh | None = None) -> RewardFunction:
     """Score by a reward model: a checkpoint with a score head, ours or a Hugging Face sequence classifier.
 
     A row's column ``messages`` (the prompt's turns) goes through the reward model's own chat template where it has
@@ -257,8 +254,9 @@ def model(path: str, rows: int = 16, max_length: int = 0, compute_dtype: str = "
     Args:
         path: directory or hub id.
         rows, max_length, compute_dtype: see `align_jax.inference.score.RewardModel`; 0 = the model's positions.
+        mesh: where its weights lie and its forwards run; of an online run, the run's own.
     """
-    scorer = RewardModel(path, rows=rows, max_length=max_length or None, compute_dtype=compute_dtype)
+    scorer = RewardModel(path, rows=rows, max_length=max_length or None, compute_dtype=compute_dtype, mesh=mesh)
 
     def score(prompts: Sequence[str], completions: Sequence[str], extras: Extras) -> Sequence[float]:
         turns = [row["messages"] if scorer.chat and "messages" in row else prompt
@@ -312,75 +310,3 @@ def judge(url: str, model: str, question: str = RATING, scale: float = 10.0, con
             return list(pool.map(rate, zip(prompts, completions, strict=True)))
 
     return score
-
-
-@dataclasses.dataclass(frozen=True)
-class WeightedRewards:
-    """A weighted sum of reward functions.
-
-    Attributes:
-        terms: (name, weight, function) of each.
-    """
-
-    terms: tuple[tuple[str, float, RewardFunction], ...]
-
-    def __call__(self, prompts: Sequence[str], completions: Sequence[str], extras: Extras | None = None
-                 ) -> tuple[Float[np.ndarray, "n"], dict[str, Float[np.ndarray, "n"]]]:
-        """Score completions.
-
-        Args:
-            prompts: the prompts as text.
-            completions: as many completions.
-            extras: the columns of their rows.
-
-        Returns:
-            The weighted sum, float32 [n], and each reward by itself, unweighted.
-
-        Raises:
-            ValueError: a function that returns another number of scores, or one that is not a finite number.
-        """
-        extras = [{}] * len(prompts) if extras is None else extras
-        total, parts = np.zeros(len(completions), np.float32), {}
-        for name, weight, fn in self.terms:
-            scores = np.asarray(fn(prompts, completions, extras), np.float32)
-            if scores.shape != total.shape:
-                raise ValueError(f"reward {name!r} gave scores of shape {scores.shape} for {len(completions)} "
-                                 "completions; it must return one number for each")
-            if not np.isfinite(scores).all():
-                bad = int(np.flatnonzero(~np.isfinite(scores))[0])
-                raise ValueError(f"reward {name!r} gave {scores[bad]} for the completion {completions[bad][:80]!r}")
-            parts[name] = scores
-            total = total + np.float32(weight) * scores
-        return total, parts
-
-
-def resolve(rewards: Mapping[str, int | float | Mapping[str, Any]], table: Mapping[str, Callable[..., RewardFunction]]
-            ) -> WeightedRewards:
-    """Build the weighted sum that a config's ``rewards`` describes.
-
-    Args:
-        rewards: name -> weight, or options; of the options ``weight`` (default 1) and ``kind`` (a row of the table;
-            default: the name) are read here, the rest goes to the row's function.
-        table: the rows, ``align_jax.online.REWARDS``.
-
-    Raises:
-        KeyError: an unknown kind, with the nearest known one.
-        TypeError: an option that the row does not take, or one missing.
-        ValueError: no reward at all.
-    """
-    if not rewards:
-        raise ValueError(f"no reward was named; known: {sorted(table)}")
-    terms = []
-    for name, given in rewards.items():
-        options = {"weight": given} if isinstance(given, (int, float)) else dict(given)
-        weight, kind = float(options.pop("weight", 1.0)), options.pop("kind", name)
-        if kind not in table:
-            near = difflib.get_close_matches(kind, table, 1)
-            raise KeyError(f"unknown reward {kind!r}; known: {sorted(table)}"
-                           + (f"; did you mean {near[0]!r}?" if near else ""))
-        try:
-            inspect.signature(table[kind]).bind(**options)
-        except TypeError as error:
-            raise TypeError(f"reward {name!r}: {error}; {kind} takes {inspect.signature(table[kind])}") from None
-        terms.append((name, weight, table[kind](**options)))
-    return WeightedRewards(tuple(terms))

@@ -39,8 +39,8 @@ from align_jax.models.model import Model
 from align_jax.online import sampling, writing
 from align_jax.online.plan import Plan
 from align_jax.online.prompts import Prompts
-from align_jax.online.rewards import WeightedRewards
 from align_jax.online.selection import SELECTIONS
+from align_jax.online.weighted import WeightedRewards
 from align_jax.parallel.sharding import put_batch
 
 FOLDER = "rollouts"  # in the workdir: rollouts that a checkpoint was taken in the middle of

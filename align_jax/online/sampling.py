@@ -18,7 +18,7 @@ from align_jax.inference.generate import Completion, Request, everywhere
 from align_jax.losses import advantages as estimators
 from align_jax.online.plan import Plan
 from align_jax.online.prompts import Prompts
-from align_jax.online.rewards import WeightedRewards
+from align_jax.online.weighted import WeightedRewards
 
 Moments = Mapping[str, float]  # running moments of all scores; see losses.advantages.normalise_scores
 

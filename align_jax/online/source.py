@@ -17,7 +17,7 @@ from align_jax.losses.objective import Term
 from align_jax.models import hf
 from align_jax.models.lora import fold
 from align_jax.models.model import Model
-from align_jax.online import REWARDS, rewards
+from align_jax.online import REWARDS, weighted
 from align_jax.online.plan import Plan, make_plan
 from align_jax.online.prompts import Prompts
 from align_jax.online.rollout import Rollouts
@@ -75,7 +75,7 @@ def make_rollouts(plan: Plan, examples: Sequence[Example], tokenizer: PreTrained
     else:
         engine = Server(**{"tokenizer": tokenizer, "export": lambda folder, params: export(folder, policy, params),
                            **plan.server})
-    return Rollouts(plan, prompts, engine, rewards.resolve(reward_weights, REWARDS), tokenizer, policy=policy,
+    return Rollouts(plan, prompts, engine, weighted.resolve(reward_weights, REWARDS, mesh), tokenizer, policy=policy,
                     reference=reference, mesh=mesh, held_out=others)
 
 

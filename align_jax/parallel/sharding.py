@@ -10,7 +10,7 @@ from typing import Any, Mapping
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from align_jax.parallel.mesh import ROWS
 
@@ -58,7 +58,7 @@ def is_axes(node: Any) -> bool:
     return isinstance(node, tuple) and all(name is None or isinstance(name, str) for name in node)
 
 
-def tree_shardings(mesh: Mesh, axes: Any, rules: Mapping[str, tuple[str, ...]] = RULES) -> Any:
+def tree_shardings(mesh: Mesh | AbstractMesh, axes: Any, rules: Mapping[str, tuple[str, ...]] = RULES) -> Any:
     """Map a tree of logical axes to a tree of shardings."""
     return jax.tree.map(lambda names: NamedSharding(mesh, spec(names, rules)), axes, is_leaf=is_axes)
 

@@ -14,7 +14,7 @@ from align_jax.evals import EVALS
 from align_jax.evals.subject import Subject
 from align_jax.evals.win_rate import by_judge, by_rewards, tally
 from align_jax.inference.engines import Client
-from align_jax.online import rewards
+from align_jax.online import weighted
 from align_jax.parallel.mesh import make_mesh
 
 PAIRS = [("What? ", "good answer", "bad"), ("Why? ", "no", "because it is so"), ("Who? ", "me", "you"),
@@ -25,7 +25,7 @@ def letters(prompts, completions, extras):
     return [float(len(text)) for text in completions]
 
 
-REWARD = rewards.WeightedRewards((("letters", 1.0, letters),))
+REWARD = weighted.WeightedRewards((("letters", 1.0, letters),))
 
 
 @pytest.fixture(scope="module")

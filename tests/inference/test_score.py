@@ -8,7 +8,7 @@ import transformers
 from align_jax.core.schema import Example
 from align_jax.data.tokenizer import load_tokenizer
 from align_jax.inference.score import RewardModel
-from align_jax.online import REWARDS
+from align_jax.online import REWARDS, rewards, weighted
 from align_jax.parallel.mesh import make_mesh
 
 TEXTS = [("Hi", "hello"), ("How are you?", "fine, thank you very much indeed"), ("?", "no"), ("abc", "d" * 40)]
@@ -51,6 +51,23 @@ def test_a_reward_model_is_a_row_of_the_rewards(classifier):
     fn = REWARDS["model"](path=str(path), rows=2)
     got = fn([p for p, _ in TEXTS], [c for _, c in TEXTS], [{}] * 4)
     np.testing.assert_allclose(got, expected(model, tokenizer, TEXTS), atol=1e-4)
+
+
+def test_an_online_run_s_reward_model_lies_over_its_mesh(classifier, monkeypatch):
+    made = []
+
+    class Recorded(RewardModel):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            made.append(self)
+
+    monkeypatch.setattr(rewards, "RewardModel", Recorded)
+    path, model, tokenizer = classifier
+    mesh = make_mesh({"fsdp": 8})
+    total, _ = weighted.resolve({"model": {"path": str(path), "rows": 8}}, REWARDS, mesh)(*zip(*TEXTS))
+    np.testing.assert_allclose(total, expected(model, tokenizer, TEXTS), atol=1e-4)
+    kernel = made[0]._params["layers"]["mlp"]["up"]["kernel"]
+    assert kernel.sharding.mesh == mesh and kernel.sharding.shard_shape(kernel.shape)[1] == kernel.shape[1] // 8
 
 
 def test_a_checkpoint_without_a_score_head_is_refused(tmp_path):

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from align_jax.online import REWARDS, rewards
+from align_jax.online import REWARDS, rewards, weighted
 
 CASES = [
     ("exact", {}, "  Paris\n", {"answer": "Paris"}, 1.0),
@@ -67,7 +67,7 @@ def test_every_gold_answer_of_gsm8k_scores_one_against_itself(testdata):
 
 
 def test_a_bare_number_is_a_weight():
-    total, _ = rewards.resolve({"format": 3}, REWARDS)(["p"], ["<think></think><answer></answer>"])
+    total, _ = weighted.resolve({"format": 3}, REWARDS)(["p"], ["<think></think><answer></answer>"])
     assert list(total) == [3.0]
 
 
@@ -76,7 +76,7 @@ def shout(prompts, completions, extras, factor=1.0):
 
 
 def test_weighted_sum_of_named_kinds_and_of_the_users_own_function():
-    total, parts = rewards.resolve({
+    total, parts = weighted.resolve({
         "short": {"kind": "length", "target": 2, "weight": 2.0},
         "function": {"path": f"{__name__}:shout", "factor": 0.5},
     }, REWARDS)(["p", "p"], ["A b", "A B c"], None)
@@ -112,12 +112,12 @@ def test_a_judge_without_a_number_is_named(monkeypatch):
 ])
 def test_mistakes_in_the_config_are_named(given, error, message):
     with pytest.raises(error, match=message):
-        rewards.resolve(given, REWARDS)
+        weighted.resolve(given, REWARDS)
 
 
 @pytest.mark.parametrize("scores,message", [([1.0], "shape"), ([1.0, float("nan")], "nan")])
 def test_a_broken_reward_function_is_named(scores, message):
-    broken = rewards.WeightedRewards((("mine", 1.0, lambda *_: scores),))
+    broken = weighted.WeightedRewards((("mine", 1.0, lambda *_: scores),))
     with pytest.raises(ValueError, match=f"'mine'.*{message}"):
         broken(["p", "p"], ["a", "b"])
 
