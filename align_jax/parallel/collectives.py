@@ -4,8 +4,8 @@
 Between slices XLA reduces hierarchically: within each slice over the interconnect, then a shard between slices through
 the hosts, which the text has as sends and receives.
 
-TPU programs hold several copies of one collective (the fused start, middle and end of an asynchronous one, the middle
-perhaps inside another loop); they share a channel and count once.
+TPU programs hold several copies of an asynchronous collective, in the fusions that start it, carry it on beside other
+work and end it; the start alone counts.
 """
 from __future__ import annotations
 
@@ -66,35 +66,28 @@ def read_collectives(program: Program) -> list[Collective]:
         program: from ``hlo.parse``.
 
     Returns:
-        Collectives over more than one device.  The pieces of one, in several fused computations of one channel, count
-        once, as often as the rarest runs; elsewhere each operation is another collective, whatever its channel (a turn
-        that the compiler has taken out of a loop keeps the channel).
+        Collectives over more than one device.
 
     Raises:
         ValueError: a replica group has a form that this reader does not know.
     """
-    found: dict[tuple, Collective] = {}
-    fused = {name for operations in program.computations.values() for operation in operations
-             for name in re.findall(r"calls=%([\w.\-]+)", operation.rest)}
+    found = []
     for computation, operations in program.computations.items():
-        seen: collections.Counter[tuple] = collections.Counter()
+        if not program.counts[computation] or _carries_on(computation, operations):
+            continue
         for operation in operations:
             kind = operation.opcode.removesuffix("-start")
             between = operation.opcode == "recv" and "xla_megascale_runtime" in operation.rest
-            if (kind not in KINDS and not between) or not program.counts[computation]:
-                continue
-            make = _between_slices if between else _collective
-            collective = make(kind, computation, operation, program.counts[computation])
-            if len(collective.group) < 2:
-                continue
-            channel = re.search(r"channel_id=(\d+)", operation.rest)
-            # within and between slices channels are numbered apart
-            same = (collective.kind, between, channel[1] if channel else f"{computation}/{operation.name}")
-            key = (*same, seen[same], "" if computation in fused else computation)
-            seen[same] += 1
-            if key not in found or found[key].count > collective.count:
-                found[key] = collective
-    return list(found.values())
+            if kind in KINDS or between:
+                make = _between_slices if between else _collective
+                found.append(make(kind, computation, operation, program.counts[computation]))
+    return [collective for collective in found if len(collective.group) > 1]
+
+
+def _carries_on(computation: str, operations: Sequence[Operation]) -> bool:
+    """Tell whether a fusion goes on with, or ends, a collective that another one has started."""
+    return computation.startswith("async_collective_fusion") or any(
+        'custom_call_target="AsyncCollectiveDone"' in operation.rest for operation in operations)
 
 
 def summarise(collectives: Sequence[Collective], mesh: Mapping[str, int]) -> list[dict]:

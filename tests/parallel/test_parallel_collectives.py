@@ -68,13 +68,22 @@ def test_an_unknown_spelling_is_an_error():
         _group("replica_groups=everything")
 
 
-def test_copies_of_a_collective_count_once_and_an_unrolled_loop_by_its_steps():
+def test_an_asynchronous_collective_counts_once_and_an_unrolled_loop_by_its_steps():
     text = """
-%part.1 (p.1: f32[4]) -> f32[8] {
-  ROOT %ag.1 = f32[8]{0} all-gather(%p.1), channel_id=7, replica_groups=[1,2]<=[2], dimensions={0}
+%fused_computation.1 (p.1: f32[4]) -> f32[8] {
+  %ag.1 = f32[8]{0} all-gather(%p.1), channel_id=1, replica_groups=[1,2]<=[2], dimensions={0}
+  ROOT %start = (f32[4]{0}, f32[8]{0}) custom-call(%ag.1), custom_call_target="AsyncCollectiveStart"
 }
-%part.2 (p.2: f32[4]) -> f32[8] {
-  ROOT %ag.2 = f32[8]{0:T(8,128)S(1)} all-gather(%p.2), channel_id=7, replica_groups=[1,2]<=[2], dimensions={0}
+%async_collective_fusion.2 (p.2: f32[4]) -> f32[8] {
+  ROOT %ag.2 = f32[8]{0:T(8,128)S(1)} all-gather(%p.2), channel_id=1, replica_groups=[1,2]<=[2], dimensions={0}
+}
+%fused_computation.4 (p.4: f32[4]) -> f32[8] {
+  %ag.4 = f32[8]{0} all-gather(%p.4), channel_id=1, replica_groups=[1,2]<=[2], dimensions={0}
+  ROOT %end = f32[8]{0} custom-call(%ag.4), custom_call_target="AsyncCollectiveDone"
+}
+%fused_computation.5 (p.5: f32[2]) -> f32[4] {
+  %ag.5 = f32[4]{0} all-gather(%p.5), channel_id=1, replica_groups=[1,2]<=[2], dimensions={0}
+  ROOT %other = (f32[2]{0}, f32[4]{0}) custom-call(%ag.5), custom_call_target="AsyncCollectiveStart"
 }
 %all-reduce-scatter.3 (p.3: f32[8]) -> f32[4] {
   %ar.3 = f32[8]{0} all-reduce(%p.3), channel_id=8, replica_groups=[1,2]<=[2], to_apply=%add
@@ -82,8 +91,10 @@ def test_copies_of_a_collective_count_once_and_an_unrolled_loop_by_its_steps():
 %body (p: (s32[], f32[4])) -> (s32[], f32[4]) {
   %kernel = f32[4]{0} custom-call(%x), backend_config={
 }
-  %a = f32[8]{0} fusion(%x), calls=%part.1
-  %b = f32[8]{0} fusion(%a), calls=%part.2
+  %a = f32[8]{0} fusion(%x), calls=%fused_computation.1
+  %m = f32[8]{0} fusion(%a), calls=%async_collective_fusion.2
+  %b = f32[8]{0} fusion(%m), calls=%fused_computation.4
+  %o = f32[4]{0} fusion(%h), calls=%fused_computation.5
   %c = f32[4]{0} fusion(%b), calls=%all-reduce-scatter.3
   %two = s32[] constant(2)
   %next = s32[] add(%i, %two)
@@ -98,9 +109,8 @@ ENTRY %main (x: f32[4]) -> f32[4] {
   ROOT %w = (s32[], f32[4]{0}) while(%t), condition=%limit, body=%body
 }
 """
-    found = {collective.kind: collective for collective in read_collectives(parse(text))}
-    assert {kind: c.count for kind, c in found.items()} == {"all-gather": 6, "reduce-scatter": 6}
-    assert found["reduce-scatter"].traffic == 16  # half of 32 bytes
+    found = sorted((c.kind, c.count, c.traffic) for c in read_collectives(parse(text)))
+    assert found == [("all-gather", 6, 8), ("all-gather", 6, 16), ("reduce-scatter", 6, 16)]  # half of the bytes
 
 
 def test_what_shares_a_channel_but_not_its_place_is_another_collective():
