@@ -288,7 +288,8 @@ def open_checkpoints(config: ConfigDict, workdir: str) -> Checkpoints:
     """Open a run's checkpoints as its config says."""
     c = config.checkpoint
     return Checkpoints(workdir, every_steps=c.every_steps, keep=c.keep, best_metric=c.best_metric.lstrip("-"),
-                       best_mode="min" if c.best_metric.startswith("-") else "max")
+                       best_mode="min" if c.best_metric.startswith("-") else "max", local=c.local,
+                       local_every_steps=c.local_every_steps, identity=record.identity(config.to_dict()))
 
 
 class Trained(NamedTuple):
@@ -316,6 +317,7 @@ def restore(workdir: str, which: str = "latest") -> Trained:
         raise FileNotFoundError(f"{workdir} is not a run's folder: it has no config.json")
     config = configs.from_dict(json.loads(path.read_text())["config"])
     config.mesh.update({axis: 1 for axis in AXES} | {"fsdp": -1})
+    config.checkpoint.local = ""  # the trainer's hosts' own
     setting = settle(config, jax.device_count())
     mesh = make_mesh(config.mesh.to_dict())
     recipe = make_recipe(config, setting, total_steps=1 + config.optimizer.warmup_steps)

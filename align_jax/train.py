@@ -44,8 +44,7 @@ def start(run: Run, checkpoints: Checkpoints) -> tuple[int, Any, Any, dict[str, 
         trained = assembly.load_trained(run.recipe, run.plan, frozen, path=config.model.path, seed=config.seed,
                                         adapter_path=config.model.lora.path)
         return 0, assembly.first_state(run.recipe, run.plan, trained), frozen, {}
-    own = checkpoints.last_good() == restored.step
-    return (restored.step if own else 0), restored.state, frozen, restored.extra
+    return (restored.step if restored.own else 0), restored.state, frozen, restored.extra
 
 
 def weights_of(state: Any, frozen: Any) -> Weights:
@@ -158,7 +157,7 @@ def loop(run: Run, checkpoints: Checkpoints, recorder: metrics.Recorder, stop: C
             done, stopping = step == run.total_steps, stop(step)
             evaluating = evaluation is not None and (
                 done or config.eval.every_steps and step % config.eval.every_steps == 0)
-            saving = done or stopping or checkpoints.due(step)
+            saving = "persistent" if done or stopping else checkpoints.due(step)
             if evaluating or saving:
                 check(recorder.flush())
             with recorder.paused():
@@ -166,8 +165,9 @@ def loop(run: Run, checkpoints: Checkpoints, recorder: metrics.Recorder, stop: C
                     last_eval = evaluate_at(step)
                 if saving:
                     extra = {"num_tokens": recorder.num_tokens,
-                             "source": batches.save(folder, step, kept=checkpoints.steps())}
-                    checkpoints.save(step, state, extra, last_eval if evaluating else None, wait=done or stopping)
+                             "source": batches.save(folder, step, kept=checkpoints.resumable())}
+                    checkpoints.save(step, state, extra, last_eval if evaluating else None, tier=saving,
+                                     wait=done or stopping)
             if stopping and not done:
                 recorder.note(f"stopped by a signal after step {step}, which is saved; the same command resumes")
                 break

@@ -105,6 +105,8 @@ def defaults() -> ConfigDict:
     k.keep = 2  # newest checkpoints kept, the best one besides
     k.best_metric = ""  # e.g. "eval/rewards/accuracies" or "-eval/loss" (smaller is better); "" = none
     k.restore = "latest"  # what a restarted run continues from: latest, best, a step, or a path
+    k.local = ""  # folder on each host's own storage, such as /dev/shm/align_jax: a second, frequent tier; "" = off
+    k.local_every_steps = 50  # fewer steps lost, but each save holds the step up; three times the host's share of room
 
     c.eval = e = ConfigDict()
     e.every_steps = 100  # 0 = only at the end
@@ -176,8 +178,8 @@ CHOICES: Mapping[str, tuple[Any, ...]] = {
     "data.truncation": ("keep_start", "keep_end", "drop"),
     "optimizer.moment_dtype": ("float32", "bfloat16"),
 }
-POSITIVE = ("batch_size", "microbatches", "max_length", "checkpoint.keep", "log.every_steps", "data.prefetch",
-            "rollout.responses_per_prompt", "rollout.max_new_tokens")
+POSITIVE = ("batch_size", "microbatches", "max_length", "checkpoint.keep", "checkpoint.local_every_steps",
+            "log.every_steps", "data.prefetch", "rollout.responses_per_prompt", "rollout.max_new_tokens")
 NOT_NEGATIVE = ("total_steps", "total_epochs", "total_examples", "row_length", "model.lora.rank", "model.lora.dropout",
                 "reference.sync_every_steps", "data.groups_per_row", "data.max_prompt_length",
                 "optimizer.learning_rate", "optimizer.warmup_steps", "optimizer.warmup_fraction",
@@ -230,6 +232,13 @@ def validate(config: ConfigDict) -> None:
     if config.reference.sync_every_steps and config.reference.mode == "cached":
         wrong.append("reference.sync_every_steps moves the reference, which reference.mode = 'cached' has fixed; "
                      "use in_graph")
+    k = config.checkpoint
+    if "://" in k.local:
+        wrong.append(f"checkpoint.local = {k.local!r}: expected a folder on each host's own storage, such as "
+                     "/dev/shm/align_jax (what lies in a bucket is --workdir)")
+    if k.local and 0 < k.every_steps <= k.local_every_steps:
+        wrong.append(f"checkpoint.local_every_steps = {k.local_every_steps}: expected less than "
+                     f"checkpoint.every_steps = {k.every_steps}: local saves come between the persistent ones")
     if len(config.debug.profile_steps) not in (0, 2):
         wrong.append(f"debug.profile_steps = {config.debug.profile_steps}: expected (first, last) or ()")
     if wrong:

@@ -7,6 +7,8 @@
 
 A save holds a fingerprint of every array, an integer sum over its bits that does not depend on how the array was
 split; a restore computes it again on the devices, so a flipped bit is found as surely as a missing file.
+
+With a folder on each host's own storage, `local_checkpoint` saves there more often; the newest of both is gone on from.
 """
 from __future__ import annotations
 
@@ -14,20 +16,24 @@ from collections.abc import Callable, Mapping
 import contextlib
 import json
 import logging
+import secrets
 import time
 from typing import Any, NamedTuple
+import zlib
 
 from etils import epath
 import jax
-from jax.experimental import multihost_utils
-import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
-from align_jax.training.integrity import differences, fingerprints, is_transient
+from align_jax.training.agreement import (GOOD, TRANSIENT, Damaged, Mismatch, StorageError, brief, make_shared_folder,
+                                          once, read_together, tell_all, worst)
+from align_jax.training.integrity import differences, fingerprints
+from align_jax.training.local_checkpoint import LocalCheckpoints
 
 FOLDER = "checkpoints"
 REWOUND = "rewound.json"
+PAST = "past"
 LONGEST_WAIT_SECONDS = 60.0
 _log = logging.getLogger(__name__)
 
@@ -39,14 +45,7 @@ class Restored(NamedTuple):
     state: Any  # like the abstract state asked for
     extra: dict[str, Any]  # what was saved beside it
     path: str
-
-
-class StorageError(OSError):
-    """The store failed again and again: the run stops rather than train on without a net."""
-
-
-class _Damaged(Exception):
-    """A checkpoint that is there but cannot be trusted."""
+    own: bool = True  # a step of this run, not of the other whose path was given
 
 
 class Checkpoints:
@@ -61,10 +60,14 @@ class Checkpoints:
         attempts: how often a failing store is tried before the run stops.
         backoff_seconds: the wait after the first failure; doubled at each further one, up to a minute.
         timeout_seconds: how long the processes wait for each other in a save.
+        local: a folder on each host's own storage for more frequent checkpoints; "" for none.
+        local_every_steps: steps between those.
+        identity: of the configuration: what another one has left in ``local`` is not read.
     """
 
     def __init__(self, workdir: str | epath.PathLike, *, every_steps: int = 0, keep: int = 3, best_metric: str = "",
-                 best_mode: str = "max", attempts: int = 5, backoff_seconds: float = 1.0, timeout_seconds: int = 1200):
+                 best_mode: str = "max", attempts: int = 5, backoff_seconds: float = 1.0, timeout_seconds: int = 1200,
+                 local: str = "", local_every_steps: int = 1, identity: str = ""):
         if keep < 1:
             raise ValueError(f"checkpoint.keep must be at least 1, got {keep}")
         if best_mode not in ("max", "min"):
@@ -73,7 +76,7 @@ class Checkpoints:
         self._every, self._best_metric, self._sign = every_steps, best_metric, 1.0 if best_mode == "max" else -1.0
         self._attempts, self._backoff = attempts, backoff_seconds
         self._failures, self._pending_step = 0, None
-        self._make_folder()
+        make_shared_folder(self._folder)
         policies = [checkpoint_managers.LatestN(keep)]
         if best_metric:
             policies.append(checkpoint_managers.BestN(get_metric_fn=self._goodness, n=1,
@@ -85,6 +88,10 @@ class Checkpoints:
             multiprocessing_options=ocp.options.MultiprocessingOptions(
                 primary_host=0, active_processes=set(range(jax.process_count()))))
         self._manager = self._open()
+        self._identity, self._local = identity, None
+        if local:
+            place = f"{_absolute(workdir).name}-{zlib.crc32(str(_absolute(workdir)).encode()):08x}"
+            self._local = LocalCheckpoints(epath.Path(local) / place, self._past(), every_steps=local_every_steps)
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -93,26 +100,34 @@ class Checkpoints:
         self.close()
 
     def steps(self) -> list[int]:
-        """Return the committed steps, oldest first."""
+        """Return the committed steps, oldest first; not those that lie on the hosts' own storage alone."""
         return sorted(step for step in self._manager.all_steps() if step != self._pending_step)
 
+    def resumable(self) -> list[int]:
+        """Return the steps that a restart may go on from, oldest first."""
+        return sorted({*self.steps(), *(self._local.steps() if self._local else ())})
+
     def last_good(self) -> int | None:
-        """Return the newest committed step: where a restart would go on; None if there is none."""
-        return max(self.steps(), default=None)
+        """Return the newest of them: where a restart would go on; None if there is none."""
+        return max(self.resumable(), default=None)
 
-    def due(self, step: int) -> bool:
-        """Tell whether this step is one to save at: every k steps, or at once after a failed save.
+    def due(self, step: int) -> str:
+        """Tell which tier to save to at this step: "persistent", "local" or "" for none.
 
-        With several processes a failed save is made good at the next scheduled step, at which they all meet.
+        Every k steps, or at once after a failed save; with several processes a failed save is made good at the next
+        scheduled step, at which they all meet.
         """
         if self._every and step % self._every == 0:
-            return True
+            return "persistent"
         if jax.process_count() == 1 and self._pending_step is not None and not self._manager.is_saving_in_progress():
             self._settle()
-        return jax.process_count() == 1 and self._failures > 0
+        if jax.process_count() == 1 and self._failures > 0:
+            return "persistent"
+        return "local" if self._local and self._local.due(step) else ""
 
     def save(self, step: int, state: Any, extra: Mapping[str, Any] | None = None,
-             metrics: Mapping[str, float | int] | None = None, *, wait: bool = False) -> bool:
+             metrics: Mapping[str, float | int] | None = None, *, tier: str = "persistent",
+             wait: bool = False) -> bool:
         """Save in the background; the state may be donated as soon as this returns.
 
         Args:
@@ -120,6 +135,7 @@ class Checkpoints:
             state: a tree of arrays.
             extra: JSON beside it: the data position, counts, versions.
             metrics: held-out metrics of this step, for ``best_metric``; None: this step was not evaluated.
+            tier: "persistent" (and the hosts' own storage, where there is any), or "local": that alone.
             wait: return only when the checkpoint is committed (the last save of a run).
 
         Returns:
@@ -132,6 +148,10 @@ class Checkpoints:
         if metrics is not None and self._best_metric and self._best_metric not in metrics:
             raise KeyError(f"checkpoint.best_metric {self._best_metric!r} is not among the evaluation's metrics "
                            f"{sorted(metrics)}")
+        if self._local:
+            self._local.save(step, state, extra or {})  # there in seconds, the other perhaps not in time
+        if tier == "local":
+            return True
         self._settle()
         if step in self.steps():
             return False
@@ -160,7 +180,9 @@ class Checkpoints:
         self._settle()
 
     def close(self) -> None:
-        """Wait for the save in the background and let go of the threads."""
+        """Wait for the saves in the background and let go of the threads."""
+        if self._local:
+            self._local.close()
         self._settle()
         self._manager.close()
 
@@ -186,9 +208,8 @@ class Checkpoints:
         self._settle()
         which = str(which)
         if which not in ("latest", "best") and not which.isdigit():
-            if self.steps():
-                return self._restore_latest(abstract_state)
-            return self._read_or_stop(self._find(which), abstract_state)
+            own = self._restore_latest(abstract_state)
+            return own or self._read_or_stop(self._find(which), abstract_state)._replace(own=False)
         if which == "latest" or rewind and self._rewound_to() == which:
             return self._restore_latest(abstract_state)
         step = int(which) if which.isdigit() else self._best()
@@ -199,6 +220,9 @@ class Checkpoints:
             for later in self.steps():
                 if later > step:
                     self._set_aside(later, "superseded")
+            self._once(lambda: (self._folder / PAST).unlink(missing_ok=True))
+            if self._local:
+                self._local.begin_anew(self._past())
             self._once(lambda: (self._folder / REWOUND).write_text(which))
         return restored
 
@@ -217,51 +241,37 @@ class Checkpoints:
     def _read_or_stop(self, path: epath.Path, abstract_state: Any) -> Restored:
         try:
             return self._read(path, abstract_state)
-        except _Damaged as error:
+        except Damaged as error:
             raise ValueError(f"checkpoint {path} is damaged: {error}") from error
 
     def _restore_latest(self, abstract_state: Any) -> Restored | None:
-        if not self.steps():
-            return None
-        while (step := self.last_good()) is not None:
+        any_here = bool(self.steps())
+        while True:
+            step = max(self.steps(), default=None)
+            found = self._local.restore(abstract_state, at_least=step or 0) if self._local else None
+            if found is not None:
+                return Restored(*found, f"{self._local.folder}/{found.step}")
+            if step is None:
+                break
             try:
                 return self._read(self._path(step), abstract_state)
-            except _Damaged as error:
+            except Damaged as error:
                 aside = self._set_aside(step, "damaged")
                 _log.warning("checkpoint of step %d is damaged (%s): moved to %s; going back to step %s",
                              step, error, aside, self.last_good())
+        if not any_here:
+            return None
         raise ValueError(f"every checkpoint in {self._folder} is damaged (see damaged-* there). To begin again from "
                          "step 0, restart the same command; to begin elsewhere, set checkpoint.restore to a path")
 
     def _read(self, path: epath.Path, abstract_state: Any) -> Restored:
         """Read one step; every process comes to the same verdict, though only one may have met the trouble."""
-        record, state = self._agreed(path, lambda: _read_here(path, abstract_state))
+        record, state = read_together(lambda: _read_here(path, abstract_state), path, self._attempts, self._pause)
         found = fingerprints(state)  # all processes together, so only when all have read their part
         wrong = [name for name in found if found[name] != record["fingerprints"].get(name)]
         if wrong:
-            raise _Damaged(f"the contents of {wrong[:5]} are not what was saved")
+            raise Damaged(f"the contents of {wrong[:5]} are not what was saved")
         return Restored(int(path.name), state, record["extra"], str(path))
-
-    def _agreed(self, path: epath.Path, read: Callable[[], Any]) -> Any:
-        for attempt in range(self._attempts):
-            verdict, result, error = _GOOD, None, None
-            try:
-                result = read()
-            except _Mismatch as caught:
-                verdict, error = _MISMATCH, caught
-            except Exception as caught:  # what a damaged file makes a reader throw is anybody's guess
-                verdict, error = _TRANSIENT if is_transient(caught) else _DAMAGED, caught
-            verdict = _most(verdict)
-            reason = "seen by another process" if error is None else _brief(error)
-            if verdict == _GOOD:
-                return result
-            if verdict == _MISMATCH:
-                raise ValueError(reason if error is None else str(error)) from error
-            if verdict == _DAMAGED:
-                raise _Damaged(reason) from error
-            _log.warning("reading %s failed (%s): attempt %d of %d", path, reason, attempt + 1, self._attempts)
-            self._pause(attempt)
-        raise StorageError(f"{path} could not be read in {self._attempts} attempts: {reason}")
 
     def _settle(self) -> bool:
         """Wait for the save in the background; false if it failed (and the count of failures allows another)."""
@@ -276,11 +286,11 @@ class Checkpoints:
         return self._succeeded(step, error, done=True)
 
     def _succeeded(self, step: int, error: Exception | None, *, done: bool = False) -> bool:
-        if _most(_GOOD if error is None else _TRANSIENT) == _GOOD:
+        if worst(GOOD if error is None else TRANSIENT) == GOOD:
             self._failures = 0 if done else self._failures
             return True
         self._pending_step, self._failures = None, self._failures + 1
-        reason = "seen by another process" if error is None else _brief(error)
+        reason = "seen by another process" if error is None else brief(error)
         with contextlib.suppress(Exception):  # its own threads' errors, reported above
             self._manager.close()
         self._manager = self._open()  # forget what was half done
@@ -325,6 +335,13 @@ class Checkpoints:
             raise FileNotFoundError(f"checkpoint.restore={which}: there is no checkpoint in {folder}")
         return _absolute(folder) / str(max(steps))
 
+    def _past(self) -> str:
+        """Name what the run has behind it; begun anew or set back, it has another past, and so has another config."""
+        path = self._folder / PAST
+        self._once(lambda: path.exists() or path.write_text(secrets.token_hex(8)))
+        told = tell_all({"past": path.read_text() if jax.process_index() == 0 else ""})
+        return f"{self._identity}/{told[0]['past']}"
+
     def _rewound_to(self) -> str | None:
         path = self._folder / REWOUND
         return path.read_text() if path.exists() else None
@@ -341,37 +358,8 @@ class Checkpoints:
         self._manager.reload()
         return target
 
-    def _make_folder(self) -> None:
-        """Make the folder, and see that all processes look at the same one."""
-        # In a folder of its own: a bucket's client may remember what it has listed before.
-        number = int(multihost_utils.broadcast_one_to_all(np.int32(time.time() % 1e9)))
-        token = self._folder / f"seen-{number}" / "token"
-        self._once(lambda: (token.parent.mkdir(parents=True, exist_ok=True), token.write_text("")))
-        seen = token.exists()
-        alone = _most(_GOOD if seen else _DAMAGED) != _GOOD
-        self._once(token.parent.rmtree)
-        if alone:
-            raise ValueError(f"workdir {self._folder.parent}: not all processes see the same folder"
-                             f"{'' if seen else ' (this one does not)'}; use a shared mount or gs://...")
-
     def _once(self, act: Callable[[], Any]) -> None:
-        """Do something to the store on the first process alone; the others wait for it."""
-        error = None
-        try:
-            if jax.process_index() == 0:
-                act()
-        except Exception as caught:  # kept until the others have been told: they would wait for ever
-            error = caught
-        if _most(_GOOD if error is None else _TRANSIENT) != _GOOD:
-            raise StorageError(f"{self._folder}: "
-                               f"{'the first process could not write' if error is None else _brief(error)}") from error
-
-
-_GOOD, _MISMATCH, _TRANSIENT, _DAMAGED = range(4)  # how an access to the store went, best first
-
-
-class _Mismatch(Exception):
-    """The checkpoint is sound, but of another model or optimizer."""
+        once(act, self._folder)
 
 
 def _read_here(path: epath.Path, abstract_state: Any) -> tuple[dict[str, Any], Any]:
@@ -379,22 +367,11 @@ def _read_here(path: epath.Path, abstract_state: Any) -> tuple[dict[str, Any], A
     problems = differences(handler.metadata(path / "state").tree, abstract_state)
     if problems:
         more = f" and {len(problems) - 20} more" if len(problems) > 20 else ""
-        raise _Mismatch(f"checkpoint {path} is of another model or optimizer: {'; '.join(problems[:20])}{more}. "
-                        "Use the configuration that wrote it, or another workdir")
+        raise Mismatch(f"checkpoint {path} is of another model or optimizer: {'; '.join(problems[:20])}{more}. "
+                       "Use the configuration that wrote it, or another workdir")
     record = ocp.JsonCheckpointHandler().restore(path / "extra")
     return record, handler.restore(path / "state", args=ocp.args.StandardRestore(abstract_state))
 
 
 def _absolute(path: str | epath.PathLike) -> epath.Path:
     return epath.Path(path) if "://" in str(path) else epath.Path(path).absolute()
-
-
-def _brief(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-
-
-def _most(verdict: int) -> int:
-    """Return the worst verdict of all processes."""
-    if jax.process_count() == 1:
-        return verdict
-    return int(multihost_utils.process_allgather(np.int32(verdict)).max())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -49,6 +50,16 @@ def differing(config: Mapping[str, Any], recorded: Mapping[str, Any],
     free = tuple(name for name in may_change if name.endswith("."))
     return {key: (old.get(key), new.get(key)) for key in sorted(old.keys() | new.keys())
             if old.get(key) != new.get(key) and key not in may_change and not key.startswith(free)}
+
+
+def identity(config: Mapping[str, Any], may_change: Sequence[str] = MAY_CHANGE) -> str:
+    """Name a configuration by all that a resumed run may not change in it.
+
+    >>> identity({"seed": 0, "log": {"every_steps": 1}}) == identity({"seed": 0, "log": {"every_steps": 5}})
+    True
+    """
+    fixed = {key: value for key, (_, value) in differing(config, {}, may_change).items()}
+    return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def check(workdir: str | epath.PathLike, config: Mapping[str, Any], may_change: Sequence[str] = MAY_CHANGE) -> None:

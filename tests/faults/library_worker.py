@@ -3,7 +3,9 @@
 import logging
 import os
 import pathlib
+import shutil
 import signal
+import socket
 import sys
 import time
 
@@ -67,10 +69,68 @@ def save_and_lose_one(workdir):
         checkpoints.save(2, _state(2), {"from": jax.process_count()})
 
 
+def _replicated(step):
+    mesh = make_mesh({"data": 2, "fsdp": -1})
+    state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), _state(step))
+    values = {"params": {"kernel": np.arange(32, dtype=np.float32).reshape(16, 2) * -step}, "step": np.int32(step)}
+    return jax.tree.map(lambda x, value: jax.make_array_from_callback(
+        x.shape, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*("fsdp",)[:x.ndim])),
+        lambda index: value[index]), state, values)
+
+
+def _local(workdir):
+    return Checkpoints(workdir, local=f"{workdir}/local", local_every_steps=1)
+
+
+def _restore_locally(workdir):
+    state = _replicated(0)
+    with jax.set_mesh(state["step"].sharding.mesh), _local(workdir) as checkpoints:
+        restored = checkpoints.restore(jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state))
+        same = jax.jit(lambda x, y: jnp.all(x == y))(restored.state["params"]["kernel"],
+                                                     _replicated(restored.step)["params"]["kernel"])
+        print("restored", restored.step, restored.extra["count"], bool(same))
+
+
+def _meanwhile(act):
+    """Let the first process do something while the others wait."""
+    distributed.barrier("before")
+    if jax.process_index() == 0:
+        act()
+    distributed.barrier("after")
+
+
+def lose_local_storage(workdir):
+    """Save on four hosts, each one half of one replica; restore after hosts changed places and lost their storage."""
+    with _local(workdir) as checkpoints:
+        checkpoints.save(1, _replicated(1), {"count": 1})
+        for step in (2, 3):
+            checkpoints.save(step, _replicated(step), {"count": step}, tier="local")
+    local, = pathlib.Path(workdir, "local").iterdir()
+
+    def change_places():
+        (local / "0").rename(local / "moved")  # 0 held a first half, 3 a second one
+        (local / "3").rename(local / "0")
+        (local / "moved").rename(local / "3")
+        shutil.rmtree(local / "1")  # the other second half
+
+    _meanwhile(change_places)
+    _restore_locally(workdir)
+    _meanwhile(lambda: shutil.rmtree(local / "0" / "3"))  # the last second half of step 3
+    _restore_locally(workdir)
+    _meanwhile(lambda: shutil.rmtree(local / "0"))
+    _restore_locally(workdir)
+
+
 def mistakes(workdir):
-    """Open a workdir that is another folder for each process; miss a barrier."""
+    """Open a workdir that is another folder for each process, and a local one that is not; miss a barrier."""
     try:
         Checkpoints(f"{workdir}/{jax.process_index()}")
+    except ValueError as error:
+        print(error)
+    socket.gethostname = lambda: f"host{jax.process_index()}"
+    try:
+        _local(workdir)
     except ValueError as error:
         print(error)
     try:

@@ -12,7 +12,8 @@ import pytest
 
 from align_jax.parallel.mesh import make_mesh
 from align_jax.training import integrity
-from align_jax.training.checkpoint import Checkpoints, StorageError
+from align_jax.training.agreement import StorageError
+from align_jax.training.checkpoint import Checkpoints
 
 SPECS = {"kernel": ("fsdp", "tensor"), "bias": ("tensor",)}
 
