@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import functools
 import json
+import math
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -37,7 +38,7 @@ from align_jax.parallel.sharding import put_batch
 from align_jax.training import assembly, optim, placement, reference
 from align_jax.training import workdir as record
 from align_jax.training.checkpoint import Checkpoints
-from align_jax.training.steps import Recipe, reference_step
+from align_jax.training.steps import Recipe
 
 
 class Setting(NamedTuple):
@@ -93,7 +94,8 @@ def settle(config: ConfigDict, devices: int) -> Setting:
     else:
         fields = {"vocab_size": len(tokenizer), **config.model.config.to_dict()}
         model_config = hf.config_from({"model_type": config.model.family, **fields})
-    model_config = model_config.padded(mesh_shape(config.mesh.to_dict(), devices)[AXES.index("tensor")])
+    split = math.lcm(mesh_shape(config.mesh.to_dict(), devices)[AXES.index("tensor")], config.rollout.tensor or 1)
+    model_config = model_config.padded(split)
     if len(tokenizer) > model_config.vocab_size:
         raise ValueError(f"the tokenizer {config.tokenizer or config.model.path!r} has {len(tokenizer)} tokens, the "
                          f"model's vocabulary only {model_config.vocab_size}; use the model's own tokenizer")
@@ -143,6 +145,14 @@ def make_plan(config: ConfigDict, setting: Setting, recipe: Recipe, mesh: Mesh) 
         recipe, mesh, param_dtype=config.model.param_dtype, frozen_dtype=config.reference.dtype,
         freeze=config.model.freeze, other_reference=bool(config.reference.path), with_reference=in_step or in_rollout,
         quantization=config.model.quantize)
+
+
+def make_reference_plan(config: ConfigDict, setting: Setting, recipe: Recipe, mesh: Mesh) -> assembly.Plan:
+    """Say what lies where while the reference's log-probabilities are computed that the run will find cached."""
+    with config.unlocked():
+        in_graph = config.copy_and_resolve_references()
+    in_graph.reference.mode = "in_graph"
+    return make_plan(in_graph, setting, recipe, mesh)
 
 
 class Run(NamedTuple):
@@ -227,12 +237,9 @@ def cached_reference(run: Run, examples: Examples) -> reference.Cache:
     file = epath.Path(r.cache or epath.Path(run.workdir) / "reference") / f"{reference.name_of(identity)}.npz"
     if (found := reference.load(file, identity)) is not None:
         return found
-    with config.unlocked():
-        in_graph = config.copy_and_resolve_references()
-    in_graph.reference.mode = "in_graph"
-    plan = make_plan(in_graph, run.setting, run.recipe, run.mesh)
+    plan = make_reference_plan(config, run.setting, run.recipe, run.mesh)
     frozen = assembly.load_frozen(run.recipe, plan, path=config.model.path, seed=config.seed, reference_path=r.path)
-    step = jax.jit(functools.partial(reference_step, run.recipe))
+    step = placement.jit_reference_step(run.recipe)
     batches = make_pipeline(config, run.setting, run.mesh, examples, once=True).iterator()
     cache = reference.compute(iter(tqdm.tqdm(batches, desc="reference", disable=None)),
                               lambda batch: step(frozen, put_batch(run.mesh, batch)), len(examples))

@@ -36,6 +36,8 @@ def get_config() -> ConfigDict:
         "grpo", loss_type="dapo", epsilon_low=0.2, epsilon_high=0.2, beta=0.001, epochs=1, minibatches=4))
     config.rollout.responses_per_prompt = 5
     config.rollout.max_new_tokens = 1024
+    config.rollout.tensor = 4
+    config.rollout.rows = 2560
     config.rewards = ConfigDict({"numeric": 1.0})
 
     config.optimizer.learning_rate = 1e-6

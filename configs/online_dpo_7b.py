@@ -33,9 +33,12 @@ def get_config() -> ConfigDict:
     config.objective = ConfigDict(losses.options("dpo", beta=0.1))
     config.rollout.responses_per_prompt = 2
     config.rollout.max_new_tokens = 53
+    config.rollout.tensor = 4
+    config.rollout.rows = 256
     config.rollout.temperature = 0.9
     config.rollout.options = ConfigDict({"missing_eos_penalty": 1.0})
-    config.rewards = ConfigDict({"model": {"path": "trl-lib/pythia-6.9b-deduped-tldr-rm", "rows": 64}})
+    config.rewards = ConfigDict({"model": {"path": "trl-lib/pythia-6.9b-deduped-tldr-rm", "rows": 64,
+                                           "max_length": 640, "compute_dtype": "bfloat16"}})
 
     config.optimizer.learning_rate = 5e-7
     config.optimizer.schedule = "linear"

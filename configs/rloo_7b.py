@@ -36,7 +36,10 @@ def get_config() -> ConfigDict:
         "rloo", kl_coef=0.03, epochs=2, minibatches=2, missing_eos_penalty=1.0))
     config.rollout.responses_per_prompt = 4
     config.rollout.max_new_tokens = 53
-    config.rewards = ConfigDict({"model": {"path": "trl-lib/pythia-6.9b-deduped-tldr-rm", "rows": 64}})
+    config.rollout.tensor = 4
+    config.rollout.rows = 512
+    config.rewards = ConfigDict({"model": {"path": "trl-lib/pythia-6.9b-deduped-tldr-rm", "rows": 64,
+                                           "max_length": 640, "compute_dtype": "bfloat16"}})
 
     config.optimizer.learning_rate = 3e-6
     config.optimizer.schedule = "linear"

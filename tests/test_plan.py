@@ -16,6 +16,7 @@ from align_jax import plan, run
 from align_jax.parallel.chips import CHIPS, GIB, Topology
 from align_jax.parallel.collectives import Collective
 from align_jax.parallel.mesh import make_mesh
+from align_jax.training import charts
 from align_jax.training import forecast as forecasts
 from align_jax.training.flops import StepFlops
 from align_jax.training.forecast import Forecast, Memory
@@ -39,11 +40,13 @@ def _topology(chip="v5e", shape=(2, 4), slices=1) -> Topology:
 
 
 def _forecast(temporaries=1 * GIB, **changes) -> Forecast:
-    memory = Memory(3 * GIB, 6 * GIB, 2 * GIB, 0, temporaries, 0, CHIPS["v5e"].hbm)
+    kinds = {"parameters": 3 * GIB, "optimizer": 6 * GIB, "reference": 2 * GIB, "batch": 0, "temporaries": temporaries}
+    memory = Memory(kinds, CHIPS["v5e"].hbm)
     flops = StepFlops(3e15, 1e15, 0.0, 1e15, 65536)
     seconds = {"compute": 3.0, "memory": 1.0, "interconnect": 2.0, "network": 0.5}
     rows = [{"kind": "all-gather", "axes": "fsdp", "count": 7, "bytes": 2e9, "dtypes": {"bf16": 7}}]
-    whole = Forecast(_topology(), {"data": 1, "fsdp": 8}, memory, flops, rows, seconds, 1.0, [])
+    whole = Forecast("train", 1, _topology(), {"data": 1, "fsdp": 8}, memory, flops, rows, {"fsdp": 1.5e9}, seconds,
+                     1.0, [])
     return dataclasses.replace(whole, **changes)
 
 
@@ -73,24 +76,27 @@ def test_the_time_lies_between_all_hidden_and_all_exposed():
 
 
 def test_the_table_says_what_fills_the_memory_and_what_moves():
-    text = plan.table(_forecast())
+    text = charts.table(_forecast())
     for part in ("fits", "12.00 GiB of 15.75", "optimizer", "6.00 GiB", "4.00 P", "all-gather", "2.00 GB",
-                 "21,845 tokens/s"):
+                 "21,845 tokens/s", "in all 2.00 GB; this mesh must move at least fsdp 1.50 GB"):
         assert part in text, (part, text)
 
 
 @pytest.mark.parametrize("changes, expected", [
     ({"rows_a_device": 4, "remat": "none"}, ("microbatches=4", "remat=full")),
     ({"rows_a_device": 1}, ("mesh.sequence",)),
+    ({"name": "eval", "eval_batch_size": 64}, ("config.eval.batch_size=32",)),
+    ({"name": "decode"}, ("config.rollout.rows",)),
+    ({"name": "reward model"}, ("config.rewards.model.rows",)),
 ])
 def test_a_step_that_does_not_fit_is_told_by_how_much_and_what_to_change(changes, expected):
-    found = _forecast(temporaries=9 * GIB)
     arguments = {"microbatches": 2, "remat": "full", "rows_a_device": 4, "adapter": False} | changes
+    found = _forecast(temporaries=9 * GIB, name=arguments.pop("name", "train"))
     lines = forecasts.advice(found, **arguments)
-    assert "4.25 GiB too much" in lines[0]
+    assert f"{found.name} needs 20.00 GiB of 15.75 GiB: 4.25 GiB too much" == lines[0]
     for part in expected:
         assert any(part in line for line in lines), lines
-    assert "DOES NOT FIT" in plan.table(found, lines)
+    assert "DOES NOT FIT" in charts.table(found, lines) and "DOES NOT FIT" in charts.summary(found, lines)
 
 
 def test_a_forecast_survives_json_and_draws_as_svg():
@@ -98,8 +104,15 @@ def test_a_forecast_survives_json_and_draws_as_svg():
     row = json.loads(json.dumps(found.to_dict()))
     assert row["hbm"]["used"] + row["hbm"]["free"] == row["hbm"]["capacity"]
     assert row["tokens_per_second"][0] < row["tokens_per_second"][1]
-    drawing = xml.etree.ElementTree.fromstring(plan.draw([found, found]))
-    assert len(drawing.findall("{http://www.w3.org/2000/svg}rect")) == 2 * 6 + 6
+    drawing = xml.etree.ElementTree.fromstring(charts.bars([found, found]))
+    assert len(drawing.findall("{http://www.w3.org/2000/svg}rect")) == 2 * 5 + 5
+
+
+def test_a_rollouts_time_is_divided_among_its_programs():
+    found = [_forecast(), _forecast(name="decode", runs=10), _forecast(name="rescore", runs=3)]
+    line = charts.rollout_line(found, 128)
+    assert "128 completions" in line and "77.0 s" in line
+    assert "generating 55.0 s (71%), scoring 16.5 s (21%), training 5.5 s (7%)" in line
 
 
 def test_a_ring_uses_the_links_of_the_torus_axes_that_it_spans():

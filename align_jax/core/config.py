@@ -122,6 +122,8 @@ def defaults() -> ConfigDict:
     roll.prompts = 0  # prompts in a rollout; 0 = batch_size
     roll.responses_per_prompt = 8
     roll.max_new_tokens = 256
+    roll.rows = 256  # completions decoded together, the whole mesh: more are faster, and their cache larger
+    roll.tensor = 0  # devices of a host that share a copy of the weights while generating; 0 = as training splits them
     roll.temperature = 1.0
     roll.top_p = 1.0
     roll.top_k = 0  # 0 = all
@@ -179,12 +181,14 @@ CHOICES: Mapping[str, tuple[Any, ...]] = {
     "optimizer.moment_dtype": ("float32", "bfloat16"),
 }
 POSITIVE = ("batch_size", "microbatches", "max_length", "checkpoint.keep", "checkpoint.local_every_steps",
-            "log.every_steps", "data.prefetch", "rollout.responses_per_prompt", "rollout.max_new_tokens")
+            "log.every_steps", "data.prefetch", "rollout.responses_per_prompt", "rollout.max_new_tokens",
+            "rollout.rows")
 NOT_NEGATIVE = ("total_steps", "total_epochs", "total_examples", "row_length", "model.lora.rank", "model.lora.dropout",
                 "reference.sync_every_steps", "data.groups_per_row", "data.max_prompt_length",
                 "optimizer.learning_rate", "optimizer.warmup_steps", "optimizer.warmup_fraction",
                 "optimizer.weight_decay", "optimizer.clip_norm", "checkpoint.every_steps", "eval.every_steps",
-                "eval.max_examples", "eval.batch_size", "rollout.prompts", "rollout.temperature", "rollout.top_k")
+                "eval.max_examples", "eval.batch_size", "rollout.prompts", "rollout.tensor", "rollout.temperature",
+                "rollout.top_k")
 
 
 def get(config: ConfigDict, key: str) -> Any:

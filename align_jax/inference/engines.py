@@ -40,6 +40,9 @@ class Engine(Protocol):
     def update(self, params: Any) -> None:
         """Take the newest parameters."""
 
+    def release(self) -> None:
+        """Let go of them until the next update: training wants the memory."""
+
 
 class Local:
     """Generation in this program, on this mesh.
@@ -47,10 +50,11 @@ class Local:
     Args:
         generator: the compiled generation.
         params: the model's parameters.
+        place: brings newer ones to where generation wants them (``layout.placer``); default: they stay where they lie.
     """
 
-    def __init__(self, generator: Generator, params: Any) -> None:
-        self._generator, self._params = generator, params
+    def __init__(self, generator: Generator, params: Any, place: Callable[[Any], Any] = lambda params: params) -> None:
+        self._generator, self._params, self._place = generator, params, place
 
     def __call__(self, requests: Sequence[Request], report: Callable[[int], None] = lambda done: None
                  ) -> list[list[Completion]]:
@@ -58,8 +62,12 @@ class Local:
         return self._generator(self._params, requests, report)
 
     def update(self, params: Any) -> None:
-        """Take the newest parameters; nothing is copied."""
-        self._params = params
+        """Take the newest parameters."""
+        self._params = self._place(params)
+
+    def release(self) -> None:
+        """Let go of them, and of the copy that they may be."""
+        self._params = None
 
 
 class Client:
@@ -189,3 +197,6 @@ class Server:
         folder = str(pathlib.Path(self._weights).absolute())
         self._export(folder, params)
         self._client.post(*PUSHES[self._push](folder))
+
+    def release(self) -> None:
+        """Do nothing: the server's weights are its own."""

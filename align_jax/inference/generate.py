@@ -27,6 +27,7 @@ from align_jax.data import chat
 from align_jax.inference import decoding
 from align_jax.inference.samplers import Sampling, Settings, row_keys, stack
 from align_jax.models.model import Model
+from align_jax.parallel.lowering import lower
 from align_jax.parallel.mesh import row_shards
 from align_jax.parallel.sharding import put_batch, row_sharding
 
@@ -291,15 +292,12 @@ class Generator:
         everywhere = NamedSharding(self._mesh, PartitionSpec())
         asked = decoding.Rows(shape(jax.eval_shape(jax.random.wrap_key_data, keys)), settings, limits,
                               shape(self._stop_ids, everywhere))
-        platforms = None if platform is None else (platform,)
-        with jax.set_mesh(self._mesh):
-            prefill = decoding.start.trace(
-                self._model, params, tokens, lengths, asked, samples=call.samples, slots=arrays.slots,
-                filters=arrays.filters, dtype=self._dtype).lower(lowering_platforms=platforms)
-            progress = jax.tree.map(shape, prefill.out_info, decoding.shardings(self._mesh, prefill.out_info))
-            until = jax.ShapeDtypeStruct((), np.int32, sharding=everywhere)
-            decode = decoding.advance.trace(self._model, params, asked, progress, until, filters=arrays.filters
-                                            ).lower(lowering_platforms=platforms)
+        prefill = lower(decoding.start, self._mesh, self._model, params, tokens, lengths, asked, samples=call.samples,
+                        slots=arrays.slots, filters=arrays.filters, dtype=self._dtype, platform=platform)
+        progress = jax.tree.map(shape, prefill.out_info, decoding.shardings(self._mesh, prefill.out_info))
+        until = jax.ShapeDtypeStruct((), np.int32, sharding=everywhere)
+        decode = lower(decoding.advance, self._mesh, self._model, params, asked, progress, until,
+                       filters=arrays.filters, platform=platform)
         return Lowered(prefill, decode, progress, tokens.shape, len(calls))
 
     def _finish(self, params: Any, asked: decoding.Rows, progress: decoding.Progress, each: Sequence, slots: int,

@@ -65,8 +65,12 @@ def config_from(hf: Mapping[str, Any]) -> ModelConfig:
     return family(hf["model_type"]).from_hf(hf)
 
 
-def locate(path: str) -> str:
+def locate(path: str, file: str = "") -> str:
     """Return the local folder of a checkpoint, downloading a hub id into Hugging Face's cache if it is none.
+
+    Args:
+        path: folder or hub id.
+        file: the only file that is needed; "" = all of the checkpoint's.
 
     Raises:
         FileNotFoundError: neither a folder nor a hub id that can be had.
@@ -77,9 +81,9 @@ def locate(path: str) -> str:
         raise FileNotFoundError(f"no model folder at {path!r} (nor is that a hub id, owner/name)")
     import huggingface_hub  # here, because importing it is slow and most runs are local
 
+    wanted = [file] if file else ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
     try:
-        return huggingface_hub.snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt",
-                                                                       "*.jinja"])
+        return huggingface_hub.snapshot_download(path, allow_patterns=wanted)
     except (huggingface_hub.errors.HfHubHTTPError, huggingface_hub.errors.LocalEntryNotFoundError, OSError) as error:
         raise FileNotFoundError(f"no model folder at {path!r}, and the hub has no such model or cannot be reached: "
                                 f"{error}") from error
@@ -87,7 +91,7 @@ def locate(path: str) -> str:
 
 def load_config(path: str) -> ModelConfig:
     """Read the configuration of a checkpoint folder or hub id."""
-    folder = locate(path)
+    folder = locate(path, "config.json")
     with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
         return config_from(json.load(file))
 

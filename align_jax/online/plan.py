@@ -26,6 +26,9 @@ class Plan:
         responses: samples of each.
         max_new_tokens: tokens at most.
         batch_size: groups in an optimizer step.
+        rows: completions decoded together, at most.
+        tensor: neighbouring devices that hold one copy of the weights together while they generate
+            (``inference.layout``); 0: generation takes the weights as training has them.
         microbatches: parts of a step; the forwards here are cut as finely.
         epochs: passes over a rollout.
         sampling, stop: of the samples.
@@ -55,6 +58,8 @@ class Plan:
     responses: int
     max_new_tokens: int
     batch_size: int
+    rows: int = 256
+    tensor: int = 0
     microbatches: int = 1
     epochs: int = 1
     sampling: Sampling = Sampling()
@@ -126,8 +131,9 @@ _OPTIONS = ("epochs", "rescore", "keep_unfinished", "missing_eos_penalty", "over
 
 
 def make_plan(terms: Sequence[Term], *, batch_size: int, responses: int, max_new_tokens: int, prompts: int = 0,
-              microbatches: int = 1, sampling: Sampling = Sampling(), stop: Sequence[str] = (), layout: str = "plain",
-              value_head: str = "value", seed: int = 0, options: Mapping[str, Any] | None = None) -> Plan:
+              rows: int = 256, tensor: int = 0, microbatches: int = 1, sampling: Sampling = Sampling(),
+              stop: Sequence[str] = (), layout: str = "plain", value_head: str = "value", seed: int = 0,
+              options: Mapping[str, Any] | None = None) -> Plan:
     """Put together how rollouts are made for these objectives.
 
     Args:
@@ -136,7 +142,7 @@ def make_plan(terms: Sequence[Term], *, batch_size: int, responses: int, max_new
         responses: samples of each prompt.
         max_new_tokens: tokens at most.
         prompts: prompts in a rollout; 0: what gives the steps of one pass (the objective's ``minibatches``, else one).
-        microbatches, sampling, stop, layout, value_head, seed: see `Plan`.
+        rows, tensor, microbatches, sampling, stop, layout, value_head, seed: see `Plan`.
         options: more fields of `Plan`, and options of the selection.
 
     Raises:
@@ -164,7 +170,7 @@ def make_plan(terms: Sequence[Term], *, batch_size: int, responses: int, max_new
     selection = {name: options.pop(name) for name in choices if name in options}
     needs = {need for term in terms for need in term.needs}
     return Plan(kind=kind, prompts=prompts, responses=responses, max_new_tokens=max_new_tokens, batch_size=batch_size,
-                microbatches=microbatches, sampling=sampling, stop=tuple(stop), targets=targets,
-                value_head=value_head if "values" in needs else "", layout=layout,
+                rows=rows, tensor=tensor, microbatches=microbatches, sampling=sampling, stop=tuple(stop),
+                targets=targets, value_head=value_head if "values" in needs else "", layout=layout,
                 mismatched=any(term.objective.mismatched for term in terms), selection=selection, seed=seed,
                 **(own | options))

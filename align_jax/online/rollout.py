@@ -27,7 +27,6 @@ from jaxtyping import Float
 from transformers import PreTrainedTokenizerBase
 
 from align_jax.core.schema import Batch
-from align_jax.data import planning
 from align_jax.data.batching import Shape
 from align_jax.data.tokenizer import pad_id
 from align_jax.inference.engines import Engine
@@ -117,15 +116,7 @@ class Rollouts:
 
     def abstract(self) -> Batch:
         """Return the whole mesh's batch as arrays of the right shape and dtype that take no memory."""
-        plan = self._plan
-        batch = planning.batch_shapes(self.shape, kind=plan.kind, layout=plan.layout,
-                                      mismatched=self.shape if plan.mismatched else None)
-        by_token = np.broadcast_to(np.zeros((), np.float32), batch.tokens.shape)
-        if plan.targets is not None:
-            batch = batch._replace(old_token_logps=by_token, advantages=by_token)
-        if plan.value_head:
-            batch = batch._replace(returns=by_token, old_values=by_token)
-        return batch
+        return writing.batch_shapes(self.shape, self._plan)
 
     @property
     def num_examples(self) -> int:
@@ -199,6 +190,7 @@ class Rollouts:
             self._engine.update(weights.policy)
             asked, moments, seconds = sampling.sample(range(first, first + share), self._plan, self._held_out,
                                                       self._engine, self._rewards, self._next.moments)
+            self._engine.release()
         found = sampling.describe(sampling.Drawn(asked, 1, moments, seconds, tokens=0), self._plan)
         return {name: value for name, value in found.items() if not name.startswith("rollout/")}
 
@@ -211,6 +203,7 @@ class Rollouts:
             self._engine.update(weights.policy)
             drawn = sampling.draw(control.place, self._plan, self._prompts, self._engine, self._rewards,
                                   control.moments)
+            self._engine.release()
             batch, metrics, kl_coef = self._write(drawn.asked, weights, control.kl_coef)
         metrics |= sampling.describe(drawn, self._plan)
         metrics["rollout/seconds"] = time.monotonic() - started

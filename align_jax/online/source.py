@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from align_jax.core.schema import Example
 from align_jax.inference.engines import Engine, Local, Server
 from align_jax.inference.generate import Generator, bucket
+from align_jax.inference.layout import decode_mesh, placer
 from align_jax.inference.samplers import Sampling
 from align_jax.losses.objective import Term
 from align_jax.models import hf
@@ -22,8 +23,7 @@ from align_jax.online.plan import Plan, make_plan
 from align_jax.online.prompts import Prompts
 from align_jax.online.rollout import Rollouts
 from align_jax.parallel.mesh import row_shards
-
-MOST_ROWS = 256  # generated at a time: the KV cache's rows
+from align_jax.training.placement import abstract_params, check_divisible
 
 
 def plan_rollouts(terms: Sequence[Term], rollout: Mapping[str, Any], *, batch_size: int, microbatches: int, layout: str,
@@ -36,6 +36,7 @@ def plan_rollouts(terms: Sequence[Term], rollout: Mapping[str, Any], *, batch_si
     return make_plan(
         terms, batch_size=batch_size, microbatches=microbatches, prompts=rollout["prompts"],
         responses=rollout["responses_per_prompt"], max_new_tokens=rollout["max_new_tokens"],
+        rows=rollout["rows"], tensor=rollout["tensor"],
         stop=tuple(rollout["stop"]), layout=layout, value_head=value_head, seed=seed,
         sampling=Sampling(rollout["temperature"], rollout["top_k"], rollout["top_p"], rollout["min_p"]),
         options=rollout["options"])
@@ -67,16 +68,45 @@ def make_rollouts(plan: Plan, examples: Sequence[Example], tokenizer: PreTrained
         raise ValueError(f"{len(others)} held-out prompts for {jax.process_count()} processes: each needs one at least")
     longest = max(prompts.longest, 0 if others is None else others.longest)
     if plan.server is None:
-        shards = row_shards(mesh)
-        rows = -(-min(plan.prompts * plan.responses, MOST_ROWS) // shards) * shards
-        generator = Generator(policy, tokenizer, rows=rows, max_length=max_length, mesh=mesh,
-                              prompt_bucket=bucket(longest, max_length - 1))
-        engine: Engine = Local(generator, None)
+        where = generation_mesh(plan, policy, mesh)
+        engine: Engine = Local(make_generator(plan, policy, tokenizer, where, max_length, longest), None,
+                               *[placer(policy, where)] * bool(plan.tensor))
     else:
         engine = Server(**{"tokenizer": tokenizer, "export": lambda folder, params: export(folder, policy, params),
                            **plan.server})
     return Rollouts(plan, prompts, engine, weighted.resolve(reward_weights, REWARDS, mesh), tokenizer, policy=policy,
                     reference=reference, mesh=mesh, held_out=others)
+
+
+def generation_mesh(plan: Plan, policy: Model, mesh: jax.sharding.Mesh) -> jax.sharding.Mesh:
+    """Return the mesh that generates: the training mesh, or another over its devices (``rollout.tensor``).
+
+    Raises:
+        ValueError: ``rollout.tensor`` does not divide a host's devices, or the model.
+    """
+    if not plan.tensor:
+        return mesh
+    where = decode_mesh(mesh, plan.tensor)
+    try:
+        check_divisible(abstract_params(where, policy.shapes(), policy.axes()))
+    except ValueError as error:
+        raise ValueError(f"config.rollout.tensor = {plan.tensor}: {error}") from None
+    return where
+
+
+def make_generator(plan: Plan, policy: Model, tokenizer: PreTrainedTokenizerBase, mesh: jax.sharding.Mesh,
+                   max_length: int, longest: int) -> Generator:
+    """Make what samples on the run's own mesh.
+
+    Args:
+        plan, policy, tokenizer, max_length: as ``make_rollouts`` takes them.
+        mesh: from ``generation_mesh``.
+        longest: tokens of the longest prompt.
+    """
+    shards = row_shards(mesh)
+    rows = -(-min(plan.prompts * plan.responses, plan.rows) // shards) * shards
+    return Generator(policy, tokenizer, rows=rows, max_length=max_length, mesh=mesh,
+                     prompt_bucket=bucket(longest, max_length - 1))
 
 
 def export(folder: str, policy: Model, params: Mapping[str, Any]) -> None:

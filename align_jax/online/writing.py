@@ -12,9 +12,10 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from align_jax.core.schema import Batch
-from align_jax.data import batching
+from align_jax.data import batching, planning
 from align_jax.data.batching import Piece, Shape
 from align_jax.inference.generate import Completion
+from align_jax.online.plan import Plan
 from align_jax.online.selection import Groups
 
 LAYOUTS = ("plain", "shared_prefix")
@@ -39,6 +40,21 @@ def plan_shape(*, groups: int, responses: int, prompt: int, response: int, layou
     length = -(-(prompt + each * response) // 8) * 8
     return Shape(rows=groups * responses // each, length=length, positions=each * response, slots=each, groups=groups,
                  responses=responses)
+
+
+def batch_shapes(shape: Shape, plan: Plan) -> Batch:
+    """Return a step's batch, the whole mesh's, as arrays that take no memory.
+
+    Args:
+        shape: from ``plan_shape``.
+        plan: how rollouts are made.
+    """
+    batch = planning.batch_shapes(shape, kind=plan.kind, layout=plan.layout,
+                                  mismatched=shape if plan.mismatched else None)
+    by_token = np.broadcast_to(np.zeros((), np.float32), batch.tokens.shape)
+    if plan.targets is not None:
+        batch = batch._replace(old_token_logps=by_token, advantages=by_token)
+    return batch._replace(returns=by_token, old_values=by_token) if plan.value_head else batch
 
 
 def write(groups: Groups, prompts: Sequence[Int[np.ndarray, "_"]], completions: Sequence[Sequence[Completion]],

@@ -40,10 +40,10 @@ class Forward(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class StepFlops:
-    """Operations of one step, the whole mesh together.
+    """Operations of one run of a program, the whole mesh together.
 
     Attributes:
-        policy: forward and backward of what is trained.
+        policy: forward and, where it is trained, backward.
         reference: the frozen reference's forward.
         statistics: forwards without gradients, for statistics of the whole batch.
         recomputed: forward work that the backward pass repeats; the hardware's, not the model's.
@@ -105,13 +105,28 @@ def forward_flops(model: Model, *, rows: int, length: int, positions: int,
     return Forward(2.0 * layer_weights(config) * tokens, attention, float(head), 2.0 * adapter * tokens)
 
 
-def step_flops(recipe: Recipe, batch: Batch, *, segment_length: int | None = None) -> StepFlops:
-    """Count one train step.
+def decode_flops(model: Model, *, rows: int, context: int) -> Forward:
+    """Count the drawing of one token in each row.
+
+    Args:
+        model: the model; adapters are not counted.
+        rows: N.
+        context: tokens that a row has before it.
+    """
+    config = model.config
+    seen = sum(min(window or context, context) for window in config.windows)
+    return Forward(2.0 * layer_weights(config) * rows, 4.0 * config.num_heads * config.head_width * seen * rows,
+                   2.0 * config.width * config.vocab_rows * rows)
+
+
+def step_flops(recipe: Recipe, batch: Batch, *, segment_length: int | None = None, train: bool = True) -> StepFlops:
+    """Count one train step, or one eval step.
 
     Args:
         recipe: what the step is compiled from.
         batch: the global batch, or its shapes.
         segment_length: of packed rows, the mean tokens of a segment; default: the whole row attends.
+        train: false: the eval step, forwards alone.
 
     Returns:
         Operations of the whole mesh.
@@ -129,11 +144,13 @@ def step_flops(recipe: Recipe, batch: Batch, *, segment_length: int | None = Non
     in_graph = recipe.wants_reference and batch.reference_token_logps is None
     reference = forward(recipe.base, batch).total if in_graph else 0.0
     statistics = 0.0
-    if recipe.measured and recipe.microbatches > 1:
+    if recipe.measured and recipe.microbatches > 1 and train:
         statistics += once.total
     if recipe.measured and batch.mismatched is not None:
         statistics += forward(recipe.policy, batch.mismatched).total
         statistics += forward(recipe.base, batch.mismatched).total if recipe.wants_reference else 0.0
+    if not train:
+        return StepFlops(once.total, reference, statistics, 0.0, batch.tokens.size)
     attention = once.attention  # kernels recompute the weights from queries and keys whatever the policy
     again = {"full": once.layers + once.adapter + attention, "attention": once.layers + once.adapter,
              "dots": attention, "none": 0.0}

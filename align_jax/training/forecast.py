@@ -1,16 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a step will need on chips that need not be there: memory from the compiler, time from a roofline.
+"""What a program will need on chips that need not be there: memory from the compiler, time from a roofline.
 
-    lowered step ─ the real compiler ─┬─ memory by kind, used and free
-                                      ├─ collectives: kind, mesh axes, bytes ─┐
-    shapes ─ operations (flops.py) ───┼─ traffic with HBM ────────────────────┼─ seconds: overlapped ... exposed
-    table of chips ───────────────────┴───────────────────────────────────────┘
+    lowered program ─ the real compiler ─┬─ memory by kind, used and free
+                                         ├─ collectives: kind, mesh axes, bytes ─┐
+    shapes ─ operations (flops.py) ──────┼─ traffic with HBM ────────────────────┼─ seconds: overlapped ... exposed
+    table of chips ──────────────────────┴───────────────────────────────────────┘
 
 The time is a bound and not a measurement: every unit at its peak.  ``overlapped`` hides all communication behind
 computation, ``exposed`` hides none.
 """
 from __future__ import annotations
 
+import collections
 from collections.abc import Mapping, Sequence
 import dataclasses
 import math
@@ -18,12 +19,11 @@ import pathlib
 import re
 import tempfile
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from align_jax.core.schema import Batch
 from align_jax.parallel import hlo
 from align_jax.parallel.chips import GIB, Topology
 from align_jax.parallel.collectives import Collective, read_collectives, summarise
@@ -32,31 +32,48 @@ from align_jax.training.flops import StepFlops
 DIE_TO_DIE = 6.0  # TPU7x: between the two devices of a chip, in links (its data sheet)
 
 
-@dataclasses.dataclass(frozen=True)
-class Memory:
-    """Bytes of HBM on one device.
+class Program(NamedTuple):
+    """A program of a run, ready to be compiled.
 
     Attributes:
-        parameters, optimizer, reference, batch: arguments of the step.
-        temporaries: activations, gradients, gathered weights: the compiler's peak.
-        program: the code, and what the compiler's layouts add to the arguments.
+        name: "train", "eval", "prefill", ...
+        lowered: for devices that need not be there.
+        passed: its arguments, shapes with shardings.
+        held: kind of memory ("parameters", "optimizer", ...) -> what of that kind lies on the devices while it runs,
+            arguments or not.
+        flops: of one run.
+        least: by mesh axes, the least bytes that a device must receive (``minimum.least``).
+        returned: what of ``held`` is its result and no argument.
+        runs: how often an online run has it in each rollout.
+        mesh: over whose axes it is split; None: the run's.
+    """
+
+    name: str
+    lowered: jax.stages.Lowered
+    passed: Any
+    held: Mapping[str, Any]
+    flops: StepFlops
+    least: Mapping[str, float]
+    returned: Any = ()
+    runs: int = 1
+    mesh: jax.sharding.Mesh | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes of HBM on one device while a program runs.
+
+    Attributes:
+        kinds: what for -> bytes: of what the run holds ("parameters", "optimizer", "reference", "batch", ...);
+            "temporaries", the compiler's peak of activations, gradients, gathered weights; "program", the code and
+            what the compiler's layouts add to the arguments.
         capacity: what a program may use.
         complete: false where the program does not fit: the compiler then says the total alone.
     """
 
-    parameters: int
-    optimizer: int
-    reference: int
-    batch: int
-    temporaries: int
-    program: int
+    kinds: Mapping[str, int]
     capacity: int
     complete: bool = True
-
-    @property
-    def kinds(self) -> dict[str, int]:
-        """Bytes by kind."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)[:6]}
 
     @property
     def used(self) -> int:
@@ -65,7 +82,7 @@ class Memory:
 
     @property
     def free(self) -> int:
-        """What is left; negative where the step does not fit."""
+        """What is left; negative where the program does not fit."""
         return self.capacity - self.used
 
 
@@ -88,30 +105,38 @@ class Compiled:
 
 @dataclasses.dataclass(frozen=True)
 class Forecast:
-    """The forecast of one step on one topology."""
+    """The forecast of one program on one topology."""
 
+    name: str
+    runs: int
     topology: Topology
     mesh: Mapping[str, int]
     memory: Memory
     flops: StepFlops
     collectives: Sequence[Mapping[str, Any]]  # rows of collectives.summarise
+    least: Mapping[str, float]  # by mesh axes: bytes that a device must receive
     seconds: Mapping[str, float]  # compute, memory, interconnect, network: each alone, at its peak
     compile_seconds: float
     largest: Sequence[tuple[str, tuple[int, ...], int]]  # the largest arrays: type, shape, bytes
 
     @property
     def fits(self) -> bool:
-        """Tell whether the step fits into HBM."""
+        """Tell whether the program fits into HBM, beside all that the run holds."""
         return self.memory.free >= 0
 
     @property
+    def moved(self) -> float:
+        """Bytes that a device receives in collectives."""
+        return sum(row["bytes"] for row in self.collectives)
+
+    @property
     def overlapped(self) -> float:
-        """Seconds of a step whose communication hides behind computation."""
+        """Seconds of a run whose communication hides behind computation."""
         return max(self.seconds.values())
 
     @property
     def exposed(self) -> float:
-        """Seconds of a step that waits for all communication."""
+        """Seconds of a run that waits for all communication."""
         communication = self.seconds["interconnect"] + self.seconds["network"]
         return max(self.seconds["compute"], self.seconds["memory"]) + communication
 
@@ -122,11 +147,13 @@ class Forecast:
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain numbers, for JSON."""
         return {
-            "topology": self.topology.name, "chips": self.topology.chips, "mesh": dict(self.mesh), "fits": self.fits,
+            "program": self.name, "runs": self.runs, "topology": self.topology.name, "chips": self.topology.chips,
+            "mesh": dict(self.mesh), "fits": self.fits,
             "hbm": {**self.memory.kinds, "used": self.memory.used, "free": self.memory.free,
                     "capacity": self.memory.capacity},
             "flops": {**dataclasses.asdict(self.flops), "model": self.flops.model, "hardware": self.flops.hardware},
             "collectives": [{**row, "dtypes": dict(row["dtypes"])} for row in self.collectives],
+            "least": dict(self.least),
             "seconds": {**self.seconds, "overlapped": self.overlapped, "exposed": self.exposed},
             "tokens_per_second": [self.flops.tokens / self.exposed, self.flops.tokens / self.overlapped]
             if self.overlapped else [],
@@ -166,26 +193,21 @@ def tree_bytes(tree: Any) -> int:
                for leaf in jax.tree.leaves(tree))
 
 
-def memory_of(compiled: Compiled, state: Any, frozen: Any, batch: Batch, capacity: int) -> Memory:
-    """Divide a step's memory by kind.
+def memory_of(compiled: Compiled, program: Program, capacity: int) -> Memory:
+    """Divide by kind the memory that is taken while a program runs.
 
     Args:
         compiled: from ``compile_step``.
-        state, frozen, batch: the step's arguments, shapes with shardings.
+        program: what was compiled.
         capacity: bytes of a device.
     """
-    moving = state.get("reference", {})
-    own = {"parameters": tree_bytes(state["params"]), "reference": tree_bytes(frozen) + tree_bytes(moving),
-           "batch": tree_bytes(batch)}
-    own["optimizer"] = tree_bytes(state) - own["parameters"] - tree_bytes(moving)
-    arguments = sum(own.values())
+    kinds = {kind: tree_bytes(tree) for kind, tree in program.held.items()}
     if not compiled.stats:
-        return Memory(**own, temporaries=max(0, compiled.needed - arguments), program=0, capacity=capacity,
-                      complete=False)
+        return Memory(kinds | {"temporaries": max(0, compiled.needed - tree_bytes(program.passed))}, capacity, False)
     stats = compiled.stats
-    padding = max(0, stats["argument"] - arguments)
-    return Memory(**own, temporaries=stats["temp"] + max(0, stats["output"] - stats["alias"]),
-                  program=stats["generated_code"] + padding, capacity=capacity)
+    kinds["temporaries"] = stats["temp"] + max(0, stats["output"] - stats["alias"] - tree_bytes(program.returned))
+    kinds["program"] = stats["generated_code"] + max(0, stats["argument"] - tree_bytes(program.passed))
+    return Memory(kinds, capacity)
 
 
 def bandwidth(collective: Collective, topology: Topology, devices: Sequence[Any]) -> float:
@@ -225,53 +247,66 @@ def roofline(program: hlo.Program | None, collectives: Sequence[Collective], flo
     return seconds
 
 
-def forecast(lowered: jax.stages.Lowered, *, state: Any, frozen: Any, batch: Batch, flops: StepFlops,
-             topology: Topology, mesh: jax.sharding.Mesh) -> Forecast:
-    """Compile a lowered step for a topology and say what it needs.
+def forecast(program: Program, topology: Topology, mesh: jax.sharding.Mesh) -> Forecast:
+    """Compile a program for a topology and say what it needs.
 
     Args:
-        lowered: from ``placement.lower_train_step`` on a mesh over the topology's devices.
-        state, frozen, batch: its arguments, shapes with shardings.
-        flops: from ``flops.step_flops``.
+        program: lowered on a mesh over the topology's devices.
         topology: from ``chips.describe_topology``.
-        mesh: the mesh.
+        mesh: the run's.
     """
-    compiled = compile_step(lowered)
-    memory = memory_of(compiled, state, frozen, batch, topology.chip.hbm)
-    program = hlo.parse(compiled.text) if compiled.text else None
-    collectives = read_collectives(program) if program else []
+    mesh = program.mesh or mesh
+    compiled = compile_step(program.lowered)
+    parsed = hlo.parse(compiled.text) if compiled.text else None
+    collectives = read_collectives(parsed) if parsed else []
     shapes = sorted(hlo.array_shapes(compiled.text).items(), key=lambda item: -item[1])
     return Forecast(
-        topology, dict(mesh.shape), memory, flops, summarise(collectives, mesh.shape),
-        roofline(program, collectives, flops, topology, list(mesh.devices.flat)), compiled.seconds,
+        program.name, program.runs, topology, dict(mesh.shape), memory_of(compiled, program, topology.chip.hbm),
+        program.flops, summarise(collectives, mesh.shape), program.least,
+        roofline(parsed, collectives, program.flops, topology, list(mesh.devices.flat)), compiled.seconds,
         [(dtype, shape, size) for (dtype, shape), size in shapes[:50]])
 
 
-def advice(found: Forecast, *, microbatches: int, remat: str, rows_a_device: float | int, adapter: bool) -> list[str]:
-    """Say what to change in a config whose step does not fit, the cheapest first.
+def advice(found: Forecast, *, microbatches: int, remat: str, rows_a_device: float | int, adapter: bool,
+           eval_batch_size: int = 0) -> list[str]:
+    """Say what to change in a config one of whose programs does not fit, the cheapest first.
 
     Args:
         found: the forecast.
         microbatches, remat: of the config.
         rows_a_device: rows of a microbatch on one device.
         adapter: whether only an adapter is trained.
+        eval_batch_size: groups that are evaluated at once.
     """
     memory, short = found.memory, -found.memory.free / GIB
-    lines = [f"needs {memory.used / GIB:.2f} GiB of {memory.capacity / GIB:.2f} GiB: {short:.2f} GiB too much"]
-    static = memory.parameters + memory.optimizer + memory.reference
-    if memory.temporaries > memory.capacity - static and static < memory.capacity:
-        if rows_a_device >= 2:
-            lines.append(f"config.microbatches={microbatches * 2}: half the activations at a time")
-        if remat != "full":
-            lines.append("config.model.remat=full: keep each layer's input only")
-        if rows_a_device < 2:
-            lines.append("config.mesh.sequence or config.mesh.tensor doubled: split a row's activations")
-    if memory.reference > 0.2 * memory.capacity:
+    kinds = collections.Counter(memory.kinds)
+    lines = [f"{found.name} needs {memory.used / GIB:.2f} GiB of {memory.capacity / GIB:.2f} GiB: {short:.2f} GiB too "
+             "much"]
+    static = sum(kinds.values()) - sum(kinds[kind] for kind in ("batch", "cache", "temporaries", "program"))
+    if memory.used - static > memory.capacity - static and static < memory.capacity:
+        lines += _smaller(found.name, microbatches, remat, rows_a_device, eval_batch_size)
+    if kinds["reference"] > 0.2 * memory.capacity:
         lines.append("config.reference.mode=cached: no reference weights beside the policy")
-    if memory.optimizer + memory.parameters > 0.5 * memory.capacity and not adapter:
+    if kinds["optimizer"] + kinds["parameters"] > 0.5 * memory.capacity and not adapter:
         lines.append("config.optimizer.moment_dtype=bfloat16: two bytes less a parameter")
         lines.append("config.model.lora.rank=16: train an adapter; base and reference are one copy")
     if static > 0.8 * memory.capacity:
         least = math.ceil(found.topology.chips * memory.used / memory.capacity)
         lines.append(f"a larger slice: at least {least} chips, with mesh.fsdp=-1")
+    return lines
+
+
+def _smaller(name: str, microbatches: int, remat: str, rows_a_device: float | int, eval_batch_size: int) -> list[str]:
+    """Say what makes a program's own arrays smaller."""
+    if name in ("prefill", "decode"):
+        return ["config.rollout.rows halved: fewer completions at a time, a smaller cache"]
+    if name.startswith("reward "):
+        return [f"config.rewards.{name.removeprefix('reward ')}.rows or .max_length halved"]
+    if name == "eval":
+        return [f"config.eval.batch_size={eval_batch_size // 2}: half the rows at a time"]
+    lines = [f"config.microbatches={microbatches * 2}: half the activations at a time"] if rows_a_device >= 2 else []
+    if remat != "full" and name == "train":
+        lines.append("config.model.remat=full: keep each layer's input only")
+    if rows_a_device < 2:
+        lines.append("config.mesh.sequence or config.mesh.tensor doubled: split a row's activations")
     return lines

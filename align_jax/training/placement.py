@@ -17,9 +17,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from align_jax.core.schema import Batch
 from align_jax.core.tree import flatten, unflatten
+from align_jax.parallel.lowering import lower
 from align_jax.parallel.sharding import is_axes, row_sharding, tree_shardings
 from align_jax.training import optim
-from align_jax.training.steps import Recipe, eval_step, init_state, train_step
+from align_jax.training.steps import Recipe, eval_step, init_state, reference_step, train_step
 
 Tree = Any
 ADAPTER = re.compile(r"/lora_[abm]$|^(score|value|value_mlp)/")  # paths of what is trained beside a frozen base
@@ -126,21 +127,23 @@ def jit_eval_step(recipe: Recipe, mesh: Mesh) -> Callable[[Tree, Tree, Batch], A
     return jax.jit(functools.partial(eval_step, recipe), out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
+def jit_reference_step(recipe: Recipe) -> Callable[[Tree, Batch], jax.Array]:
+    """Return the compiled reference step, which fills the cache of the reference's log-probabilities."""
+    return jax.jit(functools.partial(reference_step, recipe))
+
+
 def lower_train_step(recipe: Recipe, state: Tree, frozen: Tree, batch: Batch, mesh: Mesh,
                      platform: str | None = None) -> jax.stages.Lowered:
-    """Lower the very train step of a run, from shapes only, for devices that need not be there.
+    """Lower the very train step of a run.
 
     Args:
         recipe: the recipe.
         state: from ``abstract_state``.
         frozen: shapes with shardings.
         batch: from ``abstract_batch``.
-        mesh: the mesh, perhaps over a topology's devices.
-        platform: "tpu" for such a topology; None = the devices' own.
+        mesh, platform: as ``lower`` takes them.
     """
-    with jax.set_mesh(mesh):
-        traced = jit_train_step(recipe, state, mesh).trace(state, frozen, batch)
-        return traced.lower(lowering_platforms=(platform,)) if platform else traced.lower()
+    return lower(jit_train_step(recipe, state, mesh), mesh, state, frozen, batch, platform=platform)
 
 
 def place(tree: Tree, abstract: Tree) -> Tree:

@@ -20,7 +20,7 @@ import jax
 # not what a step computes.  "group." stands for the whole group.
 MAY_CHANGE = ("mesh.", "checkpoint.", "log.", "debug.", "total_steps", "total_epochs", "total_examples", "microbatches",
               "model.remat", "model.attention", "eval.every_steps", "eval.batch_size", "data.prefetch", "data.cache",
-              "reference.cache", "rollout.log_samples_every_steps")
+              "reference.cache", "rollout.log_samples_every_steps", "rollout.rows", "rollout.tensor")
 PACKAGES = ("align_jax", "jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain", "transformers",
             "numpy")
 

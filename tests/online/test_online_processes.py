@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An online run of two processes is that of one: the same samples, rewards and updates."""
+"""An online run of two processes is that of one: the same samples, rewards and updates.
+
+Its weights are dealt out anew for generation, two devices of a process to a copy.
+"""
 import importlib.util
 import json
 import pathlib
@@ -18,8 +21,8 @@ def run(folder, count):
         "--config.batch_size=4", "--config.rollout.responses_per_prompt=2", "--config.rollout.max_new_tokens=6",
         "--config.max_length=48", "--config.rewards={'length': {'target': 3, 'unit': 'characters'}}",
         "--config.model.config.hidden_size=32", "--config.model.config.intermediate_size=32",
-        "--config.log.every_steps=1", "--config.rollout.log_samples_every_steps=1"]
-    started = processes.start(arguments, count, devices=2 // count, log=folder.with_suffix(".log"))
+        "--config.log.every_steps=1", "--config.rollout.log_samples_every_steps=1", "--config.rollout.tensor=2"]
+    started = processes.start(arguments, count, devices=4 // count, log=folder.with_suffix(".log"))
     assert [one.wait(timeout=900) for one in started] == [0] * count, folder.with_suffix(".log.0").read_text()[-2000:]
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 

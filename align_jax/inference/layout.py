@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a policy's weights lie while it generates: a copy in the compute type, split over a few neighbours.
+
+Training splits each weight over the whole mesh and gathers it where it is used, once for many rows of many tokens.  A
+decoded token is one for each row: gathering for it would move all weights for every token (15 GB a token of a 7B
+model, on every chip).  So the devices are dealt out anew:
+
+    training     fsdp=64                   a weight over 64 devices, each with its own rows
+    generating   data=16  tensor=4         a weight over 4 devices of one host, which share their rows
+"""
+from __future__ import annotations
+
+from collections.abc import Callable
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from align_jax.core.tree import flatten, unflatten
+from align_jax.models.model import Model
+from align_jax.models.quantize import Quantized
+from align_jax.parallel.mesh import AXES
+
+Tree = Any
+
+
+def decode_mesh(mesh: Mesh, tensor: int) -> Mesh:
+    """Return a mesh over the same devices on which so many neighbours split each weight and share their rows.
+
+    Args:
+        mesh: the training mesh.
+        tensor: devices that hold one copy of the weights together; all of one host, so that each process brings its
+            own rows.
+
+    Raises:
+        ValueError: the devices of a host do not divide into groups of this size.
+    """
+    devices = sorted(mesh.devices.flat, key=lambda one: (one.process_index, one.id))
+    hosts = {one.process_index for one in devices}
+    each = len(devices) // len(hosts)
+    if tensor < 1 or each % tensor:
+        raise ValueError(f"config.rollout.tensor = {tensor}: expected a divisor of the {each} devices of a host")
+    sizes = {"data": len(devices) // tensor, "tensor": tensor}
+    array = np.asarray(devices).reshape([sizes.get(axis, 1) for axis in AXES])
+    return Mesh(array, AXES, axis_types=mesh.axis_types)
+
+
+def _held(model: Model, params: Tree) -> Tree:
+    """Leave the scalar heads out, and cast what is cast to the compute type wherever it is used.
+
+    Norms' scales are not, and quantised maps stay as they are, so generation computes what it would without a copy.
+    """
+    axes, leaves = flatten(model.axes()), flatten(params)
+    kept = {path: leaf for path, leaf in leaves.items() if path.split("/")[0] not in model.options.heads}
+    return unflatten({path: leaf if "embed" not in axes[path] or isinstance(leaf, Quantized)
+                      else leaf.astype(model.options.dtype) for path, leaf in kept.items()})
+
+
+def for_decoding(model: Model, params: Tree, mesh: Mesh) -> Tree:
+    """Return the shapes, types and places of a policy's weights while it generates.
+
+    Args:
+        model: the policy.
+        params: its parameters on the training mesh: arrays, or shapes with shardings.
+        mesh: from ``decode_mesh``.
+    """
+    shapes = jax.eval_shape(functools.partial(_held, model), params)
+    leaves = flatten(params)
+    places = unflatten({path: leaves[path] for path in flatten(shapes)})
+    return jax.tree.map(lambda x, like: jax.ShapeDtypeStruct(
+        x.shape, x.dtype, sharding=NamedSharding(mesh, like.sharding.spec)), shapes, places)
+
+
+def placer(model: Model, mesh: Mesh) -> Callable[[Tree], Tree]:
+    """Return a function that copies the policy's newest weights to where ``for_decoding`` wants them.
+
+    They are cast where they lie, then dealt out.
+    """
+    cast = jax.jit(functools.partial(_held, model))
+
+    def place(params: Tree) -> Tree:
+        wanted = for_decoding(model, params, mesh)
+        return jax.device_put(cast(params), jax.tree.map(lambda x: x.sharding, wanted))
+
+    return place
