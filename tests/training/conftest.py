@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A tiny Llama, batches of random tokens, and a few steps over any mesh: compiled once for each setting."""
+"""Two tiny models, batches of random tokens, and a few steps over any mesh: compiled once for each setting.
+
+Every size that a mesh axis splits is a multiple of eight.  Weights are large enough for answers to differ, and Adam's
+epsilon for an update not to hang on the last bits of a gradient that is nearly nothing: by default 1e-8 in the
+denominator makes a gradient's rounding of 1e-9 a tenth of a learning rate.
+"""
 import functools
 
 import jax
@@ -9,18 +14,20 @@ import pytest
 from align_jax import losses
 from align_jax.core.schema import Batch
 from align_jax.models import hf
-from align_jax.models.lora import LoraConfig
+from align_jax.models.lora import ATTENTION_AND_MLP, LoraConfig
 from align_jax.parallel.mesh import make_mesh
 from align_jax.parallel.sharding import put_batch
 from align_jax.training import assembly, optim, placement
 from align_jax.training.steps import Recipe
 
-CONFIG = hf.config_from(dict(model_type="llama", vocab_size=64, hidden_size=16, intermediate_size=32,
-                             num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                             max_position_embeddings=32))
+SIZES = dict(vocab_size=96, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=16,
+             num_key_value_heads=8, head_dim=4, max_position_embeddings=32, initializer_range=0.3)
+MODELS = {"dense": hf.config_from(SIZES | dict(model_type="llama")),
+          "experts": hf.config_from(SIZES | dict(model_type="mixtral", num_local_experts=8, num_experts_per_tok=2))}
+TARGETS = {"dense": ATTENTION_AND_MLP, "experts": "attention/.*"}  # experts take no adapter
 
 
-def random_batch(seed: int, *, responses: int = 2, groups: int = 16, length: int = 12, kind: str = "pairs") -> Batch:
+def random_batch(seed: int, *, responses: int = 2, groups: int = 16, length: int = 16, kind: str = "pairs") -> Batch:
     """Rows of one response each, of random lengths, the last group a filler."""
     rng = np.random.default_rng(seed)
     rows = groups * responses
@@ -43,27 +50,56 @@ def random_batch(seed: int, *, responses: int = 2, groups: int = 16, length: int
         mismatched=random_batch(seed + 1000, responses=1, groups=groups, length=length) if kind == "unpaired" else None)
 
 
-@functools.cache
-def steps_of(name: str, mesh: tuple = (), microbatches: int = 1, rank: int = 0, devices: int = 1, steps: int = 3,
-             options: tuple = (), optimizer: str = "adamw", **recipe_options):
-    """Train for a few steps; return (each step's metrics, the trained parameters, the compiled step, its parts)."""
+def recipe_of(name: str, model: str = "dense", rank: int = 0, microbatches: int = 1, options: tuple = (),
+              **recipe_options) -> Recipe:
+    """Make the recipe of an objective on one of the models; rank 0 trains all of it."""
     terms = losses.resolve(name, dict(options))
-    lora = LoraConfig(rank) if rank else None
-    models = assembly.make_models(CONFIG.padded(dict(mesh).get("tensor", 1)), terms, compute_dtype="float32",
-                                  remat="full", attention="xla", lora=lora)
+    lora = LoraConfig(rank, targets=TARGETS[model]) if rank else None
+    models = assembly.make_models(MODELS[model], terms, compute_dtype="float32", remat="full", attention="xla",
+                                  lora=lora)
     schedule = optim.make_schedule(learning_rate=1e-2, schedule="constant", total_steps=10)
-    recipe = Recipe(models.policy, models.base, terms, optim.make_optimizer(schedule, name=optimizer, clip_norm=1.0),
-                    schedule, microbatches=microbatches, chunk=4, **recipe_options)
-    device_mesh = make_mesh(dict(mesh) or {"data": 1}, jax.devices()[:devices])
-    kind = terms[0].objective.data
-    with jax.set_mesh(device_mesh):
-        plan = assembly.make_plan(recipe, device_mesh, param_dtype="float32", frozen_dtype="float32")
+    optimizer = optim.make_optimizer(schedule, name="adamw", clip_norm=1.0, eps=1e-3)
+    return Recipe(models.policy, models.base, terms, optimizer, schedule, microbatches=microbatches, chunk=4,
+                  load_balancing=0.02 if model == "experts" else 0.0, **recipe_options)
+
+
+def plan_of(recipe: Recipe, mesh: jax.sharding.Mesh) -> assembly.Plan:
+    """Say what lies where, all in float32."""
+    return assembly.make_plan(recipe, mesh, param_dtype="float32", frozen_dtype="float32")
+
+
+@functools.cache
+def weights_of(*arguments, **options):
+    """Draw the starting weights of ``recipe_of(...)`` on one device; return (frozen, trained), numpy."""
+    recipe, mesh = recipe_of(*arguments, **options), make_mesh({"data": 1}, jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        plan = plan_of(recipe, mesh)
         frozen = assembly.load_frozen(recipe, plan, path="", seed=0)
-        state = assembly.first_state(recipe, plan, assembly.load_trained(recipe, plan, frozen, path="", seed=0))
+        return jax.device_get((frozen, assembly.load_trained(recipe, plan, frozen, path="", seed=0)))
+
+
+@functools.cache
+def steps_of(name: str, mesh: tuple = (), microbatches: int = 1, rank: int = 0, devices: int = 1, steps: int = 5,
+             model: str = "dense", options: tuple = (), ahead: bool = False, **recipe_options):
+    """Train for a few steps; return (each step's metrics, the trained parameters, the compiled step, its parts).
+
+    ``ahead`` compiles the step before it is called, for its text to be read.
+    """
+    recipe = recipe_of(name, model, rank, microbatches, options, **recipe_options)
+    device_mesh = make_mesh(dict(mesh) or {"data": 1}, jax.devices()[:devices])
+    kind = recipe.terms[0].objective.data
+    batches = [random_batch(number, responses=1 if kind == "unpaired" else 2, kind=kind) for number in range(steps)]
+    with jax.set_mesh(device_mesh):
+        plan = plan_of(recipe, device_mesh)
+        frozen, trained = weights_of(name, model, rank, options=options, **recipe_options)
+        frozen = placement.place(frozen, plan.frozen)
+        state = assembly.first_state(recipe, plan, placement.place(trained, plan.trained))
         step = placement.jit_train_step(recipe, plan.state, device_mesh)
+        if ahead:
+            step = step.lower(state, frozen, put_batch(device_mesh, batches[0])).compile()
         metrics = []
-        for number in range(steps):
-            batch = put_batch(device_mesh, random_batch(number, responses=1 if kind == "unpaired" else 2, kind=kind))
+        for batch in batches:
+            batch = put_batch(device_mesh, batch)
             with jax.transfer_guard("disallow"):
                 state, values = step(state, frozen, batch)
             metrics.append({key: float(value) for key, value in values.items()})
@@ -73,6 +109,11 @@ def steps_of(name: str, mesh: tuple = (), microbatches: int = 1, rank: int = 0, 
 @pytest.fixture(scope="session")
 def train_steps():
     return steps_of
+
+
+@pytest.fixture(scope="session")
+def drawn_weights():
+    return weights_of
 
 
 @pytest.fixture(scope="session")
