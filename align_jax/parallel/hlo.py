@@ -24,6 +24,7 @@ _TRIPS = re.compile(r"known_trip_count\W+n\W+(\d+)")
 _FREE = frozenset({"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call",
                    "after-all", "partition-id", "replica-id", "iota", "opt-barrier", "async-start", "async-update",
                    "async-done", "copy-done"})  # no traffic of their own
+_IN_PLACE = {"dynamic-update-slice": 1, "scatter": 2}  # -> which operand is written into the first
 
 
 class Operation(NamedTuple):
@@ -140,38 +141,58 @@ def _traffic(operation: Operation, shapes: Mapping[str, str], program: Program) 
     written = _hbm_bytes(operation.shape)
     if operation.opcode == "dynamic-slice":
         return 2 * written
-    if operation.opcode == "dynamic-update-slice":
-        return 2 * read[1] if len(read) > 1 else written
-    body = next((program.computations.get(name) for role, name in operation.calls() if role == "calls"), None)
+    if operation.opcode in _IN_PLACE:
+        return 2 * read[_IN_PLACE[operation.opcode]] if len(read) > 1 else written
+    body = _body(operation, program.computations)
     if operation.opcode != "fusion" or not body:
         return sum(read) + written
-    slices, updates = _slices(body)
-    for place, size in slices.items():
+    for place, size in _sliced(body, program.computations).items():
         if place < len(read):
             read[place] = min(read[place], size)
-    return sum(read) + max(0, written - sum(whole - part for whole, part in updates))
+    return sum(read) + max(0, written - sum(whole - part for whole, part in _updates(body)))
 
 
-def _slices(body: list[Operation]) -> tuple[dict[int, int], list[tuple[int, int]]]:
-    """Find in a fusion the parameters that are only sliced or updated (place -> bytes), and the updates' sizes."""
-    named = {operation.name: operation for operation in body}
+def _body(operation: Operation, computations: Mapping[str, list[Operation]]) -> list[Operation] | None:
+    return next((computations.get(name) for role, name in operation.calls() if role == "calls"), None)
+
+
+def _sliced(body: list[Operation], computations: Mapping[str, list[Operation]]) -> dict[int, int]:
+    """Find a fusion's parameters of which parts alone are read or written over: place -> bytes of these parts.
+
+    A fusion within it may be what slices.
+    """
     uses: dict[str, list[Operation]] = collections.defaultdict(list)
     for operation in body:
         for name in operation.operands:
             uses[name].append(operation)
-    slices, updates = {}, []
+
+    def part(use: Operation, name: str) -> int | None:
+        if use.opcode == "dynamic-slice":
+            return array_bytes(use.shape)
+        place = use.operands.index(name)
+        if use.opcode in _IN_PLACE and place == 0:
+            return 0
+        inner = _body(use, computations) if use.opcode == "fusion" else None
+        return _sliced(inner, computations).get(place) if inner else None
+
+    found = {}
     for operation in body:
-        if operation.opcode == "dynamic-update-slice" and len(operation.operands) > 1:
-            part = array_bytes(named[operation.operands[1]].shape) if operation.operands[1] in named else 0
-            updates.append((array_bytes(operation.shape), part))
-        if operation.opcode != "parameter" or not uses[operation.name]:
-            continue
-        parts = [array_bytes(use.shape) if use.opcode == "dynamic-slice" else 0
-                 if use.opcode == "dynamic-update-slice" and use.operands[0] == operation.name else None
-                 for use in uses[operation.name]]
-        if None not in parts:
-            slices[int(re.match(r"(\d+)", operation.rest)[1])] = sum(parts)
-    return slices, updates
+        parts = [part(use, operation.name) for use in uses[operation.name]]
+        if operation.opcode == "parameter" and parts and None not in parts:
+            found[int(re.match(r"(\d+)", operation.rest)[1])] = sum(parts)
+    return found
+
+
+def _updates(body: list[Operation]) -> list[tuple[int, int]]:
+    """List a fusion's updates in place: bytes of the whole array, and of what is written into it."""
+    named = {operation.name: operation for operation in body}
+    found = []
+    for operation in body:
+        place = _IN_PLACE.get(operation.opcode)
+        if place is not None and len(operation.operands) > place:
+            part = named.get(operation.operands[place])
+            found.append((array_bytes(operation.shape), array_bytes(part.shape) if part else 0))
+    return found
 
 
 def _counts(computations: Mapping[str, list[Operation]], entry: str) -> collections.Counter:

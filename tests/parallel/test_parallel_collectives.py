@@ -167,6 +167,35 @@ def test_memory_traffic_counts_slices_of_stacked_weights_once_a_layer():
     assert weights <= memory_traffic(program) <= 4 * weights + 12 * LAYERS * rows
 
 
+def test_memory_traffic_sees_slices_within_fusions_and_updates_in_place():
+    text = """
+%slice.1 (p.1: f32[4,8], i.1: s32[]) -> f32[8] {
+  %p.1 = f32[4,8]{1,0} parameter(0)
+  %i.1 = s32[] parameter(1)
+  ROOT %s.1 = f32[8]{0} dynamic-slice(%p.1, %i.1), dynamic_slice_sizes={1,8}
+}
+%product.2 (p.2: f32[4,8], i.2: s32[]) -> f32[2] {
+  %p.2 = f32[4,8]{1,0} parameter(0)
+  %i.2 = s32[] parameter(1)
+  %f.2 = f32[8]{0} fusion(%p.2, %i.2), kind=kLoop, calls=%slice.1
+  ROOT %r.2 = f32[2]{0} convolution(%f.2, %f.2)
+}
+%write.3 (p.3: f32[4,8], u.3: f32[2]) -> f32[4,8] {
+  %p.3 = f32[4,8]{1,0} parameter(0)
+  %u.3 = f32[2]{0} parameter(1)
+  ROOT %w.3 = f32[4,8]{1,0} scatter(%p.3, %i.3, %u.3), to_apply=%assign
+}
+ENTRY %main (x: f32[4,8], i: s32[]) -> f32[4,8] {
+  %x = f32[4,8]{1,0} parameter(0)
+  %i = s32[] parameter(1)
+  %read = f32[2]{0} fusion(%x, %i), kind=kOutput, calls=%product.2
+  ROOT %written = f32[4,8]{1,0} fusion(%x, %read), kind=kCustom, calls=%write.3
+}
+"""
+    # 32 bytes of 128 are read, the index (4), 8 written; then 8 are read and written into their place
+    assert memory_traffic(parse(text)) == 32 + 4 + 8 + 8 + 8
+
+
 def test_a_reduction_between_slices_is_read_from_the_transfer_to_the_host():
     program = parse("""
 ENTRY %main (x: f32[64,8]) -> f32[64,8] {
