@@ -20,6 +20,7 @@ import pathlib
 import signal
 import sys
 import threading
+import types
 from typing import Any, NamedTuple
 
 import jax
@@ -138,7 +139,17 @@ def start(*, wait_seconds: int | None = None, heartbeat_seconds: int | None = No
             if found.how != "tpu" or "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
                 raise
             return Processes("single", None, 1, 0)  # one TPU host without a pod's metadata (Colab)
+    if jax.process_count() > 1:
+        sys.excepthook = _leave_at_once
     return Processes(found.how, found.coordinator, jax.process_count(), jax.process_index())
+
+
+def _leave_at_once(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
+    """End on an error: JAX would wait minutes at the exit for peers that wait for this process in a step."""
+    sys.__excepthook__(kind, error, trace)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)  # the coordinator notices, and ends the others
 
 
 def is_main() -> bool:

@@ -96,8 +96,15 @@ class Checkpoints:
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        self.close()
+    def __exit__(self, error: type[BaseException] | None, *_: Any) -> None:
+        if error is None:
+            self.close()
+            return
+        # Perhaps on this process alone: the others, amid a step, would not answer, and nobody would learn of it.
+        for manager in (self._local, self._manager):
+            with contextlib.suppress(Exception):  # the error that brought us here is the one to tell
+                if manager is not None:
+                    manager.wait_until_finished()
 
     def steps(self) -> list[int]:
         """Return the committed steps, oldest first; not those that lie on the hosts' own storage alone."""

@@ -70,6 +70,7 @@ class LocalCheckpoints:
         self._failures, self._pending_step, self._saved_step, self._restored_step = 0, None, None, None
         self._error: Exception | None = None
         _claim(self.folder)
+        logging.getLogger("absl").addFilter(_worth_saying)
         self._manager = self._open()
 
     def steps(self) -> list[int]:
@@ -171,6 +172,10 @@ class LocalCheckpoints:
         self._run, self._restored_step = run, None
         self.clear()
 
+    def wait_until_finished(self) -> None:
+        """Wait for the save in the background, without a word to the other processes."""
+        self._manager.wait_until_finished()
+
     def close(self) -> None:
         """Wait for the save in the background and let go of the threads."""
         self.settle()
@@ -241,6 +246,10 @@ def _handler(everyone: ocp.options.MultiprocessingOptions) -> ocp.PyTreeCheckpoi
         (jax.Array, ocp.type_handlers.ArrayHandler(primary_host=None, replica_id=None, use_replica_parallel=False)))
     return ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=True, multiprocessing_options=everyone,
                                        type_handler_registry=registry)
+
+
+def _worth_saying(record: logging.LogRecord) -> bool:
+    return "Global object size logging disabled" not in str(record.msg)  # Orbax says it at every save of this kind
 
 
 def _claim(folder: epath.Path) -> None:

@@ -170,6 +170,21 @@ def killed(workdir):
     _loop(workdir, signal.SIGKILL)
 
 
+def fails(workdir):
+    """The second process meets an error of its own between two steps, with a save behind it."""
+    add = jax.jit(lambda x: (x + 1.0, jnp.sum(x)))
+    with _local(workdir) as checkpoints:
+        state = _state(0)
+        for step in range(1, 500):
+            state["params"]["kernel"], total = add(state["params"]["kernel"])
+            jax.block_until_ready(total)
+            time.sleep(0.02)
+            if step == 5:
+                checkpoints.save(step, state)
+            if step == 6 and jax.process_index() == 1:
+                raise ValueError("a row that only this process reads")
+
+
 if __name__ == "__main__":
     logging.basicConfig(level=logging.WARNING)
     globals()[sys.argv[1]](sys.argv[2])

@@ -48,3 +48,10 @@ def test_a_process_that_dies_ends_the_others(tmp_path):
     output = _run("killed", tmp_path, 2, tmp_path / "log", expect=None, seconds=60)[0]
     assert "never stopped" not in output and time.monotonic() - began < 60
     assert re.search("died|peer|unavailable|heartbeat", output, re.I)
+
+
+def test_an_error_on_one_process_is_told_ends_the_others_and_loses_no_save(tmp_path):
+    _, second = _run("fails", tmp_path, 2, tmp_path / "log", expect=None, seconds=100)
+    assert "ValueError: a row that only this process reads" in second
+    assert (tmp_path / "checkpoints/5/_CHECKPOINT_METADATA").exists()
+    assert len(list(tmp_path.glob("local/*/*/5/record/metadata"))) == 2
