@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from align_jax.core.tree import flatten, unflatten
 from align_jax.models import attention as attentions
 from align_jax.models import cache as caches
 from align_jax.models import lora as loras
@@ -25,6 +26,7 @@ from align_jax.models.config import ModelConfig
 from align_jax.models.heads import HEADS
 from align_jax.models.layers import Named
 from align_jax.models.transformer import REMAT, Decoder, Options
+from align_jax.parallel.sharding import spread
 
 Params = Mapping[str, Any]
 Aux = Mapping[str, Array]
@@ -92,6 +94,25 @@ class Model:
     def unembed(self, params: Params, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Return the logits, float32, soft cap included; lowest float32 for padded rows of the vocabulary."""
         return self._apply(params, "unembed", hidden)
+
+    def unembedding(self, params: Params) -> Callable[[Float[Array, "N c D"]], Float[Array, "N c V"]]:
+        """Return ``unembed`` for a loop over chunks of all rows: its weights are gathered once for all its turns.
+
+        Their gradient is added up in the parameters' type on each device and summed over the devices after the loop.
+        """
+        path, axes = ("embed/tokens", ("vocab", "features")) if self.config.tied else (
+            "output/kernel", ("features", "vocab"))
+        kernel = flatten(params)[path]
+        copies = spread(kernel.astype(self.options.dtype), *axes).astype(kernel.dtype)
+        if copies.shape[0] == 1:
+            return lambda hidden: self.unembed(params, hidden)
+        one = jax.vmap(lambda kernel, hidden: self.unembed(unflatten({path: kernel}), hidden))
+
+        def unembed(hidden: Float[Array, "N c D"]) -> Float[Array, "N c V"]:
+            logits = one(copies, hidden.reshape(copies.shape[0], -1, *hidden.shape[1:]))
+            return logits.reshape(*hidden.shape[:-1], -1)
+
+        return unembed
 
     def head(self, params: Params, name: str, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch"]:
         """Return a scalar head's output ("score" or "value"), float32.

@@ -6,9 +6,11 @@ axes split each name; a name without a rule is an error, so no parameter is repl
 """
 from __future__ import annotations
 
+import math
 from typing import Any, Mapping
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
@@ -69,6 +71,22 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     if mesh.empty or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, spec(axes))
+
+
+def spread(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Lay a copy of an array on every shard of the rows: ``[...] -> [G, ...]``, under the ambient mesh (else G = 1).
+
+    For weights that a loop uses: they are gathered once, and what each turn adds to their gradient stays on its device
+    until the copies' gradients are summed after the loop.  The gradient of one array would be summed over the devices
+    in every turn.
+
+    Args:
+        x: the array.
+        axes: the logical axes that stay split, None or "features" for those that are gathered.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    copies = math.prod(mesh.shape[axis] for axis in ROWS) if not mesh.empty else 1
+    return constrain(jnp.broadcast_to(constrain(x, *axes), (copies, *x.shape)), "rows", *axes)
 
 
 def row_sharding(mesh: Mesh) -> NamedSharding:

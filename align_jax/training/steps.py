@@ -114,10 +114,12 @@ def forward(model: Model, params: Tree, batch: Batch, *, needs: tuple[str, ...] 
     if "kl" in needs and reference is not None:
         other, other_params = reference
         other_hidden = other.hidden(other_params, *fields)[0]
-        other_unembed = lambda x: other.unembed(other_params, x) / temperature
+        other_logits = other.unembedding(other_params)
+        other_unembed = lambda x: other_logits(x) / temperature
     outputs = objective.blank_outputs(batch)
     if logps:
-        unembed = lambda x: model.unembed(params, x) / temperature
+        logits = model.unembedding(params)
+        unembed = lambda x: logits(x) / temperature
         outputs = token_outputs(hidden, unembed, batch, needs=needs, chunk=chunk,
                                 reference_hidden=other_hidden, reference_unembed=other_unembed)
     if "scores" in needs:

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from align_jax.core.tree import flatten
+from align_jax.parallel import hlo
+from align_jax.parallel.collectives import read_collectives
 from align_jax.training import assembly, placement, steps
 
 SPLIT = (("data", 2), ("fsdp", 2), ("tensor", 2))
@@ -75,6 +77,17 @@ def test_no_array_of_all_logits_is_alive(train_steps):
     assert f"f32[{rows},4,{vocabulary}]" in text  # a chunk of 4 positions is
     for positions in (length, batch.loss_index.shape[1]):
         assert not re.search(rf"\[({rows},{positions}|{rows * positions}),{vocabulary}\]", text)
+
+
+def test_chunks_of_the_loss_move_the_output_head_but_once(train_steps):
+    _, _, _, (plan, recipe, mesh, batch) = train_steps("dpo", SPLIT, devices=8)
+    abstract, moved = placement.abstract_batch(mesh, batch), []
+    for chunk in (1, batch.loss_index.shape[1]):
+        step = recipe._replace(chunk=chunk)
+        text = placement.lower_train_step(step, plan.state, plan.frozen, abstract, mesh).compile().as_text()
+        found = read_collectives(hlo.parse(text))
+        moved.append(sum(one.count * one.traffic for one in found if "fsdp" in one.axes(mesh.shape)))
+    assert moved[0] < 1.05 * moved[1], moved
 
 
 def test_splitting_keeps_groups_whole_and_interleaves_them(make_batch):
