@@ -51,6 +51,7 @@ largest of those four runs.
   LoRA adapts the attention alone). All is float32. The optimizer is AdamW at a rate of 1e-2, the gradient clipped to
   norm 1, epsilon 1e-3: by the usual 1e-8 a gradient that is all rounding would decide the direction of a whole step.
 - The last column names what the compiled steps of any of these runs have of the collectives that no step should need.
+- A shape that the code refused would stand here with its error.
 
 """
 COLUMNS = ("mesh", "dense: loss", "parameters", "experts: loss", "parameters", "all-to-all, collective-permute")
