@@ -192,7 +192,9 @@ def compile_train(step: Step, topology: Topology) -> Forecast:
 
 
 def advise(step: Step, found: Forecast) -> list[str]:
-    """Say what to change so that a program fits; nothing where it does."""
+    """Say what to change so that a program fits, or does not gather for every token; nothing where all is well."""
+    if found.fits and found.name == "decode" and found.mesh["fsdp"] > 1:
+        return ["gathers all weights for every token; config.rollout.tensor=4: four devices of a host hold a copy"]
     if found.fits:
         return []
     config = step.config

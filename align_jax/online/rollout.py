@@ -40,6 +40,7 @@ from align_jax.online.plan import Plan
 from align_jax.online.prompts import Prompts
 from align_jax.online.selection import SELECTIONS
 from align_jax.online.weighted import WeightedRewards
+from align_jax.parallel.mesh import row_shards
 from align_jax.parallel.sharding import put_batch
 
 FOLDER = "rollouts"  # in the workdir: rollouts that a checkpoint was taken in the middle of
@@ -105,6 +106,10 @@ class Rollouts:
         self.shape: Shape = writing.plan_shape(
             groups=plan.batch_size, responses=plan.groups[1], prompt=prompts.longest, response=plan.max_new_tokens,
             layout=plan.layout)
+        rows, shards = self.shape.rows // plan.microbatches, row_shards(mesh)
+        if rows % shards:
+            raise ValueError(f"a microbatch of {plan.batch_size // plan.microbatches} groups has {rows} rows, which do "
+                             f"not divide over {shards} devices: choose another batch_size, microbatches or mesh")
         self._next = Control(0, float((plan.targets or {}).get("kl_coef", 0.0)), dict(estimators.SCORE_CARRY))
         self._now: Rollout | None = None
         self._slice = 0  # the next one of the rollout now

@@ -79,7 +79,7 @@ def passes(recipe: Recipe, plan: Plan, batch: Batch, *, train: bool = True) -> l
     return found
 
 
-def least(runs: Sequence[Pass], mesh: Mapping[str, int], trained: Tree = (), parts: int = 1) -> dict[str, float | int]:
+def least(runs: Sequence[Pass], mesh: Mapping[str, int], trained: Tree = (), parts: int = 1) -> dict[str, float]:
     """Return the least bytes that a device receives, by mesh axes as ``collectives.summarise`` names them.
 
     Args:
@@ -98,7 +98,7 @@ def least(runs: Sequence[Pass], mesh: Mapping[str, int], trained: Tree = (), par
         itemsize = np.dtype(runs[0].model.options.dtype).itemsize
         for axes, size in _gradients(trained, mesh, itemsize, parts).items():
             total[axes] += size
-    return {axes: size for axes, size in total.items() if size}
+    return {axes: float(size) for axes, size in total.items() if size}
 
 
 def _split(leaf: Any) -> set[str]:

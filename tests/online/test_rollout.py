@@ -82,6 +82,11 @@ def test_grpo_batch_has_group_advantages_of_its_scores_and_the_policys_own_logps
     assert (batch.old_token_logps[batch.loss_mask] < 0).all()
 
 
+def test_rows_that_the_mesh_does_not_divide_are_refused(models):
+    with pytest.raises(ValueError, match="1 groups has 4 rows, which do not divide over 8 devices"):
+        make(models, "grpo", microbatches=2, mesh=make_mesh({"fsdp": 8}))
+
+
 def test_layouts_hold_the_same_rollout(models):
     plain, shared = (make(models, "grpo", layout=layout).next(lambda: models[2])
                      for layout in ("plain", "shared_prefix"))
@@ -184,6 +189,7 @@ def test_evaluation_samples_the_held_out_prompts_and_leaves_the_rollouts_as_they
     before = source.evaluate(models[2])
     assert sorted(set(seen[0])) == [example.prompt for example in HELD_OUT] and len(seen[0]) == 12
     request = [Request(tuple(source._held_out[i][1].tolist()), 4, 6, seed=source._held_out.seed(i)) for i in range(3)]
+    source._engine.update(models[2].policy)  # let go of after each use
     texts = [one.text for several in source._engine(request) for one in several]
     assert before["reward"] == pytest.approx(np.mean(vowels(None, texts, None)), rel=1e-6)
     for _ in range(3):
