@@ -15,6 +15,8 @@ get it from a first pass without gradients (free when M = 1: the same forward se
 """
 from __future__ import annotations
 
+from collections.abc import Callable
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -87,6 +89,17 @@ def init_state(recipe: Recipe, params: Tree) -> Tree:
 
 # ---------------------------------------------------------------------------------------------------- forwards
 
+# Chunks of the loss from which on the output head is copied to each device for all of them: each would gather it and
+# sum its gradient anew.  Below, the float32 gradient that each device then holds whole is not worth its memory.
+COPIED_FROM_CHUNKS = 8
+
+
+def _unembed(model: Model, params: Tree, batch: Batch, chunk: int, temperature: float) -> Callable[[Any], Any]:
+    """Return hidden states [N, c, D] -> logits [N, c, V], for a loop over chunks."""
+    many = -(-batch.loss_index.shape[1] // chunk) >= COPIED_FROM_CHUNKS
+    logits = model.unembedding(params) if many else functools.partial(model.unembed, params)
+    return lambda x: logits(x) / temperature
+
 
 def forward(model: Model, params: Tree, batch: Batch, *, needs: tuple[str, ...] = (), chunk: int,
             logps: bool = True, value_head: str = "value", reference: tuple[Model, Tree] | None = None,
@@ -114,12 +127,10 @@ def forward(model: Model, params: Tree, batch: Batch, *, needs: tuple[str, ...] 
     if "kl" in needs and reference is not None:
         other, other_params = reference
         other_hidden = other.hidden(other_params, *fields)[0]
-        other_logits = other.unembedding(other_params)
-        other_unembed = lambda x: other_logits(x) / temperature
+        other_unembed = _unembed(other, other_params, batch, chunk, temperature)
     outputs = objective.blank_outputs(batch)
     if logps:
-        logits = model.unembedding(params)
-        unembed = lambda x: logits(x) / temperature
+        unembed = _unembed(model, params, batch, chunk, temperature)
         outputs = token_outputs(hidden, unembed, batch, needs=needs, chunk=chunk,
                                 reference_hidden=other_hidden, reference_unembed=other_unembed)
     if "scores" in needs:

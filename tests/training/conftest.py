@@ -51,7 +51,7 @@ def random_batch(seed: int, *, responses: int = 2, groups: int = 16, length: int
 
 
 def recipe_of(name: str, model: str = "dense", rank: int = 0, microbatches: int = 1, options: tuple = (),
-              **recipe_options) -> Recipe:
+              chunk: int = 4, **recipe_options) -> Recipe:
     """Make the recipe of an objective on one of the models; rank 0 trains all of it."""
     terms = losses.resolve(name, dict(options))
     lora = LoraConfig(rank, targets=TARGETS[model]) if rank else None
@@ -59,7 +59,7 @@ def recipe_of(name: str, model: str = "dense", rank: int = 0, microbatches: int 
                                   lora=lora)
     schedule = optim.make_schedule(learning_rate=1e-2, schedule="constant", total_steps=10)
     optimizer = optim.make_optimizer(schedule, name="adamw", clip_norm=1.0, eps=1e-3)
-    return Recipe(models.policy, models.base, terms, optimizer, schedule, microbatches=microbatches, chunk=4,
+    return Recipe(models.policy, models.base, terms, optimizer, schedule, microbatches=microbatches, chunk=chunk,
                   load_balancing=0.02 if model == "experts" else 0.0, **recipe_options)
 
 

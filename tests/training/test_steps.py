@@ -79,6 +79,11 @@ def test_no_array_of_all_logits_is_alive(train_steps):
         assert not re.search(rf"\[({rows},{positions}|{rows * positions}),{vocabulary}\]", text)
 
 
+def test_a_copied_output_head_gives_the_same_step(train_steps):
+    assert train_steps("dpo")[3][3].loss_index.shape[1] >= steps.COPIED_FROM_CHUNKS  # chunks of one position
+    same(train_steps("dpo"), train_steps("dpo", SPLIT, devices=8, chunk=1))
+
+
 def test_chunks_of_the_loss_move_the_output_head_but_once(train_steps):
     _, _, _, (plan, recipe, mesh, batch) = train_steps("dpo", SPLIT, devices=8)
     abstract, moved = placement.abstract_batch(mesh, batch), []
