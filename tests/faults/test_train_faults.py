@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The whole program on several processes, killed, stopped and moved: the same run comes out."""
 import re
+import shutil
 import signal
 import time
 
@@ -35,6 +36,7 @@ def test_a_run_is_killed_on_two_processes_stopped_on_four_finished_on_one_and_co
     assert re.search("died|peer|unavailable", (folder / "moved.log.0").read_text(), re.I)
     first = campaign.newest(folder / "moved")
     assert first >= 10
+    shutil.copytree(folder / "moved", folder / "direct")  # from two processes to one, with no four between
 
     started = campaign.start(folder, "moved", STEPS, 4, "--config.mesh.data=1", "--config.mesh.fsdp=4")
     _wait_for_step(folder, "moved", started, first + 3)
@@ -44,11 +46,13 @@ def test_a_run_is_killed_on_two_processes_stopped_on_four_finished_on_one_and_co
     assert first + 3 <= second < STEPS
     assert f"step {first + 1}/{STEPS}" in output and f"step {first}/{STEPS}" not in output
 
-    output = campaign.finish(folder, "moved", campaign.start(folder, "moved", STEPS))[0]
-    assert f"step {second + 1}/{STEPS}" in output and f"step {second}/{STEPS}" not in output
-    expected, found = campaign.losses(folder / "reference"), campaign.losses(folder / "moved")
-    assert list(expected) == list(found) == list(range(1, STEPS + 1))
-    assert found == pytest.approx(expected, rel=1e-6, abs=1e-6)
+    expected = campaign.losses(folder / "reference")
+    for name, last in (("moved", second), ("direct", first)):
+        output = campaign.finish(folder, name, campaign.start(folder, name, STEPS))[0]
+        assert f"step {last + 1}/{STEPS}" in output and f"step {last}/{STEPS}" not in output
+        found = campaign.losses(folder / name)
+        assert list(expected) == list(found) == list(range(1, STEPS + 1))
+        assert found == pytest.approx(expected, rel=1e-6, abs=1e-6)
 
 
 def test_a_run_killed_at_random_moments_ends_with_the_same_bits(folder):

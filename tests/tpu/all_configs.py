@@ -33,8 +33,11 @@ gradients scattered or summed, states summed over `tensor`, keys and values gath
 `expert`.  No step has an all-to-all.
 
 Where a slice's chips form a square or a cube and all of them share the gradients, the compiler turns every
-reduce-scatter, an explicit `psum_scatter` too, into an all-reduce and a slice: twice the bytes (seen with one
-`psum_scatter` on v5e:8x8, v5p:4x4x4 and v6e:8x8; not on v5e:4x8).
+reduce-scatter, an explicit `psum_scatter` too, into an all-reduce and a slice (its log: "Plain all-reduce may use ND
+algorithm"; seen on v5e:8x8, v5p:4x4x4 and v6e:8x8; not on v5e:4x8).  These are twice the bytes, but over all axes of
+the torus at once where the scatter is one ring, so not twice the time.  With the compiler's options
+`xla_tpu_enable_sparse_core_collective_offload_nd_reduce_scatter` and `xla_tpu_prefer_async_allgather_to_allreduce` they
+stay scatters (dpo_7b on v5e:8x8: 61.2 GB instead of 76.5); nobody has timed them, so they are not set.
 
 ## Train steps
 
@@ -76,6 +79,12 @@ def head(row: dict[str, Any]) -> tuple[str, str, str]:
     moved = {f"{one['kind']} ({one['axes']})": one["bytes"] for one in row["collectives"]}
     fits = "" if row["fits"] else " **does not fit**"
     return f"{hbm['used'] / gib:.2f} of {hbm['capacity'] / gib:.2f}{fits}", by_size(moved), by_size(row["least"])
+
+
+def title(found: dict[str, Any]) -> str:
+    """Name a config and what of it was set otherwise."""
+    changes = [flag.removeprefix("--config.") for flag in found["overrides"] if flag.startswith("--config.")]
+    return " ".join([found["config"], *changes])
 
 
 def train_line(config: str, row: dict[str, Any]) -> str:
@@ -127,7 +136,7 @@ def main() -> None:
         if not wanted or name in wanted:
             compile_one(name, topology, overrides)
     found = [json.loads(file.read_text()) for file in sorted(RESULTS.glob("*.json"))]
-    rows = [(one["config"], row) for one in found for row in one["programs"]]
+    rows = [(title(one), row) for one in found for row in one["programs"]]
     text = HEAD.format(jax=jax.__version__, libtpu=libtpu.__version__)
     text += table(TRAIN, [train_line(*row) for row in rows if row[1]["program"] == "train"])
     text += "\n## Other programs\n\n"
