@@ -41,6 +41,10 @@ from align_jax.training.checkpoint import Checkpoints
 from align_jax.training.steps import Recipe
 
 
+# The embedding's rows are padded to this whatever the mesh, so that a checkpoint of one tensor axis is read on another.
+VOCABULARY_MULTIPLE = 16
+
+
 class Setting(NamedTuple):
     """What a config means before any weight or example is read."""
 
@@ -80,7 +84,7 @@ def settle(config: ConfigDict, devices: int) -> Setting:
 
     Args:
         config: the config.
-        devices: how many there are (the vocabulary is padded to what the mesh's tensor axis divides).
+        devices: how many there are (the vocabulary is padded to what the tensor axes divide).
 
     Raises:
         ValueError, KeyError, FileNotFoundError: what was expected, what was got, the nearest fix.
@@ -94,8 +98,8 @@ def settle(config: ConfigDict, devices: int) -> Setting:
     else:
         fields = {"vocab_size": len(tokenizer), **config.model.config.to_dict()}
         model_config = hf.config_from({"model_type": config.model.family, **fields})
-    split = math.lcm(mesh_shape(config.mesh.to_dict(), devices)[AXES.index("tensor")], config.rollout.tensor or 1)
-    model_config = model_config.padded(split)
+    tensor = mesh_shape(config.mesh.to_dict(), devices)[AXES.index("tensor")]
+    model_config = model_config.padded(math.lcm(VOCABULARY_MULTIPLE, tensor, config.rollout.tensor or 1))
     if len(tokenizer) > model_config.vocab_size:
         raise ValueError(f"the tokenizer {config.tokenizer or config.model.path!r} has {len(tokenizer)} tokens, the "
                          f"model's vocabulary only {model_config.vocab_size}; use the model's own tokenizer")

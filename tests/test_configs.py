@@ -140,6 +140,16 @@ def test_the_tiny_config_is_valid_for_every_objective(name):
     assert (setting.rollouts is not None) == (setting.kind == "rollout" or name.startswith("online_"))
 
 
+@pytest.mark.parametrize("vocabulary", [275, 272])
+def test_the_vocabulary_has_the_same_rows_on_every_mesh(vocabulary):
+    config, rows = load("tiny"), set()
+    config.model.config.vocab_size = vocabulary
+    for tensor, decoding in ((1, 0), (2, 0), (1, 2), (2, 8)):
+        config.mesh.tensor, config.rollout.tensor = tensor, decoding
+        rows.add(run.settle(config, 8).model_config.vocab_rows)
+    assert rows == {-(-vocabulary // 16) * 16}  # else a checkpoint of one mesh would be another model's on the next
+
+
 def test_the_settings_that_tiny_makes_for_an_objective_name_objectives():
     names = set(losses.OBJECTIVES) | {f"online_{name}" for name in losses.OBJECTIVES}
     assert set(module("tiny").LEARNING_RATE) <= names
