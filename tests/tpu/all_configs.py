@@ -42,8 +42,8 @@ stay scatters (dpo_7b on v5e:8x8: 61.2 GB instead of 76.5); nobody has timed the
 ## Train steps
 
 """
-EARLIER = """† compiled with an earlier version of this code, which gathered the output head otherwise; what HBM's traffic
-takes was counted too high then, and the experts' collectives too low.
+EARLIER = """† compiled with an earlier version of this code, which gathered the output head otherwise; the traffic
+with HBM was counted too high then, and the experts' collectives too low.
 
 """
 TRAIN = ("config", "topology", "mesh", "HBM used of usable, GiB", "parameters, optimizer, reference, temporaries",
