@@ -18,9 +18,8 @@ from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Much is compiled and little computed: without optimizations and fusion emitters that takes a third of the time.
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 " \
-                          "--xla_cpu_use_fusion_emitters=false"
+# Much is compiled and little computed: without optimizations that takes a third of the time.
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 sys.path.insert(0, str(ROOT))
 
