@@ -1,16 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every test runs on eight simulated CPU devices, with shapes, dtypes and warnings checked strictly."""
-import importlib.metadata
 import os
 import pathlib
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Tests compile much and compute little: without LLVM's optimizations a train step compiles in a third of the time, and
-# without fusion emitters, which JAX 0.11 cannot leave out, in half of that.
+# Tests compile much and compute little: without LLVM's optimizations a train step compiles in a third of the time.
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 " \
                           "--xla_cpu_collective_call_terminate_timeout_seconds=300"
-if importlib.metadata.version("jaxlib").startswith("0.10."):
-    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
