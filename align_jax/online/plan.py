@@ -99,7 +99,7 @@ class Plan:
         if self.tries > 1 and self.responses < 2:
             raise ValueError("dynamic sampling (rollout.options.tries > 1) needs rollout.responses_per_prompt > 1")
         if self.server is not None and processes > 1:
-            raise ValueError("rollout.options.server works with one process only")
+            raise ValueError("the server of rollout.options works with one process only")
         if self.overlap and processes > 1:
             raise ValueError("rollout.options.overlap works in one process only: threads of several processes would "
                              "meet in different orders")
@@ -126,8 +126,9 @@ class Plan:
         return bool(self.targets and self.targets.get("kl_coef"))
 
 
+# fields of Plan that any online objective takes as options
 _OPTIONS = ("epochs", "rescore", "keep_unfinished", "missing_eos_penalty", "overlong_buffer", "normalise_scores",
-            "score_clip", "tries", "stop_kl", "overlap")  # fields of Plan that any online objective takes as options
+            "score_clip", "tries", "stop_kl", "overlap", "server")
 
 
 def make_plan(terms: Sequence[Term], *, batch_size: int, responses: int, max_new_tokens: int, prompts: int = 0,

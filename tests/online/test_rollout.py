@@ -82,6 +82,12 @@ def test_grpo_batch_has_group_advantages_of_its_scores_and_the_policys_own_logps
     assert (batch.old_token_logps[batch.loss_mask] < 0).all()
 
 
+def test_a_server_may_be_asked_for_in_the_options():
+    plan = make_plan(losses.resolve("grpo", {}), batch_size=2, responses=4, max_new_tokens=6,
+                     options={"server": {"url": "http://localhost:8000", "model": "policy"}})
+    assert plan.server["model"] == "policy"
+
+
 def test_rows_that_the_mesh_does_not_divide_are_refused(models):
     with pytest.raises(ValueError, match="1 groups has 4 rows, which do not divide over 8 devices"):
         make(models, "grpo", microbatches=2, mesh=make_mesh({"fsdp": 8}))

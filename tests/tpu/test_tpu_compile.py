@@ -71,7 +71,8 @@ def test_a_small_model_moves_what_its_mesh_must_move_and_no_more():
     assert {row["axes"] for row in found.collectives} & {"fsdp", "tensor"}
     _no_whole_rows_of_logits(step, found)
     assert found.least.keys() == {"fsdp", "tensor", "sequence", "fsdp+sequence"}
-    for axes, most in (("tensor", 1.1), ("fsdp", 1.3), ("sequence", 1.7)):  # sequence: hidden states at loss positions
+    # sequence: gradients that are not scattered yet are summed over it, and hidden states at loss positions gathered
+    for axes, most in (("tensor", 1.1), ("fsdp", 1.3), ("sequence", 2.0)):
         moved = sum(row["bytes"] for row in found.collectives if row["axes"] == axes)
         assert 0.9 * found.least[axes] < moved < most * found.least[axes], (axes, found.least, found.collectives)
 
