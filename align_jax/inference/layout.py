@@ -50,12 +50,15 @@ def decode_mesh(mesh: Mesh, tensor: int) -> Mesh:
 def _held(model: Model, params: Tree) -> Tree:
     """Leave the scalar heads out, and cast what is cast to the compute type wherever it is used.
 
-    Norms' scales are not, and quantised maps stay as they are, so generation computes what it would without a copy.
+    Norms' scales are not, nor what DoRA takes float32 norms of; quantised maps stay as they are: generation computes
+    what it would without a copy.
     """
-    axes, leaves = flatten(model.axes()), flatten(params)
-    kept = {path: leaf for path, leaf in leaves.items() if path.split("/")[0] not in model.options.heads}
-    return unflatten({path: leaf if "embed" not in axes[path] or isinstance(leaf, Quantized)
-                      else leaf.astype(model.options.dtype) for path, leaf in kept.items()})
+    axes, lora, dtype = flatten(model.axes()), model.options.lora, model.options.dtype
+    kept = {path: leaf for path, leaf in flatten(params).items() if path.split("/")[0] not in model.options.heads}
+    if lora is not None and lora.dora:
+        return unflatten(kept)
+    return unflatten({path: leaf if "embed" not in axes[path] or isinstance(leaf, Quantized) else leaf.astype(dtype)
+                      for path, leaf in kept.items()})
 
 
 def for_decoding(model: Model, params: Tree, mesh: Mesh) -> Tree:

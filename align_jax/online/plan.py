@@ -100,6 +100,9 @@ class Plan:
             raise ValueError("dynamic sampling (rollout.options.tries > 1) needs rollout.responses_per_prompt > 1")
         if self.server is not None and processes > 1:
             raise ValueError("the server of rollout.options works with one process only")
+        if self.server is not None and self.tensor:
+            raise ValueError(f"rollout.tensor = {self.tensor} deals weights out for generation here; with a "
+                             "server in rollout.options it must be 0")
         if self.overlap and processes > 1:
             raise ValueError("rollout.options.overlap works in one process only: threads of several processes would "
                              "meet in different orders")

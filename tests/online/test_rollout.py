@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rollouts: batches of the right form, exact on resuming, the same numbers as by hand."""
+import dataclasses
 import json
 
 import jax
@@ -86,6 +87,8 @@ def test_a_server_may_be_asked_for_in_the_options():
     plan = make_plan(losses.resolve("grpo", {}), batch_size=2, responses=4, max_new_tokens=6,
                      options={"server": {"url": "http://localhost:8000", "model": "policy"}})
     assert plan.server["model"] == "policy"
+    with pytest.raises(ValueError, match="rollout.tensor = 2"):
+        dataclasses.replace(plan, tensor=2)
 
 
 def test_rows_that_the_mesh_does_not_divide_are_refused(models):

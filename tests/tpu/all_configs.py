@@ -144,7 +144,9 @@ def main() -> None:
     text = HEAD.format(jax=jax.__version__, libtpu=libtpu.__version__)
     text += EARLIER if any(one.get("earlier") for one in found) else ""
     text += table(TRAIN, [train_line(*row) for row in rows if row[1]["program"] == "train"])
+    alone = [title(one) for one in found if len(one["programs"]) == 1]
     text += "\n## Other programs\n\n"
+    text += f"Of these only the train step was compiled: {'; '.join(alone)}.\n\n" if alone else ""
     text += table(OTHERS, [other_line(*row) for row in rows if row[1]["program"] != "train"])
     DOCS.write_text(text)
 
