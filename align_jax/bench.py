@@ -23,7 +23,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 import numpy as np
 
-from align_jax import losses, run
+from align_jax import losses
+from align_jax.runs import setup
 from align_jax.core import config as configs
 from align_jax.core.schema import Example
 from align_jax.core.tree import flatten
@@ -31,7 +32,8 @@ from align_jax.data.datasets import Examples
 from align_jax.parallel.chips import GIB, peak_flops
 from align_jax.parallel.mesh import make_mesh
 from align_jax.parallel.sharding import put_batch
-from align_jax.training import assembly, placement
+from align_jax.training import initialize
+from align_jax.training import partitioning
 from align_jax.training.flops import step_flops
 from align_jax.training.steps import init_state
 
@@ -138,10 +140,10 @@ class Variant:
 
     def __init__(self, preset: Preset, changes: Mapping[str, Any], examples: Examples, mesh: Mesh):
         config = make_config(preset, changes)
-        setting = run.settle(config, mesh.size)
-        recipe = run.make_recipe(config, setting, total_steps=1000)
-        self.recipe, self.plan, self.seed = recipe, run.make_plan(config, setting, recipe, mesh), config.seed
-        pipeline = run.make_pipeline(config, setting, mesh, examples, once=False)
+        setting = setup.settle(config, mesh.size)
+        recipe = setup.make_recipe(config, setting, total_steps=1000)
+        self.recipe, self.plan, self.seed = recipe, setup.make_plan(config, setting, recipe, mesh), config.seed
+        pipeline = setup.make_pipeline(config, setting, mesh, examples, once=False)
         batch = pipeline.batch(0)
         if config.reference.mode == "cached":
             batch = batch._replace(reference_token_logps=np.zeros(batch.tokens.shape, np.float32))
@@ -150,7 +152,7 @@ class Variant:
         segment = None if config.data.layout == "plain" else preset.prompt + preset.response
         self.flops = step_flops(recipe, batch, segment_length=segment)
         self.batch = put_batch(mesh, batch)
-        step = placement.jit_train_step(recipe, self.plan.state, mesh)
+        step = partitioning.jit_train_step(recipe, self.plan.state, mesh)
         began = time.monotonic()
         self.step = step.lower(self.plan.state, self.plan.frozen, self.batch).compile()
         self.compile_seconds = time.monotonic() - began
@@ -161,8 +163,8 @@ class Variant:
 
     def start(self) -> tuple[Any, Any]:
         """Return a first state and the frozen weights, drawn at random."""
-        frozen = assembly.load_frozen(self.recipe, self.plan, path="", seed=self.seed)
-        trained = assembly.load_trained(self.recipe, self.plan, frozen, path="", seed=self.seed)
+        frozen = initialize.load_frozen(self.recipe, self.plan, path="", seed=self.seed)
+        trained = initialize.load_trained(self.recipe, self.plan, frozen, path="", seed=self.seed)
         shardings = jax.tree.map(lambda x: x.sharding, self.plan.state)
         state = jax.jit(lambda params: init_state(self.recipe, params), donate_argnums=0,
                         out_shardings=shardings)(trained)
@@ -175,7 +177,7 @@ class Variant:
 
     def time(self, state: Any, frozen: Any, steps: int) -> Any:
         """Take so many steps and note the seconds of one; return the state."""
-        frozen = {name: placement.select(frozen[name], part) for name, part in self.plan.frozen.items()}
+        frozen = {name: partitioning.select(frozen[name], part) for name, part in self.plan.frozen.items()}
         jax.block_until_ready(state)
         began = time.monotonic()
         for _ in range(steps):

@@ -20,7 +20,7 @@ from typing import Any
 from absl import app, flags, logging
 import jax
 
-from align_jax import run
+from align_jax.runs import setup
 from align_jax.core.config import nearest
 from align_jax.data import datasets
 from align_jax.data.tokenizer import load_tokenizer
@@ -29,7 +29,7 @@ from align_jax.evals.subject import Subject
 from align_jax.evals.win_rate import by_judge, by_rewards
 from align_jax.inference.engines import Client
 from align_jax.inference.samplers import Sampling
-from align_jax.models import hf
+from align_jax.interop import hf
 from align_jax.models.model import Model, build
 from align_jax.online import REWARDS
 from align_jax.online.weighted import WeightedRewards, resolve
@@ -60,7 +60,7 @@ def run_subject(workdir: str, which: str = "latest", reference: str = "") -> Sub
     Raises:
         FileNotFoundError: no such run or checkpoint.
     """
-    trained = run.restore(workdir, which)
+    trained = setup.restore(workdir, which)
     config, models = trained.config, trained.setting.models
     path = reference or config.reference.path or config.model.path
     other = load(path, trained.mesh, config.model.compute_dtype) if path else (None, None)

@@ -12,11 +12,12 @@ from absl import app, flags, logging
 
 from align_jax.core.tree import flatten, unflatten
 from align_jax.data.tokenizer import load_tokenizer
-from align_jax.models import hf, peft
+from align_jax.interop import hf
+from align_jax.interop import peft
 from align_jax.models.lora import fold
 from align_jax.parallel import distributed
-from align_jax.run import restore
-from align_jax.training.placement import ADAPTER
+from align_jax.runs.setup import restore
+from align_jax.training.partitioning import ADAPTER
 
 
 def export_run(workdir: str, output: str, *, step: str = "latest", dtype: str | None = None,

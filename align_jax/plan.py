@@ -33,19 +33,20 @@ from jax.sharding import Mesh  # noqa: E402
 from ml_collections import ConfigDict, config_flags  # noqa: E402
 import numpy as np  # noqa: E402
 
-from align_jax import run  # noqa: E402
+from align_jax.runs import setup  # noqa: E402
 from align_jax.core.schema import Batch  # noqa: E402
 from align_jax.data import planning  # noqa: E402
-from align_jax.online import lowering, writing  # noqa: E402
+from align_jax.planner import rollout_programs  # noqa: E402
+from align_jax.online import batches  # noqa: E402
 from align_jax.parallel.chips import GIB, Topology, describe_topology  # noqa: E402
 from align_jax.parallel.lowering import lower  # noqa: E402
 from align_jax.parallel.mesh import make_mesh, row_shards  # noqa: E402
-from align_jax.training import placement  # noqa: E402
-from align_jax.training.charts import bars, rollout_line, summary, table  # noqa: E402
+from align_jax.training import partitioning  # noqa: E402
+from align_jax.planner.charts import bars, rollout_line, summary, table  # noqa: E402
 from align_jax.training.flops import step_flops  # noqa: E402
-from align_jax.training.forecast import Forecast, Program, advice, forecast  # noqa: E402
-from align_jax.training.minimum import least, passes  # noqa: E402
-from align_jax.training.search import Candidate, candidates  # noqa: E402
+from align_jax.planner.cost_model import Forecast, Program, advice, forecast  # noqa: E402
+from align_jax.planner.communication import least, passes  # noqa: E402
+from align_jax.planner.search import Candidate, candidates  # noqa: E402
 
 RESPONSES = {"completions": 1, "unpaired": 1, "pairs": 2, "ranked": 4}  # of a ranking the data says how many
 
@@ -54,12 +55,12 @@ class Step(NamedTuple):
     """A run on a topology: everything is shapes."""
 
     config: ConfigDict
-    setting: run.Setting
+    setting: setup.Setting
     recipe: Any
     plan: Any
     batch: Batch
     mesh: Mesh
-    rewards: dict[str, lowering.RewardProgram]
+    rewards: dict[str, rollout_programs.RewardProgram]
     loss_positions: int
 
     @property
@@ -88,7 +89,7 @@ def for_planning(config: ConfigDict) -> ConfigDict:
     return config
 
 
-def abstract_batch(config: ConfigDict, setting: run.Setting, mesh: Mesh, loss_positions: int = 0, *,
+def abstract_batch(config: ConfigDict, setting: setup.Setting, mesh: Mesh, loss_positions: int = 0, *,
                    train: bool = True) -> Batch:
     """Return the shapes of a global batch, as the data layer or the rollouts would make it.
 
@@ -100,7 +101,7 @@ def abstract_batch(config: ConfigDict, setting: run.Setting, mesh: Mesh, loss_po
         train: false: a batch to evaluate.
     """
     if setting.rollouts is not None:
-        return placement.abstract_batch(mesh, _rollout_batch(config, setting.rollouts))
+        return partitioning.abstract_batch(mesh, _rollout_batch(config, setting.rollouts))
     d, layout, kind = config.data, config.data.layout, setting.kind
     if not loss_positions and layout == "plain" and d.max_prompt_length:
         loss_positions = config.max_length - d.max_prompt_length
@@ -115,15 +116,15 @@ def abstract_batch(config: ConfigDict, setting: run.Setting, mesh: Mesh, loss_po
     batch = planning.batch_shapes(shape, kind=kind, layout=layout, mismatched=mismatched)
     if config.reference.mode == "cached":
         batch = batch._replace(reference_token_logps=np.broadcast_to(np.zeros((), np.float32), batch.tokens.shape))
-    return placement.abstract_batch(mesh, batch)
+    return partitioning.abstract_batch(mesh, batch)
 
 
 def _rollout_batch(config: ConfigDict, rollouts: Any) -> Batch:
     """Return the shapes of a step on rollouts whose longest prompt fills what the completions leave."""
-    shape = writing.plan_shape(
+    shape = batches.plan_shape(
         groups=rollouts.batch_size, responses=rollouts.groups[1], prompt=config.max_length - rollouts.max_new_tokens,
         response=rollouts.max_new_tokens, layout=rollouts.layout)
-    return writing.batch_shapes(shape, rollouts)
+    return batches.batch_shapes(shape, rollouts)
 
 
 def make_step(config: ConfigDict, topology: Topology, loss_positions: int = 0) -> Step:
@@ -132,12 +133,12 @@ def make_step(config: ConfigDict, topology: Topology, loss_positions: int = 0) -
     Raises:
         ValueError: what the run itself would refuse: sizes that do not divide, a mesh that is not the topology's.
     """
-    setting = run.settle(config, len(topology.devices))
+    setting = setup.settle(config, len(topology.devices))
     mesh = make_mesh(config.mesh.to_dict(), topology.devices)
-    recipe = run.make_recipe(config, setting, total_steps=1000)
-    plan = run.make_plan(config, setting, recipe, mesh)
+    recipe = setup.make_recipe(config, setting, total_steps=1000)
+    plan = setup.make_plan(config, setting, recipe, mesh)
     batch = abstract_batch(config, setting, mesh, loss_positions)
-    rewards = {} if setting.rollouts is None else lowering.reward_programs(
+    rewards = {} if setting.rollouts is None else rollout_programs.reward_programs(
         config.rewards.to_dict(), setting.model_config, mesh, config.model.attention)
     return Step(config, setting, recipe, plan, batch, mesh, rewards, loss_positions)
 
@@ -145,7 +146,7 @@ def make_step(config: ConfigDict, topology: Topology, loss_positions: int = 0) -
 def train_program(step: Step) -> Program:
     """Return the run's train step."""
     recipe, plan, mesh, rollouts = step.recipe, step.plan, step.mesh, step.setting.rollouts
-    lowered = placement.lower_train_step(recipe, plan.state, plan.frozen, step.batch, mesh, "tpu")
+    lowered = partitioning.lower_train_step(recipe, plan.state, plan.frozen, step.batch, mesh, "tpu")
     bound = least(passes(recipe, plan, step.batch), mesh.shape, plan.trained, recipe.microbatches)
     return Program("train", lowered, (plan.state, plan.frozen, step.batch), {**step.held, "batch": step.batch},
                    step_flops(recipe, step.batch, segment_length=step.segment), bound,
@@ -156,7 +157,7 @@ def other_programs(step: Step) -> list[Program]:
     """Return what the run compiles beside its train step."""
     config, recipe, plan, mesh = step.config, step.recipe, step.plan, step.mesh
     if step.setting.rollouts is not None:
-        return lowering.programs(
+        return rollout_programs.programs(
             step.setting.rollouts, step.setting.models, plan, step.setting.tokenizer,
             _rollout_batch(config, step.setting.rollouts), mesh, held=step.held, rewards=step.rewards,
             max_length=config.max_length, platform="tpu")
@@ -165,7 +166,7 @@ def other_programs(step: Step) -> list[Program]:
     if config.data.eval or config.data.eval_fraction:
         flops = step_flops(recipe, batch, segment_length=step.segment, train=False)
         arguments = (plan.state, plan.frozen, batch)
-        lowered = lower(placement.jit_eval_step(recipe, mesh), mesh, *arguments, platform="tpu")
+        lowered = lower(partitioning.jit_eval_step(recipe, mesh), mesh, *arguments, platform="tpu")
         found.append(Program("eval", lowered, arguments, {**step.held, "batch": batch}, flops,
                              least(passes(recipe, plan, batch, train=False), mesh.shape)))
     if config.reference.mode == "cached" and recipe.wants_reference:
@@ -176,8 +177,8 @@ def other_programs(step: Step) -> list[Program]:
 def _reference_program(step: Step, batch: Batch) -> Program:
     """Return the program that fills the cache of the reference's log-probabilities, its weights beside the run's."""
     recipe, mesh = step.recipe, step.mesh
-    frozen = run.make_reference_plan(step.config, step.setting, recipe, mesh).frozen
-    lowered = lower(placement.jit_reference_step(recipe), mesh, frozen, batch, platform="tpu")
+    frozen = setup.make_reference_plan(step.config, step.setting, recipe, mesh).frozen
+    lowered = lower(partitioning.jit_reference_step(recipe), mesh, frozen, batch, platform="tpu")
     flops = step_flops(recipe, batch, segment_length=step.segment, train=False)
     only = next(one for one in passes(recipe, step.plan, batch, train=False) if one.model is recipe.base)
     weights = frozen.get("reference", frozen["base"])
@@ -216,7 +217,7 @@ def search(config: ConfigDict, topology: Topology, count: int, loss_positions: i
     Returns:
         Those that compiled and fit, the fastest first.
     """
-    setting = run.settle(config, len(topology.devices))
+    setting = setup.settle(config, len(topology.devices))
     found: list[tuple[Candidate, Forecast]] = []
     tried = 0
     shape = abstract_batch(config, setting, make_mesh(config.mesh.to_dict(), topology.devices)).tokens.shape

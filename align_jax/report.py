@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from align_jax.core.metrics import read_rows
-from align_jax.training.workdir import flat
+from align_jax.storage.workdir import flat
 
 # A panel's title -> the metrics drawn in it, if a run has them (an evaluation's, drawn with markers, beside its own).
 PANELS: Mapping[str, tuple[str, ...]] = {

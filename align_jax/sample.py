@@ -20,14 +20,14 @@ from typing import Any, NamedTuple
 from absl import app, flags, logging
 import tqdm
 
-from align_jax import run
+from align_jax.runs import setup
 from align_jax.core.schema import Example
 from align_jax.data import chat, datasets
 from align_jax.data.tokenizer import load_tokenizer
 from align_jax.inference import ENGINES, engines
 from align_jax.inference.generate import Completion, Generator, Request, stop_tokens
 from align_jax.inference.samplers import Sampling
-from align_jax.models import hf
+from align_jax.interop import hf
 from align_jax.models.model import build
 from align_jax.parallel import distributed
 from align_jax.parallel.mesh import make_mesh, row_shards
@@ -71,7 +71,7 @@ def load_run(workdir: str, *, rows: int, which: str = "latest", max_length: int 
         which: "latest", "best" or a step.
         max_length: tokens of a prompt with its completion; None: the model's positions.
     """
-    trained = run.restore(workdir, which)
+    trained = setup.restore(workdir, which)
     generator = Generator(trained.setting.models.policy, trained.setting.tokenizer, mesh=trained.mesh,
                           rows=round_up(rows, row_shards(trained.mesh)), max_length=max_length)
     return Speaker(ENGINES["local"](generator, trained.params), trained.setting.tokenizer,

@@ -23,10 +23,12 @@ from align_jax.online.rollout import Rollouts, Weights
 from align_jax.parallel import distributed
 from align_jax.parallel.chips import peak_flops
 from align_jax.parallel.sharding import put_batch
-from align_jax.run import Offline, Run, batches_of, lower, make_source, open_checkpoints, prepare
-from align_jax.training import assembly, debug, placement
-from align_jax.training import workdir as record
-from align_jax.training.checkpoint import Checkpoints
+from align_jax.runs.setup import Offline, Run, batches_of, lower, make_source, open_checkpoints, prepare
+from align_jax.training import debug
+from align_jax.training import initialize
+from align_jax.training import partitioning
+from align_jax.storage import workdir as record
+from align_jax.storage.checkpoint import Checkpoints
 from align_jax.training.flops import step_flops
 
 
@@ -37,13 +39,13 @@ def start(run: Run, checkpoints: Checkpoints) -> tuple[int, Any, Any, dict[str, 
         (finished steps, state, frozen, what was saved beside the state).
     """
     config, which = run.config, str(run.config.checkpoint.restore)
-    frozen = assembly.load_frozen(run.recipe, run.plan, path=config.model.path, seed=config.seed,
+    frozen = initialize.load_frozen(run.recipe, run.plan, path=config.model.path, seed=config.seed,
                                   reference_path=config.reference.path)
     restored = checkpoints.restore(run.plan.state, which, rewind=True)
     if restored is None:
-        trained = assembly.load_trained(run.recipe, run.plan, frozen, path=config.model.path, seed=config.seed,
+        trained = initialize.load_trained(run.recipe, run.plan, frozen, path=config.model.path, seed=config.seed,
                                         adapter_path=config.model.lora.path)
-        return 0, assembly.first_state(run.recipe, run.plan, trained), frozen, {}
+        return 0, initialize.first_state(run.recipe, run.plan, trained), frozen, {}
     return (restored.step if restored.own else 0), restored.state, frozen, restored.extra
 
 
@@ -61,7 +63,7 @@ def make_evaluation(run: Run, source: Offline | Rollouts) -> Callable[[Any, Any]
         return None
     if run.eval is None:
         return lambda state, frozen: source.evaluate(weights_of(state, frozen))
-    batches, step = batches_of(run, run.eval, run.held_out), placement.jit_eval_step(run.recipe, run.mesh)
+    batches, step = batches_of(run, run.eval, run.held_out), partitioning.jit_eval_step(run.recipe, run.mesh)
 
     def evaluate(state: Any, frozen: Any) -> dict[str, float]:
         sums = None
@@ -118,7 +120,7 @@ def loop(run: Run, checkpoints: Checkpoints, recorder: metrics.Recorder, stop: C
     """Step until the end or a stop signal; log, evaluate and save on schedule."""
     config, folder, last_eval = run.config, epath.Path(run.workdir), {}
     evaluation = make_evaluation(run, batches)
-    train_step = placement.jit_train_step(run.recipe, run.plan.state, run.mesh)
+    train_step = partitioning.jit_train_step(run.recipe, run.plan.state, run.mesh)
     recent: dict[int, Any] = {}  # the last two steps' batches, on the host
 
     def check(arrived: tuple[int, dict[str, float]] | None) -> None:
@@ -183,7 +185,7 @@ def model_flops(run: Run) -> float:
 def describe(run: Run) -> list[str]:
     """Say in a few lines what is about to run."""
     shape, mesh = run.train.shape, {axis: size for axis, size in run.mesh.shape.items() if size > 1}
-    trained, frozen = assembly.count(run.plan.trained), assembly.count(run.plan.frozen)
+    trained, frozen = initialize.count(run.plan.trained), initialize.count(run.plan.frozen)
     return [
         f"{run.config.objective.name}: {run.train.num_examples} examples, {run.total_steps} steps of "
         f"{shape.groups} groups in {shape.rows} rows of {shape.length} tokens",

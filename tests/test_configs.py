@@ -9,11 +9,12 @@ import jax
 import numpy as np
 import pytest
 
-from align_jax import losses, run, train
+from align_jax import losses, train
+from align_jax.runs import setup
 from align_jax.core import config as configs
 from align_jax.data import planning
 from align_jax.losses.objective import data_kind
-from align_jax.models import hf
+from align_jax.interop import hf
 from align_jax.parallel.chips import CHIPS
 from align_jax.parallel.mesh import AXES, ROWS, mesh_shape
 
@@ -51,7 +52,7 @@ def topology(name):
 def shrunk(spec):
     """The same recipe for a CPU: a tiny model of its family, data made by code, the mesh's axes kept at two."""
     config = load(spec)
-    kind = "prompts" if config.rewards else data_kind(run.objective_terms(config))
+    kind = "prompts" if config.rewards else data_kind(setup.objective_terms(config))
     with config.unlocked():
         config.model.config.update({key: value for key, value in SMALL.items() if config.model.config.get(key)})
         if "rope_scaling" in config.model.config:
@@ -88,7 +89,7 @@ def test_a_recipe_says_how_to_run_it_on_what_and_where_it_is_from(name):
 def test_a_recipe_is_valid_and_its_objective_resolves(spec):
     config = load(spec)
     configs.validate(config)
-    terms = run.objective_terms(config)
+    terms = setup.objective_terms(config)
     assert terms[0].objective is losses.OBJECTIVES[config.objective.name]
     assert config.model.path and config.model.family
     best = config.checkpoint.best_metric.lstrip("-")
@@ -105,7 +106,7 @@ def test_a_recipe_fits_its_topology(spec):
     assert model.num_kv_heads % sizes["tensor"] == 0 == config.max_length % sizes["sequence"]
     if model.num_experts:
         assert model.num_experts % sizes["expert"] == 0
-    kind = data_kind(run.objective_terms(config))
+    kind = data_kind(setup.objective_terms(config))
     responses = {"pairs": 2, "rollout": config.rollout.responses_per_prompt}.get(kind, 1)
     multiple = shards * config.microbatches
     shape = planning.plan_shape(
@@ -136,8 +137,8 @@ def test_a_shrunk_recipe_trains_two_steps(spec, tmp_path, quick_compiles):
 def test_the_tiny_config_is_valid_for_every_objective(name):
     config = module("tiny").get_config(name)
     configs.validate(config)
-    setting = run.settle(config, 1)
-    assert setting.kind == data_kind(run.objective_terms(config))
+    setting = setup.settle(config, 1)
+    assert setting.kind == data_kind(setup.objective_terms(config))
     assert (setting.rollouts is not None) == (setting.kind == "rollout" or name.startswith("online_"))
 
 
@@ -147,7 +148,7 @@ def test_the_vocabulary_has_the_same_rows_on_every_mesh(vocabulary):
     config.model.config.vocab_size = vocabulary
     for tensor, decoding in ((1, 0), (2, 0), (1, 2), (2, 8)):
         config.mesh.tensor, config.rollout.tensor = tensor, decoding
-        rows.add(run.settle(config, 8).model_config.vocab_rows)
+        rows.add(setup.settle(config, 8).model_config.vocab_rows)
     assert rows == {-(-vocabulary // 16) * 16}  # else a checkpoint of one mesh would be another model's on the next
 
 

@@ -12,15 +12,16 @@ import xml.etree.ElementTree
 import jax
 import pytest
 
-from align_jax import plan, run
+from align_jax import plan
+from align_jax.runs import setup
 from align_jax.parallel.chips import CHIPS, GIB, Topology
-from align_jax.parallel.collectives import Collective
+from align_jax.planner.collectives import Collective
 from align_jax.parallel.mesh import make_mesh
-from align_jax.training import charts
-from align_jax.training import forecast as forecasts
+from align_jax.planner import charts
+from align_jax.planner import cost_model as forecasts
 from align_jax.training.flops import StepFlops
-from align_jax.training.forecast import Forecast, Memory
-from align_jax.training.search import candidates
+from align_jax.planner.cost_model import Forecast, Memory
+from align_jax.planner.search import candidates
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 
@@ -57,10 +58,10 @@ def test_the_planned_batch_is_the_data_layers_own(objective, layout):
     config.data.layout, config.data.trim = layout, False
     if layout != "plain":
         config.row_length, config.data.groups_per_row = 256, 2
-    setting = run.settle(config, 8)
+    setting = setup.settle(config, 8)
     mesh = make_mesh({"fsdp": -1})
-    examples, _ = run.read_data(config, setting)
-    real = run.make_pipeline(config, setting, mesh, examples, once=False).abstract()
+    examples, _ = setup.read_data(config, setting)
+    real = setup.make_pipeline(config, setting, mesh, examples, once=False).abstract()
     planned = plan.abstract_batch(config, setting, mesh, loss_positions=real.loss_index.shape[1])
     assert jax.tree.structure(real) == jax.tree.structure(planned)
     shapes = [jax.tree.map(lambda x: (x.shape, str(x.dtype)), batch) for batch in (real, planned)]
@@ -128,12 +129,12 @@ def test_a_ring_uses_the_links_of_the_torus_axes_that_it_spans():
 def test_a_real_models_config_is_planned_without_the_hub():
     config = plan.for_planning(_config("dpo_7b"))
     assert (config.model.path, config.model.attention) == ("", "splash")
-    setting = run.settle(config, 64)
+    setting = setup.settle(config, 64)
     assert setting.model_config.num_layers == 32
 
 
 def test_candidates_divide_the_model_the_rows_and_the_devices():
-    model = run.settle(plan.for_planning(_config("dpo_7b")), 64).model_config
+    model = setup.settle(plan.for_planning(_config("dpo_7b")), 64).model_config
     found = list(candidates(model, _topology("v5e", (8, 8)), slices=1, remat="full", rows=256, length=1024,
                             trained_bytes=16))
     assert len(found) > 10 and len(set(found)) == len(found)

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from align_jax import export, run, train
+from align_jax import export, train
+from align_jax.runs import setup
 from align_jax.core import config as configs
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
@@ -41,7 +42,7 @@ def rows(workdir):
 
 
 def params(workdir):
-    return jax.device_get(run.restore(str(workdir)).params)
+    return jax.device_get(setup.restore(str(workdir)).params)
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +74,7 @@ def test_stopped_and_resumed_equals_uninterrupted_to_the_bit(finished, tmp_path,
     with monkeypatch.context() as patch:
         patch.setattr(train.distributed, "stop_signal", stop_after_three)
         train.train(tiny(), str(tmp_path))
-    assert run.restore(str(tmp_path)).step == 3
+    assert setup.restore(str(tmp_path)).step == 3
     train.train(tiny(), str(tmp_path))
     whole = {row["step"]: row for row in rows(finished) if "loss" in row}
     halves = {row["step"]: row for row in rows(tmp_path) if "loss" in row}
@@ -91,7 +92,7 @@ def test_the_exported_model_speaks_in_transformers_as_here(finished, tmp_path):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
     ids = jnp.asarray([tokenizer.encode("How do I paint a door?")], jnp.int32)
-    trained = run.restore(str(finished))
+    trained = setup.restore(str(finished))
     model = trained.setting.models.policy
     hidden, _ = model.hidden(trained.params, ids, jnp.ones_like(ids), jnp.arange(ids.shape[1])[None])
     ours = model.unembed(trained.params, hidden)
@@ -150,12 +151,12 @@ def test_a_mistake_is_found_before_anything_compiles(name, tmp_path, monkeypatch
         overrides = dict(data__train=pairs_file(tmp_path, *overrides))
     monkeypatch.setattr(jax, "jit", lambda *_, **__: pytest.fail("compiled"))
     with pytest.raises((ValueError, KeyError, FileNotFoundError), match=f"(?s){said}"):
-        run.prepare(tiny(**overrides), str(tmp_path))
+        setup.prepare(tiny(**overrides), str(tmp_path))
 
 
 def test_another_config_s_workdir_is_refused_and_the_difference_named(finished):
     with pytest.raises(ValueError, match="objective.beta: 0.1 there, 0.5 here"):
-        run.prepare(tiny(objective__beta=0.5), str(finished))
+        setup.prepare(tiny(objective__beta=0.5), str(finished))
 
 
 def test_real_pairs_train_a_real_model(testdata, tmp_path):

@@ -17,8 +17,9 @@ from align_jax.inference.engines import Local
 from align_jax.inference.samplers import Sampling
 from align_jax.inference.score import rescore
 from align_jax.online import sampling as online_sampling
-from align_jax.online import selection, writing
-from align_jax.online.plan import Plan
+from align_jax.online import selection
+from align_jax.online import batches
+from align_jax.online.config import Plan
 from align_jax.online.prompts import Prompts
 from align_jax.online.weighted import WeightedRewards
 from align_jax.parallel.mesh import row_shards
@@ -83,16 +84,16 @@ def divergence(subject: Subject, prompts: Sequence[np.ndarray], completions: Seq
     """Return Σ_t log π - log π_ref of each completion, by forwards over whole rows, nats."""
     scores = np.zeros((len(prompts), len(completions[0])), np.float32)
     groups = selection.unpaired(scores, scores.reshape(-1), threshold=0.0)
-    shape = writing.plan_shape(
+    shape = batches.plan_shape(
         groups=len(groups.prompts), responses=1, prompt=max(map(len, prompts)), layout="plain",
         response=max(len(one.tokens) for several in completions for one in several))
-    batch = writing.write(groups, prompts, completions, scores, shape, layout="plain", pad=pad_id(subject.tokenizer))
+    batch = batches.write(groups, prompts, completions, scores, shape, layout="plain", pad=pad_id(subject.tokenizer))
     shards, found = row_shards(subject.mesh), []
     size = -(-min(rows, len(batch.weight)) // shards) * shards
     with jax.set_mesh(subject.mesh):
         for begin in range(0, len(batch.weight), size):
             chosen = np.minimum(np.arange(begin, begin + size), len(batch.weight) - 1)
-            part: Batch = writing.take(batch, chosen)
+            part: Batch = batches.take(batch, chosen)
             placed = put_batch(subject.mesh, part)
             mine = local(rescore(subject.model, subject.params, placed)[0])
             other = local(rescore(subject.reference, subject.reference_params, placed)[0])

@@ -18,7 +18,7 @@ from align_jax.data import chat
 from align_jax.data.tokenizer import load_tokenizer
 from align_jax.inference.generate import ambient, bucket, local
 from align_jax.losses.logprobs import at_sources, token_outputs
-from align_jax.models import hf
+from align_jax.interop import hf
 from align_jax.models.config import ModelConfig
 from align_jax.models.model import Model, build
 from align_jax.parallel.mesh import row_shards

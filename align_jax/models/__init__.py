@@ -9,7 +9,7 @@ from typing import Any
 from align_jax.models.config import ModelConfig
 from align_jax.models.families import (gemma, gemma2, gemma3_text, gpt2, gpt_neox, llama, mistral, mixtral, olmo2, opt,
                                        phi3, qwen2, qwen3, qwen3_moe, smollm3)
-from align_jax.models.weights import Weight
+from align_jax.models.tensor_map import Weight
 
 
 @dataclasses.dataclass(frozen=True)

@@ -35,8 +35,9 @@ from align_jax.inference.score import rescore
 from align_jax.losses import advantages as estimators
 from align_jax.losses.targets import make_targets
 from align_jax.models.model import Model
-from align_jax.online import sampling, writing
-from align_jax.online.plan import Plan
+from align_jax.online import sampling
+from align_jax.online import batches
+from align_jax.online.config import Plan
 from align_jax.online.prompts import Prompts
 from align_jax.online.selection import SELECTIONS
 from align_jax.online.weighted import WeightedRewards
@@ -103,7 +104,7 @@ class Rollouts:
         self._plan, self._prompts, self._held_out = plan, prompts, held_out
         self._engine, self._rewards = engine, rewards
         self._pad, self._policy, self._reference, self._mesh = pad_id(tokenizer), policy, reference, mesh
-        self.shape: Shape = writing.plan_shape(
+        self.shape: Shape = batches.plan_shape(
             groups=plan.batch_size, responses=plan.groups[1], prompt=prompts.longest, response=plan.max_new_tokens,
             layout=plan.layout)
         rows, shards = self.shape.rows // plan.microbatches, row_shards(mesh)
@@ -121,7 +122,7 @@ class Rollouts:
 
     def abstract(self) -> Batch:
         """Return the whole mesh's batch as arrays of the right shape and dtype that take no memory."""
-        return writing.batch_shapes(self.shape, self._plan)
+        return batches.batch_shapes(self.shape, self._plan)
 
     @property
     def num_examples(self) -> int:
@@ -157,7 +158,7 @@ class Rollouts:
             self._renew(weights)
         epoch, index = divmod(self._slice, slices)
         self._slice += 1
-        return writing.take(self._now.batch, self._chosen(epoch, index))
+        return batches.take(self._now.batch, self._chosen(epoch, index))
 
     def _chosen(self, epoch: int, index: int) -> np.ndarray:
         """Return which groups a slice has, in this process: the first epoch in order, the others shuffled."""
@@ -221,16 +222,16 @@ class Rollouts:
         scores = np.stack([one.scores for one in asked])
         groups = SELECTIONS[plan.kind](scores, sampling.gather(scores.reshape(-1)), **plan.selection)
         prompts, completions = [one.ids for one in asked], [one.completions for one in asked]
-        batch = writing.write(groups, prompts, completions, scores, self.shape, layout=plan.layout, pad=self._pad,
+        batch = batches.write(groups, prompts, completions, scores, self.shape, layout=plan.layout, pad=self._pad,
                               keep_unfinished=plan.keep_unfinished)
         numbers = np.array([self._prompts.number(asked[p].place) for p in groups.prompts], np.int32)
         batch = batch._replace(example_index=numbers)
         if plan.mismatched:
             batch = batch._replace(
-                mismatched=writing.mismatch(groups, prompts, completions, self.shape, pad=self._pad))
+                mismatched=batches.mismatch(groups, prompts, completions, self.shape, pad=self._pad))
         if plan.targets is None:
             return batch, {}, kl_coef
-        old = None if plan.rescore else writing.token_field(batch, groups, completions, "token_logps")
+        old = None if plan.rescore else batches.token_field(batch, groups, completions, "token_logps")
         if plan.rescore or plan.value_head:
             logps, values = self._rescore(self._policy, weights.policy, batch, plan.value_head)
             old, batch = logps if old is None else old, batch._replace(old_values=values)
@@ -245,7 +246,7 @@ class Rollouts:
         size = self._plan.batch_size // self._plan.microbatches // jax.process_count()
         logps, values = [], []
         for begin in range(0, len(batch.weight), size):
-            part = writing.take(batch._replace(mismatched=None), np.arange(begin, begin + size))
+            part = batches.take(batch._replace(mismatched=None), np.arange(begin, begin + size))
             token_logps, found = rescore(model, params, put_batch(self._mesh, part), value_head=value_head,
                                          temperature=self._plan.temperature)
             logps.append(local(token_logps))
@@ -272,7 +273,7 @@ class Rollouts:
     def _divergence(self, params: Any) -> float:
         """Estimate how far the policy has moved since the rollout: mean of (log π - log π_old)² / 2, nats a token."""
         share = self._plan.batch_size // self._plan.microbatches // jax.process_count()
-        part = writing.take(self._now.batch, np.arange(share))
+        part = batches.take(self._now.batch, np.arange(share))
         with jax.set_mesh(self._mesh):
             now, _ = self._rescore(self._policy, params, part, "")
         gap = np.square(now - part.old_token_logps)[part.loss_mask]
@@ -318,7 +319,7 @@ class Rollouts:
             fields = {name: np.concatenate([part[name] for part in parts]) for name in parts[0].files}
             share = len(fields["weight"]) // jax.process_count()
             mine = np.arange(jax.process_index() * share, (jax.process_index() + 1) * share)
-            self._now = Rollout(writing.take(_deep(fields), mine), dict(state["metrics"]), [], self._next)
+            self._now = Rollout(batches.take(_deep(fields), mine), dict(state["metrics"]), [], self._next)
 
     def log_samples(self, workdir: str | epath.PathLike, step: int) -> None:
         """Append the newest rollout's samples, with their rewards, to ``samples.jsonl``; for process 0."""

@@ -16,7 +16,7 @@ from align_jax.core.schema import Example
 from align_jax.inference.engines import Engine
 from align_jax.inference.generate import Completion, Request, everywhere
 from align_jax.losses import advantages as estimators
-from align_jax.online.plan import Plan
+from align_jax.online.config import Plan
 from align_jax.online.prompts import Prompts
 from align_jax.online.weighted import WeightedRewards
 

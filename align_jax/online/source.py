@@ -12,18 +12,18 @@ from transformers import PreTrainedTokenizerBase
 from align_jax.core.schema import Example
 from align_jax.inference.engines import Engine, Local, Server
 from align_jax.inference.generate import Generator, bucket
-from align_jax.inference.layout import decode_mesh, placer
+from align_jax.inference.resharding import decode_mesh, placer
 from align_jax.inference.samplers import Sampling
 from align_jax.losses.objective import Term
-from align_jax.models import hf
+from align_jax.interop import hf
 from align_jax.models.lora import fold
 from align_jax.models.model import Model
 from align_jax.online import REWARDS, weighted
-from align_jax.online.plan import Plan, make_plan
+from align_jax.online.config import Plan, make_plan
 from align_jax.online.prompts import Prompts
 from align_jax.online.rollout import Rollouts
 from align_jax.parallel.mesh import row_shards
-from align_jax.training.placement import abstract_params, check_divisible
+from align_jax.training.partitioning import abstract_params, check_divisible
 
 
 def plan_rollouts(terms: Sequence[Term], rollout: Mapping[str, Any], *, batch_size: int, microbatches: int, layout: str,

@@ -18,8 +18,8 @@ import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
 from align_jax.parallel.mesh import make_mesh  # noqa: E402
-from align_jax.training import checkpoint  # noqa: E402
-from align_jax.training.checkpoint import Checkpoints  # noqa: E402
+from align_jax.storage import checkpoint  # noqa: E402
+from align_jax.storage.checkpoint import Checkpoints  # noqa: E402
 
 
 def _sharding():

@@ -3,13 +3,13 @@
 import shutil
 import time
 
-import campaign
+import kills
 
 STEPS, EVERY, LOCAL_EVERY = 48, 30, 4
 
 
 def _start(folder, name):
-    return campaign.start(folder, name, STEPS, 2, "--config.mesh.data=2", "--config.mesh.fsdp=1",
+    return kills.start(folder, name, STEPS, 2, "--config.mesh.data=2", "--config.mesh.fsdp=1",
                           f"--config.checkpoint.every_steps={EVERY}", f"--config.checkpoint.local={folder / 'local'}",
                           f"--config.checkpoint.local_every_steps={LOCAL_EVERY}")
 
@@ -49,9 +49,9 @@ def _flip_a_bit(step):
 
 
 def test_a_run_killed_between_persistent_saves_goes_on_from_the_hosts_own_storage_to_the_same_bits(tmp_path):
-    campaign.finish(tmp_path, "reference", _start(tmp_path, "reference"))
+    kills.finish(tmp_path, "reference", _start(tmp_path, "reference"))
     first_kill = _kill_after(tmp_path, "victim", _start(tmp_path, "victim"), LOCAL_EVERY)
-    assert campaign.newest(tmp_path / "victim") == 0
+    assert kills.newest(tmp_path / "victim") == 0
 
     second_kill = _kill_after(tmp_path, "victim", _start(tmp_path, "victim"), first_kill + 2 * LOCAL_EVERY)
     assert _resumed_after(tmp_path, "victim", first_kill)[0]  # lost are only the steps since the local save
@@ -67,7 +67,7 @@ def test_a_run_killed_between_persistent_saves_goes_on_from_the_hosts_own_storag
 
     shutil.rmtree(first)  # all is lost on the hosts: the persistent one is there
     shutil.rmtree(second)
-    assert campaign.newest(tmp_path / "victim") == EVERY
-    campaign.finish(tmp_path, "victim", _start(tmp_path, "victim"))
+    assert kills.newest(tmp_path / "victim") == EVERY
+    kills.finish(tmp_path, "victim", _start(tmp_path, "victim"))
     assert _resumed_after(tmp_path, "victim", EVERY)[0]
-    campaign.compare(tmp_path / "reference", tmp_path / "victim")
+    kills.compare(tmp_path / "reference", tmp_path / "victim")

@@ -10,7 +10,7 @@ import transformers
 from align_jax.data.tokenizer import load_tokenizer
 from align_jax.inference.generate import Generator, Request
 from align_jax.inference.samplers import Sampling
-from align_jax.models import hf
+from align_jax.interop import hf
 from align_jax.models.model import build
 
 STARTS = ("Once upon a time, there was a", "One day, a little girl named Lily", "Tom and Sam", "The big red ball",

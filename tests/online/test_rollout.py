@@ -15,7 +15,7 @@ from align_jax.inference.engines import Local
 from align_jax.inference.generate import Generator, Request
 from align_jax.models.config import ModelConfig, Rope
 from align_jax.models.model import build
-from align_jax.online.plan import make_plan
+from align_jax.online.config import make_plan
 from align_jax.online.prompts import Prompts
 from align_jax.online.weighted import WeightedRewards
 from align_jax.online.rollout import Rollouts, Weights

@@ -9,7 +9,7 @@ import transformers
 from align_jax import losses
 from align_jax.data import datasets, pipeline, tokenizer
 from align_jax.losses import objective
-from align_jax.models import hf
+from align_jax.interop import hf
 from align_jax.models.model import build
 from align_jax.training import steps
 

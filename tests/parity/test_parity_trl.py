@@ -17,7 +17,7 @@ with np.load(GOLDEN) as _file:
 HEADER = json.loads(ARRAYS.pop("cases").item())
 CASES = HEADER["cases"]
 ADVICE = ("our loss and TRL {trl}'s differ: find out which formula is right; if TRL's has changed on purpose, make the "
-          "golden anew with tests/golden/make_trl.py in a commit of its own that gives the reason").format(
+          "golden anew with tools/make_trl_goldens.py in a commit of its own that gives the reason").format(
               **HEADER["versions"])
 TRL_OBJECTIVES = {  # all loss types of DPOTrainer, KTOTrainer, CPOTrainer, ORPOTrainer, RewardTrainer, SFTTrainer, ...
     "dpo", "robust", "ipo", "hinge", "dpo_norm", "exo_pair", "nca_pair", "bco_pair", "sppo_hard", "aot", "aot_unpaired",

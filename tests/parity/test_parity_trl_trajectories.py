@@ -10,9 +10,9 @@ import pytest
 
 from align_jax import losses
 from align_jax.core.schema import Batch
-from align_jax.models import hf
+from align_jax.interop import hf
 from align_jax.training import optim, steps
-from align_jax.training.assembly import make_models
+from align_jax.training.initialize import make_models
 
 FOLDER = pathlib.Path(__file__).parents[1] / "golden" / "trl_trajectories"
 with np.load(FOLDER / "trajectories.npz") as _file:

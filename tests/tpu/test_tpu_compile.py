@@ -15,7 +15,7 @@ from align_jax import plan  # noqa: E402
 from align_jax.models.attention import ATTENTION  # noqa: E402
 from align_jax.parallel.chips import GIB, describe_topology  # noqa: E402
 from align_jax.training.flops import layer_weights  # noqa: E402
-from align_jax.training.forecast import tree_bytes  # noqa: E402
+from align_jax.planner.cost_model import tree_bytes  # noqa: E402
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 LLAMA_2_7B = dict(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,

@@ -14,7 +14,7 @@ pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu")
 
 from align_jax import plan  # noqa: E402
 from align_jax.parallel.chips import describe_topology  # noqa: E402
-from align_jax.training.forecast import forecast, tree_bytes  # noqa: E402
+from align_jax.planner.cost_model import forecast, tree_bytes  # noqa: E402
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 MODEL = dict(vocab_size=1536, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,

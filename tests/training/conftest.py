@@ -13,11 +13,13 @@ import pytest
 
 from align_jax import losses
 from align_jax.core.schema import Batch
-from align_jax.models import hf
+from align_jax.interop import hf
 from align_jax.models.lora import ATTENTION_AND_MLP, LoraConfig
 from align_jax.parallel.mesh import make_mesh
 from align_jax.parallel.sharding import put_batch
-from align_jax.training import assembly, optim, placement
+from align_jax.training import optim
+from align_jax.training import initialize
+from align_jax.training import partitioning
 from align_jax.training.steps import Recipe
 
 SIZES = dict(vocab_size=96, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=16,
@@ -55,7 +57,7 @@ def recipe_of(name: str, model: str = "dense", rank: int = 0, microbatches: int 
     """Make the recipe of an objective on one of the models; rank 0 trains all of it."""
     terms = losses.resolve(name, dict(options))
     lora = LoraConfig(rank, targets=TARGETS[model]) if rank else None
-    models = assembly.make_models(MODELS[model], terms, compute_dtype="float32", remat="full", attention="xla",
+    models = initialize.make_models(MODELS[model], terms, compute_dtype="float32", remat="full", attention="xla",
                                   lora=lora)
     schedule = optim.make_schedule(learning_rate=1e-2, schedule="constant", total_steps=10)
     optimizer = optim.make_optimizer(schedule, name="adamw", clip_norm=1.0, eps=1e-3)
@@ -63,9 +65,9 @@ def recipe_of(name: str, model: str = "dense", rank: int = 0, microbatches: int 
                   load_balancing=0.02 if model == "experts" else 0.0, **recipe_options)
 
 
-def plan_of(recipe: Recipe, mesh: jax.sharding.Mesh) -> assembly.Plan:
+def plan_of(recipe: Recipe, mesh: jax.sharding.Mesh) -> initialize.Plan:
     """Say what lies where, all in float32."""
-    return assembly.make_plan(recipe, mesh, param_dtype="float32", frozen_dtype="float32")
+    return initialize.make_plan(recipe, mesh, param_dtype="float32", frozen_dtype="float32")
 
 
 @functools.cache
@@ -74,8 +76,8 @@ def weights_of(*arguments, **options):
     recipe, mesh = recipe_of(*arguments, **options), make_mesh({"data": 1}, jax.devices()[:1])
     with jax.set_mesh(mesh):
         plan = plan_of(recipe, mesh)
-        frozen = assembly.load_frozen(recipe, plan, path="", seed=0)
-        return jax.device_get((frozen, assembly.load_trained(recipe, plan, frozen, path="", seed=0)))
+        frozen = initialize.load_frozen(recipe, plan, path="", seed=0)
+        return jax.device_get((frozen, initialize.load_trained(recipe, plan, frozen, path="", seed=0)))
 
 
 @functools.cache
@@ -92,9 +94,9 @@ def steps_of(name: str, mesh: tuple = (), microbatches: int = 1, rank: int = 0, 
     with jax.set_mesh(device_mesh):
         plan = plan_of(recipe, device_mesh)
         frozen, trained = weights_of(name, model, rank, options=options, **recipe_options)
-        frozen = placement.place(frozen, plan.frozen)
-        state = assembly.first_state(recipe, plan, placement.place(trained, plan.trained))
-        step = placement.jit_train_step(recipe, plan.state, device_mesh)
+        frozen = partitioning.place(frozen, plan.frozen)
+        state = initialize.first_state(recipe, plan, partitioning.place(trained, plan.trained))
+        step = partitioning.jit_train_step(recipe, plan.state, device_mesh)
         if ahead:
             step = step.lower(state, frozen, put_batch(device_mesh, batches[0])).compile()
         metrics = []

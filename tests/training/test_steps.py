@@ -8,12 +8,14 @@ import numpy as np
 import pytest
 
 from align_jax.core.tree import flatten
-from align_jax.parallel import hlo
-from align_jax.parallel.collectives import read_collectives
-from align_jax.training import assembly, placement, steps
+from align_jax.planner import hlo
+from align_jax.planner.collectives import read_collectives
+from align_jax.training import steps
+from align_jax.training import initialize
+from align_jax.training import partitioning
 
 SPLIT = (("data", 2), ("fsdp", 2), ("tensor", 2))
-MESHES = [  # objective, model, rank of the adapter (0: all is trained), mesh; all shapes: tests/training/all_meshes.py
+MESHES = [  # objective, model, rank of the adapter (0: all is trained), mesh; all shapes: tools/compare_all_meshes.py
     ("dpo", "dense", 0, (("data", 8),)),
     ("dpo", "dense", 0, (("fsdp", 2), ("sequence", 2), ("tensor", 2))),
     ("dpo", "dense", 0, (("data", 2), ("fsdp", 2), ("expert", 2))),  # without experts the axis splits rows
@@ -44,8 +46,8 @@ def test_weights_drawn_over_a_mesh_are_those_of_one_device(train_steps, drawn_we
     plan, recipe, mesh, _ = train_steps(*MESHES[-1][::3], model="experts", rank=2, devices=8)[3]
     expected = drawn_weights("dpo", "experts", 2, options=())
     with jax.set_mesh(mesh):
-        frozen = assembly.load_frozen(recipe, plan, path="", seed=0)
-        found = frozen, assembly.load_trained(recipe, plan, frozen, path="", seed=0)
+        frozen = initialize.load_frozen(recipe, plan, path="", seed=0)
+        found = frozen, initialize.load_trained(recipe, plan, frozen, path="", seed=0)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-7), jax.device_get(found), expected)
 
 
@@ -70,8 +72,8 @@ def test_dpo_at_the_reference_is_log_2(train_steps):
 
 def test_no_array_of_all_logits_is_alive(train_steps):
     _, _, _, (plan, recipe, mesh, batch) = train_steps("dpo")
-    abstract = placement.abstract_batch(mesh, batch)
-    text = placement.lower_train_step(recipe, plan.state, plan.frozen, abstract, mesh).compile().as_text()
+    abstract = partitioning.abstract_batch(mesh, batch)
+    text = partitioning.lower_train_step(recipe, plan.state, plan.frozen, abstract, mesh).compile().as_text()
     rows, length = batch.tokens.shape
     vocabulary = recipe.policy.config.vocab_size
     assert f"f32[{rows},4,{vocabulary}]" in text  # a chunk of 4 positions is
@@ -86,10 +88,10 @@ def test_a_copied_output_head_gives_the_same_step(train_steps):
 
 def test_chunks_of_the_loss_move_the_output_head_but_once(train_steps):
     _, _, _, (plan, recipe, mesh, batch) = train_steps("dpo", SPLIT, devices=8)
-    abstract, moved = placement.abstract_batch(mesh, batch), []
+    abstract, moved = partitioning.abstract_batch(mesh, batch), []
     for chunk in (1, batch.loss_index.shape[1]):
         step = recipe._replace(chunk=chunk)
-        text = placement.lower_train_step(step, plan.state, plan.frozen, abstract, mesh).compile().as_text()
+        text = partitioning.lower_train_step(step, plan.state, plan.frozen, abstract, mesh).compile().as_text()
         found = read_collectives(hlo.parse(text))
         moved.append(sum(one.count * one.traffic for one in found if "fsdp" in one.axes(mesh.shape)))
     assert moved[0] < 1.05 * moved[1], moved
@@ -112,11 +114,11 @@ def test_an_indivisible_batch_is_an_error(make_batch):
 def test_a_step_that_is_not_finite_leaves_the_state_as_it_was(train_steps, make_batch):
     _, _, step, (plan, recipe, mesh, batch) = train_steps("dpo", steps=1)
     with jax.set_mesh(mesh):
-        frozen = assembly.load_frozen(recipe, plan, path="", seed=0)
-        trained = assembly.load_trained(recipe, plan, frozen, path="", seed=0)
+        frozen = initialize.load_frozen(recipe, plan, path="", seed=0)
+        trained = initialize.load_trained(recipe, plan, frozen, path="", seed=0)
         trained["final_norm"]["scale"] = trained["final_norm"]["scale"] * jnp.nan
         before = jax.device_get(trained)
-        state, metrics = step(assembly.first_state(recipe, plan, trained), frozen, batch)
+        state, metrics = step(initialize.first_state(recipe, plan, trained), frozen, batch)
     assert not np.isfinite(float(metrics["loss"]))
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state["params"]), before)
     assert int(state["step"]) == 1

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from align_jax.models.config import ModelConfig, complete, decoder_config
-from align_jax.models.weights import Weight, linear, norm
+from align_jax.models.tensor_map import Weight, linear, norm
 
 
 def from_hf(hf: Mapping[str, Any]) -> ModelConfig:

@@ -7,7 +7,7 @@ from typing import Any
 
 from align_jax.models.config import ModelConfig, complete, decoder_config
 from align_jax.models.families import llama
-from align_jax.models.weights import Weight, norm
+from align_jax.models.tensor_map import Weight, norm
 
 
 def from_hf(hf: Mapping[str, Any]) -> ModelConfig:

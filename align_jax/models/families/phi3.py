@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from align_jax.models.config import ModelConfig
 from align_jax.models.families import llama
-from align_jax.models.weights import Weight
+from align_jax.models.tensor_map import Weight
 
 from_hf = llama.from_hf
 
