@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """align_jax: language-model alignment from preferences, for TPU pods, in JAX and Flax."""
+
 import os
 
-os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would complain that PyTorch is missing: not needed
+# it would complain that PyTorch is missing: not needed
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

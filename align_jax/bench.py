@@ -3,28 +3,28 @@
 
     python -m align_jax.bench [--preset=llama_1b_dpo] [--variants=base,layout=packed] [--json=FILE]
 
-Random weights and made-up text of the preset's lengths; every variant takes the same examples through the same state.
-Rounds are interleaved, so that what else the machine does falls on all of them alike.  Without ``--preset`` the one for
-the machine's kind of device is taken.
+Random weights and made-up text of the preset's lengths; every variant takes the same examples
+through the same state. Rounds are interleaved, so that what else the machine does falls on all of
+them alike.  Without ``--preset`` the one for the machine's kind of device is taken.
 """
+
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 import dataclasses
 import json
 import pathlib
 import statistics
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from absl import app, flags
 import jax
+import numpy as np
+from absl import app, flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
-import numpy as np
 
 from align_jax import losses
-from align_jax.runs import setup
 from align_jax.core import config as configs
 from align_jax.core.schema import Example
 from align_jax.core.tree import flatten
@@ -32,8 +32,8 @@ from align_jax.data.datasets import Examples
 from align_jax.parallel.chips import GIB, peak_flops
 from align_jax.parallel.mesh import make_mesh
 from align_jax.parallel.sharding import put_batch
-from align_jax.training import initialize
-from align_jax.training import partitioning
+from align_jax.runs import setup
+from align_jax.training import initialize, partitioning
 from align_jax.training.flops import step_flops
 from align_jax.training.steps import init_state
 
@@ -78,22 +78,73 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "reference=cached": {"reference.mode": "cached"},
     "lora": {"model.lora.rank": 16},
 }
-_COMMON = ("base", "remat=none", "remat=dots", "remat=attention", "layout=packed", "layout=shared_prefix",
-           "reference=cached")
+_COMMON = (
+    "base",
+    "remat=none",
+    "remat=dots",
+    "remat=attention",
+    "layout=packed",
+    "layout=shared_prefix",
+    "reference=cached",
+)
 PRESETS: Mapping[str, Preset] = {
     "tiny_dpo": Preset(
-        dict(vocab_size=2048, hidden_size=192, intermediate_size=512, num_hidden_layers=4, num_attention_heads=6,
-             num_key_value_heads=2, max_position_embeddings=1024),
-        "dpo", 8, 256, 128, 48, "float32", _COMMON + ("attention=blocks", "microbatches=2")),
+        dict(
+            vocab_size=2048,
+            hidden_size=192,
+            intermediate_size=512,
+            num_hidden_layers=4,
+            num_attention_heads=6,
+            num_key_value_heads=2,
+            max_position_embeddings=1024,
+        ),
+        "dpo",
+        8,
+        256,
+        128,
+        48,
+        "float32",
+        _COMMON + ("attention=blocks", "microbatches=2"),
+    ),
     "llama_110m_dpo": Preset(
-        dict(vocab_size=32000, hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12,
-             num_key_value_heads=12, max_position_embeddings=1024),
-        "dpo", 8, 512, 256, 96, "bfloat16", _COMMON),
+        dict(
+            vocab_size=32000,
+            hidden_size=768,
+            intermediate_size=2048,
+            num_hidden_layers=12,
+            num_attention_heads=12,
+            num_key_value_heads=12,
+            max_position_embeddings=1024,
+        ),
+        "dpo",
+        8,
+        512,
+        256,
+        96,
+        "bfloat16",
+        _COMMON,
+    ),
     "llama_1b_dpo": Preset(  # the shape of Llama 3.2 1B
-        dict(vocab_size=128256, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
-             num_attention_heads=32, num_key_value_heads=8, head_dim=64, max_position_embeddings=131072,
-             rope_theta=500000.0, tie_word_embeddings=True),
-        "dpo", 16, 1024, 384, 192, "bfloat16", _COMMON + ("attention=xla", "attention=blocks", "microbatches=4")),
+        dict(
+            vocab_size=128256,
+            hidden_size=2048,
+            intermediate_size=8192,
+            num_hidden_layers=16,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            head_dim=64,
+            max_position_embeddings=131072,
+            rope_theta=500000.0,
+            tie_word_embeddings=True,
+        ),
+        "dpo",
+        16,
+        1024,
+        384,
+        192,
+        "bfloat16",
+        _COMMON + ("attention=xla", "attention=blocks", "microbatches=4"),
+    ),
 }
 DEFAULT = {"cpu": "tiny_dpo"}  # by backend; else llama_1b_dpo
 
@@ -120,7 +171,8 @@ def make_config(preset: Preset, changes: Mapping[str, Any]) -> ConfigDict:
 
 
 def make_examples(preset: Preset, seed: int = 0) -> Examples:
-    """Make pairs whose lengths in bytes, that is in tokens, are drawn log-normally and fit ``max_length``."""
+    """Make pairs whose lengths in bytes, that is in tokens, are drawn log-normally and fit
+    ``max_length``."""
     rng = np.random.default_rng(seed)
     letters = np.asarray(list("abcdefghijklmnopqrstuvwxyz "))
 
@@ -130,8 +182,13 @@ def make_examples(preset: Preset, seed: int = 0) -> Examples:
 
     room = preset.max_length - 8  # turn tokens
     items = tuple(
-        Example(text(preset.prompt, room * 2 // 3), tuple(text(preset.response, room // 3) for _ in range(2)),
-                source=f"made[{i}]") for i in range(8 * preset.batch_size))
+        Example(
+            text(preset.prompt, room * 2 // 3),
+            tuple(text(preset.response, room // 3) for _ in range(2)),
+            source=f"made[{i}]",
+        )
+        for i in range(8 * preset.batch_size)
+    )
     return Examples("pairs", items, (len(items),), None, f"bench-{seed}", {})
 
 
@@ -142,7 +199,11 @@ class Variant:
         config = make_config(preset, changes)
         setting = setup.settle(config, mesh.size)
         recipe = setup.make_recipe(config, setting, total_steps=1000)
-        self.recipe, self.plan, self.seed = recipe, setup.make_plan(config, setting, recipe, mesh), config.seed
+        self.recipe, self.plan, self.seed = (
+            recipe,
+            setup.make_plan(config, setting, recipe, mesh),
+            config.seed,
+        )
         pipeline = setup.make_pipeline(config, setting, mesh, examples, once=False)
         batch = pipeline.batch(0)
         if config.reference.mode == "cached":
@@ -157,8 +218,16 @@ class Variant:
         self.step = step.lower(self.plan.state, self.plan.frozen, self.batch).compile()
         self.compile_seconds = time.monotonic() - began
         stats = self.step.memory_analysis()
-        self.bytes = (stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
-                      + stats.temp_size_in_bytes) if stats else 0
+        self.bytes = (
+            (
+                stats.argument_size_in_bytes
+                + stats.output_size_in_bytes
+                - stats.alias_size_in_bytes
+                + stats.temp_size_in_bytes
+            )
+            if stats
+            else 0
+        )
         self.seconds: list[float] = []
 
     def start(self) -> tuple[Any, Any]:
@@ -166,18 +235,26 @@ class Variant:
         frozen = initialize.load_frozen(self.recipe, self.plan, path="", seed=self.seed)
         trained = initialize.load_trained(self.recipe, self.plan, frozen, path="", seed=self.seed)
         shardings = jax.tree.map(lambda x: x.sharding, self.plan.state)
-        state = jax.jit(lambda params: init_state(self.recipe, params), donate_argnums=0,
-                        out_shardings=shardings)(trained)
+        state = jax.jit(
+            lambda params: init_state(self.recipe, params),
+            donate_argnums=0,
+            out_shardings=shardings,
+        )(trained)
         return state, frozen
 
     def takes(self, state: Any, frozen: Any) -> bool:
         """Tell whether this variant can go on with another one's state and frozen weights."""
-        return (state is not None and jax.tree.structure(state) == jax.tree.structure(self.plan.state)
-                and not flatten(self.plan.frozen).keys() - flatten(frozen).keys())
+        return (
+            state is not None
+            and jax.tree.structure(state) == jax.tree.structure(self.plan.state)
+            and not flatten(self.plan.frozen).keys() - flatten(frozen).keys()
+        )
 
     def time(self, state: Any, frozen: Any, steps: int) -> Any:
         """Take so many steps and note the seconds of one; return the state."""
-        frozen = {name: partitioning.select(frozen[name], part) for name, part in self.plan.frozen.items()}
+        frozen = {
+            name: partitioning.select(frozen[name], part) for name, part in self.plan.frozen.items()
+        }
         jax.block_until_ready(state)
         began = time.monotonic()
         for _ in range(steps):
@@ -189,13 +266,22 @@ class Variant:
     def report(self, peak: float) -> dict[str, Any]:
         """Return what was measured."""
         seconds = statistics.median(self.seconds)
-        return {"seconds": seconds, "spread": max(self.seconds) / min(self.seconds) - 1, "groups": self.groups,
-                "groups_per_second": self.groups / seconds, "tokens_per_second": self.tokens / seconds,
-                "padding_fraction": 1 - self.tokens / self.places, "bytes": self.bytes,
-                "mfu": self.flops.model / seconds / peak if peak else None, "compile_seconds": self.compile_seconds}
+        return {
+            "seconds": seconds,
+            "spread": max(self.seconds) / min(self.seconds) - 1,
+            "groups": self.groups,
+            "groups_per_second": self.groups / seconds,
+            "tokens_per_second": self.tokens / seconds,
+            "padding_fraction": 1 - self.tokens / self.places,
+            "bytes": self.bytes,
+            "mfu": self.flops.model / seconds / peak if peak else None,
+            "compile_seconds": self.compile_seconds,
+        }
 
 
-def measure(preset: Preset, names: Sequence[str], mesh: Mesh, *, rounds: int, steps: int) -> dict[str, dict[str, Any]]:
+def measure(
+    preset: Preset, names: Sequence[str], mesh: Mesh, *, rounds: int, steps: int
+) -> dict[str, dict[str, Any]]:
     """Measure variants side by side.
 
     Args:
@@ -214,13 +300,19 @@ def measure(preset: Preset, names: Sequence[str], mesh: Mesh, *, rounds: int, st
             try:
                 variants[name] = Variant(preset, VARIANTS[name], examples, mesh)
                 _warm_up(variants[name])
-            except (jax.errors.JaxRuntimeError, RuntimeError, ValueError, NotImplementedError) as error:
+            except (
+                jax.errors.JaxRuntimeError,
+                RuntimeError,
+                ValueError,
+                NotImplementedError,
+            ) as error:
                 variants.pop(name, None)
                 found[name] = {"error": str(error).splitlines()[0][:300]}
         state = frozen = None
         for _ in range(rounds):
             for variant in variants.values():
-                if not variant.takes(state, frozen):  # a tree of other parameters: a state of its own
+                # a tree of other parameters: a state of its own
+                if not variant.takes(state, frozen):
                     state = frozen = None
                     state, frozen = variant.start()
                 state = variant.time(state, frozen, steps)
@@ -229,7 +321,8 @@ def measure(preset: Preset, names: Sequence[str], mesh: Mesh, *, rounds: int, st
 
 
 def _warm_up(variant: Variant) -> None:
-    """Run once on a state of its own, which is then thrown away: a variant that cannot run is found here."""
+    """Run once on a state of its own, which is then thrown away: a variant that cannot run is found
+    here."""
     state, frozen = variant.start()
     variant.time(state, frozen, 1)
     variant.seconds.clear()
@@ -238,7 +331,15 @@ def _warm_up(variant: Variant) -> None:
 def table(rows: Mapping[str, Mapping[str, Any]], base: str) -> str:
     """Write the measurements as text; ratios are of pairs a second, to the first variant."""
     first = rows[base].get("groups_per_second")
-    heads = (("ms a step", 10), ("pairs/s", 9), ("tokens/s", 10), ("ratio", 7), ("padding", 9), ("GiB", 7), ("MFU", 7))
+    heads = (
+        ("ms a step", 10),
+        ("pairs/s", 9),
+        ("tokens/s", 10),
+        ("ratio", 7),
+        ("padding", 9),
+        ("GiB", 7),
+        ("MFU", 7),
+    )
     out = [f"{'variant':<22}" + "".join(f"{head:>{width}}" for head, width in heads)]
     for name, row in rows.items():
         if "error" in row:
@@ -246,16 +347,21 @@ def table(rows: Mapping[str, Mapping[str, Any]], base: str) -> str:
             continue
         ratio = f"{row['groups_per_second'] / first:7.2f}" if first else "      -"
         mfu = f"{row['mfu']:7.1%}" if row["mfu"] else "      -"
-        out.append(f"{name:<22}{1e3 * row['seconds']:10.1f}{row['groups_per_second']:9.2f}"
-                   f"{row['tokens_per_second']:10,.0f}{ratio}{row['padding_fraction']:9.1%}"
-                   f"{row['bytes'] / GIB:7.2f}{mfu}")
+        out.append(
+            f"{name:<22}{1e3 * row['seconds']:10.1f}{row['groups_per_second']:9.2f}"
+            f"{row['tokens_per_second']:10,.0f}{ratio}{row['padding_fraction']:9.1%}"
+            f"{row['bytes'] / GIB:7.2f}{mfu}"
+        )
     return "\n".join(out)
 
 
 def main(argv: Sequence[str]) -> None:
     """Run from the command line."""
     if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments {argv[1:]}; flags are --preset, --variants, --rounds, --steps, --json")
+        raise app.UsageError(
+            f"unknown arguments {argv[1:]}; flags are --preset, --variants, "
+            "--rounds, --steps, --json"
+        )
     options = flags.FLAGS
     name = options.preset or DEFAULT.get(jax.default_backend(), "llama_1b_dpo")
     preset = configs.choose(PRESETS, name, "--preset")
@@ -268,16 +374,25 @@ def main(argv: Sequence[str]) -> None:
     rows = measure(preset, names, mesh, rounds=options.rounds, steps=options.steps)
     rows = {one: rows[one] for one in names}
     devices = f"{mesh.size} x {mesh.devices.flat[0].device_kind}"
-    print(f"{name} on {devices}, JAX {jax.__version__}: {preset.batch_size} pairs, at most {preset.max_length} tokens")
+    print(
+        f"{name} on {devices}, JAX {jax.__version__}: {preset.batch_size} pairs, at most "
+        f"{preset.max_length} tokens"
+    )
     print(table(rows, names[0]))
     if options.json:
-        pathlib.Path(options.json).write_text(json.dumps(
-            {"preset": name, "devices": devices, "jax": jax.__version__, "variants": rows}, indent=2))
+        pathlib.Path(options.json).write_text(
+            json.dumps(
+                {"preset": name, "devices": devices, "jax": jax.__version__, "variants": rows},
+                indent=2,
+            )
+        )
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("preset", "", "What to measure; by default what suits the device.")
-    flags.DEFINE_list("variants", [], "Variants of the step, the first one the base; by default the preset's.")
+    flags.DEFINE_list(
+        "variants", [], "Variants of the step, the first one the base; by default the preset's."
+    )
     flags.DEFINE_integer("batch_size", 0, "Pairs in a step; 0 = the preset's.")
     flags.DEFINE_integer("rounds", 5, "Turns of each variant; the median counts.")
     flags.DEFINE_integer("steps", 3, "Optimizer steps in a turn.")

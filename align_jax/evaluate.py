@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Evaluate a policy on held-out data.
 
-    python -m align_jax.evaluate (--model=HF_DIR | --workdir=DIR) --eval=NAME=SOURCE [--eval=NAME=SOURCE ...]
+    python -m align_jax.evaluate (--model=HF_DIR | --workdir=DIR) --eval=NAME=SOURCE
+    [--eval=NAME=SOURCE ...]
         [--reference=HF_DIR --rewards=JSON_OR_FILE --judge=URL --judge_model=NAME --json=FILE]
 
     preference=pairs.jsonl     accuracy and margins on pairs          generation=prompts.jsonl   reward, length, KL
@@ -9,6 +10,7 @@
 
 A run's reference is what it was trained against; a model's is what ``--reference`` names, or none.
 """
+
 from __future__ import annotations
 
 import json
@@ -17,10 +19,9 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from absl import app, flags, logging
 import jax
+from absl import app, flags, logging
 
-from align_jax.runs import setup
 from align_jax.core.config import nearest
 from align_jax.data import datasets
 from align_jax.data.tokenizer import load_tokenizer
@@ -36,26 +37,34 @@ from align_jax.online.weighted import WeightedRewards, resolve
 from align_jax.parallel import distributed
 from align_jax.parallel.mesh import make_mesh
 from align_jax.parallel.sharding import tree_shardings
+from align_jax.runs import setup
 
 
 def load(path: str, mesh: jax.sharding.Mesh, dtype: str) -> tuple[Model, Any]:
     """Load a Hugging Face checkpoint onto a mesh."""
     config = hf.load_config(path)
     model = build(config, compute_dtype=dtype, remat="none")
-    _, params = hf.load(path, config=config, dtype=dtype, shardings=tree_shardings(mesh, model.axes()))
+    _, params = hf.load(
+        path, config=config, dtype=dtype, shardings=tree_shardings(mesh, model.axes())
+    )
     return model, params
 
 
-def model_subject(path: str, reference: str = "", dtype: str = "float32", chat_template: str | None = None) -> Subject:
+def model_subject(
+    path: str, reference: str = "", dtype: str = "float32", chat_template: str | None = None
+) -> Subject:
     """Return a checkpoint as the policy, another as its reference."""
     mesh = make_mesh({"fsdp": -1})
     model, params = load(path, mesh, dtype)
     other = load(reference, mesh, dtype) if reference else (None, None)
-    return Subject(model, params, load_tokenizer(path, chat_template=chat_template), mesh, *other, name=path)
+    return Subject(
+        model, params, load_tokenizer(path, chat_template=chat_template), mesh, *other, name=path
+    )
 
 
 def run_subject(workdir: str, which: str = "latest", reference: str = "") -> Subject:
-    """Return a run's policy; its reference is the one it was trained against, unless another is named.
+    """Return a run's policy; its reference is the one it was trained against, unless another is
+    named.
 
     Raises:
         FileNotFoundError: no such run or checkpoint.
@@ -64,13 +73,25 @@ def run_subject(workdir: str, which: str = "latest", reference: str = "") -> Sub
     config, models = trained.config, trained.setting.models
     path = reference or config.reference.path or config.model.path
     other = load(path, trained.mesh, config.model.compute_dtype) if path else (None, None)
-    return Subject(models.policy, trained.params, trained.setting.tokenizer, trained.mesh, *other,
-                   name=f"{workdir}@{trained.step}")
+    return Subject(
+        models.policy,
+        trained.params,
+        trained.setting.tokenizer,
+        trained.mesh,
+        *other,
+        name=f"{workdir}@{trained.step}",
+    )
 
 
-def evaluate(subject: Subject, wanted: Sequence[str], *, rewards: WeightedRewards | None = None,
-             compare: Any = None, limit: int | None = None, options: Mapping[str, Mapping[str, Any]] | None = None
-             ) -> dict[str, dict[str, float]]:
+def evaluate(
+    subject: Subject,
+    wanted: Sequence[str],
+    *,
+    rewards: WeightedRewards | None = None,
+    compare: Any = None,
+    limit: int | None = None,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+) -> dict[str, dict[str, float]]:
     """Run evaluations.
 
     Args:
@@ -96,10 +117,20 @@ def evaluate(subject: Subject, wanted: Sequence[str], *, rewards: WeightedReward
             raise ValueError(f"--eval={item}: expected NAME=SOURCE, such as {name}=data.jsonl")
         row = EVALS[name]
         if row.takes and rewards is None and not (row.takes == "compare" and compare is not None):
-            raise ValueError(f"{name} needs --rewards" + (" or --judge" if row.takes == "compare" else ""))
-        more = {"": (), "rewards": (rewards,), "compare": (compare or by_rewards(rewards),) if row.takes else ()}
-        examples = datasets.load(source, kind=row.kind, chat=bool(subject.tokenizer.chat_template), limit=limit)
-        found[item] = row.fn(subject, examples, *more[row.takes], **dict((options or {}).get(name, {})))
+            raise ValueError(
+                f"{name} needs --rewards" + (" or --judge" if row.takes == "compare" else "")
+            )
+        more = {
+            "": (),
+            "rewards": (rewards,),
+            "compare": (compare or by_rewards(rewards),) if row.takes else (),
+        }
+        examples = datasets.load(
+            source, kind=row.kind, chat=bool(subject.tokenizer.chat_template), limit=limit
+        )
+        found[item] = row.fn(
+            subject, examples, *more[row.takes], **dict((options or {}).get(name, {}))
+        )
     return found
 
 
@@ -112,7 +143,10 @@ def table(results: Mapping[str, Mapping[str, float]]) -> str:
         width = max(map(len, shown))
         for name in shown:
             error = values.get(f"{name}/stderr")
-            lines.append(f"  {name:<{width}}  {values[name]:>10.4f}" + (f" ± {error:.4f}" if error is not None else ""))
+            lines.append(
+                f"  {name:<{width}}  {values[name]:>10.4f}"
+                + (f" ± {error:.4f}" if error is not None else "")
+            )
     return "\n".join(lines)
 
 
@@ -124,7 +158,9 @@ def define_flags() -> None:
     flags.DEFINE_string("reference", "", "Checkpoint to compare with.")
     flags.DEFINE_multi_string("eval", [], "NAME=SOURCE; may be repeated. " + ", ".join(EVALS))
     flags.DEFINE_string("rewards", "", "As config.rewards: JSON, or a file of it.")
-    flags.DEFINE_string("judge", "", "OpenAI-compatible server that compares answers (its key in OPENAI_API_KEY).")
+    flags.DEFINE_string(
+        "judge", "", "OpenAI-compatible server that compares answers (its key in OPENAI_API_KEY)."
+    )
     flags.DEFINE_string("judge_model", "", "The judge's name on that server.")
     flags.DEFINE_string("json", "", "File for the results.")
     flags.DEFINE_integer("limit", 0, "Rows of each source; 0 = all.", 0)
@@ -153,7 +189,11 @@ def main(argv: Sequence[str]) -> None:
     distributed.start()
     rewards = None
     if values.rewards:
-        text = pathlib.Path(values.rewards).read_text() if os.path.isfile(values.rewards) else values.rewards
+        text = (
+            pathlib.Path(values.rewards).read_text()
+            if os.path.isfile(values.rewards)
+            else values.rewards
+        )
         rewards = resolve(json.loads(text), REWARDS)
     compare = by_judge(Client(values.judge), values.judge_model) if values.judge else None
     if values.workdir:
@@ -161,14 +201,30 @@ def main(argv: Sequence[str]) -> None:
     else:
         subject = model_subject(values.model, values.reference, values.dtype)
     scored = {"batch_size": values.batch_size, "max_length": values.max_length}
-    sampled = {"max_new_tokens": values.max_new_tokens, "max_length": values.max_length, "seed": values.seed,
-               "sampling": Sampling(values.temperature, top_p=values.top_p)}
-    results = evaluate(subject, values.eval, rewards=rewards, compare=compare, limit=values.limit or None, options={
-        "preference": scored | {"beta": values.beta}, "perplexity": scored, "win_rate": sampled,
-        "generation": sampled | {"samples": values.samples_per_prompt}})
+    sampled = {
+        "max_new_tokens": values.max_new_tokens,
+        "max_length": values.max_length,
+        "seed": values.seed,
+        "sampling": Sampling(values.temperature, top_p=values.top_p),
+    }
+    results = evaluate(
+        subject,
+        values.eval,
+        rewards=rewards,
+        compare=compare,
+        limit=values.limit or None,
+        options={
+            "preference": scored | {"beta": values.beta},
+            "perplexity": scored,
+            "win_rate": sampled,
+            "generation": sampled | {"samples": values.samples_per_prompt},
+        },
+    )
     print(table(results))
     if values.json:
-        pathlib.Path(values.json).write_text(json.dumps({"subject": subject.name, "results": results}, indent=1) + "\n")
+        pathlib.Path(values.json).write_text(
+            json.dumps({"subject": subject.name, "results": results}, indent=1) + "\n"
+        )
 
 
 if __name__ == "__main__":

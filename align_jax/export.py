@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write a trained policy as a Hugging Face checkpoint: safetensors, config and tokenizer.
 
-    python -m align_jax.export --workdir=DIR --output=HF_DIR [--step=latest|best|N] [--dtype=bfloat16] [--adapter]
-    python -m align_jax.export --model=HF_DIR --output=HF_DIR          the round trip through our weights
+python -m align_jax.export --workdir=DIR --output=HF_DIR [--step=latest|best|N]
+[--dtype=bfloat16] [--adapter]
+python -m align_jax.export --model=HF_DIR --output=HF_DIR          the round trip through our weights
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -12,16 +14,21 @@ from absl import app, flags, logging
 
 from align_jax.core.tree import flatten, unflatten
 from align_jax.data.tokenizer import load_tokenizer
-from align_jax.interop import hf
-from align_jax.interop import peft
+from align_jax.interop import hf, peft
 from align_jax.models.lora import fold
 from align_jax.parallel import distributed
 from align_jax.runs.setup import restore
 from align_jax.training.partitioning import ADAPTER
 
 
-def export_run(workdir: str, output: str, *, step: str = "latest", dtype: str | None = None,
-               adapter: bool = False) -> int:
+def export_run(
+    workdir: str,
+    output: str,
+    *,
+    step: str = "latest",
+    dtype: str | None = None,
+    adapter: bool = False,
+) -> int:
     """Export a run's policy; adapters are merged unless asked for.
 
     Args:
@@ -43,12 +50,23 @@ def export_run(workdir: str, output: str, *, step: str = "latest", dtype: str | 
     lora = policy.options.lora
     if adapter:
         if lora is None:
-            raise ValueError(f"{workdir} is a full fine-tune (model.lora.rank = 0): it has no adapter to export")
-        leaves = {name: leaf for name, leaf in flatten(trained.params).items() if ADAPTER.search(name)}
+            raise ValueError(
+                f"{workdir} is a full fine-tune (model.lora.rank = 0): it has no adapter to export"
+            )
+        leaves = {
+            name: leaf for name, leaf in flatten(trained.params).items() if ADAPTER.search(name)
+        }
         peft.save(output, config, lora, unflatten(leaves), base_name=trained.config.model.path)
     else:
         params = fold(trained.params, lora) if lora is not None else trained.params
-        hf.save(output, config, params, dtype=dtype, heads=policy.options.heads, unembed=policy.options.unembed)
+        hf.save(
+            output,
+            config,
+            params,
+            dtype=dtype,
+            heads=policy.options.heads,
+            unembed=policy.options.unembed,
+        )
     trained.setting.tokenizer.save_pretrained(output)
     return trained.step
 
@@ -73,7 +91,9 @@ def main(argv: Sequence[str]) -> None:
         export_model(values.model, values.output, dtype=values.dtype)
         print(f"{values.model} written to {values.output}")
         return
-    step = export_run(values.workdir, values.output, step=values.step, dtype=values.dtype, adapter=values.adapter)
+    step = export_run(
+        values.workdir, values.output, step=values.step, dtype=values.dtype, adapter=values.adapter
+    )
     if distributed.is_main():
         print(f"{values.workdir}, step {step}, written to {values.output}")
 
@@ -83,6 +103,10 @@ if __name__ == "__main__":
     flags.DEFINE_string("model", None, "Hugging Face checkpoint to pass through instead of a run.")
     flags.DEFINE_string("output", None, "Folder to write.", required=True)
     flags.DEFINE_string("step", "latest", "Checkpoint of the run: latest, best or a step.")
-    flags.DEFINE_string("dtype", None, "Type of the stored tensors; default: as the starting checkpoint's.")
-    flags.DEFINE_bool("adapter", False, "Write the low-rank adapter in PEFT's form instead of merging it.")
+    flags.DEFINE_string(
+        "dtype", None, "Type of the stored tensors; default: as the starting checkpoint's."
+    )
+    flags.DEFINE_bool(
+        "adapter", False, "Write the low-rank adapter in PEFT's form instead of merging it."
+    )
     app.run(main)

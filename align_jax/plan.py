@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Plan a run before renting: will it fit, what fills the memory, how fast can it be.
 
-    python -m align_jax.plan --config=configs/dpo_7b.py --topology=v5e:8x8 --topology=v5p:2x2x2 [--search=6]
+    python -m align_jax.plan --config=configs/dpo_7b.py --topology=v5e:8x8 --topology=v5p:2x2x2
+    [--search=6]
         [--programs=train] [--json=FILE] [--plot=FILE.svg] [--config.any.key=value ...]
 
-Compiles the very programs of the run with the TPU compiler, for chips that need not be there (libtpu is all it takes),
-from shapes alone: no weights, no data.
+Compiles the very programs of the run with the TPU compiler, for chips that need not be there
+(libtpu is all it takes), from shapes alone: no weights, no data.
 
     train                  every run's step
     eval                   offline, where something is held out
@@ -14,41 +15,44 @@ from shapes alone: no weights, no data.
     reward NAME            online: each reward model
     rescore, rescore reference    online: old and reference log-probabilities, values
 
-Each must fit beside all that the run holds meanwhile.  A checkpoint on the hub is asked for its config.json; give
-``model.config`` beside ``model.path`` to plan without a network.
+Each must fit beside all that the run holds meanwhile.  A checkpoint on the hub is asked for its
+config.json; give ``model.config`` beside ``model.path`` to plan without a network.
 """
+
 from __future__ import annotations
 
-from collections.abc import Sequence
 import dataclasses
 import json
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax is imported: planning must not take a machine's own chips
+# before jax is imported: planning must not take a machine's own chips
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-from absl import app, flags, logging  # noqa: E402
-from jax.sharding import Mesh  # noqa: E402
-from ml_collections import ConfigDict, config_flags  # noqa: E402
-import numpy as np  # noqa: E402
+import numpy as np
+from absl import app, flags, logging
+from jax.sharding import Mesh
+from ml_collections import ConfigDict, config_flags
 
-from align_jax.runs import setup  # noqa: E402
-from align_jax.core.schema import Batch  # noqa: E402
-from align_jax.data import planning  # noqa: E402
-from align_jax.planner import rollout_programs  # noqa: E402
-from align_jax.online import batches  # noqa: E402
-from align_jax.parallel.chips import GIB, Topology, describe_topology  # noqa: E402
-from align_jax.parallel.lowering import lower  # noqa: E402
-from align_jax.parallel.mesh import make_mesh, row_shards  # noqa: E402
-from align_jax.training import partitioning  # noqa: E402
-from align_jax.planner.charts import bars, rollout_line, summary, table  # noqa: E402
-from align_jax.training.flops import step_flops  # noqa: E402
-from align_jax.planner.cost_model import Forecast, Program, advice, forecast  # noqa: E402
-from align_jax.planner.communication import least, passes  # noqa: E402
-from align_jax.planner.search import Candidate, candidates  # noqa: E402
+from align_jax.core.schema import Batch
+from align_jax.data import planning
+from align_jax.online import batches
+from align_jax.parallel.chips import GIB, Topology, describe_topology
+from align_jax.parallel.lowering import lower
+from align_jax.parallel.mesh import make_mesh, row_shards
+from align_jax.planner import rollout_programs
+from align_jax.planner.charts import bars, rollout_line, summary, table
+from align_jax.planner.communication import least, passes
+from align_jax.planner.cost_model import Forecast, Program, advice, forecast
+from align_jax.planner.search import Candidate, candidates
+from align_jax.runs import setup
+from align_jax.training import partitioning
+from align_jax.training.flops import step_flops
 
-RESPONSES = {"completions": 1, "unpaired": 1, "pairs": 2, "ranked": 4}  # of a ranking the data says how many
+# of a ranking the data says how many
+RESPONSES = {"completions": 1, "unpaired": 1, "pairs": 2, "ranked": 4}
 
 
 class Step(NamedTuple):
@@ -69,7 +73,9 @@ class Step(NamedTuple):
         state, frozen = dict(self.plan.state), self.plan.frozen
         params, moving = state.pop("params"), state.pop("reference", {})
         kept = {"parameters": params, "optimizer": state, "reference": (frozen, moving)}
-        return kept | ({"rewards": [one.params for one in self.rewards.values()]} if self.rewards else {})
+        return kept | (
+            {"rewards": [one.params for one in self.rewards.values()]} if self.rewards else {}
+        )
 
     @property
     def segment(self) -> int | None:
@@ -78,7 +84,8 @@ class Step(NamedTuple):
 
 
 def for_planning(config: ConfigDict) -> ConfigDict:
-    """Return the config with what only a run on the spot needs replaced: TPU attention, no tokenizer from the hub."""
+    """Return the config with what only a run on the spot needs replaced: TPU attention, no
+    tokenizer from the hub."""
     with config.unlocked():
         config = config.copy_and_resolve_references()
     with config.unlocked():
@@ -89,8 +96,14 @@ def for_planning(config: ConfigDict) -> ConfigDict:
     return config
 
 
-def abstract_batch(config: ConfigDict, setting: setup.Setting, mesh: Mesh, loss_positions: int = 0, *,
-                   train: bool = True) -> Batch:
+def abstract_batch(
+    config: ConfigDict,
+    setting: setup.Setting,
+    mesh: Mesh,
+    loss_positions: int = 0,
+    *,
+    train: bool = True,
+) -> Batch:
     """Return the shapes of a global batch, as the data layer or the rollouts would make it.
 
     Args:
@@ -106,24 +119,36 @@ def abstract_batch(config: ConfigDict, setting: setup.Setting, mesh: Mesh, loss_
     if not loss_positions and layout == "plain" and d.max_prompt_length:
         loss_positions = config.max_length - d.max_prompt_length
     shape = planning.plan_shape(
-        responses=RESPONSES[kind], batch_size=(not train and config.eval.batch_size) or config.batch_size,
-        layout=layout, max_length=config.max_length, row_length=config.row_length or None,
-        groups_per_row=d.groups_per_row or None, loss_positions=loss_positions or None,
-        row_multiple=row_shards(mesh) * (config.microbatches if train else 1))
+        responses=RESPONSES[kind],
+        batch_size=(not train and config.eval.batch_size) or config.batch_size,
+        layout=layout,
+        max_length=config.max_length,
+        row_length=config.row_length or None,
+        groups_per_row=d.groups_per_row or None,
+        loss_positions=loss_positions or None,
+        row_multiple=row_shards(mesh) * (config.microbatches if train else 1),
+    )
     mismatched = None
     if any(term.objective.mismatched for term in setting.terms):
         mismatched = planning.mismatched_shape(shape, config.max_length, shape.positions)
     batch = planning.batch_shapes(shape, kind=kind, layout=layout, mismatched=mismatched)
     if config.reference.mode == "cached":
-        batch = batch._replace(reference_token_logps=np.broadcast_to(np.zeros((), np.float32), batch.tokens.shape))
+        batch = batch._replace(
+            reference_token_logps=np.broadcast_to(np.zeros((), np.float32), batch.tokens.shape)
+        )
     return partitioning.abstract_batch(mesh, batch)
 
 
 def _rollout_batch(config: ConfigDict, rollouts: Any) -> Batch:
-    """Return the shapes of a step on rollouts whose longest prompt fills what the completions leave."""
+    """Return the shapes of a step on rollouts whose longest prompt fills what the completions
+    leave."""
     shape = batches.plan_shape(
-        groups=rollouts.batch_size, responses=rollouts.groups[1], prompt=config.max_length - rollouts.max_new_tokens,
-        response=rollouts.max_new_tokens, layout=rollouts.layout)
+        groups=rollouts.batch_size,
+        responses=rollouts.groups[1],
+        prompt=config.max_length - rollouts.max_new_tokens,
+        response=rollouts.max_new_tokens,
+        layout=rollouts.layout,
+    )
     return batches.batch_shapes(shape, rollouts)
 
 
@@ -131,26 +156,40 @@ def make_step(config: ConfigDict, topology: Topology, loss_positions: int = 0) -
     """Put together a run on a topology.
 
     Raises:
-        ValueError: what the run itself would refuse: sizes that do not divide, a mesh that is not the topology's.
+        ValueError: what the run itself would refuse: sizes that do not divide, a mesh that is not
+            the topology's.
     """
     setting = setup.settle(config, len(topology.devices))
     mesh = make_mesh(config.mesh.to_dict(), topology.devices)
     recipe = setup.make_recipe(config, setting, total_steps=1000)
     plan = setup.make_plan(config, setting, recipe, mesh)
     batch = abstract_batch(config, setting, mesh, loss_positions)
-    rewards = {} if setting.rollouts is None else rollout_programs.reward_programs(
-        config.rewards.to_dict(), setting.model_config, mesh, config.model.attention)
+    rewards = (
+        {}
+        if setting.rollouts is None
+        else rollout_programs.reward_programs(
+            config.rewards.to_dict(), setting.model_config, mesh, config.model.attention
+        )
+    )
     return Step(config, setting, recipe, plan, batch, mesh, rewards, loss_positions)
 
 
 def train_program(step: Step) -> Program:
     """Return the run's train step."""
     recipe, plan, mesh, rollouts = step.recipe, step.plan, step.mesh, step.setting.rollouts
-    lowered = partitioning.lower_train_step(recipe, plan.state, plan.frozen, step.batch, mesh, "tpu")
+    lowered = partitioning.lower_train_step(
+        recipe, plan.state, plan.frozen, step.batch, mesh, "tpu"
+    )
     bound = least(passes(recipe, plan, step.batch), mesh.shape, plan.trained, recipe.microbatches)
-    return Program("train", lowered, (plan.state, plan.frozen, step.batch), {**step.held, "batch": step.batch},
-                   step_flops(recipe, step.batch, segment_length=step.segment), bound,
-                   runs=1 if rollouts is None else rollouts.slices * rollouts.epochs)
+    return Program(
+        "train",
+        lowered,
+        (plan.state, plan.frozen, step.batch),
+        {**step.held, "batch": step.batch},
+        step_flops(recipe, step.batch, segment_length=step.segment),
+        bound,
+        runs=1 if rollouts is None else rollouts.slices * rollouts.epochs,
+    )
 
 
 def other_programs(step: Step) -> list[Program]:
@@ -158,33 +197,57 @@ def other_programs(step: Step) -> list[Program]:
     config, recipe, plan, mesh = step.config, step.recipe, step.plan, step.mesh
     if step.setting.rollouts is not None:
         return rollout_programs.programs(
-            step.setting.rollouts, step.setting.models, plan, step.setting.tokenizer,
-            _rollout_batch(config, step.setting.rollouts), mesh, held=step.held, rewards=step.rewards,
-            max_length=config.max_length, platform="tpu")
+            step.setting.rollouts,
+            step.setting.models,
+            plan,
+            step.setting.tokenizer,
+            _rollout_batch(config, step.setting.rollouts),
+            mesh,
+            held=step.held,
+            rewards=step.rewards,
+            max_length=config.max_length,
+            platform="tpu",
+        )
     found = []
     batch = abstract_batch(config, step.setting, mesh, step.loss_positions, train=False)
     if config.data.eval or config.data.eval_fraction:
         flops = step_flops(recipe, batch, segment_length=step.segment, train=False)
         arguments = (plan.state, plan.frozen, batch)
         lowered = lower(partitioning.jit_eval_step(recipe, mesh), mesh, *arguments, platform="tpu")
-        found.append(Program("eval", lowered, arguments, {**step.held, "batch": batch}, flops,
-                             least(passes(recipe, plan, batch, train=False), mesh.shape)))
+        found.append(
+            Program(
+                "eval",
+                lowered,
+                arguments,
+                {**step.held, "batch": batch},
+                flops,
+                least(passes(recipe, plan, batch, train=False), mesh.shape),
+            )
+        )
     if config.reference.mode == "cached" and recipe.wants_reference:
         found.append(_reference_program(step, batch._replace(reference_token_logps=None)))
     return found
 
 
 def _reference_program(step: Step, batch: Batch) -> Program:
-    """Return the program that fills the cache of the reference's log-probabilities, its weights beside the run's."""
+    """Return the program that fills the cache of the reference's log-probabilities, its weights
+    beside the run's."""
     recipe, mesh = step.recipe, step.mesh
     frozen = setup.make_reference_plan(step.config, step.setting, recipe, mesh).frozen
     lowered = lower(partitioning.jit_reference_step(recipe), mesh, frozen, batch, platform="tpu")
     flops = step_flops(recipe, batch, segment_length=step.segment, train=False)
-    only = next(one for one in passes(recipe, step.plan, batch, train=False) if one.model is recipe.base)
+    only = next(
+        one for one in passes(recipe, step.plan, batch, train=False) if one.model is recipe.base
+    )
     weights = frozen.get("reference", frozen["base"])
-    return Program("reference", lowered, (frozen, batch), {**step.held, "reference": frozen, "batch": batch},
-                   dataclasses.replace(flops, policy=0.0, statistics=0.0),
-                   least([only._replace(params=weights)], mesh.shape))
+    return Program(
+        "reference",
+        lowered,
+        (frozen, batch),
+        {**step.held, "reference": frozen, "batch": batch},
+        dataclasses.replace(flops, policy=0.0, statistics=0.0),
+        least([only._replace(params=weights)], mesh.shape),
+    )
 
 
 def compile_train(step: Step, topology: Topology) -> Forecast:
@@ -193,19 +256,30 @@ def compile_train(step: Step, topology: Topology) -> Forecast:
 
 
 def advise(step: Step, found: Forecast) -> list[str]:
-    """Say what to change so that a program fits, or does not gather for every token; nothing where all is well."""
+    """Say what to change so that a program fits, or does not gather for every token; nothing where
+    all is well."""
     if found.fits and found.name == "decode" and found.mesh["fsdp"] > 1:
-        return ["gathers all weights for every token; config.rollout.tensor=4: four devices of a host hold a copy"]
+        return [
+            "gathers all weights for every token; config.rollout.tensor=4: four devices of a "
+            "host hold a copy"
+        ]
     if found.fits:
         return []
     config = step.config
     rows = step.batch.tokens.shape[0] / row_shards(step.mesh) / config.microbatches
-    return advice(found, microbatches=config.microbatches, remat=config.model.remat, rows_a_device=rows,
-                  adapter=bool(config.model.lora.rank), eval_batch_size=config.eval.batch_size or config.batch_size)
+    return advice(
+        found,
+        microbatches=config.microbatches,
+        remat=config.model.remat,
+        rows_a_device=rows,
+        adapter=bool(config.model.lora.rank),
+        eval_batch_size=config.eval.batch_size or config.batch_size,
+    )
 
 
-def search(config: ConfigDict, topology: Topology, count: int, loss_positions: int = 0
-           ) -> list[tuple[Candidate, Forecast]]:
+def search(
+    config: ConfigDict, topology: Topology, count: int, loss_positions: int = 0
+) -> list[tuple[Candidate, Forecast]]:
     """Compile the most promising meshes, microbatches and remat policies.
 
     Args:
@@ -220,9 +294,18 @@ def search(config: ConfigDict, topology: Topology, count: int, loss_positions: i
     setting = setup.settle(config, len(topology.devices))
     found: list[tuple[Candidate, Forecast]] = []
     tried = 0
-    shape = abstract_batch(config, setting, make_mesh(config.mesh.to_dict(), topology.devices)).tokens.shape
-    for candidate in candidates(setting.model_config, topology, slices=topology.slices, remat=config.model.remat,
-                                rows=shape[0], length=shape[1], trained_bytes=4 if config.model.lora.rank else 16):
+    shape = abstract_batch(
+        config, setting, make_mesh(config.mesh.to_dict(), topology.devices)
+    ).tokens.shape
+    for candidate in candidates(
+        setting.model_config,
+        topology,
+        slices=topology.slices,
+        remat=config.model.remat,
+        rows=shape[0],
+        length=shape[1],
+        trained_bytes=4 if config.model.lora.rank else 16,
+    ):
         if tried == count:
             break
         with config.unlocked():
@@ -235,15 +318,21 @@ def search(config: ConfigDict, topology: Topology, count: int, loss_positions: i
             continue
         tried += 1
         result = compile_train(step, topology)
-        logging.info("%s: %s, %.2f GiB, %.3f s", candidate.override(), "fits" if result.fits else "does not fit",
-                     result.memory.used / GIB, result.exposed)
+        logging.info(
+            "%s: %s, %.2f GiB, %.3f s",
+            candidate.override(),
+            "fits" if result.fits else "does not fit",
+            result.memory.used / GIB,
+            result.exposed,
+        )
         if result.fits:
             found.append((candidate, result))
     return sorted(found, key=lambda pair: pair[1].exposed)
 
 
-def examine(config: ConfigDict, name: str, *, wanted: Sequence[str] = (), loss_positions: int = 0
-            ) -> tuple[list[Forecast], dict[str, Any]]:
+def examine(
+    config: ConfigDict, name: str, *, wanted: Sequence[str] = (), loss_positions: int = 0
+) -> tuple[list[Forecast], dict[str, Any]]:
     """Compile a run's programs for a topology and print what they need.
 
     Args:
@@ -263,8 +352,10 @@ def examine(config: ConfigDict, name: str, *, wanted: Sequence[str] = (), loss_p
     programs = [train_program(step)] if not wanted or "train" in wanted else []
     programs += other_programs(step) if list(wanted) != ["train"] else []
     if unknown := sorted(set(wanted) - {program.name for program in programs}):
-        raise ValueError(f"--programs: this run has no {unknown}; it has train, "
-                         f"{', '.join(program.name for program in programs if program.name != 'train')}")
+        raise ValueError(
+            f"--programs: this run has no {unknown}; it has train, "
+            f"{', '.join(program.name for program in programs if program.name != 'train')}"
+        )
     found, rows = [], []
     for program in programs:
         if not wanted or program.name in wanted:
@@ -279,25 +370,45 @@ def examine(config: ConfigDict, name: str, *, wanted: Sequence[str] = (), loss_p
     rollouts = step.setting.rollouts
     if rollouts is not None and not wanted and all(one.fits for one in found):
         print(rollout_line(found, rollouts.prompts * rollouts.responses))
-    return found, {"topology": name, "chips": topology.chips, "fits": all(one.fits for one in found), "programs": rows}
+    return found, {
+        "topology": name,
+        "chips": topology.chips,
+        "fits": all(one.fits for one in found),
+        "programs": rows,
+    }
 
 
 def main(argv: Sequence[str]) -> None:
     """Run from the command line."""
     if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments {argv[1:]}; flags are --config, --topology, --programs, --search, "
-                             "--json, --plot")
+        raise app.UsageError(
+            f"unknown arguments {argv[1:]}; flags are --config, --topology, "
+            "--programs, --search, "
+            "--json, --plot"
+        )
     options = flags.FLAGS
     config = for_planning(options.config)
     found, rows = [], []
     for name in options.topology:
-        more, row = examine(config, name, wanted=options.programs, loss_positions=options.loss_positions)
+        more, row = examine(
+            config, name, wanted=options.programs, loss_positions=options.loss_positions
+        )
         if options.search:
             better = search(config, describe_topology(name), options.search, options.loss_positions)
             for candidate, result in better:
-                print(f"  {result.exposed:8.3f} s exposed, {result.memory.used / GIB:6.2f} GiB  {candidate.override()}")
-            print(f"  fastest that fits: {better[0][0].override()}" if better else "  nothing that was tried fits")
-            row["search"] = [{"override": candidate.override(), **result.to_dict()} for candidate, result in better]
+                print(
+                    f"  {result.exposed:8.3f} s exposed, {result.memory.used / GIB:6.2f} GiB  "
+                    f"{candidate.override()}"
+                )
+            print(
+                f"  fastest that fits: {better[0][0].override()}"
+                if better
+                else "  nothing that was tried fits"
+            )
+            row["search"] = [
+                {"override": candidate.override(), **result.to_dict()}
+                for candidate, result in better
+            ]
         found += more
         rows.append(row)
     if options.json:
@@ -307,11 +418,17 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "Config file, its argument after a colon.", lock_config=True)
+    config_flags.DEFINE_config_file(
+        "config", None, "Config file, its argument after a colon.", lock_config=True
+    )
     flags.DEFINE_multi_string("topology", None, "CHIP:AxB or CHIP:AxBxC; 2*v5e:8x8 is two slices.")
     flags.DEFINE_list("programs", [], "Only these, such as train,eval; none = all.")
-    flags.DEFINE_integer("search", 0, "Try other meshes, microbatches and remat policies: compile so many.")
-    flags.DEFINE_integer("loss_positions", 0, "Loss tokens of a row at most; 0 = what data.max_prompt_length leaves.")
+    flags.DEFINE_integer(
+        "search", 0, "Try other meshes, microbatches and remat policies: compile so many."
+    )
+    flags.DEFINE_integer(
+        "loss_positions", 0, "Loss tokens of a row at most; 0 = what data.max_prompt_length leaves."
+    )
     flags.DEFINE_string("json", None, "Write the forecasts to this file.")
     flags.DEFINE_string("plot", None, "Draw the HBM by kind as an SVG file.")
     flags.mark_flags_as_required(["config", "topology"])

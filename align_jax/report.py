@@ -1,21 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Turn one or several runs into a page that people read: results, curves, what differs between the runs.
+"""Turn one or several runs into a page that people read: results, curves, what differs between the
+runs.
 
     python -m align_jax.report WORKDIR [WORKDIR ...] --output=DIR [--smooth=N] [--image=svg|png]
 
-It reads what ``train`` wrote (``config.json``, ``metrics.jsonl``) and writes ``DIR/report.md``, ``DIR/report.html``
-(one file, images inside) and ``DIR/curves/*``.  It can be run while the runs go on.
+It reads what ``train`` wrote (``config.json``, ``metrics.jsonl``) and writes ``DIR/report.md``,
+``DIR/report.html`` (one file, images inside) and ``DIR/curves/*``.  It can be run while the runs go
+on.
 """
+
 from __future__ import annotations
 
 import argparse
 import base64
-from collections.abc import Mapping, Sequence
 import html
 import json
 import math
 import pathlib
 import statistics
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -23,7 +26,8 @@ from etils import epath
 from align_jax.core.metrics import read_rows
 from align_jax.storage.workdir import flat
 
-# A panel's title -> the metrics drawn in it, if a run has them (an evaluation's, drawn with markers, beside its own).
+# A panel's title -> the metrics drawn in it, if a run has them (an evaluation's, drawn with
+# markers, beside its own).
 PANELS: Mapping[str, tuple[str, ...]] = {
     "loss": ("loss",),
     "accuracy": ("rewards/accuracies", "accuracy"),
@@ -57,9 +61,16 @@ def read_run(workdir: str) -> Run:
     """
     folder = epath.Path(workdir)
     if not (folder / "metrics.jsonl").exists():
-        raise FileNotFoundError(f"{workdir} is no workdir: it has no metrics.jsonl (is it --workdir of a run that "
-                                "has logged a step?)")
-    record = json.loads((folder / "config.json").read_text()) if (folder / "config.json").exists() else {}
+        raise FileNotFoundError(
+            f"{workdir} is no workdir: it has no metrics.jsonl (is it "
+            "--workdir of a run that "
+            "has logged a step?)"
+        )
+    record = (
+        json.loads((folder / "config.json").read_text())
+        if (folder / "config.json").exists()
+        else {}
+    )
     return Run(folder.name or str(folder), record, read_rows(folder / "metrics.jsonl"))
 
 
@@ -75,10 +86,12 @@ def smoothed(values: Sequence[float], window: int) -> list[float]:
     >>> smoothed([1.0, 3.0, 5.0], 2)
     [1.0, 2.0, 4.0]
     """
-    return [statistics.fmean(values[max(0, i + 1 - window):i + 1]) for i in range(len(values))]
+    return [statistics.fmean(values[max(0, i + 1 - window) : i + 1]) for i in range(len(values))]
 
 
-def draw(runs: Sequence[Run], folder: pathlib.Path, *, smooth: int = 1, image: str = "svg") -> list[tuple[str, str]]:
+def draw(
+    runs: Sequence[Run], folder: pathlib.Path, *, smooth: int = 1, image: str = "svg"
+) -> list[tuple[str, str]]:
     """Draw a panel for every group of metrics that a run has.
 
     Returns:
@@ -89,15 +102,22 @@ def draw(runs: Sequence[Run], folder: pathlib.Path, *, smooth: int = 1, image: s
     """
     try:
         import matplotlib
+
         matplotlib.use("Agg")
         from matplotlib import pyplot
     except ImportError as error:
-        raise ModuleNotFoundError("the report's curves need matplotlib: pip install 'align_jax[report]'") from error
+        raise ModuleNotFoundError(
+            "the report's curves need matplotlib: pip install 'align_jax[report]'"
+        ) from error
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []
     for title, metrics in PANELS.items():
-        present = [(run, metric) for run in runs for metric in metrics
-                   if series(run, metric)[0] or series(run, f"eval/{metric}")[0]]
+        present = [
+            (run, metric)
+            for run in runs
+            for metric in metrics
+            if series(run, metric)[0] or series(run, f"eval/{metric}")[0]
+        ]
         if not present:
             continue
         figure, axes = pyplot.subplots(figsize=(7, 3.6), layout="constrained")
@@ -105,11 +125,20 @@ def draw(runs: Sequence[Run], folder: pathlib.Path, *, smooth: int = 1, image: s
             label = f"{run.name}: {metric}" if len(runs) > 1 else metric
             steps, values = series(run, metric)
             if steps:
-                axes.plot(steps, smoothed(values, smooth), color=f"C{number}", linewidth=1.2, label=label)
+                axes.plot(
+                    steps, smoothed(values, smooth), color=f"C{number}", linewidth=1.2, label=label
+                )
             steps, values = series(run, f"eval/{metric}")
             if steps:
-                axes.plot(steps, values, "o--", color=f"C{number}", markersize=3.5, linewidth=0.8,
-                          label=f"{label} (held out)")
+                axes.plot(
+                    steps,
+                    values,
+                    "o--",
+                    color=f"C{number}",
+                    markersize=3.5,
+                    linewidth=0.8,
+                    label=f"{label} (held out)",
+                )
         axes.set(xlabel="step", title=title)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
@@ -133,19 +162,41 @@ def number(value: Any) -> str:
 
 def run_table(runs: Sequence[Run]) -> list[list[str]]:
     """Say what each run was: objective, model, length, speed, devices, commit."""
-    rows = [["run", "objective", "model", "step", "tokens", "hours", "tokens/s (median)", "MFU (median)", "devices",
-             "commit"]]
+    rows = [
+        [
+            "run",
+            "objective",
+            "model",
+            "step",
+            "tokens",
+            "hours",
+            "tokens/s (median)",
+            "MFU (median)",
+            "devices",
+            "commit",
+        ]
+    ]
     for run in runs:
         config, devices = flat(run.record.get("config", {})), run.record.get("devices", {})
         times = [row["time"] for row in run.rows if "time" in row]
-        speed, mfu, tokens = (series(run, name)[1] for name in ("tokens_per_second", "mfu", "num_tokens"))
-        rows.append([
-            run.name, str(config.get("objective.name", "")),
-            str(config.get("model.path") or config.get("model.family", "")),
-            f"{max((row['step'] for row in run.rows), default=0)} of {config.get('total_steps') or '?'}",
-            f"{int(tokens[-1]):,}" if tokens else "", f"{(times[-1] - times[0]) / 3600:.2f}" if times else "",
-            f"{statistics.median(speed):,.0f}" if speed else "", f"{statistics.median(mfu):.3f}" if mfu else "",
-            f"{devices.get('count', '')} {devices.get('kind', '')}", str(run.record.get("git_commit", ""))[:10]])
+        speed, mfu, tokens = (
+            series(run, name)[1] for name in ("tokens_per_second", "mfu", "num_tokens")
+        )
+        rows.append(
+            [
+                run.name,
+                str(config.get("objective.name", "")),
+                str(config.get("model.path") or config.get("model.family", "")),
+                f"{max((row['step'] for row in run.rows), default=0)} of "
+                f"{config.get('total_steps') or '?'}",
+                f"{int(tokens[-1]):,}" if tokens else "",
+                f"{(times[-1] - times[0]) / 3600:.2f}" if times else "",
+                f"{statistics.median(speed):,.0f}" if speed else "",
+                f"{statistics.median(mfu):.3f}" if mfu else "",
+                f"{devices.get('count', '')} {devices.get('kind', '')}",
+                str(run.record.get("git_commit", ""))[:10],
+            ]
+        )
     return rows
 
 
@@ -153,11 +204,14 @@ def differences(runs: Sequence[Run]) -> list[list[str]]:
     """List the configuration keys in which the runs differ; empty for one run."""
     configs = [flat(run.record.get("config", {})) for run in runs]
     keys = sorted({key for config in configs for key in config})
-    differing = [key for key in keys if any(config.get(key) != configs[0].get(key) for config in configs)]
+    differing = [
+        key for key in keys if any(config.get(key) != configs[0].get(key) for config in configs)
+    ]
     if not differing:
         return []
     return [["key", *(run.name for run in runs)]] + [
-        [key, *(str(config.get(key, "")) for config in configs)] for key in differing]
+        [key, *(str(config.get(key, "")) for config in configs)] for key in differing
+    ]
 
 
 def results(runs: Sequence[Run]) -> list[list[str]]:
@@ -168,7 +222,10 @@ def results(runs: Sequence[Run]) -> list[list[str]]:
         for name in names:
             steps, values = series(run, name)
             if values:
-                at = [f"{number(value)} (step {steps[values.index(value)]})" for value in (min(values), max(values))]
+                at = [
+                    f"{number(value)} (step {steps[values.index(value)]})"
+                    for value in (min(values), max(values))
+                ]
                 rows.append([run.name, name, number(values[0]), number(values[-1]), *at])
     return rows
 
@@ -182,24 +239,37 @@ def markdown_table(rows: Sequence[Sequence[str]]) -> str:
 
 def html_table(rows: Sequence[Sequence[str]]) -> str:
     """Write rows, the first one the heads, as an HTML table."""
+
     def line(row: Sequence[str], tag: str) -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in row) + "</tr>"
-    return "<table>" + line(rows[0], "th") + "".join(line(row, "td") for row in rows[1:]) + "</table>"
+
+    return (
+        "<table>" + line(rows[0], "th") + "".join(line(row, "td") for row in rows[1:]) + "</table>"
+    )
 
 
 def write(runs: Sequence[Run], output: str, *, smooth: int = 1, image: str = "svg") -> pathlib.Path:
     """Write the report; return the path of ``report.md``."""
     folder = pathlib.Path(output)
     curves = draw(runs, folder / "curves", smooth=smooth, image=image)
-    tables = {"Runs": run_table(runs), "What differs": differences(runs), "Held-out results": results(runs)}
+    tables = {
+        "Runs": run_table(runs),
+        "What differs": differences(runs),
+        "Held-out results": results(runs),
+    }
     tables = {title: rows for title, rows in tables.items() if len(rows) > 1}
     parts = ["# Report: " + ", ".join(run.name for run in runs)]
     parts += [f"## {title}\n\n{markdown_table(rows)}" for title, rows in tables.items()]
     parts += ["## Curves", *(f"![{title}](curves/{name})" for title, name in curves)]
     (folder / "report.md").write_text("\n\n".join(parts) + "\n")
-    page = ["<!DOCTYPE html><meta charset='utf-8'><title>Report</title><style>body{font:14px sans-serif;margin:2em}"
-            "table{border-collapse:collapse;margin:1em 0}td,th{border:1px solid #ccc;padding:3px 8px;text-align:left}"
-            "img{max-width:48%}</style>", f"<h1>{html.escape(parts[0][2:])}</h1>"]
+    page = [
+        "<!DOCTYPE html><meta charset='utf-8'><title>Report</title><style>body{font:14px "
+        "sans-serif;margin:2em}"
+        "table{border-collapse:collapse;margin:1em 0}td,th{border:1px solid #ccc;padding:3px "
+        "8px;text-align:left}"
+        "img{max-width:48%}</style>",
+        f"<h1>{html.escape(parts[0][2:])}</h1>",
+    ]
     page += [f"<h2>{title}</h2>{html_table(rows)}" for title, rows in tables.items()]
     kind = "svg+xml" if image == "svg" else image
     for title, name in curves:
@@ -211,15 +281,26 @@ def write(runs: Sequence[Run], output: str, *, smooth: int = 1, image: str = "sv
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run from the command line."""
-    parser = argparse.ArgumentParser(prog="python -m align_jax.report", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m align_jax.report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("workdir", nargs="+", help="--workdir of a run: a local path or gs://...")
     parser.add_argument("--output", required=True, help="folder to write to")
-    parser.add_argument("--smooth", type=int, default=1, help="rows to average over in the training curves")
-    parser.add_argument("--image", choices=("svg", "png"), default="svg", help="kind of the curves' files")
+    parser.add_argument(
+        "--smooth", type=int, default=1, help="rows to average over in the training curves"
+    )
+    parser.add_argument(
+        "--image", choices=("svg", "png"), default="svg", help="kind of the curves' files"
+    )
     options = parser.parse_args(argv)
-    path = write([read_run(workdir) for workdir in options.workdir], options.output, smooth=options.smooth,
-                 image=options.image)
+    path = write(
+        [read_run(workdir) for workdir in options.workdir],
+        options.output,
+        smooth=options.smooth,
+        image=options.image,
+    )
     print(f"{path} and {path.with_suffix('.html').name}")
 
 

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Sample from a model, into a file or in a conversation.
 
-    python -m align_jax.sample (--model=HF_DIR | --workdir=DIR) --prompts=FILE_OR_SOURCE --output=FILE.jsonl
+    python -m align_jax.sample (--model=HF_DIR | --workdir=DIR) --prompts=FILE_OR_SOURCE
+    --output=FILE.jsonl
         [--samples_per_prompt=4 --temperature=0.7 --top_p=0.95 --max_new_tokens=256 --seed=0]
     python -m align_jax.sample (--model=HF_DIR | --workdir=DIR) --chat
 
-A line of the output holds HALOs' fields (prompt, output, generator, dataset, prompt_id, sample_id, type), the prompt's
-own columns, and how it was sampled; ``align_jax.label`` makes feedback of it.  The same command goes on where an
-interrupted one stopped.
+A line of the output holds HALOs' fields (prompt, output, generator, dataset, prompt_id, sample_id,
+type), the prompt's own columns, and how it was sampled; ``align_jax.label`` makes feedback of it.
+The same command goes on where an interrupted one stopped.
 """
+
 from __future__ import annotations
 
 import json
@@ -17,10 +19,9 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from absl import app, flags, logging
 import tqdm
+from absl import app, flags, logging
 
-from align_jax.runs import setup
 from align_jax.core.schema import Example
 from align_jax.data import chat, datasets
 from align_jax.data.tokenizer import load_tokenizer
@@ -32,6 +33,7 @@ from align_jax.models.model import build
 from align_jax.parallel import distributed
 from align_jax.parallel.mesh import make_mesh, row_shards
 from align_jax.parallel.sharding import tree_shardings
+from align_jax.runs import setup
 
 
 class Speaker(NamedTuple):
@@ -42,8 +44,14 @@ class Speaker(NamedTuple):
     name: str
 
 
-def load_model(path: str, *, rows: int, max_length: int | None = None, compute_dtype: str = "bfloat16",
-               chat_template: str | None = None) -> Speaker:
+def load_model(
+    path: str,
+    *,
+    rows: int,
+    max_length: int | None = None,
+    compute_dtype: str = "bfloat16",
+    chat_template: str | None = None,
+) -> Speaker:
     """Load a Hugging Face checkpoint over all devices, for generation.
 
     Args:
@@ -56,13 +64,23 @@ def load_model(path: str, *, rows: int, max_length: int | None = None, compute_d
     tokenizer = load_tokenizer(path, chat_template=chat_template)
     config, mesh = hf.load_config(path), make_mesh({"fsdp": -1})
     model = build(config, compute_dtype=compute_dtype, remat="none")
-    _, params = hf.load(path, config=config, dtype=compute_dtype, shardings=tree_shardings(mesh, model.axes()))
-    generator = Generator(model, tokenizer, rows=round_up(rows, row_shards(mesh)), mesh=mesh, max_length=max_length,
-                          stop_ids=stop_tokens(tokenizer, path))
+    _, params = hf.load(
+        path, config=config, dtype=compute_dtype, shardings=tree_shardings(mesh, model.axes())
+    )
+    generator = Generator(
+        model,
+        tokenizer,
+        rows=round_up(rows, row_shards(mesh)),
+        mesh=mesh,
+        max_length=max_length,
+        stop_ids=stop_tokens(tokenizer, path),
+    )
     return Speaker(ENGINES["local"](generator, params), tokenizer, path)
 
 
-def load_run(workdir: str, *, rows: int, which: str = "latest", max_length: int | None = None) -> Speaker:
+def load_run(
+    workdir: str, *, rows: int, which: str = "latest", max_length: int | None = None
+) -> Speaker:
     """Load a run's policy from its checkpoint; adapters stay unmerged.
 
     Args:
@@ -72,10 +90,18 @@ def load_run(workdir: str, *, rows: int, which: str = "latest", max_length: int 
         max_length: tokens of a prompt with its completion; None: the model's positions.
     """
     trained = setup.restore(workdir, which)
-    generator = Generator(trained.setting.models.policy, trained.setting.tokenizer, mesh=trained.mesh,
-                          rows=round_up(rows, row_shards(trained.mesh)), max_length=max_length)
-    return Speaker(ENGINES["local"](generator, trained.params), trained.setting.tokenizer,
-                   f"{workdir}@{trained.step}")
+    generator = Generator(
+        trained.setting.models.policy,
+        trained.setting.tokenizer,
+        mesh=trained.mesh,
+        rows=round_up(rows, row_shards(trained.mesh)),
+        max_length=max_length,
+    )
+    return Speaker(
+        ENGINES["local"](generator, trained.params),
+        trained.setting.tokenizer,
+        f"{workdir}@{trained.step}",
+    )
 
 
 def round_up(rows: int, multiple: int) -> int:
@@ -85,8 +111,14 @@ def round_up(rows: int, multiple: int) -> int:
 
 def settings(sampling: Sampling, **more: Any) -> dict[str, Any]:
     """Return how samples are made, as it stands in each record and is compared on resuming."""
-    return {"temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p,
-            "min_p": sampling.min_p, "repetition_penalty": sampling.repetition_penalty, **more}
+    return {
+        "temperature": sampling.temperature,
+        "top_k": sampling.top_k,
+        "top_p": sampling.top_p,
+        "min_p": sampling.min_p,
+        "repetition_penalty": sampling.repetition_penalty,
+        **more,
+    }
 
 
 def finished(path: pathlib.Path, how: dict[str, Any]) -> int:
@@ -98,30 +130,60 @@ def finished(path: pathlib.Path, how: dict[str, Any]) -> int:
     if not path.exists():
         return 0
     text = path.read_text(encoding="utf-8")
-    whole = text[:text.rfind("\n") + 1]
+    whole = text[: text.rfind("\n") + 1]
     if whole != text:
         path.write_text(whole, encoding="utf-8")
     lines = whole.splitlines()
     if lines and json.loads(lines[0])["sampling"] != how:
-        raise ValueError(f"{path} holds samples made with {json.loads(lines[0])['sampling']}, not with {how}; "
-                         "choose another --output, or delete it")
+        raise ValueError(
+            f"{path} holds samples made with {json.loads(lines[0])['sampling']}, "
+            f"not with {how}; "
+            "choose another --output, or delete it"
+        )
     return len(lines)
 
 
-def make_records(examples: Sequence[tuple[int, Example]], completions: Sequence[Sequence[Completion]], *, name: str,
-                 dataset: str, how: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def make_records(
+    examples: Sequence[tuple[int, Example]],
+    completions: Sequence[Sequence[Completion]],
+    *,
+    name: str,
+    dataset: str,
+    how: dict[str, Any],
+) -> Iterator[dict[str, Any]]:
     """Return a record for each completion."""
     for (number, example), several in zip(examples, completions):
         prompt = example.prompt if isinstance(example.prompt, str) else list(example.prompt)
         for i, one in enumerate(several):
-            yield {**example.extras, "prompt": prompt, "output": one.text, "generator": name, "dataset": dataset,
-                   "prompt_id": number, "sample_id": i, "type": "sample", "finish": one.finish,
-                   "tokens": len(one.tokens), "sampling": how}
+            yield {
+                **example.extras,
+                "prompt": prompt,
+                "output": one.text,
+                "generator": name,
+                "dataset": dataset,
+                "prompt_id": number,
+                "sample_id": i,
+                "type": "sample",
+                "finish": one.finish,
+                "tokens": len(one.tokens),
+                "sampling": how,
+            }
 
 
-def sample_file(speaker: Speaker, prompts: str, output: str, *, sampling: Sampling, samples: int, max_new_tokens: int,
-                seed: int = 0, stop: Sequence[str] = (), limit: int | None = None, chunk: int = 64,
-                show: bool = True) -> int:
+def sample_file(
+    speaker: Speaker,
+    prompts: str,
+    output: str,
+    *,
+    sampling: Sampling,
+    samples: int,
+    max_new_tokens: int,
+    seed: int = 0,
+    stop: Sequence[str] = (),
+    limit: int | None = None,
+    chunk: int = 64,
+    show: bool = True,
+) -> int:
     """Sample every prompt of a source into a file of JSON lines.
 
     Args:
@@ -137,32 +199,74 @@ def sample_file(speaker: Speaker, prompts: str, output: str, *, sampling: Sampli
     Returns:
         Records written now.
     """
-    examples = datasets.load(prompts, kind="prompts", chat=bool(speaker.tokenizer.chat_template), limit=limit)
-    how = settings(sampling, samples_per_prompt=samples, max_new_tokens=max_new_tokens, seed=seed, stop=list(stop),
-                   generator=speaker.name, prompts=prompts)
+    examples = datasets.load(
+        prompts, kind="prompts", chat=bool(speaker.tokenizer.chat_template), limit=limit
+    )
+    how = settings(
+        sampling,
+        samples_per_prompt=samples,
+        max_new_tokens=max_new_tokens,
+        seed=seed,
+        stop=list(stop),
+        generator=speaker.name,
+        prompts=prompts,
+    )
     path = pathlib.Path(output)
     path.parent.mkdir(parents=True, exist_ok=True)
     done = finished(path, how)
-    numbered = list(enumerate(examples.items))[done // samples:]
+    numbered = list(enumerate(examples.items))[done // samples :]
     skip, written = done % samples, 0
-    bar = tqdm.tqdm(total=len(examples) * samples, initial=done, unit="sample", file=sys.stderr, disable=not show)
+    bar = tqdm.tqdm(
+        total=len(examples) * samples,
+        initial=done,
+        unit="sample",
+        file=sys.stderr,
+        disable=not show,
+    )
     with bar, path.open("a", encoding="utf-8") as file:
         for begin in range(0, len(numbered), chunk):
-            part = numbered[begin:begin + chunk]
+            part = numbered[begin : begin + chunk]
             encoded = chat.encode_many([example for _, example in part], speaker.tokenizer)
-            requests = [Request(tuple(tokens.prompt), samples, max_new_tokens, sampling, seed + number, tuple(stop))
-                        for (number, _), tokens in zip(part, encoded)]
-            records = list(make_records(part, speaker.engine(requests, bar.update), name=speaker.name,
-                                        dataset=prompts, how=how))
-            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records[skip:])
+            requests = [
+                Request(
+                    tuple(tokens.prompt),
+                    samples,
+                    max_new_tokens,
+                    sampling,
+                    seed + number,
+                    tuple(stop),
+                )
+                for (number, _), tokens in zip(part, encoded)
+            ]
+            records = list(
+                make_records(
+                    part,
+                    speaker.engine(requests, bar.update),
+                    name=speaker.name,
+                    dataset=prompts,
+                    how=how,
+                )
+            )
+            file.writelines(
+                json.dumps(record, ensure_ascii=False) + "\n" for record in records[skip:]
+            )
             file.flush()
             written, skip = written + len(records) - skip, 0
     return written
 
 
-def converse(speaker: Speaker, *, sampling: Sampling, max_new_tokens: int, seed: int, stop: Sequence[str] = (),
-             ask: Callable[[str], str] = input, say: Callable[[str], None] = print) -> None:
-    """Talk with a model until an empty line or the end of input; without a chat template it continues the text."""
+def converse(
+    speaker: Speaker,
+    *,
+    sampling: Sampling,
+    max_new_tokens: int,
+    seed: int,
+    stop: Sequence[str] = (),
+    ask: Callable[[str], str] = input,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Talk with a model until an empty line or the end of input; without a chat template it
+    continues the text."""
     turns: list[dict[str, str]] = []
     while True:
         try:
@@ -174,7 +278,9 @@ def converse(speaker: Speaker, *, sampling: Sampling, max_new_tokens: int, seed:
         turns.append({"role": "user", "content": words})
         prompt = tuple(turns) if speaker.tokenizer.chat_template else words
         ids = chat.encode(Example(prompt, (), source="the conversation"), speaker.tokenizer).prompt
-        one = speaker.engine([Request(tuple(ids), 1, max_new_tokens, sampling, seed + len(turns), tuple(stop))])[0][0]
+        one = speaker.engine(
+            [Request(tuple(ids), 1, max_new_tokens, sampling, seed + len(turns), tuple(stop))]
+        )[0][0]
         say(one.text)
         turns.append({"role": "assistant", "content": one.text})
 
@@ -184,13 +290,17 @@ def define_flags() -> None:
     flags.DEFINE_string("model", "", "Hugging Face checkpoint: directory or hub id.")
     flags.DEFINE_string("workdir", "", "Folder of a training run.")
     flags.DEFINE_string("step", "latest", "Checkpoint of the run: latest, best or a step.")
-    flags.DEFINE_string("url", "", "OpenAI-compatible server that serves --model; nothing is loaded here.")
+    flags.DEFINE_string(
+        "url", "", "OpenAI-compatible server that serves --model; nothing is loaded here."
+    )
     flags.DEFINE_string("prompts", "", "Data source: path, glob, tfds:..., hf:..., builtin:...")
     flags.DEFINE_string("output", "", "File of JSON lines.")
     flags.DEFINE_bool("chat", False, "Talk instead of reading prompts.")
     flags.DEFINE_integer("samples_per_prompt", 1, "Completions of each prompt.", 1)
     flags.DEFINE_integer("max_new_tokens", 256, "Tokens of a completion at most.", 1)
-    flags.DEFINE_integer("max_length", 0, "Tokens of prompt and completion; 0 = the model's positions.", 0)
+    flags.DEFINE_integer(
+        "max_length", 0, "Tokens of prompt and completion; 0 = the model's positions.", 0
+    )
     flags.DEFINE_float("temperature", 0.7, "0 is greedy.")
     flags.DEFINE_float("top_p", 1.0, "Nucleus; 1 = all.")
     flags.DEFINE_integer("top_k", 0, "0 = all.")
@@ -201,7 +311,9 @@ def define_flags() -> None:
     flags.DEFINE_integer("rows", 64, "Completions decoded together.", 1)
     flags.DEFINE_integer("limit", 0, "Prompts at most; 0 = all.", 0)
     flags.DEFINE_string("dtype", "bfloat16", "Of weights and activations (--model).")
-    flags.DEFINE_string("chat_template", "", "Jinja template or file (--model); default: the tokenizer's own.")
+    flags.DEFINE_string(
+        "chat_template", "", "Jinja template or file (--model); default: the tokenizer's own."
+    )
 
 
 def main(argv: Sequence[str]) -> None:
@@ -220,20 +332,40 @@ def main(argv: Sequence[str]) -> None:
     template = values.chat_template or None
     if values.url:
         tokenizer = load_tokenizer(values.model, chat_template=template)
-        speaker = Speaker(ENGINES["openai"](values.url, values.model, tokenizer), tokenizer, values.model)
+        speaker = Speaker(
+            ENGINES["openai"](values.url, values.model, tokenizer), tokenizer, values.model
+        )
     elif values.workdir:
-        speaker = load_run(values.workdir, rows=rows, which=values.step, max_length=values.max_length or None)
+        speaker = load_run(
+            values.workdir, rows=rows, which=values.step, max_length=values.max_length or None
+        )
     else:
-        speaker = load_model(values.model, rows=rows, max_length=values.max_length or None,
-                             compute_dtype=values.dtype, chat_template=template)
-    shared = dict(sampling=Sampling(values.temperature, values.top_k, values.top_p, values.min_p,
-                                    values.repetition_penalty),
-                  max_new_tokens=values.max_new_tokens, seed=values.seed, stop=tuple(values.stop))
+        speaker = load_model(
+            values.model,
+            rows=rows,
+            max_length=values.max_length or None,
+            compute_dtype=values.dtype,
+            chat_template=template,
+        )
+    shared = dict(
+        sampling=Sampling(
+            values.temperature, values.top_k, values.top_p, values.min_p, values.repetition_penalty
+        ),
+        max_new_tokens=values.max_new_tokens,
+        seed=values.seed,
+        stop=tuple(values.stop),
+    )
     if values.chat:
         converse(speaker, **shared)
     else:
-        sample_file(speaker, values.prompts, values.output, samples=values.samples_per_prompt,
-                    limit=values.limit or None, **shared)
+        sample_file(
+            speaker,
+            values.prompts,
+            values.output,
+            samples=values.samples_per_prompt,
+            limit=values.limit or None,
+            **shared,
+        )
 
 
 if __name__ == "__main__":

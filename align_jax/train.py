@@ -1,19 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train a model on preferences.
 
-    python -m align_jax.train --config=configs/dpo_7b.py --workdir=gs://bucket/run [--config.any.key=value ...]
+python -m align_jax.train --config=configs/dpo_7b.py --workdir=gs://bucket/run
+[--config.any.key=value ...]
 
-    config ─ data ─ models ─ plan ─ weights ─┬─ batch ─ step ─ metrics ─┬─ checkpoint, evaluation
-                                             └──────────◄───────────────┘
+config ─ data ─ models ─ plan ─ weights ─┬─ batch ─ step ─ metrics ─┬─ checkpoint, evaluation
+                                         └──────────◄───────────────┘
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 from absl import app, flags, logging
 from etils import epath
-import jax
 from ml_collections import ConfigDict, config_flags
 
 from align_jax.core import metrics
@@ -23,12 +25,18 @@ from align_jax.online.rollout import Rollouts, Weights
 from align_jax.parallel import distributed
 from align_jax.parallel.chips import peak_flops
 from align_jax.parallel.sharding import put_batch
-from align_jax.runs.setup import Offline, Run, batches_of, lower, make_source, open_checkpoints, prepare
-from align_jax.training import debug
-from align_jax.training import initialize
-from align_jax.training import partitioning
+from align_jax.runs.setup import (
+    Offline,
+    Run,
+    batches_of,
+    lower,
+    make_source,
+    open_checkpoints,
+    prepare,
+)
 from align_jax.storage import workdir as record
 from align_jax.storage.checkpoint import Checkpoints
+from align_jax.training import debug, initialize, partitioning
 from align_jax.training.flops import step_flops
 
 
@@ -39,12 +47,23 @@ def start(run: Run, checkpoints: Checkpoints) -> tuple[int, Any, Any, dict[str, 
         (finished steps, state, frozen, what was saved beside the state).
     """
     config, which = run.config, str(run.config.checkpoint.restore)
-    frozen = initialize.load_frozen(run.recipe, run.plan, path=config.model.path, seed=config.seed,
-                                  reference_path=config.reference.path)
+    frozen = initialize.load_frozen(
+        run.recipe,
+        run.plan,
+        path=config.model.path,
+        seed=config.seed,
+        reference_path=config.reference.path,
+    )
     restored = checkpoints.restore(run.plan.state, which, rewind=True)
     if restored is None:
-        trained = initialize.load_trained(run.recipe, run.plan, frozen, path=config.model.path, seed=config.seed,
-                                        adapter_path=config.model.lora.path)
+        trained = initialize.load_trained(
+            run.recipe,
+            run.plan,
+            frozen,
+            path=config.model.path,
+            seed=config.seed,
+            adapter_path=config.model.lora.path,
+        )
         return 0, initialize.first_state(run.recipe, run.plan, trained), frozen, {}
     return (restored.step if restored.own else 0), restored.state, frozen, restored.extra
 
@@ -54,8 +73,11 @@ def weights_of(state: Any, frozen: Any) -> Weights:
     return Weights(merge(frozen["base"], state["params"]), frozen.get("reference", frozen["base"]))
 
 
-def make_evaluation(run: Run, source: Offline | Rollouts) -> Callable[[Any, Any], dict[str, float]] | None:
-    """Return a function from (state, frozen) to the held-out set's means; None where nothing is held out.
+def make_evaluation(
+    run: Run, source: Offline | Rollouts
+) -> Callable[[Any, Any], dict[str, float]] | None:
+    """Return a function from (state, frozen) to the held-out set's means; None where nothing is
+    held out.
 
     Of examples the means are those of the eval step; of prompts, those of the policy's samples.
     """
@@ -63,7 +85,10 @@ def make_evaluation(run: Run, source: Offline | Rollouts) -> Callable[[Any, Any]
         return None
     if run.eval is None:
         return lambda state, frozen: source.evaluate(weights_of(state, frozen))
-    batches, step = batches_of(run, run.eval, run.held_out), partitioning.jit_eval_step(run.recipe, run.mesh)
+    batches, step = (
+        batches_of(run, run.eval, run.held_out),
+        partitioning.jit_eval_step(run.recipe, run.mesh),
+    )
 
     def evaluate(state: Any, frozen: Any) -> dict[str, float]:
         sums = None
@@ -97,26 +122,65 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
     main_process = distributed.is_main()
     if main_process:
         record.write_record(workdir, config.to_dict())
-    with (jax.set_mesh(run.mesh), open_checkpoints(config, workdir) as checkpoints,
-          distributed.stop_signal() as stop):
+    with (
+        jax.set_mesh(run.mesh),
+        open_checkpoints(config, workdir) as checkpoints,
+        distributed.stop_signal() as stop,
+    ):
         first, state, frozen, extra = start(run, checkpoints)
-        writers = metrics.open_writers(workdir, start_step=first, tensorboard=config.log.tensorboard,
-                                       wandb=config.log.wandb, config=config.to_dict()) if main_process else []
-        bar = Progress(run.total_steps, start_step=first, every_steps=config.log.every_steps, shown=main_process)
-        recorder = metrics.Recorder(writers, bar, every_steps=config.log.every_steps, start_step=first,
-                                    start_tokens=extra.get("num_tokens", 0), flops_per_step=model_flops(run),
-                                    peak_flops=peak_flops(run.mesh.devices.flatten().tolist()))
+        writers = (
+            metrics.open_writers(
+                workdir,
+                start_step=first,
+                tensorboard=config.log.tensorboard,
+                wandb=config.log.wandb,
+                config=config.to_dict(),
+            )
+            if main_process
+            else []
+        )
+        bar = Progress(
+            run.total_steps,
+            start_step=first,
+            every_steps=config.log.every_steps,
+            shown=main_process,
+        )
+        recorder = metrics.Recorder(
+            writers,
+            bar,
+            every_steps=config.log.every_steps,
+            start_step=first,
+            start_tokens=extra.get("num_tokens", 0),
+            flops_per_step=model_flops(run),
+            peak_flops=peak_flops(run.mesh.devices.flatten().tolist()),
+        )
         for line in describe(run):
             recorder.note(line)
         try:
-            return loop(run, checkpoints, recorder, stop, first, state, frozen,
-                        make_source(run, first, extra.get("source", {})))
+            return loop(
+                run,
+                checkpoints,
+                recorder,
+                stop,
+                first,
+                state,
+                frozen,
+                make_source(run, first, extra.get("source", {})),
+            )
         finally:
             recorder.close()
 
 
-def loop(run: Run, checkpoints: Checkpoints, recorder: metrics.Recorder, stop: Callable[[int], bool], first: int,
-         state: Any, frozen: Any, batches: Offline | Rollouts) -> dict[str, float]:
+def loop(
+    run: Run,
+    checkpoints: Checkpoints,
+    recorder: metrics.Recorder,
+    stop: Callable[[int], bool],
+    first: int,
+    state: Any,
+    frozen: Any,
+    batches: Offline | Rollouts,
+) -> dict[str, float]:
     """Step until the end or a stop signal; log, evaluate and save on schedule."""
     config, folder, last_eval = run.config, epath.Path(run.workdir), {}
     evaluation = make_evaluation(run, batches)
@@ -128,10 +192,17 @@ def loop(run: Run, checkpoints: Checkpoints, recorder: metrics.Recorder, stop: C
             return
         step, values = arrived
         try:
-            metrics.check_finite(values, step=step, saved=checkpoints.last_good(), position=rows_of(run, recent[step]))
+            metrics.check_finite(
+                values,
+                step=step,
+                saved=checkpoints.last_good(),
+                position=rows_of(run, recent[step]),
+            )
         except FloatingPointError:
             if config.debug.nan_check:
-                recorder.note(debug.find_nan(run.recipe, state, frozen, put_batch(run.mesh, recent[step])))
+                recorder.note(
+                    debug.find_nan(run.recipe, state, frozen, put_batch(run.mesh, recent[step]))
+                )
             raise
 
     def evaluate_at(step: int) -> dict[str, float]:
@@ -147,7 +218,10 @@ def loop(run: Run, checkpoints: Checkpoints, recorder: metrics.Recorder, stop: C
     with debug.traced(folder / "profile", config.debug.profile_steps) as before:
         for step in range(first + 1, run.total_steps + 1):
             before(step)
-            recent = {step - 1: recent.get(step - 1), step: batches.next(lambda: weights_of(state, frozen))}
+            recent = {
+                step - 1: recent.get(step - 1),
+                step: batches.next(lambda: weights_of(state, frozen)),
+            }
             batch = put_batch(run.mesh, recent[step])
             with jax.transfer_guard("disallow"):
                 state, values = train_step(state, frozen, batch)
@@ -158,7 +232,8 @@ def loop(run: Run, checkpoints: Checkpoints, recorder: metrics.Recorder, stop: C
                 batches.log_samples(folder, step)
             done, stopping = step == run.total_steps, stop(step)
             evaluating = evaluation is not None and (
-                done or config.eval.every_steps and step % config.eval.every_steps == 0)
+                done or config.eval.every_steps and step % config.eval.every_steps == 0
+            )
             saving = "persistent" if done or stopping else checkpoints.due(step)
             if evaluating or saving:
                 check(recorder.flush())
@@ -166,12 +241,23 @@ def loop(run: Run, checkpoints: Checkpoints, recorder: metrics.Recorder, stop: C
                 if evaluating:
                     last_eval = evaluate_at(step)
                 if saving:
-                    extra = {"num_tokens": recorder.num_tokens,
-                             "source": batches.save(folder, step, kept=checkpoints.resumable())}
-                    checkpoints.save(step, state, extra, last_eval if evaluating else None, tier=saving,
-                                     wait=done or stopping)
+                    extra = {
+                        "num_tokens": recorder.num_tokens,
+                        "source": batches.save(folder, step, kept=checkpoints.resumable()),
+                    }
+                    checkpoints.save(
+                        step,
+                        state,
+                        extra,
+                        last_eval if evaluating else None,
+                        tier=saving,
+                        wait=done or stopping,
+                    )
             if stopping and not done:
-                recorder.note(f"stopped by a signal after step {step}, which is saved; the same command resumes")
+                recorder.note(
+                    f"stopped by a signal after step {step}, which is saved; the same "
+                    "command resumes"
+                )
                 break
     return last_eval
 
@@ -179,7 +265,9 @@ def loop(run: Run, checkpoints: Checkpoints, recorder: metrics.Recorder, stop: C
 def model_flops(run: Run) -> float:
     """Count the model FLOPs of a step, for the utilisation of the chips."""
     packed = run.config.data.layout != "plain"
-    return step_flops(run.recipe, run.train.abstract(), segment_length=run.config.max_length if packed else None).model
+    return step_flops(
+        run.recipe, run.train.abstract(), segment_length=run.config.max_length if packed else None
+    ).model
 
 
 def describe(run: Run) -> list[str]:
@@ -187,18 +275,31 @@ def describe(run: Run) -> list[str]:
     shape, mesh = run.train.shape, {axis: size for axis, size in run.mesh.shape.items() if size > 1}
     trained, frozen = initialize.count(run.plan.trained), initialize.count(run.plan.frozen)
     return [
-        f"{run.config.objective.name}: {run.train.num_examples} examples, {run.total_steps} steps of "
+        f"{run.config.objective.name}: {run.train.num_examples} examples, {run.total_steps} "
+        "steps of "
         f"{shape.groups} groups in {shape.rows} rows of {shape.length} tokens",
         f"parameters: {trained:,} trained, {frozen:,} frozen; devices: {jax.device_count()} "
         f"{jax.devices()[0].device_kind} {mesh or ''}",
-        "data: " + ", ".join(f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
-                             for name, value in {**run.examples.report, **run.train.report}.items()),
+        "data: "
+        + ", ".join(
+            f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
+            for name, value in {**run.examples.report, **run.train.report}.items()
+        ),
     ]
 
 
 def summary(step: int, values: dict[str, float]) -> str:
     """Write an evaluation on one line."""
-    shown = ("loss", "rewards/accuracies", "rewards/margins", "accuracy", "margin", "nll", "kl", "reward")
+    shown = (
+        "loss",
+        "rewards/accuracies",
+        "rewards/margins",
+        "accuracy",
+        "margin",
+        "nll",
+        "kl",
+        "reward",
+    )
     found = [f"{name} {values[f'eval/{name}']:.4g}" for name in shown if f"eval/{name}" in values]
     return f"eval at step {step}: " + ", ".join(found)
 
@@ -206,14 +307,20 @@ def summary(step: int, values: dict[str, float]) -> str:
 def main(argv: Sequence[str]) -> None:
     """Run from the command line."""
     if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments {argv[1:]}; flags are --config, --config.KEY=VALUE and --workdir")
+        raise app.UsageError(
+            f"unknown arguments {argv[1:]}; flags are --config, --config.KEY=VALUE and --workdir"
+        )
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax tells much of little
     train(flags.FLAGS.config, flags.FLAGS.workdir)
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file("config", None, "Config file, its argument after a colon.", lock_config=True)
-    flags.DEFINE_string("workdir", None, "Folder of the run: a local path or gs://...; restarting resumes it.")
+    config_flags.DEFINE_config_file(
+        "config", None, "Config file, its argument after a colon.", lock_config=True
+    )
+    flags.DEFINE_string(
+        "workdir", None, "Folder of the run: a local path or gs://...; restarting resumes it."
+    )
     flags.mark_flags_as_required(["config", "workdir"])
     app.run(main)

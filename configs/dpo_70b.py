@@ -4,13 +4,14 @@
     python -m align_jax.train --config=configs/dpo_70b.py --workdir=gs://BUCKET/dpo_70b
     python -m align_jax.plan --config=configs/dpo_70b.py --topology=v5p:8x8x8
 
-Recipe: Tülu 3 (Lambert et al. 2024, arXiv 2411.15124, section 5; allenai/open-instruct, docs/tulu3.md, "Llama-3.1-
-Tulu-3-70B-DPO"): dpo_norm with beta 5, learning rate 2e-7, batch 64 * 2 = 128 pairs, linear, 10 % warm-up, one epoch,
-2,048 tokens.
-Difference: the reference runs in the graph; there its log-probabilities are computed beforehand, which
---config.reference.mode=cached does here.
+Recipe: Tülu 3 (Lambert et al. 2024, arXiv 2411.15124, section 5; allenai/open-instruct,
+docs/tulu3.md, "Llama-3.1- Tulu-3-70B-DPO"): dpo_norm with beta 5, learning rate 2e-7, batch 64 * 2
+= 128 pairs, linear, 10 % warm-up, one epoch, 2,048 tokens.
+Difference: the reference runs in the graph; there its log-probabilities are computed beforehand,
+which --config.reference.mode=cached does here.
 Topology: v5p:8x8x8.  Not yet run.
 """
+
 from align_jax import losses
 from align_jax.core.config import ConfigDict, defaults
 
@@ -22,12 +23,28 @@ def get_config() -> ConfigDict:
     config.max_length = 2048
 
     config.model.path = "allenai/Llama-3.1-Tulu-3-70B-SFT"
-    config.model.family = "llama"  # with the fields below: what align_jax.plan compiles without the checkpoint
-    config.model.config = ConfigDict(dict(
-        vocab_size=128264, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
-        num_key_value_heads=8, max_position_embeddings=131072, rope_theta=500000.0, rms_norm_eps=1e-5,
-        rope_scaling=dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
-                          original_max_position_embeddings=8192)))
+    # with the fields below: what align_jax.plan compiles without the checkpoint
+    config.model.family = "llama"
+    config.model.config = ConfigDict(
+        dict(
+            vocab_size=128264,
+            hidden_size=8192,
+            intermediate_size=28672,
+            num_hidden_layers=80,
+            num_attention_heads=64,
+            num_key_value_heads=8,
+            max_position_embeddings=131072,
+            rope_theta=500000.0,
+            rms_norm_eps=1e-5,
+            rope_scaling=dict(
+                rope_type="llama3",
+                factor=8.0,
+                low_freq_factor=1.0,
+                high_freq_factor=4.0,
+                original_max_position_embeddings=8192,
+            ),
+        )
+    )
 
     config.data.train = "hf:allenai/llama-3.1-tulu-3-70b-preference-mixture:train"
     config.data.eval_fraction = 0.005

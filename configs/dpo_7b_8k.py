@@ -4,11 +4,12 @@
     python -m align_jax.train --config=configs/dpo_7b_8k.py --workdir=gs://BUCKET/dpo_7b_8k
     python -m align_jax.plan --config=configs/dpo_7b_8k.py --topology=v5e:16x16
 
-Recipe: OpenRLHF/OpenRLHF, examples/scripts/train_dpo_llama.sh: Llama 3 8B after SFT, beta 0.1, learning rate 5e-7,
-batch 256 pairs, one epoch, 8,192 tokens, on a mixture of 555,000 pairs; OpenRLHF's cosine to a tenth of the peak after
-3 % warm-up.
+Recipe: OpenRLHF/OpenRLHF, examples/scripts/train_dpo_llama.sh: Llama 3 8B after SFT, beta 0.1,
+learning rate 5e-7, batch 256 pairs, one epoch, 8,192 tokens, on a mixture of 555,000 pairs;
+OpenRLHF's cosine to a tenth of the peak after 3 % warm-up.
 Topology: v5e:16x16.  Not yet run.
 """
+
 from align_jax import losses
 from align_jax.core.config import ConfigDict, defaults
 
@@ -21,10 +22,21 @@ def get_config() -> ConfigDict:
     config.max_length = 8192
 
     config.model.path = "OpenRLHF/Llama-3-8b-sft-mixture"
-    config.model.family = "llama"  # with the fields below: what align_jax.plan compiles without the checkpoint
-    config.model.config = ConfigDict(dict(
-        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-        num_key_value_heads=8, max_position_embeddings=8192, rope_theta=500000.0, rms_norm_eps=1e-5))
+    # with the fields below: what align_jax.plan compiles without the checkpoint
+    config.model.family = "llama"
+    config.model.config = ConfigDict(
+        dict(
+            vocab_size=128256,
+            hidden_size=4096,
+            intermediate_size=14336,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            max_position_embeddings=8192,
+            rope_theta=500000.0,
+            rms_norm_eps=1e-5,
+        )
+    )
 
     config.data.train = "hf:OpenRLHF/preference_dataset_mixture2_and_safe_pku:train"
     config.data.eval_fraction = 0.005

@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DPO of a 7B model by low-rank adapters: one frozen copy of the weights is the policy's base and the reference.
+"""DPO of a 7B model by low-rank adapters: one frozen copy of the weights is the policy's base and
+the reference.
 
     python -m align_jax.train --config=configs/dpo_lora_7b.py --workdir=gs://BUCKET/dpo_lora_7b
     python -m align_jax.plan --config=configs/dpo_lora_7b.py --topology=v5e:2x4
 
-Recipe: the alignment-handbook's recipes/zephyr-7b-beta/dpo/config_qlora.yaml: rank 16, alpha 16, dropout 0.05 on all
-seven matrices of a layer, beta 0.01, learning rate 5e-6, batch 4 * 8 = 32 pairs, cosine, 10 % warm-up, one epoch, 1,024
-tokens of which 512 prompt.
-Differences: the base is held in bfloat16 (--config.model.quantize=nf4 holds it in 4 bits, as the handbook does), and
-the SFT checkpoint is the full fine-tune, not the handbook's adapter.
+Recipe: the alignment-handbook's recipes/zephyr-7b-beta/dpo/config_qlora.yaml: rank 16, alpha 16,
+dropout 0.05 on all seven matrices of a layer, beta 0.01, learning rate 5e-6, batch 4 * 8 = 32
+pairs, cosine, 10 % warm-up, one epoch, 1,024 tokens of which 512 prompt.
+Differences: the base is held in bfloat16 (--config.model.quantize=nf4 holds it in 4 bits, as the
+handbook does), and the SFT checkpoint is the full fine-tune, not the handbook's adapter.
 Topology: v5e:2x4.  Not yet run.
 """
+
 from align_jax import losses
 from align_jax.core.config import ConfigDict, defaults
 
@@ -23,10 +25,21 @@ def get_config() -> ConfigDict:
     config.max_length = 1024
 
     config.model.path = "alignment-handbook/zephyr-7b-sft-full"
-    config.model.family = "mistral"  # with the fields below: what align_jax.plan compiles without the checkpoint
-    config.model.config = ConfigDict(dict(
-        vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-        num_key_value_heads=8, max_position_embeddings=32768, sliding_window=4096, rms_norm_eps=1e-5))
+    # with the fields below: what align_jax.plan compiles without the checkpoint
+    config.model.family = "mistral"
+    config.model.config = ConfigDict(
+        dict(
+            vocab_size=32000,
+            hidden_size=4096,
+            intermediate_size=14336,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            max_position_embeddings=32768,
+            sliding_window=4096,
+            rms_norm_eps=1e-5,
+        )
+    )
     config.model.lora.rank = 16
     config.model.lora.alpha = 16.0
     config.model.lora.dropout = 0.05

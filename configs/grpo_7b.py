@@ -4,14 +4,15 @@
     python -m align_jax.train --config=configs/grpo_7b.py --workdir=gs://BUCKET/grpo_7b
     python -m align_jax.plan --config=configs/grpo_7b.py --topology=v5e:8x8
 
-Recipe: GRPO (Shao et al. 2024, arXiv 2402.03300) with the figures of volcengine/verl, examples/grpo_trainer/
-run_qwen2_5-7b_math.sh: Qwen2.5 7B Instruct, 1,024 questions a rollout with 5 solutions each, steps of 256 questions,
-learning rate 1e-6, KL 0.001 in the loss (k3), no entropy term, 1,024 tokens of solution, 15 epochs; the loss is a mean
-over the step's tokens, clipped at 0.2 on both sides.
-Differences: GSM8K alone (there: MATH too); the question is asked as it is, and the reward reads the number from
-"\\boxed{...}", "#### ...", "the answer is ..." or, failing these, the last number (there: the prompt asks for "####").
-Topology: v5e:8x8.  Not yet run.
+Recipe: GRPO (Shao et al. 2024, arXiv 2402.03300) with the figures of volcengine/verl,
+examples/grpo_trainer/ run_qwen2_5-7b_math.sh: Qwen2.5 7B Instruct, 1,024 questions a rollout with 5
+solutions each, steps of 256 questions, learning rate 1e-6, KL 0.001 in the loss (k3), no entropy
+term, 1,024 tokens of solution, 15 epochs; the loss is a mean over the step's tokens, clipped at 0.2
+on both sides. Differences: GSM8K alone (there: MATH too); the question is asked as it is, and the
+reward reads the number from "\\boxed{...}", "#### ...", "the answer is ..." or, failing these, the
+last number (there: the prompt asks for "####"). Topology: v5e:8x8.  Not yet run.
 """
+
 from align_jax import losses
 from align_jax.core.config import ConfigDict, defaults
 
@@ -24,16 +25,36 @@ def get_config() -> ConfigDict:
     config.max_length = 1536
 
     config.model.path = "Qwen/Qwen2.5-7B-Instruct"
-    config.model.family = "qwen2"  # with the fields below: what align_jax.plan compiles without the checkpoint
-    config.model.config = ConfigDict(dict(
-        vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
-        num_key_value_heads=4, max_position_embeddings=32768, rope_theta=1e6, rms_norm_eps=1e-6))
+    # with the fields below: what align_jax.plan compiles without the checkpoint
+    config.model.family = "qwen2"
+    config.model.config = ConfigDict(
+        dict(
+            vocab_size=152064,
+            hidden_size=3584,
+            intermediate_size=18944,
+            num_hidden_layers=28,
+            num_attention_heads=28,
+            num_key_value_heads=4,
+            max_position_embeddings=32768,
+            rope_theta=1e6,
+            rms_norm_eps=1e-6,
+        )
+    )
 
     config.data.train = "set:gsm8k:train"
     config.data.eval = "set:gsm8k:test"
 
-    config.objective = ConfigDict(losses.options(
-        "grpo", loss_type="dapo", epsilon_low=0.2, epsilon_high=0.2, beta=0.001, epochs=1, minibatches=4))
+    config.objective = ConfigDict(
+        losses.options(
+            "grpo",
+            loss_type="dapo",
+            epsilon_low=0.2,
+            epsilon_high=0.2,
+            beta=0.001,
+            epochs=1,
+            minibatches=4,
+        )
+    )
     config.rollout.responses_per_prompt = 5
     config.rollout.max_new_tokens = 1024
     config.rollout.tensor = 4

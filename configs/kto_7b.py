@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""KTO of a 7B model: Zephyr's SFT checkpoint on UltraFeedback, each pair split into a good and a bad answer.
+"""KTO of a 7B model: Zephyr's SFT checkpoint on UltraFeedback, each pair split into a good and a
+bad answer.
 
     python -m align_jax.train --config=configs/kto_7b.py --workdir=gs://BUCKET/kto_7b
     python -m align_jax.plan --config=configs/kto_7b.py --topology=v5e:4x8
 
-Recipe: KTO (Ethayarajh et al. 2024, arXiv 2402.01306) with the defaults of ContextualAI/HALOs (config/config.yaml,
-config/loss/kto.yaml, config/model/base_model.yaml): beta 0.1, both weights 1, AdamW, learning rate 5e-6, batch 32
-answers, 150 steps of warm-up and then constant, gradients clipped at 5, one epoch, 1,024 tokens of which 512 prompt.
-Differences: parameters and moments are float32 (HALOs: bfloat16); the KL term is over the whole global batch, with one
-pairing that never meets its own prompt (HALOs: over each device's microbatch).
-Topology: v5e:4x8.  Not yet run.
+Recipe: KTO (Ethayarajh et al. 2024, arXiv 2402.01306) with the defaults of ContextualAI/HALOs
+(config/config.yaml, config/loss/kto.yaml, config/model/base_model.yaml): beta 0.1, both weights 1,
+AdamW, learning rate 5e-6, batch 32 answers, 150 steps of warm-up and then constant, gradients
+clipped at 5, one epoch, 1,024 tokens of which 512 prompt. Differences: parameters and moments are
+float32 (HALOs: bfloat16); the KL term is over the whole global batch, with one pairing that never
+meets its own prompt (HALOs: over each device's microbatch). Topology: v5e:4x8.  Not yet run.
 """
+
 from align_jax import losses
 from align_jax.core.config import ConfigDict, defaults
 
@@ -22,16 +24,29 @@ def get_config() -> ConfigDict:
     config.max_length = 1024
 
     config.model.path = "alignment-handbook/zephyr-7b-sft-full"
-    config.model.family = "mistral"  # with the fields below: what align_jax.plan compiles without the checkpoint
-    config.model.config = ConfigDict(dict(
-        vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-        num_key_value_heads=8, max_position_embeddings=32768, sliding_window=4096, rms_norm_eps=1e-5))
+    # with the fields below: what align_jax.plan compiles without the checkpoint
+    config.model.family = "mistral"
+    config.model.config = ConfigDict(
+        dict(
+            vocab_size=32000,
+            hidden_size=4096,
+            intermediate_size=14336,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            max_position_embeddings=32768,
+            sliding_window=4096,
+            rms_norm_eps=1e-5,
+        )
+    )
 
     config.data.train = "set:ultrafeedback:train"
     config.data.eval = "set:ultrafeedback:test"
     config.data.max_prompt_length = 512
 
-    config.objective = ConfigDict(losses.options("kto", beta=0.1, desirable_weight=1.0, undesirable_weight=1.0))
+    config.objective = ConfigDict(
+        losses.options("kto", beta=0.1, desirable_weight=1.0, undesirable_weight=1.0)
+    )
 
     config.optimizer.learning_rate = 5e-6
     config.optimizer.schedule = "constant"

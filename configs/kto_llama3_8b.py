@@ -4,13 +4,14 @@
     python -m align_jax.train --config=configs/kto_llama3_8b.py --workdir=gs://BUCKET/kto_llama3_8b
     python -m align_jax.plan --config=configs/kto_llama3_8b.py --topology=v5e:4x8
 
-Recipe: ContextualAI/HALOs, README ("loss=kto model=llama datasets=[ultrabin]" on meta-llama/Meta-Llama-3-8B, with
-++lr=5e-6 and ++loss.beta=0.1) and its defaults: batch 32 answers, 150 steps of warm-up and then constant, gradients
-clipped at 5, one epoch, 1,024 tokens of which 512 prompt.
-Differences: HALOs makes the SFT checkpoint itself; this starts from a public one (Llama 3 8B on UltraChat, of the SimPO
-authors).  Parameters and moments are float32.
+Recipe: ContextualAI/HALOs, README ("loss=kto model=llama datasets=[ultrabin]" on
+meta-llama/Meta-Llama-3-8B, with ++lr=5e-6 and ++loss.beta=0.1) and its defaults: batch 32 answers,
+150 steps of warm-up and then constant, gradients clipped at 5, one epoch, 1,024 tokens of which 512
+prompt. Differences: HALOs makes the SFT checkpoint itself; this starts from a public one (Llama 3
+8B on UltraChat, of the SimPO authors).  Parameters and moments are float32.
 Topology: v5e:4x8.  Not yet run.
 """
+
 from align_jax import losses
 from align_jax.core.config import ConfigDict, defaults
 
@@ -22,10 +23,21 @@ def get_config() -> ConfigDict:
     config.max_length = 1024
 
     config.model.path = "princeton-nlp/Llama-3-Base-8B-SFT"
-    config.model.family = "llama"  # with the fields below: what align_jax.plan compiles without the checkpoint
-    config.model.config = ConfigDict(dict(
-        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-        num_key_value_heads=8, max_position_embeddings=8192, rope_theta=500000.0, rms_norm_eps=1e-5))
+    # with the fields below: what align_jax.plan compiles without the checkpoint
+    config.model.family = "llama"
+    config.model.config = ConfigDict(
+        dict(
+            vocab_size=128256,
+            hidden_size=4096,
+            intermediate_size=14336,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            max_position_embeddings=8192,
+            rope_theta=500000.0,
+            rms_norm_eps=1e-5,
+        )
+    )
 
     config.data.train = "set:ultrafeedback:train"
     config.data.eval = "set:ultrafeedback:test"

@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Online DPO of a 7B model: Pythia 6.9B writes two summaries of a post, a reward model says which is chosen.
+"""Online DPO of a 7B model: Pythia 6.9B writes two summaries of a post, a reward model says which
+is chosen.
 
     python -m align_jax.train --config=configs/online_dpo_7b.py --workdir=gs://BUCKET/online_dpo_7b
     python -m align_jax.plan --config=configs/online_dpo_7b.py --topology=v5e:8x8
 
-Recipe: online AI feedback (Guo et al. 2024, arXiv 2402.04792) with the figures of TRL's benchmark for this very model
-(docs/source/online_dpo_trainer.md, "6.9B Online DPO experiment"): beta 0.1, learning rate 5e-7 with linear decay after
-10 % warm-up, batch 4 * 4 * 8 = 128 posts, temperature 0.9, 53 new tokens, a penalty of 1 for a summary that does not
-end, 3 epochs of TL;DR.
-Topology: v5e:8x8.  Not yet run (TRL reports a win rate of 74.2 % for it, 41.5 % before, by GPT-4o mini).
+Recipe: online AI feedback (Guo et al. 2024, arXiv 2402.04792) with the figures of TRL's benchmark
+for this very model (docs/source/online_dpo_trainer.md, "6.9B Online DPO experiment"): beta 0.1,
+learning rate 5e-7 with linear decay after 10 % warm-up, batch 4 * 4 * 8 = 128 posts, temperature
+0.9, 53 new tokens, a penalty of 1 for a summary that does not end, 3 epochs of TL;DR.
+Topology: v5e:8x8.  Not yet run (TRL reports a win rate of 74.2 % for it, 41.5 % before, by GPT-4o
+mini).
 """
+
 from align_jax import losses
 from align_jax.core.config import ConfigDict, defaults
 
@@ -21,11 +24,22 @@ def get_config() -> ConfigDict:
     config.max_length = 640
 
     config.model.path = "trl-lib/pythia-6.9b-deduped-tldr-sft"
-    config.model.family = "gpt_neox"  # with the fields below: what align_jax.plan compiles without the checkpoint
-    config.model.config = ConfigDict(dict(
-        vocab_size=50432, hidden_size=4096, intermediate_size=16384, num_hidden_layers=32, num_attention_heads=32,
-        max_position_embeddings=2048, rotary_pct=0.25, rotary_emb_base=10000, use_parallel_residual=True,
-        layer_norm_eps=1e-5))
+    # with the fields below: what align_jax.plan compiles without the checkpoint
+    config.model.family = "gpt_neox"
+    config.model.config = ConfigDict(
+        dict(
+            vocab_size=50432,
+            hidden_size=4096,
+            intermediate_size=16384,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            max_position_embeddings=2048,
+            rotary_pct=0.25,
+            rotary_emb_base=10000,
+            use_parallel_residual=True,
+            layer_norm_eps=1e-5,
+        )
+    )
 
     config.data.train = "hf:trl-lib/tldr:train"
     config.data.eval = "hf:trl-lib/tldr:validation"
@@ -37,8 +51,16 @@ def get_config() -> ConfigDict:
     config.rollout.rows = 256
     config.rollout.temperature = 0.9
     config.rollout.options = ConfigDict({"missing_eos_penalty": 1.0})
-    config.rewards = ConfigDict({"model": {"path": "trl-lib/pythia-6.9b-deduped-tldr-rm", "rows": 64,
-                                           "max_length": 640, "compute_dtype": "bfloat16"}})
+    config.rewards = ConfigDict(
+        {
+            "model": {
+                "path": "trl-lib/pythia-6.9b-deduped-tldr-rm",
+                "rows": 64,
+                "max_length": 640,
+                "compute_dtype": "bfloat16",
+            }
+        }
+    )
 
     config.optimizer.learning_rate = 5e-7
     config.optimizer.schedule = "linear"

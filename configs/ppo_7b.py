@@ -1,18 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PPO of a 7B model: Pythia 6.9B summarises Reddit posts for a reward model trained on people's comparisons.
+"""PPO of a 7B model: Pythia 6.9B summarises Reddit posts for a reward model trained on people's
+comparisons.
 
     python -m align_jax.train --config=configs/ppo_7b.py --workdir=gs://BUCKET/ppo_7b
     python -m align_jax.plan --config=configs/ppo_7b.py --topology=v5e:8x8
 
-Recipe: "The N+ implementation details of RLHF with PPO" (Huang et al. 2024, arXiv 2403.17031), with the figures of
-vwxyzjn/summarize_from_feedback_details (sbatches/ppo_left_padding6b.sbatch, new/ppo_left_padding.py): learning rate
-3e-6 with cosine decay, Adam epsilon 1e-5, batch 64 * 8 = 512 posts, 4 passes, KL 0.05, clips 0.2, value loss 0.1, gamma
-1, lambda 0.95, rewards whitened, 53 new tokens, 1,000,000 episodes = 1,953 rollouts = 7,812 steps.
-Differences: the values come from a head on the policy (there: a model of its own, started from the reward model);
-samples are drawn at temperature 1, the policy that is trained (there: 0.7, in the loss too); a summary that does not
-end loses 1 (there: gets -1).
-Topology: v5e:8x8.  Not yet run.
+Recipe: "The N+ implementation details of RLHF with PPO" (Huang et al. 2024, arXiv 2403.17031), with
+the figures of vwxyzjn/summarize_from_feedback_details (sbatches/ppo_left_padding6b.sbatch,
+new/ppo_left_padding.py): learning rate 3e-6 with cosine decay, Adam epsilon 1e-5, batch 64 * 8 =
+512 posts, 4 passes, KL 0.05, clips 0.2, value loss 0.1, gamma 1, lambda 0.95, rewards whitened, 53
+new tokens, 1,000,000 episodes = 1,953 rollouts = 7,812 steps. Differences: the values come from a
+head on the policy (there: a model of its own, started from the reward model); samples are drawn at
+temperature 1, the policy that is trained (there: 0.7, in the loss too); a summary that does not end
+loses 1 (there: gets -1). Topology: v5e:8x8.  Not yet run.
 """
+
 from align_jax import losses
 from align_jax.core.config import ConfigDict, defaults
 
@@ -25,24 +27,55 @@ def get_config() -> ConfigDict:
     config.max_length = 640
 
     config.model.path = "trl-lib/pythia-6.9b-deduped-tldr-sft"
-    config.model.family = "gpt_neox"  # with the fields below: what align_jax.plan compiles without the checkpoint
-    config.model.config = ConfigDict(dict(
-        vocab_size=50432, hidden_size=4096, intermediate_size=16384, num_hidden_layers=32, num_attention_heads=32,
-        max_position_embeddings=2048, rotary_pct=0.25, rotary_emb_base=10000, use_parallel_residual=True,
-        layer_norm_eps=1e-5))
+    # with the fields below: what align_jax.plan compiles without the checkpoint
+    config.model.family = "gpt_neox"
+    config.model.config = ConfigDict(
+        dict(
+            vocab_size=50432,
+            hidden_size=4096,
+            intermediate_size=16384,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            max_position_embeddings=2048,
+            rotary_pct=0.25,
+            rotary_emb_base=10000,
+            use_parallel_residual=True,
+            layer_norm_eps=1e-5,
+        )
+    )
 
     config.data.train = "hf:trl-lib/tldr:train"
     config.data.eval = "hf:trl-lib/tldr:validation"
 
-    config.objective = ConfigDict(losses.options(
-        "ppo", clip=0.2, value_clip=0.2, vf_coef=0.1, gamma=1.0, lam=0.95, kl_coef=0.05, epochs=4, minibatches=1,
-        whiten_rewards=True, missing_eos_penalty=1.0))
+    config.objective = ConfigDict(
+        losses.options(
+            "ppo",
+            clip=0.2,
+            value_clip=0.2,
+            vf_coef=0.1,
+            gamma=1.0,
+            lam=0.95,
+            kl_coef=0.05,
+            epochs=4,
+            minibatches=1,
+            whiten_rewards=True,
+            missing_eos_penalty=1.0,
+        )
+    )
     config.rollout.responses_per_prompt = 1
     config.rollout.max_new_tokens = 53
     config.rollout.tensor = 4
     config.rollout.rows = 512
-    config.rewards = ConfigDict({"model": {"path": "trl-lib/pythia-6.9b-deduped-tldr-rm", "rows": 64,
-                                           "max_length": 640, "compute_dtype": "bfloat16"}})
+    config.rewards = ConfigDict(
+        {
+            "model": {
+                "path": "trl-lib/pythia-6.9b-deduped-tldr-rm",
+                "rows": 64,
+                "max_length": 640,
+                "compute_dtype": "bfloat16",
+            }
+        }
+    )
 
     config.optimizer.learning_rate = 3e-6
     config.optimizer.schedule = "cosine"

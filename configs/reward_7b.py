@@ -1,16 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A 7B reward model: Mistral-Instruct with a score head, by Bradley and Terry's likelihood on 700,000 pairs.
+"""A 7B reward model: Mistral-Instruct with a score head, by Bradley and Terry's likelihood on
+700,000 pairs.
 
     python -m align_jax.train --config=configs/reward_7b.py --workdir=gs://BUCKET/reward_7b
     python -m align_jax.plan --config=configs/reward_7b.py --topology=v5e:8x8
 
 Recipe: RLHFlow (Dong et al. 2024, arXiv 2405.07863, section 2; RLHFlow/RLHF-Reward-Modeling,
-bradley-terry-rm/mistral_7B_rm.py): learning rate 5e-6, batch 64 * 8 = 512 pairs, weight decay 0.001, cosine, 3 %
-warm-up, one epoch, 4,096 tokens.
-Differences: weights and AdamW's moments are float32, not bfloat16 and 32-bit paged; embeddings keep their size (no
-padding token is needed); 500 prompts are held out instead of evaluated after being trained on.
-Topology: v5e:8x8.  Not yet run.
+bradley-terry-rm/mistral_7B_rm.py): learning rate 5e-6, batch 64 * 8 = 512 pairs, weight decay
+0.001, cosine, 3 % warm-up, one epoch, 4,096 tokens.
+Differences: weights and AdamW's moments are float32, not bfloat16 and 32-bit paged; embeddings keep
+their size (no padding token is needed); 500 prompts are held out instead of evaluated after being
+trained on. Topology: v5e:8x8.  Not yet run.
 """
+
 from align_jax import losses
 from align_jax.core.config import ConfigDict, defaults
 
@@ -23,10 +25,22 @@ def get_config() -> ConfigDict:
     config.max_length = 4096
 
     config.model.path = "mistralai/Mistral-7B-Instruct-v0.2"
-    config.model.family = "mistral"  # with the fields below: what align_jax.plan compiles without the checkpoint
-    config.model.config = ConfigDict(dict(
-        vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-        num_key_value_heads=8, max_position_embeddings=32768, sliding_window=None, rope_theta=1e6, rms_norm_eps=1e-5))
+    # with the fields below: what align_jax.plan compiles without the checkpoint
+    config.model.family = "mistral"
+    config.model.config = ConfigDict(
+        dict(
+            vocab_size=32000,
+            hidden_size=4096,
+            intermediate_size=14336,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            max_position_embeddings=32768,
+            sliding_window=None,
+            rope_theta=1e6,
+            rms_norm_eps=1e-5,
+        )
+    )
 
     config.data.train = "hf:hendrydong/preference_700K:train"
     config.data.eval_fraction = 0.001

@@ -3,24 +3,38 @@
 
     python -m align_jax.train --config=configs/tiny.py:dpo --workdir=runs/tiny
 
-The argument after the colon is any name of ``python -m align_jax.objectives``, or a sum such as ``dpo+sft``.  An
-objective of pairs or unpaired answers after ``online_`` (``online_dpo``) learns from the policy's own samples, as the
-policy gradients do.  The rule behind the made data is known (see data.synthetic), so the held-out metrics have a true
-answer; samples are worth their share of lower-case letters.  To start from a real model, or from your own data, a part
-of which is then held out:
+The argument after the colon is any name of ``python -m align_jax.objectives``, or a sum such as
+``dpo+sft``.  An objective of pairs or unpaired answers after ``online_`` (``online_dpo``) learns
+from the policy's own samples, as the policy gradients do.  The rule behind the made data is known
+(see data.synthetic), so the held-out metrics have a true answer; samples are worth their share of
+lower-case letters.  To start from a real model, or from your own data, a part of which is then held
+out:
 
     --config.model.path=DIRECTORY_OR_HUB_ID --config.data.train=pairs.jsonl
 
 Hardware: two CPU cores.
 """
+
 from align_jax import losses
 from align_jax.core.config import ConfigDict, defaults
 from align_jax.losses.objective import data_kind
 
-LLAMA = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-             max_position_embeddings=512, tie_word_embeddings=True)
-MADE = {"completions": "completions", "pairs": "preferences", "ranked": "ranked", "unpaired": "unpaired",
-        "rollout": "arithmetic"}  # the objective's kind of data -> the data set made by code
+LLAMA = dict(
+    hidden_size=128,
+    intermediate_size=256,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=512,
+    tie_word_embeddings=True,
+)
+MADE = {
+    "completions": "completions",
+    "pairs": "preferences",
+    "ranked": "ranked",
+    "unpaired": "unpaired",
+    "rollout": "arithmetic",
+}  # the objective's kind of data -> the data set made by code
 LEARNING_RATE = {"ppo_offline": 3e-4}  # where 1e-3 is not a good one: all log-probabilities fall
 
 
@@ -43,7 +57,9 @@ def get_config(objective: str = "dpo") -> ConfigDict:
 
     config.objective = ConfigDict(losses.options(name))
     if online:
-        config.rewards = ConfigDict({"regex": {"pattern": "[a-z]", "count": True, "reward": 1 / 16}})
+        config.rewards = ConfigDict(
+            {"regex": {"pattern": "[a-z]", "count": True, "reward": 1 / 16}}
+        )
         config.rollout.responses_per_prompt = 4
         config.rollout.max_new_tokens = 16
         config.max_length = 64

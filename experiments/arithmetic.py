@@ -3,11 +3,13 @@
 
     python experiments/arithmetic.py --output=DIR [--seeds=0,1,2 --steps=200]
 
-The 55 questions ``a+b=`` whose sum has one digit are asked, 32 samples of each; three of them are held out of training
-(`config.data.eval_fraction`).  There is no supervised stage: the first right answers are lucky bytes.  A completion
-earns 0.8 if its number is the sum and the rest if it is nothing but the sum and then ends.  After training each
-question is sampled 64 times at temperature 1; the accuracy is the share of samples that are exactly the sum.
+The 55 questions ``a+b=`` whose sum has one digit are asked, 32 samples of each; three of them are
+held out of training (`config.data.eval_fraction`).  There is no supervised stage: the first right
+answers are lucky bytes.  A completion earns 0.8 if its number is the sum and the rest if it is
+nothing but the sum and then ends.  After training each question is sampled 64 times at temperature
+1; the accuracy is the share of samples that are exactly the sum.
 """
+
 from __future__ import annotations
 
 import json
@@ -25,8 +27,15 @@ from align_jax.online import REWARDS, weighted
 
 NEW_TOKENS = 2  # a digit and the end of the answer
 SAMPLES = 64  # of each question, in the measurement
-MODEL = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-             max_position_embeddings=128, tie_word_embeddings=True)
+MODEL = dict(
+    hidden_size=128,
+    intermediate_size=256,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=128,
+    tie_word_embeddings=True,
+)
 
 
 def make_config(seed: int, steps: int, questions: str) -> ConfigDict:
@@ -39,7 +48,8 @@ def make_config(seed: int, steps: int, questions: str) -> ConfigDict:
     config.model.compute_dtype, config.model.remat = "float32", "none"
     config.reference.dtype = "float32"
     config.data.train, config.data.layout = questions, "shared_prefix"
-    config.data.chat_template = "{% for turn in messages %}{{ turn.content }}{% endfor %}"  # the bytes alone
+    # the bytes alone
+    config.data.chat_template = "{% for turn in messages %}{{ turn.content }}{% endfor %}"
     config.objective = ConfigDict(losses.options("grpo", loss_type="dapo", entropy_coef=0.02))
     config.rollout.responses_per_prompt, config.rollout.max_new_tokens = 32, NEW_TOKENS
     config.rewards = ConfigDict({"numeric": 0.8, "exact": 0.2})
@@ -52,8 +62,13 @@ def make_config(seed: int, steps: int, questions: str) -> ConfigDict:
 def write_questions(folder: pathlib.Path) -> str:
     """Write the questions with their answers."""
     path = folder / "questions.jsonl"
-    path.write_text("".join(json.dumps({"prompt": f"{a}+{b}=", "answer": str(a + b)}) + "\n"
-                            for a in range(10) for b in range(10 - a)))
+    path.write_text(
+        "".join(
+            json.dumps({"prompt": f"{a}+{b}=", "answer": str(a + b)}) + "\n"
+            for a in range(10)
+            for b in range(10 - a)
+        )
+    )
     return str(path)
 
 
@@ -74,9 +89,19 @@ def main(argv: Sequence[str]) -> None:
         subject = evaluate.run_subject(workdir)
         if not subject.name.endswith(f"@{config.total_steps}"):
             raise SystemExit(f"{workdir} was stopped early; the same command goes on")
-        examples = datasets.load(questions, kind="prompts", chat=bool(subject.tokenizer.chat_template))
-        found = generation(subject, examples, weighted.resolve({"exact": 1.0}, REWARDS), samples=SAMPLES,
-                           max_new_tokens=NEW_TOKENS, max_length=64, rows=1600, seed=1000)
+        examples = datasets.load(
+            questions, kind="prompts", chat=bool(subject.tokenizer.chat_template)
+        )
+        found = generation(
+            subject,
+            examples,
+            weighted.resolve({"exact": 1.0}, REWARDS),
+            samples=SAMPLES,
+            max_new_tokens=NEW_TOKENS,
+            max_length=64,
+            rows=1600,
+            seed=1000,
+        )
         lines.append(f"| {seed} | {found['reward']:.4f} | {values.steps} | {minutes:.1f} |")
         print("\n".join(lines), flush=True)
 

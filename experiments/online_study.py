@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Do the online methods learn?  Each trains the same model on the same prompts; reward against KL, held out.
+"""Do the online methods learn?  Each trains the same model on the same prompts; reward against KL,
+held out.
 
-    python experiments/online_study.py --model=HF_DIR --prompts=PROMPTS.jsonl --lexicon=vader_lexicon.txt --output=DIR
+    python experiments/online_study.py --model=HF_DIR --prompts=PROMPTS.jsonl
+    --lexicon=vader_lexicon.txt --output=DIR
         [--methods=GRPO,PPO --seeds=0,1,2 --steps=30]
 
-Every method sees 128 samples a rollout.  The last eighth of the prompts is held out: after training, each is sampled
-eight times; reward and KL (nats a completion, against the starting weights) are means over these.  Results that
-DIR/results.json already has are not computed again.
+Every method sees 128 samples a rollout.  The last eighth of the prompts is held out: after
+training, each is sampled eight times; reward and KL (nats a completion, against the starting
+weights) are means over these.  Results that DIR/results.json already has are not computed again.
 """
+
 from __future__ import annotations
 
 import json
@@ -20,9 +23,9 @@ from absl import app, flags, logging
 
 from align_jax import evaluate, losses, train
 from align_jax.core.config import ConfigDict, defaults
+from align_jax.data import datasets
 from align_jax.evals.generation import generation
 from align_jax.evals.subject import Subject
-from align_jax.data import datasets
 from align_jax.online import REWARDS, weighted
 
 NEW_TOKENS = 24
@@ -37,12 +40,19 @@ METHODS: Mapping[str, tuple[str, dict[str, Any], int, int, float]] = {
 }
 
 
-def make_config(method: str, seed: int, steps: int, model: str, prompts: str, lexicon: str) -> ConfigDict:
+def make_config(
+    method: str, seed: int, steps: int, model: str, prompts: str, lexicon: str
+) -> ConfigDict:
     """Return a run's config; ``steps`` counts rollouts."""
     name, options, batch_size, samples, rate = METHODS[method]
     config = defaults()
     slices = options.get("epochs", 1) * options.get("minibatches", 1)
-    config.seed, config.total_steps, config.batch_size, config.max_length = seed, steps * slices, batch_size, 96
+    config.seed, config.total_steps, config.batch_size, config.max_length = (
+        seed,
+        steps * slices,
+        batch_size,
+        96,
+    )
     config.model.path, config.model.compute_dtype, config.model.remat = model, "float32", "none"
     config.reference.dtype = "float32"
     config.data.train, config.data.eval_fraction = prompts, 0.0  # they are held out already
@@ -71,7 +81,9 @@ def measure(subject: Subject, held_out: str, lexicon: str) -> dict[str, float]:
     """Sample the held-out prompts."""
     examples = datasets.load(held_out, kind="prompts", chat=False)
     scored = weighted.resolve({"lexicon": {"path": lexicon}}, REWARDS)
-    return generation(subject, examples, scored, samples=8, max_new_tokens=NEW_TOKENS, rows=128, seed=1000)
+    return generation(
+        subject, examples, scored, samples=8, max_new_tokens=NEW_TOKENS, rows=128, seed=1000
+    )
 
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:
@@ -96,8 +108,16 @@ def plot(results: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
     axes = figure.subplots()
     for method in dict.fromkeys(one["method"] for one in results):
         runs = [one for one in results if one["method"] == method]
-        axes.scatter([one["objective/kl"] for one in runs], [one["reward"] for one in runs], label=method, s=24)
-    axes.set(xlabel="KL from the starting weights, nats a completion", ylabel="mean reward, held-out prompts")
+        axes.scatter(
+            [one["objective/kl"] for one in runs],
+            [one["reward"] for one in runs],
+            label=method,
+            s=24,
+        )
+    axes.set(
+        xlabel="KL from the starting weights, nats a completion",
+        ylabel="mean reward, held-out prompts",
+    )
     axes.legend(fontsize=8)
     figure.savefig(path)
 
@@ -111,7 +131,9 @@ def main(argv: Sequence[str]) -> None:
     file = folder / "results.json"
     results = json.loads(file.read_text()) if file.exists() else []
     train_prompts, held_out = split(values.prompts, folder)
-    jobs = [("start", 0)] + [(method, int(seed)) for seed in values.seeds for method in values.methods or METHODS]
+    jobs = [("start", 0)] + [
+        (method, int(seed)) for seed in values.seeds for method in values.methods or METHODS
+    ]
     for method, seed in jobs:
         if any((one["method"], one["seed"]) == (method, seed) for one in results):
             continue
@@ -119,12 +141,16 @@ def main(argv: Sequence[str]) -> None:
             subject = evaluate.model_subject(values.model, values.model)
         else:
             workdir = str(folder / f"{method.replace(' ', '_')}_{seed}")
-            config = make_config(method, seed, values.steps, values.model, train_prompts, values.lexicon)
+            config = make_config(
+                method, seed, values.steps, values.model, train_prompts, values.lexicon
+            )
             train.train(config, workdir)
             subject = evaluate.run_subject(workdir)
             if not subject.name.endswith(f"@{config.total_steps}"):
                 raise SystemExit(f"{workdir} was stopped early; the same command goes on")
-        results.append({"method": method, "seed": seed, **measure(subject, held_out, values.lexicon)})
+        results.append(
+            {"method": method, "seed": seed, **measure(subject, held_out, values.lexicon)}
+        )
         file.write_text(json.dumps(results, indent=1) + "\n")
         print(table(results), flush=True)
     plot(results, folder / "reward_kl.svg")

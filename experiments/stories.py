@@ -3,8 +3,10 @@
 
     python experiments/stories.py STORIES.txt FOLDER
 
-Stories are separated by lines of ``<|endoftext|>``.  Writes FOLDER/prompts.jsonl and FOLDER/stories.jsonl.
+Stories are separated by lines of ``<|endoftext|>``.  Writes FOLDER/prompts.jsonl and
+FOLDER/stories.jsonl.
 """
+
 from __future__ import annotations
 
 import json
@@ -26,8 +28,11 @@ def main(source: str, folder: str) -> None:
     out = pathlib.Path(folder)
     out.mkdir(parents=True, exist_ok=True)
     (out / "prompts.jsonl").write_text("".join(json.dumps({"prompt": one}) + "\n" for one in found))
-    (out / "stories.jsonl").write_text("".join(
-        json.dumps({"prompt": one, "completion": rest}) + "\n" for one, rest in found.items()))
+    (out / "stories.jsonl").write_text(
+        "".join(
+            json.dumps({"prompt": one, "completion": rest}) + "\n" for one, rest in found.items()
+        )
+    )
     print(f"{len(found)} stories in {folder}")
 
 

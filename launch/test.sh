@@ -8,6 +8,7 @@ cd "$(dirname "$0")/.."
 .venv/bin/python -m pip install --quiet "torch==2.13.0"
 .venv/bin/python -m pip install --quiet --editable ".[test,tensorboard]"
 export JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 HF_HUB_OFFLINE=1
-.venv/bin/python -m flake8 align_jax configs tests
+.venv/bin/python -m ruff check
+.venv/bin/python -m ruff format --check
 # One process a core; each begins with a stretch of neighbours, which share what they compile.
 .venv/bin/python -m pytest -rsfE --durations=15 --numprocesses=auto --maxprocesses=4 --dist=worksteal "$@"

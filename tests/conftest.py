@@ -1,39 +1,53 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every test runs on eight simulated CPU devices, with shapes, dtypes and warnings checked strictly."""
+"""Every test runs on eight simulated CPU devices, with shapes, dtypes and warnings checked
+strictly."""
+
 import os
 import pathlib
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Tests compile much and compute little: without LLVM's optimizations a train step compiles in a third of the time.
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 " \
-                          "--xla_cpu_collective_call_terminate_timeout_seconds=300"
+# Tests compile much and compute little: without LLVM's optimizations a train step compiles in a
+# third of the time.
+os.environ["XLA_FLAGS"] = (
+    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
+    "--xla_cpu_collective_call_terminate_timeout_seconds=300"
+)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-# Many tests compile the same step again (a resumed run, a second process): the second time it is read from disk.
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".jax_cache"))
+# Many tests compile the same step again (a resumed run, a second process): the second time it is
+# read from disk.
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(__file__).parents[1] / ".jax_cache")
+)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
-import jax  # noqa: E402
-import jaxtyping  # noqa: E402
-import pytest  # noqa: E402
+import jax
+import jaxtyping
+import pytest
 
 jaxtyping.install_import_hook("align_jax", "beartype.beartype")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
-DATA = pathlib.Path(os.environ.get("ALIGN_JAX_TESTDATA") or pathlib.Path(__file__).parents[2] / "shared" / "data")
+DATA = pathlib.Path(
+    os.environ.get("ALIGN_JAX_TESTDATA") or pathlib.Path(__file__).parents[2] / "shared" / "data"
+)
 
 
 def pytest_ignore_collect(collection_path: pathlib.Path) -> bool | None:
-    """Leave scripts that lie beside the tests (makers of goldens, measurements) out of the doctests."""
-    script = collection_path.suffix == ".py" and not collection_path.name.startswith(("test_", "conftest"))
+    """Leave scripts that lie beside the tests (makers of goldens, measurements) out of the
+    doctests."""
+    script = collection_path.suffix == ".py" and not collection_path.name.startswith(
+        ("test_", "conftest")
+    )
     return True if script and pathlib.Path(__file__).parent in collection_path.parents else None
 
 
 @pytest.fixture(scope="session")
 def testdata() -> pathlib.Path:
-    """The folder of real data and of a real pretrained model; tests that need it are skipped without it."""
+    """The folder of real data and of a real pretrained model; tests that need it are skipped
+    without it."""
     if not DATA.is_dir():
         pytest.skip(f"no real data at {DATA}: set ALIGN_JAX_TESTDATA")
     return DATA

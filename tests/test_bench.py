@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The bench measures what it says: the same examples through every variant, errors kept apart."""
+
 from __future__ import annotations
 
 import jax
@@ -10,9 +11,23 @@ from align_jax.core import config as configs
 from align_jax.parallel.mesh import make_mesh
 
 PRESET = bench.Preset(
-    dict(vocab_size=272, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-         num_key_value_heads=1, max_position_embeddings=128),
-    "dpo", 8, 64, 24, 12, "float32", ("base", "layout=shared_prefix", "reference=cached"))
+    dict(
+        vocab_size=272,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=128,
+    ),
+    "dpo",
+    8,
+    64,
+    24,
+    12,
+    "float32",
+    ("base", "layout=shared_prefix", "reference=cached"),
+)
 
 
 def test_variants_are_measured_side_by_side_and_failures_told():

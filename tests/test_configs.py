@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every file in configs/ is a recipe that works: it loads, means something, and its shrunk twin trains two steps."""
+"""Every file in configs/ is a recipe that works: it loads, means something, and its shrunk twin
+trains two steps."""
+
 import importlib.util
 import json
 import pathlib
@@ -10,13 +12,13 @@ import numpy as np
 import pytest
 
 from align_jax import losses, train
-from align_jax.runs import setup
 from align_jax.core import config as configs
 from align_jax.data import planning
-from align_jax.losses.objective import data_kind
 from align_jax.interop import hf
+from align_jax.losses.objective import data_kind
 from align_jax.parallel.chips import CHIPS
 from align_jax.parallel.mesh import AXES, ROWS, mesh_shape
+from align_jax.runs import setup
 
 FOLDER = pathlib.Path(__file__).parents[1] / "configs"
 FILES = sorted(path.stem for path in FOLDER.glob("*.py"))
@@ -25,9 +27,23 @@ SPECS = [*RECIPES, "dpo_pythia_2p8b:sft"]
 ONLINE = ("dpo", "kto", "ipo", "simpo")  # as tiny.py:online_NAME
 
 # A model small enough for a test: what a family's fields are shrunk to, where the recipe has them.
-SMALL = dict(vocab_size=272, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-             num_key_value_heads=2, num_local_experts=4, max_position_embeddings=512, sliding_window=32)
-MADE = {"completions": "completions", "pairs": "preferences", "unpaired": "unpaired", "prompts": "arithmetic"}
+SMALL = dict(
+    vocab_size=272,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    num_local_experts=4,
+    max_position_embeddings=512,
+    sliding_window=32,
+)
+MADE = {
+    "completions": "completions",
+    "pairs": "preferences",
+    "unpaired": "unpaired",
+    "prompts": "arithmetic",
+}
 
 
 def module(name):
@@ -44,17 +60,22 @@ def load(spec):
 
 def topology(name):
     """The chips that a recipe's docstring says it is laid out for."""
-    kind, sizes = re.search(r"^Topology: (\w+):([\dx]+)\.  Not yet run", module(name).__doc__, re.MULTILINE).groups()
+    kind, sizes = re.search(
+        r"^Topology: (\w+):([\dx]+)\.  Not yet run", module(name).__doc__, re.MULTILINE
+    ).groups()
     assert kind in CHIPS
     return int(np.prod([int(size) for size in sizes.split("x")])) * CHIPS[kind].devices_per_chip
 
 
 def shrunk(spec):
-    """The same recipe for a CPU: a tiny model of its family, data made by code, the mesh's axes kept at two."""
+    """The same recipe for a CPU: a tiny model of its family, data made by code, the mesh's axes
+    kept at two."""
     config = load(spec)
     kind = "prompts" if config.rewards else data_kind(setup.objective_terms(config))
     with config.unlocked():
-        config.model.config.update({key: value for key, value in SMALL.items() if config.model.config.get(key)})
+        config.model.config.update(
+            {key: value for key, value in SMALL.items() if config.model.config.get(key)}
+        )
         if "rope_scaling" in config.model.config:
             config.model.config.rope_scaling.original_max_position_embeddings = 64
         if config.rewards:  # no reward model to load
@@ -79,9 +100,13 @@ def shrunk(spec):
 def test_a_recipe_says_how_to_run_it_on_what_and_where_it_is_from(name):
     source, doc = (FOLDER / f"{name}.py").read_text(), module(name).__doc__
     assert f"python -m align_jax.train --config=configs/{name}.py" in doc
-    found = re.search(rf"python -m align_jax.plan --config=configs/{name}.py --topology=(\S+)\n", doc)
+    found = re.search(
+        rf"python -m align_jax.plan --config=configs/{name}.py --topology=(\S+)\n", doc
+    )
     assert found and f"Topology: {found[1]}.  Not yet run" in doc
-    assert re.search(r"arXiv \d{4}\.\d{5}|/[\w./-]+\.(yaml|py|sh|md)", doc), "no paper and no file of a repository"
+    assert re.search(r"arXiv \d{4}\.\d{5}|/[\w./-]+\.(yaml|py|sh|md)", doc), (
+        "no paper and no file of a repository"
+    )
     assert 30 <= len(source.splitlines()) <= 70
 
 
@@ -110,9 +135,17 @@ def test_a_recipe_fits_its_topology(spec):
     responses = {"pairs": 2, "rollout": config.rollout.responses_per_prompt}.get(kind, 1)
     multiple = shards * config.microbatches
     shape = planning.plan_shape(
-        responses=responses, batch_size=config.batch_size, layout=config.data.layout, max_length=config.max_length,
-        row_length=config.row_length or None, groups_per_row=config.data.groups_per_row or None, row_multiple=multiple)
-    assert shape.rows == config.batch_size * responses // max(1, config.data.groups_per_row), "filler rows"
+        responses=responses,
+        batch_size=config.batch_size,
+        layout=config.data.layout,
+        max_length=config.max_length,
+        row_length=config.row_length or None,
+        groups_per_row=config.data.groups_per_row or None,
+        row_multiple=multiple,
+    )
+    assert shape.rows == config.batch_size * responses // max(1, config.data.groups_per_row), (
+        "filler rows"
+    )
 
 
 @pytest.fixture
@@ -130,16 +163,23 @@ def test_a_shrunk_recipe_trains_two_steps(spec, tmp_path, quick_compiles):
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if "loss" in row]
     assert [row["step"] for row in steps] == [1, 2]
-    assert all(np.isfinite(row["loss"]) and row["grad_norm"] > 0 and row["learning_rate"] > 0 for row in steps)
+    assert all(
+        np.isfinite(row["loss"]) and row["grad_norm"] > 0 and row["learning_rate"] > 0
+        for row in steps
+    )
 
 
-@pytest.mark.parametrize("name", [*losses.OBJECTIVES, *(f"online_{name}" for name in ONLINE), "dpo+sft"])
+@pytest.mark.parametrize(
+    "name", [*losses.OBJECTIVES, *(f"online_{name}" for name in ONLINE), "dpo+sft"]
+)
 def test_the_tiny_config_is_valid_for_every_objective(name):
     config = module("tiny").get_config(name)
     configs.validate(config)
     setting = setup.settle(config, 1)
     assert setting.kind == data_kind(setup.objective_terms(config))
-    assert (setting.rollouts is not None) == (setting.kind == "rollout" or name.startswith("online_"))
+    assert (setting.rollouts is not None) == (
+        setting.kind == "rollout" or name.startswith("online_")
+    )
 
 
 @pytest.mark.parametrize("vocabulary", [275, 272])
@@ -149,7 +189,8 @@ def test_the_vocabulary_has_the_same_rows_on_every_mesh(vocabulary):
     for tensor, decoding in ((1, 0), (2, 0), (1, 2), (2, 8)):
         config.mesh.tensor, config.rollout.tensor = tensor, decoding
         rows.add(setup.settle(config, 8).model_config.vocab_rows)
-    assert rows == {-(-vocabulary // 16) * 16}  # else a checkpoint of one mesh would be another model's on the next
+    # else a checkpoint of one mesh would be another model's on the next
+    assert rows == {-(-vocabulary // 16) * 16}
 
 
 def test_the_settings_that_tiny_makes_for_an_objective_name_objectives():

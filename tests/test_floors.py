@@ -1,14 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
 """The floors of the package: a module imports from floors below its own, or from its own folder."""
+
 import ast
 import pathlib
 
 import pytest
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "align_jax"
-FLOORS = {"core": 0, "parallel": 1, "losses": 1, "data": 1, "models": 2, "inference": 3, "training": 3, "online": 4,
-          "evals": 5, "": 6}  # "": the programs
-FORBIDDEN = {"losses": ("flax", "align_jax.models"), "data": ("jax", "flax"), "core": ("flax", "orbax")}
+FLOORS = {
+    "core": 0,
+    "parallel": 1,
+    "losses": 1,
+    "data": 1,
+    "models": 2,
+    "inference": 3,
+    "training": 3,
+    "online": 4,
+    "evals": 5,
+    "": 6,
+}  # "": the programs
+FORBIDDEN = {
+    "losses": ("flax", "align_jax.models"),
+    "data": ("jax", "flax"),
+    "core": ("flax", "orbax"),
+}
 MODULES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
 
 
@@ -34,13 +49,17 @@ def test_a_module_imports_from_floors_below_or_its_own_folder(path):
         if not name.startswith("align_jax"):
             continue
         other = folder(name)
-        assert other == own or FLOORS[other] < FLOORS[own], f"{path} (floor {FLOORS[own]}) imports {name}"
+        assert other == own or FLOORS[other] < FLOORS[own], (
+            f"{path} (floor {FLOORS[own]}) imports {name}"
+        )
 
 
 @pytest.mark.parametrize("path", MODULES, ids=str)
 def test_a_module_leaves_out_what_its_folder_must_not_know(path):
     for forbidden in FORBIDDEN.get(path.parts[0], ()):
-        names = [name for name in imports(path) if name == forbidden or name.startswith(forbidden + ".")]
+        names = [
+            name for name in imports(path) if name == forbidden or name.startswith(forbidden + ".")
+        ]
         assert not names, f"{path} imports {names}"
 
 

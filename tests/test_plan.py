@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The plan of a run: the batch it assumes is the data layer's own, what it prints is what the compiler said."""
+"""The plan of a run: the batch it assumes is the data layer's own, what it prints is what the
+compiler said."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -13,15 +15,15 @@ import jax
 import pytest
 
 from align_jax import plan
-from align_jax.runs import setup
 from align_jax.parallel.chips import CHIPS, GIB, Topology
-from align_jax.planner.collectives import Collective
 from align_jax.parallel.mesh import make_mesh
 from align_jax.planner import charts
 from align_jax.planner import cost_model as forecasts
-from align_jax.training.flops import StepFlops
+from align_jax.planner.collectives import Collective
 from align_jax.planner.cost_model import Forecast, Memory
 from align_jax.planner.search import candidates
+from align_jax.runs import setup
+from align_jax.training.flops import StepFlops
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 
@@ -36,23 +38,47 @@ def _device(coords, slice_index=0):
 
 def _topology(chip="v5e", shape=(2, 4), slices=1) -> Topology:
     coords = [(x, y, 0) for x in range(shape[0]) for y in range(shape[1])]
-    return Topology(f"{chip}:{'x'.join(map(str, shape))}", CHIPS[chip], shape, slices,
-                    tuple(_device(place, s) for s in range(slices) for place in coords))
+    return Topology(
+        f"{chip}:{'x'.join(map(str, shape))}",
+        CHIPS[chip],
+        shape,
+        slices,
+        tuple(_device(place, s) for s in range(slices) for place in coords),
+    )
 
 
 def _forecast(temporaries=1 * GIB, **changes) -> Forecast:
-    kinds = {"parameters": 3 * GIB, "optimizer": 6 * GIB, "reference": 2 * GIB, "batch": 0, "temporaries": temporaries}
+    kinds = {
+        "parameters": 3 * GIB,
+        "optimizer": 6 * GIB,
+        "reference": 2 * GIB,
+        "batch": 0,
+        "temporaries": temporaries,
+    }
     memory = Memory(kinds, CHIPS["v5e"].hbm)
     flops = StepFlops(3e15, 1e15, 0.0, 1e15, 65536)
     seconds = {"compute": 3.0, "memory": 1.0, "interconnect": 2.0, "network": 0.5}
     rows = [{"kind": "all-gather", "axes": "fsdp", "count": 7, "bytes": 2e9, "dtypes": {"bf16": 7}}]
-    whole = Forecast("train", 1, _topology(), {"data": 1, "fsdp": 8}, memory, flops, rows, {"fsdp": 1.5e9}, seconds,
-                     1.0, [])
+    whole = Forecast(
+        "train",
+        1,
+        _topology(),
+        {"data": 1, "fsdp": 8},
+        memory,
+        flops,
+        rows,
+        {"fsdp": 1.5e9},
+        seconds,
+        1.0,
+        [],
+    )
     return dataclasses.replace(whole, **changes)
 
 
-@pytest.mark.parametrize("objective, layout", [("dpo", "plain"), ("kto", "plain"), ("sft", "packed"),
-                                               ("dpo", "shared_prefix")])
+@pytest.mark.parametrize(
+    "objective, layout",
+    [("dpo", "plain"), ("kto", "plain"), ("sft", "packed"), ("dpo", "shared_prefix")],
+)
 def test_the_planned_batch_is_the_data_layers_own(objective, layout):
     config = _config("tiny", objective)
     config.data.layout, config.data.trim = layout, False
@@ -65,8 +91,12 @@ def test_the_planned_batch_is_the_data_layers_own(objective, layout):
     planned = plan.abstract_batch(config, setting, mesh, loss_positions=real.loss_index.shape[1])
     assert jax.tree.structure(real) == jax.tree.structure(planned)
     shapes = [jax.tree.map(lambda x: (x.shape, str(x.dtype)), batch) for batch in (real, planned)]
-    if real.mismatched is not None:  # its budget of loss positions is the data's, the plan's the most it can be
-        shapes = [batch._replace(mismatched=batch.mismatched._replace(loss_index=None)) for batch in shapes]
+    # its budget of loss positions is the data's, the plan's the most it can be
+    if real.mismatched is not None:
+        shapes = [
+            batch._replace(mismatched=batch.mismatched._replace(loss_index=None))
+            for batch in shapes
+        ]
     assert shapes[0] == shapes[1]
 
 
@@ -78,18 +108,30 @@ def test_the_time_lies_between_all_hidden_and_all_exposed():
 
 def test_the_table_says_what_fills_the_memory_and_what_moves():
     text = charts.table(_forecast())
-    for part in ("fits", "12.00 GiB of 15.75", "optimizer", "6.00 GiB", "4.00 P", "all-gather", "2.00 GB",
-                 "21,845 tokens/s", "in all 2.00 GB; this mesh must move at least fsdp 1.50 GB"):
+    for part in (
+        "fits",
+        "12.00 GiB of 15.75",
+        "optimizer",
+        "6.00 GiB",
+        "4.00 P",
+        "all-gather",
+        "2.00 GB",
+        "21,845 tokens/s",
+        "in all 2.00 GB; this mesh must move at least fsdp 1.50 GB",
+    ):
         assert part in text, (part, text)
 
 
-@pytest.mark.parametrize("changes, expected", [
-    ({"rows_a_device": 4, "remat": "none"}, ("microbatches=4", "remat=full")),
-    ({"rows_a_device": 1}, ("mesh.sequence",)),
-    ({"name": "eval", "eval_batch_size": 64}, ("config.eval.batch_size=32",)),
-    ({"name": "decode"}, ("config.rollout.rows",)),
-    ({"name": "reward model"}, ("config.rewards.model.rows",)),
-])
+@pytest.mark.parametrize(
+    "changes, expected",
+    [
+        ({"rows_a_device": 4, "remat": "none"}, ("microbatches=4", "remat=full")),
+        ({"rows_a_device": 1}, ("mesh.sequence",)),
+        ({"name": "eval", "eval_batch_size": 64}, ("config.eval.batch_size=32",)),
+        ({"name": "decode"}, ("config.rollout.rows",)),
+        ({"name": "reward model"}, ("config.rewards.model.rows",)),
+    ],
+)
 def test_a_step_that_does_not_fit_is_told_by_how_much_and_what_to_change(changes, expected):
     arguments = {"microbatches": 2, "remat": "full", "rows_a_device": 4, "adapter": False} | changes
     found = _forecast(temporaries=9 * GIB, name=arguments.pop("name", "train"))
@@ -97,7 +139,9 @@ def test_a_step_that_does_not_fit_is_told_by_how_much_and_what_to_change(changes
     assert f"{found.name} needs 20.00 GiB of 15.75 GiB: 4.25 GiB too much" == lines[0]
     for part in expected:
         assert any(part in line for line in lines), lines
-    assert "DOES NOT FIT" in charts.table(found, lines) and "DOES NOT FIT" in charts.summary(found, lines)
+    assert "DOES NOT FIT" in charts.table(found, lines) and "DOES NOT FIT" in charts.summary(
+        found, lines
+    )
 
 
 def test_a_forecast_survives_json_and_draws_as_svg():
@@ -119,8 +163,14 @@ def test_a_rollouts_time_is_divided_among_its_programs():
 def test_a_ring_uses_the_links_of_the_torus_axes_that_it_spans():
     topology = _topology("v5e", (4, 16))
     rates = {}
-    for name, group in {"open": (0, 16, 32, 48), "closed": tuple(range(16)), "both": tuple(range(64))}.items():
-        rates[name] = forecasts.bandwidth(Collective("all-gather", group, 1, 1, ""), topology, topology.devices)
+    for name, group in {
+        "open": (0, 16, 32, 48),
+        "closed": tuple(range(16)),
+        "both": tuple(range(64)),
+    }.items():
+        rates[name] = forecasts.bandwidth(
+            Collective("all-gather", group, 1, 1, ""), topology, topology.devices
+        )
     assert rates == {"open": 50e9, "closed": 100e9, "both": 150e9}
     between = Collective("all-reduce", (0, 16), 1, 1, "", network=True)
     assert forecasts.bandwidth(between, topology, topology.devices) == CHIPS["v5e"].network
@@ -135,8 +185,17 @@ def test_a_real_models_config_is_planned_without_the_hub():
 
 def test_candidates_divide_the_model_the_rows_and_the_devices():
     model = setup.settle(plan.for_planning(_config("dpo_7b")), 64).model_config
-    found = list(candidates(model, _topology("v5e", (8, 8)), slices=1, remat="full", rows=256, length=1024,
-                            trained_bytes=16))
+    found = list(
+        candidates(
+            model,
+            _topology("v5e", (8, 8)),
+            slices=1,
+            remat="full",
+            rows=256,
+            length=1024,
+            trained_bytes=16,
+        )
+    )
     assert len(found) > 10 and len(set(found)) == len(found)
     for one in found:
         assert one.data * one.fsdp * one.expert * one.sequence * one.tensor == 64

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The README's links, programs, configs and keys exist."""
+
 import pathlib
 import re
 
@@ -12,8 +13,13 @@ ROOT = pathlib.Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
 
 
-@pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\(([^)#:]+)\)", TEXT))
-                                          | set(re.findall(r"(?:configs|launch|docs)/[\w./]+\w", TEXT))))
+@pytest.mark.parametrize(
+    "target",
+    sorted(
+        set(re.findall(r"\]\(([^)#:]+)\)", TEXT))
+        | set(re.findall(r"(?:configs|launch|docs)/[\w./]+\w", TEXT))
+    ),
+)
 def test_what_the_readme_points_to_exists(target):
     assert (ROOT / target).exists()
 
@@ -23,14 +29,32 @@ def test_a_program_that_the_readme_names_exists(program):
     assert "__main__" in (ROOT / "align_jax" / f"{program}.py").read_text()
 
 
-@pytest.mark.parametrize("key", sorted(set(re.findall(
-    r"`((?:model|reference|data|optimizer|mesh|checkpoint|eval|log|rollout)\.[a-z_.]+\w)`", TEXT))))
+@pytest.mark.parametrize(
+    "key",
+    sorted(
+        set(
+            re.findall(
+                r"`((?:model|reference|data|optimizer|mesh|checkpoint|eval|log|rollout)\.[a-z_.]+\w)`",
+                TEXT,
+            )
+        )
+    ),
+)
 def test_a_config_key_that_the_readme_names_exists(key):
-    modules = ("data.sources", "data.formats", "data.datasets", "data.chat", "data.batching", "data.pipeline")
+    modules = (
+        "data.sources",
+        "data.formats",
+        "data.datasets",
+        "data.chat",
+        "data.batching",
+        "data.pipeline",
+    )
     if key not in modules:
         configs.get(configs.defaults(), key)
 
 
-@pytest.mark.parametrize("option", sorted(set(re.findall(r"`objective\.([a-z_]+)`", TEXT)) - {"name", "weights"}))
+@pytest.mark.parametrize(
+    "option", sorted(set(re.findall(r"`objective\.([a-z_]+)`", TEXT)) - {"name", "weights"})
+)
 def test_an_objective_s_option_that_the_readme_names_exists(option):
     assert any(option in row.options for row in losses.OBJECTIVES.values())

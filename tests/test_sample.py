@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`sample` and `label` as programs: files in, files out, resuming, a conversation, training data at the end."""
+"""`sample` and `label` as programs: files in, files out, resuming, a conversation, training data at
+the end."""
+
 import json
 
 import pytest
@@ -21,13 +23,27 @@ def speaker(testdata):
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory):
     path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
-    texts = ("Once upon a time, ", "One day, a boy named Tim ", "The cat and the dog ", "Lily was very happy. ")
-    path.write_text("".join(json.dumps({"prompt": text, "level": i}) + "\n" for i, text in enumerate(texts)))
+    texts = (
+        "Once upon a time, ",
+        "One day, a boy named Tim ",
+        "The cat and the dog ",
+        "Lily was very happy. ",
+    )
+    path.write_text(
+        "".join(json.dumps({"prompt": text, "level": i}) + "\n" for i, text in enumerate(texts))
+    )
     return str(path)
 
 
 def run(speaker, prompts, path, **options):
-    keywords = {"sampling": SAMPLING, "samples": 3, "max_new_tokens": 16, "seed": 5, "chunk": 2, "show": False}
+    keywords = {
+        "sampling": SAMPLING,
+        "samples": 3,
+        "max_new_tokens": 16,
+        "seed": 5,
+        "chunk": 2,
+        "show": False,
+    }
     return sample.sample_file(speaker, prompts, str(path), **(keywords | options))
 
 
@@ -39,10 +55,22 @@ def test_samples_have_halos_fields_and_an_interrupted_file_is_completed(speaker,
     whole, part = tmp_path / "whole.jsonl", tmp_path / "part.jsonl"
     assert run(speaker, prompts, whole) == 12
     found = records(whole)
-    assert [(one["prompt_id"], one["sample_id"]) for one in found] == [(p, s) for p in range(4) for s in range(3)]
+    assert [(one["prompt_id"], one["sample_id"]) for one in found] == [
+        (p, s) for p in range(4) for s in range(3)
+    ]
     assert found[4] | {"output": "", "tokens": 0, "finish": "", "sampling": {}} == {
-        "prompt": "One day, a boy named Tim ", "level": 1, "output": "", "generator": speaker.name, "dataset": prompts,
-        "prompt_id": 1, "sample_id": 1, "type": "sample", "finish": "", "tokens": 0, "sampling": {}}
+        "prompt": "One day, a boy named Tim ",
+        "level": 1,
+        "output": "",
+        "generator": speaker.name,
+        "dataset": prompts,
+        "prompt_id": 1,
+        "sample_id": 1,
+        "type": "sample",
+        "finish": "",
+        "tokens": 0,
+        "sampling": {},
+    }
     assert len({one["output"] for one in found}) == 12
     lines = whole.read_text().splitlines(keepends=True)
     part.write_text("".join(lines[:7]) + lines[7][:30])  # killed in the middle of a line
@@ -55,20 +83,31 @@ def test_samples_have_halos_fields_and_an_interrupted_file_is_completed(speaker,
 
 def test_feedback_of_samples_is_training_data(speaker, prompts, tmp_path, testdata):
     run(speaker, prompts, tmp_path / "samples.jsonl")
-    rewards = label.resolve({"lexicon": {"path": str(testdata / "reward" / "vader_lexicon.txt")}, "length": {
-        "target": 8, "weight": 0.1}}, label.REWARDS)
+    rewards = label.resolve(
+        {
+            "lexicon": {"path": str(testdata / "reward" / "vader_lexicon.txt")},
+            "length": {"target": 8, "weight": 0.1},
+        },
+        label.REWARDS,
+    )
     samples = label.score(label.read_samples(str(tmp_path / "samples.jsonl")), rewards, show=False)
-    assert samples[0]["reward"] == pytest.approx(samples[0]["rewards"]["lexicon"]
-                                                 + 0.1 * samples[0]["rewards"]["length"], abs=1e-6)
-    for kind, data_kind, options in (("pairwise", "pairs", {"pairing": "max"}), ("scalar", "pairs", {}),
-                                     ("binary", "unpaired", {"threshold": "mean"})):
+    assert samples[0]["reward"] == pytest.approx(
+        samples[0]["rewards"]["lexicon"] + 0.1 * samples[0]["rewards"]["length"], abs=1e-6
+    )
+    for kind, data_kind, options in (
+        ("pairwise", "pairs", {"pairing": "max"}),
+        ("scalar", "pairs", {}),
+        ("binary", "unpaired", {"threshold": "mean"}),
+    ):
         for suffix in (".jsonl", ".json"):
             path = str(tmp_path / (kind + suffix))
             label.write(path, label.make_feedback(samples, kind, round_number=2, **options))
             examples = datasets.load(path, kind=data_kind, chat=False)
             assert len(examples) == {"pairwise": 4, "scalar": 4, "binary": 12}[kind]
         if kind == "pairwise":
-            best = max((one for one in samples if one["prompt_id"] == 0), key=lambda one: one["reward"])
+            best = max(
+                (one for one in samples if one["prompt_id"] == 0), key=lambda one: one["reward"]
+            )
             assert examples[0].responses[0] == best["output"]
 
 
@@ -84,13 +123,20 @@ def test_unscored_samples_and_broken_records_are_named(speaker, prompts, tmp_pat
 
 def test_a_conversation_goes_on_until_an_empty_line(speaker):
     words, said = iter(["Once upon a time, ", "The end of ", ""]), []
-    sample.converse(speaker, sampling=Sampling(0.0), max_new_tokens=8, seed=0, ask=lambda _: next(words),
-                    say=said.append)
+    sample.converse(
+        speaker,
+        sampling=Sampling(0.0),
+        max_new_tokens=8,
+        seed=0,
+        ask=lambda _: next(words),
+        say=said.append,
+    )
     assert len(said) == 2 and all(said)
 
 
 def test_stop_tokens_are_the_ends_of_text_and_turn(speaker, testdata):
     assert stop_tokens(speaker.tokenizer, str(testdata / "models" / "TinyStories-656K")) == (2,)
     from align_jax.data.tokenizer import load_tokenizer
+
     minimind = load_tokenizer(str(testdata / "tokenizers" / "minimind"))
     assert minimind.convert_tokens_to_ids("<|im_end|>") in stop_tokens(minimind)

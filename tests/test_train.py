@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The main job as its user runs it: it learns, resumes to the bit, exports, and finds mistakes before it compiles."""
+"""The main job as its user runs it: it learns, resumes to the bit, exports, and finds mistakes
+before it compiles."""
+
 import contextlib
 import functools
 import gzip
@@ -16,8 +18,8 @@ import numpy as np
 import pytest
 
 from align_jax import export, train
-from align_jax.runs import setup
 from align_jax.core import config as configs
+from align_jax.runs import setup
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 
@@ -29,8 +31,15 @@ def tiny(objective="dpo", **overrides):
     spec.loader.exec_module(module)
     config = module.get_config(objective)
     config.model.config.update(hidden_size=32, intermediate_size=64, num_hidden_layers=1)
-    settings = dict(total_steps=6, batch_size=8, max_length=112, checkpoint__every_steps=100, eval__every_steps=0,
-                    eval__max_examples=16, log__every_steps=1)
+    settings = dict(
+        total_steps=6,
+        batch_size=8,
+        max_length=112,
+        checkpoint__every_steps=100,
+        eval__every_steps=0,
+        eval__max_examples=16,
+        log__every_steps=1,
+    )
     for key, value in {**settings, **overrides}.items():
         group, _, name = key.replace("__", ".").rpartition(".")
         setattr(configs.get(config, group) if group else config, name, value)
@@ -38,7 +47,10 @@ def tiny(objective="dpo", **overrides):
 
 
 def rows(workdir):
-    return [json.loads(line) for line in (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()]
+    return [
+        json.loads(line)
+        for line in (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()
+    ]
 
 
 def params(workdir):
@@ -57,9 +69,20 @@ def test_a_run_writes_the_metrics_that_dashboards_know(finished):
     found = rows(finished)
     assert [row["step"] for row in found if "loss" in row] == [1, 2, 3, 4, 5, 6]
     last = [row for row in found if "loss" in row][-1]
-    for name in ("loss", "grad_norm", "learning_rate", "num_tokens", "tokens_per_second", "padding_fraction",
-                 "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen",
-                 "logps/rejected"):
+    for name in (
+        "loss",
+        "grad_norm",
+        "learning_rate",
+        "num_tokens",
+        "tokens_per_second",
+        "padding_fraction",
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/margins",
+        "rewards/accuracies",
+        "logps/chosen",
+        "logps/rejected",
+    ):
         assert name in last, name
     assert found[0]["eval/loss"] == pytest.approx(np.log(2), abs=1e-6)
     record = json.loads((finished / "config.json").read_text())
@@ -94,28 +117,46 @@ def test_the_exported_model_speaks_in_transformers_as_here(finished, tmp_path):
     ids = jnp.asarray([tokenizer.encode("How do I paint a door?")], jnp.int32)
     trained = setup.restore(str(finished))
     model = trained.setting.models.policy
-    hidden, _ = model.hidden(trained.params, ids, jnp.ones_like(ids), jnp.arange(ids.shape[1])[None])
+    hidden, _ = model.hidden(
+        trained.params, ids, jnp.ones_like(ids), jnp.arange(ids.shape[1])[None]
+    )
     ours = model.unembed(trained.params, hidden)
     with torch.no_grad():
-        np.testing.assert_allclose(ours, theirs(torch.tensor(np.asarray(ids), dtype=torch.long)).logits, atol=1e-4)
+        np.testing.assert_allclose(
+            ours, theirs(torch.tensor(np.asarray(ids), dtype=torch.long)).logits, atol=1e-4
+        )
 
 
-@pytest.mark.parametrize("overrides", [
-    dict(data__layout="packed", row_length=448, data__groups_per_row=2, batch_size=16),
-    dict(data__layout="shared_prefix", row_length=448, data__groups_per_row=2, batch_size=16),
-    dict(reference__mode="cached")], ids=["packed", "shared_prefix", "cached_reference"])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        dict(data__layout="packed", row_length=448, data__groups_per_row=2, batch_size=16),
+        dict(data__layout="shared_prefix", row_length=448, data__groups_per_row=2, batch_size=16),
+        dict(reference__mode="cached"),
+    ],
+    ids=["packed", "shared_prefix", "cached_reference"],
+)
 def test_layout_and_cache_leave_the_held_out_measure_unchanged(finished, tmp_path, overrides):
     config = tiny(total_steps=1, optimizer__learning_rate=0.0, eval__batch_size=16, **overrides)
     train.train(config, str(tmp_path))
-    ours, theirs = (next(row for row in rows(path) if "eval/loss" in row) for path in (tmp_path, finished))
+    ours, theirs = (
+        next(row for row in rows(path) if "eval/loss" in row) for path in (tmp_path, finished)
+    )
     for name in ("eval/logps/chosen", "eval/logps/rejected", "eval/loss"):
         assert ours[name] == pytest.approx(theirs[name], rel=1e-5), name
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_rows(tmp_path):
-    config = tiny(optimizer__name="sgd", optimizer__learning_rate=1e30, optimizer__clip_norm=0.0,
-                  optimizer__warmup_fraction=0.0)
-    with pytest.raises(FloatingPointError, match=r"step \d: .*Last good checkpoint: none.*builtin:preferences:train"):
+    config = tiny(
+        optimizer__name="sgd",
+        optimizer__learning_rate=1e30,
+        optimizer__clip_norm=0.0,
+        optimizer__warmup_fraction=0.0,
+    )
+    with pytest.raises(
+        FloatingPointError,
+        match=r"step \d: .*Last good checkpoint: none.*builtin:preferences:train",
+    ):
         train.train(config, str(tmp_path))
 
 
@@ -160,13 +201,31 @@ def test_another_config_s_workdir_is_refused_and_the_difference_named(finished):
 
 
 def test_real_pairs_train_a_real_model(testdata, tmp_path):
-    flags = dict(model__path=testdata / "models" / "TinyStories-656K", total_steps=12, batch_size=16, max_length=256,
-                 data__train=testdata / "preference" / "rasbt_instruction_preference.json",
-                 optimizer__learning_rate=3e-4, eval__max_examples=64)
-    command = [sys.executable, "-m", "align_jax.train", f"--config={CONFIGS / 'tiny.py'}:dpo", f"--workdir={tmp_path}",
-               *(f"--config.{key.replace('__', '.')}={value}" for key, value in flags.items())]
+    flags = dict(
+        model__path=testdata / "models" / "TinyStories-656K",
+        total_steps=12,
+        batch_size=16,
+        max_length=256,
+        data__train=testdata / "preference" / "rasbt_instruction_preference.json",
+        optimizer__learning_rate=3e-4,
+        eval__max_examples=64,
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "align_jax.train",
+        f"--config={CONFIGS / 'tiny.py'}:dpo",
+        f"--workdir={tmp_path}",
+        *(f"--config.{key.replace('__', '.')}={value}" for key, value in flags.items()),
+    ]
     environment = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
-    done = subprocess.run(command, env=environment, cwd=CONFIGS.parent, capture_output=True, text=True)
+    done = subprocess.run(
+        command, env=environment, cwd=CONFIGS.parent, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     last = [row for row in rows(tmp_path) if "eval/loss" in row][-1]
-    assert last["step"] == 12 and last["eval/rewards/margins"] > 0.05 and last["eval/rewards/accuracies"] > 0.6
+    assert (
+        last["step"] == 12
+        and last["eval/rewards/margins"] > 0.05
+        and last["eval/rewards/accuracies"] > 0.6
+    )

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measure what adapters save, and what bfloat16 costs: bytes of a DPO run's state, and log-probabilities of real text.
+"""Measure what adapters save, and what bfloat16 costs: bytes of a DPO run's state, and
+log-probabilities of real text.
 
     python tools/measure_adapters.py [--model=HF_DIRECTORY] [--text=FILE]
 
-Prints the bytes that a full fine-tune, LoRA and QLoRA hold (trained, optimizer, frozen; the frozen base is the
-reference, and with adapters the policy's own base too), of a model and of a 7B's shapes; then how far bfloat16 compute
-is from float32 on a text's stories (parts between <|endoftext|>). One JSON line each.
+Prints the bytes that a full fine-tune, LoRA and QLoRA hold (trained, optimizer, frozen; the frozen
+base is the reference, and with adapters the policy's own base too), of a model and of a 7B's
+shapes; then how far bfloat16 compute is from float32 on a text's stories (parts between
+<|endoftext|>). One JSON line each.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -18,22 +21,32 @@ import sys
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
+import jax
+import jax.numpy as jnp
+import numpy as np
 
-from align_jax import losses  # noqa: E402
-from align_jax.runs import setup  # noqa: E402
-from align_jax.core.config import ConfigDict, defaults  # noqa: E402
-from align_jax.data.tokenizer import load_tokenizer  # noqa: E402
-from align_jax.interop import hf  # noqa: E402
-from align_jax.models.model import build  # noqa: E402
-from align_jax.parallel.mesh import make_mesh  # noqa: E402
+from align_jax import losses
+from align_jax.core.config import ConfigDict, defaults
+from align_jax.data.tokenizer import load_tokenizer
+from align_jax.interop import hf
+from align_jax.models.model import build
+from align_jax.parallel.mesh import make_mesh
+from align_jax.runs import setup
 
-DATA = pathlib.Path(os.environ.get("ALIGN_JAX_TESTDATA", pathlib.Path(__file__).parents[2] / "shared" / "data"))
-SEVEN = dict(vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
-             num_key_value_heads=8, max_position_embeddings=32768)
-KINDS = {"full": (0, ""), "lora": (16, ""), "lora int8": (16, "int8"), "lora nf4": (16, "nf4")}  # rank, quantisation
+DATA = pathlib.Path(
+    os.environ.get("ALIGN_JAX_TESTDATA", pathlib.Path(__file__).parents[2] / "shared" / "data")
+)
+SEVEN = dict(
+    vocab_size=32000,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    max_position_embeddings=32768,
+)
+# rank, quantisation
+KINDS = {"full": (0, ""), "lora": (16, ""), "lora int8": (16, "int8"), "lora nf4": (16, "nf4")}
 
 
 def size(tree: object) -> int:
@@ -52,16 +65,32 @@ def held(kind: str, path: str, frozen: str) -> dict[str, object]:
     setting = setup.settle(config, 1)
     recipe = setup.make_recipe(config, setting, 1)
     plan = setup.make_plan(config, setting, recipe, make_mesh({"data": 1}, jax.devices()[:1]))
-    sizes = {"trained": size(plan.trained), "optimizer": size(plan.state["opt_state"]), "frozen": size(plan.frozen)}
-    return {"kind": kind, "model": path and pathlib.Path(path).name or "7B", "frozen_dtype": frozen, **sizes,
-            "total": sum(sizes.values())}
+    sizes = {
+        "trained": size(plan.trained),
+        "optimizer": size(plan.state["opt_state"]),
+        "frozen": size(plan.frozen),
+    }
+    return {
+        "kind": kind,
+        "model": path and pathlib.Path(path).name or "7B",
+        "frozen_dtype": frozen,
+        **sizes,
+        "total": sum(sizes.values()),
+    }
 
 
-def log_probabilities(path: str, stories: list[str], length: int, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+def log_probabilities(
+    path: str, stories: list[str], length: int, dtype: str
+) -> tuple[np.ndarray, np.ndarray]:
     """Return each token's log-probability, and which are of the text, [stories, length - 1]."""
     tokenizer = load_tokenizer(path)
-    rows = [([tokenizer.bos_token_id] + tokenizer(story.strip(), add_special_tokens=False)["input_ids"])[:length]
-            for story in stories]
+    rows = [
+        (
+            [tokenizer.bos_token_id]
+            + tokenizer(story.strip(), add_special_tokens=False)["input_ids"]
+        )[:length]
+        for story in stories
+    ]
     tokens = np.array([row + [0] * (length - len(row)) for row in rows], np.int32)
     segments = np.array([[1] * len(row) + [0] * (length - len(row)) for row in rows], np.int32)
     positions = np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape)
@@ -87,14 +116,27 @@ def main() -> None:
     for path, frozen in ((options.model, "float32"), ("", "bfloat16")):
         for kind in KINDS:
             print(json.dumps(held(kind, path, frozen)), flush=True)
-    stories = pathlib.Path(options.text).read_text(encoding="utf-8").split("<|endoftext|>")[1:options.stories + 1]
+    stories = (
+        pathlib.Path(options.text)
+        .read_text(encoding="utf-8")
+        .split("<|endoftext|>")[1 : options.stories + 1]
+    )
     exact, mask = log_probabilities(options.model, stories, options.length, "float32")
     near, _ = log_probabilities(options.model, stories, options.length, "bfloat16")
     change = np.abs(near - exact)[mask]
-    print(json.dumps({"text": pathlib.Path(options.text).name, "tokens": int(mask.sum()),
-                      "nll_float32": float(-exact[mask].mean()), "nll_bfloat16": float(-near[mask].mean()),
-                      "mean_change": float(change.mean()), "p99_change": float(np.percentile(change, 99)),
-                      "largest_change": float(change.max())}))
+    print(
+        json.dumps(
+            {
+                "text": pathlib.Path(options.text).name,
+                "tokens": int(mask.sum()),
+                "nll_float32": float(-exact[mask].mean()),
+                "nll_bfloat16": float(-near[mask].mean()),
+                "mean_change": float(change.mean()),
+                "p99_change": float(np.percentile(change, 99)),
+                "largest_change": float(change.max()),
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

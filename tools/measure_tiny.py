@@ -3,9 +3,10 @@
 
     python tools/measure_tiny.py [--results=FILE.jsonl] [--table=docs/objectives.md] [NAME ...]
 
-A line of JSON an objective is added to the results as soon as it is measured, and what is there already is not measured
-again; the table is written from the whole file.
+A line of JSON an objective is added to the results as soon as it is measured, and what is there
+already is not measured again; the table is written from the whole file.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -23,11 +24,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = pathlib.Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-import jax  # noqa: E402
+import jax
 
-from align_jax import losses, train  # noqa: E402
+from align_jax import losses, train
 
-TERMS = ("entropy", "ptx")  # rows of the table that other objectives add, not objectives by themselves
+# rows of the table that other objectives add, not objectives by themselves
+TERMS = ("entropy", "ptx")
 ALSO = ("dpo+sft", "dpo+bco_pair+sft", "online_dpo", "online_ipo", "online_kto")
 
 HEAD = """# The objectives, measured
@@ -66,21 +68,34 @@ def metric(name: str) -> str:
 
 
 def measure(name: str) -> dict[str, object]:
-    """Train, and return the metric before and after with the processor time that it took, in seconds."""
+    """Train, and return the metric before and after with the processor time that it took, in
+    seconds."""
     config, key = tiny(name), metric(name).partition(" ")[0]
     config.log.every_steps, config.eval.every_steps = 1, 0
     started = time.process_time()
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere:
         with contextlib.redirect_stderr(nowhere):
             train.train(config, folder)
-        rows = [json.loads(line) for line in (pathlib.Path(folder) / "metrics.jsonl").read_text().splitlines()]
+        rows = [
+            json.loads(line)
+            for line in (pathlib.Path(folder) / "metrics.jsonl").read_text().splitlines()
+        ]
     seconds = time.process_time() - started
     if rows[-1]["step"] != config.total_steps:
-        raise RuntimeError(f"{name}: stopped after step {rows[-1]['step']} of {config.total_steps}; run this again")
+        raise RuntimeError(
+            f"{name}: stopped after step {rows[-1]['step']} of {config.total_steps}; run this again"
+        )
     jax.clear_caches()
     found = [row[f"eval/{key}"] for row in rows if f"eval/{key}" in row]
-    return {"name": name, "metric": metric(name), "before": found[0], "after": found[-1], "seconds": seconds,
-            "steps": config.total_steps, "examples": config.eval.max_examples}
+    return {
+        "name": name,
+        "metric": metric(name),
+        "before": found[0],
+        "after": found[-1],
+        "seconds": seconds,
+        "steps": config.total_steps,
+        "examples": config.eval.max_examples,
+    }
 
 
 def table(results: dict[str, dict]) -> str:
@@ -91,8 +106,11 @@ def table(results: dict[str, dict]) -> str:
     for name in order:
         row, entry = results[name], objective(name)
         data = "samples" if row["metric"] == "reward up" else entry.data
-        text += (f"| {name} | {data} | {row['metric']} | {row['before']:.3f} | {row['after']:.3f} | "
-                 f"{row['seconds']:.0f} | {entry.paper} |\n")
+        text += (
+            f"| {name} | {data} | {row['metric']} | {row['before']:.3f} | "
+            f"{row['after']:.3f} | "
+            f"{row['seconds']:.0f} | {entry.paper} |\n"
+        )
     return text
 
 

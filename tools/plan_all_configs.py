@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compile every config for the topology that its docstring names, and write the tables of docs/plan.md.
+"""Compile every config for the topology that its docstring names, and write the tables of
+docs/plan.md.
 
     python tools/plan_all_configs.py [--only=dpo_7b,kto_7b] [--extra=dpo_7b@v5p:2x2x2]
 
-One to five minutes a config on two free cores.  Each forecast is kept as JSON in docs/plan/, so that one config can be
-done anew; the tables are written from all of them.
+One to five minutes a config on two free cores.  Each forecast is kept as JSON in docs/plan/, so
+that one config can be done anew; the tables are written from all of them.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -18,9 +20,13 @@ from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 DOCS, RESULTS = ROOT / "docs" / "plan.md", ROOT / "docs" / "plan"
-EXTRA = ("dpo_7b@v5p:2x2x2", "dpo_7b@v6e:16x16+--config.batch_size=256+--config.max_length=2048",
-         "dpo_7b@2*v5e:8x8+--config.mesh.data=2", "dpo_lora_7b@v5e:8x8+--config.batch_size=64+--config.microbatches=1",
-         "dpo_lora_7b@v5p:2x2x2")
+EXTRA = (
+    "dpo_7b@v5p:2x2x2",
+    "dpo_7b@v6e:16x16+--config.batch_size=256+--config.max_length=2048",
+    "dpo_7b@2*v5e:8x8+--config.mesh.data=2",
+    "dpo_lora_7b@v5e:8x8+--config.batch_size=64+--config.microbatches=1",
+    "dpo_lora_7b@v5p:2x2x2",
+)
 HEAD = """# What each config needs
 
 Every program of each config, compiled with the TPU compiler for the topology that its docstring names, by
@@ -46,10 +52,30 @@ EARLIER = """† compiled with an earlier version of this code, which gathered t
 with HBM was counted too high then, and the experts' collectives too low.
 
 """
-TRAIN = ("config", "topology", "mesh", "HBM used of usable, GiB", "parameters, optimizer, reference, temporaries",
-         "model PFLOP a step", "collectives, GB", "least, GB", "step, s: overlapped to exposed", "tokens/s", "MFU")
-OTHERS = ("config", "topology", "program", "HBM used of usable, GiB", "temporaries, cache, GiB", "collectives, GB",
-          "least, GB", "exposed, s", "runs a rollout")
+TRAIN = (
+    "config",
+    "topology",
+    "mesh",
+    "HBM used of usable, GiB",
+    "parameters, optimizer, reference, temporaries",
+    "model PFLOP a step",
+    "collectives, GB",
+    "least, GB",
+    "step, s: overlapped to exposed",
+    "tokens/s",
+    "MFU",
+)
+OTHERS = (
+    "config",
+    "topology",
+    "program",
+    "HBM used of usable, GiB",
+    "temporaries, cache, GiB",
+    "collectives, GB",
+    "least, GB",
+    "exposed, s",
+    "runs a rollout",
+)
 
 
 def topology_of(config: pathlib.Path) -> str | None:
@@ -61,15 +87,24 @@ def topology_of(config: pathlib.Path) -> str | None:
 def compile_one(name: str, topology: str, overrides: list[str]) -> None:
     """Run align_jax.plan for a config and keep its JSON."""
     key = re.sub(r"\W+", "_", "_".join([name, topology, *overrides]))
-    command = [sys.executable, "-m", "align_jax.plan", f"--config=configs/{name}.py", f"--topology={topology}",
-               f"--json={RESULTS / key}.json", *overrides]
+    command = [
+        sys.executable,
+        "-m",
+        "align_jax.plan",
+        f"--config=configs/{name}.py",
+        f"--topology={topology}",
+        f"--json={RESULTS / key}.json",
+        *overrides,
+    ]
     print(" ".join(command[1:]), flush=True)
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     print(done.stdout or done.stderr[-3000:], flush=True)
     if done.returncode == 0:
         file = RESULTS / f"{key}.json"
-        found, = json.loads(file.read_text())
-        file.write_text(json.dumps({"config": name, "overrides": overrides, **found}, indent=1) + "\n")
+        (found,) = json.loads(file.read_text())
+        file.write_text(
+            json.dumps({"config": name, "overrides": overrides, **found}, indent=1) + "\n"
+        )
 
 
 def by_size(sizes: dict[str, float]) -> str:
@@ -82,27 +117,46 @@ def head(row: dict[str, Any]) -> tuple[str, str, str]:
     gib, hbm = 2**30, row["hbm"]
     moved = {f"{one['kind']} ({one['axes']})": one["bytes"] for one in row["collectives"]}
     fits = "" if row["fits"] else " **does not fit**"
-    return f"{hbm['used'] / gib:.2f} of {hbm['capacity'] / gib:.2f}{fits}", by_size(moved), by_size(row["least"])
+    return (
+        f"{hbm['used'] / gib:.2f} of {hbm['capacity'] / gib:.2f}{fits}",
+        by_size(moved),
+        by_size(row["least"]),
+    )
 
 
 def title(found: dict[str, Any]) -> str:
     """Name a config and what of it was set otherwise."""
-    changes = [flag.removeprefix("--config.") for flag in found["overrides"] if flag.startswith("--config.")]
+    changes = [
+        flag.removeprefix("--config.")
+        for flag in found["overrides"]
+        if flag.startswith("--config.")
+    ]
     return " ".join([found["config"], *changes]) + " †" * found.get("earlier", False)
 
 
 def train_line(config: str, row: dict[str, Any]) -> str:
     """Write a train step's row."""
     gib, kinds = 2**30, row["hbm"]
-    mesh = " ".join(f"{axis}={size}" for axis, size in row["mesh"].items() if size > 1) or "one device"
-    parts = ", ".join(f"{kinds[kind] / gib:.2f}" for kind in ("parameters", "optimizer", "reference", "temporaries"))
+    mesh = (
+        " ".join(f"{axis}={size}" for axis, size in row["mesh"].items() if size > 1) or "one device"
+    )
+    parts = ", ".join(
+        f"{kinds[kind] / gib:.2f}"
+        for kind in ("parameters", "optimizer", "reference", "temporaries")
+    )
     used, moved, bound = head(row)
     s, speed, mfu = row["seconds"], row["tokens_per_second"], row["mfu"]
-    times = f"{s['overlapped']:.2f} to {s['exposed']:.2f} | {speed[0]:,.0f} to {speed[1]:,.0f} | " \
-            f"{mfu[0]:.0%} to {mfu[1]:.0%}" if row["fits"] else " | | "
+    times = (
+        f"{s['overlapped']:.2f} to {s['exposed']:.2f} | {speed[0]:,.0f} to {speed[1]:,.0f} | "
+        f"{mfu[0]:.0%} to {mfu[1]:.0%}"
+        if row["fits"]
+        else " | | "
+    )
     flops = row["flops"]["model"] / 1e15
-    return (f"| {config} | {row['topology']} | {mesh} | {used} | {parts} | {flops:.2f} | {moved} "
-            f"| {bound} | {times} |")
+    return (
+        f"| {config} | {row['topology']} | {mesh} | {used} | {parts} | {flops:.2f} | {moved} "
+        f"| {bound} | {times} |"
+    )
 
 
 def other_line(config: str, row: dict[str, Any]) -> str:
@@ -110,8 +164,12 @@ def other_line(config: str, row: dict[str, Any]) -> str:
     gib, kinds = 2**30, row["hbm"]
     used, moved, bound = head(row)
     runs = f"{row['runs']:,}" if row["runs"] > 1 else ""
-    return (f"| {config} | {row['topology']} | {row['program']} | {used} | {kinds['temporaries'] / gib:.2f}, "
-            f"{kinds.get('cache', 0) / gib:.2f} | {moved} | {bound} | {row['seconds']['exposed']:.3f} | {runs} |")
+    return (
+        f"| {config} | {row['topology']} | {row['program']} | {used} | "
+        f"{kinds['temporaries'] / gib:.2f}, "
+        f"{kinds.get('cache', 0) / gib:.2f} | {moved} | {bound} | "
+        f"{row['seconds']['exposed']:.3f} | {runs} |"
+    )
 
 
 def table(columns: tuple[str, ...], lines: list[str]) -> str:
@@ -123,10 +181,17 @@ def main() -> None:
     """Compile what is asked for and write the table."""
     import jax
     import libtpu
+
     sys.path.insert(0, str(ROOT))
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", help="configs, separated by commas; none = all; '-' = the tables alone")
-    parser.add_argument("--extra", default=",".join(EXTRA), help="CONFIG@TOPOLOGY+FLAG, separated by commas")
+    parser.add_argument(
+        "--only",
+        default="",
+        help="configs, separated by commas; none = all; '-' = the tables alone",
+    )
+    parser.add_argument(
+        "--extra", default=",".join(EXTRA), help="CONFIG@TOPOLOGY+FLAG, separated by commas"
+    )
     options = parser.parse_args()
     RESULTS.mkdir(parents=True, exist_ok=True)
     wanted = options.only.split(",") if options.only else []

@@ -1,32 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Metrics: means kept on the device, fetched one step late, written as JSON lines and wherever else was asked.
+"""Metrics: means kept on the device, fetched one step late, written as JSON lines and wherever else
+was asked.
 
     step n runs on the device ──────────► its metrics are copied to the host while step n+1 runs
-    push(n, metrics) starts the copy and hands back step n-1's numbers, which have arrived: the device never waits.
+    push(n, metrics) starts the copy and hands back step n-1's numbers, which have arrived: the
+    device never waits.
 """
+
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 import contextlib
 import json
 import math
 import pathlib
 import threading
 import time
+from collections.abc import Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
-from etils import epath
 import jax
+from etils import epath
 
 from align_jax.core.progress import Progress, Values
 
-Sums = Mapping[str, tuple[Any, Any]]  # metric -> (weighted sum, sum of the weights), scalars on the device
-LAST = ("learning_rate",)  # of an interval the last value is written; of all others the mean over its steps
-UPLOAD_SECONDS = 30.0  # a bucket's objects cannot be appended to: the file is written anew, at most this often
+# metric -> (weighted sum, sum of the weights), scalars on the device
+Sums = Mapping[str, tuple[Any, Any]]
+# of an interval the last value is written; of all others the mean over its steps
+LAST = ("learning_rate",)
+# a bucket's objects cannot be appended to: the file is written anew, at most this often
+UPLOAD_SECONDS = 30.0
 
 
 def add_sums(total: Sums | None, new: Sums) -> dict[str, tuple[Any, Any]]:
-    """Add one batch's (sum, weight) pairs to the running ones, on the device, without a transfer."""
+    """Add one batch's (sum, weight) pairs to the running ones, on the device, without a
+    transfer."""
     if total is None:
         return dict(new)
     if total.keys() != new.keys():
@@ -41,12 +48,17 @@ def means(total: Sums) -> dict[str, float]:
     {'accuracy': 0.75}
     """
     fetched = jax.device_get(dict(total))
-    return with_margin({name: float(top) / float(bottom) if bottom else math.nan
-                        for name, (top, bottom) in fetched.items()})
+    return with_margin(
+        {
+            name: float(top) / float(bottom) if bottom else math.nan
+            for name, (top, bottom) in fetched.items()
+        }
+    )
 
 
 def with_margin(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Add the margin that unpaired feedback lacks: the chosen rewards' mean less the rejected ones'.
+    """Add the margin that unpaired feedback lacks: the chosen rewards' mean less the rejected
+    ones'.
 
     >>> with_margin({"rewards/chosen": 1.5, "rewards/rejected": 1.0})["rewards/margins"]
     0.5
@@ -68,13 +80,20 @@ def check_finite(values: Values, *, step: int, saved: int | None, position: str)
     Raises:
         FloatingPointError: the loss or the gradient norm is infinite or not a number.
     """
-    bad = {name: values[name] for name in ("loss", "grad_norm") if name in values and not math.isfinite(values[name])}
+    bad = {
+        name: values[name]
+        for name in ("loss", "grad_norm")
+        if name in values and not math.isfinite(values[name])
+    }
     if bad:
         raise FloatingPointError(
             f"step {step}: {', '.join(f'{name} is {value}' for name, value in bad.items())}. "
-            f"Last good checkpoint: {'none' if saved is None else f'step {saved}'}. Rows: {position}. "
-            "Look at these rows, lower optimizer.learning_rate or optimizer.clip_norm, or find the operation with "
-            "--config.debug.nan_check=True")
+            f"Last good checkpoint: {'none' if saved is None else f'step {saved}'}. Rows: "
+            f"{position}. "
+            "Look at these rows, lower optimizer.learning_rate or optimizer.clip_norm, or find "
+            "the operation with "
+            "--config.debug.nan_check=True"
+        )
 
 
 @runtime_checkable
@@ -89,13 +108,16 @@ class Writer(Protocol):
 
 
 class JsonLines:
-    """``metrics.jsonl``: one object a line, ``{"step": 10, "time": <unix seconds>, "loss": 0.69, ...}``.
+    """``metrics.jsonl``: one object a line,
+    ``{"step": 10, "time": <unix seconds>, "loss": 0.69, ...}``.
 
-    A number that is not finite is written as null (JSON has no NaN).  A resumed run drops the rows after the step
-    that it resumes from, because it will write them again; a line that a crash cut short is dropped too.
+    A number that is not finite is written as null (JSON has no NaN).  A resumed run drops the rows
+    after the step that it resumes from, because it will write them again; a line that a crash cut
+    short is dropped too.
 
     Args:
-        path: a local path or ``gs://...``; a local file is appended to, an object written anew every half minute.
+        path: a local path or ``gs://...``; a local file is appended to, an object written anew
+            every half minute.
         start_step: the step that the run resumes from; 0 for a fresh one.
     """
 
@@ -103,7 +125,9 @@ class JsonLines:
         self._path = epath.Path(path)
         self._remote = "://" in str(path)
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        lines = [json.dumps(row) + "\n" for row in read_rows(self._path) if row["step"] <= start_step]
+        lines = [
+            json.dumps(row) + "\n" for row in read_rows(self._path) if row["step"] <= start_step
+        ]
         self._lines, self._uploaded = lines, time.monotonic()
         self._upload: threading.Thread | None = None
         if self._remote:
@@ -125,7 +149,9 @@ class JsonLines:
         busy = self._upload is not None and self._upload.is_alive()
         if time.monotonic() - self._uploaded > UPLOAD_SECONDS and not busy:
             self._uploaded = time.monotonic()
-            self._upload = threading.Thread(target=self._path.write_text, args=("".join(self._lines),), daemon=True)
+            self._upload = threading.Thread(
+                target=self._path.write_text, args=("".join(self._lines),), daemon=True
+            )
             self._upload.start()
 
     def close(self) -> None:
@@ -139,7 +165,8 @@ class JsonLines:
 
 
 def read_rows(path: str | epath.PathLike) -> list[dict[str, Any]]:
-    """Read ``metrics.jsonl``; a last line that a crash cut short is left out; no file gives no rows.
+    """Read ``metrics.jsonl``; a last line that a crash cut short is left out; no file gives no
+    rows.
 
     Raises:
         ValueError: a line before the last one is not a JSON object with ``step``.
@@ -155,7 +182,9 @@ def read_rows(path: str | epath.PathLike) -> list[dict[str, Any]]:
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             if number == len(lines):
                 break
-            raise ValueError(f"{path}:{number}: expected a JSON object with 'step', got {line[:80]!r}") from error
+            raise ValueError(
+                f"{path}:{number}: expected a JSON object with 'step', got {line[:80]!r}"
+            ) from error
         rows.append(row)
     return rows
 
@@ -167,9 +196,14 @@ class TensorBoard:
         try:
             import tensorboardX
         except ImportError as error:
-            raise ModuleNotFoundError("log.tensorboard needs tensorboardX: pip install 'align_jax[tensorboard]', "
-                                      "or set log.tensorboard=False") from error
-        self._writer = tensorboardX.SummaryWriter(folder, purge_step=start_step + 1 if start_step else None)
+            raise ModuleNotFoundError(
+                "log.tensorboard needs tensorboardX: pip install "
+                "'align_jax[tensorboard]', "
+                "or set log.tensorboard=False"
+            ) from error
+        self._writer = tensorboardX.SummaryWriter(
+            folder, purge_step=start_step + 1 if start_step else None
+        )
 
     def write(self, step: int, values: Values) -> None:
         """Write one scalar for each metric."""
@@ -182,13 +216,16 @@ class TensorBoard:
 
 
 class Wandb:
-    """Weights & Biases; the run's id is kept in ``WORKDIR/wandb_id``, so that a resumed run goes on in the same one."""
+    """Weights & Biases; the run's id is kept in ``WORKDIR/wandb_id``, so that a resumed run goes on
+    in the same one."""
 
     def __init__(self, workdir: str, project: str, config: Mapping[str, Any]):
         try:
             import wandb
         except ImportError as error:
-            raise ModuleNotFoundError("log.wandb needs wandb: pip install wandb, or set log.wandb=''") from error
+            raise ModuleNotFoundError(
+                "log.wandb needs wandb: pip install wandb, or set log.wandb=''"
+            ) from error
         path = epath.Path(workdir) / "wandb_id"
         name = path.read_text().strip() if path.exists() else wandb.util.generate_id()
         path.write_text(name)
@@ -203,9 +240,16 @@ class Wandb:
         self._run.finish()
 
 
-def open_writers(workdir: str, *, start_step: int = 0, tensorboard: bool = False, wandb: str = "",
-                 config: Mapping[str, Any] | None = None) -> list[Writer]:
-    """Open ``metrics.jsonl`` and the other writers asked for; only the first process of a pod should.
+def open_writers(
+    workdir: str,
+    *,
+    start_step: int = 0,
+    tensorboard: bool = False,
+    wandb: str = "",
+    config: Mapping[str, Any] | None = None,
+) -> list[Writer]:
+    """Open ``metrics.jsonl`` and the other writers asked for; only the first process of a pod
+    should.
 
     Args:
         workdir: local path or ``gs://...``.
@@ -217,7 +261,9 @@ def open_writers(workdir: str, *, start_step: int = 0, tensorboard: bool = False
     Raises:
         ModuleNotFoundError: tensorboardX or wandb is asked for and not installed.
     """
-    writers: list[Writer] = [JsonLines(epath.Path(workdir) / "metrics.jsonl", start_step=start_step)]
+    writers: list[Writer] = [
+        JsonLines(epath.Path(workdir) / "metrics.jsonl", start_step=start_step)
+    ]
     if tensorboard:
         writers.append(TensorBoard(str(epath.Path(workdir) / "tensorboard"), start_step=start_step))
     if wandb:
@@ -226,7 +272,8 @@ def open_writers(workdir: str, *, start_step: int = 0, tensorboard: bool = False
 
 
 class Recorder:
-    """The training loop's log: takes each step's metrics, writes a row every k steps, drives the progress bar.
+    """The training loop's log: takes each step's metrics, writes a row every k steps, drives the
+    progress bar.
 
     Args:
         writers: from ``open_writers``; empty on all processes but the first.
@@ -238,9 +285,17 @@ class Recorder:
         peak_flops: peak FLOP/s of all devices together; 0: unknown, no ``mfu``.
     """
 
-    def __init__(self, writers: list[Writer], progress: Progress | None = None, *, every_steps: int = 10,
-                 start_step: int = 0, start_tokens: int = 0, flops_per_step: float | int = 0,
-                 peak_flops: float | int = 0):
+    def __init__(
+        self,
+        writers: list[Writer],
+        progress: Progress | None = None,
+        *,
+        every_steps: int = 10,
+        start_step: int = 0,
+        start_tokens: int = 0,
+        flops_per_step: float | int = 0,
+        peak_flops: float | int = 0,
+    ):
         if every_steps < 1:
             raise ValueError(f"log.every_steps must be at least 1, got {every_steps}")
         self._writers, self._progress, self._every = writers, progress, every_steps
@@ -248,7 +303,8 @@ class Recorder:
         self._flops, self._peak = flops_per_step, peak_flops
         self._pending: tuple[int, Mapping[str, Any]] | None = None
         self._interval: list[dict[str, float]] = []
-        self._clock: float | None = None  # None until the first step is done: it holds the compilation
+        # None until the first step is done: it holds the compilation
+        self._clock: float | None = None
         self._timed_steps = self._timed_tokens = 0
 
     def push(self, step: int, metrics: Mapping[str, Any]) -> tuple[int, dict[str, float]] | None:
@@ -256,13 +312,15 @@ class Recorder:
 
         Args:
             step: finished optimizer steps, this one included.
-            metrics: scalars on the device.  ``num_tokens``, if there, is this step's count of tokens over all
-                processes; the rows hold its running total and ``tokens_per_second``.
+            metrics: scalars on the device.  ``num_tokens``, if there, is this step's count of
+                tokens over all processes; the rows hold its running total and
+                ``tokens_per_second``.
 
         Returns:
             The step before this one and its metrics as numbers; None at the first.
         """
-        with jax.transfer_guard_device_to_host("allow"):  # the one copy back that a run under a guard is to make
+        # the one copy back that a run under a guard is to make
+        with jax.transfer_guard_device_to_host("allow"):
             for value in metrics.values():
                 if isinstance(value, jax.Array):
                     value.copy_to_host_async()
@@ -286,7 +344,8 @@ class Recorder:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """Keep what happens inside (an evaluation, a save) out of the throughput; call ``flush`` first."""
+        """Keep what happens inside (an evaluation, a save) out of the throughput; call ``flush``
+        first."""
         began = time.monotonic()
         try:
             yield
@@ -315,7 +374,10 @@ class Recorder:
         if self._clock is None:
             self._clock = time.monotonic()
         else:
-            self._timed_steps, self._timed_tokens = self._timed_steps + 1, self._timed_tokens + tokens
+            self._timed_steps, self._timed_tokens = (
+                self._timed_steps + 1,
+                self._timed_tokens + tokens,
+            )
         self._interval.append(values)
         shown = values | self._throughput()
         if step % self._every == 0:
@@ -336,7 +398,11 @@ class Recorder:
     def _write_interval(self) -> None:
         row = {}
         for name in self._interval[-1]:
-            finite = [values[name] for values in self._interval if math.isfinite(values.get(name, math.nan))]
+            finite = [
+                values[name]
+                for values in self._interval
+                if math.isfinite(values.get(name, math.nan))
+            ]
             last = self._interval[-1][name]
             row[name] = last if name in LAST or not finite else sum(finite) / len(finite)
         if "num_tokens" in row:

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a person watching a run sees: a bar on a terminal, one line every k steps anywhere else."""
+
 from __future__ import annotations
 
-from collections.abc import Mapping
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import tqdm
@@ -12,8 +13,15 @@ import tqdm
 Values = Mapping[str, float | int]  # metric -> number on the host
 
 # Metric -> its word on the bar, in the order of the bar; the first metric present wins its word.
-SHOWN = (("loss", "loss"), ("rewards/margins", "margin"), ("margin", "margin"), ("reward", "reward"),
-         ("objective/scores", "reward"), ("rewards/accuracies", "accuracy"), ("accuracy", "accuracy"))
+SHOWN = (
+    ("loss", "loss"),
+    ("rewards/margins", "margin"),
+    ("margin", "margin"),
+    ("reward", "reward"),
+    ("objective/scores", "reward"),
+    ("rewards/accuracies", "accuracy"),
+    ("accuracy", "accuracy"),
+)
 
 
 def summary(values: Values) -> dict[str, str]:
@@ -49,21 +57,38 @@ class Progress:
         start_step: steps already done (a resumed run).
         every_steps: steps between lines where there is no terminal.
         name: what is counted, shown first.
-        stream: where to write; standard error by default, so that standard output stays for results.
+        stream: where to write; standard error by default, so that standard output stays for
+            results.
         shown: false for the processes of a pod that are not the first: nothing is written.
     """
 
-    def __init__(self, total_steps: int, *, start_step: int = 0, every_steps: int = 10, name: str = "train",
-                 stream: Any = None, shown: bool = True):
+    def __init__(
+        self,
+        total_steps: int,
+        *,
+        start_step: int = 0,
+        every_steps: int = 10,
+        name: str = "train",
+        stream: Any = None,
+        shown: bool = True,
+    ):
         self._stream = stream or sys.stderr
         self._total, self._step, self._every = total_steps, start_step, every_steps
         self._name, self._shown = name, shown
         self._line = start_step
-        self._first: tuple[int, float] | None = None  # the first step held the compilation: time counts from its end
+        # the first step held the compilation: time counts from its end
+        self._first: tuple[int, float] | None = None
         self._bar = None
         if shown and self._stream.isatty():
-            self._bar = tqdm.tqdm(total=total_steps, initial=start_step, desc=name, unit="step", file=self._stream,
-                                  dynamic_ncols=True, mininterval=0.2)
+            self._bar = tqdm.tqdm(
+                total=total_steps,
+                initial=start_step,
+                desc=name,
+                unit="step",
+                file=self._stream,
+                dynamic_ncols=True,
+                mininterval=0.2,
+            )
 
     def update(self, step: int, values: Values) -> None:
         """Show that ``step`` steps are done, with the newest metrics."""
@@ -77,7 +102,11 @@ class Progress:
             words = "  ".join(f"{word} {number}" for word, number in summary(values).items())
             steps, spent = step - self._first[0], time.monotonic() - self._first[1]
             left = f"  {duration(spent / steps * (self._total - step))} left" if steps else ""
-            print(f"{self._name} step {step}/{self._total}  {words}{left}", file=self._stream, flush=True)
+            print(
+                f"{self._name} step {step}/{self._total}  {words}{left}",
+                file=self._stream,
+                flush=True,
+            )
 
     def note(self, text: str) -> None:
         """Print a line of its own, above the bar."""

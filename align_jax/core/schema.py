@@ -7,17 +7,19 @@ Dimension letters, the same in every file:
     T tokens in a row          B groups (prompts)            H query heads        F feed-forward   L layers
     P loss positions in a row  R responses in a group        K key-value heads    V vocabulary     M microbatches
 
-A *group* is one prompt with its R responses.  Rows hold whole groups: ``B * R == N * S``, and response ``r`` of group
-``b`` is slot ``(b * R + r) % S`` of row ``(b * R + r) // S``; so ``[N, S]`` reshapes to ``[B, R]`` without moving
-data.  In the plain layout S = 1 and a group's responses are R consecutive rows; in the packed layouts S is a multiple
-of R.
+A *group* is one prompt with its R responses.  Rows hold whole groups: ``B * R == N * S``, and
+response ``r`` of group ``b`` is slot ``(b * R + r) % S`` of row ``(b * R + r) // S``; so ``[N, S]``
+reshapes to ``[B, R]`` without moving data.  In the plain layout S = 1 and a group's responses are R
+consecutive rows; in the packed layouts S is a multiple of R.
 
 Index ``t`` of any ``[N, T]`` array speaks about token ``t`` given what precedes it.
 """
+
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Mapping, NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 from jaxtyping import Bool, Float, Int
 
@@ -30,13 +32,15 @@ class Example:
 
     Attributes:
         prompt: messages, or plain text where the data has no turns.
-        responses: R responses; of a pair the chosen one first, of a ranking the best first.  A response is text (one
-            assistant turn), or messages, of which the assistant's carry the loss.
+        responses: R responses; of a pair the chosen one first, of a ranking the best first.  A
+            response is text (one assistant turn), or messages, of which the assistant's carry the
+            loss.
         label: unpaired feedback: was the response desirable?
         scores: a reward for each response (any scale, higher is better).
         margin: by how much chosen is better than rejected, in units of reward; 0 where unknown.
         weight: this example's weight in the loss.
-        source: where it came from, ``file:line`` or ``name[index]``; every error about it starts with this.
+        source: where it came from, ``file:line`` or ``name[index]``; every error about it starts
+            with this.
         extras: columns kept for rewards and for writing samples (a gold answer, an id).
     """
 
@@ -53,21 +57,28 @@ class Example:
 class Batch(NamedTuple):
     """One step's rows: numpy on the host, global arrays sharded over the rows on the devices.
 
-    A field that the objective does not need is None (an empty subtree, so it costs nothing and is not transferred).
+    A field that the objective does not need is None (an empty subtree, so it costs nothing and is
+    not transferred).
     """
 
     tokens: Int[Any, "N T"]
     segment_ids: Int[Any, "N T"]  # 0 = padding; equal ids attend to each other, causally
-    positions: Int[Any, "N T"]  # rotary position: restarts in each response, continues after a shared prompt
-    source_index: Int[Any, "N T"]  # the index whose hidden state predicts this token; 0 where there is none
+    # rotary position: restarts in each response, continues after a shared prompt
+    positions: Int[Any, "N T"]
+    # the index whose hidden state predicts this token; 0 where there is none
+    source_index: Int[Any, "N T"]
     loss_mask: Bool[Any, "N T"]  # true on response tokens, the end-of-turn token included
-    slot: Int[Any, "N T"]  # the row's response slot that a token counts towards (0 where loss_mask is false)
-    loss_index: Int[Any, "N P"]  # indices t with loss_mask, ascending; T (out of range) pads.  P is the head's budget
+    # the row's response slot that a token counts towards (0 where loss_mask is false)
+    slot: Int[Any, "N T"]
+    # indices t with loss_mask, ascending; T (out of range) pads.  P is the head's budget
+    loss_index: Int[Any, "N P"]
     lengths: Int[Any, "B R"]  # loss tokens in each response: the sums of loss_mask by slot
     weight: Float[Any, "B"]  # 0 for a filler group
-    prefix_ids: Int[Any, "N T"] | None = None  # shared prompt segment this token may attend to as well; 0 = none
+    # shared prompt segment this token may attend to as well; 0 = none
+    prefix_ids: Int[Any, "N T"] | None = None
     example_index: Int[Any, "B"] | None = None  # row of the data set, for reports; -1 for a filler
-    last_index: Int[Any, "B R"] | None = None  # index t in its row of a response's last real token (score heads)
+    # index t in its row of a response's last real token (score heads)
+    last_index: Int[Any, "B R"] | None = None
     label: Bool[Any, "B"] | None = None  # desirable?
     scores: Float[Any, "B R"] | None = None  # rewards that came with the data or from a rollout
     margin: Float[Any, "B"] | None = None
@@ -76,13 +87,15 @@ class Batch(NamedTuple):
     advantages: Float[Any, "N T"] | None = None
     returns: Float[Any, "N T"] | None = None
     old_values: Float[Any, "N T"] | None = None
-    mismatched: Batch | None = None  # prompt i with another prompt's response (R = 1): forward passes without gradients
+    # prompt i with another prompt's response (R = 1): forward passes without gradients
+    mismatched: Batch | None = None
 
 
 class Outputs(NamedTuple):
     """What a model says of a batch; float32, in nats.  Zero where ``loss_mask`` is false.
 
-    The optional fields are computed only where an objective's row in the table asks for them (``needs``).
+    The optional fields are computed only where an objective's row in the table asks for them
+    (``needs``).
     """
 
     token_logps: Float[Any, "N T"]
@@ -90,6 +103,7 @@ class Outputs(NamedTuple):
     lengths: Int[Any, "B R"]
     entropy: Float[Any, "N T"] | None = None  # of the next-token distribution
     log_sum_sq: Float[Any, "N T"] | None = None  # log sum_v p_v^2
-    kl: Float[Any, "N T"] | None = None  # policy outputs only: KL(reference || policy) of the next-token distribution
+    # policy outputs only: KL(reference || policy) of the next-token distribution
+    kl: Float[Any, "N T"] | None = None
     values: Float[Any, "N T"] | None = None  # value head, at the index that predicts token t
     scores: Float[Any, "B R"] | None = None  # score head, at each response's last token

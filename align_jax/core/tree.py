@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trees of parameters as nested dicts, and their leaves by path: ``"layers/attention/query/kernel"``."""
+"""Trees of parameters as nested dicts, and their leaves by path:
+``"layers/attention/query/kernel"``."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """From groups of tokens to rows: truncation, packing, and the arrays of a Batch.
 
-    plain          [prompt response 0 . . . ]   one response a row; a group is R consecutive rows
-                   [prompt response 1 . . . ]
-    packed         [prompt response 0 | prompt response 1 | next group ...]
-    shared_prefix  [prompt | response 0 | response 1 | next group ...]   each response sees the prompt, not the other
+plain          [prompt response 0 . . . ]   one response a row; a group is R consecutive rows
+               [prompt response 1 . . . ]
+packed         [prompt response 0 | prompt response 1 | next group ...]
+shared_prefix  [prompt | response 0 | response 1 | next group ...]   each response sees the prompt, not the other
 """
+
 from __future__ import annotations
 
 import bisect
@@ -36,7 +37,8 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
-    """What truncation leaves of a group: the prompt's first ``head`` and last ``tail`` tokens, each response's start.
+    """What truncation leaves of a group: the prompt's first ``head`` and last ``tail`` tokens, each
+    response's start.
 
     ``reason`` says why the group is dropped; empty if it is not.
     """
@@ -47,13 +49,23 @@ class Cut:
     reason: str = ""
 
 
-def truncate(prompt: int, responses: Sequence[int], *, turn: int, tail: int, bos: bool, max_length: int,
-             policy: str, max_prompt_length: int | None = None) -> Cut:
+def truncate(
+    prompt: int,
+    responses: Sequence[int],
+    *,
+    turn: int,
+    tail: int,
+    bos: bool,
+    max_length: int,
+    policy: str,
+    max_prompt_length: int | None = None,
+) -> Cut:
     """Fit a group's prompt and its longest response into ``max_length`` tokens.
 
-    The prompt gives way first, the same for all responses of the group, but its last user turn (all of it, where there
-    is one turn) only to leave the response a quarter of the length; beyond that the responses lose their ends (and
-    with them the token that ends a turn, so that nobody learns to stop there).
+    The prompt gives way first, the same for all responses of the group, but its last user turn (all
+    of it, where there is one turn) only to leave the response a quarter of the length; beyond that
+    the responses lose their ends (and with them the token that ends a turn, so that nobody learns
+    to stop there).
 
     Args:
         prompt: tokens of the prompt.
@@ -86,8 +98,14 @@ def truncate(prompt: int, responses: Sequence[int], *, turn: int, tail: int, bos
     return Cut(keep - end, end, lengths)
 
 
-def best_fit(lengths: Sequence[int], capacity: int, limit: int, *, loads: Sequence[int] | None = None, most: int = 0
-             ) -> list[list[int]]:
+def best_fit(
+    lengths: Sequence[int],
+    capacity: int,
+    limit: int,
+    *,
+    loads: Sequence[int] | None = None,
+    most: int = 0,
+) -> list[list[int]]:
     """Pack items into rows: the longest first, each into the fullest row that still has room.
 
     Args:
@@ -107,7 +125,8 @@ def best_fit(lengths: Sequence[int], capacity: int, limit: int, *, loads: Sequen
     """
     rows: list[list[int]] = []
     loaded: list[int] = []
-    room: list[tuple[int, int]] = []  # (tokens left, row) of the rows that still take items, ascending
+    # (tokens left, row) of the rows that still take items, ascending
+    room: list[tuple[int, int]] = []
     for item in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
         load = 0 if loads is None else loads[item]
         at = bisect.bisect_left(room, (lengths[item], -1))
@@ -139,14 +158,18 @@ def cut_prompt(prompt: Int[np.ndarray, "_"], cut: Cut) -> Int[np.ndarray, "_"]:
     """Return what a cut leaves of a prompt."""
     if cut.head + cut.tail >= len(prompt):
         return prompt
-    return np.concatenate([prompt[:cut.head], prompt[len(prompt) - cut.tail:]])
+    return np.concatenate([prompt[: cut.head], prompt[len(prompt) - cut.tail :]])
 
 
 def group_length(prompt: int, responses: Sequence[int], layout: str) -> int:
     """Return how many tokens of a row a group takes (plain: its longest response's row)."""
     if layout == "plain":
         return prompt + max(responses)
-    return prompt + sum(responses) if layout == "shared_prefix" else prompt * len(responses) + sum(responses)
+    return (
+        prompt + sum(responses)
+        if layout == "shared_prefix"
+        else prompt * len(responses) + sum(responses)
+    )
 
 
 class Rows:
@@ -156,12 +179,19 @@ class Rows:
         arrays: field name -> array, as in Batch.
     """
 
-    def __init__(self, rows: int, length: int, positions: int, slots: int, pad: int, *, shared: bool):
-        zeros = {name: np.zeros((rows, length), np.int32)
-                 for name in ("segment_ids", "positions", "source_index", "slot")}
-        self.arrays = {"tokens": np.full((rows, length), pad, np.int32), **zeros,
-                       "loss_mask": np.zeros((rows, length), np.bool_),
-                       "loss_index": np.full((rows, positions), length, np.int32)}
+    def __init__(
+        self, rows: int, length: int, positions: int, slots: int, pad: int, *, shared: bool
+    ):
+        zeros = {
+            name: np.zeros((rows, length), np.int32)
+            for name in ("segment_ids", "positions", "source_index", "slot")
+        }
+        self.arrays = {
+            "tokens": np.full((rows, length), pad, np.int32),
+            **zeros,
+            "loss_mask": np.zeros((rows, length), np.bool_),
+            "loss_index": np.full((rows, positions), length, np.int32),
+        }
         if shared:
             self.arrays["prefix_ids"] = np.zeros((rows, length), np.int32)
         self.lengths = np.zeros((rows, slots), np.int32)
@@ -169,7 +199,8 @@ class Rows:
         self.shared = shared
 
     def write(self, row: int, pieces: Iterable[Piece], responses: int) -> None:
-        """Write a row's pieces one after the other; ``responses`` is the number of slots a piece takes."""
+        """Write a row's pieces one after the other; ``responses`` is the number of slots a piece
+        takes."""
         at = segment = 0
         for number, piece in enumerate(pieces):
             slot = number * responses
@@ -192,14 +223,14 @@ class Rows:
                     at = self._segment(row, at, np.concatenate([piece.prompt, ids]), segment, 0)
                     self._mask(row, begin, mask, slot + offset)
         found = np.flatnonzero(self.arrays["loss_mask"][row])
-        self.arrays["loss_index"][row, :len(found)] = found
+        self.arrays["loss_index"][row, : len(found)] = found
 
     def _segment(self, row: int, at: int, ids: np.ndarray, segment: int, position: int) -> int:
         end = at + len(ids)
         self.arrays["tokens"][row, at:end] = ids
         self.arrays["segment_ids"][row, at:end] = segment
         self.arrays["positions"][row, at:end] = np.arange(position, position + len(ids))
-        self.arrays["source_index"][row, at + 1:end] = np.arange(at, end - 1)
+        self.arrays["source_index"][row, at + 1 : end] = np.arange(at, end - 1)
         return end
 
     def _mask(self, row: int, begin: int, mask: np.ndarray, slot: int) -> None:
@@ -207,7 +238,9 @@ class Rows:
         self.arrays["loss_mask"][row, begin:end] = mask
         self.arrays["slot"][row, begin:end] = np.where(mask, slot, 0)
         self.lengths[row, slot] = mask.sum()
-        self.last_index[row, slot] = begin + int(np.flatnonzero(mask)[-1]) if mask.any() else max(end - 1, 0)
+        self.last_index[row, slot] = (
+            begin + int(np.flatnonzero(mask)[-1]) if mask.any() else max(end - 1, 0)
+        )
 
 
 def piece_of(encoded: Encoded, group: int, cut: Cut) -> Piece:
@@ -219,8 +252,18 @@ def piece_of(encoded: Encoded, group: int, cut: Cut) -> Piece:
     return Piece(cut_prompt(encoded.prompt(group), cut), tuple(responses))
 
 
-def to_batch(rows: Rows, responses: int, *, weight: Float[np.ndarray, "B"], **fields: np.ndarray | Batch | None
-             ) -> Batch:
+def to_batch(
+    rows: Rows,
+    responses: int,
+    *,
+    weight: Float[np.ndarray, "B"],
+    **fields: np.ndarray | Batch | None,
+) -> Batch:
     """Return the written rows as a Batch; ``fields`` are the groups' own ([B], [B, R])."""
-    return Batch(**rows.arrays, lengths=rows.lengths.reshape(-1, responses),
-                 last_index=rows.last_index.reshape(-1, responses), weight=weight, **fields)
+    return Batch(
+        **rows.arrays,
+        lengths=rows.lengths.reshape(-1, responses),
+        last_index=rows.last_index.reshape(-1, responses),
+        weight=weight,
+        **fields,
+    )

@@ -5,10 +5,12 @@
     <|user|>How?<|end|><|assistant|>       Like this.<|end|>            (what a template writes after the last turn)
     ^turn                   ^tail          loss: true
 
-Prompt and responses are tokenized apart, exactly as when the model generates: a group's responses share one prompt,
-token by token, and the mask needs no search.  A template is applied to the whole conversation and cut where the prompt
-with its generation header ends, so that the joined spans are what ``apply_chat_template`` gives.
+Prompt and responses are tokenized apart, exactly as when the model generates: a group's responses
+share one prompt, token by token, and the mask needs no search.  A template is applied to the whole
+conversation and cut where the prompt with its generation header ends, so that the joined spans are
+what ``apply_chat_template`` gives.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -41,7 +43,8 @@ class Rendered:
         responses: each response's spans.
         turn: where the last user turn begins in the prompt, in characters.
         tail: how many characters at the prompt's end stand after the user's words (the header).
-        templated: the texts come from a chat template, which writes its own beginning-of-sequence token.
+        templated: the texts come from a chat template, which writes its own beginning-of-sequence
+            token.
         closing: what the template writes after each response's end, which is not learnt.
     """
 
@@ -67,29 +70,37 @@ class Tokens:
 def render(example: Example, tokenizer: PreTrainedTokenizerBase) -> Rendered:
     """Render an example's prompt and responses as text.
 
-    Messages go through the tokenizer's chat template; plain text stays as it is.  If a response's text does not end
-    with a special token of the tokenizer, an end-of-sequence token is to follow, once.
+    Messages go through the tokenizer's chat template; plain text stays as it is.  If a response's
+    text does not end with a special token of the tokenizer, an end-of-sequence token is to follow,
+    once.
 
     Raises:
-        ValueError: messages without a chat template, or a template that renders a conversation differently when it
-            goes on (so that there is no telling prompt and response apart).
+        ValueError: messages without a chat template, or a template that renders a conversation
+            differently when it goes on (so that there is no telling prompt and response apart).
     """
     if isinstance(example.prompt, str):
         return _render_text(example, tokenizer)
     if not tokenizer.chat_template:
-        raise ValueError(f"{example.source}: messages, but the tokenizer has no chat template; "
-                         "give one by data.chat_template, or data of prompts and responses as plain text")
+        raise ValueError(
+            f"{example.source}: messages, but the tokenizer has no chat template; "
+            "give one by data.chat_template, or data of prompts and responses as "
+            "plain text"
+        )
     prompt = list(example.prompt)
     asked = _apply(tokenizer, prompt, True, example.source)
     wholes = [_conversation(prompt, response) for response in example.responses]
     texts = [_apply(tokenizer, whole, False, example.source) for whole in wholes]
     if not all(text.startswith(asked) for text in texts):
-        # a header that goes further than the template's own assistant turn (an opened <think>): cut where they part
+        # a header that goes further than the template's own assistant turn (an opened <think>): cut
+        # where they part
         base = _apply(tokenizer, prompt, False, example.source)
         asked = os.path.commonprefix([asked, *texts])
         if len(asked) < len(base):
-            raise ValueError(f"{example.source}: the chat template renders the prompt differently once an answer "
-                             f"follows: {base[len(asked):][:60]!r}")
+            raise ValueError(
+                f"{example.source}: the chat template renders the prompt "
+                "differently once an answer "
+                f"follows: {base[len(asked) :][:60]!r}"
+            )
     spans, closings = [], []
     for whole, text in zip(wholes, texts):
         found, closing = _spans(tokenizer, whole, len(prompt), text, len(asked), example.source)
@@ -101,37 +112,61 @@ def render(example: Example, tokenizer: PreTrainedTokenizerBase) -> Rendered:
 
 def _render_text(example: Example, tokenizer: PreTrainedTokenizerBase) -> Rendered:
     if not all(isinstance(response, str) for response in example.responses):
-        raise ValueError(f"{example.source}: the prompt is plain text, so the responses must be plain text too")
-    responses = tuple((Span(text, True, not _ends_turn(tokenizer, text)),) for text in example.responses)
+        raise ValueError(
+            f"{example.source}: the prompt is plain text, so the responses must be plain text too"
+        )
+    responses = tuple(
+        (Span(text, True, not _ends_turn(tokenizer, text)),) for text in example.responses
+    )
     turn = max(example.prompt.rfind("\n\nHuman:"), 0)
     header = example.prompt.rfind("\n\nAssistant:")
-    return Rendered(example.prompt, responses, turn, len(example.prompt) - header if header > turn else 0)
+    return Rendered(
+        example.prompt, responses, turn, len(example.prompt) - header if header > turn else 0
+    )
 
 
 def _conversation(prompt: list[Message], response: str | tuple[Message, ...]) -> list[Message]:
-    return prompt + ([{"role": "assistant", "content": response}] if isinstance(response, str) else list(response))
+    return prompt + (
+        [{"role": "assistant", "content": response}]
+        if isinstance(response, str)
+        else list(response)
+    )
 
 
-def _apply(tokenizer: PreTrainedTokenizerBase, messages: list[Message], header: bool, source: str) -> str:
+def _apply(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], header: bool, source: str
+) -> str:
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=header)
-    except Exception as error:  # templates raise what they like: Jinja's errors, TypeError, their own messages
-        raise ValueError(f"{source}: the chat template refuses this conversation "
-                         f"({[message['role'] for message in messages]}): {error}") from error
+    # templates raise what they like: Jinja's errors, TypeError, their own messages
+    except Exception as error:
+        raise ValueError(
+            f"{source}: the chat template refuses this conversation "
+            f"({[message['role'] for message in messages]}): {error}"
+        ) from error
 
 
 @functools.lru_cache(maxsize=8)
 def _special_texts(tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
-    return tuple(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+    return tuple(
+        token.content for token in tokenizer.added_tokens_decoder.values() if token.special
+    )
 
 
 def _ends_turn(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
     return text.endswith(_special_texts(tokenizer))
 
 
-def _spans(tokenizer: PreTrainedTokenizerBase, messages: list[Message], start: int, text: str, cut: int, source: str
-           ) -> tuple[tuple[Span, ...], str]:
-    """Cut a rendered conversation's response into spans; return them and what follows the last one's end."""
+def _spans(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[Message],
+    start: int,
+    text: str,
+    cut: int,
+    source: str,
+) -> tuple[tuple[Span, ...], str]:
+    """Cut a rendered conversation's response into spans; return them and what follows the last
+    one's end."""
     last = len(messages) - 1
     while messages[last]["role"] != "assistant":
         last -= 1
@@ -144,27 +179,43 @@ def _spans(tokenizer: PreTrainedTokenizerBase, messages: list[Message], start: i
         if index > start:
             begin = len(_prefix(tokenizer, messages[:index], True, text, source))
             spans.append(Span(closing + text[cut:begin], False))
-        end = len(text) if index == len(messages) - 1 else len(
-            _prefix(tokenizer, messages[:index + 1], False, text, source))
+        end = (
+            len(text)
+            if index == len(messages) - 1
+            else len(_prefix(tokenizer, messages[: index + 1], False, text, source))
+        )
         body = text[begin:end].rstrip()
         ends = _ends_turn(tokenizer, body)
-        if not ends:  # keep the answer's own white space; what the template adds comes after the end
+        # keep the answer's own white space; what the template adds comes after the end
+        if not ends:
             body = text[begin:end] if text[begin:end].endswith(messages[index]["content"]) else body
         spans.append(Span(body, True, not ends))
-        closing, cut = text[begin + len(body):end], end
+        closing, cut = text[begin + len(body) : end], end
     return tuple(spans), closing
 
 
-def _prefix(tokenizer: PreTrainedTokenizerBase, messages: list[Message], header: bool, text: str, source: str) -> str:
+def _prefix(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[Message],
+    header: bool,
+    text: str,
+    source: str,
+) -> str:
     part = _apply(tokenizer, messages, header, source)
     if not text.startswith(part):
-        raise ValueError(f"{source}: the chat template renders turn {len(messages)} differently once another follows; "
-                         "train on the last answer only (data.turns='last')")
+        raise ValueError(
+            f"{source}: the chat template renders turn {len(messages)} differently "
+            "once another follows; "
+            "train on the last answer only (data.turns='last')"
+        )
     return part
 
 
-def _last_turn(tokenizer: PreTrainedTokenizerBase, prompt: list[Message], asked: str) -> tuple[int, int]:
-    """Return where the last turn begins in the prompt, and the length of what follows its words; in characters."""
+def _last_turn(
+    tokenizer: PreTrainedTokenizerBase, prompt: list[Message], asked: str
+) -> tuple[int, int]:
+    """Return where the last turn begins in the prompt, and the length of what follows its words; in
+    characters."""
     content = prompt[-1]["content"].strip()
     at = asked.rfind(content)
     if at < 0 or not content:
@@ -172,8 +223,11 @@ def _last_turn(tokenizer: PreTrainedTokenizerBase, prompt: list[Message], asked:
     turn = at
     if len(prompt) > 1:
         try:
-            before = tokenizer.apply_chat_template(prompt[:-1], tokenize=False, add_generation_prompt=False)
-        except Exception:  # a template may refuse a conversation of a system message alone; only truncation asks
+            before = tokenizer.apply_chat_template(
+                prompt[:-1], tokenize=False, add_generation_prompt=False
+            )
+        # a template may refuse a conversation of a system message alone; only truncation asks
+        except Exception:
             before = ""
         turn = len(before) if asked.startswith(before) and len(before) <= at else at
     return turn if len(prompt) > 1 else 0, len(asked) - at - len(content)
@@ -183,12 +237,16 @@ def _last_turn(tokenizer: PreTrainedTokenizerBase, prompt: list[Message], asked:
 def _anchor(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return what must stand before a text for it to be tokenized as in the middle of one.
 
-    Nothing for byte-level tokenizers; a line end for SentencePiece ones, which else begin every text with a space.
+    Nothing for byte-level tokenizers; a line end for SentencePiece ones, which else begin every
+    text with a space.
     """
+
     def agrees(anchor: str) -> int:
         skip, encode = len(_encode(tokenizer, anchor)), functools.partial(_encode, tokenizer)
-        return sum(encode(left + right) == encode(left) + encode(anchor + right)[skip:]
-                   for left, right in (("a:", " b c"), ("a:\n", "b c")))
+        return sum(
+            encode(left + right) == encode(left) + encode(anchor + right)[skip:]
+            for left, right in (("a:", " b c"), ("a:\n", "b c"))
+        )
 
     return max(("", "\n"), key=agrees)
 
@@ -203,22 +261,33 @@ def _continue(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list
         return []
     anchor = _anchor(tokenizer)
     lead = _encode(tokenizer, anchor)
-    found = tokenizer([anchor + text for text in texts], add_special_tokens=False, verbose=False).input_ids
-    return [ids[len(lead):] if ids[:len(lead)] == lead else _encode(tokenizer, text) for ids, text in zip(found, texts)]
+    found = tokenizer(
+        [anchor + text for text in texts], add_special_tokens=False, verbose=False
+    ).input_ids
+    return [
+        ids[len(lead) :] if ids[: len(lead)] == lead else _encode(tokenizer, text)
+        for ids, text in zip(found, texts)
+    ]
 
 
-def encode_prompts(rendered: Sequence[Rendered], tokenizer: PreTrainedTokenizerBase
-                   ) -> list[tuple[list[int], int, int]]:
+def encode_prompts(
+    rendered: Sequence[Rendered], tokenizer: PreTrainedTokenizerBase
+) -> list[tuple[list[int], int, int]]:
     """Tokenize prompts.
 
     Returns:
-        For each its ids, where its last turn begins, and how long its header is, in tokens.  A plain text gets the
-        tokenizer's beginning-of-sequence token, unless it is written there already.
+        For each its ids, where its last turn begins, and how long its header is, in tokens.  A
+        plain text gets the tokenizer's beginning-of-sequence token, unless it is written there
+        already.
     """
     if not rendered:
         return []
-    encoding: Any = tokenizer([one.prompt for one in rendered], add_special_tokens=False, return_offsets_mapping=True,
-                              verbose=False)
+    encoding: Any = tokenizer(
+        [one.prompt for one in rendered],
+        add_special_tokens=False,
+        return_offsets_mapping=True,
+        verbose=False,
+    )
     lead, found = bos_ids(tokenizer), []
     for one, ids, offsets in zip(rendered, encoding.input_ids, encoding.offset_mapping):
         turn = sum(end <= one.turn for _, end in offsets) if one.turn else 0
@@ -237,14 +306,18 @@ def encode_many(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase)
         tokenizer: the tokenizer; messages need its chat template.
 
     Returns:
-        For each its prompt ids (the same for every response), each response's ids and loss mask: true on the
-        assistant's tokens, the one that ends the turn included.
+        For each its prompt ids (the same for every response), each response's ids and loss mask:
+        true on the assistant's tokens, the one that ends the turn included.
 
     Raises:
         ValueError: as ``render``.
     """
     rendered = [render(example, tokenizer) for example in examples]
-    pieces = iter(_continue(tokenizer, [span.text for one in rendered for spans in one.responses for span in spans]))
+    pieces = iter(
+        _continue(
+            tokenizer, [span.text for one in rendered for spans in one.responses for span in spans]
+        )
+    )
     made = []
     for one, (prompt, turn, tail) in zip(rendered, encode_prompts(rendered, tokenizer)):
         responses, masks = [], []

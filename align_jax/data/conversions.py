@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From one kind of feedback to another: pairs to labels, rankings to pairs, scores to pairs or labels.
+"""From one kind of feedback to another: pairs to labels, rankings to pairs, scores to pairs or
+labels.
 
-Kinds: ``completions`` (one response), ``pairs`` (chosen first), ``ranked`` (best first), ``unpaired`` (a label),
-``scored`` (one response with a number; several rows may share a prompt), ``prompts`` (no response).
+Kinds: ``completions`` (one response), ``pairs`` (chosen first), ``ranked`` (best first),
+``unpaired`` (a label), ``scored`` (one response with a number; several rows may share a prompt),
+``prompts`` (no response).
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -20,18 +23,28 @@ KINDS = ("completions", "pairs", "ranked", "unpaired", "prompts")
 PAIRINGS = ("best_worst", "adjacent", "all", "random")
 
 
-def convert(examples: Sequence[Example], source: str, target: str, *, pairing: str = "best_worst",
-            min_difference: float = 0.0, threshold: float | str = "median", seed: int = 0) -> list[Example]:
+def convert(
+    examples: Sequence[Example],
+    source: str,
+    target: str,
+    *,
+    pairing: str = "best_worst",
+    min_difference: float = 0.0,
+    threshold: float | str = "median",
+    seed: int = 0,
+) -> list[Example]:
     """Convert examples from one kind of feedback to another.
 
     Args:
         examples: examples of kind ``source``.
         source: their kind.
         target: the kind wanted.
-        pairing: which pairs are made of several responses to a prompt: ``best_worst`` (one), ``adjacent`` (of
-            neighbours in rank), ``all``, or ``random`` (one).
-        min_difference: pairs whose scores differ by no more than this are left out, in units of score.
-        threshold: a response is desirable if its score is above this: a number, ``mean`` or ``median`` of all scores.
+        pairing: which pairs are made of several responses to a prompt: ``best_worst`` (one),
+            ``adjacent`` (of neighbours in rank), ``all``, or ``random`` (one).
+        min_difference: pairs whose scores differ by no more than this are left out, in units of
+            score.
+        threshold: a response is desirable if its score is above this: a number, ``mean`` or
+            ``median`` of all scores.
         seed: for ``random``.
 
     Returns:
@@ -62,16 +75,25 @@ class _Options:
 
 
 def _ask(example: Example, source: str) -> Example:
-    """Keep the prompt; an answer that came with it stays as the column ``answer``, for rewards that compare with it."""
+    """Keep the prompt; an answer that came with it stays as the column ``answer``, for rewards that
+    compare with it."""
     extras = dict(example.extras)
-    if source == "completions" and len(example.responses) == 1 and isinstance(example.responses[0], str):
+    if (
+        source == "completions"
+        and len(example.responses) == 1
+        and isinstance(example.responses[0], str)
+    ):
         extras.setdefault("answer", example.responses[0])
     return dataclasses.replace(example, responses=(), label=None, scores=None, extras=extras)
 
 
 def prompt_key(example: Example) -> str:
     """Return a text that is equal for equal prompts."""
-    return example.prompt if isinstance(example.prompt, str) else json.dumps(list(example.prompt), sort_keys=True)
+    return (
+        example.prompt
+        if isinstance(example.prompt, str)
+        else json.dumps(list(example.prompt), sort_keys=True)
+    )
 
 
 def _unique(examples: Sequence[Example]) -> list[Example]:
@@ -79,15 +101,31 @@ def _unique(examples: Sequence[Example]) -> list[Example]:
 
 
 def _split(examples: Sequence[Example], options: _Options) -> list[Example]:
-    """Take each response of a pair as an example of its own: the chosen desirable, the rejected not."""
-    return [dataclasses.replace(example, responses=(response,), label=index == 0, margin=0.0,
-                                scores=example.scores and (example.scores[index],))
-            for example in examples for index, response in enumerate(example.responses)]
+    """Take each response of a pair as an example of its own: the chosen desirable, the rejected
+    not."""
+    return [
+        dataclasses.replace(
+            example,
+            responses=(response,),
+            label=index == 0,
+            margin=0.0,
+            scores=example.scores and (example.scores[index],),
+        )
+        for example in examples
+        for index, response in enumerate(example.responses)
+    ]
 
 
 def _first(examples: Sequence[Example], options: _Options) -> list[Example]:
-    return [dataclasses.replace(example, responses=example.responses[:1], margin=0.0,
-                                scores=example.scores and example.scores[:1]) for example in examples]
+    return [
+        dataclasses.replace(
+            example,
+            responses=example.responses[:1],
+            margin=0.0,
+            scores=example.scores and example.scores[:1],
+        )
+        for example in examples
+    ]
 
 
 def _desirable(examples: Sequence[Example], options: _Options) -> list[Example]:
@@ -101,7 +139,9 @@ def _level(examples: Sequence[Example], options: _Options) -> float:
     if options.threshold == "median":
         return statistics.median(scores)
     if isinstance(options.threshold, str):
-        raise ValueError(f"unknown threshold {options.threshold!r}: expected a number, 'mean' or 'median'")
+        raise ValueError(
+            f"unknown threshold {options.threshold!r}: expected a number, 'mean' or 'median'"
+        )
     return float(options.threshold)
 
 
@@ -110,24 +150,36 @@ def _label_by_score(examples: Sequence[Example], options: _Options) -> list[Exam
     if missing is not None:
         raise ValueError(f"{missing}: labels are made of scores, and there are none")
     level = _level(examples, options)
-    return [dataclasses.replace(example, responses=(response,), scores=(score,), label=score > level)
-            for example in examples for response, score in zip(example.responses, example.scores)]
+    return [
+        dataclasses.replace(example, responses=(response,), scores=(score,), label=score > level)
+        for example in examples
+        for response, score in zip(example.responses, example.scores)
+    ]
 
 
 def _pairs_of_ranked(examples: Sequence[Example], options: _Options) -> list[Example]:
     made = []
     for number, example in enumerate(examples):
         count = len(example.responses)
-        pairs = [(i, j) for i, j in itertools.combinations(range(count), 2)
-                 if example.scores is None or example.scores[i] - example.scores[j] > options.min_difference]
+        pairs = [
+            (i, j)
+            for i, j in itertools.combinations(range(count), 2)
+            if example.scores is None
+            or example.scores[i] - example.scores[j] > options.min_difference
+        ]
         for i, j in _choose(pairs, count, options, number):
             scores = example.scores and (example.scores[i], example.scores[j])
-            made.append(dataclasses.replace(example, responses=(example.responses[i], example.responses[j]),
-                                            scores=scores))
+            made.append(
+                dataclasses.replace(
+                    example, responses=(example.responses[i], example.responses[j]), scores=scores
+                )
+            )
     return made
 
 
-def _choose(pairs: list[tuple[int, int]], count: int, options: _Options, number: int) -> list[tuple[int, int]]:
+def _choose(
+    pairs: list[tuple[int, int]], count: int, options: _Options, number: int
+) -> list[tuple[int, int]]:
     if options.pairing == "best_worst":
         return [pair for pair in pairs if pair == (0, count - 1)]
     if options.pairing == "adjacent":
@@ -138,17 +190,27 @@ def _choose(pairs: list[tuple[int, int]], count: int, options: _Options, number:
 
 
 def group_scored(examples: Sequence[Example], options: _Options) -> list[Example]:
-    """Gather scored responses by prompt into rankings, best first; prompts with one response are left out."""
+    """Gather scored responses by prompt into rankings, best first; prompts with one response are
+    left out."""
     groups: dict[str, list[Example]] = {}
     for example in examples:
         groups.setdefault(prompt_key(example), []).append(example)
     ranked = []
     for members in groups.values():
         if len(members) > 1:
-            members = sorted(members, key=lambda member: -(member.scores or (float(bool(member.label)),))[0])
-            ranked.append(dataclasses.replace(
-                members[0], responses=tuple(member.responses[0] for member in members), label=None,
-                scores=tuple((member.scores or (float(bool(member.label)),))[0] for member in members)))
+            members = sorted(
+                members, key=lambda member: -(member.scores or (float(bool(member.label)),))[0]
+            )
+            ranked.append(
+                dataclasses.replace(
+                    members[0],
+                    responses=tuple(member.responses[0] for member in members),
+                    label=None,
+                    scores=tuple(
+                        (member.scores or (float(bool(member.label)),))[0] for member in members
+                    ),
+                )
+            )
     return ranked
 
 
@@ -166,18 +228,28 @@ def _plain(examples: Sequence[Example], options: _Options) -> list[Example]:
 
 
 CONVERSIONS: Mapping[tuple[str, str], Callable[[Sequence[Example], _Options], list[Example]]] = {
-    ("pairs", "unpaired"): _split, ("pairs", "completions"): _first,
+    ("pairs", "unpaired"): _split,
+    ("pairs", "completions"): _first,
     ("pairs", "ranked"): lambda examples, options: list(examples),
-    ("ranked", "pairs"): _pairs_of_ranked, ("ranked", "completions"): _first, ("ranked", "unpaired"): _label_by_score,
-    ("unpaired", "completions"): _desirable, ("unpaired", "pairs"): _pairs_of_unpaired,
-    ("scored", "pairs"): _pairs_of_scored, ("scored", "ranked"): group_scored, ("scored", "unpaired"): _label_by_score,
+    ("ranked", "pairs"): _pairs_of_ranked,
+    ("ranked", "completions"): _first,
+    ("ranked", "unpaired"): _label_by_score,
+    ("unpaired", "completions"): _desirable,
+    ("unpaired", "pairs"): _pairs_of_unpaired,
+    ("scored", "pairs"): _pairs_of_scored,
+    ("scored", "ranked"): group_scored,
+    ("scored", "unpaired"): _label_by_score,
     ("scored", "completions"): _plain,
 }
 
 
 def balance(examples: Sequence[Example], seed: int = 0) -> list[Example]:
-    """Leave out examples of the more frequent label, chosen by ``seed``, until both are equally many."""
-    sides = [[i for i, example in enumerate(examples) if bool(example.label) == label] for label in (True, False)]
+    """Leave out examples of the more frequent label, chosen by ``seed``, until both are equally
+    many."""
+    sides = [
+        [i for i, example in enumerate(examples) if bool(example.label) == label]
+        for label in (True, False)
+    ]
     fewer = min(len(side) for side in sides)
     rng = np.random.default_rng(seed)
     kept = sorted(int(i) for side in sides for i in rng.permutation(side)[:fewer])
@@ -195,7 +267,11 @@ def take_responses(examples: Sequence[Example], count: int) -> tuple[list[Exampl
         have = len(example.responses)
         if have >= count:
             picked = [round(i * (have - 1) / max(count - 1, 1)) for i in range(count)]
-            made.append(dataclasses.replace(
-                example, responses=tuple(example.responses[i] for i in picked),
-                scores=example.scores and tuple(example.scores[i] for i in picked)))
+            made.append(
+                dataclasses.replace(
+                    example,
+                    responses=tuple(example.responses[i] for i in picked),
+                    scores=example.scores and tuple(example.scores[i] for i in picked),
+                )
+            )
     return made, len(examples) - len(made)

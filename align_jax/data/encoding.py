@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The data set as tokens: flat arrays with offsets, made once at the start and kept on disk.
 
-With every length known before training, the packing, the drops, the budgets and the number of steps are exact, and a
-batch costs a few copies.
+With every length known before training, the packing, the drops, the budgets and the number of steps
+are exact, and a batch costs a few copies.
 """
+
 from __future__ import annotations
 
 import concurrent.futures
@@ -33,7 +34,8 @@ class Encoded:
     """G groups of R responses as flat token arrays.
 
     Attributes:
-        prompt_ids, prompt_ends: group g's prompt is ``prompt_ids[prompt_ends[g]:prompt_ends[g + 1]]``.
+        prompt_ids, prompt_ends: group g's prompt is
+            ``prompt_ids[prompt_ends[g]:prompt_ends[g + 1]]``.
         response_ids, response_mask, response_ends: response r of group g is number ``g * R + r``.
         turn: where the prompt's last turn begins, in tokens.
         tail: how many tokens at the prompt's end ask for the answer (the header).
@@ -66,29 +68,39 @@ class Encoded:
 
     def prompt(self, group: int) -> Int[np.ndarray, "_"]:
         """Return a group's prompt."""
-        return self.prompt_ids[self.prompt_ends[group]:self.prompt_ends[group + 1]]
+        return self.prompt_ids[self.prompt_ends[group] : self.prompt_ends[group + 1]]
 
-    def response(self, group: int, index: int) -> tuple[Int[np.ndarray, "_"], Bool[np.ndarray, "_"]]:
+    def response(
+        self, group: int, index: int
+    ) -> tuple[Int[np.ndarray, "_"], Bool[np.ndarray, "_"]]:
         """Return a response's tokens and loss mask."""
         number = group * self.responses + index
         part = slice(self.response_ends[number], self.response_ends[number + 1])
         return self.response_ids[part], self.response_mask[part]
 
 
-def encode_all(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, responses: int,
-               control: Sequence[str] | None = None, cache_dir: str | None = None, identity: str = "",
-               processes: int | None = None) -> Encoded:
+def encode_all(
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    responses: int,
+    control: Sequence[str] | None = None,
+    cache_dir: str | None = None,
+    identity: str = "",
+    processes: int | None = None,
+) -> Encoded:
     """Tokenize all examples.
 
     Args:
         examples: the examples, each with ``responses`` responses.
         tokenizer: the tokenizer.
         responses: R.
-        control: for conditional fine-tuning, R texts (or special tokens), put without loss before each response; or
-            two for unpaired data: before desirable and before undesirable ones.
+        control: for conditional fine-tuning, R texts (or special tokens), put without loss before
+            each response; or two for unpaired data: before desirable and before undesirable ones.
         cache_dir: a folder in which the result is kept; None keeps nothing.
         identity: what the examples are made of (``Examples.identity``); part of the cache's key.
-        processes: how many tokenize at once; None: one for every 20,000 examples, at most one a CPU.
+        processes: how many tokenize at once; None: one for every 20,000 examples, at most one a
+            CPU.
 
     Returns:
         The tokens.
@@ -98,8 +110,19 @@ def encode_all(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, 
     """
     path = None
     if cache_dir is not None:
-        key = json.dumps([VERSION, identity, fingerprint(tokenizer), responses, list(control or ()), len(examples)])
-        path = os.path.join(cache_dir, f"tokens-{hashlib.sha256(key.encode()).hexdigest()[:24]}.npz")
+        key = json.dumps(
+            [
+                VERSION,
+                identity,
+                fingerprint(tokenizer),
+                responses,
+                list(control or ()),
+                len(examples),
+            ]
+        )
+        path = os.path.join(
+            cache_dir, f"tokens-{hashlib.sha256(key.encode()).hexdigest()[:24]}.npz"
+        )
         cached = _load(path)
         if cached is not None:
             return cached
@@ -111,44 +134,72 @@ def encode_all(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, 
     return encoded
 
 
-def _encode_all(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, responses: int,
-                control: Sequence[str] | None, processes: int) -> Encoded:
+def _encode_all(
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    responses: int,
+    control: Sequence[str] | None,
+    processes: int,
+) -> Encoded:
     prompts, texts, masks, turns, tails, keys = [], [], [], [], [], []
     for example, tokens in zip(examples, _tokens(examples, tokenizer, responses, processes)):
         prompts.append(np.asarray(tokens.prompt, np.int32))
         turns.append(tokens.turn)
         tails.append(tokens.tail)
-        keys.append(int.from_bytes(hashlib.blake2b(prompts[-1].tobytes(), digest_size=8).digest(), "little",
-                                   signed=True))
+        keys.append(
+            int.from_bytes(
+                hashlib.blake2b(prompts[-1].tobytes(), digest_size=8).digest(),
+                "little",
+                signed=True,
+            )
+        )
         for index, (ids, mask) in enumerate(zip(tokens.responses, tokens.masks)):
             lead = _control(tokenizer, control, example, index)
             texts.append(np.asarray(lead + ids, np.int32))
             masks.append(np.asarray([False] * len(lead) + mask, np.bool_))
     missing = (float("nan"),) * responses
     return Encoded(
-        prompt_ids=_flat(prompts, np.int32), prompt_ends=_ends(prompts), response_ids=_flat(texts, np.int32),
-        response_mask=_flat(masks, np.bool_), response_ends=_ends(texts), turn=np.asarray(turns, np.int64),
-        tail=np.asarray(tails, np.int64), label=np.asarray([bool(e.label) for e in examples], np.bool_),
-        scores=np.asarray([e.scores or missing for e in examples], np.float32).reshape(len(examples), responses),
+        prompt_ids=_flat(prompts, np.int32),
+        prompt_ends=_ends(prompts),
+        response_ids=_flat(texts, np.int32),
+        response_mask=_flat(masks, np.bool_),
+        response_ends=_ends(texts),
+        turn=np.asarray(turns, np.int64),
+        tail=np.asarray(tails, np.int64),
+        label=np.asarray([bool(e.label) for e in examples], np.bool_),
+        scores=np.asarray([e.scores or missing for e in examples], np.float32).reshape(
+            len(examples), responses
+        ),
         margin=np.asarray([e.margin for e in examples], np.float32),
-        weight=np.asarray([e.weight for e in examples], np.float32), prompt_key=np.asarray(keys, np.int64))
+        weight=np.asarray([e.weight for e in examples], np.float32),
+        prompt_key=np.asarray(keys, np.int64),
+    )
 
 
-def _tokens(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, responses: int, processes: int
-            ) -> Iterator[chat.Tokens]:
+def _tokens(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, responses: int, processes: int
+) -> Iterator[chat.Tokens]:
     for example in examples:
         if len(example.responses) != responses:
-            raise ValueError(f"{example.source}: {len(example.responses)} responses, expected {responses} as in the "
-                             "first example; data.options = {'responses': 2} gives every ranking two (the best, the "
-                             "worst) and leaves those with fewer out")
-    chunks = [examples[start:start + _CHUNK] for start in range(0, len(examples), _CHUNK)]
+            raise ValueError(
+                f"{example.source}: {len(example.responses)} responses, expected "
+                f"{responses} as in the "
+                "first example; data.options = {'responses': 2} gives every ranking "
+                "two (the best, the "
+                "worst) and leaves those with fewer out"
+            )
+    chunks = [examples[start : start + _CHUNK] for start in range(0, len(examples), _CHUNK)]
     if processes < 2:
         for chunk in chunks:
             yield from chat.encode_many(chunk, tokenizer)
         return
     # spawned, not forked: the parent may hold an accelerator's threads
-    with concurrent.futures.ProcessPoolExecutor(processes, mp_context=multiprocessing.get_context("spawn"),
-                                                initializer=_start, initargs=(tokenizer,)) as pool:
+    with concurrent.futures.ProcessPoolExecutor(
+        processes,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_start,
+        initargs=(tokenizer,),
+    ) as pool:
         for made in pool.map(_encode_chunk, chunks):
             yield from made
 
@@ -165,13 +216,17 @@ def _encode_chunk(chunk: Sequence[Example]) -> list[chat.Tokens]:
     return chat.encode_many(chunk, _TOKENIZER[0])
 
 
-def _control(tokenizer: PreTrainedTokenizerBase, control: Sequence[str] | None, example: Example, index: int
-             ) -> list[int]:
+def _control(
+    tokenizer: PreTrainedTokenizerBase, control: Sequence[str] | None, example: Example, index: int
+) -> list[int]:
     if not control:
         return []
     which = index if example.label is None else int(not example.label)
     if which >= len(control):
-        raise ValueError(f"{example.source}: {len(example.responses)} responses, but control tokens for {len(control)}")
+        raise ValueError(
+            f"{example.source}: {len(example.responses)} responses, but control "
+            f"tokens for {len(control)}"
+        )
     return list(tokenizer(control[which], add_special_tokens=False).input_ids)
 
 
@@ -193,7 +248,9 @@ def _save(path: str, encoded: Encoded) -> None:
 def _load(path: str) -> Encoded | None:
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            return Encoded(**{field.name: arrays[field.name] for field in dataclasses.fields(Encoded)})
+            return Encoded(
+                **{field.name: arrays[field.name] for field in dataclasses.fields(Encoded)}
+            )
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, zipfile.BadZipFile):

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From the rows people publish to Examples: one small function a format, found by its fields or named.
+"""From the rows people publish to Examples: one small function a format, found by its fields or
+named.
 
-A function takes a row and whether the tokenizer has a chat template.  Formats without explicit messages (transcripts,
-instruction/output, question/answer) make messages where there is a template, and otherwise the plain text that people
-used before templates; rows of explicit messages need a template.
+A function takes a row and whether the tokenizer has a chat template.  Formats without explicit
+messages (transcripts, instruction/output, question/answer) make messages where there is a template,
+and otherwise the plain text that people used before templates; rows of explicit messages need a
+template.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -24,10 +27,10 @@ class Format:
     """One way of writing preferences down.
 
     Attributes:
-        kind: what a row gives: ``completions``, ``pairs``, ``ranked``, ``unpaired``, ``scored`` (one response with a
-            number) or ``prompts``.
-        fields: a row that has all of these is taken for this format, unless an earlier one matches; an alternative is
-            written ``a|b``, a value ``type=sample``.
+        kind: what a row gives: ``completions``, ``pairs``, ``ranked``, ``unpaired``, ``scored``
+            (one response with a number) or ``prompts``.
+        fields: a row that has all of these is taken for this format, unless an earlier one matches;
+            an alternative is written ``a|b``, a value ``type=sample``.
         read: (row, has a chat template) -> examples.
     """
 
@@ -55,8 +58,11 @@ def detect(row: Row) -> str:
         if form.matches(row):
             return name
     known = "; ".join(f"{name}: {', '.join(form.fields)}" for name, form in FORMATS.items())
-    raise ValueError(f"no known format has only the fields {sorted(row)}; rename them by data.columns, "
-                     f"or use one of {known}")
+    raise ValueError(
+        f"no known format has only the fields {sorted(row)}; rename them by "
+        "data.columns, "
+        f"or use one of {known}"
+    )
 
 
 def read(row: Row, name: str, *, chat: bool) -> list[Example]:
@@ -74,18 +80,29 @@ def read(row: Row, name: str, *, chat: bool) -> list[Example]:
     """
     if name not in FORMATS:
         near = difflib.get_close_matches(name, FORMATS, n=1)
-        raise KeyError(f"unknown data format {name!r}" + (f" (did you mean {near[0]!r}?)" if near else "")
-                       + f"; known: {sorted(FORMATS)}")
+        raise KeyError(
+            f"unknown data format {name!r}"
+            + (f" (did you mean {near[0]!r}?)" if near else "")
+            + f"; known: {sorted(FORMATS)}"
+        )
     form = FORMATS[name]
-    missing = [field for field in form.fields if not any(_has(row, part) for part in field.split("|"))]
+    missing = [
+        field for field in form.fields if not any(_has(row, part) for part in field.split("|"))
+    ]
     if missing:
-        raise ValueError(f"format {name!r} needs {', '.join(form.fields)}; the row has no {', '.join(missing)}, "
-                         f"only {sorted(row)}; name the columns by data.columns")
+        raise ValueError(
+            f"format {name!r} needs {', '.join(form.fields)}; the row has no "
+            f"{', '.join(missing)}, "
+            f"only {sorted(row)}; name the columns by data.columns"
+        )
     examples = list(form.read(row, chat))
     for example in examples:
         for response in example.responses:
-            texts = [response] if isinstance(response, str) else [
-                message["content"] for message in response if message["role"] == "assistant"]
+            texts = (
+                [response]
+                if isinstance(response, str)
+                else [message["content"] for message in response if message["role"] == "assistant"]
+            )
             if not texts or not all(text.strip() for text in texts):
                 raise Unusable("empty response")
         if isinstance(example.prompt, tuple) and not example.prompt:
@@ -95,32 +112,54 @@ def read(row: Row, name: str, *, chat: bool) -> list[Example]:
 
 FORMATS: Mapping[str, Format] = {
     # files that HALOs' sample and label programs (and ours) write
-    "binary_feedback": Format("unpaired", ("type=binary_feedback", "prompt|instruction", "output", "label"),
-                              published.read_binary_feedback),
-    "pairwise_feedback": Format("pairs", ("type=pairwise_feedback", "prompt|instruction", "output_A", "output_B",
-                                          "label"), published.read_pairwise_feedback),
-    "scalar_feedback": Format("scored", ("type=scalar_feedback", "prompt|instruction", "output", "reward"),
-                              published.read_scalar_feedback),
-    "sample": Format("completions", ("type=sample", "prompt|instruction", "output"), published.read_sample),
+    "binary_feedback": Format(
+        "unpaired",
+        ("type=binary_feedback", "prompt|instruction", "output", "label"),
+        published.read_binary_feedback,
+    ),
+    "pairwise_feedback": Format(
+        "pairs",
+        ("type=pairwise_feedback", "prompt|instruction", "output_A", "output_B", "label"),
+        published.read_pairwise_feedback,
+    ),
+    "scalar_feedback": Format(
+        "scored",
+        ("type=scalar_feedback", "prompt|instruction", "output", "reward"),
+        published.read_scalar_feedback,
+    ),
+    "sample": Format(
+        "completions", ("type=sample", "prompt|instruction", "output"), published.read_sample
+    ),
     # public data sets with fields of their own
     "oasst_tree": Format("ranked", ("message_tree_id", "prompt"), published.read_oasst_tree),
     "shp": Format("pairs", ("history", "human_ref_A", "human_ref_B", "labels"), published.read_shp),
-    "safe_rlhf": Format("pairs", ("prompt", "response_0", "response_1", "better_response_id"),
-                        published.read_safe_rlhf),
+    "safe_rlhf": Format(
+        "pairs",
+        ("prompt", "response_0", "response_1", "better_response_id"),
+        published.read_safe_rlhf,
+    ),
     "comparisons": Format("pairs", ("info", "summaries", "choice"), published.read_comparisons),
-    "scored_completions": Format("ranked", ("instruction", "completions"), published.read_scored_completions),
+    "scored_completions": Format(
+        "ranked", ("instruction", "completions"), published.read_scored_completions
+    ),
     # fields that say what they are
     "ranked": Format("ranked", ("prompt", "responses", "ranks|scores"), rows.read_ranked),
-    "question_ranked": Format("ranked", ("question", "responses", "ranks|scores"), rows.read_question_ranked),
+    "question_ranked": Format(
+        "ranked", ("question", "responses", "ranks|scores"), rows.read_question_ranked
+    ),
     "pairs": Format("pairs", ("prompt", "chosen", "rejected"), rows.read_pairs),
     "sharegpt_pairs": Format("pairs", ("conversations", "chosen", "rejected"), rows.read_pairs),
     "alpaca_pairs": Format("pairs", ("instruction", "chosen", "rejected"), rows.read_alpaca_pairs),
     "question_pairs": Format("pairs", ("question", "chosen", "rejected"), rows.read_question_pairs),
     "implicit_pairs": Format("pairs", ("chosen", "rejected"), rows.read_implicit),
     "messages_label": Format("unpaired", ("messages", "label"), rows.read_conversation_label),
-    "sharegpt_label": Format("unpaired", ("conversations", "label|kto_tag"), rows.read_conversation_label),
+    "sharegpt_label": Format(
+        "unpaired", ("conversations", "label|kto_tag"), rows.read_conversation_label
+    ),
     "unpaired": Format("unpaired", ("prompt", "completion|response", "label"), rows.read_unpaired),
-    "question_label": Format("unpaired", ("question", "response|answer", "label"), rows.read_question_label),
+    "question_label": Format(
+        "unpaired", ("question", "response|answer", "label"), rows.read_question_label
+    ),
     "messages": Format("completions", ("messages",), rows.read_conversation_completion),
     "sharegpt": Format("completions", ("conversations",), rows.read_conversation_completion),
     "completion": Format("completions", ("prompt", "completion|response"), rows.read_completion),

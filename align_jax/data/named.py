@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Public data sets by name, with the filters that their users agree on.
 
-``set:NAME:SPLIT`` reads the data set from the hub; ``set:NAME:SOURCE`` reads the same rows from anywhere else (a path,
-a glob, ``tfds:...``, ``hf:...``).  Filters are those of HALOs (commit 4831988, train/data.py) and of the papers.
+``set:NAME:SPLIT`` reads the data set from the hub; ``set:NAME:SOURCE`` reads the same rows from
+anywhere else (a path, a glob, ``tfds:...``, ``hf:...``).  Filters are those of HALOs (commit
+4831988, train/data.py) and of the papers.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -42,8 +44,8 @@ def resolve(spec: str) -> tuple[Named, str, bool]:
     """Resolve ``set:NAME:SPLIT_OR_SOURCE``.
 
     Returns:
-        The data set, the source to open, and whether it is for training: a split, or file name, that does not speak of
-        test, eval or validation.
+        The data set, the source to open, and whether it is for training: a split, or file name,
+        that does not speak of test, eval or validation.
 
     Raises:
         ValueError: not of that form, or an unknown name.
@@ -51,15 +53,22 @@ def resolve(spec: str) -> tuple[Named, str, bool]:
     name, _, rest = spec.removeprefix("set:").partition(":")
     if name not in DATASETS or not rest:
         near = difflib.get_close_matches(name, DATASETS, n=1)
-        raise ValueError(f"{spec!r}: expected set:NAME:SPLIT or set:NAME:SOURCE"
-                         + (f"; did you mean {near[0]!r}?" if near and near[0] != name else "")
-                         + f"; known names: {sorted(DATASETS)}")
+        raise ValueError(
+            f"{spec!r}: expected set:NAME:SPLIT or set:NAME:SOURCE"
+            + (f"; did you mean {near[0]!r}?" if near and near[0] != name else "")
+            + f"; known names: {sorted(DATASETS)}"
+        )
     named = DATASETS[name]
-    return named, named.splits.get(rest, rest), re.search("test|eval|valid", rest.rpartition("/")[2]) is None
+    return (
+        named,
+        named.splits.get(rest, rest),
+        re.search("test|eval|valid", rest.rpartition("/")[2]) is None,
+    )
 
 
 def keep_shp(examples: Sequence[Example], training: bool, seed: int) -> Sequence[Example]:
-    """Keep pairs whose votes differ by a factor of two, and at most five pairs a post; all of them in a test split.
+    """Keep pairs whose votes differ by a factor of two, and at most five pairs a post; all of them
+    in a test split.
 
     Source: Ethayarajh et al., 2022 (arXiv 2110.08420), and HALOs' get_shp.
     """
@@ -71,7 +80,11 @@ def keep_shp(examples: Sequence[Example], training: bool, seed: int) -> Sequence
         if high >= 2 * low:
             posts.setdefault(prompt_key(example), []).append(example)
     rng = np.random.default_rng(seed)
-    return [pairs[i] for pairs in posts.values() for i in sorted(rng.permutation(len(pairs))[:5].tolist())]
+    return [
+        pairs[i]
+        for pairs in posts.values()
+        for i in sorted(rng.permutation(len(pairs))[:5].tolist())
+    ]
 
 
 def grow_english_trees(rows: Sequence[Row]) -> Sequence[Row]:
@@ -86,20 +99,42 @@ def _hub(repository: str, *splits: str) -> dict[str, str]:
 DATASETS: Mapping[str, Named] = {
     "hh": Named(_hub("Anthropic/hh-rlhf", "train", "test"), "implicit_pairs"),
     "hh_helpful": Named(_hub("Anthropic/hh-rlhf/helpful-base", "train", "test"), "implicit_pairs"),
-    "hh_harmless": Named(_hub("Anthropic/hh-rlhf/harmless-base", "train", "test"), "implicit_pairs"),
+    "hh_harmless": Named(
+        _hub("Anthropic/hh-rlhf/harmless-base", "train", "test"), "implicit_pairs"
+    ),
     "shp": Named(_hub("stanfordnlp/SHP", "train", "validation", "test"), "shp", keep=keep_shp),
-    "oasst": Named(_hub("OpenAssistant/oasst1", "train", "validation"), "oasst_tree",
-                   gather=grow_english_trees),
+    "oasst": Named(
+        _hub("OpenAssistant/oasst1", "train", "validation"), "oasst_tree", gather=grow_english_trees
+    ),
     "oasst_trees": Named({}, "oasst_tree"),
-    "ultrafeedback": Named({"train": "hf:HuggingFaceH4/ultrafeedback_binarized:train_prefs",
-                            "test": "hf:HuggingFaceH4/ultrafeedback_binarized:test_prefs"}, "pairs"),
-    "ultrafeedback_armorm": Named(_hub("princeton-nlp/llama3-ultrafeedback-armorm", "train", "test"), "pairs"),
-    "ultrachat": Named({"train": "hf:HuggingFaceH4/ultrachat_200k:train_sft",
-                        "test": "hf:HuggingFaceH4/ultrachat_200k:test_sft"}, "messages"),
+    "ultrafeedback": Named(
+        {
+            "train": "hf:HuggingFaceH4/ultrafeedback_binarized:train_prefs",
+            "test": "hf:HuggingFaceH4/ultrafeedback_binarized:test_prefs",
+        },
+        "pairs",
+    ),
+    "ultrafeedback_armorm": Named(
+        _hub("princeton-nlp/llama3-ultrafeedback-armorm", "train", "test"), "pairs"
+    ),
+    "ultrachat": Named(
+        {
+            "train": "hf:HuggingFaceH4/ultrachat_200k:train_sft",
+            "test": "hf:HuggingFaceH4/ultrachat_200k:test_sft",
+        },
+        "messages",
+    ),
     "alpaca": Named(_hub("tatsu-lab/alpaca", "train"), "alpaca"),
-    "tldr": Named({**_hub("CarperAI/openai_summarize_comparisons", "train", "test"),
-                   "validation": "hf:CarperAI/openai_summarize_comparisons:valid1"}, "pairs"),
+    "tldr": Named(
+        {
+            **_hub("CarperAI/openai_summarize_comparisons", "train", "test"),
+            "validation": "hf:CarperAI/openai_summarize_comparisons:valid1",
+        },
+        "pairs",
+    ),
     "tldr_comparisons": Named({}, "comparisons"),
-    "safe_rlhf": Named(_hub("PKU-Alignment/PKU-SafeRLHF-single-dimension", "train", "test"), "safe_rlhf"),
+    "safe_rlhf": Named(
+        _hub("PKU-Alignment/PKU-SafeRLHF-single-dimension", "train", "test"), "safe_rlhf"
+    ),
     "gsm8k": Named(_hub("openai/gsm8k/main", "train", "test"), "question"),
 }

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Readers of public data sets and of programs' files whose fields are their own.
 
-Field names: HALOs (ContextualAI/HALOs, commit 4831988: train/sample.py, label.py, data.py), Open-Assistant's message
-trees, SHP, PKU-SafeRLHF, OpenAI's summary comparisons, UltraFeedback.
+Field names: HALOs (ContextualAI/HALOs, commit 4831988: train/sample.py, label.py, data.py),
+Open-Assistant's message trees, SHP, PKU-SafeRLHF, OpenAI's summary comparisons, UltraFeedback.
 """
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -33,23 +34,41 @@ def _output(value: Any) -> Any:
 def read_binary_feedback(row: Row, chat: bool) -> list[Example]:
     """Read prompt, output, label and, where given, reward."""
     scores = None if row.get("reward") is None else (float(row["reward"]),)
-    return [Example(_asked(row), (_output(row["output"]),), label=label_of(row["label"]), scores=scores,
-                    **about(row, "prompt", "output", "label"))]
+    return [
+        Example(
+            _asked(row),
+            (_output(row["output"]),),
+            label=label_of(row["label"]),
+            scores=scores,
+            **about(row, "prompt", "output", "label"),
+        )
+    ]
 
 
 def read_pairwise_feedback(row: Row, chat: bool) -> list[Example]:
     """Read prompt, output_A, output_B and label: 1 where A is preferred."""
     sides = ("A", "B") if label_of(row["label"]) else ("B", "A")
     given = all(row.get(f"reward_{side}") is not None for side in sides)
-    return [Example(_asked(row), tuple(_output(row[f"output_{side}"]) for side in sides),
-                    scores=tuple(float(row[f"reward_{side}"]) for side in sides) if given else None,
-                    **about(row, "prompt", "output_A", "output_B", "label"))]
+    return [
+        Example(
+            _asked(row),
+            tuple(_output(row[f"output_{side}"]) for side in sides),
+            scores=tuple(float(row[f"reward_{side}"]) for side in sides) if given else None,
+            **about(row, "prompt", "output_A", "output_B", "label"),
+        )
+    ]
 
 
 def read_scalar_feedback(row: Row, chat: bool) -> list[Example]:
     """Read prompt, output and reward."""
-    return [Example(_asked(row), (_output(row["output"]),), scores=(float(row["reward"]),),
-                    **about(row, "prompt", "output"))]
+    return [
+        Example(
+            _asked(row),
+            (_output(row["output"]),),
+            scores=(float(row["reward"]),),
+            **about(row, "prompt", "output"),
+        )
+    ]
 
 
 def read_sample(row: Row, chat: bool) -> list[Example]:
@@ -58,27 +77,41 @@ def read_sample(row: Row, chat: bool) -> list[Example]:
 
 
 def read_oasst_tree(row: Row, chat: bool) -> list[Example]:
-    """Read an Open-Assistant message tree: one ranking for each message that has several ranked answers."""
+    """Read an Open-Assistant message tree: one ranking for each message that has several ranked
+    answers."""
     found: list[Example] = []
     _walk(row["prompt"], (), found, chat)
     return found
 
 
-def _walk(node: Mapping[str, Any], before: tuple[Message, ...], found: list[Example], chat: bool) -> None:
+def _walk(
+    node: Mapping[str, Any], before: tuple[Message, ...], found: list[Example], chat: bool
+) -> None:
     role = "user" if node["role"] == "prompter" else "assistant"
     path = (*before, {"role": role, "content": node["text"]})
     replies = [reply for reply in node.get("replies") or () if not reply.get("deleted")]
-    answers = sorted((reply for reply in replies if reply["role"] == "assistant" and reply.get("rank") is not None),
-                     key=lambda reply: reply["rank"])
+    answers = sorted(
+        (
+            reply
+            for reply in replies
+            if reply["role"] == "assistant" and reply.get("rank") is not None
+        ),
+        key=lambda reply: reply["rank"],
+    )
     if len(answers) > 1:
-        found.append(Example(*asking(path, [answer["text"] for answer in answers], chat=chat),
-                             extras={"message_id": node.get("message_id"), "lang": node.get("lang")}))
+        found.append(
+            Example(
+                *asking(path, [answer["text"] for answer in answers], chat=chat),
+                extras={"message_id": node.get("message_id"), "lang": node.get("lang")},
+            )
+        )
     for reply in replies:
         _walk(reply, path, found, chat)
 
 
 def grow_trees(messages_in_rows: Sequence[Row]) -> list[Row]:
-    """Build Open-Assistant message trees from flat messages (message_id, parent_id, role, text, rank)."""
+    """Build Open-Assistant message trees from flat messages (message_id, parent_id, role, text,
+    rank)."""
     nodes = {row["message_id"]: {**row, "replies": []} for row in messages_in_rows}
     trees = []
     for node in nodes.values():
@@ -90,12 +123,21 @@ def grow_trees(messages_in_rows: Sequence[Row]) -> list[Row]:
 
 
 def read_shp(row: Row, chat: bool) -> list[Example]:
-    """Read Stanford Human Preferences: labels is 1 where answer A is preferred; scores are Reddit's votes."""
+    """Read Stanford Human Preferences: labels is 1 where answer A is preferred; scores are Reddit's
+    votes."""
     sides = ("A", "B") if label_of(row["labels"]) else ("B", "A")
     scores = tuple(float(row[f"score_{side}"]) for side in sides)
-    return [Example(*asking(_user(row["history"]), [row[f"human_ref_{side}"].strip() for side in sides], chat=chat),
-                    scores=scores,
-                    **about(row, "history", "human_ref_A", "human_ref_B", "labels"))]
+    return [
+        Example(
+            *asking(
+                _user(row["history"]),
+                [row[f"human_ref_{side}"].strip() for side in sides],
+                chat=chat,
+            ),
+            scores=scores,
+            **about(row, "history", "human_ref_A", "human_ref_B", "labels"),
+        )
+    ]
 
 
 def read_safe_rlhf(row: Row, chat: bool) -> list[Example]:
@@ -104,8 +146,12 @@ def read_safe_rlhf(row: Row, chat: bool) -> list[Example]:
     if better not in (0, 1):
         raise Unusable(f"better_response_id: expected 0 or 1, got {better}")
     responses = (row[f"response_{better}"], row[f"response_{1 - better}"])
-    return [Example(*asking(_user(row["prompt"]), responses, chat=chat),
-                    **about(row, "prompt", "response_0", "response_1", "better_response_id"))]
+    return [
+        Example(
+            *asking(_user(row["prompt"]), responses, chat=chat),
+            **about(row, "prompt", "response_0", "response_1", "better_response_id"),
+        )
+    ]
 
 
 def read_comparisons(row: Row, chat: bool) -> list[Example]:
@@ -116,17 +162,30 @@ def read_comparisons(row: Row, chat: bool) -> list[Example]:
     asked = f"{lead}POST: {info.get('post') or info.get('article')}\n\nTL;DR:"
     prompt = ({"role": "user", "content": asked},) if chat else asked
     texts = [row["summaries"][index]["text"].strip() for index in (choice, 1 - choice)]
-    return [Example(prompt, tuple(texts if chat else [f" {text}" for text in texts]),
-                    **about(row, "info", "summaries", "choice"))]
+    return [
+        Example(
+            prompt,
+            tuple(texts if chat else [f" {text}" for text in texts]),
+            **about(row, "info", "summaries", "choice"),
+        )
+    ]
 
 
 def read_scored_completions(row: Row, chat: bool) -> list[Example]:
-    """Read UltraFeedback as first published: an instruction and several completions with an overall score each."""
-    scored = [(float(one["overall_score"]), one["response"]) for one in row["completions"]
-              if one.get("overall_score") is not None]
+    """Read UltraFeedback as first published: an instruction and several completions with an overall
+    score each."""
+    scored = [
+        (float(one["overall_score"]), one["response"])
+        for one in row["completions"]
+        if one.get("overall_score") is not None
+    ]
     scored.sort(key=lambda pair: -pair[0])
     if not scored:
         raise Unusable("no scored completion")
-    return [Example(*asking(_user(row["instruction"]), [text for _, text in scored], chat=chat),
-                    scores=tuple(score for score, _ in scored),
-                    **about(row, "instruction", "completions"))]
+    return [
+        Example(
+            *asking(_user(row["instruction"]), [text for _, text in scored], chat=chat),
+            scores=tuple(score for score, _ in scored),
+            **about(row, "instruction", "completions"),
+        )
+    ]

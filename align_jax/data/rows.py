@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Readers of rows whose fields say what they are: prompt, chosen, rejected, completion, messages, question ...
+"""Readers of rows whose fields say what they are: prompt, chosen, rejected, completion, messages,
+question ...
 
-Each takes a row and whether the tokenizer has a chat template, and returns Examples; ``formats`` has the table.
+Each takes a row and whether the tokenizer has a chat template, and returns Examples; ``formats``
+has the table.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -15,9 +18,20 @@ from align_jax.data import transcripts
 from align_jax.data.transcripts import Unusable
 
 Row = Mapping[str, Any]
-ROLES = {"system": "system", "user": "user", "human": "user", "prompter": "user", "assistant": "assistant",
-         "gpt": "assistant", "model": "assistant", "bot": "assistant", "chatgpt": "assistant", "tool": "tool",
-         "observation": "tool", "function": "tool"}
+ROLES = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "prompter": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "chatgpt": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+    "function": "tool",
+}
 
 
 def messages(value: Any, what: str) -> tuple[Message, ...]:
@@ -34,9 +48,15 @@ def messages(value: Any, what: str) -> tuple[Message, ...]:
         raise Unusable(f"{what}: expected a list of messages, got {type(value).__name__}")
     found = []
     for message in value:
-        role, content = message.get("role", message.get("from")), message.get("content", message.get("value"))
+        role, content = (
+            message.get("role", message.get("from")),
+            message.get("content", message.get("value")),
+        )
         if role not in ROLES or not isinstance(content, str):
-            raise Unusable(f"{what}: expected messages with a known role and a text, got {dict(message)!r:.200}")
+            raise Unusable(
+                f"{what}: expected messages with a known role and a text, got "
+                f"{dict(message)!r:.200}"
+            )
         found.append({"role": ROLES[role], "content": content})
     return tuple(found)
 
@@ -58,8 +78,11 @@ def _number(row: Row, name: str, default: float) -> float:
 
 def about(row: Row, *used: str) -> dict[str, Any]:
     """Read margin and weight, and keep the columns that are not ``used``."""
-    return {"margin": _number(row, "margin", 0.0), "weight": _number(row, "weight", 1.0),
-            "extras": _extras(row, *used, "margin", "weight")}
+    return {
+        "margin": _number(row, "margin", 0.0),
+        "weight": _number(row, "weight", 1.0),
+        "extras": _extras(row, *used, "margin", "weight"),
+    }
 
 
 def prompt_of(row: Row, name: str = "prompt") -> tuple[Message, ...] | str:
@@ -72,13 +95,15 @@ def prompt_of(row: Row, name: str = "prompt") -> tuple[Message, ...] | str:
     return system_of(row) + messages(value, name)
 
 
-def response_of(value: Any, prompt: tuple[Message, ...] | str, what: str) -> str | tuple[Message, ...]:
+def response_of(
+    value: Any, prompt: tuple[Message, ...] | str, what: str
+) -> str | tuple[Message, ...]:
     """Read a response; messages that repeat the prompt lose it; one assistant turn becomes text."""
     if isinstance(value, str):
         return value
     turns = messages(value, what)
-    if isinstance(prompt, tuple) and turns[:len(prompt)] == prompt:
-        turns = turns[len(prompt):]
+    if isinstance(prompt, tuple) and turns[: len(prompt)] == prompt:
+        turns = turns[len(prompt) :]
     elif turns and turns[0]["role"] != "assistant":
         first = next((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), len(turns))
         turns = turns[first:]
@@ -86,36 +111,54 @@ def response_of(value: Any, prompt: tuple[Message, ...] | str, what: str) -> str
 
 
 def pair_scores(row: Row) -> tuple[float, float] | None:
-    """Read the scores of chosen and rejected, under any of the names in use; None where there are none."""
-    if row.get("all_rm_scores"):  # SimPO's on-policy data: chosen has the highest score, rejected the lowest
+    """Read the scores of chosen and rejected, under any of the names in use; None where there are
+    none."""
+    # SimPO's on-policy data: chosen has the highest score, rejected the lowest
+    if row.get("all_rm_scores"):
         return float(max(row["all_rm_scores"])), float(min(row["all_rm_scores"]))
-    for chosen, rejected in (("score_chosen", "score_rejected"), ("chosen_score", "rejected_score"),
-                             ("chosen_rating", "rejected_rating")):
+    for chosen, rejected in (
+        ("score_chosen", "score_rejected"),
+        ("chosen_score", "rejected_score"),
+        ("chosen_rating", "rejected_rating"),
+    ):
         if row.get(chosen) is not None and row.get(rejected) is not None:
             return float(row[chosen]), float(row[rejected])
     return None
 
 
 def read_pairs(row: Row, chat: bool) -> list[Example]:
-    """Read prompt, chosen, rejected: texts or messages; whole conversations may repeat the prompt."""
+    """Read prompt, chosen, rejected: texts or messages; whole conversations may repeat the
+    prompt."""
     name = "prompt" if row.get("prompt") is not None else "conversations"
     prompt = prompt_of(row, name)
     if isinstance(prompt, str) and not isinstance(row["chosen"], str):
         # UltraFeedback's way: a prompt as text beside whole conversations that repeat it
         return read_implicit({**row, "prompt": None}, chat)
     responses = tuple(response_of(row[side], prompt, side) for side in ("chosen", "rejected"))
-    return [Example(prompt, responses, scores=pair_scores(row), **about(row, name, "chosen", "rejected"))]
+    return [
+        Example(
+            prompt, responses, scores=pair_scores(row), **about(row, name, "chosen", "rejected")
+        )
+    ]
 
 
 def read_implicit(row: Row, chat: bool) -> list[Example]:
-    """Read chosen, rejected: two conversations (texts, transcripts or messages) that begin alike."""
+    """Read chosen, rejected: two conversations (texts, transcripts or messages) that begin
+    alike."""
     known = {"scores": pair_scores(row), **about(row, "chosen", "rejected")}
     if isinstance(row["chosen"], str):
         prompt, responses = transcripts.split_pair(row["chosen"], row["rejected"], chat=chat)
         return [Example(prompt, responses, **known)]
-    prompt, *rests = transcripts.split_messages(messages(row["chosen"], "chosen"),
-                                                messages(row["rejected"], "rejected"))
-    return [Example(system_of(row) + prompt, tuple(response_of(rest, (), "response") for rest in rests), **known)]
+    prompt, *rests = transcripts.split_messages(
+        messages(row["chosen"], "chosen"), messages(row["rejected"], "rejected")
+    )
+    return [
+        Example(
+            system_of(row) + prompt,
+            tuple(response_of(rest, (), "response") for rest in rests),
+            **known,
+        )
+    ]
 
 
 def read_conversation_completion(row: Row, chat: bool) -> list[Example]:
@@ -135,14 +178,29 @@ def read_conversation_label(row: Row, chat: bool) -> list[Example]:
     turns = system_of(row) + messages(row[name], name)
     if not turns or turns[-1]["role"] != "assistant":
         raise Unusable("the labelled conversation does not end with the assistant")
-    return [Example(turns[:-1], (turns[-1]["content"],), label=label_of(row[given]),
-                    **about(row, name, given))]
+    return [
+        Example(
+            turns[:-1],
+            (turns[-1]["content"],),
+            label=label_of(row[given]),
+            **about(row, name, given),
+        )
+    ]
 
 
 def label_of(value: Any) -> bool:
     """Read a label: true/false, 1/0, 1/-1, or desirable/undesirable."""
-    words = {"true": True, "1": True, "desirable": True, "chosen": True, "false": False, "0": False, "-1": False,
-             "undesirable": False, "rejected": False}
+    words = {
+        "true": True,
+        "1": True,
+        "desirable": True,
+        "chosen": True,
+        "false": False,
+        "0": False,
+        "-1": False,
+        "undesirable": False,
+        "rejected": False,
+    }
     name = str(value).strip().lower().removesuffix(".0")
     if name not in words:
         raise Unusable(f"label: expected true or false, got {value!r}")
@@ -153,8 +211,14 @@ def read_unpaired(row: Row, chat: bool) -> list[Example]:
     """Read prompt, completion, label."""
     prompt = prompt_of(row)
     name = "completion" if row.get("completion") is not None else "response"
-    return [Example(prompt, (response_of(row[name], prompt, name),), label=label_of(row["label"]),
-                    **about(row, "prompt", name, "label"))]
+    return [
+        Example(
+            prompt,
+            (response_of(row[name], prompt, name),),
+            label=label_of(row["label"]),
+            **about(row, "prompt", name, "label"),
+        )
+    ]
 
 
 def read_completion(row: Row, chat: bool) -> list[Example]:
@@ -180,16 +244,27 @@ def _alpaca_prompt(row: Row, chat: bool) -> tuple[Message, ...] | str:
         content = f"{row['instruction']}\n\n{extra}" if extra else row["instruction"]
         return system_of(row) + ({"role": "user", "content": content},)
     lead = "Below is an instruction that describes a task" + (
-        ", paired with an input that provides further context. " if extra else ". ")
+        ", paired with an input that provides further context. " if extra else ". "
+    )
     lead += "Write a response that appropriately completes the request.\n\n"
-    return (lead + f"### Instruction:\n{row['instruction']}\n\n" + (f"### Input:\n{extra}\n\n" if extra else "")
-            + "### Response:\n")
+    return (
+        lead
+        + f"### Instruction:\n{row['instruction']}\n\n"
+        + (f"### Input:\n{extra}\n\n" if extra else "")
+        + "### Response:\n"
+    )
 
 
 def read_alpaca_pairs(row: Row, chat: bool) -> list[Example]:
     """Read instruction, input, chosen, rejected."""
-    return [Example(_alpaca_prompt(row, chat), (row["chosen"], row["rejected"]), scores=pair_scores(row),
-                    **about(row, "chosen", "rejected"))]
+    return [
+        Example(
+            _alpaca_prompt(row, chat),
+            (row["chosen"], row["rejected"]),
+            scores=pair_scores(row),
+            **about(row, "chosen", "rejected"),
+        )
+    ]
 
 
 def read_alpaca(row: Row, chat: bool) -> list[Example]:
@@ -206,10 +281,20 @@ def _question_prompt(row: Row, chat: bool) -> tuple[Message, ...] | str:
 
 def _answered(row: Row, chat: bool, names: Sequence[str], **known: Any) -> list[Example]:
     lead = "" if chat else " "
-    texts = [text for name in names for text in ([row[name]] if isinstance(row[name], str) else row[name])]
+    texts = [
+        text
+        for name in names
+        for text in ([row[name]] if isinstance(row[name], str) else row[name])
+    ]
     responses = tuple(lead + text for text in texts)
-    return [Example(_question_prompt(row, chat), responses, **known,
-                    **about(row, "question", "chosen", "rejected", "responses", "response"))]
+    return [
+        Example(
+            _question_prompt(row, chat),
+            responses,
+            **known,
+            **about(row, "question", "chosen", "rejected", "responses", "response"),
+        )
+    ]
 
 
 def read_question_pairs(row: Row, chat: bool) -> list[Example]:
@@ -229,22 +314,35 @@ def read_question(row: Row, chat: bool) -> list[Example]:
 
 def read_question_label(row: Row, chat: bool) -> list[Example]:
     """Read question, response, label."""
-    return _answered(row, chat, ("response" if row.get("response") is not None else "answer",),
-                     label=label_of(row["label"]))
+    return _answered(
+        row,
+        chat,
+        ("response" if row.get("response") is not None else "answer",),
+        label=label_of(row["label"]),
+    )
 
 
 def order(example: Example, row: Row) -> Example:
-    """Order an example's responses from best to worst by the row's ``ranks`` (0 is best) or ``scores``."""
-    values = row["scores"] if row.get("scores") is not None else [-float(rank) for rank in row["ranks"]]
+    """Order an example's responses from best to worst by the row's ``ranks`` (0 is best) or
+    ``scores``."""
+    values = (
+        row["scores"] if row.get("scores") is not None else [-float(rank) for rank in row["ranks"]]
+    )
     if len(values) != len(example.responses):
         raise Unusable(f"{len(example.responses)} responses, but {len(values)} ranks or scores")
     best_first = sorted(range(len(values)), key=lambda i: -float(values[i]))
     scores = tuple(float(values[i]) for i in best_first) if row.get("scores") is not None else None
-    return dataclasses.replace(example, responses=tuple(example.responses[i] for i in best_first), scores=scores)
+    return dataclasses.replace(
+        example, responses=tuple(example.responses[i] for i in best_first), scores=scores
+    )
 
 
 def read_ranked(row: Row, chat: bool) -> list[Example]:
     """Read prompt, responses, ranks or scores."""
     prompt = prompt_of(row)
     responses = tuple(response_of(value, prompt, "responses") for value in row["responses"])
-    return [order(Example(prompt, responses, **about(row, "prompt", "responses", "ranks", "scores")), row)]
+    return [
+        order(
+            Example(prompt, responses, **about(row, "prompt", "responses", "ranks", "scores")), row
+        )
+    ]

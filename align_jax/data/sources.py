@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where rows come from: files, TFDS, the Hugging Face hub, code; all read as random-access rows that know their place.
+"""Where rows come from: files, TFDS, the Hugging Face hub, code; all read as random-access rows
+that know their place.
 
     path, glob, gs://...      .json .jsonl .parquet, each also .gz (not Parquet)
     tfds:name:split           a TFDS builder prepared with file_format="array_record" (or a directory that holds one)
     hf:owner/name[/folder]:split   a data set repository's own JSON or Parquet files
     builtin:name:split[?seed=0&size=512]   made by code (data/synthetic.py)
 """
+
 from __future__ import annotations
 
 import bisect
@@ -36,7 +38,8 @@ class Source:
 
     Attributes:
         spec: what the user wrote.
-        identity: changes when the data does (path, size and time of change; or name and version): part of cache keys.
+        identity: changes when the data does (path, size and time of change; or name and version):
+            part of cache keys.
         rows: the number of rows.
         read: row number -> row; raises ValueError with file and line if the row is malformed.
         where: row number -> ``file:line`` or ``name[index]``.
@@ -61,14 +64,17 @@ def open_source(spec: str) -> Source:
     """Open a data source as random-access rows.
 
     Args:
-        spec: a path, a glob, ``tfds:name:split``, ``hf:owner/name:split`` or ``builtin:name:split``.
+        spec: a path, a glob, ``tfds:name:split``, ``hf:owner/name:split`` or
+            ``builtin:name:split``.
 
     Returns:
         The source; several files are one source, in the order of their names.
 
     Raises:
-        FileNotFoundError: no such file, or a glob that matches nothing; the nearest names are given.
-        ValueError: a malformed spec, an unknown kind of file, malformed JSON (with file and line), or no rows.
+        FileNotFoundError: no such file, or a glob that matches nothing; the nearest names are
+            given.
+        ValueError: a malformed spec, an unknown kind of file, malformed JSON (with file and line),
+            or no rows.
     """
     scheme = spec.split(":", 1)[0]
     if scheme in SCHEMES:
@@ -93,9 +99,13 @@ def _expand(spec: str) -> list[str]:
         return paths
     path = epath.Path(spec)
     if path.is_dir():
-        raise ValueError(f"{spec!r} is a directory: name its files, for example {spec.rstrip('/')}/*.jsonl")
+        raise ValueError(
+            f"{spec!r} is a directory: name its files, for example {spec.rstrip('/')}/*.jsonl"
+        )
     if not path.exists():
-        siblings = [str(p) for p in path.parent.iterdir()] if not remote and path.parent.is_dir() else []
+        siblings = (
+            [str(p) for p in path.parent.iterdir()] if not remote and path.parent.is_dir() else []
+        )
         near = difflib.get_close_matches(spec, siblings, n=3)
         raise FileNotFoundError(f"no such file: {spec!r}" + (f"; near: {near}" if near else ""))
     return [spec]
@@ -130,24 +140,37 @@ def _open_json_lines(path: str, data: bytes) -> Source:
         try:
             row = json.loads(line)
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}:{number}: malformed JSON: {error}; the line begins {line[:60]!r}") from error
+            raise ValueError(
+                f"{path}:{number}: malformed JSON: {error}; the line begins {line[:60]!r}"
+            ) from error
         return _check_row(row, f"{path}:{number}")
 
-    return Source(path, _identity(path), len(numbered), read, lambda index: f"{path}:{numbered[index][0]}")
+    return Source(
+        path, _identity(path), len(numbered), read, lambda index: f"{path}:{numbered[index][0]}"
+    )
 
 
 def _open_json_array(path: str, data: bytes) -> Source:
     try:
         rows = json.loads(data)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}:{error.lineno}: malformed JSON: {error.msg} (column {error.colno})") from error
-    return Source(path, _identity(path), len(rows), lambda index: _check_row(rows[index], f"{path}[{index}]"),
-                  lambda index: f"{path}[{index}]")
+        raise ValueError(
+            f"{path}:{error.lineno}: malformed JSON: {error.msg} (column {error.colno})"
+        ) from error
+    return Source(
+        path,
+        _identity(path),
+        len(rows),
+        lambda index: _check_row(rows[index], f"{path}[{index}]"),
+        lambda index: f"{path}[{index}]",
+    )
 
 
 def _check_row(row: Any, where: str) -> Row:
     if not isinstance(row, dict):
-        raise ValueError(f"{where}: expected a JSON object with named fields, got {type(row).__name__}")
+        raise ValueError(
+            f"{where}: expected a JSON object with named fields, got {type(row).__name__}"
+        )
     return row
 
 
@@ -155,11 +178,18 @@ def _open_parquet(path: str) -> Source:
     import pyarrow.parquet
 
     try:
-        table = pyarrow.parquet.read_table(path if "://" not in path else io.BytesIO(epath.Path(path).read_bytes()))
+        table = pyarrow.parquet.read_table(
+            path if "://" not in path else io.BytesIO(epath.Path(path).read_bytes())
+        )
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: not a readable Parquet file: {error}") from error
-    return Source(path, _identity(path), table.num_rows, lambda index: table.slice(index, 1).to_pylist()[0],
-                  lambda index: f"{path}[{index}]")
+    return Source(
+        path,
+        _identity(path),
+        table.num_rows,
+        lambda index: table.slice(index, 1).to_pylist()[0],
+        lambda index: f"{path}[{index}]",
+    )
 
 
 def _concatenate(spec: str, parts: Sequence[Source]) -> Source:
@@ -188,10 +218,14 @@ def _open_builtin(spec: str) -> Source:
     options = dict(urllib.parse.parse_qsl(query, strict_parsing=True)) if query else {}
     unknown = sorted(set(options) - {"seed", "size"})
     if unknown or len(fields) > 3:
-        raise ValueError(f"{spec!r}: expected builtin:NAME:SPLIT?seed=0&size=512, got options {unknown}")
+        raise ValueError(
+            f"{spec!r}: expected builtin:NAME:SPLIT?seed=0&size=512, got options {unknown}"
+        )
     name, split = fields[1], fields[2] if len(fields) == 3 else "train"
     made = synthetic.make(name, split, **{key: int(value) for key, value in options.items()})
-    return Source(spec, f"{spec}@{synthetic.VERSION}", made.size, made.row, lambda index: f"{head}[{index}]")
+    return Source(
+        spec, f"{spec}@{synthetic.VERSION}", made.size, made.row, lambda index: f"{head}[{index}]"
+    )
 
 
 def _open_tfds(spec: str) -> Source:
@@ -203,11 +237,18 @@ def _open_tfds(spec: str) -> Source:
     is_folder = "/" in name and epath.Path(name).is_dir()
     builder = tfds.builder_from_directory(name) if is_folder else tfds.builder(name)
     if split not in builder.info.splits:
-        raise ValueError(f"{spec}: no split {split!r}; there are {sorted(builder.info.splits)} in "
-                         f"{builder.data_dir} (is it prepared, with file_format='array_record'?)")
+        raise ValueError(
+            f"{spec}: no split {split!r}; there are {sorted(builder.info.splits)} in "
+            f"{builder.data_dir} (is it prepared, with file_format='array_record'?)"
+        )
     rows = builder.as_data_source(split)
-    return Source(spec, f"{builder.data_dir}:{split}", len(rows), lambda index: _plain(rows[index]),
-                  lambda index: f"{spec}[{index}]")
+    return Source(
+        spec,
+        f"{builder.data_dir}:{split}",
+        len(rows),
+        lambda index: _plain(rows[index]),
+        lambda index: f"{spec}[{index}]",
+    )
 
 
 def _plain(value: Any) -> Any:
@@ -232,16 +273,33 @@ def _open_hub(spec: str) -> Source:
         raise ValueError(f"{spec!r}: expected hf:OWNER/NAME[/FOLDER]:SPLIT")
     folder = "/".join(parts[2:])
     patterns = [f"{folder + '/' if folder else ''}*{split}*{suffix}" for suffix in SUFFIXES]
-    root = huggingface_hub.snapshot_download("/".join(parts[:2]), repo_type="dataset", allow_patterns=patterns)
+    root = huggingface_hub.snapshot_download(
+        "/".join(parts[:2]), repo_type="dataset", allow_patterns=patterns
+    )
     base = pathlib.Path(root, folder)
-    found = sorted(path.relative_to(base).as_posix() for path in base.rglob("*") if path.name.endswith(SUFFIXES))
-    # train.jsonl, train-00000-of-00002.parquet; else a folder named train; else train_something.json
-    rules = (rf"(.*/)?{re.escape(split)}([-.].*)", rf"(.*/)?{re.escape(split)}/.*", rf"(.*/)?{re.escape(split)}_.*")
-    chosen = next(filter(None, ([path for path in found if re.fullmatch(rule, path)] for rule in rules)), [])
+    found = sorted(
+        path.relative_to(base).as_posix()
+        for path in base.rglob("*")
+        if path.name.endswith(SUFFIXES)
+    )
+    # train.jsonl, train-00000-of-00002.parquet; else a folder named train; else
+    # train_something.json
+    rules = (
+        rf"(.*/)?{re.escape(split)}([-.].*)",
+        rf"(.*/)?{re.escape(split)}/.*",
+        rf"(.*/)?{re.escape(split)}_.*",
+    )
+    chosen = next(
+        filter(None, ([path for path in found if re.fullmatch(rule, path)] for rule in rules)), []
+    )
     if not chosen:
         raise ValueError(f"{spec}: no file of split {split!r} among {found[:20]}")
     source = _concatenate(spec, [_open_file(str(base / path)) for path in chosen])
     return dataclasses.replace(source, identity=f"{spec}@{pathlib.Path(root).name}")
 
 
-SCHEMES: Mapping[str, Callable[[str], Source]] = {"tfds": _open_tfds, "hf": _open_hub, "builtin": _open_builtin}
+SCHEMES: Mapping[str, Callable[[str], Source]] = {
+    "tfds": _open_tfds,
+    "hf": _open_hub,
+    "builtin": _open_builtin,
+}

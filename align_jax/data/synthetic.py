@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Data sets made by code, whose true preference is known: they need no network and can be scored exactly.
+"""Data sets made by code, whose true preference is known: they need no network and can be scored
+exactly.
 
-Someone asks how to do a small job.  An answer has an opening, a hint and a closing; opening and closing are each kind
-(+1), plain (0) or rude (-1), and people prefer the answer with the higher sum (``kindness``).  Questions of the
-evaluation split never occur in training.  ``arithmetic`` asks for sums whose answers can be checked.
+Someone asks how to do a small job.  An answer has an opening, a hint and a closing; opening and
+closing are each kind (+1), plain (0) or rude (-1), and people prefer the answer with the higher sum
+(``kindness``).  Questions of the evaluation split never occur in training.  ``arithmetic`` asks for
+sums whose answers can be checked.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -17,14 +20,44 @@ import numpy as np
 
 VERSION = 1
 VERBS = ("fix", "clean", "paint", "move", "open", "store", "sharpen", "measure")
-NOUNS = ("lamp", "door", "clock", "kettle", "bike", "chair", "shelf", "pump", "radio", "ladder", "window", "knife",
-         "bucket", "drawer", "fence", "boat")
-HINTS = ("use a soft cloth", "work slowly", "read the label", "ask a friend", "start at the top", "wear gloves",
-         "find good light", "take a short break")
-OPENINGS = {1: ("Gladly!", "Of course!", "With pleasure!"), 0: ("Right.", "So, then.", "As follows."),
-            -1: ("Not again.", "Seriously?", "How dull!")}
-CLOSINGS = {1: ("Good luck!", "Well done.", "Enjoy it!"), 0: ("That is it.", "The end.", "No more."),
-            -1: ("Go away.", "You fool.", "Shame!")}
+NOUNS = (
+    "lamp",
+    "door",
+    "clock",
+    "kettle",
+    "bike",
+    "chair",
+    "shelf",
+    "pump",
+    "radio",
+    "ladder",
+    "window",
+    "knife",
+    "bucket",
+    "drawer",
+    "fence",
+    "boat",
+)
+HINTS = (
+    "use a soft cloth",
+    "work slowly",
+    "read the label",
+    "ask a friend",
+    "start at the top",
+    "wear gloves",
+    "find good light",
+    "take a short break",
+)
+OPENINGS = {
+    1: ("Gladly!", "Of course!", "With pleasure!"),
+    0: ("Right.", "So, then.", "As follows."),
+    -1: ("Not again.", "Seriously?", "How dull!"),
+}
+CLOSINGS = {
+    1: ("Good luck!", "Well done.", "Enjoy it!"),
+    0: ("That is it.", "The end.", "No more."),
+    -1: ("Go away.", "You fool.", "Shame!"),
+}
 SPLITS = ("train", "eval")
 _SIZES = {"train": 2048, "eval": 256}
 _EVAL_EVERY = 8  # every eighth question is held out
@@ -52,15 +85,20 @@ def make(name: str, split: str = "train", *, seed: int = 0, size: int | None = N
     """
     if name not in BUILTINS:
         near = difflib.get_close_matches(name, BUILTINS, n=1)
-        raise ValueError(f"unknown builtin data set {name!r}" + (f" (did you mean {near[0]!r}?)" if near else "")
-                         + f"; known: {sorted(BUILTINS)}")
+        raise ValueError(
+            f"unknown builtin data set {name!r}"
+            + (f" (did you mean {near[0]!r}?)" if near else "")
+            + f"; known: {sorted(BUILTINS)}"
+        )
     if split not in SPLITS:
         raise ValueError(f"builtin:{name}: unknown split {split!r}; known: {list(SPLITS)}")
     size = _SIZES[split] if size is None else size
     if size < 1:
         raise ValueError(f"builtin:{name}:{split}: size must be at least 1, got {size}")
     stream = (sorted(BUILTINS).index(name), SPLITS.index(split), seed)
-    return Made(size, lambda index: BUILTINS[name](np.random.default_rng([*stream, index]), split == "eval"))
+    return Made(
+        size, lambda index: BUILTINS[name](np.random.default_rng([*stream, index]), split == "eval")
+    )
 
 
 def eval_split(source: str) -> str:
@@ -79,15 +117,22 @@ def kindness(answer: str) -> int:
     >>> kindness("Gladly! To fix a lamp, work slowly. Go away."), kindness("Gladly! Enjoy it!")
     (0, 2)
     """
-    return sum(value for table in (OPENINGS, CLOSINGS) for value, phrases in table.items()
-               if any(phrase in answer for phrase in phrases))
+    return sum(
+        value
+        for table in (OPENINGS, CLOSINGS)
+        for value, phrases in table.items()
+        if any(phrase in answer for phrase in phrases)
+    )
 
 
 def _question(rng: np.random.Generator, held_out: bool) -> tuple[str, str]:
-    # held out where verb and noun sum to 7 modulo 8: every verb and every noun occurs in both splits
+    # held out where verb and noun sum to 7 modulo 8: every verb and every noun occurs in both
+    # splits
     verb, noun = int(rng.integers(len(VERBS))), int(rng.integers(len(NOUNS)))
     if held_out or (verb + noun) % _EVAL_EVERY == _EVAL_EVERY - 1:
-        noun = (_EVAL_EVERY - 1 - verb + (0 if held_out else int(rng.integers(1, _EVAL_EVERY)))) % _EVAL_EVERY
+        noun = (
+            _EVAL_EVERY - 1 - verb + (0 if held_out else int(rng.integers(1, _EVAL_EVERY)))
+        ) % _EVAL_EVERY
         noun += _EVAL_EVERY * int(rng.integers(len(NOUNS) // _EVAL_EVERY))
     job = f"{VERBS[verb]} a {NOUNS[noun]}"
     return f"How do I {job}?", job
@@ -111,7 +156,11 @@ def _completions(rng: np.random.Generator, held_out: bool) -> Mapping[str, Any]:
 def _preferences(rng: np.random.Generator, held_out: bool) -> Mapping[str, Any]:
     question, job = _question(rng, held_out)
     low, high = sorted(rng.choice(np.arange(-2, 3), 2, replace=False).tolist())
-    return {"question": question, "chosen": _answer(rng, job, high), "rejected": _answer(rng, job, low)}
+    return {
+        "question": question,
+        "chosen": _answer(rng, job, high),
+        "rejected": _answer(rng, job, low),
+    }
 
 
 def _unpaired(rng: np.random.Generator, held_out: bool) -> Mapping[str, Any]:
@@ -123,7 +172,11 @@ def _unpaired(rng: np.random.Generator, held_out: bool) -> Mapping[str, Any]:
 def _ranked(rng: np.random.Generator, held_out: bool) -> Mapping[str, Any]:
     question, job = _question(rng, held_out)
     totals = rng.choice(np.arange(-2, 3), 4, replace=False).tolist()
-    return {"question": question, "responses": [_answer(rng, job, total) for total in totals], "scores": totals}
+    return {
+        "question": question,
+        "responses": [_answer(rng, job, total) for total in totals],
+        "scores": totals,
+    }
 
 
 def _arithmetic(rng: np.random.Generator, held_out: bool) -> Mapping[str, Any]:
@@ -134,5 +187,9 @@ def _arithmetic(rng: np.random.Generator, held_out: bool) -> Mapping[str, Any]:
 
 
 BUILTINS: Mapping[str, Callable[[np.random.Generator, bool], Mapping[str, Any]]] = {
-    "completions": _completions, "preferences": _preferences, "unpaired": _unpaired, "ranked": _ranked,
-    "arithmetic": _arithmetic}
+    "completions": _completions,
+    "preferences": _preferences,
+    "unpaired": _unpaired,
+    "ranked": _ranked,
+    "arithmetic": _arithmetic,
+}

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Finding the prompt that two conversations share: by turns where there are turns, never by token ids."""
+"""Finding the prompt that two conversations share: by turns where there are turns, never by token
+ids."""
+
 from __future__ import annotations
 
 import os
@@ -13,25 +15,32 @@ _ROLE = {"Human": "user", "Assistant": "assistant"}
 
 
 class Unusable(ValueError):
-    """A row that no example can be made of; its text is the reason, by which dropped rows are counted."""
+    """A row that no example can be made of; its text is the reason, by which dropped rows are
+    counted."""
 
 
 class Flawed(Unusable):
-    """A row of a kind of public data that is known to hold a few unusable ones: dropped and counted, not refused."""
+    """A row of a kind of public data that is known to hold a few unusable ones: dropped and
+    counted, not refused."""
 
 
 def is_transcript(text: str) -> bool:
-    """Tell whether a text is an Anthropic transcript: turns that begin with "\\n\\nHuman:" and "\\n\\nAssistant:"."""
+    """Tell whether a text is an Anthropic transcript: turns that begin with "\\n\\nHuman:" and
+    "\\n\\nAssistant:"."""
     return _TURN.match(text) is not None
 
 
 def turns(text: str) -> tuple[Message, ...]:
-    """Split a transcript into messages; texts stripped, turns of one speaker in a row joined by an empty line."""
+    """Split a transcript into messages; texts stripped, turns of one speaker in a row joined by an
+    empty line."""
     parts = _TURN.split(text)[1:]
     found: list[Message] = []
     for role, content in zip(parts[::2], parts[1::2]):
         if found and found[-1]["role"] == _ROLE[role]:
-            found[-1] = {"role": _ROLE[role], "content": f"{found[-1]['content']}\n\n{content.strip()}"}
+            found[-1] = {
+                "role": _ROLE[role],
+                "content": f"{found[-1]['content']}\n\n{content.strip()}",
+            }
         else:
             found.append({"role": _ROLE[role], "content": content.strip()})
     return tuple(found)
@@ -43,20 +52,31 @@ def write(messages: Sequence[Message]) -> str:
     >>> write(({"role": "user", "content": "Why?"},))
     '\\n\\nHuman: Why?\\n\\nAssistant:'
     """
-    names = {"user": "\n\nHuman: ", "assistant": "\n\nAssistant: ", "tool": "\n\nTool: ", "system": ""}
-    return "".join(names[message["role"]] + message["content"] for message in messages) + "\n\nAssistant:"
+    names = {
+        "user": "\n\nHuman: ",
+        "assistant": "\n\nAssistant: ",
+        "tool": "\n\nTool: ",
+        "system": "",
+    }
+    return (
+        "".join(names[message["role"]] + message["content"] for message in messages)
+        + "\n\nAssistant:"
+    )
 
 
-def asking(messages: tuple[Message, ...], responses: Sequence[str], *, chat: bool
-           ) -> tuple[tuple[Message, ...] | str, tuple[str, ...]]:
-    """Return a prompt and its responses: messages where there is a chat template, else a plain transcript."""
+def asking(
+    messages: tuple[Message, ...], responses: Sequence[str], *, chat: bool
+) -> tuple[tuple[Message, ...] | str, tuple[str, ...]]:
+    """Return a prompt and its responses: messages where there is a chat template, else a plain
+    transcript."""
     if chat:
         return messages, tuple(responses)
     return write(messages), tuple(f" {response}" for response in responses)
 
 
-def split_messages(chosen: tuple[Message, ...], rejected: tuple[Message, ...]
-                   ) -> tuple[tuple[Message, ...], tuple[Message, ...], tuple[Message, ...]]:
+def split_messages(
+    chosen: tuple[Message, ...], rejected: tuple[Message, ...]
+) -> tuple[tuple[Message, ...], tuple[Message, ...], tuple[Message, ...]]:
     """Split two conversations into the prompt they share and what follows in each.
 
     The prompt is the longest run of equal turns after which both go on with the assistant.
@@ -67,20 +87,23 @@ def split_messages(chosen: tuple[Message, ...], rejected: tuple[Message, ...]
     shared = 0
     while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
         shared += 1
-    while shared and not all(len(side) > shared and side[shared]["role"] == "assistant" for side in (chosen, rejected)):
+    while shared and not all(
+        len(side) > shared and side[shared]["role"] == "assistant" for side in (chosen, rejected)
+    ):
         shared -= 1
     if not shared:
         raise Unusable("chosen and rejected share no prompt")
     return chosen[:shared], chosen[shared:], rejected[shared:]
 
 
-def split_pair(chosen: str, rejected: str, *, chat: bool
-               ) -> tuple[tuple[Message, ...] | str, tuple[str | tuple[Message, ...], ...]]:
+def split_pair(
+    chosen: str, rejected: str, *, chat: bool
+) -> tuple[tuple[Message, ...] | str, tuple[str | tuple[Message, ...], ...]]:
     """Split two texts that begin alike into prompt and responses.
 
-    Transcripts become messages where the tokenizer has a chat template, and stay the plain text they are otherwise.
-    Texts without turns are split after the last white space or line of what they share, so that a word with which
-    both answers begin is not cut.
+    Transcripts become messages where the tokenizer has a chat template, and stay the plain text
+    they are otherwise. Texts without turns are split after the last white space or line of what
+    they share, so that a word with which both answers begin is not cut.
 
     Raises:
         Unusable: they share no prompt, or an answer is empty; Flawed if they are transcripts.
@@ -96,14 +119,17 @@ def split_pair(chosen: str, rejected: str, *, chat: bool
     return chosen[:cut], (chosen[cut:], rejected[cut:])
 
 
-def _split_transcripts(chosen: str, rejected: str, chat: bool
-                       ) -> tuple[tuple[Message, ...] | str, tuple[str | tuple[Message, ...], ...]]:
+def _split_transcripts(
+    chosen: str, rejected: str, chat: bool
+) -> tuple[tuple[Message, ...] | str, tuple[str | tuple[Message, ...], ...]]:
     try:
         prompt, *rests = split_messages(turns(chosen), turns(rejected))
     except Unusable as error:
         raise Flawed(str(error)) from error
     cut = _shared_turns_end(chosen, rejected)
-    if not all(message["content"] for rest in rests for message in rest if message["role"] == "assistant"):
+    if not all(
+        message["content"] for rest in rests for message in rest if message["role"] == "assistant"
+    ):
         raise Flawed("empty response")
     if chat:
         return prompt, tuple(rest[0]["content"] if len(rest) == 1 else rest for rest in rests)
@@ -113,7 +139,12 @@ def _split_transcripts(chosen: str, rejected: str, chat: bool
 
 
 def _shared_turns_end(chosen: str, rejected: str) -> int:
-    """Return where the last assistant's answer begins up to which both transcripts are equal, in characters."""
+    """Return where the last assistant's answer begins up to which both transcripts are equal, in
+    characters."""
     common = len(os.path.commonprefix([chosen, rejected]))
-    ends = [match.end() for match in _TURN.finditer(chosen) if match.group(1) == "Assistant" and match.end() <= common]
+    ends = [
+        match.end()
+        for match in _TURN.finditer(chosen)
+        if match.group(1) == "Assistant" and match.end() <= common
+    ]
     return ends[-1] if ends else 0

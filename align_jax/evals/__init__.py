@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Evaluations of a policy: each a function from a Subject and examples to numbers."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -18,7 +19,8 @@ class Eval:
     Attributes:
         fn: (subject, examples, [what it ``takes``], **options) -> metric -> number.
         kind: of examples.
-        takes: "" nothing more, "rewards" a weighted sum of rewards, "compare" a comparison of two answers.
+        takes: "" nothing more, "rewards" a weighted sum of rewards, "compare" a comparison of two
+            answers.
     """
 
     fn: Callable[..., dict[str, float]]

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """How surprised is the policy by held-out responses?"""
+
 from __future__ import annotations
 
 from typing import Any
@@ -19,12 +20,18 @@ def perplexity(subject: Subject, examples: Examples, **options: Any) -> dict[str
         options: of ``subject.sequences``.
 
     Returns:
-        ``nll`` (nats a token), ``perplexity``, ``tokens``, ``examples``; with a reference also ``reference_nll``.
+        ``nll`` (nats a token), ``perplexity``, ``tokens``, ``examples``; with a reference also
+        ``reference_nll``.
     """
     found = sequences(subject, examples, **options)
     tokens = float(found.lengths.sum())
     nll = -float(found.logps.sum(dtype=np.float64)) / max(tokens, 1.0)
-    values = {"examples": float(len(found.logps)), "tokens": tokens, "nll": nll, "perplexity": float(np.exp(nll))}
+    values = {
+        "examples": float(len(found.logps)),
+        "tokens": tokens,
+        "nll": nll,
+        "perplexity": float(np.exp(nll)),
+    }
     if found.reference is not None:
         values["reference_nll"] = -float(found.reference.sum(dtype=np.float64)) / max(tokens, 1.0)
     return values

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Does the policy prefer what people preferred?  On held-out pairs."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -10,31 +11,43 @@ from align_jax.data.datasets import Examples
 from align_jax.evals.subject import Subject, sequences, standard_error
 
 
-def preference(subject: Subject, examples: Examples, *, beta: float = 0.1, **options: Any) -> dict[str, float]:
+def preference(
+    subject: Subject, examples: Examples, *, beta: float = 0.1, **options: Any
+) -> dict[str, float]:
     """Compare chosen with rejected responses.
 
     Args:
-        subject: the policy; with a reference, implicit rewards beta · (log π - log π_ref) are compared too.
+        subject: the policy; with a reference, implicit rewards beta · (log π - log π_ref) are
+            compared too.
         examples: of kind "pairs".
         beta: units of reward per nat.
         options: of ``subject.sequences``.
 
     Returns:
-        ``logps/{chosen,rejected,accuracies}`` (sums), ``logps/mean_accuracies`` (per token) and, with a reference,
-        ``rewards/{chosen,rejected,margins,accuracies}``; ``examples``; ``.../stderr`` of accuracies.  Accuracy counts
-        strictly greater.
+        ``logps/{chosen,rejected,accuracies}`` (sums), ``logps/mean_accuracies`` (per token) and,
+        with a reference, ``rewards/{chosen,rejected,margins,accuracies}``; ``examples``;
+        ``.../stderr`` of accuracies.  Accuracy counts strictly greater.
     """
     found = sequences(subject, examples, **options)
     per_token = found.logps / np.maximum(found.lengths, 1.0)
-    greater = lambda x: (x[:, 0] > x[:, 1]).astype(np.float32)
-    values = {"examples": float(len(found.logps)), "logps/chosen": float(found.logps[:, 0].mean()),
-              "logps/rejected": float(found.logps[:, 1].mean())}
+
+    def greater(x):
+        return (x[:, 0] > x[:, 1]).astype(np.float32)
+
+    values = {
+        "examples": float(len(found.logps)),
+        "logps/chosen": float(found.logps[:, 0].mean()),
+        "logps/rejected": float(found.logps[:, 1].mean()),
+    }
     for name, x in (("logps/accuracies", found.logps), ("logps/mean_accuracies", per_token)):
         values |= {name: float(greater(x).mean()), f"{name}/stderr": standard_error(greater(x))}
     if found.reference is not None:
         rewards = beta * (found.logps - found.reference)
-        values |= {"rewards/chosen": float(rewards[:, 0].mean()), "rewards/rejected": float(rewards[:, 1].mean()),
-                   "rewards/margins": float((rewards[:, 0] - rewards[:, 1]).mean()),
-                   "rewards/accuracies": float(greater(rewards).mean()),
-                   "rewards/accuracies/stderr": standard_error(greater(rewards))}
+        values |= {
+            "rewards/chosen": float(rewards[:, 0].mean()),
+            "rewards/rejected": float(rewards[:, 1].mean()),
+            "rewards/margins": float((rewards[:, 0] - rewards[:, 1]).mean()),
+            "rewards/accuracies": float(greater(rewards).mean()),
+            "rewards/accuracies/stderr": standard_error(greater(rewards)),
+        }
     return values

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Who is evaluated: a policy with its tokenizer, and what it may be compared with."""
+
 from __future__ import annotations
 
 from typing import Any, NamedTuple
@@ -47,8 +48,14 @@ class Sequences(NamedTuple):
     lengths: Float[np.ndarray, "n R"]  # tokens
 
 
-def sequences(subject: Subject, examples: Examples, *, batch_size: int = 16, max_length: int = 1024,
-              truncation: str = "keep_end") -> Sequences:
+def sequences(
+    subject: Subject,
+    examples: Examples,
+    *,
+    batch_size: int = 16,
+    max_length: int = 1024,
+    truncation: str = "keep_end",
+) -> Sequences:
     """Score every example's responses by the policy, and by the reference where there is one.
 
     Args:
@@ -60,13 +67,24 @@ def sequences(subject: Subject, examples: Examples, *, batch_size: int = 16, max
     """
     multiple = row_shards(subject.mesh)
     limit = min(max_length, subject.model.config.max_positions)
-    pipeline = make_pipeline(examples, subject.tokenizer, batch_size=-(-batch_size // multiple) * multiple,
-                             max_length=limit, truncation=truncation, trim=True, shuffle=False, repeat=False,
-                             row_multiple=multiple)
+    pipeline = make_pipeline(
+        examples,
+        subject.tokenizer,
+        batch_size=-(-batch_size // multiple) * multiple,
+        max_length=limit,
+        truncation=truncation,
+        trim=True,
+        shuffle=False,
+        repeat=False,
+        row_multiple=multiple,
+    )
     parts = [_score(subject, batch) for batch in pipeline.iterator()]
     logps, reference, lengths = zip(*parts)
-    return Sequences(np.concatenate(logps), None if reference[0] is None else np.concatenate(reference),
-                     np.concatenate(lengths))
+    return Sequences(
+        np.concatenate(logps),
+        None if reference[0] is None else np.concatenate(reference),
+        np.concatenate(lengths),
+    )
 
 
 def _score(subject: Subject, batch: Batch) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
@@ -79,7 +97,9 @@ def _score(subject: Subject, batch: Batch) -> tuple[np.ndarray, np.ndarray | Non
             return np.asarray(sum_by_slot(jax.numpy.asarray(local(token_logps)), batch))[real]
 
         mine = sums(subject.model, subject.params)
-        other = None if subject.reference is None else sums(subject.reference, subject.reference_params)
+        other = (
+            None if subject.reference is None else sums(subject.reference, subject.reference_params)
+        )
     return mine, other, batch.lengths[real].astype(np.float32)
 
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whose answers are better?  By rewards, or by a judge that sees both answers in both orders."""
+
 from __future__ import annotations
 
 import concurrent.futures
@@ -14,10 +15,12 @@ from align_jax.data.datasets import Examples
 from align_jax.evals.generation import sample
 from align_jax.evals.subject import Subject, standard_error
 from align_jax.inference.engines import Client
-from align_jax.online.weighted import WeightedRewards
 from align_jax.online.sampling import columns, prompt_text
+from align_jax.online.weighted import WeightedRewards
 
-Compare = Callable[[Sequence[str], Sequence[str], Sequence[str], Sequence[Mapping[str, Any]]], Sequence[float]]
+Compare = Callable[
+    [Sequence[str], Sequence[str], Sequence[str], Sequence[Mapping[str, Any]]], Sequence[float]
+]
 
 QUESTION = """Which of two answers to the same request is better? Judge help, correctness and clarity, not length.
 
@@ -35,29 +38,43 @@ Reply with a single letter: A if answer A is better, B if answer B is better, C 
 
 def by_rewards(rewards: WeightedRewards) -> Compare:
     """Compare by a weighted sum of rewards: 1 the first is better, 0 the second, ½ equal."""
-    def compare(prompts: Sequence[str], first: Sequence[str], second: Sequence[str],
-                extras: Sequence[Mapping[str, Any]]) -> Sequence[float]:
+
+    def compare(
+        prompts: Sequence[str],
+        first: Sequence[str],
+        second: Sequence[str],
+        extras: Sequence[Mapping[str, Any]],
+    ) -> Sequence[float]:
         mine, other = rewards(prompts, first, extras)[0], rewards(prompts, second, extras)[0]
         return (0.5 * (1.0 + np.sign(mine - other))).tolist()
 
     return compare
 
 
-def by_judge(client: Client, model: str, *, question: str = QUESTION, concurrency: int = 16, **options: Any) -> Compare:
-    """Compare by a language model behind an OpenAI-compatible server, which is asked in both orders.
+def by_judge(
+    client: Client, model: str, *, question: str = QUESTION, concurrency: int = 16, **options: Any
+) -> Compare:
+    """Compare by a language model behind an OpenAI-compatible server, which is asked in both
+    orders.
 
     Args:
         client: of the server.
         model: the judge's name there.
-        question: with the fields ``{prompt}``, ``{a}`` and ``{b}``; the answer's last lone A, B or C counts.
+        question: with the fields ``{prompt}``, ``{a}`` and ``{b}``; the answer's last lone A, B or
+            C counts.
         concurrency: questions under way at once.
         options: of the request (``temperature``, ``max_tokens``).
 
     Raises:
         ValueError: when called, an answer without A, B or C.
     """
+
     def ask(prompt: str, a: str, b: str) -> float:
-        text = client.chat(model, [{"role": "user", "content": question.format(prompt=prompt, a=a, b=b)}], **options)
+        text = client.chat(
+            model,
+            [{"role": "user", "content": question.format(prompt=prompt, a=a, b=b)}],
+            **options,
+        )
         letters = re.findall(r"\b[ABC]\b", text)
         if not letters:
             raise ValueError(f"the judge {model!r} answered neither A, B nor C: {text[:100]!r}")
@@ -67,8 +84,12 @@ def by_judge(client: Client, model: str, *, question: str = QUESTION, concurrenc
         prompt, first, second = one
         return 0.5 * (ask(prompt, first, second) + 1.0 - ask(prompt, second, first))
 
-    def compare(prompts: Sequence[str], first: Sequence[str], second: Sequence[str],
-                extras: Sequence[Mapping[str, Any]]) -> Sequence[float]:
+    def compare(
+        prompts: Sequence[str],
+        first: Sequence[str],
+        second: Sequence[str],
+        extras: Sequence[Mapping[str, Any]],
+    ) -> Sequence[float]:
         with concurrent.futures.ThreadPoolExecutor(concurrency) as pool:
             return list(pool.map(both, zip(prompts, first, second, strict=True)))
 
@@ -76,14 +97,23 @@ def by_judge(client: Client, model: str, *, question: str = QUESTION, concurrenc
 
 
 def tally(wins: Float[np.ndarray, "n"]) -> dict[str, float]:
-    """Return the win rate (ties count half) with its standard error, and the shares of wins, ties and losses."""
-    return {"win_rate": float(wins.mean()), "win_rate/stderr": standard_error(wins),
-            "wins": float((wins > 0.5).mean()), "ties": float((wins == 0.5).mean()),
-            "losses": float((wins < 0.5).mean()), "comparisons": float(len(wins))}
+    """Return the win rate (ties count half) with its standard error, and the shares of wins, ties
+    and losses."""
+    return {
+        "win_rate": float(wins.mean()),
+        "win_rate/stderr": standard_error(wins),
+        "wins": float((wins > 0.5).mean()),
+        "ties": float((wins == 0.5).mean()),
+        "losses": float((wins < 0.5).mean()),
+        "comparisons": float(len(wins)),
+    }
 
 
-def win_rate(subject: Subject, examples: Examples, compare: Compare, **options: Any) -> dict[str, float]:
-    """Compare the policy's samples with the reference's samples, or with the data's own (chosen) answers.
+def win_rate(
+    subject: Subject, examples: Examples, compare: Compare, **options: Any
+) -> dict[str, float]:
+    """Compare the policy's samples with the reference's samples, or with the data's own (chosen)
+    answers.
 
     Args:
         subject: the policy; its reference answers the same prompts with the same seeds.
@@ -99,11 +129,19 @@ def win_rate(subject: Subject, examples: Examples, compare: Compare, **options: 
     extras = [columns(one.example) for one in asked]
     if subject.reference is not None:
         rival = subject._replace(model=subject.reference, params=subject.reference_params)
-        second = [one.completions[0].text for one in sample(rival, examples, free, samples=1, **options)]
+        second = [
+            one.completions[0].text for one in sample(rival, examples, free, samples=1, **options)
+        ]
     elif all("answer" in one for one in extras):
         second = [str(one["answer"]) for one in extras]
     else:
-        raise ValueError("win_rate needs a reference to compare with, or prompts that bring an answer")
-    wins = compare([prompt_text(one.example) for one in asked], [one.completions[0].text for one in asked], second,
-                   extras)
+        raise ValueError(
+            "win_rate needs a reference to compare with, or prompts that bring an answer"
+        )
+    wins = compare(
+        [prompt_text(one.example) for one in asked],
+        [one.completions[0].text for one in asked],
+        second,
+        extras,
+    )
     return tally(np.asarray(wins, np.float32))

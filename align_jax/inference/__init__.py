@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Inference: generation, scores of reward models, outside servers."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping

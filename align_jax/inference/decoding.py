@@ -3,9 +3,11 @@
 
     prompts [G, T] ──prefill──► cache ──repeat──► N = G * samples rows ──► draw ─► decode ─► draw ─► ... until all done
 
-Two compiled functions, `start` and `advance`; their shapes are set by (G, T, samples, M) alone, and everything that
-differs between requests (settings, keys, limits, stop tokens) is an array, so nothing recompiles.
+Two compiled functions, `start` and `advance`; their shapes are set by (G, T, samples, M) alone, and
+everything that differs between requests (settings, keys, limits, stop tokens) is an array, so
+nothing recompiles.
 """
+
 from __future__ import annotations
 
 import functools
@@ -48,11 +50,16 @@ class Progress(NamedTuple):
     cache: Any
 
 
-def _take(logits: Float[Array, "N V"], rows: Rows, filters: frozenset[str], progress: Progress) -> Progress:
+def _take(
+    logits: Float[Array, "N V"], rows: Rows, filters: frozenset[str], progress: Progress
+) -> Progress:
     """Draw a token for every row that is not done."""
-    token, logps, drawn = draw(rows.keys, progress.count, logits, rows.settings, filters, progress.seen)
+    token, logps, drawn = draw(
+        rows.keys, progress.count, logits, rows.settings, filters, progress.seen
+    )
     index = jnp.arange(token.shape[0])
-    column = jnp.where(progress.done, progress.tokens.shape[1], progress.count)  # out of range: dropped
+    # out of range: dropped
+    column = jnp.where(progress.done, progress.tokens.shape[1], progress.count)
     count = jnp.where(progress.done, progress.count, progress.count + 1)
     stopped = ~progress.done & jnp.any(token[:, None] == rows.stop_ids[None, :], axis=1)
     seen = progress.seen if progress.seen is None else progress.seen.at[index, token].set(True)
@@ -60,28 +67,52 @@ def _take(logits: Float[Array, "N V"], rows: Rows, filters: frozenset[str], prog
         tokens=progress.tokens.at[index, column].set(token, mode="drop"),
         token_logps=progress.token_logps.at[index, column].set(logps, mode="drop"),
         drawn_logps=progress.drawn_logps.at[index, column].set(drawn, mode="drop"),
-        count=count, done=progress.done | stopped | (count >= rows.limits), stopped=progress.stopped | stopped,
-        token=token, step=progress.step + 1, seen=seen)
+        count=count,
+        done=progress.done | stopped | (count >= rows.limits),
+        stopped=progress.stopped | stopped,
+        token=token,
+        step=progress.step + 1,
+        seen=seen,
+    )
 
 
 def shardings(mesh: Mesh | AbstractMesh, progress: Progress) -> Progress:
-    """Return where each array of a Progress lies: rows over the mesh's row axes, the cache's heads over ``tensor``.
+    """Return where each array of a Progress lies: rows over the mesh's row axes, the cache's heads
+    over ``tensor``.
 
     Args:
         mesh: the mesh.
         progress: arrays or shapes.
     """
-    heads = progress.cache.keys.shape[3] % mesh.shape["tensor"] == 0  # else each device holds them all
-    axes = Cache(*(tuple(None if name == "kv_heads" and not heads else name for name in names)
-                   for names in caches.AXES))
-    rows = lambda x: ("rows", *(None,) * (x.ndim - 1)) if x.ndim else ()
+    # else each device holds them all
+    heads = progress.cache.keys.shape[3] % mesh.shape["tensor"] == 0
+    axes = Cache(
+        *(
+            tuple(None if name == "kv_heads" and not heads else name for name in names)
+            for names in caches.AXES
+        )
+    )
+
+    def rows(x):
+        return ("rows", *(None,) * (x.ndim - 1)) if x.ndim else ()
+
     names = jax.tree.map(rows, progress._replace(cache=None))._replace(cache=axes)
     return tree_shardings(mesh, names)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "samples", "slots", "filters", "dtype"))
-def start(model: Model, params: Any, tokens: Int[Array, "G T"], lengths: Int[Array, "G"], rows: Rows, *,
-          samples: int, slots: int, filters: frozenset[str], dtype: Any) -> Progress:
+def start(
+    model: Model,
+    params: Any,
+    tokens: Int[Array, "G T"],
+    lengths: Int[Array, "G"],
+    rows: Rows,
+    *,
+    samples: int,
+    slots: int,
+    filters: frozenset[str],
+    dtype: Any,
+) -> Progress:
     """Prefill the prompts, give each its samples' rows, and draw the first token.
 
     Args:
@@ -108,17 +139,29 @@ def start(model: Model, params: Any, tokens: Int[Array, "G T"], lengths: Int[Arr
         seen = jnp.zeros(logits.shape, bool).at[group, tokens].max(real)
         seen = jnp.repeat(seen, samples, axis=0)
     n = tokens.shape[0] * samples
-    empty = lambda dtype: jnp.zeros((n, slots), dtype)
+
+    def empty(dtype):
+        return jnp.zeros((n, slots), dtype)
+
     progress = Progress(
-        tokens=empty(jnp.int32), token_logps=empty(jnp.float32), drawn_logps=empty(jnp.float32),
-        count=jnp.zeros(n, jnp.int32), done=rows.limits <= 0, stopped=jnp.zeros(n, bool),
-        token=jnp.zeros(n, jnp.int32), starts=jnp.repeat(lengths, samples), step=jnp.zeros((), jnp.int32), seen=seen,
-        cache=caches.repeat(cache, samples))
+        tokens=empty(jnp.int32),
+        token_logps=empty(jnp.float32),
+        drawn_logps=empty(jnp.float32),
+        count=jnp.zeros(n, jnp.int32),
+        done=rows.limits <= 0,
+        stopped=jnp.zeros(n, bool),
+        token=jnp.zeros(n, jnp.int32),
+        starts=jnp.repeat(lengths, samples),
+        step=jnp.zeros((), jnp.int32),
+        seen=seen,
+        cache=caches.repeat(cache, samples),
+    )
     return _placed(_take(jnp.repeat(logits, samples, axis=0), rows, filters, progress))
 
 
 def _placed(progress: Progress) -> Progress:
-    """Pin where everything lies, under an ambient mesh: what `advance` is compiled for, and keeps."""
+    """Pin where everything lies, under an ambient mesh: what `advance` is compiled for, and
+    keeps."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return progress
@@ -126,14 +169,26 @@ def _placed(progress: Progress) -> Progress:
 
 
 @functools.partial(jax.jit, static_argnames=("model", "filters"), donate_argnames=("progress",))
-def advance(model: Model, params: Any, rows: Rows, progress: Progress, until: Int[Array, ""], *,
-            filters: frozenset[str]) -> Progress:
+def advance(
+    model: Model,
+    params: Any,
+    rows: Rows,
+    progress: Progress,
+    until: Int[Array, ""],
+    *,
+    filters: frozenset[str],
+) -> Progress:
     """Decode until every row is done or ``until`` tokens were drawn."""
+
     def running(progress: Progress) -> Bool[Array, ""]:
         return ~jnp.all(progress.done) & (progress.step < until)
 
     def body(progress: Progress) -> Progress:
-        hidden, cache = model.decode(params, progress.token, progress.starts + progress.count - 1, progress.cache)
-        return _placed(_take(model.unembed(params, hidden), rows, filters, progress._replace(cache=cache)))
+        hidden, cache = model.decode(
+            params, progress.token, progress.starts + progress.count - 1, progress.cache
+        )
+        return _placed(
+            _take(model.unembed(params, hidden), rows, filters, progress._replace(cache=cache))
+        )
 
     return jax.lax.while_loop(running, body, progress)

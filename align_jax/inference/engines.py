@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where completions come from: this mesh, or a server that speaks OpenAI's protocol (vLLM, SGLang), behind one call.
+"""Where completions come from: this mesh, or a server that speaks OpenAI's protocol (vLLM, SGLang),
+behind one call.
 
-An engine is called with requests and gives each one's completions; ``update`` brings it the newest weights.
+An engine is called with requests and gives each one's completions; ``update`` brings it the newest
+weights.
 """
+
 from __future__ import annotations
 
 import concurrent.futures
@@ -23,9 +26,11 @@ from align_jax.inference.generate import Completion, Generator, Request, complet
 _TOKEN_PREFIX = "token_id:"  # how vLLM writes tokens under return_tokens_as_token_ids
 _RETRY_SECONDS = (1.0, 5.0, 20.0)
 
-# Server -> how it reads weights anew after they were written to a folder: path of a POST, and its body.
+# Server -> how it reads weights anew after they were written to a folder: path of a POST, and its
+# body.
 PUSHES: Mapping[str, Callable[[str], tuple[str, dict[str, Any]]]] = {
-    "vllm": lambda folder: ("/collective_rpc", {"method": "reload_weights"}),  # VLLM_SERVER_DEV_MODE=1
+    # VLLM_SERVER_DEV_MODE=1
+    "vllm": lambda folder: ("/collective_rpc", {"method": "reload_weights"}),
     "sglang": lambda folder: ("/update_weights_from_disk", {"model_path": folder}),
 }
 
@@ -34,7 +39,9 @@ PUSHES: Mapping[str, Callable[[str], tuple[str, dict[str, Any]]]] = {
 class Engine(Protocol):
     """What generates."""
 
-    def __call__(self, requests: Sequence[Request], report: Callable[[int], None] = ...) -> list[list[Completion]]:
+    def __call__(
+        self, requests: Sequence[Request], report: Callable[[int], None] = ...
+    ) -> list[list[Completion]]:
         """Return each request's completions."""
 
     def update(self, params: Any) -> None:
@@ -50,14 +57,18 @@ class Local:
     Args:
         generator: the compiled generation.
         params: the model's parameters.
-        place: brings newer ones to where generation wants them (``layout.placer``); default: they stay where they lie.
+        place: brings newer ones to where generation wants them (``layout.placer``); default: they
+            stay where they lie.
     """
 
-    def __init__(self, generator: Generator, params: Any, place: Callable[[Any], Any] = lambda params: params) -> None:
+    def __init__(
+        self, generator: Generator, params: Any, place: Callable[[Any], Any] = lambda params: params
+    ) -> None:
         self._generator, self._params, self._place = generator, params, place
 
-    def __call__(self, requests: Sequence[Request], report: Callable[[int], None] = lambda done: None
-                 ) -> list[list[Completion]]:
+    def __call__(
+        self, requests: Sequence[Request], report: Callable[[int], None] = lambda done: None
+    ) -> list[list[Completion]]:
         """Return each request's completions."""
         return self._generator(self._params, requests, report)
 
@@ -80,18 +91,27 @@ class Client:
         retry_seconds: waits before each new try after a network error or a status of 429 or 5xx.
     """
 
-    def __init__(self, url: str, *, key_variable: str = "OPENAI_API_KEY", timeout_seconds: float = 600.0,
-                 retry_seconds: Sequence[float] = _RETRY_SECONDS) -> None:
+    def __init__(
+        self,
+        url: str,
+        *,
+        key_variable: str = "OPENAI_API_KEY",
+        timeout_seconds: float = 600.0,
+        retry_seconds: Sequence[float] = _RETRY_SECONDS,
+    ) -> None:
         self.url = url.rstrip("/").removesuffix("/v1")
         self._timeout, self._retries = timeout_seconds, tuple(retry_seconds)
         key = os.environ.get(key_variable, "") if key_variable else ""
-        self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+        self._headers = {"Content-Type": "application/json"} | (
+            {"Authorization": f"Bearer {key}"} if key else {}
+        )
 
     def post(self, route: str, body: Mapping[str, Any]) -> Any:
         """Post JSON and return the JSON of the answer (None for an empty one).
 
         Raises:
-            ConnectionError: no answer, or an error that retrying did not mend; the server's words are quoted.
+            ConnectionError: no answer, or an error that retrying did not mend; the server's words
+                are quoted.
         """
         request = urllib.request.Request(self.url + route, json.dumps(body).encode(), self._headers)
         for wait in (*self._retries, None):
@@ -116,10 +136,12 @@ class Client:
 
 
 class Server:
-    """Generation by an OpenAI-compatible server that takes and gives token ids (vLLM on TPU or GPU).
+    """Generation by an OpenAI-compatible server that takes and gives token ids (vLLM on TPU or
+    GPU).
 
-    The log-probabilities are the server's, of the model's own distribution (vLLM's ``raw_logprobs``); those of the
-    distribution after temperature and filters are not told and come as NaN.
+    The log-probabilities are the server's, of the model's own distribution (vLLM's
+    ``raw_logprobs``); those of the distribution after temperature and filters are not told and come
+    as NaN.
 
     Args:
         url: of the server.
@@ -135,16 +157,31 @@ class Server:
         ValueError: an unknown kind of server.
     """
 
-    def __init__(self, url: str, model: str, tokenizer: PreTrainedTokenizerBase, *, concurrency: int = 32,
-                 weights: str = "", export: Callable[[str, Any], None] | None = None, push: str = "vllm",
-                 **client: Any) -> None:
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        concurrency: int = 32,
+        weights: str = "",
+        export: Callable[[str, Any], None] | None = None,
+        push: str = "vllm",
+        **client: Any,
+    ) -> None:
         if push not in PUSHES:
             raise ValueError(f"unknown kind of server {push!r}; known: {sorted(PUSHES)}")
         self._client, self._model, self._tokenizer = Client(url, **client), model, tokenizer
-        self._concurrency, self._weights, self._export, self._push = concurrency, weights, export, push
+        self._concurrency, self._weights, self._export, self._push = (
+            concurrency,
+            weights,
+            export,
+            push,
+        )
 
-    def __call__(self, requests: Sequence[Request], report: Callable[[int], None] = lambda done: None
-                 ) -> list[list[Completion]]:
+    def __call__(
+        self, requests: Sequence[Request], report: Callable[[int], None] = lambda done: None
+    ) -> list[list[Completion]]:
         """Return each request's completions.
 
         Raises:
@@ -160,30 +197,50 @@ class Server:
 
     def _complete(self, request: Request) -> list[Completion]:
         sampling = request.sampling
-        body = {"model": self._model, "prompt": list(request.prompt), "n": request.samples,
-                "max_tokens": request.max_new_tokens, "temperature": sampling.temperature, "top_p": sampling.top_p,
-                "seed": request.seed, "logprobs": 1, "return_tokens_as_token_ids": True}
+        body = {
+            "model": self._model,
+            "prompt": list(request.prompt),
+            "n": request.samples,
+            "max_tokens": request.max_new_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "seed": request.seed,
+            "logprobs": 1,
+            "return_tokens_as_token_ids": True,
+        }
         optional = {"top_k": sampling.top_k, "min_p": sampling.min_p, "stop": list(request.stop)}
         body |= {name: value for name, value in optional.items() if value}
         if sampling.repetition_penalty != 1.0:
             body["repetition_penalty"] = sampling.repetition_penalty
-        choices = sorted(self._client.post("/v1/completions", body)["choices"], key=lambda one: one["index"])
+        choices = sorted(
+            self._client.post("/v1/completions", body)["choices"], key=lambda one: one["index"]
+        )
         if len(choices) != request.samples:
-            raise ValueError(f"{self._client.url} gave {len(choices)} completions for a request of {request.samples}")
+            raise ValueError(
+                f"{self._client.url} gave {len(choices)} completions for a request "
+                f"of {request.samples}"
+            )
         return [self._read(request, choice) for choice in choices]
 
     def _read(self, request: Request, choice: Mapping[str, Any]) -> Completion:
         logprobs = choice.get("logprobs") or {}
         tokens = logprobs.get("tokens") or []
         if not tokens or not all(token.startswith(_TOKEN_PREFIX) for token in tokens):
-            raise ValueError(f"{self._client.url} gave no token ids ({tokens[:3]}); expected a server that knows "
-                             "return_tokens_as_token_ids, such as vLLM")
+            raise ValueError(
+                f"{self._client.url} gave no token ids ({tokens[:3]}); expected a "
+                "server that knows "
+                "return_tokens_as_token_ids, such as vLLM"
+            )
         ids = np.array([int(token.removeprefix(_TOKEN_PREFIX)) for token in tokens], np.int32)
         text = completion_text(self._tokenizer, request.prompt, ids.tolist())
         places = [place for place in map(text.find, request.stop) if place >= 0]
-        return Completion(ids, np.array(logprobs["token_logprobs"], np.float32), np.full(len(ids), np.nan, np.float32),
-                          text[:min(places)] if places else text,
-                          "stop" if choice["finish_reason"] == "stop" else "length")
+        return Completion(
+            ids,
+            np.array(logprobs["token_logprobs"], np.float32),
+            np.full(len(ids), np.nan, np.float32),
+            text[: min(places)] if places else text,
+            "stop" if choice["finish_reason"] == "stop" else "length",
+        )
 
     def update(self, params: Any) -> None:
         """Write the parameters as a Hugging Face checkpoint and have the server read it.
@@ -193,7 +250,9 @@ class Server:
             ConnectionError: as `Client.post`.
         """
         if not self._weights or self._export is None:
-            raise ValueError("pushing weights to a server needs `weights`, a folder that it sees, and `export`")
+            raise ValueError(
+                "pushing weights to a server needs `weights`, a folder that it sees, and `export`"
+            )
         folder = str(pathlib.Path(self._weights).absolute())
         self._export(folder, params)
         self._client.post(*PUSHES[self._push](folder))

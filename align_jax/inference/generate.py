@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Generation on the mesh: requests in, completions out.
 
-Requests of any lengths and settings are sorted into calls of a few fixed shapes (prompt lengths in buckets, a fixed
-number of rows), so a handful of programs is compiled once and serves the whole run.  A request's completion depends
-on the request alone, never on what it was batched with (`samplers`).
+Requests of any lengths and settings are sorted into calls of a few fixed shapes (prompt lengths in
+buckets, a fixed number of rows), so a handful of programs is compiled once and serves the whole
+run.  A request's completion depends on the request alone, never on what it was batched with
+(`samplers`).
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -68,7 +70,8 @@ class Completion(NamedTuple):
 
 
 class _Call(NamedTuple):
-    """What goes to the device together: some of the requests, ``samples`` rows each, from ``first`` on."""
+    """What goes to the device together: some of the requests, ``samples`` rows each, from ``first``
+    on."""
 
     indices: tuple[int, ...]
     first: int
@@ -84,7 +87,8 @@ class _Arrays(NamedTuple):
     settings: Settings
     limits: Int[np.ndarray, "N"]
     keys: Any  # uint32 [N, 2]
-    each: list[tuple[Request, int]]  # of each row that is no filler: its request, and which of its samples it is
+    # of each row that is no filler: its request, and which of its samples it is
+    each: list[tuple[Request, int]]
     slots: int
     filters: frozenset[str]
 
@@ -100,7 +104,8 @@ class Lowered(NamedTuple):
 
 
 def bucket(length: int, largest: int) -> int:
-    """Return the padded length of a prompt: the next power of two, at least 16, at most the largest.
+    """Return the padded length of a prompt: the next power of two, at least 16, at most the
+    largest.
 
     >>> [bucket(n, 500) for n in (3, 16, 17, 300)]
     [16, 16, 32, 500]
@@ -111,18 +116,28 @@ def bucket(length: int, largest: int) -> int:
     return min(size, largest)
 
 
-def completion_text(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], tokens: Sequence[int]) -> str:
+def completion_text(
+    tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], tokens: Sequence[int]
+) -> str:
     """Return what the tokens add to the prompt's text, special tokens left out.
 
-    Some tokenizers drop the space before a text's first word, so tokens are decoded behind their prompt.
+    Some tokenizers drop the space before a text's first word, so tokens are decoded behind their
+    prompt.
     """
-    decode = lambda ids: tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def decode(ids):
+        return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
     before, whole = decode(list(prompt)), decode([*prompt, *tokens])
-    return whole[len(before):] if whole.startswith(before) else decode(list(tokens))
+    return whole[len(before) :] if whole.startswith(before) else decode(list(tokens))
 
 
-def find_stop(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], tokens: Sequence[int],
-              stop: Sequence[str]) -> tuple[int, str] | None:
+def find_stop(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Sequence[int],
+    tokens: Sequence[int],
+    stop: Sequence[str],
+) -> tuple[int, str] | None:
     """Find the first stop string in a completion.
 
     Returns:
@@ -137,11 +152,12 @@ def find_stop(tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], tokens:
         middle = (low + high) // 2
         part = completion_text(tokenizer, prompt, tokens[:middle])
         low, high = (low, middle) if any(one in part for one in stop) else (middle + 1, high)
-    return low, text[:min(places)]
+    return low, text[: min(places)]
 
 
 def stop_tokens(tokenizer: PreTrainedTokenizerBase, path: str = "") -> tuple[int, ...]:
-    """Return the tokens that end an answer: end of sequence, end of turn in the chat template, the checkpoint's own.
+    """Return the tokens that end an answer: end of sequence, end of turn in the chat template, the
+    checkpoint's own.
 
     Args:
         tokenizer: the tokenizer.
@@ -171,34 +187,54 @@ class Generator:
         mesh: where to run; None: the default device.
         stop_ids: tokens that end a completion; default: `stop_tokens` of the tokenizer.
         cache_dtype: of keys and values; default: the model's compute type.
-        prompt_bucket: one padded prompt length for all calls; default: powers of two.  Needed with several
-            processes, which must run the same programs whatever their own prompts are.
+        prompt_bucket: one padded prompt length for all calls; default: powers of two.  Needed with
+            several processes, which must run the same programs whatever their own prompts are.
 
     Raises:
         ValueError: rows that the mesh does not divide, or more tokens than the model has positions.
     """
 
-    def __init__(self, model: Model, tokenizer: PreTrainedTokenizerBase, *, rows: int = 64,
-                 max_length: int | None = None, mesh: jax.sharding.Mesh | None = None,
-                 stop_ids: Sequence[int] | None = None, cache_dtype: Any = None, prompt_bucket: int | None = None
-                 ) -> None:
+    def __init__(
+        self,
+        model: Model,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        rows: int = 64,
+        max_length: int | None = None,
+        mesh: jax.sharding.Mesh | None = None,
+        stop_ids: Sequence[int] | None = None,
+        cache_dtype: Any = None,
+        prompt_bucket: int | None = None,
+    ) -> None:
         shards = 1 if mesh is None else row_shards(mesh)
         if rows < 1 or rows % shards:
-            raise ValueError(f"generation rows = {rows} must be a positive multiple of the {shards} row shards")
+            raise ValueError(
+                f"generation rows = {rows} must be a positive multiple of the {shards} row shards"
+            )
         limit = model.config.max_positions
         if max_length is not None and max_length > limit:
-            raise ValueError(f"max_length = {max_length} is more than the model's {limit} positions")
+            raise ValueError(
+                f"max_length = {max_length} is more than the model's {limit} positions"
+            )
         if jax.process_count() > 1 and prompt_bucket is None:
-            raise ValueError("with several processes set prompt_bucket: all must run the same programs")
+            raise ValueError(
+                "with several processes set prompt_bucket: all must run the same programs"
+            )
         self._model, self._tokenizer, self._mesh = model, tokenizer, mesh
         self._rows, self._max_length, self._bucket = rows, max_length or limit, prompt_bucket
         self._shards, self._dtype = shards, cache_dtype
         ids = stop_tokens(tokenizer) if stop_ids is None else tuple(stop_ids)
-        self._stop_ids = np.full(-(-max(1, len(ids)) // _STOP_IDS_MULTIPLE) * _STOP_IDS_MULTIPLE, -1, np.int32)
-        self._stop_ids[:len(ids)] = ids
+        self._stop_ids = np.full(
+            -(-max(1, len(ids)) // _STOP_IDS_MULTIPLE) * _STOP_IDS_MULTIPLE, -1, np.int32
+        )
+        self._stop_ids[: len(ids)] = ids
 
-    def __call__(self, params: Any, requests: Sequence[Request],
-                 report: Callable[[int], None] = lambda done: None) -> list[list[Completion]]:
+    def __call__(
+        self,
+        params: Any,
+        requests: Sequence[Request],
+        report: Callable[[int], None] = lambda done: None,
+    ) -> list[list[Completion]]:
         """Generate.
 
         Args:
@@ -214,8 +250,11 @@ class Generator:
         """
         for i, request in enumerate(requests):
             if not 0 < len(request.prompt) < self._max_length:
-                raise ValueError(f"request {i}: its prompt has {len(request.prompt)} tokens; expected from 1 to "
-                                 f"{self._max_length - 1}, so that one new token fits")
+                raise ValueError(
+                    f"request {i}: its prompt has {len(request.prompt)} tokens; "
+                    "expected from 1 to "
+                    f"{self._max_length - 1}, so that one new token fits"
+                )
         found: list[list[Completion]] = [[] for _ in requests]
         for call in self._plan(requests):
             completions = self._run(params, [requests[i] for i in call.indices], call)
@@ -237,7 +276,7 @@ class Generator:
         for (size, samples, first), indices in sorted(groups.items()):
             prompts = max(shards, rows // samples // shards * shards)
             for begin in range(0, len(indices), prompts):
-                yield _Call(tuple(indices[begin:begin + prompts]), first, samples, size)
+                yield _Call(tuple(indices[begin : begin + prompts]), first, samples, size)
 
     def _arrays(self, requests: Sequence[Request], call: _Call) -> _Arrays:
         """Write a call's requests, and the rows that fill it up, as this process's arrays."""
@@ -246,31 +285,55 @@ class Generator:
         prompts = max(shards, rows // call.samples // shards * shards)
         tokens, lengths = np.zeros((prompts, call.bucket), np.int32), np.ones(prompts, np.int32)
         for g, request in enumerate(requests):
-            tokens[g, :len(request.prompt)], lengths[g] = request.prompt, len(request.prompt)
+            tokens[g, : len(request.prompt)], lengths[g] = request.prompt, len(request.prompt)
         each = [(request, call.first + s) for request in requests for s in range(call.samples)]
         fill = prompts * call.samples - len(each)
-        limits = [min(request.max_new_tokens, self._max_length - len(request.prompt)) if s < request.samples else 0
-                  for request, s in each] + [0] * fill
+        limits = [
+            min(request.max_new_tokens, self._max_length - len(request.prompt))
+            if s < request.samples
+            else 0
+            for request, s in each
+        ] + [0] * fill
         settings, filters = stack([request.sampling for request, _ in each] + [Sampling()] * fill)
         seeds = np.array([request.seed for request, _ in each] + [0] * fill)
         numbers = np.array([s for _, s in each] + [0] * fill)
         slots = bucket(max(request.max_new_tokens for request in requests), self._max_length)
         keys = np.asarray(jax.random.key_data(row_keys(seeds, numbers)))
-        return _Arrays(tokens, lengths, settings, np.array(limits, np.int32), keys, each, slots, filters)
+        return _Arrays(
+            tokens, lengths, settings, np.array(limits, np.int32), keys, each, slots, filters
+        )
 
     def _run(self, params: Any, requests: Sequence[Request], call: _Call) -> list[list[Completion]]:
         arrays = self._arrays(requests, call)
-        put = (lambda tree: jax.tree.map(jnp.asarray, tree)) if self._mesh is None else (
-            lambda tree: put_batch(self._mesh, tree))
+        put = (
+            (lambda tree: jax.tree.map(jnp.asarray, tree))
+            if self._mesh is None
+            else (lambda tree: put_batch(self._mesh, tree))
+        )
         tokens, lengths, settings, limits, keys = put(arrays[:5])
-        asked = decoding.Rows(jax.random.wrap_key_data(keys), settings, limits, jnp.asarray(self._stop_ids))
+        asked = decoding.Rows(
+            jax.random.wrap_key_data(keys), settings, limits, jnp.asarray(self._stop_ids)
+        )
         with ambient(self._mesh):
-            progress = decoding.start(self._model, params, tokens, lengths, asked, samples=call.samples,
-                                      slots=arrays.slots, filters=arrays.filters, dtype=self._dtype)
-            progress, cuts = self._finish(params, asked, progress, arrays.each, arrays.slots, arrays.filters)
+            progress = decoding.start(
+                self._model,
+                params,
+                tokens,
+                lengths,
+                asked,
+                samples=call.samples,
+                slots=arrays.slots,
+                filters=arrays.filters,
+                dtype=self._dtype,
+            )
+            progress, cuts = self._finish(
+                params, asked, progress, arrays.each, arrays.slots, arrays.filters
+            )
         return self._collect(progress, arrays.each, call.samples, cuts)
 
-    def lower(self, params: Any, requests: Sequence[Request], platform: str | None = None) -> Lowered:
+    def lower(
+        self, params: Any, requests: Sequence[Request], platform: str | None = None
+    ) -> Lowered:
         """Lower the two programs that answer these requests, from shapes alone.
 
         Args:
@@ -287,24 +350,63 @@ class Generator:
         call = calls[0]
         arrays = self._arrays([requests[i] for i in call.indices], call)
         rows = row_sharding(self._mesh)
-        shape = lambda x, sharding=rows: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+        def shape(x, sharding=rows):
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
         tokens, lengths, settings, limits, keys = jax.tree.map(shape, arrays[:5])
         everywhere = NamedSharding(self._mesh, PartitionSpec())
-        asked = decoding.Rows(shape(jax.eval_shape(jax.random.wrap_key_data, keys)), settings, limits,
-                              shape(self._stop_ids, everywhere))
-        prefill = lower(decoding.start, self._mesh, self._model, params, tokens, lengths, asked, samples=call.samples,
-                        slots=arrays.slots, filters=arrays.filters, dtype=self._dtype, platform=platform)
-        progress = jax.tree.map(shape, prefill.out_info, decoding.shardings(self._mesh, prefill.out_info))
+        asked = decoding.Rows(
+            shape(jax.eval_shape(jax.random.wrap_key_data, keys)),
+            settings,
+            limits,
+            shape(self._stop_ids, everywhere),
+        )
+        prefill = lower(
+            decoding.start,
+            self._mesh,
+            self._model,
+            params,
+            tokens,
+            lengths,
+            asked,
+            samples=call.samples,
+            slots=arrays.slots,
+            filters=arrays.filters,
+            dtype=self._dtype,
+            platform=platform,
+        )
+        progress = jax.tree.map(
+            shape, prefill.out_info, decoding.shardings(self._mesh, prefill.out_info)
+        )
         until = jax.ShapeDtypeStruct((), np.int32, sharding=everywhere)
-        decode = lower(decoding.advance, self._mesh, self._model, params, asked, progress, until,
-                       filters=arrays.filters, platform=platform)
+        decode = lower(
+            decoding.advance,
+            self._mesh,
+            self._model,
+            params,
+            asked,
+            progress,
+            until,
+            filters=arrays.filters,
+            platform=platform,
+        )
         return Lowered(prefill, decode, progress, tokens.shape, len(calls))
 
-    def _finish(self, params: Any, asked: decoding.Rows, progress: decoding.Progress, each: Sequence, slots: int,
-                filters: frozenset[str]) -> tuple[decoding.Progress, Mapping[int, tuple[int, str]]]:
+    def _finish(
+        self,
+        params: Any,
+        asked: decoding.Rows,
+        progress: decoding.Progress,
+        each: Sequence,
+        slots: int,
+        filters: frozenset[str],
+    ) -> tuple[decoding.Progress, Mapping[int, tuple[int, str]]]:
         """Advance to the end, looking for stop strings in between where any row has one."""
         if not any(request.stop for request, _ in each) and jax.process_count() == 1:
-            return decoding.advance(self._model, params, asked, progress, np.int32(slots), filters=filters), {}
+            return decoding.advance(
+                self._model, params, asked, progress, np.int32(slots), filters=filters
+            ), {}
         cuts: dict[int, tuple[int, str]] = {}
         while True:
             self._cut(progress, each, cuts)
@@ -314,20 +416,37 @@ class Generator:
                 return progress, cuts
             flags = put_batch(self._mesh, done) if self._mesh is not None else jnp.asarray(done)
             until = np.int32(min(slots, int(local(progress.step)) + _STOP_CHECK_TOKENS))
-            progress = decoding.advance(self._model, params, asked, progress._replace(done=flags), until,
-                                        filters=filters)
+            progress = decoding.advance(
+                self._model, params, asked, progress._replace(done=flags), until, filters=filters
+            )
 
-    def _cut(self, progress: decoding.Progress, each: Sequence, cuts: dict[int, tuple[int, str]]) -> None:
+    def _cut(
+        self, progress: decoding.Progress, each: Sequence, cuts: dict[int, tuple[int, str]]
+    ) -> None:
         tokens, count = local(progress.tokens), local(progress.count)
         for row, (request, _) in enumerate(each):
             if request.stop and row not in cuts:
-                cut = find_stop(self._tokenizer, request.prompt, tokens[row, :count[row]].tolist(), request.stop)
+                cut = find_stop(
+                    self._tokenizer,
+                    request.prompt,
+                    tokens[row, : count[row]].tolist(),
+                    request.stop,
+                )
                 if cut is not None:
                     cuts[row] = cut
 
-    def _collect(self, progress: decoding.Progress, each: Sequence, samples: int,
-                 cuts: Mapping[int, tuple[int, str]]) -> list[list[Completion]]:
-        tokens, count, stopped = local(progress.tokens), local(progress.count), local(progress.stopped)
+    def _collect(
+        self,
+        progress: decoding.Progress,
+        each: Sequence,
+        samples: int,
+        cuts: Mapping[int, tuple[int, str]],
+    ) -> list[list[Completion]]:
+        tokens, count, stopped = (
+            local(progress.tokens),
+            local(progress.count),
+            local(progress.stopped),
+        )
         logps, drawn = local(progress.token_logps), local(progress.drawn_logps)
         found: list[list[Completion]] = []
         for row, (request, number) in enumerate(each):
@@ -341,8 +460,15 @@ class Generator:
             else:
                 text = completion_text(self._tokenizer, request.prompt, tokens[row, :n].tolist())
             finish = "stop" if row in cuts or stopped[row] else "length"
-            found[-1].append(Completion(tokens[row, :n].copy(), logps[row, :n].copy(), drawn[row, :n].copy(), text,
-                                        finish))
+            found[-1].append(
+                Completion(
+                    tokens[row, :n].copy(),
+                    logps[row, :n].copy(),
+                    drawn[row, :n].copy(),
+                    text,
+                    finish,
+                )
+            )
         return found
 
 
@@ -359,7 +485,8 @@ def everywhere(flag: bool) -> bool:
 
 
 def local(x: jax.Array) -> np.ndarray:
-    """Fetch this process's rows of an array that is sharded over the rows (all of it with one process)."""
+    """Fetch this process's rows of an array that is sharded over the rows (all of it with one
+    process)."""
     if x.is_fully_addressable or x.is_fully_replicated:
         return np.asarray(x.addressable_data(0) if x.is_fully_replicated else x)
     shards = {shard.index[0].start or 0: shard for shard in x.addressable_shards}

@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a policy's weights lie while it generates: a copy in the compute type, split over a few neighbours.
+"""Where a policy's weights lie while it generates: a copy in the compute type, split over a few
+neighbours.
 
-Training splits each weight over the whole mesh and gathers it where it is used, once for many rows of many tokens.  A
-decoded token is one for each row: gathering for it would move all weights for every token (15 GB a token of a 7B
-model, on every chip).  So the devices are dealt out anew:
+Training splits each weight over the whole mesh and gathers it where it is used, once for many rows
+of many tokens.  A decoded token is one for each row: gathering for it would move all weights for
+every token (15 GB a token of a 7B model, on every chip).  So the devices are dealt out anew:
 
     training     fsdp=64                   a weight over 64 devices, each with its own rows
     generating   data=16  tensor=4         a weight over 4 devices of one host, which share their rows
 """
+
 from __future__ import annotations
 
-from collections.abc import Callable
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,12 +29,13 @@ Tree = Any
 
 
 def decode_mesh(mesh: Mesh, tensor: int) -> Mesh:
-    """Return a mesh over the same devices on which so many neighbours split each weight and share their rows.
+    """Return a mesh over the same devices on which so many neighbours split each weight and share
+    their rows.
 
     Args:
         mesh: the training mesh.
-        tensor: devices that hold one copy of the weights together; all of one host, so that each process brings its
-            own rows.
+        tensor: devices that hold one copy of the weights together; all of one host, so that each
+            process brings its own rows.
 
     Raises:
         ValueError: the devices of a host do not divide into groups of this size.
@@ -41,7 +44,9 @@ def decode_mesh(mesh: Mesh, tensor: int) -> Mesh:
     hosts = {one.process_index for one in devices}
     each = len(devices) // len(hosts)
     if tensor < 1 or each % tensor:
-        raise ValueError(f"config.rollout.tensor = {tensor}: expected a divisor of the {each} devices of a host")
+        raise ValueError(
+            f"config.rollout.tensor = {tensor}: expected a divisor of the {each} devices of a host"
+        )
     sizes = {"data": len(devices) // tensor, "tensor": tensor}
     array = np.asarray(devices).reshape([sizes.get(axis, 1) for axis in AXES])
     return Mesh(array, AXES, axis_types=mesh.axis_types)
@@ -50,15 +55,25 @@ def decode_mesh(mesh: Mesh, tensor: int) -> Mesh:
 def _held(model: Model, params: Tree) -> Tree:
     """Leave the scalar heads out, and cast what is cast to the compute type wherever it is used.
 
-    Norms' scales are not, nor what DoRA takes float32 norms of; quantised maps stay as they are: generation computes
-    what it would without a copy.
+    Norms' scales are not, nor what DoRA takes float32 norms of; quantised maps stay as they are:
+    generation computes what it would without a copy.
     """
     axes, lora, dtype = flatten(model.axes()), model.options.lora, model.options.dtype
-    kept = {path: leaf for path, leaf in flatten(params).items() if path.split("/")[0] not in model.options.heads}
+    kept = {
+        path: leaf
+        for path, leaf in flatten(params).items()
+        if path.split("/")[0] not in model.options.heads
+    }
     if lora is not None and lora.dora:
         return unflatten(kept)
-    return unflatten({path: leaf if "embed" not in axes[path] or isinstance(leaf, Quantized) else leaf.astype(dtype)
-                      for path, leaf in kept.items()})
+    return unflatten(
+        {
+            path: leaf
+            if "embed" not in axes[path] or isinstance(leaf, Quantized)
+            else leaf.astype(dtype)
+            for path, leaf in kept.items()
+        }
+    )
 
 
 def for_decoding(model: Model, params: Tree, mesh: Mesh) -> Tree:
@@ -72,12 +87,18 @@ def for_decoding(model: Model, params: Tree, mesh: Mesh) -> Tree:
     shapes = jax.eval_shape(functools.partial(_held, model), params)
     leaves = flatten(params)
     places = unflatten({path: leaves[path] for path in flatten(shapes)})
-    return jax.tree.map(lambda x, like: jax.ShapeDtypeStruct(
-        x.shape, x.dtype, sharding=NamedSharding(mesh, like.sharding.spec)), shapes, places)
+    return jax.tree.map(
+        lambda x, like: jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=NamedSharding(mesh, like.sharding.spec)
+        ),
+        shapes,
+        places,
+    )
 
 
 def placer(model: Model, mesh: Mesh) -> Callable[[Tree], Tree]:
-    """Return a function that copies the policy's newest weights to where ``for_decoding`` wants them.
+    """Return a function that copies the policy's newest weights to where ``for_decoding`` wants
+    them.
 
     They are cast where they lie, then dealt out.
     """

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From logits to the next token: pure functions of one step's logits, each row by its own settings and its own key.
+"""From logits to the next token: pure functions of one step's logits, each row by its own settings
+and its own key.
 
-A row's draw depends on its logits, its settings and ``fold_in(row key, position)`` alone, never on its neighbours, so
-a request gets the same completion in any batch.  The settings are arrays, so other values do not recompile; only
-which of them are in use (``filters``) is static, so that a plain temperature never sorts the vocabulary.
+A row's draw depends on its logits, its settings and ``fold_in(row key, position)`` alone, never on
+its neighbours, so a request gets the same completion in any batch.  The settings are arrays, so
+other values do not recompile; only which of them are in use (``filters``) is static, so that a
+plain temperature never sorts the vocabulary.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -29,8 +32,8 @@ class Sampling:
         top_k: keep the k most probable tokens (0: all).
         top_p: keep the fewest tokens whose probabilities sum to at least this (1: all).
         min_p: keep tokens at least this times as probable as the most probable (0: all).
-        repetition_penalty: a token of the prompt or the completion so far has its positive logit divided, its
-            negative logit multiplied by this (1: none).
+        repetition_penalty: a token of the prompt or the completion so far has its positive logit
+            divided, its negative logit multiplied by this (1: none).
 
     Raises:
         ValueError: a value out of its range.
@@ -43,19 +46,30 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        ranges = {"temperature": self.temperature >= 0, "top_k": self.top_k >= 0, "top_p": 0 < self.top_p <= 1,
-                  "min_p": 0 <= self.min_p <= 1, "repetition_penalty": self.repetition_penalty > 0}
+        ranges = {
+            "temperature": self.temperature >= 0,
+            "top_k": self.top_k >= 0,
+            "top_p": 0 < self.top_p <= 1,
+            "min_p": 0 <= self.min_p <= 1,
+            "repetition_penalty": self.repetition_penalty > 0,
+        }
         wrong = {name: getattr(self, name) for name, fits in ranges.items() if not fits}
         if wrong:
-            raise ValueError(f"sampling settings out of range: {wrong}; expected temperature >= 0, top_k >= 0, "
-                             "0 < top_p <= 1, 0 <= min_p <= 1, repetition_penalty > 0")
+            raise ValueError(
+                f"sampling settings out of range: {wrong}; expected temperature >= "
+                "0, top_k >= 0, "
+                "0 < top_p <= 1, 0 <= min_p <= 1, repetition_penalty > 0"
+            )
 
     @property
     def filters(self) -> frozenset[str]:
         """Which of the settings change anything."""
         neutral = Sampling()
-        return frozenset(field.name for field in dataclasses.fields(self)
-                         if getattr(self, field.name) != getattr(neutral, field.name))
+        return frozenset(
+            field.name
+            for field in dataclasses.fields(self)
+            if getattr(self, field.name) != getattr(neutral, field.name)
+        )
 
 
 class Settings(NamedTuple):
@@ -70,21 +84,28 @@ class Settings(NamedTuple):
 
 def stack(samplings: Sequence[Sampling]) -> tuple[Settings, frozenset[str]]:
     """Gather the rows' settings into arrays, and say which filters any of them uses."""
-    columns = [np.array([getattr(one, name) for one in samplings], np.int32 if name == "top_k" else np.float32)
-               for name in Settings._fields]
+    columns = [
+        np.array(
+            [getattr(one, name) for one in samplings], np.int32 if name == "top_k" else np.float32
+        )
+        for name in Settings._fields
+    ]
     return Settings(*columns), frozenset().union(*(one.filters for one in samplings))
 
 
 def row_keys(seeds: Int[np.ndarray, "N"], samples: Int[np.ndarray, "N"]) -> Key[Array, "N"]:
-    """Return each row's key: of the request's seed and of the number of the sample among the request's samples."""
+    """Return each row's key: of the request's seed and of the number of the sample among the
+    request's samples."""
+
     def one(seed: Array, sample: Array) -> Array:
         return jax.random.fold_in(jax.random.key(seed), sample)
 
     return jax.vmap(one)(jnp.asarray(seeds, jnp.uint32), jnp.asarray(samples, jnp.uint32))
 
 
-def penalize(logits: Float[Array, "N V"], seen: Bool[Array, "N V"], penalty: Float[Array, "N"]
-             ) -> Float[Array, "N V"]:
+def penalize(
+    logits: Float[Array, "N V"], seen: Bool[Array, "N V"], penalty: Float[Array, "N"]
+) -> Float[Array, "N V"]:
     """Make seen tokens less likely: z / c where z > 0, z * c elsewhere.
 
     References:
@@ -95,7 +116,9 @@ def penalize(logits: Float[Array, "N V"], seen: Bool[Array, "N V"], penalty: Flo
     return jnp.where(seen, jnp.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
-def _keep(logits: Float[Array, "N V"], settings: Settings, filters: frozenset[str]) -> Float[Array, "N V"]:
+def _keep(
+    logits: Float[Array, "N V"], settings: Settings, filters: frozenset[str]
+) -> Float[Array, "N V"]:
     """Exclude what top-k, top-p and min-p (in this order, each on what is left) do not keep."""
     vocabulary = logits.shape[-1]
     if filters & {"top_k", "top_p"}:
@@ -114,12 +137,16 @@ def _keep(logits: Float[Array, "N V"], settings: Settings, filters: frozenset[st
     return logits
 
 
-def adjust(logits: Float[Array, "N V"], settings: Settings, filters: frozenset[str],
-           seen: Bool[Array, "N V"] | None = None) -> Float[Array, "N V"]:
+def adjust(
+    logits: Float[Array, "N V"],
+    settings: Settings,
+    filters: frozenset[str],
+    seen: Bool[Array, "N V"] | None = None,
+) -> Float[Array, "N V"]:
     """Return the logits of the distribution that is sampled from.
 
-    In transformers' order: repetition penalty, temperature, top-k, top-p, min-p.  Tokens with a tie at the border are
-    kept.  A greedy row (temperature 0) keeps its (penalized) logits as they are.
+    In transformers' order: repetition penalty, temperature, top-k, top-p, min-p.  Tokens with a tie
+    at the border are kept.  A greedy row (temperature 0) keeps its (penalized) logits as they are.
 
     Args:
         logits: float32 [N, V], of the next token; padded vocabulary entries at -1e30 or below.
@@ -132,7 +159,10 @@ def adjust(logits: Float[Array, "N V"], settings: Settings, filters: frozenset[s
     """
     if "repetition_penalty" in filters:
         if seen is None:
-            raise ValueError("a repetition penalty needs `seen`, the tokens of the prompt and the completion so far")
+            raise ValueError(
+                "a repetition penalty needs `seen`, the tokens of the prompt and "
+                "the completion so far"
+            )
         logits = penalize(logits, seen, settings.repetition_penalty)
     greedy = (settings.temperature == 0)[:, None]
     if "temperature" in filters:
@@ -143,17 +173,21 @@ def adjust(logits: Float[Array, "N V"], settings: Settings, filters: frozenset[s
 
 
 def _invert(uniform: Float[Array, "N"], weights: Float[Array, "N m"]) -> Int[Array, "N"]:
-    """Return the first index whose cumulated weight exceeds a share of the total: the inverse distribution function."""
+    """Return the first index whose cumulated weight exceeds a share of the total: the inverse
+    distribution function."""
     cumulated = jnp.cumsum(weights, axis=-1)
     over = cumulated > (uniform * cumulated[:, -1])[:, None]
-    return jnp.where(over[:, -1], jnp.argmax(over, axis=-1), jnp.argmax(weights, axis=-1))  # rounding may leave none
+    # rounding may leave none
+    return jnp.where(over[:, -1], jnp.argmax(over, axis=-1), jnp.argmax(weights, axis=-1))
 
 
 def categorical(keys: Key[Array, "N"], logits: Float[Array, "N V"]) -> Int[Array, "N"]:
-    """Draw from each row's softmax, by its own key: first a block of about √V tokens, then one of its tokens.
+    """Draw from each row's softmax, by its own key: first a block of about √V tokens, then one of
+    its tokens.
 
-    Two random numbers a row, where adding Gumbel noise takes V of them (five times the time on a CPU at V = 2,048); in
-    two stages, because one cumulated sum over a large vocabulary would round small probabilities away.
+    Two random numbers a row, where adding Gumbel noise takes V of them (five times the time on a
+    CPU at V = 2,048); in two stages, because one cumulated sum over a large vocabulary would round
+    small probabilities away.
     """
     rows, vocabulary = logits.shape
     block = math.isqrt(vocabulary - 1) + 1
@@ -161,13 +195,20 @@ def categorical(keys: Key[Array, "N"], logits: Float[Array, "N V"]) -> Int[Array
     weights = jnp.pad(weights, ((0, 0), (0, -vocabulary % block))).reshape(rows, -1, block)
     uniform = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys)
     chosen = _invert(uniform[:, 0], weights.sum(axis=-1))
-    inside = _invert(uniform[:, 1], jnp.take_along_axis(weights, chosen[:, None, None], axis=1)[:, 0])
+    inside = _invert(
+        uniform[:, 1], jnp.take_along_axis(weights, chosen[:, None, None], axis=1)[:, 0]
+    )
     return chosen * block + inside
 
 
-def draw(keys: Key[Array, "N"], positions: Int[Array, "N"], logits: Float[Array, "N V"], settings: Settings,
-         filters: frozenset[str], seen: Bool[Array, "N V"] | None = None
-         ) -> tuple[Int[Array, "N"], Float[Array, "N"], Float[Array, "N"]]:
+def draw(
+    keys: Key[Array, "N"],
+    positions: Int[Array, "N"],
+    logits: Float[Array, "N V"],
+    settings: Settings,
+    filters: frozenset[str],
+    seen: Bool[Array, "N V"] | None = None,
+) -> tuple[Int[Array, "N"], Float[Array, "N"], Float[Array, "N"]]:
     """Draw each row's next token.
 
     Args:
@@ -177,8 +218,9 @@ def draw(keys: Key[Array, "N"], positions: Int[Array, "N"], logits: Float[Array,
         settings, filters, seen: as for `adjust`.
 
     Returns:
-        The tokens; their log-probabilities under the model (the softmax of the logits as they came: what rescoring
-        gives); and under the distribution that was sampled from (0 for greedy rows).  Nats.
+        The tokens; their log-probabilities under the model (the softmax of the logits as they came:
+        what rescoring gives); and under the distribution that was sampled from (0 for greedy rows).
+        Nats.
     """
     adjusted = adjust(logits, settings, filters, seen)
     keys = jax.vmap(jax.random.fold_in)(keys, positions.astype(jnp.uint32))
@@ -187,6 +229,8 @@ def draw(keys: Key[Array, "N"], positions: Int[Array, "N"], logits: Float[Array,
     tokens = jnp.where(greedy, jnp.argmax(adjusted, axis=-1), tokens).astype(jnp.int32)
 
     def at_token(values: Array) -> Array:
-        return jnp.take_along_axis(jax.nn.log_softmax(values, axis=-1), tokens[:, None], axis=-1)[:, 0]
+        return jnp.take_along_axis(jax.nn.log_softmax(values, axis=-1), tokens[:, None], axis=-1)[
+            :, 0
+        ]
 
     return tokens, at_token(logits), jnp.where(greedy, 0.0, at_token(adjusted))

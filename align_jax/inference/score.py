@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scores by models: log-probabilities and values of a batch that exists, rewards of texts by a reward model."""
+"""Scores by models: log-probabilities and values of a batch that exists, rewards of texts by a
+reward model."""
+
 from __future__ import annotations
 
 import functools
@@ -17,8 +19,8 @@ from align_jax.core.schema import Batch, Example
 from align_jax.data import chat
 from align_jax.data.tokenizer import load_tokenizer
 from align_jax.inference.generate import ambient, bucket, local
-from align_jax.losses.logprobs import at_sources, token_outputs
 from align_jax.interop import hf
+from align_jax.losses.logprobs import at_sources, token_outputs
 from align_jax.models.config import ModelConfig
 from align_jax.models.model import Model, build
 from align_jax.parallel.mesh import row_shards
@@ -26,9 +28,17 @@ from align_jax.parallel.sharding import put_batch, tree_shardings
 
 
 @functools.partial(jax.jit, static_argnames=("model", "value_head", "chunk", "temperature"))
-def rescore(model: Model, params: Any, batch: Batch, *, value_head: str = "", chunk: int = 128,
-            temperature: float | int = 1.0) -> tuple[Float[Array, "N T"], Float[Array, "N T"] | None]:
-    """Return a model's log-probability of each loss token, and its values, by one forward over whole rows.
+def rescore(
+    model: Model,
+    params: Any,
+    batch: Batch,
+    *,
+    value_head: str = "",
+    chunk: int = 128,
+    temperature: float | int = 1.0,
+) -> tuple[Float[Array, "N T"], Float[Array, "N T"] | None]:
+    """Return a model's log-probability of each loss token, and its values, by one forward over
+    whole rows.
 
     Args:
         model: static.
@@ -39,21 +49,31 @@ def rescore(model: Model, params: Any, batch: Batch, *, value_head: str = "", ch
         temperature: the logits are divided by it, as in sampling.
 
     Returns:
-        token_logps [N, T] in nats, float32, and values [N, T] or None; zero where ``loss_mask`` is false.
+        token_logps [N, T] in nats, float32, and values [N, T] or None; zero where ``loss_mask`` is
+        false.
     """
-    hidden, _ = model.hidden(params, batch.tokens, batch.segment_ids, batch.positions, batch.prefix_ids)
-    outputs = token_outputs(hidden, lambda x: model.unembed(params, x) / temperature, batch, chunk=chunk)
+    hidden, _ = model.hidden(
+        params, batch.tokens, batch.segment_ids, batch.positions, batch.prefix_ids
+    )
+    outputs = token_outputs(
+        hidden, lambda x: model.unembed(params, x) / temperature, batch, chunk=chunk
+    )
     values = at_sources(model.head(params, value_head, hidden), batch) if value_head else None
     return outputs.token_logps, values
 
 
 def scorer(config: ModelConfig, compute_dtype: str, attention: str = "auto") -> Model:
-    """Return the model of a reward model's checkpoint: a score head on the last hidden state, no vocabulary."""
-    return build(config, compute_dtype=compute_dtype, remat="none", attention=attention, heads=("score",))
+    """Return the model of a reward model's checkpoint: a score head on the last hidden state, no
+    vocabulary."""
+    return build(
+        config, compute_dtype=compute_dtype, remat="none", attention=attention, heads=("score",)
+    )
 
 
 @functools.partial(jax.jit, static_argnames="model")
-def scores(model: Model, params: Any, tokens: Int[Array, "N T"], lengths: Int[Array, "N"]) -> Float[Array, "N"]:
+def scores(
+    model: Model, params: Any, tokens: Int[Array, "N T"], lengths: Int[Array, "N"]
+) -> Float[Array, "N"]:
     """Return what a score head says of each row's last token.
 
     Args:
@@ -65,21 +85,23 @@ def scores(model: Model, params: Any, tokens: Int[Array, "N T"], lengths: Int[Ar
     index = jnp.arange(tokens.shape[1])[None, :]
     real: Bool[Array, "N T"] = index < lengths[:, None]
     hidden, _ = model.hidden(params, tokens, real.astype(jnp.int32), jnp.where(real, index, 0))
-    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]  # [N, T, D] -> [N, D]
+    # [N, T, D] -> [N, D]
+    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
     return model.head(params, "score", last)
 
 
 class RewardModel:
-    """Rewards by a model with a score head: ours, or a Hugging Face sequence classifier with one label.
+    """Rewards by a model with a score head: ours, or a Hugging Face sequence classifier with one
+    label.
 
-    The score is read at the completion's last token, the end-of-turn token that the tokenizer's template or the
-    end-of-sequence rule puts there.
+    The score is read at the completion's last token, the end-of-turn token that the tokenizer's
+    template or the end-of-sequence rule puts there.
 
     Args:
         path: directory or hub id of the checkpoint.
         rows: texts scored at once (a multiple of the mesh's row shards).
-        max_length: tokens of prompt and completion, longer ones lose the prompt's beginning; default: the model's
-            positions.
+        max_length: tokens of prompt and completion, longer ones lose the prompt's beginning;
+            default: the model's positions.
         compute_dtype: of the forward; the head is always float32.
         mesh: where to run; None: the default device.
 
@@ -87,20 +109,34 @@ class RewardModel:
         ValueError: rows that the mesh does not divide, or a checkpoint without a score head.
     """
 
-    def __init__(self, path: str, *, rows: int = 16, max_length: int | None = None, compute_dtype: str = "float32",
-                 mesh: jax.sharding.Mesh | None = None) -> None:
+    def __init__(
+        self,
+        path: str,
+        *,
+        rows: int = 16,
+        max_length: int | None = None,
+        compute_dtype: str = "float32",
+        mesh: jax.sharding.Mesh | None = None,
+    ) -> None:
         shards = 1 if mesh is None else row_shards(mesh)
         if rows < 1 or rows % shards:
-            raise ValueError(f"reward model rows = {rows} must be a positive multiple of the {shards} row shards")
+            raise ValueError(
+                f"reward model rows = {rows} must be a positive multiple of the {shards} row shards"
+            )
         config = hf.load_config(path)
         kinds = json.loads(config.hf).get("architectures") or []
         if not any("SequenceClassification" in kind for kind in kinds):
-            raise ValueError(f"{path} is a checkpoint of {kinds}; expected a sequence classifier with one label, which "
-                             "has a score head (ours are exported as such)")
+            raise ValueError(
+                f"{path} is a checkpoint of {kinds}; expected a sequence classifier "
+                "with one label, which "
+                "has a score head (ours are exported as such)"
+            )
         config = config.padded(1 if mesh is None else mesh.shape["tensor"])
         self._model = scorer(config, compute_dtype)
         shardings = None if mesh is None else tree_shardings(mesh, self._model.axes())
-        _, self._params = hf.load(path, config=config, dtype=compute_dtype, heads=("score",), shardings=shardings)
+        _, self._params = hf.load(
+            path, config=config, dtype=compute_dtype, heads=("score",), shardings=shardings
+        )
         self._tokenizer: PreTrainedTokenizerBase = load_tokenizer(path)
         self._rows, self._mesh = rows, mesh
         self._max_length = min(max_length or config.max_positions, config.max_positions)
@@ -115,18 +151,23 @@ class RewardModel:
         texts = []
         for example in examples:
             tokens = chat.encode(example, self._tokenizer)
-            texts.append([*tokens.prompt, *tokens.responses[0]][-self._max_length:])
+            texts.append([*tokens.prompt, *tokens.responses[0]][-self._max_length :])
         found = np.zeros(len(texts), np.float32)
-        fixed = self._max_length if jax.process_count() > 1 else 0  # processes must run the same programs
+        # processes must run the same programs
+        fixed = self._max_length if jax.process_count() > 1 else 0
         order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
         rows = self._rows // jax.process_count()
         for begin in range(0, len(order), rows):
-            chosen = order[begin:begin + rows]
+            chosen = order[begin : begin + rows]
             size = fixed or bucket(len(texts[chosen[-1]]), self._max_length)
             tokens, lengths = np.zeros((rows, size), np.int32), np.ones(rows, np.int32)
             for row, i in enumerate(chosen):
-                tokens[row, :len(texts[i])], lengths[row] = texts[i], len(texts[i])
-            arrays = (tokens, lengths) if self._mesh is None else put_batch(self._mesh, (tokens, lengths))
+                tokens[row, : len(texts[i])], lengths[row] = texts[i], len(texts[i])
+            arrays = (
+                (tokens, lengths)
+                if self._mesh is None
+                else put_batch(self._mesh, (tokens, lengths))
+            )
             with ambient(self._mesh):  # attention kernels and mixtures of experts look at it
-                found[chosen] = local(scores(self._model, self._params, *arrays))[:len(chosen)]
+                found[chosen] = local(scores(self._model, self._params, *arrays))[: len(chosen)]
         return found

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weights both ways between Hugging Face checkpoints and our parameters.
 
-    folder or hub id -> config.json -> ModelConfig -> the family's weight map -> parameters, streamed into shardings
+    folder or hub id -> config.json -> ModelConfig -> the family's weight map -> parameters,
+    streamed into shardings
 
-A parameter of the layers is filled one layer at a time, and of each tensor a process reads only what its devices hold.
+A parameter of the layers is filled one layer at a time, and of each tensor a process reads only
+what its devices hold.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -23,21 +26,23 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from align_jax.core.tree import flatten, unflatten
-from align_jax.models import FAMILIES, Family
 from align_jax.interop import tensor_files as files
+from align_jax.models import FAMILIES, Family
 from align_jax.models.config import ModelConfig
 from align_jax.models.model import build
 from align_jax.models.tensor_map import Layout, Weight, linear, names, parse
 
-SHARD_BYTES = 5 * 10 ** 9  # a file's size, as transformers' default
+SHARD_BYTES = 5 * 10**9  # a file's size, as transformers' default
 CHUNK_BYTES = 1 << 26  # what is read of a tensor at once
 
 HEAD_WEIGHTS: Mapping[str, tuple[Weight, ...]] = {
     "score": (Weight("score.weight", "score/out/kernel", "1 D -> D 1"),),
     "value": tuple(linear("v_head.summary", "value/out", "1 D -> D 1", "1 -> 1")),
-    "value_mlp": (*linear("v_head.summary.0", "value_mlp/first", "d D -> D d", "d -> d"),
-                  *linear("v_head.summary.2", "value_mlp/second", "d D -> D d", "d -> d"),
-                  *linear("v_head.summary.4", "value_mlp/out", "1 D -> D 1", "1 -> 1")),
+    "value_mlp": (
+        *linear("v_head.summary.0", "value_mlp/first", "d D -> D d", "d -> d"),
+        *linear("v_head.summary.2", "value_mlp/second", "d D -> D d", "d -> d"),
+        *linear("v_head.summary.4", "value_mlp/out", "1 D -> D 1", "1 -> 1"),
+    ),
 }
 
 
@@ -49,8 +54,11 @@ def family(model_type: str) -> Family:
     """
     if model_type not in FAMILIES:
         near = difflib.get_close_matches(str(model_type), FAMILIES, 1, cutoff=0.0)
-        raise ValueError(f"unknown model_type {model_type!r}; known: {', '.join(FAMILIES)}; the nearest is {near[0]!r} "
-                         "(a family is one file in models/families and one row in models.FAMILIES)")
+        raise ValueError(
+            f"unknown model_type {model_type!r}; known: {', '.join(FAMILIES)}; the "
+            f"nearest is {near[0]!r} "
+            "(a family is one file in models/families and one row in models.FAMILIES)"
+        )
     return FAMILIES[model_type]
 
 
@@ -58,7 +66,8 @@ def config_from(hf: Mapping[str, Any]) -> ModelConfig:
     """Turn a Hugging Face configuration into ours.
 
     Raises:
-        ValueError: no or an unknown ``model_type``, or a feature that the family's file does not support.
+        ValueError: no or an unknown ``model_type``, or a feature that the family's file does not
+            support.
     """
     if not hf.get("model_type"):
         raise ValueError(f"config.json has no model_type; known: {', '.join(FAMILIES)}")
@@ -66,7 +75,8 @@ def config_from(hf: Mapping[str, Any]) -> ModelConfig:
 
 
 def locate(path: str, file: str = "") -> str:
-    """Return the local folder of a checkpoint, downloading a hub id into Hugging Face's cache if it is none.
+    """Return the local folder of a checkpoint, downloading a hub id into Hugging Face's cache if it
+    is none.
 
     Args:
         path: folder or hub id.
@@ -84,9 +94,16 @@ def locate(path: str, file: str = "") -> str:
     wanted = [file] if file else ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
     try:
         return huggingface_hub.snapshot_download(path, allow_patterns=wanted)
-    except (huggingface_hub.errors.HfHubHTTPError, huggingface_hub.errors.LocalEntryNotFoundError, OSError) as error:
-        raise FileNotFoundError(f"no model folder at {path!r}, and the hub has no such model or cannot be reached: "
-                                f"{error}") from error
+    except (
+        huggingface_hub.errors.HfHubHTTPError,
+        huggingface_hub.errors.LocalEntryNotFoundError,
+        OSError,
+    ) as error:
+        raise FileNotFoundError(
+            f"no model folder at {path!r}, and the hub has no such model or "
+            "cannot be reached: "
+            f"{error}"
+        ) from error
 
 
 def load_config(path: str) -> ModelConfig:
@@ -96,26 +113,39 @@ def load_config(path: str) -> ModelConfig:
         return config_from(json.load(file))
 
 
-def weight_map(config: ModelConfig, heads: tuple[str, ...] = (), unembed: bool = True) -> list[Weight]:
+def weight_map(
+    config: ModelConfig, heads: tuple[str, ...] = (), unembed: bool = True
+) -> list[Weight]:
     """Return the weight map of a model with these heads."""
-    out = [weight for weight in FAMILIES[config.family].weights(config)
-           if unembed or not weight.path.startswith("output/")]
+    out = [
+        weight
+        for weight in FAMILIES[config.family].weights(config)
+        if unembed or not weight.path.startswith("output/")
+    ]
     return out + [weight for head in heads for weight in HEAD_WEIGHTS[head]]
 
 
-def load(path: str, *, config: ModelConfig | None = None, shardings: Any = None, dtype: Any = None,
-         heads: tuple[str, ...] = (), unembed: bool | None = None,
-         only: Container[str] | None = None) -> tuple[ModelConfig, dict[str, Any]]:
+def load(
+    path: str,
+    *,
+    config: ModelConfig | None = None,
+    shardings: Any = None,
+    dtype: Any = None,
+    heads: tuple[str, ...] = (),
+    unembed: bool | None = None,
+    only: Container[str] | None = None,
+) -> tuple[ModelConfig, dict[str, Any]]:
     """Read a checkpoint into parameters, tensor by tensor, straight into their shardings.
 
     Args:
         path: folder, or hub id.
-        config: what to read it as; default: the checkpoint's own.  Its vocabulary may differ from that: rows that the
-            checkpoint lacks get the mean of those it has (new tokens), rows that pad the table are zero.
+        config: what to read it as; default: the checkpoint's own.  Its vocabulary may differ from
+            that: rows that the checkpoint lacks get the mean of those it has (new tokens), rows
+            that pad the table are zero.
         shardings: tree of jax.sharding.Sharding parallel to the parameters; None: the first device.
         dtype: the parameters' type; None: as stored.
-        heads: scalar heads to read as well; one that the checkpoint lacks is left out of the result, one that is not
-            asked for is not read.
+        heads: scalar heads to read as well; one that the checkpoint lacks is left out of the
+            result, one that is not asked for is not read.
         unembed: whether to read a language-model head; default: not beside a "score" head.
         only: paths of the parameters to read; None: all.
 
@@ -124,8 +154,8 @@ def load(path: str, *, config: ModelConfig | None = None, shardings: Any = None,
 
     Raises:
         FileNotFoundError: no such folder, id or shard.
-        ValueError: an unknown family, a configuration of another model, or tensors missing, unexpected or mis-shaped:
-            all of them in one message.
+        ValueError: an unknown family, a configuration of another model, or tensors missing,
+            unexpected or mis-shaped: all of them in one message.
     """
     folder = locate(path)
     own = load_config(folder)
@@ -139,7 +169,9 @@ def load(path: str, *, config: ModelConfig | None = None, shardings: Any = None,
     out: dict[str, Any] = {}
     with files.Reader(folder) as reader:
         present = [head for head in heads if HEAD_WEIGHTS[head][0].name in reader.names]
-        weights = _renamed(weight_map(config, tuple(present), unembed), reader.names, FAMILIES[config.family].base)
+        weights = _renamed(
+            weight_map(config, tuple(present), unembed), reader.names, FAMILIES[config.family].base
+        )
         _check(reader, weights, own, path)
         for weight in weights:
             if only is not None and weight.path not in only:
@@ -150,7 +182,9 @@ def load(path: str, *, config: ModelConfig | None = None, shardings: Any = None,
             value = _fill(reader, weight, own, shape, kind, sharding)
             letters = parse(weight, own).ours
             if "V" in letters and config.vocab_size > own.vocab_size:
-                value = _grown(letters.index("V"), own.vocab_size, config.vocab_size, sharding)(value)
+                value = _grown(letters.index("V"), own.vocab_size, config.vocab_size, sharding)(
+                    value
+                )
             out[weight.path] = value
     return config, unflatten(out)
 
@@ -164,18 +198,30 @@ def stored_heads(path: str) -> tuple[str, ...]:
 
 def _check_config(config: ModelConfig, own: ModelConfig, path: str) -> None:
     same = dataclasses.replace(own, vocab_size=config.vocab_size, vocab_rows=config.vocab_rows)
-    differing = [field.name for field in dataclasses.fields(own)
-                 if field.name != "hf" and getattr(same, field.name) != getattr(config, field.name)]
+    differing = [
+        field.name
+        for field in dataclasses.fields(own)
+        if field.name != "hf" and getattr(same, field.name) != getattr(config, field.name)
+    ]
     if differing:
-        raise ValueError(f"the checkpoint {path!r} is another model than the one asked for: " + "; ".join(
-            f"{name} is {getattr(own, name)!r}, expected {getattr(config, name)!r}" for name in differing))
+        raise ValueError(
+            f"the checkpoint {path!r} is another model than the one asked for: "
+            + "; ".join(
+                f"{name} is {getattr(own, name)!r}, expected {getattr(config, name)!r}"
+                for name in differing
+            )
+        )
 
 
 @functools.lru_cache
 def _grown(axis: int, had: int, wanted: int, sharding: jax.sharding.Sharding) -> Any:
-    """Return a function that gives rows [had, wanted) of a vocabulary's table the mean of the rows before them."""
+    """Return a function that gives rows [had, wanted) of a vocabulary's table the mean of the rows
+    before them."""
+
     def grow(table: jax.Array) -> jax.Array:
-        row = jnp.expand_dims(jnp.arange(table.shape[axis]), tuple(i for i in range(table.ndim) if i != axis))
+        row = jnp.expand_dims(
+            jnp.arange(table.shape[axis]), tuple(i for i in range(table.ndim) if i != axis)
+        )
         known = jnp.where(row < had, table.astype(jnp.float32), 0)
         mean = jnp.sum(known, axis=axis, keepdims=True) / had
         return jnp.where((row >= had) & (row < wanted), mean, known).astype(table.dtype)
@@ -190,9 +236,15 @@ def _renamed(weights: list[Weight], present: set[str], base: str) -> list[Weight
     return [dataclasses.replace(weight, name=weight.name.removeprefix(base)) for weight in weights]
 
 
-def tensor_shapes(config: ModelConfig, heads: tuple[str, ...] = (), unembed: bool = True) -> dict[str, tuple[int, ...]]:
-    """Return the names and shapes of the tensors of a model's checkpoint, in the order in which they are written."""
-    return _expected(weight_map(config, heads, unembed), dataclasses.replace(config, vocab_rows=config.vocab_size))
+def tensor_shapes(
+    config: ModelConfig, heads: tuple[str, ...] = (), unembed: bool = True
+) -> dict[str, tuple[int, ...]]:
+    """Return the names and shapes of the tensors of a model's checkpoint, in the order in which
+    they are written."""
+    return _expected(
+        weight_map(config, heads, unembed),
+        dataclasses.replace(config, vocab_rows=config.vocab_size),
+    )
 
 
 def _expected(weights: list[Weight], config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -201,8 +253,11 @@ def _expected(weights: list[Weight], config: ModelConfig) -> dict[str, tuple[int
     for weight in weights:
         shape = parse(weight, config).their_shape
         for name in names(weight, config):
-            rows = max(out[name][0], sum(weight.span)) if weight.span and name in out else (
-                sum(weight.span) if weight.span else shape[0])
+            rows = (
+                max(out[name][0], sum(weight.span))
+                if weight.span and name in out
+                else (sum(weight.span) if weight.span else shape[0])
+            )
             out[name] = (rows, *shape[1:])
     return out
 
@@ -212,21 +267,44 @@ def _check(reader: files.Reader, weights: list[Weight], config: ModelConfig, pat
     row = FAMILIES[config.family]
     # another use of the same decoder may have other heads
     other = {weight.name for head in HEAD_WEIGHTS.values() for weight in head}
-    other |= {weight.name for weight in row.weights(dataclasses.replace(config, tied=False))
-              if weight.path.startswith("output/")}
+    other |= {
+        weight.name
+        for weight in row.weights(dataclasses.replace(config, tied=False))
+        if weight.path.startswith("output/")
+    }
     missing = sorted(set(expected) - reader.names)
-    unexpected = sorted(name for name in reader.names - set(expected) - other if not re.search(row.ignored, name))
-    wrong = [f"{name}: expected {shape}, got {reader.shape(name)}" for name, shape in sorted(expected.items())
-             if name in reader.names and reader.shape(name) != shape]
+    unexpected = sorted(
+        name for name in reader.names - set(expected) - other if not re.search(row.ignored, name)
+    )
+    wrong = [
+        f"{name}: expected {shape}, got {reader.shape(name)}"
+        for name, shape in sorted(expected.items())
+        if name in reader.names and reader.shape(name) != shape
+    ]
     if missing or unexpected or wrong:
-        parts = [f"  {len(found)} {what}:\n    " + "\n    ".join(found)
-                 for what, found in (("missing", missing), ("unexpected", unexpected), ("mis-shaped", wrong)) if found]
-        raise ValueError(f"the checkpoint {path!r} does not hold a {config.family} model as its config.json says:\n"
-                         + "\n".join(parts))
+        parts = [
+            f"  {len(found)} {what}:\n    " + "\n    ".join(found)
+            for what, found in (
+                ("missing", missing),
+                ("unexpected", unexpected),
+                ("mis-shaped", wrong),
+            )
+            if found
+        ]
+        raise ValueError(
+            f"the checkpoint {path!r} does not hold a {config.family} model as its "
+            "config.json says:\n" + "\n".join(parts)
+        )
 
 
-def _fill(reader: files.Reader, weight: Weight, config: ModelConfig, shape: tuple[int, ...], dtype: np.dtype,
-          sharding: jax.sharding.Sharding) -> jax.Array:
+def _fill(
+    reader: files.Reader,
+    weight: Weight,
+    config: ModelConfig,
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    sharding: jax.sharding.Sharding,
+) -> jax.Array:
     layout = parse(weight, config)
     if not weight.stacked:
         return _block(reader, weight, layout, 0, shape, dtype, sharding)
@@ -246,47 +324,74 @@ def _zeros(shape: tuple[int, ...], dtype: np.dtype, sharding: jax.sharding.Shard
 
 @functools.lru_cache
 def _put(sharding: jax.sharding.Sharding) -> Any:
-    return jax.jit(lambda whole, block, layer: jax.lax.dynamic_update_slice_in_dim(whole, block, layer, 0),
-                   donate_argnums=0, out_shardings=sharding)
+    return jax.jit(
+        lambda whole, block, layer: jax.lax.dynamic_update_slice_in_dim(whole, block, layer, 0),
+        donate_argnums=0,
+        out_shardings=sharding,
+    )
 
 
-def _block(reader: files.Reader, weight: Weight, layout: Layout, layer: int, shape: tuple[int, ...], dtype: np.dtype,
-           sharding: jax.sharding.Sharding) -> jax.Array:
+def _block(
+    reader: files.Reader,
+    weight: Weight,
+    layout: Layout,
+    layer: int,
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    sharding: jax.sharding.Sharding,
+) -> jax.Array:
     """Make one parameter (one layer of it) from what this process's devices hold of it."""
     read: dict[tuple, np.ndarray] = {}  # devices that hold the same part share one copy
 
     def part(index: tuple[slice, ...]) -> np.ndarray:
         key = tuple(slice_.indices(size)[:2] for slice_, size in zip(index, shape))
         if key not in read:
-            read[key] = _piece(reader, weight, layout, layer, [slice(*bounds) for bounds in key], dtype)
+            read[key] = _piece(
+                reader, weight, layout, layer, [slice(*bounds) for bounds in key], dtype
+            )
         return read[key]
 
     return jax.make_array_from_callback(shape, sharding, part)
 
 
-def _piece(reader: files.Reader, weight: Weight, layout: Layout, layer: int, index: list[slice],
-           dtype: np.dtype) -> np.ndarray:
-    inner = index[weight.stacked:]
+def _piece(
+    reader: files.Reader,
+    weight: Weight,
+    layout: Layout,
+    layer: int,
+    index: list[slice],
+    dtype: np.dtype,
+) -> np.ndarray:
+    inner = index[weight.stacked :]
     experts = range(inner[0].start, inner[0].stop) if weight.by_expert else (0,)
-    inner = inner[weight.by_expert:]
+    inner = inner[weight.by_expert :]
     # rows that pad the vocabulary stand in no tensor and stay zero
-    wanted = [slice(min(part.start, size), min(part.stop, size)) for part, size in zip(inner, layout.our_shape)]
+    wanted = [
+        slice(min(part.start, size), min(part.stop, size))
+        for part, size in zip(inner, layout.our_shape)
+    ]
     out = np.zeros((len(experts), *(part.stop - part.start for part in inner)), dtype)
     for row, expert in enumerate(experts):
         name = weight.name.format(layer=layer, expert=expert)
         for chunk in _chunks(wanted, layout, out[row].nbytes):
             bounds = layout.bounds(chunk)
             if weight.span:
-                bounds = (slice(bounds[0].start + weight.span[0], bounds[0].stop + weight.span[0]), *bounds[1:])
-            place = tuple(slice(part.start - whole.start, part.stop - whole.start)
-                          for part, whole in zip(chunk, inner))
+                bounds = (
+                    slice(bounds[0].start + weight.span[0], bounds[0].stop + weight.span[0]),
+                    *bounds[1:],
+                )
+            place = tuple(
+                slice(part.start - whole.start, part.stop - whole.start)
+                for part, whole in zip(chunk, inner)
+            )
             out[row][place] = layout.to_ours(reader.read(name, bounds), chunk)
     out = out if weight.by_expert else out[0]
     return out[None] if weight.stacked else out
 
 
 def _chunks(wanted: list[slice], layout: Layout, size: int) -> Iterator[list[slice]]:
-    """Cut a part of ours along the tensor's first axis, so that what is read at once stays small."""
+    """Cut a part of ours along the tensor's first axis, so that what is read at once stays
+    small."""
     letter = layout.theirs[0][0]
     if letter not in layout.ours:
         yield wanted
@@ -295,19 +400,29 @@ def _chunks(wanted: list[slice], layout: Layout, size: int) -> Iterator[list[sli
     start, stop = wanted[axis].start, wanted[axis].stop
     step = max(1, (stop - start) * CHUNK_BYTES // max(size, 1))
     for begin in range(start, stop, step):
-        yield [*wanted[:axis], slice(begin, min(begin + step, stop)), *wanted[axis + 1:]]
+        yield [*wanted[:axis], slice(begin, min(begin + step, stop)), *wanted[axis + 1 :]]
 
 
-def save(path: str, config: ModelConfig, params: Mapping[str, Any], *, dtype: Any = None, heads: tuple[str, ...] = (),
-         unembed: bool | None = None, shard_bytes: int = SHARD_BYTES, changes: Mapping[str, Any] | None = None
-         ) -> None:
-    """Write parameters as a Hugging Face checkpoint: config.json and safetensors (tokenizer files are not ours).
+def save(
+    path: str,
+    config: ModelConfig,
+    params: Mapping[str, Any],
+    *,
+    dtype: Any = None,
+    heads: tuple[str, ...] = (),
+    unembed: bool | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    changes: Mapping[str, Any] | None = None,
+) -> None:
+    """Write parameters as a Hugging Face checkpoint: config.json and safetensors (tokenizer files
+    are not ours).
 
     Args:
         path: folder to make, local or in a bucket.
         config: what the model is.
         params: nested dicts without adapters (see ``lora.fold``).
-        dtype: type of the stored tensors; default: what the configuration says, else the parameters'.
+        dtype: type of the stored tensors; default: what the configuration says, else the
+            parameters'.
         heads: scalar heads to write.
         unembed: whether to write a language-model head; default: not beside a "score" head.
         shard_bytes: largest file, in bytes.
@@ -321,12 +436,20 @@ def save(path: str, config: ModelConfig, params: Mapping[str, Any], *, dtype: An
     unembed = "score" not in heads if unembed is None else unembed
     flat = flatten(params)
     hf = json.loads(config.hf)
-    dtype = jnp.dtype(dtype or hf.get("dtype") or hf.get("torch_dtype") or next(iter(flat.values())).dtype)
+    dtype = jnp.dtype(
+        dtype or hf.get("dtype") or hf.get("torch_dtype") or next(iter(flat.values())).dtype
+    )
     stored = dataclasses.replace(config, vocab_rows=config.vocab_size)
     weights = weight_map(config, heads, unembed)
-    extra, missing = sorted(set(flat) - {w.path for w in weights}), sorted({w.path for w in weights} - set(flat))
+    extra, missing = (
+        sorted(set(flat) - {w.path for w in weights}),
+        sorted({w.path for w in weights} - set(flat)),
+    )
     if extra or missing:
-        raise ValueError(f"cannot write a {config.family} checkpoint: parameters unexpected {extra}, missing {missing}")
+        raise ValueError(
+            f"cannot write a {config.family} checkpoint: parameters unexpected "
+            f"{extra}, missing {missing}"
+        )
     sources: dict[str, list[tuple[Weight, int, int]]] = {}
     for weight in weights:
         for layer in range(config.num_layers) if weight.stacked else (0,):
@@ -342,16 +465,35 @@ def save(path: str, config: ModelConfig, params: Mapping[str, Any], *, dtype: An
             value = _host(value[expert] if weight.by_expert else value)
             layout = parse(weight, stored)
             rows = slice(weight.span[0], sum(weight.span)) if weight.span else slice(None)
-            layout.to_theirs(value[tuple(slice(size) for size in layout.our_shape)].astype(dtype), tensor[rows])
+            layout.to_theirs(
+                value[tuple(slice(size) for size in layout.our_shape)].astype(dtype), tensor[rows]
+            )
         return tensor
 
-    files.write(path, {name: shapes[name] for name in sources}, dtype, make, shard_bytes, jax.process_index() == 0)
+    files.write(
+        path,
+        {name: shapes[name] for name in sources},
+        dtype,
+        make,
+        shard_bytes,
+        jax.process_index() == 0,
+    )
     if jax.process_index() == 0:
         row = FAMILIES[config.family]
-        text = json.dumps(config.to_hf(
-            architecture=row.classifier if "score" in heads else row.architecture, dtype=dtype.name,
-            **({"id2label": {"0": "reward"}, "label2id": {"reward": 0}} if "score" in heads else {}),
-            **(changes or {})), indent=2, sort_keys=True)
+        text = json.dumps(
+            config.to_hf(
+                architecture=row.classifier if "score" in heads else row.architecture,
+                dtype=dtype.name,
+                **(
+                    {"id2label": {"0": "reward"}, "label2id": {"reward": 0}}
+                    if "score" in heads
+                    else {}
+                ),
+                **(changes or {}),
+            ),
+            indent=2,
+            sort_keys=True,
+        )
         (epath.Path(path) / "config.json").write_text(text + "\n")
 
 

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoint files: safetensors read slice by slice and written tensor by tensor, in one file or in shards.
+"""Checkpoint files: safetensors read slice by slice and written tensor by tensor, in one file or in
+shards.
 
-Writing goes through a header made beforehand and one tensor at a time, so that neither direction ever holds a model.
+Writing goes through a header made beforehand and one tensor at a time, so that neither direction
+ever holds a model.
 
 References:
     The safetensors format: 8 bytes of header length, a JSON header, the tensors' bytes.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -22,9 +25,16 @@ from safetensors import safe_open
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 DTYPES: Mapping[str, np.dtype] = {
-    "F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16), "I64": np.dtype(np.int64), "I32": np.dtype(np.int32), "I8": np.dtype(np.int8),
-    "U8": np.dtype(np.uint8), "BOOL": np.dtype(np.bool_)}
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
@@ -85,14 +95,24 @@ def _files(folder: str) -> list[str]:
         return paths
     single = os.path.join(folder, SINGLE)
     if not os.path.exists(single):
-        raise FileNotFoundError(f"no weights in {folder}: expected {SINGLE} or {INDEX} (safetensors; convert "
-                                "pytorch_model.bin with transformers' save_pretrained)")
+        raise FileNotFoundError(
+            f"no weights in {folder}: expected {SINGLE} or {INDEX} "
+            "(safetensors; convert "
+            "pytorch_model.bin with transformers' save_pretrained)"
+        )
     return [single]
 
 
-def write(folder: str, shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype, make: Callable[[str], np.ndarray],
-          shard_bytes: int, keep: bool = True) -> None:
-    """Write a checkpoint: one file, or shards with an index where it is larger than ``shard_bytes``.
+def write(
+    folder: str,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: np.dtype,
+    make: Callable[[str], np.ndarray],
+    shard_bytes: int,
+    keep: bool = True,
+) -> None:
+    """Write a checkpoint: one file, or shards with an index where it is larger than
+    ``shard_bytes``.
 
     Args:
         folder: local or bucket path.
@@ -100,7 +120,8 @@ def write(folder: str, shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype, m
         dtype: type of every tensor.
         make: name -> the tensor; called once each, in order; must return ``dtype``.
         shard_bytes: largest size of a file, in bytes (a larger tensor gets a file to itself).
-        keep: False makes each tensor and writes none (a process that only takes part in making them).
+        keep: False makes each tensor and writes none (a process that only takes part in making
+            them).
     """
     if not keep:
         for name in shapes:
@@ -117,18 +138,29 @@ def write(folder: str, shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype, m
     total = sum(int(np.prod(shape, dtype=np.int64)) for shape in shapes.values()) * dtype.itemsize
     path = epath.Path(folder)
     path.mkdir(parents=True, exist_ok=True)
-    files = [SINGLE] if len(shards) == 1 else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-                                               for i in range(len(shards))]
+    files = (
+        [SINGLE]
+        if len(shards) == 1
+        else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    )
     for file, members in zip(files, shards):
         _write_file(path / file, {name: shapes[name] for name in members}, dtype, make)
     if len(shards) > 1:
-        index = {"metadata": {"total_size": total},
-                 "weight_map": {name: file for file, members in zip(files, shards) for name in sorted(members)}}
+        index = {
+            "metadata": {"total_size": total},
+            "weight_map": {
+                name: file for file, members in zip(files, shards) for name in sorted(members)
+            },
+        }
         (path / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
-def _write_file(path: epath.Path, shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype,
-                make: Callable[[str], np.ndarray]) -> None:
+def _write_file(
+    path: epath.Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: np.dtype,
+    make: Callable[[str], np.ndarray],
+) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, shape in shapes.items():
@@ -142,7 +174,9 @@ def _write_file(path: epath.Path, shapes: Mapping[str, tuple[int, ...]], dtype: 
         for name in shapes:
             tensor = np.ascontiguousarray(make(name))
             if tensor.dtype != dtype or tensor.shape != tuple(shapes[name]):
-                raise AssertionError(f"{name}: {tensor.dtype} {tensor.shape}, the header says {dtype} {shapes[name]}")
+                raise AssertionError(
+                    f"{name}: {tensor.dtype} {tensor.shape}, the header says {dtype} {shapes[name]}"
+                )
             for block in _blocks(tensor):
                 file.write(block)
 
@@ -150,4 +184,4 @@ def _write_file(path: epath.Path, shapes: Mapping[str, tuple[int, ...]], dtype: 
 def _blocks(tensor: np.ndarray) -> Iterator[memoryview]:
     data = memoryview(tensor.reshape(-1).view(np.uint8))
     for start in range(0, len(data), 1 << 26):
-        yield data[start:start + (1 << 26)]
+        yield data[start : start + (1 << 26)]

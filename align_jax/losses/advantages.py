@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Advantages, returns and the rewards they are made of: pure functions that the rollout and the losses call.
+"""Advantages, returns and the rewards they are made of: pure functions that the rollout and the
+losses call.
 
     scores [B, R] ──score shaping──► ──token_rewards (- KL)──► rewards [N, T] ──gae──► advantages, returns [N, T]
                                    └─group_advantages / leave_one_out / batch_baseline──► [B, R] ──spread──► [N, T]
 
-Arrays [N, T] speak of loss tokens only: where ``mask`` is false they are 0 or ignored, and the next token of a response
-is its next *loss* token, so prompts, padding and tool output between turns do not matter.
+Arrays [N, T] speak of loss tokens only: where ``mask`` is false they are 0 or ignored, and the next
+token of a response is its next *loss* token, so prompts, padding and tool output between turns do
+not matter.
 """
+
 from __future__ import annotations
 
 from typing import Any
@@ -17,21 +20,27 @@ from jaxtyping import Array, Bool, Float, Int
 
 SCALES = ("group", "batch", "none")
 ESTIMATORS = ("k1", "k2", "k3")
-RATIO_MAX = 20.0  # log-ratios are cut here before exp: e^20 is no sensible ratio, e^89 leaves float32
+# log-ratios are cut here before exp: e^20 is no sensible ratio, e^89 leaves float32
+RATIO_MAX = 20.0
 
 
-def _next_token(mask: Bool[Array, "N T"], slot: Int[Array, "N T"]) -> tuple[Int[Array, "N T"], Float[Array, "N T"]]:
+def _next_token(
+    mask: Bool[Array, "N T"], slot: Int[Array, "N T"]
+) -> tuple[Int[Array, "N T"], Float[Array, "N T"]]:
     """Find the index of each response's next loss token, and whether there is one (1.0 or 0.0)."""
     length = mask.shape[1]
     indices = jnp.where(mask, jnp.arange(length, dtype=jnp.int32)[None], length)
-    ahead = jax.lax.cummin(jnp.pad(indices[:, 1:], ((0, 0), (0, 1)), constant_values=length), axis=1, reverse=True)
+    ahead = jax.lax.cummin(
+        jnp.pad(indices[:, 1:], ((0, 0), (0, 1)), constant_values=length), axis=1, reverse=True
+    )
     inside = jnp.minimum(ahead, length - 1)
     same = (ahead < length) & (jnp.take_along_axis(slot, inside, axis=1) == slot) & mask
     return inside, same.astype(jnp.float32)
 
 
-def discounted_sum(x: Float[Array, "N T"], mask: Bool[Array, "N T"], slot: Int[Array, "N T"],
-                   discount: float) -> Float[Array, "N T"]:
+def discounted_sum(
+    x: Float[Array, "N T"], mask: Bool[Array, "N T"], slot: Int[Array, "N T"], discount: float
+) -> Float[Array, "N T"]:
     """Compute Σ_{k ≥ t} discount^(k-t) x_k over each response's loss tokens.
 
     Computed by an associative scan: log T steps instead of T.
@@ -60,8 +69,15 @@ def discounted_sum(x: Float[Array, "N T"], mask: Bool[Array, "N T"], slot: Int[A
     return jnp.where(mask, sums, 0.0)
 
 
-def gae(rewards: Float[Array, "N T"], values: Float[Array, "N T"], mask: Bool[Array, "N T"], slot: Int[Array, "N T"], *,
-        gamma: float = 1.0, lam: float = 0.95) -> tuple[Float[Array, "N T"], Float[Array, "N T"]]:
+def gae(
+    rewards: Float[Array, "N T"],
+    values: Float[Array, "N T"],
+    mask: Bool[Array, "N T"],
+    slot: Int[Array, "N T"],
+    *,
+    gamma: float = 1.0,
+    lam: float = 0.95,
+) -> tuple[Float[Array, "N T"], Float[Array, "N T"]]:
     """Compute generalised advantage estimates.
 
         δ_t = r_t + γ V_{t+1} - V_t,    A_t = Σ_{k ≥ t} (γ λ)^(k-t) δ_k,    returns = A + V
@@ -94,13 +110,15 @@ def gae(rewards: Float[Array, "N T"], values: Float[Array, "N T"], mask: Bool[Ar
     return advantages, jnp.where(mask, advantages + values, 0.0)
 
 
-def group_advantages(scores: Float[Array, "B R"], *, scale: str = "group", eps: float = 1e-4) -> Float[Array, "B R"]:
+def group_advantages(
+    scores: Float[Array, "B R"], *, scale: str = "group", eps: float = 1e-4
+) -> Float[Array, "B R"]:
     """Compute GRPO's advantages: scores less their group's mean, over a standard deviation.
 
         A_r = (s_r - mean s) / (std + eps)
 
-    They sum to zero in each group; a group whose scores are all equal gives none.  The standard deviation is the
-    sample's (R - 1), as in TRL.
+    They sum to zero in each group; a group whose scores are all equal gives none.  The standard
+    deviation is the sample's (R - 1), as in TRL.
 
     Args:
         scores: [B, R], R ≥ 2.
@@ -123,7 +141,11 @@ def group_advantages(scores: Float[Array, "B R"], *, scale: str = "group", eps: 
     centred = jnp.where(equal, 0.0, centred)
     if scale == "none":
         return centred
-    std = scores.std(axis=1, keepdims=True, ddof=1) if scale == "group" else scores.std(ddof=1)[None, None]
+    std = (
+        scores.std(axis=1, keepdims=True, ddof=1)
+        if scale == "group"
+        else scores.std(ddof=1)[None, None]
+    )
     return centred / (std + eps)
 
 
@@ -154,16 +176,24 @@ def batch_baseline(scores: Float[Array, "B R"], weight: Float[Array, "B"]) -> Fl
     return scores - (scores * weight[:, None]).sum() / total
 
 
-def moments(x: Float[Array, "..."], weight: Float[Array, "..."]) -> tuple[Float[Array, ""], Float[Array, ""]]:
+def moments(
+    x: Float[Array, "..."], weight: Float[Array, "..."]
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Compute the weighted mean and (population) variance over everything."""
     total = jnp.maximum(weight.sum(), 1e-30)
     mean = (x * weight).sum() / total
     return mean, (jnp.square(x - mean) * weight).sum() / total
 
 
-def whiten(x: Float[Array, "N T"], weight: Float[Array, "N T"], *, shift_mean: bool = True,
-           eps: float = 1e-8) -> Float[Array, "N T"]:
-    """Scale to variance 1 over the weighted entries, and to mean 0 unless ``shift_mean`` is off; 0 where weight is 0.
+def whiten(
+    x: Float[Array, "N T"],
+    weight: Float[Array, "N T"],
+    *,
+    shift_mean: bool = True,
+    eps: float = 1e-8,
+) -> Float[Array, "N T"]:
+    """Scale to variance 1 over the weighted entries, and to mean 0 unless ``shift_mean`` is off; 0
+    where weight is 0.
 
     Run it on the whole global batch: over a microbatch it would depend on how the batch was split.
 
@@ -197,9 +227,15 @@ def kl_estimate(log_ratio: Float[Array, "..."], kind: str = "k1") -> Float[Array
     raise ValueError(f"unknown KL estimator {kind!r}; known: {list(ESTIMATORS)}")
 
 
-def token_rewards(scores: Float[Array, "N S"], log_ratio: Float[Array, "N T"], mask: Bool[Array, "N T"],
-                  slot: Int[Array, "N T"], *, kl_coef: float | Array = 0.05,
-                  kl_estimator: str = "k1") -> Float[Array, "N T"]:
+def token_rewards(
+    scores: Float[Array, "N S"],
+    log_ratio: Float[Array, "N T"],
+    mask: Bool[Array, "N T"],
+    slot: Int[Array, "N T"],
+    *,
+    kl_coef: float | Array = 0.05,
+    kl_estimator: str = "k1",
+) -> Float[Array, "N T"]:
     """Put each response's score on its last loss token, less the KL penalty on every token.
 
         r_t = -kl_coef · KL_t + [t last] · score
@@ -225,8 +261,14 @@ def token_rewards(scores: Float[Array, "N S"], log_ratio: Float[Array, "N T"], m
     return jnp.where(mask, score - kl_coef * kl_estimate(log_ratio, kl_estimator), 0.0)
 
 
-def adaptive_kl_coef(coef: Float[Array, ""], kl: Float[Array, ""], episodes: int, *, target: float = 6.0,
-                     horizon: float = 10000.0) -> Float[Array, ""]:
+def adaptive_kl_coef(
+    coef: Float[Array, ""],
+    kl: Float[Array, ""],
+    episodes: int,
+    *,
+    target: float = 6.0,
+    horizon: float = 10000.0,
+) -> Float[Array, ""]:
     """Move the KL coefficient towards a target KL: the adaptive controller.
 
         coef ← coef · (1 + clip(KL / target - 1, -0.2, 0.2) · episodes / horizon)
@@ -248,8 +290,9 @@ def adaptive_kl_coef(coef: Float[Array, ""], kl: Float[Array, ""], episodes: int
     return coef * (1.0 + error * (episodes / horizon))
 
 
-def missing_eos_penalty(scores: Float[Array, "B R"], finished: Bool[Array, "B R"],
-                        penalty: float) -> Float[Array, "B R"]:
+def missing_eos_penalty(
+    scores: Float[Array, "B R"], finished: Bool[Array, "B R"], penalty: float
+) -> Float[Array, "B R"]:
     """Take a penalty from the scores of responses that did not end by themselves.
 
     >>> missing_eos_penalty(jnp.array([[1.0, 1.0]]), jnp.array([[True, False]]), 2.0).tolist()
@@ -258,7 +301,9 @@ def missing_eos_penalty(scores: Float[Array, "B R"], finished: Bool[Array, "B R"
     return jnp.where(finished, scores, scores - penalty)
 
 
-def overlong_penalty(lengths: Int[Array, "B R"], *, max_length: int, buffer: int) -> Float[Array, "B R"]:
+def overlong_penalty(
+    lengths: Int[Array, "B R"], *, max_length: int, buffer: int
+) -> Float[Array, "B R"]:
     """Compute DAPO's soft punishment of long responses, to be added to the scores.
 
         0 up to max_length - buffer tokens, then falling linearly to -1 at max_length, -1 beyond
@@ -276,7 +321,8 @@ def overlong_penalty(lengths: Int[Array, "B R"], *, max_length: int, buffer: int
 
 
 def informative_groups(scores: Float[Array, "B R"]) -> Bool[Array, "B"]:
-    """Tell which groups have unequal scores: those that dynamic sampling keeps (DAPO, arXiv 2503.14476, equation 11).
+    """Tell which groups have unequal scores: those that dynamic sampling keeps (DAPO, arXiv
+    2503.14476, equation 11).
 
     >>> informative_groups(jnp.array([[1.0, 0.0], [1.0, 1.0]])).tolist()
     [True, False]
@@ -287,9 +333,15 @@ def informative_groups(scores: Float[Array, "B R"]) -> Bool[Array, "B"]:
 SCORE_CARRY = {"count": 0.0, "mean": 0.0, "variance": 0.0}
 
 
-def normalise_scores(scores: Float[Array, "B R"], carry: dict[str, Any], *, shift_mean: bool = True,
-                     clip: float | None = None) -> tuple[Float[Array, "B R"], dict[str, Array]]:
-    """Scale scores by the running moments of all scores so far, this batch's included, and clip them.
+def normalise_scores(
+    scores: Float[Array, "B R"],
+    carry: dict[str, Any],
+    *,
+    shift_mean: bool = True,
+    clip: float | None = None,
+) -> tuple[Float[Array, "B R"], dict[str, Array]]:
+    """Scale scores by the running moments of all scores so far, this batch's included, and clip
+    them.
 
     Args:
         scores: [B, R].

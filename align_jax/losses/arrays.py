@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Objectives on plain arrays of log-probabilities: for notebooks, tests and other people's training loops.
+"""Objectives on plain arrays of log-probabilities: for notebooks, tests and other people's training
+loops.
 
-The arrays become a Batch and Outputs of one row a response, and go through the same seam as in training.
+The arrays become a Batch and Outputs of one row a response, and go through the same seam as in
+training.
 """
+
 from __future__ import annotations
 
 import functools
-from typing import Any, Callable, Mapping, NamedTuple, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +38,8 @@ class Evaluated(NamedTuple):
 
     Attributes:
         losses: [B]; for K terms [K, B].
-        rewards: β (P - R) of each response, [B, R], no gradient (β = 1 where the objective has none).
+        rewards: β (P - R) of each response, [B, R], no gradient (β = 1 where the objective has
+            none).
         weights: shaped as losses.
         loss: the scalar to be minimised.
         metrics: name -> mean.
@@ -50,18 +55,27 @@ class Evaluated(NamedTuple):
 def finish_metrics(metrics: Mapping[str, tuple[Any, Any]]) -> dict[str, Array]:
     """Divide summed metrics, (sum, weight) pairs; a weight of 0 gives 0.
 
-    Unpaired feedback has no margin of its own: it is the chosen rewards' mean less the rejected ones'.
+    Unpaired feedback has no margin of its own: it is the chosen rewards' mean less the rejected
+    ones'.
     """
-    found = {name: jnp.where(weight == 0, 0.0, total / jnp.where(weight == 0, 1.0, weight))
-             for name, (total, weight) in metrics.items()}
+    found = {
+        name: jnp.where(weight == 0, 0.0, total / jnp.where(weight == 0, 1.0, weight))
+        for name, (total, weight) in metrics.items()
+    }
     if "rewards/chosen" in found and "rewards/margins" not in found:
         found["rewards/margins"] = found["rewards/chosen"] - found["rewards/rejected"]
     return found
 
 
-def total_loss(terms: Sequence[Term], policy: Outputs, reference: Outputs | None, batch: Batch, *,
-               mismatched: tuple[Outputs, Outputs | None] | None = None,
-               carries: Sequence[Any] | None = None) -> tuple[Array, list[tuple[Array, Array]], Metrics, list[Any]]:
+def total_loss(
+    terms: Sequence[Term],
+    policy: Outputs,
+    reference: Outputs | None,
+    batch: Batch,
+    *,
+    mismatched: tuple[Outputs, Outputs | None] | None = None,
+    carries: Sequence[Any] | None = None,
+) -> tuple[Array, list[tuple[Array, Array]], Metrics, list[Any]]:
     """Compute the weighted sum of terms on one whole batch (a step with one microbatch).
 
     Args:
@@ -73,8 +87,8 @@ def total_loss(terms: Sequence[Term], policy: Outputs, reference: Outputs | None
         carries: what each term carries from the step before; None: the first step.
 
     Returns:
-        The loss, each term's (losses, weights), the metrics of all terms (the first to name one keeps it), the new
-        carries.
+        The loss, each term's (losses, weights), the metrics of all terms (the first to name one
+        keeps it), the new carries.
     """
     loss, parts, metrics, after = jnp.zeros(()), [], {}, []
     for index, term in enumerate(terms):
@@ -83,7 +97,9 @@ def total_loss(terms: Sequence[Term], policy: Outputs, reference: Outputs | None
         if term.objective.measure is not None:
             measured = objective.measure(term, policy, reference, batch, mismatched)
             weights = objective.group_weights(term, batch)[None]
-            stats, carry = objective.summarise(term, jax.tree.map(lambda x: x[None], measured), weights, carry)
+            stats, carry = objective.summarise(
+                term, jax.tree.map(lambda x: x[None], measured), weights, carry
+            )
             stats = jax.tree.map(lambda x: x[0], stats)
         losses, weights, found = objective.apply(term, policy, reference, batch, stats)
         total = weights.sum()
@@ -94,8 +110,9 @@ def total_loss(terms: Sequence[Term], policy: Outputs, reference: Outputs | None
     return loss, parts, metrics, after
 
 
-def make_batch(policy: Any, *, responses: int, mask: Any = None, lengths: Any = None,
-               **columns: Any) -> tuple[Batch, Outputs]:
+def make_batch(
+    policy: Any, *, responses: int, mask: Any = None, lengths: Any = None, **columns: Any
+) -> tuple[Batch, Outputs]:
     """Make a Batch and the policy's Outputs of log-probabilities.
 
     Args:
@@ -111,24 +128,43 @@ def make_batch(policy: Any, *, responses: int, mask: Any = None, lengths: Any = 
     policy = jnp.asarray(policy, jnp.float32)
     sums = policy.ndim == 1
     if (mask is not None and sums) or (lengths is not None and not sums):
-        raise ValueError("give mask [.., T] with token log-probabilities, or lengths with their sums")
+        raise ValueError(
+            "give mask [.., T] with token log-probabilities, or lengths with their sums"
+        )
     tokens = policy[:, None] if sums else policy  # [N, T]
     rows, length = tokens.shape
     groups = rows // responses
     loss_mask = jnp.ones((rows, length), bool) if mask is None else jnp.asarray(mask, bool)
-    counts = loss_mask.sum(axis=1, dtype=jnp.int32) if lengths is None else jnp.asarray(lengths, jnp.int32)
+    counts = (
+        loss_mask.sum(axis=1, dtype=jnp.int32)
+        if lengths is None
+        else jnp.asarray(lengths, jnp.int32)
+    )
     indices = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (rows, length))
     weight = columns.pop("weight", None)
-    fields = {name: jnp.asarray(columns.pop(name), jnp.float32) for name in FIELDS if columns.get(name) is not None}
+    fields = {
+        name: jnp.asarray(columns.pop(name), jnp.float32)
+        for name in FIELDS
+        if columns.get(name) is not None
+    }
     token_logps = jnp.where(loss_mask, tokens, 0.0)
     zeros = jnp.zeros((rows, length), jnp.int32)
     known = {name: None if value is None else jnp.asarray(value) for name, value in columns.items()}
     batch = Batch(
-        tokens=zeros, segment_ids=zeros + 1, positions=indices, source_index=jnp.maximum(indices - 1, 0),
-        loss_mask=loss_mask, slot=zeros,
-        loss_index=jnp.sort(jnp.where(loss_mask, indices, length), axis=1), lengths=counts.reshape(groups, responses),
-        weight=jnp.ones(groups) if weight is None else jnp.asarray(weight, jnp.float32), **known)
-    return batch, Outputs(token_logps, token_logps.sum(axis=1).reshape(groups, responses), batch.lengths, **fields)
+        tokens=zeros,
+        segment_ids=zeros + 1,
+        positions=indices,
+        source_index=jnp.maximum(indices - 1, 0),
+        loss_mask=loss_mask,
+        slot=zeros,
+        loss_index=jnp.sort(jnp.where(loss_mask, indices, length), axis=1),
+        lengths=counts.reshape(groups, responses),
+        weight=jnp.ones(groups) if weight is None else jnp.asarray(weight, jnp.float32),
+        **known,
+    )
+    return batch, Outputs(
+        token_logps, token_logps.sum(axis=1).reshape(groups, responses), batch.lengths, **fields
+    )
 
 
 def _flat(x: Any, rows: int, tokens: bool) -> Any:
@@ -153,13 +189,20 @@ def _evaluate(terms: tuple[Term, ...], kind: str, arrays: dict[str, Any]) -> Eva
     mask, lengths = _stack(arrays, "mask"), _stack(arrays, "lengths")
     if policy is None:
         raise ValueError("the policy's log-probabilities (or a reward model's scores) are missing")
-    size, grouped = jnp.shape(policy), kind in ("pairs", "ranked") or (kind == "rollout" and jnp.ndim(policy) == 3)
+    size, grouped = (
+        jnp.shape(policy),
+        kind in ("pairs", "ranked") or (kind == "rollout" and jnp.ndim(policy) == 3),
+    )
     responses = size[1] if grouped else 1
     rows, tokens = size[0] * responses, kind == "rollout" or len(size) == (3 if grouped else 2)
     others = {name: arrays.pop(f"mismatched_{name}", None) for name in ("policy", "reference")}
     named = {name: arrays.pop(name) for name in (*FIELDS, *TOKEN_COLUMNS) if name in arrays}
     named = {name: _flat(x, rows, True) for name, x in named.items()}
-    shape = {"responses": responses, "mask": _flat(mask, rows, True), "lengths": _flat(lengths, rows, False)}
+    shape = {
+        "responses": responses,
+        "mask": _flat(mask, rows, True),
+        "lengths": _flat(lengths, rows, False),
+    }
     batch, outputs = make_batch(_flat(policy, rows, tokens), **shape, **named, **arrays)
     if scored:
         outputs = outputs._replace(scores=outputs.logps)
@@ -179,11 +222,14 @@ def _evaluate(terms: tuple[Term, ...], kind: str, arrays: dict[str, Any]) -> Eva
 
 
 def compile_terms(terms: tuple[Term, ...]) -> Callable[..., Evaluated]:
-    """Compile a weighted sum of objectives into a function of plain arrays; see ``losses.jitted``."""
+    """Compile a weighted sum of objectives into a function of plain arrays; see
+    ``losses.jitted``."""
     kind = objective.data_kind(terms)
     known = set(POSITIONAL[kind]) | {"policy", "reference", "mask", "lengths", *COLUMNS, *FIELDS}
     if kind == "pairs":
-        known |= {f"{name}_{side}" for name in ("mask", "lengths") for side in ("chosen", "rejected")}
+        known |= {
+            f"{name}_{side}" for name in ("mask", "lengths") for side in ("chosen", "rejected")
+        }
     if any(term.objective.mismatched for term in terms):
         known |= {"mismatched_policy", "mismatched_reference"}
     compiled = jax.jit(functools.partial(_evaluate, terms, kind))
@@ -198,21 +244,33 @@ def compile_terms(terms: tuple[Term, ...]) -> Callable[..., Evaluated]:
         unknown = sorted(set(given) - known)
         if unknown:
             raise TypeError(f"unknown arrays {unknown}; known: {sorted(known)}")
-        return compiled({name: np.asarray(x) if isinstance(x, (list, tuple)) else x
-                         for name, x in given.items() if x is not None})
+        return compiled(
+            {
+                name: np.asarray(x) if isinstance(x, (list, tuple)) else x
+                for name, x in given.items()
+                if x is not None
+            }
+        )
 
     return run
 
 
-def dpo_from_indices(policy_logps: Float[Array, "C"], reference_logps: Float[Array, "C"], chosen: Int[Array, "B"],
-                     rejected: Int[Array, "B"], beta: float = 0.1) -> tuple[Float[Array, "B"], Float[Array, "C"]]:
-    """Compute DPO on a vector of completions, pairs named by two index vectors: the paper's own form.
+def dpo_from_indices(
+    policy_logps: Float[Array, "C"],
+    reference_logps: Float[Array, "C"],
+    chosen: Int[Array, "B"],
+    rejected: Int[Array, "B"],
+    beta: float = 0.1,
+) -> tuple[Float[Array, "B"], Float[Array, "C"]]:
+    """Compute DPO on a vector of completions, pairs named by two index vectors: the paper's own
+    form.
 
     Args:
         policy_logps: [C] log-probabilities of completions under the policy, nats.
         reference_logps: [C] under the reference.
         chosen: [B] indices of each pair's chosen completion.
-        rejected: [B] indices of each pair's rejected completion; a completion may stand in several pairs.
+        rejected: [B] indices of each pair's rejected completion; a completion may stand in several
+            pairs.
         beta: per nat.
 
     Returns:

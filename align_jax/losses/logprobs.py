@@ -3,13 +3,14 @@
 
     hidden [N, T, D] ──gather at loss positions──► [N, P, D] ──scan──► logits [N, c, V] ──► [N, P] ──► [N, T]
 
-The output head is applied only where the loss mask asks.  Each chunk is rematerialised in the backward pass, so neither
-pass holds more than one chunk of logits.  Log-sum-exp and all that follows is float32: bfloat16 logits would cost about
-0.01 nats a token.
+The output head is applied only where the loss mask asks.  Each chunk is rematerialised in the
+backward pass, so neither pass holds more than one chunk of logits.  Log-sum-exp and all that
+follows is float32: bfloat16 logits would cost about 0.01 nats a token.
 """
+
 from __future__ import annotations
 
-from typing import Callable, Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +26,8 @@ def sum_by_slot(x: Float[Array, "N T"], batch: Batch) -> Float[Array, "B R"]:
 
     Args:
         x: [N, T] float32.
-        batch: its ``loss_mask``, ``slot`` and ``lengths`` [B, R] say which token belongs to which response.
+        batch: its ``loss_mask``, ``slot`` and ``lengths`` [B, R] say which token belongs to which
+            response.
 
     Returns:
         [B, R] sums; 0 for a response without tokens.
@@ -39,13 +41,15 @@ def sum_by_slot(x: Float[Array, "N T"], batch: Batch) -> Float[Array, "B R"]:
 
 
 def spread_to_tokens(x: Float[Array, "B R"], batch: Batch) -> Float[Array, "N T"]:
-    """Give every loss token its response's value: the inverse direction of ``sum_by_slot``; 0 elsewhere."""
+    """Give every loss token its response's value: the inverse direction of ``sum_by_slot``; 0
+    elsewhere."""
     rows = x.reshape(batch.tokens.shape[0], -1)  # [B, R] -> [N, S]
     return jnp.where(batch.loss_mask, jnp.take_along_axis(rows, batch.slot, axis=1), 0.0)
 
 
 def at_sources(x: Float[Array, "N T"], batch: Batch) -> Float[Array, "N T"]:
-    """Move what a head says at the index that predicts token t to index t; 0 where the loss mask is false."""
+    """Move what a head says at the index that predicts token t to index t; 0 where the loss mask is
+    false."""
     return jnp.where(batch.loss_mask, jnp.take_along_axis(x, batch.source_index, axis=1), 0.0)
 
 
@@ -56,17 +60,24 @@ def at_last(x: Float[Array, "N T"], batch: Batch) -> Float[Array, "B R"]:
         ValueError: the batch has no ``last_index``.
     """
     if batch.last_index is None:
-        raise ValueError("scores need batch.last_index [B, R], the index of each response's last token; it is None")
+        raise ValueError(
+            "scores need batch.last_index [B, R], the index of each response's last "
+            "token; it is None"
+        )
     index = batch.last_index.reshape(x.shape[0], -1)  # [B, R] -> [N, S]
     return jnp.take_along_axis(x, index, axis=1).reshape(batch.last_index.shape)
 
 
-def _statistics(logits: Float[Array, "N c V"], targets: Int[Array, "N c"], needs: Sequence[str],
-                reference: Float[Array, "N c V"] | None) -> dict[str, Float[Array, "N c"]]:
+def _statistics(
+    logits: Float[Array, "N c V"],
+    targets: Int[Array, "N c"],
+    needs: Sequence[str],
+    reference: Float[Array, "N c V"] | None,
+) -> dict[str, Float[Array, "N c"]]:
     """Compute what is asked of one chunk's distributions."""
     log_sum = jax.nn.logsumexp(logits, axis=-1)  # [N, c]
-    # A comparison and a masked sum instead of a gather: it stays local where the vocabulary is split over devices, and
-    # its gradient is a select instead of a scatter.
+    # A comparison and a masked sum instead of a gather: it stays local where the vocabulary is
+    # split over devices, and its gradient is a select instead of a scatter.
     chosen = jnp.arange(logits.shape[-1])[None, None] == targets[:, :, None]
     found = {"token_logps": jnp.where(chosen, logits, 0.0).sum(axis=-1) - log_sum}
     if "entropy" in needs:
@@ -83,26 +94,36 @@ def _statistics(logits: Float[Array, "N c V"], targets: Int[Array, "N c"], needs
     return found
 
 
-def token_outputs(hidden: Float[Array, "N T D"], unembed: Callable[[Array], Array], batch: Batch, *,
-                  needs: Sequence[str] = (), reference_hidden: Float[Array, "N T D"] | None = None,
-                  reference_unembed: Callable[[Array], Array] | None = None, chunk: int = 256) -> Outputs:
+def token_outputs(
+    hidden: Float[Array, "N T D"],
+    unembed: Callable[[Array], Array],
+    batch: Batch,
+    *,
+    needs: Sequence[str] = (),
+    reference_hidden: Float[Array, "N T D"] | None = None,
+    reference_unembed: Callable[[Array], Array] | None = None,
+    chunk: int = 256,
+) -> Outputs:
     """Compute token and sequence log-probabilities of a batch's responses.
 
         token_logps[n, t] = log softmax(unembed(hidden[n, source_index[n, t]]))[tokens[n, t]]
 
     Args:
         hidden: [N, T, D], after the final norm, any float dtype.
-        unembed: [..., D] -> float32 logits [..., V]; closes over traced arrays only (made inside the step).
+        unembed: [..., D] -> float32 logits [..., V]; closes over traced arrays only (made inside
+            the step).
         batch: the batch.
-        needs: of "entropy", "log_sum_sq", "kl".  "values" and "scores" are the heads' and added by the caller.
-        reference_hidden: needed for "kl", with ``reference_unembed``: the reference's hidden states.
+        needs: of "entropy", "log_sum_sq", "kl".  "values" and "scores" are the heads' and added by
+            the caller.
+        reference_hidden: needed for "kl", with ``reference_unembed``: the reference's hidden
+            states.
         reference_unembed: the reference's head.
-        chunk: positions of a row whose logits are held at a time: memory is 4 · N · chunk · V bytes, twice that in the
-            backward pass.
+        chunk: positions of a row whose logits are held at a time: memory is 4 · N · chunk · V
+            bytes, twice that in the backward pass.
 
     Returns:
-        Outputs in float32, nats; gradients flow to ``hidden`` and to what ``unembed`` closes over, through
-        ``token_logps``, ``logps``, ``entropy`` and ``kl``; never into the reference.
+        Outputs in float32, nats; gradients flow to ``hidden`` and to what ``unembed`` closes over,
+        through ``token_logps``, ``logps``, ``entropy`` and ``kl``; never into the reference.
 
     Raises:
         ValueError: an unknown need, "kl" without a reference, or a chunk below 1.
@@ -118,7 +139,8 @@ def token_outputs(hidden: Float[Array, "N T D"], unembed: Callable[[Array], Arra
     budget = batch.loss_index.shape[1]
     chunk = min(chunk, max(budget, 1))
     padding = -budget % chunk
-    index = jnp.pad(jnp.asarray(batch.loss_index), ((0, 0), (0, padding)), constant_values=length)  # [N, P]
+    # [N, P]
+    index = jnp.pad(jnp.asarray(batch.loss_index), ((0, 0), (0, padding)), constant_values=length)
     inside = jnp.minimum(index, length - 1)
     targets = jnp.take_along_axis(batch.tokens, inside, axis=1)
     sources = jnp.take_along_axis(batch.source_index, inside, axis=1)
@@ -149,4 +171,8 @@ def token_outputs(hidden: Float[Array, "N T D"], unembed: Callable[[Array], Arra
     fields = {name: scatter(x) for name, x in found.items()}
     if "log_sum_sq" in fields:
         fields["log_sum_sq"] = jax.lax.stop_gradient(fields["log_sum_sq"])
-    return Outputs(logps=sum_by_slot(fields["token_logps"], batch), lengths=jnp.asarray(batch.lengths), **fields)
+    return Outputs(
+        logps=sum_by_slot(fields["token_logps"], batch),
+        lengths=jnp.asarray(batch.lengths),
+        **fields,
+    )

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an objective is, and the one way to call it.
 
-An objective is a row in ``losses.OBJECTIVES``: a pure function of what the policy and the reference say of a batch to
-*each group's loss and weight*.  Nothing is reduced here; whoever holds the whole global batch computes
+An objective is a row in ``losses.OBJECTIVES``: a pure function of what the policy and the reference
+say of a batch to *each group's loss and weight*.  Nothing is reduced here; whoever holds the whole
+global batch computes
 
     total = Σ_k weight_k · (Σ_i losses_ki · weights_ki) / (Σ_i weights_ki)        k terms, i groups
 
@@ -11,12 +12,14 @@ so the result does not depend on how the batch was split over devices and microb
     resolve ──► Terms ──► measure (every microbatch, no gradients) ──► summarise (once) ──► apply (every microbatch)
                             only where a term needs a statistic of the whole batch
 """
+
 from __future__ import annotations
 
 import dataclasses
 import difflib
 import inspect
-from typing import Any, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +29,8 @@ from align_jax.core.schema import Batch, Outputs
 from align_jax.losses.logprobs import sum_by_slot
 
 Metrics = dict[str, tuple[Any, Any]]  # name -> (sum, weight), scalars
-HUMANLINE = {"humanline": False, "log_eps_p": -1.0, "log_eps_r": 1.5}  # options of every objective with a reference
+# options of every objective with a reference
+HUMANLINE = {"humanline": False, "log_eps_p": -1.0, "log_eps_r": 1.5}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,25 +38,32 @@ class Objective:
     """A row of the table.
 
     Attributes:
-        fn: ``fn(policy, reference, batch, *, stats=None, **options) -> (losses [B], weights [B], metrics)``.  The
-            weights depend on the batch and the options alone, never on what a model says.
-        data: "completions" (R = 1), "pairs" (R = 2, chosen first), "ranked" (R = K, best first), "unpaired" (R = 1 with
-            a label) or "rollout".
+        fn: ``fn(policy, reference, batch, *, stats=None, **options) -> (losses [B], weights [B],
+            metrics)``.  The weights depend on the batch and the options alone, never on what a
+            model says.
+        data: "completions" (R = 1), "pairs" (R = 2, chosen first), "ranked" (R = K, best first),
+            "unpaired" (R = 1 with a label) or "rollout".
         reference: does it need the reference's log-probabilities?
         reference_option: if set, only where this option is not 0.
         formula: in one line.
         paper: arXiv id, or authors and year.
-        metric: the held-out metric that training should improve, with its direction: "rewards/accuracies up".
+        metric: the held-out metric that training should improve, with its direction:
+            "rewards/accuracies up".
         needs: fields of Outputs to be computed beyond the first three.
         option_needs: option -> fields needed where that option is on.
-        adds: option -> (objective, default): a further term of the sum whose coefficient is this option.  It is a term
-            of its own because its denominator (tokens) is not the pairs'.
+        adds: option -> (objective, default): a further term of the sum whose coefficient is this
+            option.  It is a term of its own because its denominator (tokens) is not the pairs'.
         mismatched: does it need ``batch.mismatched``, each prompt with another prompt's response?
-        measure: ``measure(policy, reference, batch, *, mismatched=None, **options) -> dict of [b] arrays``.
-        summarise: ``summarise(measured: dict of [M, b], weights [M, b], carry, **options) -> (stats, carry)``; the
-            leaves of stats have a leading axis M, and ``stats[m]`` goes to ``fn`` with microbatch m.
-        carry: the first value of what ``summarise`` carries from step to step, kept in the train state.
-        rollout: options that the rollout source reads for this objective, with their defaults: how advantages are made.
+        measure: ``measure(policy, reference, batch, *, mismatched=None, **options) -> dict of [b]
+            arrays``.
+        summarise: ``summarise(measured: dict of [M, b], weights [M, b], carry, **options) ->
+            (stats,
+            carry)``; the leaves of stats have a leading axis M, and ``stats[m]`` goes to ``fn``
+            with microbatch m.
+        carry: the first value of what ``summarise`` carries from step to step, kept in the train
+            state.
+        rollout: options that the rollout source reads for this objective, with their defaults: how
+            advantages are made.
     """
 
     fn: Callable[..., tuple[Array, Array, Metrics]]
@@ -73,9 +84,13 @@ class Objective:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Every option with its default: the function's, the added terms' coefficients, the rollout's, humanline."""
-        found = {name: parameter.default for name, parameter in inspect.signature(self.fn).parameters.items()
-                 if parameter.kind is inspect.Parameter.KEYWORD_ONLY and name != "stats"}
+        """Every option with its default: the function's, the added terms' coefficients, the
+        rollout's, humanline."""
+        found = {
+            name: parameter.default
+            for name, parameter in inspect.signature(self.fn).parameters.items()
+            if parameter.kind is inspect.Parameter.KEYWORD_ONLY and name != "stats"
+        }
         found |= {name: default for name, (_, default) in self.adds.items()} | dict(self.rollout)
         return found | (HUMANLINE if self.reference else {})
 
@@ -89,7 +104,8 @@ class Term:
     options: Mapping[str, Any]  # what fn takes
     weight: float = 1.0
     humanline: tuple[float, float] | None = None  # (log_eps_p, log_eps_r)
-    rollout: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # what the rollout source takes
+    # what the rollout source takes
+    rollout: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def reference(self) -> bool:
@@ -102,8 +118,12 @@ class Term:
     @property
     def needs(self) -> tuple[str, ...]:
         """Fields of Outputs to be computed beyond the first three, with these options."""
-        extra = [field for option, fields in self.objective.option_needs.items() if self.options.get(option)
-                 for field in fields]
+        extra = [
+            field
+            for option, fields in self.objective.option_needs.items()
+            if self.options.get(option)
+            for field in fields
+        ]
         return tuple(dict.fromkeys([*self.objective.needs, *extra]))
 
 
@@ -112,8 +132,12 @@ def _nearest(word: str, known: Sequence[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else f"; known: {sorted(known)}"
 
 
-def resolve(table: Mapping[str, Objective], name: str, options: Mapping[str, Any] | None = None,
-            weights: Sequence[float] | None = None) -> tuple[Term, ...]:
+def resolve(
+    table: Mapping[str, Objective],
+    name: str,
+    options: Mapping[str, Any] | None = None,
+    weights: Sequence[float] | None = None,
+) -> tuple[Term, ...]:
     """Turn a name such as "dpo+bco_pair+sft" into the terms of a weighted sum.
 
     An option is given to every term that accepts it.
@@ -138,23 +162,36 @@ def resolve(table: Mapping[str, Objective], name: str, options: Mapping[str, Any
             raise KeyError(f"unknown objective {part!r}{_nearest(part, list(table))}")
     coefficients = [1.0] * len(names) if weights is None else [float(weight) for weight in weights]
     if len(coefficients) != len(names):
-        raise ValueError(f"objective {name!r}: expected {len(names)} weights, got {len(coefficients)}")
+        raise ValueError(
+            f"objective {name!r}: expected {len(names)} weights, got {len(coefficients)}"
+        )
     accepted = {option for part in names for option in table[part].options}
-    accepted |= {option for part in names for other, _ in table[part].adds.values() for option in table[other].options}
+    accepted |= {
+        option
+        for part in names
+        for other, _ in table[part].adds.values()
+        for option in table[other].options
+    }
     for option in options:
         if option not in accepted:
-            raise KeyError(f"objective {name!r} has no option {option!r}{_nearest(option, sorted(accepted))}")
+            raise KeyError(
+                f"objective {name!r} has no option {option!r}{_nearest(option, sorted(accepted))}"
+            )
     terms: list[Term] = []
     for part, coefficient in zip(names, coefficients):
         terms.extend(_terms(table, part, options, coefficient))
     kinds = {term.objective.data for term in terms} - {"completions"}
     if len(kinds) > 1:
-        raise ValueError(f"objective {name!r} mixes kinds of data: "
-                         f"{ {term.name: term.objective.data for term in terms} }")
+        raise ValueError(
+            f"objective {name!r} mixes kinds of data: "
+            f"{ {term.name: term.objective.data for term in terms} }"
+        )
     return tuple(terms)
 
 
-def _terms(table: Mapping[str, Objective], name: str, options: Mapping[str, Any], weight: float) -> list[Term]:
+def _terms(
+    table: Mapping[str, Objective], name: str, options: Mapping[str, Any], weight: float
+) -> list[Term]:
     objective = table[name]
     chosen = {option: options.get(option, default) for option, default in objective.options.items()}
     humanline = None
@@ -163,7 +200,10 @@ def _terms(table: Mapping[str, Objective], name: str, options: Mapping[str, Any]
         if on and not low < 0 < high:
             raise ValueError(f"humanline expects log_eps_p < 0 < log_eps_r, got {low} and {high}")
         if on and chosen.get("reference_free"):
-            raise ValueError(f"objective {name!r}: humanline clamps ratios to the reference, but reference_free is on")
+            raise ValueError(
+                f"objective {name!r}: humanline clamps ratios to the reference, but "
+                "reference_free is on"
+            )
         humanline = (float(low), float(high)) if on else None
     added = [(other, float(chosen.pop(option))) for option, (other, _) in objective.adds.items()]
     rollout = {option: chosen.pop(option) for option in objective.rollout}
@@ -180,7 +220,9 @@ def data_kind(terms: Sequence[Term]) -> str:
     return next((kind for kind in kinds if kind != "completions"), "completions")
 
 
-def clamp_ratios(policy: Outputs, reference: Outputs, batch: Batch, low: float, high: float) -> Outputs:
+def clamp_ratios(
+    policy: Outputs, reference: Outputs, batch: Batch, low: float, high: float
+) -> Outputs:
     """Clamp the token log-ratios of the policy to the reference: humanline.
 
         a_t ← b_t + clip(a_t - b_t, low, high)
@@ -193,31 +235,41 @@ def clamp_ratios(policy: Outputs, reference: Outputs, batch: Batch, low: float, 
         high: log ε_R, in nats, positive.
 
     References:
-        Liu et al. 2025, arXiv 2509.24207 (humanline clipping); HALOs, commit 4831988, ``get_sequence_rewards``.
+        Liu et al. 2025, arXiv 2509.24207 (humanline clipping); HALOs, commit 4831988,
+        ``get_sequence_rewards``.
     """
     ratios = jnp.clip(policy.token_logps - reference.token_logps, low, high)
     token_logps = jnp.where(batch.loss_mask, reference.token_logps + ratios, 0.0)
     return policy._replace(token_logps=token_logps, logps=sum_by_slot(token_logps, batch))
 
 
-def apply(term: Term, policy: Outputs, reference: Outputs | None, batch: Batch,
-          stats: Any = None) -> tuple[Float[Array, "B"], Float[Array, "B"], Metrics]:
+def apply(
+    term: Term, policy: Outputs, reference: Outputs | None, batch: Batch, stats: Any = None
+) -> tuple[Float[Array, "B"], Float[Array, "B"], Metrics]:
     """Compute a term's losses, weights and metrics; the only place where an objective is called.
 
     Raises:
         ValueError: the term needs a reference and got none.
     """
     if term.reference and reference is None:
-        raise ValueError(f"objective {term.name!r} needs the reference's log-probabilities, got none")
+        raise ValueError(
+            f"objective {term.name!r} needs the reference's log-probabilities, got none"
+        )
     if term.humanline is not None:
         policy = clamp_ratios(policy, reference, batch, *term.humanline)
     with jax.named_scope(f"objective_{term.name}"):
         return term.objective.fn(policy, reference, batch, stats=stats, **term.options)
 
 
-def measure(term: Term, policy: Outputs, reference: Outputs | None, batch: Batch,
-            mismatched: tuple[Outputs, Outputs | None] | None = None) -> dict[str, Float[Array, "b"]]:
-    """Compute a microbatch's share of the statistics that a term needs; {} where it needs none.  No gradients."""
+def measure(
+    term: Term,
+    policy: Outputs,
+    reference: Outputs | None,
+    batch: Batch,
+    mismatched: tuple[Outputs, Outputs | None] | None = None,
+) -> dict[str, Float[Array, "b"]]:
+    """Compute a microbatch's share of the statistics that a term needs; {} where it needs none.  No
+    gradients."""
     if term.objective.measure is None:
         return {}
     if term.objective.mismatched and mismatched is None:
@@ -225,14 +277,24 @@ def measure(term: Term, policy: Outputs, reference: Outputs | None, batch: Batch
     if term.humanline is not None:
         policy = clamp_ratios(policy, reference, batch, *term.humanline)
         if mismatched is not None:
-            mismatched = (clamp_ratios(*mismatched, batch.mismatched, *term.humanline), mismatched[1])
-    measured = term.objective.measure(policy, reference, batch, mismatched=mismatched, **term.options)
+            mismatched = (
+                clamp_ratios(*mismatched, batch.mismatched, *term.humanline),
+                mismatched[1],
+            )
+    measured = term.objective.measure(
+        policy, reference, batch, mismatched=mismatched, **term.options
+    )
     return jax.tree.map(jax.lax.stop_gradient, measured)
 
 
-def summarise(term: Term, measured: Mapping[str, Float[Array, "M b"]], weights: Float[Array, "M b"],
-              carry: Any = None) -> tuple[Any, Any]:
-    """Turn all microbatches' measurements into ``stats`` (leading axis M) and the next step's carry."""
+def summarise(
+    term: Term,
+    measured: Mapping[str, Float[Array, "M b"]],
+    weights: Float[Array, "M b"],
+    carry: Any = None,
+) -> tuple[Any, Any]:
+    """Turn all microbatches' measurements into ``stats`` (leading axis M) and the next step's
+    carry."""
     if term.objective.summarise is None:
         return None, carry
     return term.objective.summarise(dict(measured), weights, carry, **term.options)
@@ -260,6 +322,8 @@ def group_weights(term: Term, batch: Batch) -> Float[Array, "B"]:
             mismatched = (other, other)
         measured = measure(term, blank, blank, batch, mismatched)
         rows = jax.tree.map(lambda x: x[None], measured)
-        stats, _ = summarise(term, rows, jnp.asarray(batch.weight, jnp.float32)[None], term.objective.carry)
+        stats, _ = summarise(
+            term, rows, jnp.asarray(batch.weight, jnp.float32)[None], term.objective.carry
+        )
         stats = jax.tree.map(lambda x: x[0], stats)
     return apply(term, blank, blank, batch, stats)[1]

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Policy-gradient objectives on rollouts.
 
-The rollout source fills ``old_token_logps`` and ``advantages`` [N, T] (and for PPO ``returns`` and ``old_values``); see
-``targets``.  w_t = exp(a_t - old_t) is a token's importance ratio, its logarithm cut at ±20; A its advantage.
+The rollout source fills ``old_token_logps`` and ``advantages`` [N, T] (and for PPO ``returns`` and
+``old_values``); see ``targets``.  w_t = exp(a_t - old_t) is a token's importance ratio, its
+logarithm cut at ±20; A its advantage.
 """
+
 from __future__ import annotations
 
 from typing import Any
@@ -25,22 +27,31 @@ IMPORTANCE = ("token", "sequence")
 def _fields(batch: Batch, name: str, *fields: str) -> list[Array]:
     missing = [field for field in fields if getattr(batch, field) is None]
     if missing:
-        raise ValueError(f"{name} needs batch.{', batch.'.join(missing)} [N, T] from the rollout; they are None")
+        raise ValueError(
+            f"{name} needs batch.{', batch.'.join(missing)} [N, T] from the rollout; they are None"
+        )
     return [jnp.asarray(getattr(batch, field), jnp.float32) for field in fields]
 
 
 def _log_ratio(policy: Outputs, old: Float[Array, "N T"], batch: Batch) -> Float[Array, "N T"]:
-    return jnp.where(batch.loss_mask, jnp.clip(policy.token_logps - old, -RATIO_MAX, RATIO_MAX), 0.0)
+    return jnp.where(
+        batch.loss_mask, jnp.clip(policy.token_logps - old, -RATIO_MAX, RATIO_MAX), 0.0
+    )
 
 
 def _counts(batch: Batch) -> Float[Array, "B R"]:
     return jnp.asarray(batch.lengths).astype(jnp.float32)
 
 
-def _over_tokens(x: Float[Array, "N T"], batch: Batch) -> tuple[Float[Array, "B"], Float[Array, "B"]]:
-    """Average over a group's tokens, with its token count as weight: the mean over the global batch's tokens."""
+def _over_tokens(
+    x: Float[Array, "N T"], batch: Batch
+) -> tuple[Float[Array, "B"], Float[Array, "B"]]:
+    """Average over a group's tokens, with its token count as weight: the mean over the global
+    batch's tokens."""
     tokens = _counts(batch).sum(axis=1)
-    return sum_by_slot(x, batch).sum(axis=1) / jnp.maximum(tokens, 1.0), jnp.asarray(batch.weight, jnp.float32) * tokens
+    return sum_by_slot(x, batch).sum(axis=1) / jnp.maximum(tokens, 1.0), jnp.asarray(
+        batch.weight, jnp.float32
+    ) * tokens
 
 
 def _over_rows(x: Float[Array, "N T"], batch: Batch) -> tuple[Float[Array, "B"], Float[Array, "B"]]:
@@ -49,8 +60,9 @@ def _over_rows(x: Float[Array, "N T"], batch: Batch) -> tuple[Float[Array, "B"],
     return means.mean(axis=1), jnp.asarray(batch.weight, jnp.float32)
 
 
-def _aggregate(x: Float[Array, "N T"], batch: Batch, loss_type: str,
-               max_length: int | None) -> tuple[Float[Array, "B"], Float[Array, "B"]]:
+def _aggregate(
+    x: Float[Array, "N T"], batch: Batch, loss_type: str, max_length: int | None
+) -> tuple[Float[Array, "B"], Float[Array, "B"]]:
     """Turn token losses into losses and weights of groups, one of ``LOSS_TYPES``."""
     if loss_type == "grpo":
         return _over_rows(x, batch)
@@ -61,13 +73,19 @@ def _aggregate(x: Float[Array, "N T"], batch: Batch, loss_type: str,
         return sum_by_slot(x, batch).mean(axis=1), weight
     if loss_type == "dr_grpo":
         if max_length is None:
-            raise ValueError("loss_type 'dr_grpo' divides by max_length, the longest completion in tokens; it is None")
+            raise ValueError(
+                "loss_type 'dr_grpo' divides by max_length, the longest completion "
+                "in tokens; it is None"
+            )
         return sum_by_slot(x, batch).mean(axis=1) / max_length, weight
     raise ValueError(f"unknown loss_type {loss_type!r}; known: {list(LOSS_TYPES)}")
 
 
-def _mean_metrics(batch: Batch, policy: Outputs, parts: dict[str, Array], by_row: tuple[str, ...] = ()) -> Metrics:
-    """Report token means of [N, T] quantities (row means of those in ``by_row``), lengths and rewards."""
+def _mean_metrics(
+    batch: Batch, policy: Outputs, parts: dict[str, Array], by_row: tuple[str, ...] = ()
+) -> Metrics:
+    """Report token means of [N, T] quantities (row means of those in ``by_row``), lengths and
+    rewards."""
     metrics: Metrics = {}
     if policy.entropy is not None:
         parts = {"entropy": policy.entropy} | parts
@@ -83,32 +101,55 @@ def _mean_metrics(batch: Batch, policy: Outputs, parts: dict[str, Array], by_row
         if scores.shape[1] > 1:
             std = scores.std(axis=1, ddof=1)
             metrics["reward_std"] = ((weight * std).sum(), total)
-            metrics["frac_reward_zero_std"] = ((weight * (std == 0).astype(jnp.float32)).sum(), total)
+            metrics["frac_reward_zero_std"] = (
+                (weight * (std == 0).astype(jnp.float32)).sum(),
+                total,
+            )
     return jax.tree.map(jax.lax.stop_gradient, metrics)
 
 
-def _clipped(ratio: Array, advantages: Array, low: float, high: float,
-             delta: float | None = None) -> tuple[Array, dict[str, Array]]:
+def _clipped(
+    ratio: Array, advantages: Array, low: float, high: float, delta: float | None = None
+) -> tuple[Array, dict[str, Array]]:
     """Compute -min(min(w, δ) A, clip(w, 1 - low, 1 + high) A), and which tokens were clipped."""
     capped = ratio if delta is None else jnp.minimum(ratio, delta)
     losses = -jnp.minimum(capped * advantages, jnp.clip(ratio, 1.0 - low, 1.0 + high) * advantages)
     below = ((capped < 1.0 - low) & (advantages < 0)).astype(jnp.float32)
     above = ((capped > 1.0 + high) & (advantages > 0)).astype(jnp.float32)
-    clips = {"clip_ratio/low_mean": below, "clip_ratio/high_mean": above, "clip_ratio/region_mean": below + above}
+    clips = {
+        "clip_ratio/low_mean": below,
+        "clip_ratio/high_mean": above,
+        "clip_ratio/region_mean": below + above,
+    }
     return losses, clips
 
 
-def _kl_term(policy: Outputs, reference: Outputs | None, batch: Batch, beta: float) -> tuple[Array, dict[str, Array]]:
+def _kl_term(
+    policy: Outputs, reference: Outputs | None, batch: Batch, beta: float
+) -> tuple[Array, dict[str, Array]]:
     """Compute β k3 for each token; nothing where β is 0."""
     if beta == 0:
         return jnp.zeros(()), {}
-    kl = jnp.where(batch.loss_mask, kl_estimate(policy.token_logps - reference.token_logps, "k3"), 0.0)
+    kl = jnp.where(
+        batch.loss_mask, kl_estimate(policy.token_logps - reference.token_logps, "k3"), 0.0
+    )
     return beta * kl, {"kl": kl}
 
 
-def grpo(policy: Outputs, reference: Outputs | None, batch: Batch, *, stats: Any = None, loss_type: str = "grpo",
-         importance: str = "token", epsilon_low: float = 0.2, epsilon_high: float | None = None,
-         delta: float | None = None, beta: float = 0.0, max_length: int | None = None) -> Result:
+def grpo(
+    policy: Outputs,
+    reference: Outputs | None,
+    batch: Batch,
+    *,
+    stats: Any = None,
+    loss_type: str = "grpo",
+    importance: str = "token",
+    epsilon_low: float = 0.2,
+    epsilon_high: float | None = None,
+    delta: float | None = None,
+    beta: float = 0.0,
+    max_length: int | None = None,
+) -> Result:
     """Compute the GRPO loss, in one of its aggregations.
 
         -min(min(w, δ) A, clip(w, 1 - ε_low, 1 + ε_high) A) + β k3
@@ -130,8 +171,9 @@ def grpo(policy: Outputs, reference: Outputs | None, batch: Batch, *, stats: Any
         max_length: tokens; dr_grpo's constant.
 
     References:
-        Shao et al. 2024, arXiv 2402.03300, equation 3; dr_grpo: Liu et al. 2025, arXiv 2503.20783; dapo: Yu et al.
-        2025, arXiv 2503.14476, equation 8; the names: TRL 1.16.0, ``grpo_trainer.py``.
+        Shao et al. 2024, arXiv 2402.03300, equation 3; dr_grpo: Liu et al. 2025, arXiv 2503.20783;
+        dapo: Yu et al. 2025, arXiv 2503.14476, equation 8; the names: TRL 1.16.0,
+        ``grpo_trainer.py``.
 
     >>> from align_jax.losses import jitted
     >>> found = jitted("grpo")(policy=[[[-1.0, -2.0], [-1.0, -3.0]]], old_token_logps=[[[-1.5, -2.0], [-1.0, -3.0]]],
@@ -144,17 +186,29 @@ def grpo(policy: Outputs, reference: Outputs | None, batch: Batch, *, stats: Any
     old, advantages = _fields(batch, "grpo", "old_token_logps", "advantages")
     log_ratio = _log_ratio(policy, old, batch)
     if importance == "sequence":
-        log_ratio = spread_to_tokens(sum_by_slot(log_ratio, batch) / jnp.maximum(_counts(batch), 1.0), batch)
+        log_ratio = spread_to_tokens(
+            sum_by_slot(log_ratio, batch) / jnp.maximum(_counts(batch), 1.0), batch
+        )
     if epsilon_high is None:
         epsilon_high = 0.28 if loss_type == "dapo" else epsilon_low
     losses, clips = _clipped(jnp.exp(log_ratio), advantages, epsilon_low, epsilon_high, delta)
     penalty, kl = _kl_term(policy, reference, batch, beta)
-    metrics = _mean_metrics(batch, policy, clips | kl, tuple(clips) if importance == "sequence" else ())
+    metrics = _mean_metrics(
+        batch, policy, clips | kl, tuple(clips) if importance == "sequence" else ()
+    )
     return *_aggregate(losses + penalty, batch, loss_type, max_length), metrics
 
 
-def gspo(policy: Outputs, reference: Outputs | None, batch: Batch, *, stats: Any = None, epsilon_low: float = 3e-4,
-         epsilon_high: float | None = 4e-4, beta: float = 0.0) -> Result:
+def gspo(
+    policy: Outputs,
+    reference: Outputs | None,
+    batch: Batch,
+    *,
+    stats: Any = None,
+    epsilon_low: float = 3e-4,
+    epsilon_high: float | None = 4e-4,
+    beta: float = 0.0,
+) -> Result:
     """Compute GSPO: GRPO with one ratio for the whole sequence, w = exp(mean_t (a_t - old_t)).
 
     References:
@@ -166,12 +220,26 @@ def gspo(policy: Outputs, reference: Outputs | None, batch: Batch, *, stats: Any
     >>> [round(x, 4) for x in found.losses.tolist()]
     [-1.284]
     """
-    return grpo(policy, reference, batch, importance="sequence", epsilon_low=epsilon_low, epsilon_high=epsilon_high,
-                beta=beta)
+    return grpo(
+        policy,
+        reference,
+        batch,
+        importance="sequence",
+        epsilon_low=epsilon_low,
+        epsilon_high=epsilon_high,
+        beta=beta,
+    )
 
 
-def cispo(policy: Outputs, reference: Outputs | None, batch: Batch, *, stats: Any = None, epsilon_high: float = 5.0,
-          beta: float = 0.0) -> Result:
+def cispo(
+    policy: Outputs,
+    reference: Outputs | None,
+    batch: Batch,
+    *,
+    stats: Any = None,
+    epsilon_high: float = 5.0,
+    beta: float = 0.0,
+) -> Result:
     """Compute CISPO: -sg(min(w, ε_high)) A a_t + β k3, mean over the global batch's tokens.
 
     References:
@@ -187,12 +255,23 @@ def cispo(policy: Outputs, reference: Outputs | None, batch: Batch, *, stats: An
     losses = -jnp.minimum(ratio, epsilon_high) * advantages * policy.token_logps
     penalty, kl = _kl_term(policy, reference, batch, beta)
     clipped = ((ratio > epsilon_high) & (advantages > 0)).astype(jnp.float32)
-    return *_over_tokens(losses + penalty, batch), _mean_metrics(batch, policy, {"cispo_clip_ratio": clipped} | kl)
+    return *_over_tokens(losses + penalty, batch), _mean_metrics(
+        batch, policy, {"cispo_clip_ratio": clipped} | kl
+    )
 
 
-def sapo(policy: Outputs, reference: Outputs | None, batch: Batch, *, stats: Any = None, tau_positive: float = 1.0,
-         tau_negative: float = 1.05, beta: float = 0.0) -> Result:
-    """Compute SAPO, a soft gate in place of the clip: -(4/τ) σ(τ (w - 1)) A + β k3, averaged as in GRPO.
+def sapo(
+    policy: Outputs,
+    reference: Outputs | None,
+    batch: Batch,
+    *,
+    stats: Any = None,
+    tau_positive: float = 1.0,
+    tau_negative: float = 1.05,
+    beta: float = 0.0,
+) -> Result:
+    """Compute SAPO, a soft gate in place of the clip: -(4/τ) σ(τ (w - 1)) A + β k3, averaged as in
+    GRPO.
 
     τ is ``tau_positive`` where A > 0, else ``tau_negative``.
 
@@ -212,14 +291,23 @@ def sapo(policy: Outputs, reference: Outputs | None, batch: Batch, *, stats: Any
     return *_over_rows(losses + penalty, batch), _mean_metrics(batch, policy, kl)
 
 
-def rloo(policy: Outputs, reference: Outputs | None, batch: Batch, *, stats: Any = None, epsilon_low: float = 0.2,
-         epsilon_high: float | None = None) -> Result:
-    """Compute RLOO: -min(w A, clip(w, 1 - ε_low, 1 + ε_high) A) with w the ratio of whole sequences.
+def rloo(
+    policy: Outputs,
+    reference: Outputs | None,
+    batch: Batch,
+    *,
+    stats: Any = None,
+    epsilon_low: float = 0.2,
+    epsilon_high: float | None = None,
+) -> Result:
+    """Compute RLOO: -min(w A, clip(w, 1 - ε_low, 1 + ε_high) A) with w the ratio of whole
+    sequences.
 
     A is the reward (less the KL) minus the mean of the group's others: ``targets`` makes it.
 
     References:
-        Ahmadian et al. 2024, arXiv 2402.14740, section 3; the clip: TRL 1.16.0, ``rloo_trainer.py``.
+        Ahmadian et al. 2024, arXiv 2402.14740, section 3; the clip: TRL 1.16.0,
+        ``rloo_trainer.py``.
 
     >>> from align_jax.losses import jitted
     >>> found = jitted("rloo")(policy=[[[-1.0, -2.0]]], old_token_logps=[[[-1.1, -2.0]]], advantages=[[[1.0, 1.0]]])
@@ -229,14 +317,19 @@ def rloo(policy: Outputs, reference: Outputs | None, batch: Batch, *, stats: Any
     old, advantages = _fields(batch, "rloo", "old_token_logps", "advantages")
     difference = sum_by_slot(policy.token_logps - old, batch)
     ratio = jnp.exp(jnp.clip(difference, -RATIO_MAX, RATIO_MAX))  # [B, R]
-    each = sum_by_slot(advantages, batch) / jnp.maximum(_counts(batch), 1.0)  # the same on all of a response's tokens
-    losses, clips = _clipped(ratio, each, epsilon_low, epsilon_low if epsilon_high is None else epsilon_high)
+    # the same on all of a response's tokens
+    each = sum_by_slot(advantages, batch) / jnp.maximum(_counts(batch), 1.0)
+    losses, clips = _clipped(
+        ratio, each, epsilon_low, epsilon_low if epsilon_high is None else epsilon_high
+    )
     spread = {name: spread_to_tokens(x, batch) for name, x in clips.items()}
     metrics = _mean_metrics(batch, policy, spread, tuple(spread))
     return losses.mean(axis=1), jnp.asarray(batch.weight, jnp.float32), metrics
 
 
-def reinforce(policy: Outputs, reference: Outputs | None, batch: Batch, *, stats: Any = None) -> Result:
+def reinforce(
+    policy: Outputs, reference: Outputs | None, batch: Batch, *, stats: Any = None
+) -> Result:
     """Compute REINFORCE: -A a_t, mean over the global batch's tokens.
 
     References:
@@ -246,12 +339,19 @@ def reinforce(policy: Outputs, reference: Outputs | None, batch: Batch, *, stats
     >>> jitted("reinforce")(policy=[[[-1.0, -2.0]]], advantages=[[[1.0, 1.0]]]).losses.tolist()
     [1.5]
     """
-    advantages, = _fields(batch, "reinforce", "advantages")
+    (advantages,) = _fields(batch, "reinforce", "advantages")
     return *_over_tokens(-advantages * policy.token_logps, batch), _mean_metrics(batch, policy, {})
 
 
-def reinforce_pp(policy: Outputs, reference: Outputs | None, batch: Batch, *, stats: Any = None,
-                 epsilon_low: float = 0.2, epsilon_high: float | None = None) -> Result:
+def reinforce_pp(
+    policy: Outputs,
+    reference: Outputs | None,
+    batch: Batch,
+    *,
+    stats: Any = None,
+    epsilon_low: float = 0.2,
+    epsilon_high: float | None = None,
+) -> Result:
     """Compute REINFORCE++: PPO's clipped loss without a critic, on globally normalised advantages.
 
     References:
@@ -263,17 +363,33 @@ def reinforce_pp(policy: Outputs, reference: Outputs | None, batch: Batch, *, st
     >>> [round(x, 4) for x in found.losses.tolist()]
     [-1.1]
     """
-    return grpo(policy, reference, batch, loss_type="bnpo", epsilon_low=epsilon_low, epsilon_high=epsilon_high)
+    return grpo(
+        policy,
+        reference,
+        batch,
+        loss_type="bnpo",
+        epsilon_low=epsilon_low,
+        epsilon_high=epsilon_high,
+    )
 
 
-def ppo(policy: Outputs, reference: Outputs | None, batch: Batch, *, stats: Any = None, clip: float = 0.2,
-        value_clip: float = 0.2, vf_coef: float = 0.1) -> Result:
+def ppo(
+    policy: Outputs,
+    reference: Outputs | None,
+    batch: Batch,
+    *,
+    stats: Any = None,
+    clip: float = 0.2,
+    value_clip: float = 0.2,
+    vf_coef: float = 0.1,
+) -> Result:
     """Compute the PPO loss, mean over the global batch's tokens.
 
-        max(-A w, -A clip(w, 1 - c, 1 + c)) + vf_coef · ½ max((V - ret)², (clip(V, V_old ± c_v) - ret)²)
+        max(-A w, -A clip(w, 1 - c, 1 + c)) + vf_coef · ½ max((V - ret)², (clip(V, V_old ± c_v) -
+        ret)²)
 
-    Its entropy bonus and PPO-ptx's NLL are the terms that ``entropy_coef`` and ``ptx_coef`` add.  Groups whose
-    ``batch.label`` is false are rows of text for PPO-ptx, and do not count here.
+    Its entropy bonus and PPO-ptx's NLL are the terms that ``entropy_coef`` and ``ptx_coef`` add.
+    Groups whose ``batch.label`` is false are rows of text for PPO-ptx, and do not count here.
 
     Args:
         policy: the policy's outputs, with ``values``.
@@ -285,8 +401,8 @@ def ppo(policy: Outputs, reference: Outputs | None, batch: Batch, *, stats: Any 
         vf_coef: weight of the value loss.
 
     References:
-        Schulman et al. 2017, arXiv 1707.06347, equations 7 and 9; the value clip: Huang et al. 2024,
-        arXiv 2403.17031 (value function clipping).
+        Schulman et al. 2017, arXiv 1707.06347, equations 7 and 9; the value clip: Huang et al.
+        2024, arXiv 2403.17031 (value function clipping).
 
     >>> from align_jax.losses import jitted
     >>> found = jitted("ppo")(policy=[[-1.0, -2.0]], old_token_logps=[[-1.5, -2.0]], advantages=[[1.0, 1.0]],
@@ -299,29 +415,42 @@ def ppo(policy: Outputs, reference: Outputs | None, batch: Batch, *, stats: Any 
     if policy.values is None:
         raise ValueError("ppo needs policy.values [N, T], from a value head; they are None")
     if batch.label is not None:
-        batch = batch._replace(weight=jnp.where(jnp.asarray(batch.label), jnp.asarray(batch.weight), 0.0))
+        batch = batch._replace(
+            weight=jnp.where(jnp.asarray(batch.label), jnp.asarray(batch.weight), 0.0)
+        )
     log_ratio = _log_ratio(policy, old, batch)
     ratio = jnp.exp(log_ratio)
     plain, clipped = -advantages * ratio, -advantages * jnp.clip(ratio, 1.0 - clip, 1.0 + clip)
     near = jnp.clip(policy.values, old_values - value_clip, old_values + value_clip)
     free, bound = jnp.square(policy.values - returns), jnp.square(near - returns)
-    parts = {"loss/policy_avg": jnp.maximum(plain, clipped), "loss/value_avg": 0.5 * jnp.maximum(free, bound),
-             "policy/clipfrac_avg": (clipped > plain).astype(jnp.float32),
-             "policy/approxkl_avg": 0.5 * jnp.square(log_ratio), "val/ratio": ratio,
-             "val/clipfrac_avg": (bound > free).astype(jnp.float32)}
+    parts = {
+        "loss/policy_avg": jnp.maximum(plain, clipped),
+        "loss/value_avg": 0.5 * jnp.maximum(free, bound),
+        "policy/clipfrac_avg": (clipped > plain).astype(jnp.float32),
+        "policy/approxkl_avg": 0.5 * jnp.square(log_ratio),
+        "val/ratio": ratio,
+        "val/clipfrac_avg": (bound > free).astype(jnp.float32),
+    }
     loss = parts["loss/policy_avg"] + vf_coef * parts["loss/value_avg"]
     return *_over_tokens(loss, batch), _mean_metrics(batch, policy, parts)
 
 
-def entropy(policy: Outputs, reference: Outputs | None, batch: Batch, *, stats: Any = None) -> Result:
-    """Compute minus the entropy of the next-token distributions, mean over the global batch's tokens, nats.
+def entropy(
+    policy: Outputs, reference: Outputs | None, batch: Batch, *, stats: Any = None
+) -> Result:
+    """Compute minus the entropy of the next-token distributions, mean over the global batch's
+    tokens, nats.
 
     >>> from align_jax.losses import jitted
     >>> jitted("entropy")(policy=[[[-1.0, -2.0]]], entropy=[[[0.5, 1.5]]]).losses.tolist()
     [-1.0]
     """
     losses, weights = _over_tokens(-policy.entropy, batch)
-    return losses, weights, {"entropy": (-jax.lax.stop_gradient((losses * weights).sum()), weights.sum())}
+    return (
+        losses,
+        weights,
+        {"entropy": (-jax.lax.stop_gradient((losses * weights).sum()), weights.sum())},
+    )
 
 
 def ptx(policy: Outputs, reference: Outputs | None, batch: Batch, *, stats: Any = None) -> Result:
@@ -336,7 +465,15 @@ def ptx(policy: Outputs, reference: Outputs | None, batch: Batch, *, stats: Any 
     ([1.5, 4.0], [0.0, 2.0], 4.0)
     """
     if batch.label is None:
-        raise ValueError("ptx needs batch.label [B], false for the rows of text mixed in; it is None")
-    batch = batch._replace(weight=jnp.where(jnp.asarray(batch.label), 0.0, jnp.asarray(batch.weight)))
+        raise ValueError(
+            "ptx needs batch.label [B], false for the rows of text mixed in; it is None"
+        )
+    batch = batch._replace(
+        weight=jnp.where(jnp.asarray(batch.label), 0.0, jnp.asarray(batch.weight))
+    )
     losses, weights = _over_tokens(-policy.token_logps, batch)
-    return losses, weights, {"ptx_nll": (jax.lax.stop_gradient((losses * weights).sum()), weights.sum())}
+    return (
+        losses,
+        weights,
+        {"ptx_nll": (jax.lax.stop_gradient((losses * weights).sum()), weights.sum())},
+    )

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Paired objectives with a reference: the DPO family.
 
-Each is a function of a ``Pair``: x_w, x_l are the log-ratios of policy to reference of the chosen and the rejected
-response, n_w, n_l their lengths, d = x_w - x_l, σ the logistic function, all [B] float32, nats and tokens; each returns
-[B] losses.  ``pairs.paired`` makes table rows of them.  β is per nat, positive.  A ``margin`` (a column of the data, in
-units of reward) is taken from β d; a loss that uses the two log-ratios one by one takes half of it from each side.
+Each is a function of a ``Pair``: x_w, x_l are the log-ratios of policy to reference of the chosen
+and the rejected response, n_w, n_l their lengths, d = x_w - x_l, σ the logistic function, all [B]
+float32, nats and tokens; each returns [B] losses.  ``pairs.paired`` makes table rows of them.  β is
+per nat, positive.  A ``margin`` (a column of the data, in units of reward) is taken from β d; a
+loss that uses the two log-ratios one by one takes half of it from each side.
 """
+
 from __future__ import annotations
 
 import jax.numpy as jnp
@@ -53,8 +55,9 @@ def dpo(pair: Pair, *, beta: float = 0.1, label_smoothing: float = 0.0) -> Float
     log 2 where the policy is the reference.  ε in [0, 0.5) is the share of flipped labels.
 
     References:
-        Rafailov et al. 2023, arXiv 2305.18290, equation 7.  Smoothing: Mitchell 2023, "A note on DPO with noisy
-        preferences" (cDPO).  Margin: Amini et al. 2024, arXiv 2402.10571 (ODPO), the loss with an offset.
+        Rafailov et al. 2023, arXiv 2305.18290, equation 7.  Smoothing: Mitchell 2023, "A note on
+        DPO with noisy preferences" (cDPO).  Margin: Amini et al. 2024, arXiv 2402.10571 (ODPO), the
+        loss with an offset.
 
     >>> from align_jax.losses.pairs import example_pair
     >>> [round(x, 4) for x in dpo(example_pair(), beta=0.5).tolist()]
@@ -65,7 +68,8 @@ def dpo(pair: Pair, *, beta: float = 0.1, label_smoothing: float = 0.0) -> Float
 
 
 def robust(pair: Pair, *, beta: float = 0.1, label_smoothing: float = 0.0) -> Float[Array, "B"]:
-    """Compute robust DPO: an unbiased estimate of the noise-free loss when a share ε of labels is flipped.
+    """Compute robust DPO: an unbiased estimate of the noise-free loss when a share ε of labels is
+    flipped.
 
         [-(1-ε) log σ(β d) + ε log σ(-β d)] / (1 - 2ε)
 
@@ -88,7 +92,8 @@ def ipo(pair: Pair, *, beta: float = 0.1, lengths: str = "mean") -> Float[Array,
         (x_w / n_w - x_l / n_l - margin/β - 1 / (2 β))²    with ``lengths="mean"`` (TRL, HALOs)
         (x_w - x_l - margin/β - 1 / (2 β))²                with ``lengths="sum"`` (the paper, the DPO repository)
 
-    Lengths come from the loss mask; counting log-ratios that are not zero would divide 0 by 0 at the first step.
+    Lengths come from the loss mask; counting log-ratios that are not zero would divide 0 by 0 at
+    the first step.
 
     References:
         Azar et al. 2023, arXiv 2310.12036, equation 17 (β is its τ).
@@ -136,7 +141,8 @@ def dpo_norm(pair: Pair, *, beta: float = 0.1, label_smoothing: float = 0.0) -> 
 
 
 def exo_pair(pair: Pair, *, beta: float = 0.1, label_smoothing: float = 1e-3) -> Float[Array, "B"]:
-    """Compute EXO's loss for pairs: a reverse KL from the policy's preference to the (smoothed) label.
+    """Compute EXO's loss for pairs: a reverse KL from the policy's preference to the (smoothed)
+    label.
 
         σ(β d) [log σ(β d) - log(1-ε)] + σ(-β d) [log σ(-β d) - log ε]
 
@@ -167,12 +173,13 @@ def nca_pair(pair: Pair, *, beta: float = 0.1) -> Float[Array, "B"]:
     >>> [round(x, 4) for x in nca_pair(example_pair(), beta=0.5).tolist()]
     [1.1982, 1.4019]
     """
-    w, l = scaled_sides(pair, beta)  # noqa: E741  the paper's letters
+    w, l = scaled_sides(pair, beta)
     return -log_sigmoid(w) - 0.5 * log_sigmoid(-w) - 0.5 * log_sigmoid(-l)
 
 
 def bco_pair(pair: Pair, *, beta: float = 0.1) -> Float[Array, "B"]:
-    """Compute binary classifier optimisation on pairs: -log σ(β x_w) - log σ(-β x_l), without a reward shift.
+    """Compute binary classifier optimisation on pairs: -log σ(β x_w) - log σ(-β x_l), without a
+    reward shift.
 
     References:
         Jung et al. 2024, arXiv 2404.04656, the BCO loss on pairs.
@@ -181,7 +188,7 @@ def bco_pair(pair: Pair, *, beta: float = 0.1) -> Float[Array, "B"]:
     >>> [round(x, 4) for x in bco_pair(example_pair(), beta=0.5).tolist()]
     [0.9482, 1.4019]
     """
-    w, l = scaled_sides(pair, beta)  # noqa: E741
+    w, l = scaled_sides(pair, beta)
     return -log_sigmoid(w) - log_sigmoid(-l)
 
 
@@ -189,7 +196,8 @@ def sppo_hard(pair: Pair, *, beta: float = 0.1) -> Float[Array, "B"]:
     """Compute SPPO with hard labels: (x_w - 1/(2β))² + (x_l + 1/(2β))².
 
     References:
-        Wu et al. 2024, arXiv 2405.00675, equation 4.7 with P = 1 for the chosen and 0 for the rejected (β is 1/η).
+        Wu et al. 2024, arXiv 2405.00675, equation 4.7 with P = 1 for the chosen and 0 for the
+        rejected (β is 1/η).
 
     >>> from align_jax.losses.pairs import example_pair
     >>> [round(x, 4) for x in sppo_hard(example_pair(), beta=0.25).tolist()]
@@ -209,12 +217,13 @@ def apo_zero(pair: Pair, *, beta: float = 0.1) -> Float[Array, "B"]:
     >>> [round(x, 4) for x in apo_zero(example_pair(), beta=0.5).tolist()]
     [0.7551, 1.0]
     """
-    w, l = scaled_sides(pair, beta)  # noqa: E741
+    w, l = scaled_sides(pair, beta)
     return sigmoid(-w) + sigmoid(l)
 
 
 def apo_down(pair: Pair, *, beta: float = 0.1) -> Float[Array, "B"]:
-    """Compute APO-down, for chosen responses worse than the model's own: σ(β x_w) + 1 - σ(β (x_w - x_l)).
+    """Compute APO-down, for chosen responses worse than the model's own: σ(β x_w) + 1 - σ(β (x_w -
+    x_l)).
 
     Both responses are made less likely, the rejected one more so.
 
@@ -233,7 +242,8 @@ def discopop(pair: Pair, *, beta: float = 0.1, tau: float = 0.05) -> Float[Array
 
         (1-g) (-log σ(z)) + g e^(-z),    z = β d,  g = σ(z / τ)
 
-    g e^(-z) is computed as one exponential, so that it does not become 0 · ∞; its exponent is cut at 80.
+    g e^(-z) is computed as one exponential, so that it does not become 0 · ∞; its exponent is cut
+    at 80.
 
     References:
         Lu et al. 2024, arXiv 2406.08414, equation 5.
@@ -245,7 +255,9 @@ def discopop(pair: Pair, *, beta: float = 0.1, tau: float = 0.05) -> Float[Array
     if tau <= 0:
         raise ValueError(f"discopop: tau must be positive, got {tau}")
     z = scaled_difference(pair, beta)
-    return -sigmoid(-z / tau) * log_sigmoid(z) + jnp.exp(jnp.minimum(log_sigmoid(z / tau) - z, EXP_MAX))
+    return -sigmoid(-z / tau) * log_sigmoid(z) + jnp.exp(
+        jnp.minimum(log_sigmoid(z / tau) - z, EXP_MAX)
+    )
 
 
 def dpo_sigmoid(pair: Pair, *, beta: float = 0.1) -> Float[Array, "B"]:
@@ -262,7 +274,8 @@ def dpo_sigmoid(pair: Pair, *, beta: float = 0.1) -> Float[Array, "B"]:
 
 
 def dpop(pair: Pair, *, beta: float = 0.1, lam: float = 50.0) -> Float[Array, "B"]:
-    """Compute DPO-positive, which forbids the chosen response to become less likely than under the reference.
+    """Compute DPO-positive, which forbids the chosen response to become less likely than under the
+    reference.
 
         -log σ(β (d - λ max(0, R_w - P_w)))
 

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Paired objectives without a reference.
 
-Each is a function of a ``Pair`` made without a reference: P_w, P_l are the log-probabilities of the chosen and the
-rejected response, p̄ = P / n those per token; [B] float32, nats and tokens; each returns [B] losses.
+Each is a function of a ``Pair`` made without a reference: P_w, P_l are the log-probabilities of the
+chosen and the rejected response, p̄ = P / n those per token; [B] float32, nats and tokens; each
+returns [B] losses.
 """
+
 from __future__ import annotations
 
 import jax.numpy as jnp
@@ -20,8 +22,9 @@ def _means(pair: Pair) -> tuple[Float[Array, "B"], Float[Array, "B"]]:
     return pair.policy_chosen / pair.chosen_length, pair.policy_rejected / pair.rejected_length
 
 
-def simpo(pair: Pair, *, beta: float = 2.0, gamma_beta_ratio: float = 0.5,
-          label_smoothing: float = 0.0) -> Float[Array, "B"]:
+def simpo(
+    pair: Pair, *, beta: float = 2.0, gamma_beta_ratio: float = 0.5, label_smoothing: float = 0.0
+) -> Float[Array, "B"]:
     """Compute the SimPO loss.
 
         -log σ(β (p̄_w - p̄_l - γ/β) - margin)
@@ -41,11 +44,19 @@ def simpo(pair: Pair, *, beta: float = 2.0, gamma_beta_ratio: float = 0.5,
     """
     check_smoothing(label_smoothing, "simpo")
     chosen, rejected = _means(pair)
-    return smoothed_logistic(beta * (chosen - rejected - gamma_beta_ratio) - pair.margin, label_smoothing)
+    return smoothed_logistic(
+        beta * (chosen - rejected - gamma_beta_ratio) - pair.margin, label_smoothing
+    )
 
 
-def alphapo(pair: Pair, *, beta: float = 2.0, gamma_beta_ratio: float = 0.5, alpha: float = 0.25,
-            label_smoothing: float = 0.0) -> Float[Array, "B"]:
+def alphapo(
+    pair: Pair,
+    *,
+    beta: float = 2.0,
+    gamma_beta_ratio: float = 0.5,
+    alpha: float = 0.25,
+    label_smoothing: float = 0.0,
+) -> Float[Array, "B"]:
     """Compute AlphaPO: SimPO on a reward of another shape.
 
         -log σ(β (r_w - r_l - γ/β) - margin),    r = (1 - e^(-α p̄)) / α
@@ -61,13 +72,20 @@ def alphapo(pair: Pair, *, beta: float = 2.0, gamma_beta_ratio: float = 0.5, alp
     """
     check_smoothing(label_smoothing, "alphapo")
     if alpha == 0:
-        return simpo(pair, beta=beta, gamma_beta_ratio=gamma_beta_ratio, label_smoothing=label_smoothing)
-    chosen, rejected = (-jnp.expm1(jnp.minimum(-alpha * mean, EXP_MAX)) / alpha for mean in _means(pair))
-    return smoothed_logistic(beta * (chosen - rejected - gamma_beta_ratio) - pair.margin, label_smoothing)
+        return simpo(
+            pair, beta=beta, gamma_beta_ratio=gamma_beta_ratio, label_smoothing=label_smoothing
+        )
+    chosen, rejected = (
+        -jnp.expm1(jnp.minimum(-alpha * mean, EXP_MAX)) / alpha for mean in _means(pair)
+    )
+    return smoothed_logistic(
+        beta * (chosen - rejected - gamma_beta_ratio) - pair.margin, label_smoothing
+    )
 
 
 def orpo(pair: Pair, *, lam: float = 0.1) -> Float[Array, "B"]:
-    """Compute ORPO's odds-ratio term; its NLL of the chosen response is the term that ``sft_coef`` adds.
+    """Compute ORPO's odds-ratio term; its NLL of the chosen response is the term that ``sft_coef``
+    adds.
 
         -λ log σ(log odds_w - log odds_l - margin),    log odds = p̄ - log(1 - e^p̄)
 
@@ -80,19 +98,25 @@ def orpo(pair: Pair, *, lam: float = 0.1) -> Float[Array, "B"]:
     >>> [round(x, 4) for x in orpo(example_pair(), lam=0.1).tolist()]
     [0.1012, 0.0349]
     """
-    chosen, rejected = (mean - jnp.log(-jnp.expm1(jnp.minimum(mean, CERTAIN))) for mean in _means(pair))
+    chosen, rejected = (
+        mean - jnp.log(-jnp.expm1(jnp.minimum(mean, CERTAIN))) for mean in _means(pair)
+    )
     return -lam * log_sigmoid(chosen - rejected - pair.margin)
 
 
-def cpo(pair: Pair, *, beta: float = 0.1, label_smoothing: float = 0.0, form: str = "sigmoid") -> Float[Array, "B"]:
-    """Compute CPO's preference term; its NLL of the chosen response is the term that ``alpha`` adds.
+def cpo(
+    pair: Pair, *, beta: float = 0.1, label_smoothing: float = 0.0, form: str = "sigmoid"
+) -> Float[Array, "B"]:
+    """Compute CPO's preference term; its NLL of the chosen response is the term that ``alpha``
+    adds.
 
         sigmoid: -(1-ε) log σ(z) - ε log σ(-z),    z = β (P_w - P_l) - margin
         hinge:   max(0, 1 - z)
         ipo:     (p̄_w - p̄_l - margin/β - 1/(2β))²
 
     References:
-        Xu et al. 2024, arXiv 2401.08417, equation 3.  The other forms: TRL 1.16.0, ``cpo_trainer.py``.
+        Xu et al. 2024, arXiv 2401.08417, equation 3.  The other forms: TRL 1.16.0,
+        ``cpo_trainer.py``.
 
     >>> from align_jax.losses.pairs import example_pair
     >>> [round(x, 4) for x in cpo(example_pair(), beta=0.1).tolist()]
@@ -118,7 +142,8 @@ def slic(pair: Pair, *, delta: float = 1.0, lam: float = 0.1) -> Float[Array, "B
         max(0, δ + margin - P_w + P_l) - λ P_w
 
     References:
-        Zhao et al. 2023, arXiv 2305.10425, the SLiC-HF loss with the chosen response as the regularisation target.
+        Zhao et al. 2023, arXiv 2305.10425, the SLiC-HF loss with the chosen response as the
+        regularisation target.
 
     >>> from align_jax.losses.pairs import example_pair
     >>> [round(x, 4) for x in slic(example_pair()).tolist()]

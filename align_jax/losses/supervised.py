@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Supervised objectives: fine-tuning on responses, and reward models on a score head."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -16,8 +17,9 @@ from align_jax.losses.objective import Metrics
 PER = ("token", "sequence")
 
 
-def _token_losses(policy: Outputs, batch: Batch, per: str, dft: bool,
-                  responses: slice) -> tuple[Float[Array, "B"], Float[Array, "B"], Metrics]:
+def _token_losses(
+    policy: Outputs, batch: Batch, per: str, dft: bool, responses: slice
+) -> tuple[Float[Array, "B"], Float[Array, "B"], Metrics]:
     """Compute negative log-likelihoods of some of each group's responses."""
     if per not in PER:
         raise ValueError(f"sft: per must be one of {list(PER)}, got {per!r}")
@@ -41,9 +43,17 @@ def _token_losses(policy: Outputs, batch: Batch, per: str, dft: bool,
     return losses, weights, metrics
 
 
-def sft(policy: Outputs, reference: Outputs | None, batch: Batch, *, stats: Any = None, per: str = "token",
-        dft: bool = False) -> tuple[Float[Array, "B"], Float[Array, "B"], Metrics]:
-    """Compute the negative log-likelihood of each group's first response: of a pair, the chosen one.
+def sft(
+    policy: Outputs,
+    reference: Outputs | None,
+    batch: Batch,
+    *,
+    stats: Any = None,
+    per: str = "token",
+    dft: bool = False,
+) -> tuple[Float[Array, "B"], Float[Array, "B"], Metrics]:
+    """Compute the negative log-likelihood of each group's first response: of a pair, the chosen
+    one.
 
         per token:    Σ_i Σ_t -m_it a_it / Σ_i n_i, over the global batch
         per sequence: the mean over i of Σ_t -m_it a_it / n_i
@@ -71,14 +81,23 @@ def sft(policy: Outputs, reference: Outputs | None, batch: Batch, *, stats: Any 
     return _token_losses(policy, batch, per, dft, slice(0, 1))
 
 
-def csft(policy: Outputs, reference: Outputs | None, batch: Batch, *, stats: Any = None,
-         per: str = "token") -> tuple[Float[Array, "B"], Float[Array, "B"], Metrics]:
-    """Compute conditional fine-tuning: ``sft`` on all of a group's responses, each after its control token.
+def csft(
+    policy: Outputs,
+    reference: Outputs | None,
+    batch: Batch,
+    *,
+    stats: Any = None,
+    per: str = "token",
+) -> tuple[Float[Array, "B"], Float[Array, "B"], Metrics]:
+    """Compute conditional fine-tuning: ``sft`` on all of a group's responses, each after its
+    control token.
 
-    The data layer writes the control tokens; sampling later conditions on the one for chosen responses.
+    The data layer writes the control tokens; sampling later conditions on the one for chosen
+    responses.
 
     References:
-        Korbak et al. 2023, arXiv 2302.08582, section 2 (conditional training); HALOs ``config/loss/csft.yaml``.
+        Korbak et al. 2023, arXiv 2302.08582, section 2 (conditional training); HALOs
+        ``config/loss/csft.yaml``.
 
     >>> from align_jax.losses import jitted
     >>> found = jitted("csft")([[-1.0, -3.0], [-2.0, -2.0]], [[-4.0, -2.0], [-1.0, -3.0]])
@@ -90,7 +109,10 @@ def csft(policy: Outputs, reference: Outputs | None, batch: Batch, *, stats: Any
 
 def _scores(policy: Outputs) -> Float[Array, "B R"]:
     if policy.scores is None:
-        raise ValueError("a reward model's objective needs policy.scores [B, R], from a score head; they are None")
+        raise ValueError(
+            "a reward model's objective needs policy.scores [B, R], from a score "
+            "head; they are None"
+        )
     return policy.scores
 
 
@@ -101,12 +123,25 @@ def _score_metrics(scores: Float[Array, "B R"], real: Array, weight: Array) -> M
     any_real = real.any(axis=1)
     low = jnp.where(any_real, jnp.where(real, scores, jnp.inf).min(axis=1), 0.0)
     high = jnp.where(any_real, jnp.where(real, scores, -jnp.inf).max(axis=1), 0.0)
-    values = {"min_reward": low, "mean_reward": jnp.where(real, scores, 0.0).sum(axis=1) / count, "max_reward": high}
-    return {name: (jax.lax.stop_gradient((weight * value).sum()), total) for name, value in values.items()}
+    values = {
+        "min_reward": low,
+        "mean_reward": jnp.where(real, scores, 0.0).sum(axis=1) / count,
+        "max_reward": high,
+    }
+    return {
+        name: (jax.lax.stop_gradient((weight * value).sum()), total)
+        for name, value in values.items()
+    }
 
 
-def reward(policy: Outputs, reference: Outputs | None, batch: Batch, *, stats: Any = None,
-           center_coef: float = 0.0) -> tuple[Float[Array, "B"], Float[Array, "B"], Metrics]:
+def reward(
+    policy: Outputs,
+    reference: Outputs | None,
+    batch: Batch,
+    *,
+    stats: Any = None,
+    center_coef: float = 0.0,
+) -> tuple[Float[Array, "B"], Float[Array, "B"], Metrics]:
     """Compute the Bradley-Terry loss of a reward model on pairs.
 
         -log σ(r_w - r_l - margin) + center_coef (r_w + r_l)²
@@ -122,8 +157,8 @@ def reward(policy: Outputs, reference: Outputs | None, batch: Batch, *, stats: A
         Losses [B], weights [B], metrics (accuracy counts strictly greater).
 
     References:
-        Ouyang et al. 2022, arXiv 2203.02155, equation 1; margin: Touvron et al. 2023, arXiv 2307.09288, equation 2;
-        centring: Eisenstein et al. 2023, arXiv 2312.09244.
+        Ouyang et al. 2022, arXiv 2203.02155, equation 1; margin: Touvron et al. 2023, arXiv
+        2307.09288, equation 2; centring: Eisenstein et al. 2023, arXiv 2312.09244.
 
     >>> from align_jax.losses import jitted
     >>> [round(x, 4) for x in jitted("reward", center_coef=0.01)([[1.0, 0.0], [0.5, 0.5]]).losses.tolist()]
@@ -131,11 +166,19 @@ def reward(policy: Outputs, reference: Outputs | None, batch: Batch, *, stats: A
     """
     scores = _scores(policy)
     if scores.shape[1] != 2:
-        raise ValueError(f"reward expects pairs (R = 2), got R = {scores.shape[1]}; for more use reward_ranked")
+        raise ValueError(
+            f"reward expects pairs (R = 2), got R = {scores.shape[1]}; for more use reward_ranked"
+        )
     weight = jnp.asarray(batch.weight, jnp.float32)
     difference = scores[:, 0] - scores[:, 1]
-    margin = jnp.zeros_like(difference) if batch.margin is None else jnp.asarray(batch.margin, jnp.float32)
-    losses = -log_sigmoid(difference - margin) + center_coef * jnp.square(scores[:, 0] + scores[:, 1])
+    margin = (
+        jnp.zeros_like(difference)
+        if batch.margin is None
+        else jnp.asarray(batch.margin, jnp.float32)
+    )
+    losses = -log_sigmoid(difference - margin) + center_coef * jnp.square(
+        scores[:, 0] + scores[:, 1]
+    )
     total = weight.sum()
     metrics = _score_metrics(scores, jnp.ones(scores.shape, bool), weight)
     metrics["accuracy"] = ((weight * (difference > 0).astype(jnp.float32)).sum(), total)
@@ -146,8 +189,14 @@ def reward(policy: Outputs, reference: Outputs | None, batch: Batch, *, stats: A
 FORMS = ("plackett_luce", "pairs", "best_of")
 
 
-def reward_ranked(policy: Outputs, reference: Outputs | None, batch: Batch, *, stats: Any = None,
-                  form: str = "plackett_luce") -> tuple[Float[Array, "B"], Float[Array, "B"], Metrics]:
+def reward_ranked(
+    policy: Outputs,
+    reference: Outputs | None,
+    batch: Batch,
+    *,
+    stats: Any = None,
+    form: str = "plackett_luce",
+) -> tuple[Float[Array, "B"], Float[Array, "B"], Metrics]:
     """Compute a ranking loss of a reward model on K responses, the best first.
 
         plackett_luce: -Σ_k log softmax(r_k, ..., r_K)[k]
@@ -167,8 +216,9 @@ def reward_ranked(policy: Outputs, reference: Outputs | None, batch: Batch, *, s
         Losses [B], weights [B], metrics; accuracy is the share of pairs in order.
 
     References:
-        plackett_luce: Rafailov et al. 2023, arXiv 2305.18290, equation 18; pairs: Ouyang et al. 2022,
-        arXiv 2203.02155, equation 1; best_of: Ziegler et al. 2019, arXiv 1909.08593, equation 1.
+        plackett_luce: Rafailov et al. 2023, arXiv 2305.18290, equation 18; pairs: Ouyang et al.
+        2022, arXiv 2203.02155, equation 1; best_of: Ziegler et al. 2019, arXiv 1909.08593, equation
+        1.
 
     >>> from align_jax.losses import jitted
     >>> for form in ("plackett_luce", "pairs", "best_of"):

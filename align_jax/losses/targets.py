@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a rollout is trained towards: advantages and returns, made once a rollout from scores and log-probabilities.
+"""What a rollout is trained towards: advantages and returns, made once a rollout from scores and
+log-probabilities.
 
 The defaults below are the rollout options of the policy-gradient rows of the table.
 """
+
 from __future__ import annotations
 
 from typing import Any
@@ -29,19 +31,34 @@ _REUSE: dict[str, Any] = {
     "missing_eos_penalty": 0.0,  # taken from the score of a response that did not end
 }
 PPO: dict[str, Any] = {
-    "advantages": "gae", "gamma": 1.0, "lam": 0.95, "whiten_advantages": True, "whiten_rewards": False, **_KL, **_REUSE,
-    "epochs": 4}
-GRPO: dict[str, Any] = {
-    "advantages": "group", "scale": "group", **_REUSE}
+    "advantages": "gae",
+    "gamma": 1.0,
+    "lam": 0.95,
+    "whiten_advantages": True,
+    "whiten_rewards": False,
+    **_KL,
+    **_REUSE,
+    "epochs": 4,
+}
+GRPO: dict[str, Any] = {"advantages": "group", "scale": "group", **_REUSE}
 RLOO: dict[str, Any] = {"advantages": "leave_one_out", "whiten_advantages": False, **_KL, **_REUSE}
 REINFORCE: dict[str, Any] = {"advantages": "batch", "whiten_advantages": False, **_KL, **_REUSE}
 REINFORCE_PP: dict[str, Any] = {"advantages": "global", "gamma": 1.0, **_KL, **_REUSE}
 
 
-def make_targets(batch: Batch, *, reference_token_logps: Float[Array, "N T"] | None = None, advantages: str = "gae",
-                 gamma: float = 1.0, lam: float = 0.95, whiten_advantages: bool = False, whiten_rewards: bool = False,
-                 kl_coef: float | Array = 0.0, kl_estimator: str = "k1",
-                 scale: str = "group") -> tuple[Batch, dict[str, tuple[Array, Array]]]:
+def make_targets(
+    batch: Batch,
+    *,
+    reference_token_logps: Float[Array, "N T"] | None = None,
+    advantages: str = "gae",
+    gamma: float = 1.0,
+    lam: float = 0.95,
+    whiten_advantages: bool = False,
+    whiten_rewards: bool = False,
+    kl_coef: float | Array = 0.0,
+    kl_estimator: str = "k1",
+    scale: str = "group",
+) -> tuple[Batch, dict[str, tuple[Array, Array]]]:
     """Fill a rollout's ``advantages`` (and for "gae" its ``returns``).
 
         gae:           token rewards (score on the last token, less the KL) and ``old_values``
@@ -53,19 +70,22 @@ def make_targets(batch: Batch, *, reference_token_logps: Float[Array, "N T"] | N
     Statistics are over this batch: hand in the whole global batch.
 
     Args:
-        batch: a rollout with ``scores`` [B, R], and ``old_token_logps``; "gae" needs ``old_values`` too.
+        batch: a rollout with ``scores`` [B, R], and ``old_token_logps``; "gae" needs ``old_values``
+            too.
         reference_token_logps: [N, T]; needed where ``kl_coef`` is not 0.
         advantages: one of ``METHODS``.
         gamma: discount per token.
         lam: λ of "gae".
         whiten_advantages: to mean 0 and variance 1 over all tokens.
         whiten_rewards: token rewards to variance 1, their mean kept ("gae").
-        kl_coef: units of reward per nat, in the reward; "group" has its KL in the loss and takes none.
+        kl_coef: units of reward per nat, in the reward; "group" has its KL in the loss and takes
+            none.
         kl_estimator: "k1", "k2" or "k3".
         scale: "group"'s standard deviation; see ``advantages.group_advantages``.
 
     Returns:
-        The batch, and metrics: ``objective/{kl,non_score_reward,rlhf_reward,scores}``, sums over a response, averaged.
+        The batch, and metrics: ``objective/{kl,non_score_reward,rlhf_reward,scores}``, sums over a
+        response, averaged.
 
     Raises:
         ValueError: an unknown method, or a field that it needs is None.
@@ -86,7 +106,9 @@ def make_targets(batch: Batch, *, reference_token_logps: Float[Array, "N T"] | N
     base = old if reference_token_logps is None else reference_token_logps
     ratio = jnp.where(mask, old - base, 0.0)
     rows = scores.reshape(mask.shape[0], -1)  # [B, R] -> [N, S]
-    rewards = estimators.token_rewards(rows, ratio, mask, slot, kl_coef=kl_coef, kl_estimator=kl_estimator)
+    rewards = estimators.token_rewards(
+        rows, ratio, mask, slot, kl_coef=kl_coef, kl_estimator=kl_estimator
+    )
     totals = sum_by_slot(rewards, batch)  # [B, R]: score less KL
     returns = None
     if advantages == "gae":
@@ -94,19 +116,29 @@ def make_targets(batch: Batch, *, reference_token_logps: Float[Array, "N T"] | N
             raise ValueError("gae needs batch.old_values [N, T]; they are None")
         if whiten_rewards:
             rewards = estimators.whiten(rewards, token_weight, shift_mean=False)
-        found, returns = estimators.gae(rewards, jnp.asarray(batch.old_values), mask, slot, gamma=gamma, lam=lam)
+        found, returns = estimators.gae(
+            rewards, jnp.asarray(batch.old_values), mask, slot, gamma=gamma, lam=lam
+        )
     elif advantages == "global":
-        found = estimators.whiten(estimators.discounted_sum(rewards, mask, slot, gamma), token_weight)
+        found = estimators.whiten(
+            estimators.discounted_sum(rewards, mask, slot, gamma), token_weight
+        )
     else:
-        groups = {"group": lambda: estimators.group_advantages(scores, scale=scale),
-                  "leave_one_out": lambda: estimators.leave_one_out(totals),
-                  "batch": lambda: estimators.batch_baseline(totals, weight)}[advantages]()
+        groups = {
+            "group": lambda: estimators.group_advantages(scores, scale=scale),
+            "leave_one_out": lambda: estimators.leave_one_out(totals),
+            "batch": lambda: estimators.batch_baseline(totals, weight),
+        }[advantages]()
         found = spread_to_tokens(groups, batch)
     if whiten_advantages:
         found = estimators.whiten(found, token_weight)
     kl = sum_by_slot(estimators.kl_estimate(ratio, kl_estimator), batch)
-    parts = {"objective/kl": kl, "objective/scores": scores, "objective/rlhf_reward": totals,
-             "objective/non_score_reward": totals - scores}
+    parts = {
+        "objective/kl": kl,
+        "objective/scores": scores,
+        "objective/rlhf_reward": totals,
+        "objective/non_score_reward": totals - scores,
+    }
     count = weight.sum()
     metrics = {name: ((weight * x.mean(axis=1)).sum(), count) for name, x in parts.items()}
     batch = batch._replace(advantages=jax.lax.stop_gradient(found), returns=returns)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The models: one decoder, a table of families, weights both ways."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -7,8 +8,23 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from align_jax.models.config import ModelConfig
-from align_jax.models.families import (gemma, gemma2, gemma3_text, gpt2, gpt_neox, llama, mistral, mixtral, olmo2, opt,
-                                       phi3, qwen2, qwen3, qwen3_moe, smollm3)
+from align_jax.models.families import (
+    gemma,
+    gemma2,
+    gemma3_text,
+    gpt2,
+    gpt_neox,
+    llama,
+    mistral,
+    mixtral,
+    olmo2,
+    opt,
+    phi3,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+    smollm3,
+)
 from align_jax.models.tensor_map import Weight
 
 
@@ -34,27 +50,92 @@ class Family:
 
 
 FAMILIES: Mapping[str, Family] = {
-    "gemma": Family(gemma.from_hf, gemma.weights, "GemmaForCausalLM", classifier="GemmaForSequenceClassification"),
-    "gemma2": Family(gemma2.from_hf, gemma2.weights, "Gemma2ForCausalLM", classifier="Gemma2ForSequenceClassification"),
-    "gemma3_text": Family(gemma3_text.from_hf, gemma3_text.weights, "Gemma3ForCausalLM",
-                          classifier="Gemma3TextForSequenceClassification"),
-    "gpt2": Family(gpt2.from_hf, gpt2.weights, "GPT2LMHeadModel", base="transformer.",
-                   classifier="GPT2ForSequenceClassification", ignored=r"attn\.(masked_)?bias$"),
-    "gpt_neox": Family(gpt_neox.from_hf, gpt_neox.weights, "GPTNeoXForCausalLM", base="gpt_neox.",
-                       classifier="GPTNeoXForSequenceClassification",
-                       ignored=r"attention\.(masked_)?bias$|rotary_emb\.inv_freq$"),
-    "llama": Family(llama.from_hf, llama.weights, "LlamaForCausalLM", classifier="LlamaForSequenceClassification"),
-    "mistral": Family(mistral.from_hf, mistral.weights, "MistralForCausalLM",
-                      classifier="MistralForSequenceClassification"),
-    "mixtral": Family(mixtral.from_hf, mixtral.weights, "MixtralForCausalLM",
-                      classifier="MixtralForSequenceClassification"),
-    "olmo2": Family(olmo2.from_hf, olmo2.weights, "Olmo2ForCausalLM", classifier="Olmo2ForSequenceClassification"),
-    "opt": Family(opt.from_hf, opt.weights, "OPTForCausalLM", classifier="OPTForSequenceClassification"),
-    "phi3": Family(phi3.from_hf, phi3.weights, "Phi3ForCausalLM", classifier="Phi3ForSequenceClassification"),
-    "qwen2": Family(qwen2.from_hf, qwen2.weights, "Qwen2ForCausalLM", classifier="Qwen2ForSequenceClassification"),
-    "qwen3": Family(qwen3.from_hf, qwen3.weights, "Qwen3ForCausalLM", classifier="Qwen3ForSequenceClassification"),
-    "qwen3_moe": Family(qwen3_moe.from_hf, qwen3_moe.weights, "Qwen3MoeForCausalLM",
-                        classifier="Qwen3MoeForSequenceClassification"),
-    "smollm3": Family(smollm3.from_hf, smollm3.weights, "SmolLM3ForCausalLM",
-                      classifier="SmolLM3ForSequenceClassification"),
+    "gemma": Family(
+        gemma.from_hf,
+        gemma.weights,
+        "GemmaForCausalLM",
+        classifier="GemmaForSequenceClassification",
+    ),
+    "gemma2": Family(
+        gemma2.from_hf,
+        gemma2.weights,
+        "Gemma2ForCausalLM",
+        classifier="Gemma2ForSequenceClassification",
+    ),
+    "gemma3_text": Family(
+        gemma3_text.from_hf,
+        gemma3_text.weights,
+        "Gemma3ForCausalLM",
+        classifier="Gemma3TextForSequenceClassification",
+    ),
+    "gpt2": Family(
+        gpt2.from_hf,
+        gpt2.weights,
+        "GPT2LMHeadModel",
+        base="transformer.",
+        classifier="GPT2ForSequenceClassification",
+        ignored=r"attn\.(masked_)?bias$",
+    ),
+    "gpt_neox": Family(
+        gpt_neox.from_hf,
+        gpt_neox.weights,
+        "GPTNeoXForCausalLM",
+        base="gpt_neox.",
+        classifier="GPTNeoXForSequenceClassification",
+        ignored=r"attention\.(masked_)?bias$|rotary_emb\.inv_freq$",
+    ),
+    "llama": Family(
+        llama.from_hf,
+        llama.weights,
+        "LlamaForCausalLM",
+        classifier="LlamaForSequenceClassification",
+    ),
+    "mistral": Family(
+        mistral.from_hf,
+        mistral.weights,
+        "MistralForCausalLM",
+        classifier="MistralForSequenceClassification",
+    ),
+    "mixtral": Family(
+        mixtral.from_hf,
+        mixtral.weights,
+        "MixtralForCausalLM",
+        classifier="MixtralForSequenceClassification",
+    ),
+    "olmo2": Family(
+        olmo2.from_hf,
+        olmo2.weights,
+        "Olmo2ForCausalLM",
+        classifier="Olmo2ForSequenceClassification",
+    ),
+    "opt": Family(
+        opt.from_hf, opt.weights, "OPTForCausalLM", classifier="OPTForSequenceClassification"
+    ),
+    "phi3": Family(
+        phi3.from_hf, phi3.weights, "Phi3ForCausalLM", classifier="Phi3ForSequenceClassification"
+    ),
+    "qwen2": Family(
+        qwen2.from_hf,
+        qwen2.weights,
+        "Qwen2ForCausalLM",
+        classifier="Qwen2ForSequenceClassification",
+    ),
+    "qwen3": Family(
+        qwen3.from_hf,
+        qwen3.weights,
+        "Qwen3ForCausalLM",
+        classifier="Qwen3ForSequenceClassification",
+    ),
+    "qwen3_moe": Family(
+        qwen3_moe.from_hf,
+        qwen3_moe.weights,
+        "Qwen3MoeForCausalLM",
+        classifier="Qwen3MoeForSequenceClassification",
+    ),
+    "smollm3": Family(
+        smollm3.from_hf,
+        smollm3.weights,
+        "SmolLM3ForCausalLM",
+        classifier="SmolLM3ForSequenceClassification",
+    ),
 }

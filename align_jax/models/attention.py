@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention over rows of segments: one signature, one table of implementations, all equal on the same inputs.
+"""Attention over rows of segments: one signature, one table of implementations, all equal on the
+same inputs.
 
-A query attends to the keys at or before its own index that have its segment id, or the one its prefix id names
-(a prompt stored once, shared by several responses).  Padding (segment 0) attends to padding alone, so no row of the
-mask is empty.  With a window, a key must be fewer than ``window`` positions back.
+A query attends to the keys at or before its own index that have its segment id, or the one its
+prefix id names (a prompt stored once, shared by several responses).  Padding (segment 0) attends to
+padding alone, so no row of the mask is empty.  With a window, a key must be fewer than ``window``
+positions back.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
@@ -16,15 +19,24 @@ from jaxtyping import Array, Bool, Float, Int
 from align_jax.models import attention_kernels
 
 
-def mask(segment_ids: Int[Array, "N T"], positions: Int[Array, "N T"], prefix_ids: Int[Array, "N T"] | None = None,
-         window: int | None = None) -> Bool[Array, "N T T"]:
+def mask(
+    segment_ids: Int[Array, "N T"],
+    positions: Int[Array, "N T"],
+    prefix_ids: Int[Array, "N T"] | None = None,
+    window: int | None = None,
+) -> Bool[Array, "N T T"]:
     """Return which keys (last axis) each query (middle axis) attends to."""
     index = jnp.arange(segment_ids.shape[1])
     return _allowed((segment_ids, positions, prefix_ids), index, segment_ids, positions, window)
 
 
-def _allowed(queries: tuple[jax.Array, jax.Array, jax.Array | None], index: jax.Array, segment_ids: jax.Array,
-             positions: jax.Array, window: int | None) -> jax.Array:
+def _allowed(
+    queries: tuple[jax.Array, jax.Array, jax.Array | None],
+    index: jax.Array,
+    segment_ids: jax.Array,
+    positions: jax.Array,
+    window: int | None,
+) -> jax.Array:
     """Return the mask [N, t, T] of some of the rows' queries, which stand at ``index`` [t]."""
     segments, places, prefixes = queries
     allowed = segments[:, :, None] == segment_ids[:, None, :]
@@ -37,9 +49,17 @@ def _allowed(queries: tuple[jax.Array, jax.Array, jax.Array | None], index: jax.
     return allowed
 
 
-def weighted(q: Float[Array, "N T H h"], k: Float[Array, "N S K h"], v: Float[Array, "N S K h"],
-             allowed: Bool[Array, "N T S"], *, scale: float, softcap: float = 0.0) -> Float[Array, "N T H h"]:
-    """Return softmax(cap(scale q k)) v with logits, cap and softmax in float32; H a multiple of K."""
+def weighted(
+    q: Float[Array, "N T H h"],
+    k: Float[Array, "N S K h"],
+    v: Float[Array, "N S K h"],
+    allowed: Bool[Array, "N T S"],
+    *,
+    scale: float,
+    softcap: float = 0.0,
+) -> Float[Array, "N T H h"]:
+    """Return softmax(cap(scale q k)) v with logits, cap and softmax in float32; H a multiple of
+    K."""
     rows, length, heads, width = q.shape
     groups = k.shape[2]
     q = q.reshape(rows, length, groups, heads // groups, width)
@@ -51,9 +71,18 @@ def weighted(q: Float[Array, "N T H h"], k: Float[Array, "N S K h"], v: Float[Ar
     return jnp.einsum("NKgTS,NSKh->NTKgh", weights, v).reshape(rows, length, heads, width)
 
 
-def xla(q: Float[Array, "N T H h"], k: Float[Array, "N T K h"], v: Float[Array, "N T K h"], *,
-        segment_ids: Int[Array, "N T"], positions: Int[Array, "N T"], prefix_ids: Int[Array, "N T"] | None = None,
-        window: int | None = None, softcap: float = 0.0, scale: float = 1.0) -> Float[Array, "N T H h"]:
+def xla(
+    q: Float[Array, "N T H h"],
+    k: Float[Array, "N T K h"],
+    v: Float[Array, "N T K h"],
+    *,
+    segment_ids: Int[Array, "N T"],
+    positions: Int[Array, "N T"],
+    prefix_ids: Int[Array, "N T"] | None = None,
+    window: int | None = None,
+    softcap: float = 0.0,
+    scale: float = 1.0,
+) -> Float[Array, "N T H h"]:
     """Attend by plain matrix products; the [N, H, T, T] weights are held.
 
     Args:
@@ -63,18 +92,39 @@ def xla(q: Float[Array, "N T H h"], k: Float[Array, "N T K h"], v: Float[Array, 
         softcap: logits become softcap * tanh(logits / softcap); 0 = off.
         scale: factor on q k.
     """
-    return weighted(q, k, v, mask(segment_ids, positions, prefix_ids, window), scale=scale, softcap=softcap)
+    return weighted(
+        q, k, v, mask(segment_ids, positions, prefix_ids, window), scale=scale, softcap=softcap
+    )
 
 
-def blocks(q: Float[Array, "N T H h"], k: Float[Array, "N T K h"], v: Float[Array, "N T K h"], *,
-           segment_ids: Int[Array, "N T"], positions: Int[Array, "N T"], prefix_ids: Int[Array, "N T"] | None = None,
-           window: int | None = None, softcap: float = 0.0, scale: float = 1.0, block: int = 256
-           ) -> Float[Array, "N T H h"]:
-    """Attend as ``xla`` does, ``block`` queries at a time: [N, H, block, T] weights are held, recomputed backwards."""
+def blocks(
+    q: Float[Array, "N T H h"],
+    k: Float[Array, "N T K h"],
+    v: Float[Array, "N T K h"],
+    *,
+    segment_ids: Int[Array, "N T"],
+    positions: Int[Array, "N T"],
+    prefix_ids: Int[Array, "N T"] | None = None,
+    window: int | None = None,
+    softcap: float = 0.0,
+    scale: float = 1.0,
+    block: int = 256,
+) -> Float[Array, "N T H h"]:
+    """Attend as ``xla`` does, ``block`` queries at a time: [N, H, block, T] weights are held,
+    recomputed backwards."""
     rows, length, heads, width = q.shape
     if length <= block:
-        return xla(q, k, v, segment_ids=segment_ids, positions=positions, prefix_ids=prefix_ids, window=window,
-                   softcap=softcap, scale=scale)
+        return xla(
+            q,
+            k,
+            v,
+            segment_ids=segment_ids,
+            positions=positions,
+            prefix_ids=prefix_ids,
+            window=window,
+            softcap=softcap,
+            scale=scale,
+        )
     extra = -length % block
 
     def split(x: jax.Array) -> jax.Array:  # [N, T, ...] -> [T / block, N, block, ...]
@@ -87,31 +137,83 @@ def blocks(q: Float[Array, "N T H h"], k: Float[Array, "N T K h"], v: Float[Arra
         allowed = _allowed((segments, places, prefixes), index, segment_ids, positions, window)
         return weighted(q, k, v, allowed, scale=scale, softcap=softcap)
 
-    queries = (split(q), split(segment_ids), split(positions), None if prefix_ids is None else split(prefix_ids),
-               jnp.arange(length + extra).reshape(-1, block))
+    queries = (
+        split(q),
+        split(segment_ids),
+        split(positions),
+        None if prefix_ids is None else split(prefix_ids),
+        jnp.arange(length + extra).reshape(-1, block),
+    )
     out = jax.lax.map(attend, queries)  # [T / block, N, block, H, h]
     return jnp.moveaxis(out, 0, 1).reshape(rows, length + extra, heads, width)[:, :length]
 
 
-def splash(q: Float[Array, "N T H h"], k: Float[Array, "N T K h"], v: Float[Array, "N T K h"], *,
-           segment_ids: Int[Array, "N T"], positions: Int[Array, "N T"], prefix_ids: Int[Array, "N T"] | None = None,
-           window: int | None = None, softcap: float = 0.0, scale: float = 1.0) -> Float[Array, "N T H h"]:
-    """Attend by the TPU's splash kernels; what they lack, a window over shared prefixes, goes by blocks."""
+def splash(
+    q: Float[Array, "N T H h"],
+    k: Float[Array, "N T K h"],
+    v: Float[Array, "N T K h"],
+    *,
+    segment_ids: Int[Array, "N T"],
+    positions: Int[Array, "N T"],
+    prefix_ids: Int[Array, "N T"] | None = None,
+    window: int | None = None,
+    softcap: float = 0.0,
+    scale: float = 1.0,
+) -> Float[Array, "N T H h"]:
+    """Attend by the TPU's splash kernels; what they lack, a window over shared prefixes, goes by
+    blocks."""
     if window is not None and prefix_ids is not None:
-        return blocks(q, k, v, segment_ids=segment_ids, positions=positions, prefix_ids=prefix_ids, window=window,
-                      softcap=softcap, scale=scale)
-    return attention_kernels.splash(q, k, v, segment_ids=segment_ids, prefix_ids=prefix_ids, window=window,
-                                    softcap=softcap, scale=scale)
+        return blocks(
+            q,
+            k,
+            v,
+            segment_ids=segment_ids,
+            positions=positions,
+            prefix_ids=prefix_ids,
+            window=window,
+            softcap=softcap,
+            scale=scale,
+        )
+    return attention_kernels.splash(
+        q,
+        k,
+        v,
+        segment_ids=segment_ids,
+        prefix_ids=prefix_ids,
+        window=window,
+        softcap=softcap,
+        scale=scale,
+    )
 
 
-def cudnn(q: Float[Array, "N T H h"], k: Float[Array, "N T K h"], v: Float[Array, "N T K h"], *,
-          segment_ids: Int[Array, "N T"], positions: Int[Array, "N T"], prefix_ids: Int[Array, "N T"] | None = None,
-          window: int | None = None, softcap: float = 0.0, scale: float = 1.0) -> Float[Array, "N T H h"]:
+def cudnn(
+    q: Float[Array, "N T H h"],
+    k: Float[Array, "N T K h"],
+    v: Float[Array, "N T K h"],
+    *,
+    segment_ids: Int[Array, "N T"],
+    positions: Int[Array, "N T"],
+    prefix_ids: Int[Array, "N T"] | None = None,
+    window: int | None = None,
+    softcap: float = 0.0,
+    scale: float = 1.0,
+) -> Float[Array, "N T H h"]:
     """Attend by cuDNN's fused kernels; what they lack, float32 and soft caps, goes by blocks."""
     if softcap or q.dtype == jnp.float32:
-        return blocks(q, k, v, segment_ids=segment_ids, positions=positions, prefix_ids=prefix_ids, window=window,
-                      softcap=softcap, scale=scale)
-    return attention_kernels.cudnn(q, k, v, mask(segment_ids, positions, prefix_ids, window), scale=scale)
+        return blocks(
+            q,
+            k,
+            v,
+            segment_ids=segment_ids,
+            positions=positions,
+            prefix_ids=prefix_ids,
+            window=window,
+            softcap=softcap,
+            scale=scale,
+        )
+    return attention_kernels.cudnn(
+        q, k, v, mask(segment_ids, positions, prefix_ids, window), scale=scale
+    )
 
 
 ATTENTION: Mapping[str, Callable[..., jax.Array]] = {

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention by kernels that never hold the [T, T] weights: splash attention on TPUs, cuDNN on NVIDIA GPUs.
+"""Attention by kernels that never hold the [T, T] weights: splash attention on TPUs, cuDNN on
+NVIDIA GPUs.
 
     q [N, T, H, h]   rows over data, fsdp, expert;  T over sequence;  H over tensor
     k [N, T, K, h]   rows likewise, K over tensor;  gathered over sequence, so that a query sees all keys before it
 
-Pallas kernels are opaque to XLA's partitioner, so splash attention runs inside ``shard_map`` over the ambient mesh.
+Pallas kernels are opaque to XLA's partitioner, so splash attention runs inside ``shard_map`` over
+the ambient mesh.
 """
+
 from __future__ import annotations
 
 import functools
@@ -13,40 +16,57 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from align_jax.parallel.mesh import ROWS
 
 LANES = 128  # of a TPU's vector registers: rows are padded to a multiple
-BLOCK = 512  # queries and keys that a kernel works on at once, at most: fits the vector memory with head width 256
-SAVED = "attention"  # what a rematerialisation policy calls the kernel's output and softmax denominators
+# queries and keys that a kernel works on at once, at most: fits the vector memory with head width
+# 256
+BLOCK = 512
+# what a rematerialisation policy calls the kernel's output and softmax denominators
+SAVED = "attention"
 
 
-def splash(q: Float[Array, "N T H h"], k: Float[Array, "N T K h"], v: Float[Array, "N T K h"], *,
-           segment_ids: Int[Array, "N T"], prefix_ids: Int[Array, "N T"] | None = None, window: int | None = None,
-           softcap: float = 0.0, scale: float = 1.0, interpret: bool = False) -> Float[Array, "N T H h"]:
+def splash(
+    q: Float[Array, "N T H h"],
+    k: Float[Array, "N T K h"],
+    v: Float[Array, "N T K h"],
+    *,
+    segment_ids: Int[Array, "N T"],
+    prefix_ids: Int[Array, "N T"] | None = None,
+    window: int | None = None,
+    softcap: float = 0.0,
+    scale: float = 1.0,
+    interpret: bool = False,
+) -> Float[Array, "N T H h"]:
     """Attend by JAX's splash attention kernels (Pallas, TPU), forwards and backwards.
 
     Args:
         q, k, v: queries, keys (both already rotated) and values.
-        segment_ids: as in core.schema.Batch; a query attends to its own segment's keys at or before it.
-        prefix_ids: the shared prompt segment that a token attends to as well: a second kernel over the prompts'
-            keys, merged by the softmax denominators.
-        window: tokens a query sees, itself included, counted by index within its segment; None = all.
+        segment_ids: as in core.schema.Batch; a query attends to its own segment's keys at or before
+            it.
+        prefix_ids: the shared prompt segment that a token attends to as well: a second kernel over
+            the prompts' keys, merged by the softmax denominators.
+        window: tokens a query sees, itself included, counted by index within its segment; None =
+            all.
         softcap: logits become softcap * tanh(logits / softcap); 0 = off.
         scale: factor on q k.
         interpret: run the kernels step by step on any device (tests).
 
     Raises:
-        ValueError: a window with prefix_ids (a prefix's distance is not one of indices), heads that the tensor axis
-            does not divide, or a row that the sequence axis does not divide.
+        ValueError: a window with prefix_ids (a prefix's distance is not one of indices), heads that
+            the tensor axis does not divide, or a row that the sequence axis does not divide.
     """
     if prefix_ids is not None and window is not None:
-        raise ValueError("splash attention has no sliding window over shared prefixes; use another row of ATTENTION")
+        raise ValueError(
+            "splash attention has no sliding window over shared prefixes; use "
+            "another row of ATTENTION"
+        )
     mesh = jax.sharding.get_abstract_mesh()
     sizes = {"sequence": 1, "tensor": 1} if mesh.empty else dict(mesh.shape)
     sequence, tensor = sizes["sequence"], sizes["tensor"]
@@ -57,25 +77,55 @@ def splash(q: Float[Array, "N T H h"], k: Float[Array, "N T K h"], v: Float[Arra
     extra = -length % (LANES * sequence)
     if extra:  # padding attends to padding
         q, k, v = (jnp.pad(x, ((0, 0), (0, extra), (0, 0), (0, 0))) for x in (q, k, v))
-        segment_ids, prefix_ids = (x if x is None else jnp.pad(x, ((0, 0), (0, extra)))
-                                   for x in (segment_ids, prefix_ids))
-    kernel = _kernel(length + extra, heads // tensor, window, softcap, sequence, interpret, prefix_ids is not None)
+        segment_ids, prefix_ids = (
+            x if x is None else jnp.pad(x, ((0, 0), (0, extra))) for x in (segment_ids, prefix_ids)
+        )
+    kernel = _kernel(
+        length + extra,
+        heads // tensor,
+        window,
+        softcap,
+        sequence,
+        interpret,
+        prefix_ids is not None,
+    )
     scaled = (q.astype(jnp.float32) * scale).astype(q.dtype)
     run = functools.partial(_rows, split=sequence > 1)
     if not mesh.empty:
         over = ROWS if rows % math.prod(sizes[axis] for axis in ROWS) == 0 else None
-        by_head, by_token = PartitionSpec(over, "sequence", "tensor", None), PartitionSpec(over, "sequence")
+        by_head, by_token = (
+            PartitionSpec(over, "sequence", "tensor", None),
+            PartitionSpec(over, "sequence"),
+        )
         tables = kernel.manual_sharding_spec(NamedSharding(mesh, PartitionSpec(None, "sequence")))
         run = jax.shard_map(
-            run, mesh=mesh, out_specs=by_head, check_vma=False,
-            in_specs=(tables, by_head, by_head, by_head, by_token, None if prefix_ids is None else by_token))
+            run,
+            mesh=mesh,
+            out_specs=by_head,
+            check_vma=False,
+            in_specs=(
+                tables,
+                by_head,
+                by_head,
+                by_head,
+                by_token,
+                None if prefix_ids is None else by_token,
+            ),
+        )
     out = run(kernel, scaled, k, v, segment_ids, prefix_ids)
     return out[:, :length] if extra else out
 
 
-def cudnn(q: Float[Array, "N T H h"], k: Float[Array, "N T K h"], v: Float[Array, "N T K h"],
-          allowed: Bool[Array, "N T T"], *, scale: float = 1.0) -> Float[Array, "N T H h"]:
-    """Attend by cuDNN's fused kernels (Ampere or newer; bfloat16 or float16; h at most 128, on Hopper 256).
+def cudnn(
+    q: Float[Array, "N T H h"],
+    k: Float[Array, "N T K h"],
+    v: Float[Array, "N T K h"],
+    allowed: Bool[Array, "N T T"],
+    *,
+    scale: float = 1.0,
+) -> Float[Array, "N T H h"]:
+    """Attend by cuDNN's fused kernels (Ampere or newer; bfloat16 or float16; h at most 128, on
+    Hopper 256).
 
     The mask is an [N, 1, T, T] array in the compute dtype; the weights are never held.
 
@@ -84,46 +134,85 @@ def cudnn(q: Float[Array, "N T H h"], k: Float[Array, "N T K h"], v: Float[Array
         allowed: which keys each query attends to.
         scale: factor on q k.
     """
-    return jax.nn.dot_product_attention(q, k, v, mask=allowed[:, None], scale=scale, implementation="cudnn")
+    return jax.nn.dot_product_attention(
+        q, k, v, mask=allowed[:, None], scale=scale, implementation="cudnn"
+    )
 
 
 def _divisible(k: jax.Array, v: jax.Array, heads: int, tensor: int) -> tuple[jax.Array, jax.Array]:
     groups = k.shape[2]
     if heads % tensor:
         raise ValueError(f"{heads} query heads cannot be split over mesh.tensor={tensor}")
-    if groups % tensor:  # fewer key-value heads than devices: each device gets a copy of the ones it needs
+    # fewer key-value heads than devices: each device gets a copy of the ones it needs
+    if groups % tensor:
         if tensor % groups:
-            raise ValueError(f"{groups} key-value heads cannot be split over, nor copied to, mesh.tensor={tensor}")
+            raise ValueError(
+                f"{groups} key-value heads cannot be split over, nor copied to, "
+                f"mesh.tensor={tensor}"
+            )
         k, v = (jnp.repeat(x, tensor // groups, axis=2) for x in (k, v))
     return k, v
 
 
-def _kernel(length: int, heads: int, window: int | None, softcap: float, sequence: int, interpret: bool,
-            merging: bool) -> kernels.SplashAttentionKernel:
+def _kernel(
+    length: int,
+    heads: int,
+    window: int | None,
+    softcap: float,
+    sequence: int,
+    interpret: bool,
+    merging: bool,
+) -> kernels.SplashAttentionKernel:
     """Make the kernel of one device's heads; its block tables are split over the sequence axis."""
     shape = (length, length)
-    mask = masks.CausalMask(shape, shard_count=sequence) if window is None else masks.LocalMask(
-        shape, (window - 1, 0), 0, shard_count=sequence)
+    mask = (
+        masks.CausalMask(shape, shard_count=sequence)
+        if window is None
+        else masks.LocalMask(shape, (window - 1, 0), 0, shard_count=sequence)
+    )
     blocks = (BLOCK, 384, 256, LANES)
     queries = next(size for size in blocks if length // sequence % size == 0)
     keys = next(size for size in blocks if length % size == 0)
     sizes = kernels.BlockSizes(
-        block_q=queries, block_kv=keys, block_kv_compute=keys, block_q_dkv=queries, block_kv_dkv=keys,
-        block_kv_dkv_compute=keys, block_q_dq=queries, block_kv_dq=keys)
+        block_q=queries,
+        block_kv=keys,
+        block_kv_compute=keys,
+        block_q_dkv=queries,
+        block_kv_dkv=keys,
+        block_kv_dkv_compute=keys,
+        block_q_dq=queries,
+        block_kv_dq=keys,
+    )
     return kernels.make_splash_mha(
-        masks.MultiHeadMask([mask] * heads), block_sizes=sizes, head_shards=1, q_seq_shards=sequence,
-        attn_logits_soft_cap=softcap or None, residual_checkpoint_name=None if merging else SAVED,
-        save_residuals=merging, interpret=interpret)
+        masks.MultiHeadMask([mask] * heads),
+        block_sizes=sizes,
+        head_shards=1,
+        q_seq_shards=sequence,
+        attn_logits_soft_cap=softcap or None,
+        residual_checkpoint_name=None if merging else SAVED,
+        save_residuals=merging,
+        interpret=interpret,
+    )
 
 
-def _rows(kernel: kernels.SplashAttentionKernel, q: jax.Array, k: jax.Array, v: jax.Array, segment_ids: jax.Array,
-          prefix_ids: jax.Array | None, *, split: bool) -> jax.Array:
+def _rows(
+    kernel: kernels.SplashAttentionKernel,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids: jax.Array,
+    prefix_ids: jax.Array | None,
+    *,
+    split: bool,
+) -> jax.Array:
     """Run the kernel on one device's rows: [N, T, H, h] -> [N, T, H, h]."""
     key_ids = segment_ids
     if split:
-        # gathered here, not by the arguments' sharding: XLA would gather what they are made of, which is wider, and
-        # the gradients of keys and values are then scattered as they are summed
-        k, v, key_ids = (jax.lax.all_gather(x, "sequence", axis=1, tiled=True) for x in (k, v, key_ids))
+        # gathered here, not by the arguments' sharding: XLA would gather what they are made of,
+        # which is wider, and the gradients of keys and values are then scattered as they are summed
+        k, v, key_ids = (
+            jax.lax.all_gather(x, "sequence", axis=1, tiled=True) for x in (k, v, key_ids)
+        )
 
     def row(q, k, v, query_ids, key_ids, prefix_ids):
         q, k, v = (x.swapaxes(0, 1) for x in (q, k, v))  # [T, H, h] -> [H, T, h]
@@ -136,13 +225,20 @@ def _rows(kernel: kernels.SplashAttentionKernel, q: jax.Array, k: jax.Array, v: 
     return jax.vmap(row)(q, k, v, segment_ids, key_ids, prefix_ids)
 
 
-def _merged(kernel: kernels.SplashAttentionKernel, q: jax.Array, k: jax.Array, v: jax.Array, own: Any,
-            prompt: Any) -> jax.Array:
+def _merged(
+    kernel: kernels.SplashAttentionKernel,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    own: Any,
+    prompt: Any,
+) -> jax.Array:
     """Attend to two disjoint sets of keys as if they were one.
 
-    With l_i = log sum exp of the logits of set i and l = log(e^l_1 + e^l_2), the output is sum_i e^(l_i - l) o_i; and
-    the gradient of each set's q, k, v is its kernel's own backward pass given l and the merged output, because all
-    that it takes from the forward pass is p = exp(logits - l) and sum(o do).
+    With l_i = log sum exp of the logits of set i and l = log(e^l_1 + e^l_2), the output is sum_i
+    e^(l_i - l) o_i; and the gradient of each set's q, k, v is its kernel's own backward pass given
+    l and the merged output, because all that it takes from the forward pass is p = exp(logits - l)
+    and sum(o do).
     """
     options = kernel.kwargs
     static = tuple(options[name] for name in ("mask_value", "is_mqa", "block_sizes"))
@@ -153,17 +249,35 @@ def _merged(kernel: kernels.SplashAttentionKernel, q: jax.Array, k: jax.Array, v
         return forward(q, k, v, ids, tables)[0]
 
     def forward(q, k, v, ids, tables):
-        parts = [kernels.SplashAttentionKernel(*tables, **options)(q, k, v, segments) for segments in ids]
+        parts = [
+            kernels.SplashAttentionKernel(*tables, **options)(q, k, v, segments) for segments in ids
+        ]
         total = functools.reduce(jnp.logaddexp, (log_sum for _, (log_sum,) in parts))  # [H, T]
-        out = sum(part.astype(jnp.float32) * jnp.exp(log_sum - total)[..., None] for part, (log_sum,) in parts)
-        out, total = (jax.ad_checkpoint.checkpoint_name(x, SAVED) for x in (out.astype(q.dtype), total))
+        out = sum(
+            part.astype(jnp.float32) * jnp.exp(log_sum - total)[..., None]
+            for part, (log_sum,) in parts
+        )
+        out, total = (
+            jax.ad_checkpoint.checkpoint_name(x, SAVED) for x in (out.astype(q.dtype), total)
+        )
         return out, (q, k, v, ids, tables, out, total)
 
     def backward(saved, d_out):
         q, k, v, ids, (_, dq_table, dkv_table), out, total = saved
-        gradients = [kernels._splash_attention_bwd(  # the public function cannot be given the merged denominators
-            False, *static, None, options["mask_function"], options["attn_logits_soft_cap"], options["interpret"],
-            (q, k, v, segments, None, out, total, dq_table, dkv_table), d_out)[3:6] for segments in ids]
+        # the public function cannot be given the merged denominators
+        gradients = [
+            kernels._splash_attention_bwd(
+                False,
+                *static,
+                None,
+                options["mask_function"],
+                options["attn_logits_soft_cap"],
+                options["interpret"],
+                (q, k, v, segments, None, out, total, dq_table, dkv_table),
+                d_out,
+            )[3:6]
+            for segments in ids
+        ]
         return *(sum(parts) for parts in zip(*gradients)), None, None
 
     attend.defvjp(forward, backward)

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The key-value cache of generation: what each row has seen, slot by slot.
 
-Rows advance on their own: a row's next token goes to its own next free slot, whatever the other rows' lengths.  Where
-every layer has a window, the slots are a ring: token t of a row stands in slot t % C, over the token that no window
-reaches any more.
+Rows advance on their own: a row's next token goes to its own next free slot, whatever the other
+rows' lengths.  Where every layer has a window, the slots are a ring: token t of a row stands in
+slot t % C, over the token that no window reaches any more.
 """
+
 from __future__ import annotations
 
 from typing import NamedTuple
@@ -24,12 +25,18 @@ class Cache(NamedTuple):
     length: Int[Array, "N"]  # tokens seen
 
 
-AXES = Cache(keys=("layers", "rows", None, "kv_heads", "head"), values=("layers", "rows", None, "kv_heads", "head"),
-             segment_ids=("rows", None), positions=("rows", None), length=("rows",))
+AXES = Cache(
+    keys=("layers", "rows", None, "kv_heads", "head"),
+    values=("layers", "rows", None, "kv_heads", "head"),
+    segment_ids=("rows", None),
+    positions=("rows", None),
+    length=("rows",),
+)
 
 
 def slots(windows: tuple[int, ...], length: int) -> int:
-    """Return how many slots rows of up to ``length`` tokens need, given the layers' windows (0 = none)."""
+    """Return how many slots rows of up to ``length`` tokens need, given the layers' windows (0 =
+    none)."""
     return min(length, max(windows)) if all(windows) else length
 
 
@@ -39,7 +46,8 @@ def is_ring(windows: tuple[int, ...], slots: int) -> bool:
 
 
 def held(ends: Int[Array, "N"], slots: int) -> Int[Array, "N C"]:
-    """Return which of a row's tokens [0, end) each slot holds when the row was written round and round; -1 = none."""
+    """Return which of a row's tokens [0, end) each slot holds when the row was written round and
+    round; -1 = none."""
     slot = jnp.arange(slots, dtype=jnp.int32)[None]
     return jnp.maximum(slot + slots * ((ends[:, None] - 1 - slot) // slots), -1)
 

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a decoder is: one frozen, hashable description that serves every family.
 
-A family's file turns a Hugging Face configuration into a ModelConfig; the transformer reads nothing else.
+A family's file turns a Hugging Face configuration into a ModelConfig; the transformer reads nothing
+else.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -39,12 +41,14 @@ class ModelConfig:
 
     Attributes:
         family: Hugging Face ``model_type``.
-        vocab_size: token ids in use; ``vocab_rows`` >= it are the rows of the embedding table (padded to divide the
-            mesh); logits beyond ``vocab_size`` are the lowest float32.
+        vocab_size: token ids in use; ``vocab_rows`` >= it are the rows of the embedding table
+            (padded to divide the mesh); logits beyond ``vocab_size`` are the lowest float32.
         windows: a window for each layer, in tokens, the token itself included; 0 = the whole row.
-        ropes, layer_ropes: the distinct rotary embeddings, and each layer's index among them (-1: none).
+        ropes, layer_ropes: the distinct rotary embeddings, and each layer's index among them (-1:
+            none).
         qk_norm: "" none, "head" over each head's features, "full" over all heads' features.
-        norm_inputs, norm_outputs: whether the attention's and MLP's inputs and outputs are normalised.
+        norm_inputs, norm_outputs: whether the attention's and MLP's inputs and outputs are
+            normalised.
         hf: the Hugging Face configuration it came from, as JSON; exported again with what changed.
     """
 
@@ -89,30 +93,50 @@ class ModelConfig:
     def __post_init__(self):
         for name in ("windows", "layer_ropes"):
             if len(getattr(self, name)) != self.num_layers:
-                raise ValueError(f"{self.family}: {name} needs {self.num_layers} entries, one a layer; "
-                                 f"got {len(getattr(self, name))}")
+                raise ValueError(
+                    f"{self.family}: {name} needs {self.num_layers} entries, one a "
+                    "layer; "
+                    f"got {len(getattr(self, name))}"
+                )
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"{self.family}: {self.num_heads} query heads are not divisible by "
-                             f"{self.num_kv_heads} key-value heads")
+            raise ValueError(
+                f"{self.family}: {self.num_heads} query heads are not divisible by "
+                f"{self.num_kv_heads} key-value heads"
+            )
         if self.vocab_rows < self.vocab_size:
-            raise ValueError(f"{self.family}: vocab_rows {self.vocab_rows} < vocab_size {self.vocab_size}")
+            raise ValueError(
+                f"{self.family}: vocab_rows {self.vocab_rows} < vocab_size {self.vocab_size}"
+            )
 
     @property
     def sizes(self) -> dict[str, int]:
-        """The dimension letters' sizes (core/schema.py; d is D again, X a learned table's positions)."""
-        return {"D": self.width, "d": self.width, "H": self.num_heads, "K": self.num_kv_heads, "h": self.head_width,
-                "F": self.ffn_width, "V": self.vocab_rows, "E": self.num_experts, "L": self.num_layers,
-                "X": self.max_positions + self.position_offset}
+        """The dimension letters' sizes (core/schema.py; d is D again, X a learned table's
+        positions)."""
+        return {
+            "D": self.width,
+            "d": self.width,
+            "H": self.num_heads,
+            "K": self.num_kv_heads,
+            "h": self.head_width,
+            "F": self.ffn_width,
+            "V": self.vocab_rows,
+            "E": self.num_experts,
+            "L": self.num_layers,
+            "X": self.max_positions + self.position_offset,
+        }
 
     def padded(self, multiple: int) -> ModelConfig:
-        """Return the same model with its embedding table's rows padded to a multiple (so that a mesh divides them)."""
+        """Return the same model with its embedding table's rows padded to a multiple (so that a
+        mesh divides them)."""
         return dataclasses.replace(self, vocab_rows=-(-self.vocab_size // multiple) * multiple)
 
     def resized(self, vocab_size: int) -> ModelConfig:
         """Return the same model for a vocabulary of another size (new tokens, or fewer)."""
         return dataclasses.replace(self, vocab_size=vocab_size, vocab_rows=vocab_size)
 
-    def to_hf(self, *, architecture: str | None = None, dtype: str | None = None, **changes: Any) -> dict[str, Any]:
+    def to_hf(
+        self, *, architecture: str | None = None, dtype: str | None = None, **changes: Any
+    ) -> dict[str, Any]:
         """Return the Hugging Face configuration: the one it came from, with what changed since.
 
         Args:
@@ -132,12 +156,16 @@ class ModelConfig:
 def complete(hf: Mapping[str, Any]) -> dict[str, Any]:
     """Fill in a Hugging Face configuration's defaults and bring old spellings to the present ones.
 
-    Configurations are saved without what equals the default, and older ones spell positions as ``rope_theta`` and
-    ``rope_scaling``; transformers knows both.
+    Configurations are saved without what equals the default, and older ones spell positions as
+    ``rope_theta`` and ``rope_scaling``; transformers knows both.
     """
     from transformers import CONFIG_MAPPING  # here, because importing it takes seconds
 
-    known = {key: value for key, value in hf.items() if key not in ("transformers_version", "_name_or_path")}
+    known = {
+        key: value
+        for key, value in hf.items()
+        if key not in ("transformers_version", "_name_or_path")
+    }
     return CONFIG_MAPPING[hf["model_type"]].from_dict(known).to_dict()
 
 
@@ -156,8 +184,16 @@ def rope_from_hf(parameters: Mapping[str, Any], head_width: int, max_positions: 
     width = int(head_width * options.pop("partial_rotary_factor", 1.0))
     if kind != "default":
         options.setdefault("max_position_embeddings", max_positions)
-    frozen = tuple(sorted((key, tuple(value) if isinstance(value, (list, tuple)) else value)
-                          for key, value in options.items())) if kind != "default" else ()
+    frozen = (
+        tuple(
+            sorted(
+                (key, tuple(value) if isinstance(value, (list, tuple)) else value)
+                for key, value in options.items()
+            )
+        )
+        if kind != "default"
+        else ()
+    )
     return Rope(theta=theta, width=width, kind=kind, options=frozen)
 
 
@@ -170,22 +206,41 @@ def decoder_config(hf: Mapping[str, Any], full: Mapping[str, Any], **changes: An
         changes: ModelConfig fields that differ from Llama's reading.
     """
     heads = full["num_attention_heads"]
-    head_width = changes.pop("head_width", None) or full.get("head_dim") or full["hidden_size"] // heads
+    head_width = (
+        changes.pop("head_width", None) or full.get("head_dim") or full["hidden_size"] // heads
+    )
     layers = full["num_hidden_layers"]
     max_positions = full["max_position_embeddings"]
     window = full.get("sliding_window") or 0
     types = full.get("layer_types")
-    windows = (window,) * layers if types is None else tuple(
-        window if kind == "sliding_attention" else 0 for kind in types)
+    windows = (
+        (window,) * layers
+        if types is None
+        else tuple(window if kind == "sliding_attention" else 0 for kind in types)
+    )
     fields = dict(
-        family=full["model_type"], vocab_size=full["vocab_size"], vocab_rows=full["vocab_size"], num_layers=layers,
-        width=full["hidden_size"], num_heads=heads, num_kv_heads=full.get("num_key_value_heads") or heads,
-        head_width=head_width, ffn_width=full["intermediate_size"], max_positions=max_positions,
-        activation=full.get("hidden_act", "silu"), norm_eps=full.get("rms_norm_eps", 1e-6),
-        attention_bias=bool(full.get("attention_bias", False)), output_bias=bool(full.get("attention_bias", False)),
-        mlp_bias=bool(full.get("mlp_bias", False)), tied=bool(full.get("tie_word_embeddings", False)),
-        query_scale=head_width ** -0.5, windows=windows, init_std=full.get("initializer_range", 0.02),
-        layer_ropes=(0,) * layers, hf=json.dumps(dict(hf), sort_keys=True))
+        family=full["model_type"],
+        vocab_size=full["vocab_size"],
+        vocab_rows=full["vocab_size"],
+        num_layers=layers,
+        width=full["hidden_size"],
+        num_heads=heads,
+        num_kv_heads=full.get("num_key_value_heads") or heads,
+        head_width=head_width,
+        ffn_width=full["intermediate_size"],
+        max_positions=max_positions,
+        activation=full.get("hidden_act", "silu"),
+        norm_eps=full.get("rms_norm_eps", 1e-6),
+        attention_bias=bool(full.get("attention_bias", False)),
+        output_bias=bool(full.get("attention_bias", False)),
+        mlp_bias=bool(full.get("mlp_bias", False)),
+        tied=bool(full.get("tie_word_embeddings", False)),
+        query_scale=head_width**-0.5,
+        windows=windows,
+        init_std=full.get("initializer_range", 0.02),
+        layer_ropes=(0,) * layers,
+        hf=json.dumps(dict(hf), sort_keys=True),
+    )
     if "ropes" not in changes:
         fields["ropes"] = (rope_from_hf(full["rope_parameters"], head_width, max_positions),)
     return ModelConfig(**(fields | changes))

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Scalar heads on the hidden states: rewards and values, computed in float32."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -25,7 +26,9 @@ class Dense(nn.Module):
         kernel = parameter(self, "kernel", normal(self.std), (self.inputs, self.outputs), self.axes)
         y = contract(x, kernel.astype(jnp.float32), 1)
         if self.bias:
-            bias = parameter(self, "bias", zeros, (self.outputs,), (self.axes[1],)).astype(jnp.float32)
+            bias = parameter(self, "bias", zeros, (self.outputs,), (self.axes[1],)).astype(
+                jnp.float32
+            )
             y = y + jnp.expand_dims(bias, tuple(range(y.ndim - 1)))
         return y
 
@@ -42,7 +45,9 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, hidden: jax.Array) -> jax.Array:
         std = (self.width + 1) ** -0.5
-        return Dense(self.width, 1, ("embed", "score"), self.bias, std, name="out")(hidden.astype(jnp.float32))[..., 0]
+        return Dense(self.width, 1, ("embed", "score"), self.bias, std, name="out")(
+            hidden.astype(jnp.float32)
+        )[..., 0]
 
 
 class Mlp(nn.Module):
@@ -52,10 +57,12 @@ class Mlp(nn.Module):
 
     @nn.compact
     def __call__(self, hidden: jax.Array) -> jax.Array:
-        std = self.width ** -0.5
+        std = self.width**-0.5
         x = jax.lax.stop_gradient(hidden.astype(jnp.float32))
         x = jax.nn.relu(Dense(self.width, self.width, ("embed", "ffn"), True, std, name="first")(x))
-        x = jax.nn.relu(Dense(self.width, self.width, ("ffn", "embed"), True, std, name="second")(x))
+        x = jax.nn.relu(
+            Dense(self.width, self.width, ("ffn", "embed"), True, std, name="second")(x)
+        )
         return Dense(self.width, 1, ("embed", "score"), True, std, name="out")(x)[..., 0]
 
 

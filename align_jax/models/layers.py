@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The modules a block is made of: linear maps (with their adapters), norms, embeddings.
 
-Parameters are stored in any float type and cast to the compute type where they are used; norms compute in float32.
-Each parameter's logical axes are declared where it is made, in a box that ``build`` takes off at once.
+Parameters are stored in any float type and cast to the compute type where they are used; norms
+compute in float32. Each parameter's logical axes are declared where it is made, in a box that
+``build`` takes off at once.
 """
+
 from __future__ import annotations
 
 import math
@@ -45,7 +47,7 @@ class Named(flax.struct.PyTreeNode, meta.AxisMetadata):
         return self.replace(names=self.names[:index] + (params["name"],) + self.names[index:])
 
     def remove_axis(self, index: int, params: Mapping[str, Any]) -> Named:
-        return self.replace(names=self.names[:index] + self.names[index + 1:])
+        return self.replace(names=self.names[:index] + self.names[index + 1 :])
 
 
 def normal(std: float) -> Callable[..., jax.Array]:
@@ -53,12 +55,17 @@ def normal(std: float) -> Callable[..., jax.Array]:
     return lambda key, shape: std * jax.random.normal(key, shape, jnp.float32)
 
 
-def parameter(module: nn.Module, name: str, init: Callable[..., jax.Array], shape: tuple[int, ...],
-              axes: tuple[str | None, ...]) -> Any:
+def parameter(
+    module: nn.Module,
+    name: str,
+    init: Callable[..., jax.Array],
+    shape: tuple[int, ...],
+    axes: tuple[str | None, ...],
+) -> Any:
     """Make or fetch a parameter.
 
-    Fetching takes whatever stands in the tree (an array, or a quantised one that knows how to become an array); shapes
-    are checked once, on import.
+    Fetching takes whatever stands in the tree (an array, or a quantised one that knows how to
+    become an array); shapes are checked once, on import.
     """
     if module.is_initializing():
         return module.param(name, lambda key: Named(init(key, shape), axes))
@@ -98,7 +105,11 @@ class Linear(nn.Module):
         shape = self.inputs + self.outputs
         kernel = parameter(self, "kernel", normal(self.init_std), shape, self.axes)
         quantized = isinstance(kernel, Quantized)
-        y = product(x, kernel, count) if quantized else contract(x, array(kernel, self.dtype), count, self.result)
+        y = (
+            product(x, kernel, count)
+            if quantized
+            else contract(x, array(kernel, self.dtype), count, self.result)
+        )
         if self.lora is not None:
             y = self._adapt(x, y, kernel)
         if self.bias:
@@ -110,27 +121,41 @@ class Linear(nn.Module):
     def _adapt(self, x: jax.Array, y: jax.Array, kernel: Any) -> jax.Array:
         lora, count = self.lora, len(self.inputs)
         bound = 1 / math.sqrt(math.prod(self.inputs))
-        down = parameter(self, "lora_a", uniform(bound), (*self.inputs, lora.rank), (*self.axes[:count], "rank"))
-        up = parameter(self, "lora_b", zeros, (lora.rank, *self.outputs), ("rank", *self.axes[count:]))
+        down = parameter(
+            self, "lora_a", uniform(bound), (*self.inputs, lora.rank), (*self.axes[:count], "rank")
+        )
+        up = parameter(
+            self, "lora_b", zeros, (lora.rank, *self.outputs), ("rank", *self.axes[count:])
+        )
         if lora.dropout and self.has_rng("dropout"):
             x = nn.Dropout(lora.dropout)(x, deterministic=False)
-        delta = contract(contract(x, array(down, self.dtype), count), array(up, self.dtype), 1) * lora.scale
+        delta = (
+            contract(contract(x, array(down, self.dtype), count), array(up, self.dtype), 1)
+            * lora.scale
+        )
         if not lora.dora:
             return y + delta
-        magnitude = parameter(self, "lora_m", ones, self.outputs, self.axes[count:]).astype(jnp.float32)
-        # the norm is a constant for the gradient (Liu et al. 2024, DoRA, arXiv 2402.09353, section 4.3)
+        magnitude = parameter(self, "lora_m", ones, self.outputs, self.axes[count:]).astype(
+            jnp.float32
+        )
+        # the norm is a constant for the gradient (Liu et al. 2024, DoRA, arXiv 2402.09353, section
+        # 4.3)
         norm = column_norm(*jax.lax.stop_gradient((kernel, down, up)), lora.scale)
         factor = (magnitude / norm).astype(self.dtype)
         return (y + delta) * jnp.expand_dims(factor, tuple(range(y.ndim - factor.ndim)))
 
 
 def contract(x: jax.Array, kernel: jax.Array, count: int, result: Any = None) -> jax.Array:
-    """Contract the last ``count`` axes of x with the first of the kernel; ``result`` is the sums' type if another."""
+    """Contract the last ``count`` axes of x with the first of the kernel; ``result`` is the sums'
+    type if another."""
     return jnp.tensordot(x, kernel, axes=count, preferred_element_type=result)
 
 
-def column_norm(kernel: jax.Array | Quantized, down: jax.Array, up: jax.Array, scale: float) -> jax.Array:
-    """Return the norm over the inputs of W + scale * A B, float32 [*outputs], without making that matrix.
+def column_norm(
+    kernel: jax.Array | Quantized, down: jax.Array, up: jax.Array, scale: float
+) -> jax.Array:
+    """Return the norm over the inputs of W + scale * A B, float32 [*outputs], without making that
+    matrix.
 
     ||W + s A B||^2 = ||W||^2 + 2 s <A^T W, B> + s^2 <A^T A B, B>, all over the rank or the inputs of one output.
     """
@@ -138,8 +163,10 @@ def column_norm(kernel: jax.Array | Quantized, down: jax.Array, up: jax.Array, s
     inputs = tuple(range(down.ndim - 1))
     seen = jnp.tensordot(down, kernel, axes=(inputs, inputs))  # A^T W [r, *outputs]
     gram = jnp.tensordot(down, down, axes=(inputs, inputs))  # A^T A [r, r]
-    cross = jnp.sum((2 * scale * seen + scale ** 2 * jnp.tensordot(gram, up, axes=1)) * up, axis=0)
-    return jnp.sqrt(jnp.maximum(jnp.sum(jnp.square(kernel), axis=inputs) + cross, jnp.finfo(jnp.float32).tiny))
+    cross = jnp.sum((2 * scale * seen + scale**2 * jnp.tensordot(gram, up, axes=1)) * up, axis=0)
+    return jnp.sqrt(
+        jnp.maximum(jnp.sum(jnp.square(kernel), axis=inputs) + cross, jnp.finfo(jnp.float32).tiny)
+    )
 
 
 def zeros(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -176,7 +203,9 @@ class Norm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         over = tuple(range(-len(self.shape), 0))
-        scale = parameter(self, "scale", zeros if self.offset else ones, self.shape, self.axes).astype(jnp.float32)
+        scale = parameter(
+            self, "scale", zeros if self.offset else ones, self.shape, self.axes
+        ).astype(jnp.float32)
         y = x.astype(jnp.float32)
         if self.kind == "layer":
             y = y - jnp.mean(y, axis=over, keepdims=True)

@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Low-rank adapters: what they are, where they go, and the trees of trained and frozen parameters.
 
-An adapter's parameters (``lora_a``, ``lora_b``, and DoRA's ``lora_m``) stand beside the ``kernel`` they adapt, so the
-policy's tree is the frozen base with the trained leaves laid over it: ``merge(base, trainable)``.
+An adapter's parameters (``lora_a``, ``lora_b``, and DoRA's ``lora_m``) stand beside the ``kernel``
+they adapt, so the policy's tree is the frozen base with the trained leaves laid over it:
+``merge(base, trainable)``.
 
     y = x W + scale * (x A) B
 
 References:
-    Hu et al. 2021, LoRA (arXiv 2106.09685); Kalajdzievski 2023, rsLoRA (arXiv 2312.03732); Liu et al. 2024, DoRA (arXiv
-    2402.09353), equation 5.
+    Hu et al. 2021, LoRA (arXiv 2106.09685); Kalajdzievski 2023, rsLoRA (arXiv 2312.03732); Liu et
+    al. 2024, DoRA (arXiv 2402.09353), equation 5.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -36,8 +38,8 @@ class LoraConfig:
         rank: width of the bottleneck.
         alpha: the adapter's output is scaled by alpha / rank (rank-stabilised: alpha / sqrt(rank)).
         dropout: on the adapter's input, in training.
-        targets: regular expression matched in full against "attention/query", "attention/key", "attention/value",
-            "attention/output", "mlp/gate", "mlp/up", "mlp/down".
+        targets: regular expression matched in full against "attention/query", "attention/key",
+            "attention/value", "attention/output", "mlp/gate", "mlp/up", "mlp/down".
         rank_stabilised: rsLoRA.
         dora: train each output's magnitude beside the direction.
     """
@@ -51,7 +53,9 @@ class LoraConfig:
 
     def __post_init__(self):
         if self.rank < 1:
-            raise ValueError(f"LoRA rank must be at least 1, got {self.rank} (for a full fine-tune leave it out)")
+            raise ValueError(
+                f"LoRA rank must be at least 1, got {self.rank} (for a full fine-tune leave it out)"
+            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"LoRA dropout must be in [0, 1), got {self.dropout}")
 
@@ -75,7 +79,9 @@ def merge(base: Tree, trainable: Tree) -> dict[str, Any]:
     for key, value in trainable.items():
         inner = isinstance(value, Mapping)
         if key in base and inner != isinstance(base[key], Mapping):
-            raise ValueError(f"cannot merge parameter trees: {key!r} is a leaf in one and a subtree in the other")
+            raise ValueError(
+                f"cannot merge parameter trees: {key!r} is a leaf in one and a subtree in the other"
+            )
         out[key] = merge(base.get(key, {}), value) if inner else value
     return out
 
@@ -93,6 +99,7 @@ def split(params: Tree, pattern: str) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises:
         ValueError: nothing matches.
     """
+
     def walk(node: Tree, path: str) -> tuple[dict[str, Any], dict[str, Any]]:
         matching, rest = {}, {}
         for key, value in node.items():
@@ -113,7 +120,15 @@ def split(params: Tree, pattern: str) -> tuple[dict[str, Any], dict[str, Any]]:
     return matching, rest
 
 
-TARGETS = ("attention/query", "attention/key", "attention/value", "attention/output", "mlp/gate", "mlp/up", "mlp/down")
+TARGETS = (
+    "attention/query",
+    "attention/key",
+    "attention/value",
+    "attention/output",
+    "mlp/gate",
+    "mlp/up",
+    "mlp/down",
+)
 
 
 def check_targets(lora: LoraConfig, gated: bool, experts: bool) -> None:
@@ -122,17 +137,25 @@ def check_targets(lora: LoraConfig, gated: bool, experts: bool) -> None:
     Raises:
         ValueError: it matches none, or experts, which take no adapter.
     """
-    known = [name for name in TARGETS if (gated or name != "mlp/gate") and not (experts and name.startswith("mlp/"))]
+    known = [
+        name
+        for name in TARGETS
+        if (gated or name != "mlp/gate") and not (experts and name.startswith("mlp/"))
+    ]
     refused = [name for name in TARGETS if experts and name.startswith("mlp/") and lora.on(name)]
     if refused:
-        raise ValueError(f"LoRA targets {lora.targets!r} match {', '.join(refused)}, but experts take no adapter; "
-                         "adapt the attention: 'attention/.*'")
+        raise ValueError(
+            f"LoRA targets {lora.targets!r} match {', '.join(refused)}, but experts "
+            "take no adapter; "
+            "adapt the attention: 'attention/.*'"
+        )
     if not any(lora.on(name) for name in known):
         raise ValueError(f"LoRA targets {lora.targets!r} match none of {known}")
 
 
 def fresh(key: jax.Array, shapes: Tree, base: Tree) -> dict[str, Any]:
-    """Return an untrained adapter: A uniform in +-1/sqrt(inputs), B zero, magnitudes the base's column norms.
+    """Return an untrained adapter: A uniform in +-1/sqrt(inputs), B zero, magnitudes the base's
+    column norms.
 
     Args:
         key: random key.
@@ -143,8 +166,11 @@ def fresh(key: jax.Array, shapes: Tree, base: Tree) -> dict[str, Any]:
     for index, (name, node) in enumerate(sorted(shapes.items())):
         if not isinstance(node, Mapping):
             continue
-        inner = _pair(jax.random.fold_in(key, index), node, base[name]) if "lora_a" in node else fresh(
-            jax.random.fold_in(key, index), node, base[name])
+        inner = (
+            _pair(jax.random.fold_in(key, index), node, base[name])
+            if "lora_a" in node
+            else fresh(jax.random.fold_in(key, index), node, base[name])
+        )
         if inner:
             out[name] = inner
     return out
@@ -153,11 +179,16 @@ def fresh(key: jax.Array, shapes: Tree, base: Tree) -> dict[str, Any]:
 def _pair(key: jax.Array, shapes: Tree, base: Tree) -> dict[str, jax.Array]:
     a, b = shapes["lora_a"], shapes["lora_b"]
     bound = 1 / math.sqrt(math.prod(a.shape[1:-1]))  # axis 0 is the layers
-    pair = {"lora_a": jax.random.uniform(key, a.shape, a.dtype, -bound, bound), "lora_b": jnp.zeros(b.shape, b.dtype)}
+    pair = {
+        "lora_a": jax.random.uniform(key, a.shape, a.dtype, -bound, bound),
+        "lora_b": jnp.zeros(b.shape, b.dtype),
+    }
     if "lora_m" in shapes:
         inputs = tuple(range(1, a.ndim - 1))
         kernel = base["kernel"].astype(jnp.float32)
-        pair["lora_m"] = jnp.sqrt(jnp.sum(jnp.square(kernel), axis=inputs)).astype(shapes["lora_m"].dtype)
+        pair["lora_m"] = jnp.sqrt(jnp.sum(jnp.square(kernel), axis=inputs)).astype(
+            shapes["lora_m"].dtype
+        )
     return pair
 
 
@@ -167,8 +198,9 @@ LEAVES = ("lora_a", "lora_b", "lora_m")
 def fold(params: Tree, lora: LoraConfig) -> dict[str, Any]:
     """Merge an adapter into the kernels that it stands beside.
 
-    W + scale * A B, with DoRA m * (W + scale * A B) / ||W + scale * A B||; in float32, one layer at a time, and back in
-    the kernel's own type and place.  A quantised base becomes what it stands for: the adapter was trained on that.
+    W + scale * A B, with DoRA m * (W + scale * A B) / ||W + scale * A B||; in float32, one layer at
+    a time, and back in the kernel's own type and place.  A quantised base becomes what it stands
+    for: the adapter was trained on that.
 
     Args:
         params: the policy's tree: the base with the adapter's leaves laid over it.
@@ -180,7 +212,9 @@ def fold(params: Tree, lora: LoraConfig) -> dict[str, Any]:
     out = {}
     for name, node in params.items():
         if not isinstance(node, Mapping):
-            out[name] = jax.jit(lambda x: x.astype(x.dtype))(node) if isinstance(node, Quantized) else node
+            out[name] = (
+                jax.jit(lambda x: x.astype(x.dtype))(node) if isinstance(node, Quantized) else node
+            )
         elif "lora_a" in node:
             rest = {key: value for key, value in node.items() if key not in LEAVES}
             out[name] = rest | {"kernel": _folded(node, lora.scale)}

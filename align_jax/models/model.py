@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """A model as the rest of the code sees it: pure functions over nested dicts.
 
-    model = build(config, compute_dtype="bfloat16", remat="full")
-    params = model.init(key)
-    hidden, aux = model.hidden(params, tokens, segment_ids, positions)
-    logits = model.unembed(params, hidden)
+model = build(config, compute_dtype="bfloat16", remat="full")
+params = model.init(key)
+hidden, aux = model.hidden(params, tokens, segment_ids, positions)
+logits = model.unembed(params, hidden)
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -53,8 +54,11 @@ class Model:
 
     def _boxed(self) -> Any:
         ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-        return jax.eval_shape(lambda key, ids: self._module.init(key, ids, method="everything"),
-                              jax.random.key(0), ids)["params"]
+        return jax.eval_shape(
+            lambda key, ids: self._module.init(key, ids, method="everything"),
+            jax.random.key(0),
+            ids,
+        )["params"]
 
     def init(self, key: jax.Array, dtype: Any = jnp.float32) -> dict[str, Any]:
         """Return random parameters (normal, the config's initializer_range) as nested dicts.
@@ -64,20 +68,34 @@ class Model:
             dtype: the parameters' type.
         """
         boxed = self._module.init(key, jnp.zeros((1, 1), jnp.int32), method="everything")["params"]
-        return jax.tree.map(lambda box: box.value.astype(dtype), boxed, is_leaf=lambda node: isinstance(node, Named))
+        return jax.tree.map(
+            lambda box: box.value.astype(dtype), boxed, is_leaf=lambda node: isinstance(node, Named)
+        )
 
     def axes(self) -> dict[str, Any]:
         """Return the tree of tuples of logical axis names, parallel to the parameters."""
-        return jax.tree.map(lambda box: box.names, self._boxed(), is_leaf=lambda node: isinstance(node, Named))
+        return jax.tree.map(
+            lambda box: box.names, self._boxed(), is_leaf=lambda node: isinstance(node, Named)
+        )
 
     def shapes(self, dtype: Any = jnp.float32) -> dict[str, Any]:
         """Return the parameters' shapes as a tree of jax.ShapeDtypeStruct."""
-        return jax.tree.map(lambda box: jax.ShapeDtypeStruct(box.value.shape, jnp.dtype(dtype)), self._boxed(),
-                            is_leaf=lambda node: isinstance(node, Named))
+        return jax.tree.map(
+            lambda box: jax.ShapeDtypeStruct(box.value.shape, jnp.dtype(dtype)),
+            self._boxed(),
+            is_leaf=lambda node: isinstance(node, Named),
+        )
 
-    def hidden(self, params: Params, tokens: Int[Array, "N T"], segment_ids: Int[Array, "N T"],
-               positions: Int[Array, "N T"], prefix_ids: Int[Array, "N T"] | None = None, *,
-               dropout_key: jax.Array | None = None) -> tuple[Float[Array, "N T D"], Aux]:
+    def hidden(
+        self,
+        params: Params,
+        tokens: Int[Array, "N T"],
+        segment_ids: Int[Array, "N T"],
+        positions: Int[Array, "N T"],
+        prefix_ids: Int[Array, "N T"] | None = None,
+        *,
+        dropout_key: jax.Array | None = None,
+    ) -> tuple[Float[Array, "N T D"], Aux]:
         """Return the states after the final norm, in the compute type.
 
         Args:
@@ -92,16 +110,24 @@ class Model:
         return self._apply(params, "hidden", tokens, segment_ids, positions, prefix_ids, rngs=rngs)
 
     def unembed(self, params: Params, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
-        """Return the logits, float32, soft cap included; lowest float32 for padded rows of the vocabulary."""
+        """Return the logits, float32, soft cap included; lowest float32 for padded rows of the
+        vocabulary."""
         return self._apply(params, "unembed", hidden)
 
-    def unembedding(self, params: Params) -> Callable[[Float[Array, "N c D"]], Float[Array, "N c V"]]:
-        """Return ``unembed`` for a loop over chunks of all rows: its weights are gathered once for all its turns.
+    def unembedding(
+        self, params: Params
+    ) -> Callable[[Float[Array, "N c D"]], Float[Array, "N c V"]]:
+        """Return ``unembed`` for a loop over chunks of all rows: its weights are gathered once for
+        all its turns.
 
-        Their gradient is added up in the parameters' type on each device and summed over the devices after the loop.
+        Their gradient is added up in the parameters' type on each device and summed over the
+        devices after the loop.
         """
-        path, axes = ("embed/tokens", ("vocab", "features")) if self.config.tied else (
-            "output/kernel", ("features", "vocab"))
+        path, axes = (
+            ("embed/tokens", ("vocab", "features"))
+            if self.config.tied
+            else ("output/kernel", ("features", "vocab"))
+        )
         kernel = flatten(params)[path]
         copies = spread(kernel.astype(self.options.dtype), *axes).astype(kernel.dtype)
         if copies.shape[0] == 1:
@@ -114,7 +140,9 @@ class Model:
 
         return unembed
 
-    def head(self, params: Params, name: str, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch"]:
+    def head(
+        self, params: Params, name: str, hidden: Float[Array, "*batch D"]
+    ) -> Float[Array, "*batch"]:
         """Return a scalar head's output ("score" or "value"), float32.
 
         Raises:
@@ -125,19 +153,31 @@ class Model:
         return self._apply(params, "head", name, hidden)
 
     def init_cache(self, rows: int, length: int, dtype: Any = None) -> Cache:
-        """Return an empty cache for ``rows`` rows of up to ``length`` tokens (type: the compute type).
+        """Return an empty cache for ``rows`` rows of up to ``length`` tokens (type: the compute
+        type).
 
         Where every layer has a window, it has no more slots than the longest of these.
         """
         c, dtype = self.config, dtype or self.options.dtype
         length = caches.slots(c.windows, length)
         shape = (c.num_layers, rows, length, c.num_kv_heads, c.head_width)
-        return Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((rows, length), jnp.int32),
-                     jnp.zeros((rows, length), jnp.int32), jnp.zeros((rows,), jnp.int32))
+        return Cache(
+            jnp.zeros(shape, dtype),
+            jnp.zeros(shape, dtype),
+            jnp.zeros((rows, length), jnp.int32),
+            jnp.zeros((rows, length), jnp.int32),
+            jnp.zeros((rows,), jnp.int32),
+        )
 
-    def prefill(self, params: Params, tokens: Int[Array, "N T"], segment_ids: Int[Array, "N T"],
-                positions: Int[Array, "N T"], cache: Cache, prefix_ids: Int[Array, "N T"] | None = None
-                ) -> tuple[Float[Array, "N T D"], Cache]:
+    def prefill(
+        self,
+        params: Params,
+        tokens: Int[Array, "N T"],
+        segment_ids: Int[Array, "N T"],
+        positions: Int[Array, "N T"],
+        cache: Cache,
+        prefix_ids: Int[Array, "N T"] | None = None,
+    ) -> tuple[Float[Array, "N T D"], Cache]:
         """Run prompts through the model and keep their keys and values in an empty cache.
 
         Rows may be padded on either side; a row's next slot is the one behind its last real token.
@@ -150,19 +190,24 @@ class Model:
             raise ValueError(f"prefill: {tokens.shape[1]} tokens do not fit a cache of {slots}")
         return self._apply(params, "prefill", tokens, segment_ids, positions, prefix_ids, cache)
 
-    def decode(self, params: Params, token: Int[Array, "N"], position: Int[Array, "N"], cache: Cache
-               ) -> tuple[Float[Array, "N D"], Cache]:
+    def decode(
+        self, params: Params, token: Int[Array, "N"], position: Int[Array, "N"], cache: Cache
+    ) -> tuple[Float[Array, "N D"], Cache]:
         """Run one further token a row, which continues the segment of the row's last token.
 
         Args:
             token: int32 [N].
             position: its rotary position, int32 [N].
-            cache: what the row has seen; a row whose cache is full is left as it is (its result is then meaningless).
+            cache: what the row has seen; a row whose cache is full is left as it is (its result is
+                then meaningless).
         """
         return self._apply(params, "decode", token, position, cache)
 
-    def init_adapter(self, key: jax.Array, base: Params, dtype: Any = jnp.float32) -> dict[str, Any]:
-        """Return a fresh adapter for these base parameters: random A, zero B, and DoRA's magnitudes of the base.
+    def init_adapter(
+        self, key: jax.Array, base: Params, dtype: Any = jnp.float32
+    ) -> dict[str, Any]:
+        """Return a fresh adapter for these base parameters: random A, zero B, and DoRA's magnitudes
+        of the base.
 
         Raises:
             ValueError: the model was built without an adapter.
@@ -172,35 +217,58 @@ class Model:
         return loras.fresh(key, self.shapes(dtype), base)
 
 
-def build(config: ModelConfig, *, compute_dtype: Any = "bfloat16", remat: str = "full", attention: str = "auto",
-          lora: loras.LoraConfig | None = None, heads: tuple[str, ...] = (), unembed: bool | None = None,
-          dropout: float = 0.0) -> Model:
+def build(
+    config: ModelConfig,
+    *,
+    compute_dtype: Any = "bfloat16",
+    remat: str = "full",
+    attention: str = "auto",
+    lora: loras.LoraConfig | None = None,
+    heads: tuple[str, ...] = (),
+    unembed: bool | None = None,
+    dropout: float = 0.0,
+) -> Model:
     """Return the pure functions of a decoder.
 
     Args:
         config: what the model is.
         compute_dtype: "bfloat16" or "float32"; parameters are cast where they are used.
-        remat: what the backward pass finds saved: "none" (all saved), "dots" (matrix products without batch axes),
-            "attention" (attention's outputs), "full" (each layer's input only).
+        remat: what the backward pass finds saved: "none" (all saved), "dots" (matrix products
+            without batch axes), "attention" (attention's outputs), "full" (each layer's input
+            only).
         attention: a name from ``attention.ATTENTION``, or "auto".
         lora: the policy's adapter; None for the base alone.
-        heads: scalar heads: "score" (a linear map, as transformers' sequence classification), "value" (linear, with
-            bias), "value_mlp" (HALOs': three layers on hidden states without gradient).
+        heads: scalar heads: "score" (a linear map, as transformers' sequence classification),
+            "value" (linear, with bias), "value_mlp" (HALOs': three layers on hidden states without
+            gradient).
         unembed: whether there is a language-model head; default: not beside a "score" head.
-        dropout: on embeddings and on each residual branch; acts only where a ``dropout_key`` is given.
+        dropout: on embeddings and on each residual branch; acts only where a ``dropout_key`` is
+            given.
 
     Raises:
         KeyError: an unknown name.
         ValueError: an adapter's targets match nothing.
     """
-    for what, name, known in (("remat policy", remat, REMAT), *(("head", head, HEADS) for head in heads)):
+    for what, name, known in (
+        ("remat policy", remat, REMAT),
+        *(("head", head, HEADS) for head in heads),
+    ):
         if name not in known:
             near = difflib.get_close_matches(name, known, 1)
-            raise KeyError(f"unknown {what} {name!r}; known: {', '.join(known)}"
-                           + (f"; did you mean {near[0]!r}?" if near else ""))
+            raise KeyError(
+                f"unknown {what} {name!r}; known: {', '.join(known)}"
+                + (f"; did you mean {near[0]!r}?" if near else "")
+            )
     attentions.choose(attention)
     if lora is not None:
         loras.check_targets(lora, config.gated, bool(config.num_experts))
-    options = Options(dtype=jnp.dtype(compute_dtype), remat=remat, attention=attention, lora=lora, heads=tuple(heads),
-                      unembed="score" not in heads if unembed is None else unembed, dropout=dropout)
+    options = Options(
+        dtype=jnp.dtype(compute_dtype),
+        remat=remat,
+        attention=attention,
+        lora=lora,
+        heads=tuple(heads),
+        unembed="score" not in heads if unembed is None else unembed,
+        dropout=dropout,
+    )
     return Model(config, options)

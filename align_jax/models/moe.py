@@ -2,9 +2,11 @@
 """Mixture of experts: top-k routing and dropless expert products over sorted tokens.
 
 References:
-    Jiang et al. 2024, Mixtral (arXiv 2401.04088); Fedus et al. 2021, Switch Transformers (arXiv 2101.03961), equations
-    4 to 6 (load-balancing loss); Gale et al. 2022, MegaBlocks (arXiv 2211.15841) (dropless).
+    Jiang et al. 2024, Mixtral (arXiv 2401.04088); Fedus et al. 2021, Switch Transformers (arXiv
+    2101.03961), equations 4 to 6 (load-balancing loss); Gale et al. 2022, MegaBlocks (arXiv
+    2211.15841) (dropless).
 """
+
 from __future__ import annotations
 
 import math
@@ -23,11 +25,14 @@ from align_jax.parallel.mesh import ROWS
 from align_jax.parallel.sharding import spec
 
 
-def route(logits: Float[Array, "N T E"], count: int, normalise: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
+def route(
+    logits: Float[Array, "N T E"], count: int, normalise: bool
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Choose each token's experts.
 
     Returns:
-        probabilities float32 [N, T, E], the chosen experts' weights float32 [N, T, k], and the experts int32 [N, T, k].
+        probabilities float32 [N, T, E], the chosen experts' weights float32 [N, T, k], and the
+        experts int32 [N, T, k].
     """
     probabilities = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
     weights, experts = jax.lax.top_k(probabilities, count)
@@ -36,17 +41,26 @@ def route(logits: Float[Array, "N T E"], count: int, normalise: bool) -> tuple[j
     return probabilities, weights, experts
 
 
-def sorted_products(x: Float[Array, "X D"], weights: Float[Array, "X k"], experts: Int[Array, "X k"],
-                    gate: Float[Array, "E D F"], up: Float[Array, "E D F"], down: Float[Array, "E F D"],
-                    act: Callable[[jax.Array], jax.Array], first: Any = 0) -> Float[Array, "X D"]:
-    """Return sum_k weight_k * expert_k(x): tokens sorted by expert, one grouped matrix product a projection.
+def sorted_products(
+    x: Float[Array, "X D"],
+    weights: Float[Array, "X k"],
+    experts: Int[Array, "X k"],
+    gate: Float[Array, "E D F"],
+    up: Float[Array, "E D F"],
+    down: Float[Array, "E F D"],
+    act: Callable[[jax.Array], jax.Array],
+    first: Any = 0,
+) -> Float[Array, "X D"]:
+    """Return sum_k weight_k * expert_k(x): tokens sorted by expert, one grouped matrix product a
+    projection.
 
     No token is dropped: the work is that of k dense MLPs a token.
 
     Args:
         x: tokens.
         weights, experts: each token's chosen experts and their weights.
-        gate, up, down: the experts at hand, ``first`` to ``first + E``; what others would add is left out.
+        gate, up, down: the experts at hand, ``first`` to ``first + E``; what others would add is
+            left out.
         act: the gate's activation.
         first: number of the first expert at hand.
     """
@@ -63,14 +77,22 @@ def sorted_products(x: Float[Array, "X D"], weights: Float[Array, "X k"], expert
     return jnp.zeros_like(x).at[order // count].add(jnp.where(ours[:, None], scaled, 0))
 
 
-def sharded_products(x: Float[Array, "N T D"], weights: Float[Array, "N T k"], experts: Int[Array, "N T k"],
-                     gate: Float[Array, "E D F"], up: Float[Array, "E D F"], down: Float[Array, "E F D"],
-                     act: Callable[[jax.Array], jax.Array]) -> Float[Array, "N T D"]:
-    """Return ``sorted_products`` under the ambient mesh: each device sorts its own tokens, nothing global is sorted.
+def sharded_products(
+    x: Float[Array, "N T D"],
+    weights: Float[Array, "N T k"],
+    experts: Int[Array, "N T k"],
+    gate: Float[Array, "E D F"],
+    up: Float[Array, "E D F"],
+    down: Float[Array, "E F D"],
+    act: Callable[[jax.Array], jax.Array],
+) -> Float[Array, "N T D"]:
+    """Return ``sorted_products`` under the ambient mesh: each device sorts its own tokens, nothing
+    global is sorted.
 
-    Devices along ``expert`` gather each other's tokens, compute what their own experts add, and give the sums back
-    (all-gather, reduce-scatter); ``tensor`` splits F, ``fsdp`` the storage alone.  Without a mesh, or where rows do not
-    divide it (a single prompt), the same products without the collectives.
+    Devices along ``expert`` gather each other's tokens, compute what their own experts add, and
+    give the sums back (all-gather, reduce-scatter); ``tensor`` splits F, ``fsdp`` the storage
+    alone.  Without a mesh, or where rows do not divide it (a single prompt), the same products
+    without the collectives.
     """
     mesh = jax.sharding.get_abstract_mesh()
 
@@ -78,24 +100,33 @@ def sharded_products(x: Float[Array, "N T D"], weights: Float[Array, "N T k"], e
         flat = (y.reshape(-1, y.shape[-1]) for y in (x, weights, experts))
         return sorted_products(*flat, gate, up, down, act, first).reshape(x.shape)
 
-    if mesh.empty or mesh.size == 1 or x.shape[0] % math.prod(mesh.shape[axis] for axis in ROWS) or (
-            x.shape[1] % mesh.shape["sequence"]):
+    if (
+        mesh.empty
+        or mesh.size == 1
+        or x.shape[0] % math.prod(mesh.shape[axis] for axis in ROWS)
+        or (x.shape[1] % mesh.shape["sequence"])
+    ):
         return local(x, weights, experts, gate, up, down)
 
     def body(x, weights, experts, gate, up, down):
         split = mesh.shape["expert"] > 1
         first = jax.lax.axis_index("expert") * gate.shape[0] if split else 0
         if split:
-            x, weights, experts = (jax.lax.all_gather(y, "expert", tiled=True) for y in (x, weights, experts))
+            x, weights, experts = (
+                jax.lax.all_gather(y, "expert", tiled=True) for y in (x, weights, experts)
+            )
         y = local(x, weights, experts, gate, up, down, first)
         if mesh.shape["tensor"] > 1:
             y = jax.lax.psum(y, "tensor")
         return jax.lax.psum_scatter(y, "expert", tiled=True) if split else y
 
     tokens = spec(("rows", "length", None))
-    kernels = (PartitionSpec("expert", None, "tensor"),) * 2 + (PartitionSpec("expert", "tensor", None),)
+    kernels = (PartitionSpec("expert", None, "tensor"),) * 2 + (
+        PartitionSpec("expert", "tensor", None),
+    )
     return jax.shard_map(body, in_specs=(tokens,) * 3 + kernels, out_specs=tokens, check_vma=False)(
-        x, weights, experts, gate, up, down)
+        x, weights, experts, gate, up, down
+    )
 
 
 class Experts(nn.Module):
@@ -110,29 +141,41 @@ class Experts(nn.Module):
         D, F, E, dtype = c.width, c.ffn_width, c.num_experts, self.dtype
         init = normal(c.init_std)
         router = array(parameter(self, "router", init, (D, E), ("embed", None)), dtype)
-        gate, up = (array(parameter(self, name, init, (E, D, F), ("experts", "embed", "ffn")), dtype)
-                    for name in ("gate", "up"))
+        gate, up = (
+            array(parameter(self, name, init, (E, D, F), ("experts", "embed", "ffn")), dtype)
+            for name in ("gate", "up")
+        )
         down = array(parameter(self, "down", init, (E, F, D), ("experts", "ffn", "embed")), dtype)
-        probabilities, weights, experts = route(contract(x, router, 1), c.experts_per_token, c.normalise_experts)
+        probabilities, weights, experts = route(
+            contract(x, router, 1), c.experts_per_token, c.normalise_experts
+        )
         y = sharded_products(x, weights, experts, gate, up, down, ACTIVATIONS[c.activation])
         return y, balance(probabilities, experts, real)
 
 
-def balance(probabilities: Float[Array, "N T E"], experts: Int[Array, "N T k"], real: Bool[Array, "N T"]
-            ) -> dict[str, jax.Array]:
-    """Return one layer's routing sums over real tokens: choices and probabilities by expert, and the token count."""
+def balance(
+    probabilities: Float[Array, "N T E"], experts: Int[Array, "N T k"], real: Bool[Array, "N T"]
+) -> dict[str, jax.Array]:
+    """Return one layer's routing sums over real tokens: choices and probabilities by expert, and
+    the token count."""
     mask = real.astype(jnp.float32)[..., None]
     chosen = jnp.sum(jax.nn.one_hot(experts, probabilities.shape[-1], dtype=jnp.float32), axis=2)
-    return {"chosen": jnp.sum(chosen * mask, axis=(0, 1)), "probability": jnp.sum(probabilities * mask, axis=(0, 1)),
-            "tokens": jnp.sum(mask)}
+    return {
+        "chosen": jnp.sum(chosen * mask, axis=(0, 1)),
+        "probability": jnp.sum(probabilities * mask, axis=(0, 1)),
+        "tokens": jnp.sum(mask),
+    }
 
 
 def load_balancing(sums: dict[str, jax.Array]) -> jax.Array:
-    """Return E sum_e f_e P_e over all layers' tokens, as transformers counts it (k where the load is even).
+    """Return E sum_e f_e P_e over all layers' tokens, as transformers counts it (k where the load
+    is even).
 
     Args:
         sums: ``balance`` of each layer, stacked: [L, E], [L, E], [L].
     """
     tokens = jnp.maximum(jnp.sum(sums["tokens"]), 1.0)
-    share, probability = (jnp.sum(sums[name], axis=0) / tokens for name in ("chosen", "probability"))
+    share, probability = (
+        jnp.sum(sums[name], axis=0) / tokens for name in ("chosen", "probability")
+    )
     return share.shape[0] * jnp.sum(share * probability)

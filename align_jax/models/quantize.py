@@ -1,23 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """The frozen base in 8 or 4 bits, turned back into numbers where it is used (QLoRA).
 
-A quantised kernel stands in the tree where the kernel stood; ``astype`` makes the kernel, so a layer that casts its
-parameters runs from either.  Only the linear maps inside the layers are quantised, which are most of a large model.
+A quantised kernel stands in the tree where the kernel stood; ``astype`` makes the kernel, so a
+layer that casts its parameters runs from either.  Only the linear maps inside the layers are
+quantised, which are most of a large model.
 
     int8    codes int8; one scale for each output: largest magnitude / 127                           8.01 bits a weight
     nf4     codes of 4 bits, two a byte, in blocks of 64 along one axis; each block's largest       4.13 bits a weight
             magnitude in 8 bits, as a part of its output's largest ("double quantisation")
 
-Codes have as many axes as the kernel and are split over the mesh as it is.  Blocks never straddle two devices, so
-nothing is communicated to quantise or to use them.
+Codes have as many axes as the kernel and are split over the mesh as it is.  Blocks never straddle
+two devices, so nothing is communicated to quantise or to use them.
 
-Why not qwix (0.1.8): its arrays are NNX data, which JAX 0.12 with today's Flax cannot import, its table lookup is a
-gather, which TPUs do slowly, and its scales are not quantised.
+Why not qwix (0.1.8): its arrays are NNX data, which JAX 0.12 with today's Flax cannot import, its
+table lookup is a gather, which TPUs do slowly, and its scales are not quantised.
 
 References:
-    Dettmers et al. 2023, QLoRA (arXiv 2305.14314), sections 3 and appendix E (the 16 values of NF4); Dettmers et al.
-    2022, LLM.int8() (arXiv 2208.07339).
+    Dettmers et al. 2023, QLoRA (arXiv 2305.14314), sections 3 and appendix E (the 16 values of
+    NF4); Dettmers et al. 2022, LLM.int8() (arXiv 2208.07339).
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -32,9 +34,24 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 METHODS = ("int8", "nf4")
 BLOCK = 64  # weights of one NF4 scale
-NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
-       -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634,
-       0.33791524171829224, 0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)
+NF4 = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
 
 # path -> how many leading axes (layers, experts), how many axes are contracted
 KERNELS: Mapping[str, tuple[int, int]] = {
@@ -45,17 +62,22 @@ KERNELS: Mapping[str, tuple[int, int]] = {
 }
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("codes", "scales"),
-                   meta_fields=("method", "axes", "dtype"))
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("codes", "scales"),
+    meta_fields=("method", "axes", "dtype"),
+)
 @dataclasses.dataclass(frozen=True)
 class Quantized:
     """A kernel in few bits.
 
     Attributes:
         codes: int8 as the kernel; nf4: uint8, the blocked axis half as long.
-        scales: float32, the contracted axes of length 1; nf4: before it uint8, the blocked axis 1/64 as long.
+        scales: float32, the contracted axes of length 1; nf4: before it uint8, the blocked axis
+            1/64 as long.
         method: a name of ``METHODS``.
-        axes: the axes that share a float32 scale, nf4's blocked one first.  From the end: they hold in a layer too.
+        axes: the axes that share a float32 scale, nf4's blocked one first.  From the end: they hold
+            in a layer too.
         dtype: type of the kernel that was quantised.
     """
 
@@ -94,14 +116,15 @@ class Quantized:
             return (self.codes.astype(jnp.float32) * self.scales[0]).astype(dtype)
         axis, low = self.ndim + self.axes[0], jnp.uint8(15)
         codes = _split(self.codes, axis, BLOCK // 2)  # [..., blocks, 32, ...]
-        codes = jnp.stack([codes & low, codes >> jnp.uint8(4)], axis=axis + 1)  # [..., blocks, 2, 32, ...]
+        # [..., blocks, 2, 32, ...]
+        codes = jnp.stack([codes & low, codes >> jnp.uint8(4)], axis=axis + 1)
         tops = self.scales[0].astype(jnp.float32) * (self.scales[1] / 255)
         values = _value(codes) * jnp.expand_dims(tops, (axis + 1, axis + 2))
         return values.reshape(self.shape).astype(dtype)
 
 
 def _split(x: jax.Array, axis: int, size: int) -> jax.Array:
-    return x.reshape(*x.shape[:axis], x.shape[axis] // size, size, *x.shape[axis + 1:])
+    return x.reshape(*x.shape[:axis], x.shape[axis] // size, size, *x.shape[axis + 1 :])
 
 
 def _value(codes: jax.Array) -> jax.Array:
@@ -121,17 +144,22 @@ def quantize(kernel: jax.Array, like: Quantized) -> Quantized:
         like: its entry of ``quantized_shapes``.
 
     Returns:
-        Codes and scales; of weights drawn from a normal distribution the relative root-mean-square error is about
-        0.01 in int8 (of a width of 4,096) and 0.09 in nf4.
+        Codes and scales; of weights drawn from a normal distribution the relative root-mean-square
+        error is about 0.01 in int8 (of a width of 4,096) and 0.09 in nf4.
     """
     x = kernel.astype(jnp.float32)
-    tops = jnp.maximum(jnp.max(jnp.abs(x), axis=like.axes, keepdims=True), jnp.finfo(jnp.float32).tiny)
+    tops = jnp.maximum(
+        jnp.max(jnp.abs(x), axis=like.axes, keepdims=True), jnp.finfo(jnp.float32).tiny
+    )
     if like.method == "int8":
         scales = tops / 127
-        return dataclasses.replace(like, codes=jnp.round(x / scales).astype(jnp.int8), scales=(scales,))
+        return dataclasses.replace(
+            like, codes=jnp.round(x / scales).astype(jnp.int8), scales=(scales,)
+        )
     axis = x.ndim + like.axes[0]
     blocks = _split(x, axis, BLOCK)  # [..., blocks, 64, ...]
-    coarse = jnp.ceil(jnp.max(jnp.abs(blocks), axis=axis + 1) / (tops / 255))  # up, so that no weight is cut off
+    # up, so that no weight is cut off
+    coarse = jnp.ceil(jnp.max(jnp.abs(blocks), axis=axis + 1) / (tops / 255))
     coarse = jnp.clip(coarse, 1, 255)
     blocks = blocks / jnp.expand_dims(coarse * (tops / 255), axis + 1)
     codes = jnp.zeros(blocks.shape, jnp.uint8)
@@ -150,7 +178,8 @@ def quantized_shapes(shapes: Mapping[str, Any], method: str) -> dict[str, Any]:
         method: a name of ``METHODS``.
 
     Returns:
-        The tree with a ``Quantized`` of shapes, types and shardings for each linear map of the layers.
+        The tree with a ``Quantized`` of shapes, types and shardings for each linear map of the
+        layers.
 
     Raises:
         ValueError: an unknown method; kernels without an axis that blocks divide on each device.
@@ -163,39 +192,55 @@ def quantized_shapes(shapes: Mapping[str, Any], method: str) -> dict[str, Any]:
         out = {}
         for name, value in node.items():
             path = f"{prefix}{name}"
-            numbers = next((found for pattern, found in KERNELS.items() if re.fullmatch(pattern, path)), None)
+            numbers = next(
+                (found for pattern, found in KERNELS.items() if re.fullmatch(pattern, path)), None
+            )
             if isinstance(value, Mapping):
                 out[name] = walk(value, f"{path}/")
             else:
-                out[name] = value if numbers is None else _abstract(value, method, *numbers, path, wrong)
+                out[name] = (
+                    value if numbers is None else _abstract(value, method, *numbers, path, wrong)
+                )
         return out
 
     out = walk(shapes, "")
     if wrong:
-        raise ValueError(f"nf4 needs an axis of which every device holds a multiple of {BLOCK} (use int8, or split "
-                         "the model less):\n  " + "\n  ".join(wrong))
+        raise ValueError(
+            f"nf4 needs an axis of which every device holds a multiple of {BLOCK} "
+            "(use int8, or split "
+            "the model less):\n  " + "\n  ".join(wrong)
+        )
     return out
 
 
-def _abstract(kernel: Any, method: str, leading: int, inputs: int, path: str, wrong: list[str]) -> Any:
+def _abstract(
+    kernel: Any, method: str, leading: int, inputs: int, path: str, wrong: list[str]
+) -> Any:
     ndim = kernel.ndim
     axes = tuple(axis - ndim for axis in range(leading, leading + inputs))
     codes, scales = _resized(kernel, {}, jnp.int8), ()
     if method == "nf4":
-        held = kernel.sharding.shard_shape(kernel.shape) if kernel.sharding is not None else kernel.shape
-        block = next((axis - ndim for axis in range(leading, ndim) if held[axis] % BLOCK == 0), None)
+        held = (
+            kernel.sharding.shard_shape(kernel.shape)
+            if kernel.sharding is not None
+            else kernel.shape
+        )
+        block = next(
+            (axis - ndim for axis in range(leading, ndim) if held[axis] % BLOCK == 0), None
+        )
         if block is None:
             wrong.append(f"{path} {kernel.shape}, on a device {held}")
             return kernel
         axes = (block, *(axis for axis in axes if axis != block))
         codes = _resized(kernel, {block: kernel.shape[block] // 2}, jnp.uint8)
         scales = (_resized(kernel, {block: kernel.shape[block] // BLOCK}, jnp.uint8),)
-    tops = _resized(kernel, {axis: 1 for axis in axes}, jnp.float32)
+    tops = _resized(kernel, dict.fromkeys(axes, 1), jnp.float32)
     return Quantized(codes, (*scales, tops), method, axes, kernel.dtype)
 
 
 def _resized(kernel: Any, changes: Mapping[int, int], dtype: Any) -> jax.ShapeDtypeStruct:
-    """Return the kernel's shape with some axes (from the end) of other lengths; one of length 1 is not split."""
+    """Return the kernel's shape with some axes (from the end) of other lengths; one of length 1 is
+    not split."""
     shape, sharding = list(kernel.shape), kernel.sharding
     for axis, size in changes.items():
         shape[axis] = size
@@ -209,9 +254,11 @@ def _resized(kernel: Any, changes: Mapping[int, int], dtype: Any) -> jax.ShapeDt
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def product(x: jax.Array, kernel: Quantized, count: int) -> jax.Array:
-    """Contract the last ``count`` axes of x with the first of a quantised kernel; the kernel gets no gradient.
+    """Contract the last ``count`` axes of x with the first of a quantised kernel; the kernel gets
+    no gradient.
 
-    What is kept for the backward pass is the codes: without this, every layer's kernel would be kept at full size.
+    What is kept for the backward pass is the codes: without this, every layer's kernel would be
+    kept at full size.
     """
     return jnp.tensordot(x, kernel.astype(x.dtype), axes=count)
 

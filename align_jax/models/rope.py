@@ -2,9 +2,11 @@
 """Rotary positions: angles in float32, with the scalings that stretch a model's context.
 
 References:
-    Su et al. 2021, RoFormer (arXiv 2104.09864); Peng et al. 2023, YaRN (arXiv 2309.00071), equations 17 to 22; Ding et
-    al. 2024, LongRoPE (arXiv 2402.13753); the "dynamic" and "llama3" rules as in transformers' ``modeling_rope_utils``.
+    Su et al. 2021, RoFormer (arXiv 2104.09864); Peng et al. 2023, YaRN (arXiv 2309.00071),
+    equations 17 to 22; Ding et al. 2024, LongRoPE (arXiv 2402.13753); the "dynamic" and "llama3"
+    rules as in transformers' ``modeling_rope_utils``.
 """
+
 from __future__ import annotations
 
 import math
@@ -21,8 +23,8 @@ def frequencies(rope: Rope) -> tuple[np.ndarray, float]:
     """Return the angle per position of each feature pair, and the factor on sine and cosine.
 
     Returns:
-        float32 [width / 2] in radians a token; the attention factor.  For "dynamic" and "longrope", which depend on the
-        row's length, what holds within the original context.
+        float32 [width / 2] in radians a token; the attention factor.  For "dynamic" and "longrope",
+        which depend on the row's length, what holds within the original context.
     """
     exponents = np.arange(0, rope.width, 2, dtype=np.float32) / np.float32(rope.width)
     plain = (1.0 / np.float32(rope.theta) ** exponents).astype(np.float32)
@@ -38,7 +40,9 @@ def frequencies(rope: Rope) -> tuple[np.ndarray, float]:
 
 
 def _llama3(rope: Rope, plain: np.ndarray) -> np.ndarray:
-    factor, low, high = (rope.option(name) for name in ("factor", "low_freq_factor", "high_freq_factor"))
+    factor, low, high = (
+        rope.option(name) for name in ("factor", "low_freq_factor", "high_freq_factor")
+    )
     original = rope.option("original_max_position_embeddings")
     wavelengths = 2 * math.pi / plain
     smooth = (original / wavelengths - low) / (high - low)
@@ -50,7 +54,9 @@ def _llama3(rope: Rope, plain: np.ndarray) -> np.ndarray:
 
 def _yarn(rope: Rope) -> tuple[np.ndarray, float]:
     factor = float(rope.option("factor"))
-    original = rope.option("original_max_position_embeddings", rope.option("max_position_embeddings"))
+    original = rope.option(
+        "original_max_position_embeddings", rope.option("max_position_embeddings")
+    )
 
     def magnitude(scale: float, mscale: float = 1.0):
         return 1.0 if scale <= 1 else 0.1 * mscale * math.log(scale) + 1.0
@@ -58,35 +64,52 @@ def _yarn(rope: Rope) -> tuple[np.ndarray, float]:
     attention = rope.option("attention_factor")
     if attention is None:
         mscale, mscale_all = rope.option("mscale"), rope.option("mscale_all_dim")
-        attention = (magnitude(factor, mscale) / magnitude(factor, mscale_all) if mscale and mscale_all
-                     else magnitude(factor))
+        attention = (
+            magnitude(factor, mscale) / magnitude(factor, mscale_all)
+            if mscale and mscale_all
+            else magnitude(factor)
+        )
 
     def dimension(rotations: float) -> float:
-        return rope.width * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
+        return (
+            rope.width * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
+        )
 
-    low, high = (dimension(float(rope.option(name, default))) for name, default in (
-        ("beta_fast", 32), ("beta_slow", 1)))
+    low, high = (
+        dimension(float(rope.option(name, default)))
+        for name, default in (("beta_fast", 32), ("beta_slow", 1))
+    )
     if rope.option("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, rope.width - 1)
-    ramp = np.clip((np.arange(rope.width // 2, dtype=np.float32) - low) / max(high - low, 0.001), 0, 1)
-    powers = np.float32(rope.theta) ** (np.arange(0, rope.width, 2, dtype=np.float32) / np.float32(rope.width))
-    return ((1 / (factor * powers)) * ramp + (1 / powers) * (1 - ramp)).astype(np.float32), float(attention)
+    ramp = np.clip(
+        (np.arange(rope.width // 2, dtype=np.float32) - low) / max(high - low, 0.001), 0, 1
+    )
+    powers = np.float32(rope.theta) ** (
+        np.arange(0, rope.width, 2, dtype=np.float32) / np.float32(rope.width)
+    )
+    return ((1 / (factor * powers)) * ramp + (1 / powers) * (1 - ramp)).astype(np.float32), float(
+        attention
+    )
 
 
 def _longrope_factor(rope: Rope) -> float:
-    original = rope.option("original_max_position_embeddings", rope.option("max_position_embeddings"))
+    original = rope.option(
+        "original_max_position_embeddings", rope.option("max_position_embeddings")
+    )
     factor = rope.option("factor", rope.option("max_position_embeddings") / original)
     if rope.option("attention_factor") is not None:
         return float(rope.option("attention_factor"))
     return 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
 
 
-def tables(rope: Rope, positions: Int[Array, "N T"]) -> tuple[Float[Array, "N T w"], Float[Array, "N T w"]]:
+def tables(
+    rope: Rope, positions: Int[Array, "N T"]
+) -> tuple[Float[Array, "N T w"], Float[Array, "N T w"]]:
     """Return the cosines and sines, float32 [N, T, width / 2].
 
-    "dynamic" and "longrope" change with the length: each row's own largest position decides, so that a row's result
-    does not depend on the rows beside it.
+    "dynamic" and "longrope" change with the length: each row's own largest position decides, so
+    that a row's result does not depend on the rows beside it.
     """
     inverse, factor = frequencies(rope)
     angles = positions[..., None].astype(jnp.float32) * jnp.asarray(inverse)[None, None]
@@ -100,20 +123,38 @@ def _long_angles(rope: Rope, positions, length, angles):
     limit = rope.option("original_max_position_embeddings", rope.option("max_position_embeddings"))
     exponents = np.arange(0, rope.width, 2, dtype=np.float32) / np.float32(rope.width)
     if rope.kind == "longrope":
-        inverse = 1.0 / (np.asarray(rope.option("long_factor"), np.float32) * np.float32(rope.theta) ** exponents)
-        stretched = positions[..., None].astype(jnp.float32) * jnp.asarray(inverse, jnp.float32)[None, None]
+        inverse = 1.0 / (
+            np.asarray(rope.option("long_factor"), np.float32) * np.float32(rope.theta) ** exponents
+        )
+        stretched = (
+            positions[..., None].astype(jnp.float32) * jnp.asarray(inverse, jnp.float32)[None, None]
+        )
     else:
         scale = rope.option("factor")
-        base = rope.theta * ((scale * length / limit) - (scale - 1)) ** (rope.width / (rope.width - 2))  # [N, 1]
-        inverse = 1.0 / jnp.maximum(base, rope.theta)[..., None] ** jnp.asarray(exponents)[None, None]  # [N, 1, w]
+        # [N, 1]
+        base = rope.theta * ((scale * length / limit) - (scale - 1)) ** (
+            rope.width / (rope.width - 2)
+        )
+        # [N, 1, w]
+        inverse = (
+            1.0 / jnp.maximum(base, rope.theta)[..., None] ** jnp.asarray(exponents)[None, None]
+        )
         stretched = positions[..., None].astype(jnp.float32) * inverse
     return jnp.where((length > limit)[..., None], stretched, angles)
 
 
-def rotate(x: Float[Array, "N T heads h"], cos: Float[Array, "N T w"], sin: Float[Array, "N T w"]) -> jax.Array:
+def rotate(
+    x: Float[Array, "N T heads h"], cos: Float[Array, "N T w"], sin: Float[Array, "N T w"]
+) -> jax.Array:
     """Turn the first 2 w features of each head by the angles (pairs are (i, i + w)), in float32."""
     half = cos.shape[-1]
-    first, second = (part.astype(jnp.float32) for part in (x[..., :half], x[..., half:2 * half]))
+    first, second = (part.astype(jnp.float32) for part in (x[..., :half], x[..., half : 2 * half]))
     cos, sin = cos[:, :, None], sin[:, :, None]
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
-    return turned if 2 * half == x.shape[-1] else jnp.concatenate([turned, x[..., 2 * half:]], axis=-1)
+    turned = jnp.concatenate(
+        [first * cos - second * sin, second * cos + first * sin], axis=-1
+    ).astype(x.dtype)
+    return (
+        turned
+        if 2 * half == x.shape[-1]
+        else jnp.concatenate([turned, x[..., 2 * half :]], axis=-1)
+    )

@@ -1,13 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a family's tensors correspond to ours: one invertible map for import, export and the round trip.
+"""How a family's tensors correspond to ours: one invertible map for import, export and the round
+trip.
 
-A ``Weight`` says where one of our parameters (one layer of it) stands in the checkpoint, and how the two are laid out:
+A ``Weight`` says where one of our parameters (one layer of it) stands in the checkpoint, and how
+the two are laid out:
 
-    Weight("model.layers.{layer}.self_attn.q_proj.weight", "layers/attention/query/kernel", "(H h) D -> D H h")
+    Weight("model.layers.{layer}.self_attn.q_proj.weight", "layers/attention/query/kernel", "(H h) D
+    -> D H h")
 
-Letters are the dimensions of core/schema.py with their sizes from the configuration.  A part of a fused tensor is named
-by a digit, ``(3:0 H h)`` (entry 0 of an axis of size 3), or by a span of rows of its first axis.
+Letters are the dimensions of core/schema.py with their sizes from the configuration.  A part of a
+fused tensor is named by a digit, ``(3:0 H h)`` (entry 0 of an axis of size 3), or by a span of rows
+of its first axis.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -27,7 +32,8 @@ class Weight:
         name: tensor name, with {layer} (and {expert}) where there is one each.
         path: our path, "/"-separated; under "layers/" it has a leading axis of layers.
         layout: "theirs -> ours"; theirs may group letters: "(H h) D".
-        span: (start, length) of the tensor's first axis, where it holds several parameters one after the other.
+        span: (start, length) of the tensor's first axis, where it holds several parameters one
+            after the other.
     """
 
     name: str
@@ -79,7 +85,8 @@ class Layout:
         return parts
 
     def bounds(self, index: Sequence[slice]) -> tuple[slice, ...]:
-        """Return which part of the tensor holds this part of ours (more than that where inner letters are sliced)."""
+        """Return which part of the tensor holds this part of ours (more than that where inner
+        letters are sliced)."""
         wanted = dict(zip(self.ours, index))
         out = []
         for group in self.theirs:
@@ -97,8 +104,14 @@ class Layout:
         letters = [letter for group in self.theirs for letter in group]
         grid = tensor.reshape([size for part in self._split(tensor.shape) for size in part])
         first = {group[0] for group in self.theirs}
-        picks = tuple((0 if letter in first else int(letter.split(":")[1])) if ":" in letter
-                      else slice(None) if letter in first else wanted.get(letter, slice(None)) for letter in letters)
+        picks = tuple(
+            (0 if letter in first else int(letter.split(":")[1]))
+            if ":" in letter
+            else slice(None)
+            if letter in first
+            else wanted.get(letter, slice(None))
+            for letter in letters
+        )
         kept = [letter for letter in letters if ":" not in letter]
         return grid[picks].transpose([kept.index(letter) for letter in self.ours])
 
@@ -106,7 +119,9 @@ class Layout:
         """Write one of our parameters (one layer of it, whole) into its place in a tensor."""
         letters = [letter for group in self.theirs for letter in group]
         grid = tensor.reshape([size for part in self._split(tensor.shape) for size in part])
-        picks = tuple(int(letter.split(":")[1]) if ":" in letter else slice(None) for letter in letters)
+        picks = tuple(
+            int(letter.split(":")[1]) if ":" in letter else slice(None) for letter in letters
+        )
         kept = [letter for letter in letters if ":" not in letter]
         grid[picks] = ours.transpose([self.ours.index(letter) for letter in kept])
 
@@ -127,7 +142,10 @@ def parse(weight: Weight, config: ModelConfig) -> Layout:
             groups.append([token])
     sizes = config.sizes
     letters = {letter for group in groups for letter in group}
-    resolved = {letter: int(letter.split(":")[0]) if letter[0].isdigit() else sizes[letter] for letter in letters}
+    resolved = {
+        letter: int(letter.split(":")[0]) if letter[0].isdigit() else sizes[letter]
+        for letter in letters
+    }
     return Layout(tuple(tuple(group) for group in groups), tuple(ours.split()), resolved)
 
 
@@ -135,16 +153,24 @@ def names(weight: Weight, config: ModelConfig) -> list[str]:
     """Return the names of the tensors of all layers and experts."""
     layers = range(config.num_layers) if weight.stacked else (0,)
     experts = range(config.num_experts) if weight.by_expert else (0,)
-    return [weight.name.format(layer=layer, expert=expert) for layer in layers for expert in experts]
+    return [
+        weight.name.format(layer=layer, expert=expert) for layer in layers for expert in experts
+    ]
 
 
 def norm(name: str, path: str, kind: str, letters: str = "D") -> list[Weight]:
     """Return a norm's scale, and its bias if it is a layer norm."""
     out = [Weight(f"{name}.weight", f"{path}/scale", f"{letters} -> {letters}")]
-    return out + ([Weight(f"{name}.bias", f"{path}/bias", f"{letters} -> {letters}")] if kind == "layer" else [])
+    return out + (
+        [Weight(f"{name}.bias", f"{path}/bias", f"{letters} -> {letters}")]
+        if kind == "layer"
+        else []
+    )
 
 
-def linear(name: str, path: str, layout: str, bias: str = "", *, span: tuple[int, int] | None = None) -> list[Weight]:
+def linear(
+    name: str, path: str, layout: str, bias: str = "", *, span: tuple[int, int] | None = None
+) -> list[Weight]:
     """Return a linear map's kernel, and its bias if that has a layout."""
     out = [Weight(f"{name}.weight", f"{path}/kernel", layout, span)]
     return out + ([Weight(f"{name}.bias", f"{path}/bias", bias, span)] if bias else [])

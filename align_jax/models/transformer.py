@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The decoder: one Linen module for every family, handed out as pure functions.
 
-    tokens -> embed -> L x block (scanned; rematerialised by policy) -> final norm -> hidden -> unembed | head
+    tokens -> embed -> L x block (scanned; rematerialised by policy) -> final norm -> hidden ->
+    unembed | head
 
 ``build`` returns a Model; no module leaves this folder.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -76,7 +78,9 @@ class Attention(nn.Module):
 
     def _norm(self, name, x, axis):
         c = self.config
-        shape, axes = ((c.head_width,), ("norm",)) if c.qk_norm == "head" else (x.shape[-2:], (axis, "head"))
+        shape, axes = (
+            ((c.head_width,), ("norm",)) if c.qk_norm == "head" else (x.shape[-2:], (axis, "head"))
+        )
         return Norm(shape, "rms", c.norm_eps, c.norm_offset, self.options.dtype, axes, name=name)(x)
 
     def _rotate(self, q, k, layer, shared):
@@ -95,17 +99,28 @@ class Attention(nn.Module):
         kinds = sorted(set(c.windows))
         numbers = {"scale": c.query_scale, "softcap": c.attention_softcap}
         if cache is not None and "slots" in shared:
-            keys, values, y = _decode(q, k, v, layer["index"], kinds, layer["window"], shared, cache, numbers)
+            keys, values, y = _decode(
+                q, k, v, layer["index"], kinds, layer["window"], shared, cache, numbers
+            )
             return y, (keys, values)
         if cache is not None:
             start = (layer["index"], 0, 0, 0, 0)
             kept = (caches.taken(x, shared["held"]) if "held" in shared else x for x in (k, v))
-            cache = tuple(jax.lax.dynamic_update_slice(whole, new[None].astype(whole.dtype), start)
-                          for whole, new in zip(cache, kept))
+            cache = tuple(
+                jax.lax.dynamic_update_slice(whole, new[None].astype(whole.dtype), start)
+                for whole, new in zip(cache, kept)
+            )
         function = attentions.choose(self.options.attention)
         fields = {name: shared[name] for name in ("segment_ids", "positions", "prefix_ids")}
-        branches = [lambda q, k, v, w=w: function(q, k, v, **fields, window=w or None, **numbers) for w in kinds]
-        y = branches[0](q, k, v) if len(kinds) == 1 else jax.lax.switch(layer["window"], branches, q, k, v)
+        branches = [
+            lambda q, k, v, w=w: function(q, k, v, **fields, window=w or None, **numbers)
+            for w in kinds
+        ]
+        y = (
+            branches[0](q, k, v)
+            if len(kinds) == 1
+            else jax.lax.switch(layer["window"], branches, q, k, v)
+        )
         return y, cache
 
 
@@ -119,7 +134,9 @@ def _decode(q, k, v, index, kinds, kind, shared, cache, numbers):
     if kinds != [0]:
         limits = jnp.asarray([w or np.iinfo(np.int32).max for w in kinds], jnp.int32)
         allowed = allowed & (shared["distance"] < limits[kind])
-    y = attentions.weighted(q, keys[index].astype(q.dtype), values[index].astype(q.dtype), allowed[:, None], **numbers)
+    y = attentions.weighted(
+        q, keys[index].astype(q.dtype), values[index].astype(q.dtype), allowed[:, None], **numbers
+    )
     return keys, values, y
 
 
@@ -135,7 +152,16 @@ class Mlp(nn.Module):
 
         def linear(name, inputs, outputs, axes):
             lora = self.options.lora and self.options.lora.on(f"mlp/{name}")
-            return Linear((inputs,), (outputs,), axes, self.options.dtype, c.mlp_bias, c.init_std, lora, name=name)
+            return Linear(
+                (inputs,),
+                (outputs,),
+                axes,
+                self.options.dtype,
+                c.mlp_bias,
+                c.init_std,
+                lora,
+                name=name,
+            )
 
         act = ACTIVATIONS[c.activation]
         y = linear("up", c.width, c.ffn_width, ("embed", "ffn"))(x)
@@ -147,7 +173,8 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: the scanned body.  carry = (x, cache); layer = this layer's numbers; shared = the rows' fields."""
+    """One layer: the scanned body.  carry = (x, cache); layer = this layer's numbers; shared = the
+    rows' fields."""
 
     config: ModelConfig
     options: Options
@@ -160,7 +187,9 @@ class Block(nn.Module):
         def norm(name, on, y):
             if not on:
                 return y
-            return Norm((c.width,), c.norm, c.norm_eps, c.norm_offset, self.options.dtype, name=name)(y)
+            return Norm(
+                (c.width,), c.norm, c.norm_eps, c.norm_offset, self.options.dtype, name=name
+            )(y)
 
         def dropped(y):
             if not self.options.dropout or not self.has_rng("dropout"):
@@ -195,14 +224,26 @@ class Decoder(nn.Module):
         if o.remat != "none":
             block = nn.remat(Block, policy=REMAT[o.remat], prevent_cse=False)
         self.layers = nn.scan(
-            block, variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True},
-            in_axes=(0, nn.broadcast), length=c.num_layers, metadata_params={"name": "layers"})(c, o)
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=(0, nn.broadcast),
+            length=c.num_layers,
+            metadata_params={"name": "layers"},
+        )(c, o)
         self.embed = Embedding(c, o.dtype)
         self.drop = nn.Dropout(o.dropout)
         self.final_norm = Norm((c.width,), c.norm, c.norm_eps, c.norm_offset, o.dtype)
         if o.unembed and not c.tied:
-            self.output = Linear((c.width,), (c.vocab_rows,), ("embed", "vocab"), o.dtype, False, c.init_std,
-                                 result=jnp.float32)
+            self.output = Linear(
+                (c.width,),
+                (c.vocab_rows,),
+                ("embed", "vocab"),
+                o.dtype,
+                False,
+                c.init_std,
+                result=jnp.float32,
+            )
         self.scalars = {name: HEADS[name](c.width, name) for name in o.heads}
 
     def everything(self, tokens):
@@ -230,8 +271,10 @@ class Decoder(nn.Module):
             shared["held"] = caches.held(end, size)
             fields = tuple(caches.taken(x, shared["held"]) for x in fields)
         x, (keys, values), _ = self._run(tokens, shared, (cache.keys, cache.values))
-        fields = (jax.lax.dynamic_update_slice(old, new, (0, 0))
-                  for old, new in zip((cache.segment_ids, cache.positions), fields))
+        fields = (
+            jax.lax.dynamic_update_slice(old, new, (0, 0))
+            for old, new in zip((cache.segment_ids, cache.positions), fields)
+        )
         return x, Cache(keys, values, *fields, end)
 
     def decode(self, token, position, cache):
@@ -244,20 +287,29 @@ class Decoder(nn.Module):
         segment_ids = cache.segment_ids.at[rows, slots].set(segment, mode="drop")
         positions = cache.positions.at[rows, slots].set(position, mode="drop")
         shared = self._shared(segment[:, None], position[:, None], None) | {
-            "slots": slots, "allowed": segment_ids == segment[:, None], "distance": position[:, None] - positions}
+            "slots": slots,
+            "allowed": segment_ids == segment[:, None],
+            "distance": position[:, None] - positions,
+        }
         x, (keys, values), _ = self._run(token[:, None], shared, (cache.keys, cache.values))
         return x[:, 0], Cache(keys, values, segment_ids, positions, cache.length + 1)
 
     def _shared(self, segment_ids, positions, prefix_ids):
-        return {"segment_ids": segment_ids, "positions": positions, "prefix_ids": prefix_ids,
-                "ropes": [ropes.tables(rope, positions) for rope in self.config.ropes]}
+        return {
+            "segment_ids": segment_ids,
+            "positions": positions,
+            "prefix_ids": prefix_ids,
+            "ropes": [ropes.tables(rope, positions) for rope in self.config.ropes],
+        }
 
     def _run(self, tokens, shared, cache):
         c = self.config
         kinds = sorted(set(c.windows))
-        layer = {"index": jnp.arange(c.num_layers, dtype=jnp.int32),
-                 "window": jnp.asarray([kinds.index(w) for w in c.windows], jnp.int32),
-                 "rope": jnp.asarray(c.layer_ropes, jnp.int32)}
+        layer = {
+            "index": jnp.arange(c.num_layers, dtype=jnp.int32),
+            "window": jnp.asarray([kinds.index(w) for w in c.windows], jnp.int32),
+            "rope": jnp.asarray(c.layer_ropes, jnp.int32),
+        }
         x = self.embed(tokens, shared["positions"])
         if self.options.dropout and self.has_rng("dropout"):
             x = self.drop(x, deterministic=False)
@@ -271,7 +323,9 @@ class Decoder(nn.Module):
         with jax.named_scope("unembed"):
             hidden = hidden.astype(self.options.dtype)
             if c.tied:
-                logits = jnp.einsum("...D,VD->...V", hidden, self.embed.table(), preferred_element_type=jnp.float32)
+                logits = jnp.einsum(
+                    "...D,VD->...V", hidden, self.embed.table(), preferred_element_type=jnp.float32
+                )
             else:
                 logits = self.output(hidden)
             if c.final_softcap:
@@ -279,7 +333,11 @@ class Decoder(nn.Module):
             if c.vocab_rows == c.vocab_size:
                 return logits
             real = jnp.arange(c.vocab_rows) < c.vocab_size
-            return jnp.where(jnp.expand_dims(real, tuple(range(logits.ndim - 1))), logits, jnp.finfo(jnp.float32).min)
+            return jnp.where(
+                jnp.expand_dims(real, tuple(range(logits.ndim - 1))),
+                logits,
+                jnp.finfo(jnp.float32).min,
+            )
 
     def head(self, name, hidden):
         """Return a scalar head's output."""
@@ -295,10 +353,14 @@ class Embedding(nn.Module):
 
     def setup(self):
         c = self.config
-        self.tokens = parameter(self, "tokens", normal(c.init_std), (c.vocab_rows, c.width), ("vocab", "embed"))
+        self.tokens = parameter(
+            self, "tokens", normal(c.init_std), (c.vocab_rows, c.width), ("vocab", "embed")
+        )
         if c.learned_positions:
             rows = c.max_positions + c.position_offset
-            self.positions = parameter(self, "positions", normal(c.init_std), (rows, c.width), ("positions", "embed"))
+            self.positions = parameter(
+                self, "positions", normal(c.init_std), (rows, c.width), ("positions", "embed")
+            )
 
     def table(self):
         """Return the embedding matrix [V, D] in the compute type."""
@@ -307,11 +369,14 @@ class Embedding(nn.Module):
     def __call__(self, tokens, positions):
         c = self.config
         with jax.named_scope("embed"):
-            # Gathered over the width first, so that each device looks up its rows of the vocabulary and one sum over
-            # the tensor axis puts them together; else the partitioner moves the looked-up states between all devices.
+            # Gathered over the width first, so that each device looks up its rows of the vocabulary
+            # and one sum over the tensor axis puts them together; else the partitioner moves the
+            # looked-up states between all devices.
             x = jnp.take(constrain(self.table(), "vocab", "features"), tokens, axis=0)
             if c.embed_scale != 1:
                 x = x * jnp.asarray(c.embed_scale, self.dtype)
             if c.learned_positions:
-                x = x + jnp.take(array(self.positions, self.dtype), positions + c.position_offset, axis=0)
+                x = x + jnp.take(
+                    array(self.positions, self.dtype), positions + c.position_offset, axis=0
+                )
             return constrain(x, "rows", "length", "features")

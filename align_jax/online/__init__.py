@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Online learning: rewards for generated text, and rollouts as a source of batches."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """From chosen samples to a batch's rows, and from per-response arrays to per-token fields.
 
-    plain          a response a row: [prompt response 0 . .], [prompt response 1 . .]
-    shared_prefix  a group a row: [prompt | response 0 | response 1 | . .], the prompt stored and computed once
+plain          a response a row: [prompt response 0 . .], [prompt response 1 . .]
+shared_prefix  a group a row: [prompt | response 0 | response 1 | . .], the prompt stored and
+computed once
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -38,8 +40,14 @@ def plan_shape(*, groups: int, responses: int, prompt: int, response: int, layou
         raise ValueError(f"rollouts are laid out as one of {LAYOUTS}; data.layout is {layout!r}")
     each = responses if layout == "shared_prefix" else 1
     length = -(-(prompt + each * response) // 8) * 8
-    return Shape(rows=groups * responses // each, length=length, positions=each * response, slots=each, groups=groups,
-                 responses=responses)
+    return Shape(
+        rows=groups * responses // each,
+        length=length,
+        positions=each * response,
+        slots=each,
+        groups=groups,
+        responses=responses,
+    )
 
 
 def batch_shapes(shape: Shape, plan: Plan) -> Batch:
@@ -49,17 +57,26 @@ def batch_shapes(shape: Shape, plan: Plan) -> Batch:
         shape: from ``plan_shape``.
         plan: how rollouts are made.
     """
-    batch = planning.batch_shapes(shape, kind=plan.kind, layout=plan.layout,
-                                  mismatched=shape if plan.mismatched else None)
+    batch = planning.batch_shapes(
+        shape, kind=plan.kind, layout=plan.layout, mismatched=shape if plan.mismatched else None
+    )
     by_token = np.broadcast_to(np.zeros((), np.float32), batch.tokens.shape)
     if plan.targets is not None:
         batch = batch._replace(old_token_logps=by_token, advantages=by_token)
     return batch._replace(returns=by_token, old_values=by_token) if plan.value_head else batch
 
 
-def write(groups: Groups, prompts: Sequence[Int[np.ndarray, "_"]], completions: Sequence[Sequence[Completion]],
-          scores: Float[np.ndarray, "Q n"], shape: Shape, *, layout: str, pad: int, keep_unfinished: bool = True
-          ) -> Batch:
+def write(
+    groups: Groups,
+    prompts: Sequence[Int[np.ndarray, "_"]],
+    completions: Sequence[Sequence[Completion]],
+    scores: Float[np.ndarray, "Q n"],
+    shape: Shape,
+    *,
+    layout: str,
+    pad: int,
+    keep_unfinished: bool = True,
+) -> Batch:
     """Write groups into rows.
 
     Args:
@@ -74,8 +91,14 @@ def write(groups: Groups, prompts: Sequence[Int[np.ndarray, "_"]], completions: 
     """
     count, responses = groups.samples.shape
     each = shape.slots
-    rows = batching.Rows(count * responses // each, shape.length, shape.positions, each, pad,
-                         shared=layout == "shared_prefix")
+    rows = batching.Rows(
+        count * responses // each,
+        shape.length,
+        shape.positions,
+        each,
+        pad,
+        shared=layout == "shared_prefix",
+    )
     for g in range(count):
         prompt, chosen = groups.prompts[g], []
         for s in groups.samples[g]:
@@ -88,26 +111,43 @@ def write(groups: Groups, prompts: Sequence[Int[np.ndarray, "_"]], completions: 
             for r, response in enumerate(chosen):
                 rows.write(g * responses + r, [Piece(prompts[prompt], (response,))], 1)
     found = np.take_along_axis(scores[groups.prompts], groups.samples, axis=1).astype(np.float32)
-    extra = {"label": groups.label} if groups.label is not None else {"margin": np.zeros(count, np.float32)}
-    return batching.to_batch(rows, responses, weight=groups.weight.astype(np.float32), scores=found, **extra)
+    extra = (
+        {"label": groups.label}
+        if groups.label is not None
+        else {"margin": np.zeros(count, np.float32)}
+    )
+    return batching.to_batch(
+        rows, responses, weight=groups.weight.astype(np.float32), scores=found, **extra
+    )
 
 
-def token_field(batch: Batch, groups: Groups, completions: Sequence[Sequence[Completion]], field: str
-                ) -> Float[np.ndarray, "N T"]:
-    """Lay a per-token quantity of the completions (a field of Completion) over the batch's loss tokens."""
+def token_field(
+    batch: Batch, groups: Groups, completions: Sequence[Sequence[Completion]], field: str
+) -> Float[np.ndarray, "N T"]:
+    """Lay a per-token quantity of the completions (a field of Completion) over the batch's loss
+    tokens."""
     out = np.zeros(batch.tokens.shape, np.float32)
-    samples = [completions[p][s] for p, chosen in zip(groups.prompts, groups.samples) for s in chosen]
+    samples = [
+        completions[p][s] for p, chosen in zip(groups.prompts, groups.samples) for s in chosen
+    ]
     per_row = len(samples) // len(out)
     for row in range(len(out)):
-        for slot, one in enumerate(samples[row * per_row:(row + 1) * per_row]):
+        for slot, one in enumerate(samples[row * per_row : (row + 1) * per_row]):
             at = np.flatnonzero(batch.loss_mask[row] & (batch.slot[row] == slot))
-            out[row, at] = getattr(one, field)[:len(at)]
+            out[row, at] = getattr(one, field)[: len(at)]
     return out
 
 
-def mismatch(groups: Groups, prompts: Sequence[Int[np.ndarray, "_"]], completions: Sequence[Sequence[Completion]],
-             shape: Shape, *, pad: int) -> Batch:
-    """Pair each prompt with the response of the next group that has another prompt: KTO's rows for its KL term.
+def mismatch(
+    groups: Groups,
+    prompts: Sequence[Int[np.ndarray, "_"]],
+    completions: Sequence[Sequence[Completion]],
+    shape: Shape,
+    *,
+    pad: int,
+) -> Batch:
+    """Pair each prompt with the response of the next group that has another prompt: KTO's rows for
+    its KL term.
 
     Raises:
         ValueError: all groups have the same prompt.
@@ -119,9 +159,14 @@ def mismatch(groups: Groups, prompts: Sequence[Int[np.ndarray, "_"]], completion
         others = (h % count for h in range(g + 1, g + count) if texts[h % count] != texts[g])
         other = next(others, None)
         if other is None:
-            raise ValueError("mismatched completions need two different prompts in a rollout; raise rollout.prompts")
+            raise ValueError(
+                "mismatched completions need two different prompts in a rollout; "
+                "raise rollout.prompts"
+            )
         tokens = completions[groups.prompts[other]][groups.samples[other][0]].tokens
-        rows.write(g, [Piece(prompts[groups.prompts[g]], ((tokens, np.ones(len(tokens), bool)),))], 1)
+        rows.write(
+            g, [Piece(prompts[groups.prompts[g]], ((tokens, np.ones(len(tokens), bool)),))], 1
+        )
     return batching.to_batch(rows, 1, weight=groups.weight.astype(np.float32))
 
 
@@ -133,6 +178,12 @@ def take(batch: Batch, chosen: Int[np.ndarray, "b"]) -> Batch:
         each = len(x) // groups  # rows of a group
         return x.reshape(groups, each, *x.shape[1:])[chosen].reshape(-1, *x.shape[1:])
 
-    fields = {name: value if value is None else take(value, chosen) if isinstance(value, Batch) else pick(value)
-              for name, value in batch._asdict().items()}
+    fields = {
+        name: value
+        if value is None
+        else take(value, chosen)
+        if isinstance(value, Batch)
+        else pick(value)
+        for name, value in batch._asdict().items()
+    }
     return Batch(**fields)

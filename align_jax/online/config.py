@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """How rollouts are made: every number that an online run has beside its objective's own."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -32,23 +33,27 @@ class Plan:
         microbatches: parts of a step; the forwards here are cut as finely.
         epochs: passes over a rollout.
         sampling, stop: of the samples.
-        targets: options of ``losses.targets.make_targets``; None where the objective needs no advantages.
+        targets: options of ``losses.targets.make_targets``; None where the objective needs no
+            advantages.
         kl_target, kl_horizon: of the adaptive KL coefficient; None: it stays.
         value_head: the policy's head that gives values; "" = none.
-        rescore: take the old log-probabilities from a forward like the training one, so that the first ratio is
-            exactly 1; else from generation.
+        rescore: take the old log-probabilities from a forward like the training one, so that the
+            first ratio is exactly 1; else from generation.
         layout: "plain" or "shared_prefix".
         mismatched: add mismatched completions.
         keep_unfinished: completions cut off by the limit bear the loss.
         missing_eos_penalty: taken from their score, units of reward.
-        overlong_buffer: tokens before the limit in which the score falls by up to 1 (DAPO); 0 = off.
+        overlong_buffer: tokens before the limit in which the score falls by up to 1 (DAPO); 0 =
+            off.
         normalise_scores, score_clip: by the running moments; at most this size.  None: off.
-        tries: dynamic sampling: draw up to so many times until every group has unequal scores; 1 = off.
-        stop_kl: skip a rollout's later epochs once the policy's divergence from the old one exceeds this, nats a
-            token; 0 = never.
+        tries: dynamic sampling: draw up to so many times until every group has unequal scores; 1 =
+            off.
+        stop_kl: skip a rollout's later epochs once the policy's divergence from the old one exceeds
+            this, nats a token; 0 = never.
         overlap: make the next rollout while this one trains, with weights one rollout old.
-        server: an OpenAI-compatible server generates: the options of ``inference.engines.Server`` (url, model, and
-            the folder ``weights`` through which it gets the newest ones).  None: this mesh generates.
+        server: an OpenAI-compatible server generates: the options of ``inference.engines.Server``
+            (url, model, and the folder ``weights`` through which it gets the newest ones).  None:
+            this mesh generates.
         selection: options of the selection.
         seed: of prompts' order, draws and slices.
     """
@@ -85,28 +90,51 @@ class Plan:
 
     def __post_init__(self) -> None:
         if self.kind not in SELECTIONS:
-            raise ValueError(f"no rollout for data of kind {self.kind!r}; known: {sorted(SELECTIONS)}")
+            raise ValueError(
+                f"no rollout for data of kind {self.kind!r}; known: {sorted(SELECTIONS)}"
+            )
         groups, processes = self.groups[0], jax.process_count()
         if groups % self.batch_size or self.batch_size % self.microbatches:
-            raise ValueError(f"a rollout of {self.prompts} prompts gives {groups} groups; they must divide into steps "
-                             f"of batch_size = {self.batch_size}, and those into microbatches = {self.microbatches}")
+            raise ValueError(
+                f"a rollout of {self.prompts} prompts gives {groups} groups; they "
+                "must divide into steps "
+                f"of batch_size = {self.batch_size}, and those into microbatches = "
+                f"{self.microbatches}"
+            )
         if self.prompts % processes or self.batch_size % (processes * self.microbatches):
-            raise ValueError(f"rollout.prompts = {self.prompts} and batch_size = {self.batch_size} must divide over "
-                             f"{processes} processes (and {self.microbatches} microbatches)")
+            raise ValueError(
+                f"rollout.prompts = {self.prompts} and batch_size = "
+                f"{self.batch_size} must divide over "
+                f"{processes} processes (and {self.microbatches} microbatches)"
+            )
         if not self.rescore and self.temperature != 1:
-            raise ValueError("rollout.options.rescore = False keeps log-probabilities at temperature 1: set "
-                             f"rollout.temperature = 1, got {self.sampling.temperature}")
+            raise ValueError(
+                "rollout.options.rescore = False keeps log-probabilities at "
+                "temperature 1: set "
+                f"rollout.temperature = 1, got {self.sampling.temperature}"
+            )
         if self.tries > 1 and self.responses < 2:
-            raise ValueError("dynamic sampling (rollout.options.tries > 1) needs rollout.responses_per_prompt > 1")
+            raise ValueError(
+                "dynamic sampling (rollout.options.tries > 1) needs "
+                "rollout.responses_per_prompt > 1"
+            )
         if self.server is not None and processes > 1:
             raise ValueError("the server of rollout.options works with one process only")
         if self.server is not None and self.tensor:
-            raise ValueError(f"rollout.tensor = {self.tensor} deals weights out for generation here; with a "
-                             "server in rollout.options it must be 0")
+            raise ValueError(
+                f"rollout.tensor = {self.tensor} deals weights out for generation "
+                "here; with a "
+                "server in rollout.options it must be 0"
+            )
         if self.overlap and processes > 1:
-            raise ValueError("rollout.options.overlap works in one process only: threads of several processes would "
-                             "meet in different orders")
-        SELECTIONS[self.kind](np.zeros((1, self.responses), np.float32), np.zeros(1, np.float32), **self.selection)
+            raise ValueError(
+                "rollout.options.overlap works in one process only: threads of "
+                "several processes would "
+                "meet in different orders"
+            )
+        SELECTIONS[self.kind](
+            np.zeros((1, self.responses), np.float32), np.zeros(1, np.float32), **self.selection
+        )
 
     @property
     def groups(self) -> tuple[int, int]:
@@ -120,7 +148,8 @@ class Plan:
 
     @property
     def temperature(self) -> float:
-        """What the logits are divided by wherever these samples' log-probabilities are computed; 1 for preferences."""
+        """What the logits are divided by wherever these samples' log-probabilities are computed; 1
+        for preferences."""
         return float(self.sampling.temperature or 1.0) if self.targets is not None else 1.0
 
     @property
@@ -130,22 +159,48 @@ class Plan:
 
 
 # fields of Plan that any online objective takes as options
-_OPTIONS = ("epochs", "rescore", "keep_unfinished", "missing_eos_penalty", "overlong_buffer", "normalise_scores",
-            "score_clip", "tries", "stop_kl", "overlap", "server")
+_OPTIONS = (
+    "epochs",
+    "rescore",
+    "keep_unfinished",
+    "missing_eos_penalty",
+    "overlong_buffer",
+    "normalise_scores",
+    "score_clip",
+    "tries",
+    "stop_kl",
+    "overlap",
+    "server",
+)
 
 
-def make_plan(terms: Sequence[Term], *, batch_size: int, responses: int, max_new_tokens: int, prompts: int = 0,
-              rows: int = 256, tensor: int = 0, microbatches: int = 1, sampling: Sampling = Sampling(),
-              stop: Sequence[str] = (), layout: str = "plain", value_head: str = "value", seed: int = 0,
-              options: Mapping[str, Any] | None = None) -> Plan:
+def make_plan(
+    terms: Sequence[Term],
+    *,
+    batch_size: int,
+    responses: int,
+    max_new_tokens: int,
+    prompts: int = 0,
+    rows: int = 256,
+    tensor: int = 0,
+    microbatches: int = 1,
+    sampling: Sampling = Sampling(),
+    stop: Sequence[str] = (),
+    layout: str = "plain",
+    value_head: str = "value",
+    seed: int = 0,
+    options: Mapping[str, Any] | None = None,
+) -> Plan:
     """Put together how rollouts are made for these objectives.
 
     Args:
-        terms: the objectives; a policy gradient brings its own options (advantages, KL in the reward, epochs).
+        terms: the objectives; a policy gradient brings its own options (advantages, KL in the
+            reward, epochs).
         batch_size: groups in an optimizer step.
         responses: samples of each prompt.
         max_new_tokens: tokens at most.
-        prompts: prompts in a rollout; 0: what gives the steps of one pass (the objective's ``minibatches``, else one).
+        prompts: prompts in a rollout; 0: what gives the steps of one pass (the objective's
+            ``minibatches``, else one).
         rows, tensor, microbatches, sampling, stop, layout, value_head, seed: see `Plan`.
         options: more fields of `Plan`, and options of the selection.
 
@@ -155,26 +210,54 @@ def make_plan(terms: Sequence[Term], *, batch_size: int, responses: int, max_new
     """
     kind, options = data_kind(terms), dict(options or {})
     targets = next((dict(term.rollout) for term in terms if term.rollout), None)
-    own = {name: targets.pop(name) for name in ("missing_eos_penalty", "kl_target", "kl_horizon", "epochs")
-           if targets and name in targets}
+    own = {
+        name: targets.pop(name)
+        for name in ("missing_eos_penalty", "kl_target", "kl_horizon", "epochs")
+        if targets and name in targets
+    }
     minibatches = targets.pop("minibatches") if targets else 1
-    choices = [name for name, parameter in inspect.signature(SELECTIONS[kind]).parameters.items()
-               if parameter.kind is inspect.Parameter.KEYWORD_ONLY]
+    choices = [
+        name
+        for name, parameter in inspect.signature(SELECTIONS[kind]).parameters.items()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    ]
     for name in options:
         if name not in (*_OPTIONS, *choices):
             near = difflib.get_close_matches(name, (*_OPTIONS, *choices), 1)
-            raise KeyError(f"rollout.options has no {name!r} for data of kind {kind!r}; "
-                           + (f"did you mean {near[0]!r}?" if near else f"known: {sorted((*_OPTIONS, *choices))}"))
+            raise KeyError(
+                f"rollout.options has no {name!r} for data of kind {kind!r}; "
+                + (
+                    f"did you mean {near[0]!r}?"
+                    if near
+                    else f"known: {sorted((*_OPTIONS, *choices))}"
+                )
+            )
     if not prompts:
         groups = batch_size * minibatches
         prompts = groups // responses if kind == "unpaired" else groups
         if kind == "unpaired" and groups % responses:
-            raise ValueError(f"batch_size = {groups} unpaired samples are not a multiple of "
-                             f"rollout.responses_per_prompt = {responses}")
+            raise ValueError(
+                f"batch_size = {groups} unpaired samples are not a multiple of "
+                f"rollout.responses_per_prompt = {responses}"
+            )
     selection = {name: options.pop(name) for name in choices if name in options}
     needs = {need for term in terms for need in term.needs}
-    return Plan(kind=kind, prompts=prompts, responses=responses, max_new_tokens=max_new_tokens, batch_size=batch_size,
-                rows=rows, tensor=tensor, microbatches=microbatches, sampling=sampling, stop=tuple(stop),
-                targets=targets, value_head=value_head if "values" in needs else "", layout=layout,
-                mismatched=any(term.objective.mismatched for term in terms), selection=selection, seed=seed,
-                **(own | options))
+    return Plan(
+        kind=kind,
+        prompts=prompts,
+        responses=responses,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        rows=rows,
+        tensor=tensor,
+        microbatches=microbatches,
+        sampling=sampling,
+        stop=tuple(stop),
+        targets=targets,
+        value_head=value_head if "values" in needs else "",
+        layout=layout,
+        mismatched=any(term.objective.mismatched for term in terms),
+        selection=selection,
+        seed=seed,
+        **(own | options),
+    )

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The prompts of online learning: tokenized once, drawn in an endless seeded order."""
+
 from __future__ import annotations
 
 import functools
@@ -38,30 +39,54 @@ class Prompts:
         ValueError: no room for a prompt, or none left.
     """
 
-    def __init__(self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, max_length: int,
-                 max_new_tokens: int, truncation: str = "keep_end", seed: int = 0, shuffle: bool = True) -> None:
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_length: int,
+        max_new_tokens: int,
+        truncation: str = "keep_end",
+        seed: int = 0,
+        shuffle: bool = True,
+    ) -> None:
         if max_new_tokens >= max_length:
-            raise ValueError(f"rollout.max_new_tokens = {max_new_tokens} leaves no room for a prompt in max_length = "
-                             f"{max_length} tokens")
+            raise ValueError(
+                f"rollout.max_new_tokens = {max_new_tokens} leaves no room for a "
+                "prompt in max_length = "
+                f"{max_length} tokens"
+            )
         self._seed, self._shuffle = seed, shuffle
         self._kept: list[tuple[Example, Int[np.ndarray, "p"]]] = []
         truncated = 0
         for example, tokens in zip(examples, chat.encode_many(examples, tokenizer)):
             ids = np.asarray(tokens.prompt, np.int32)
             cut = batching.truncate(
-                len(ids), [max_new_tokens], turn=tokens.turn, tail=tokens.tail, max_length=max_length,
-                bos=bool(len(ids)) and int(ids[0]) == tokenizer.bos_token_id, policy=truncation,
-                max_prompt_length=max_length - max_new_tokens)
+                len(ids),
+                [max_new_tokens],
+                turn=tokens.turn,
+                tail=tokens.tail,
+                max_length=max_length,
+                bos=bool(len(ids)) and int(ids[0]) == tokenizer.bos_token_id,
+                policy=truncation,
+                max_prompt_length=max_length - max_new_tokens,
+            )
             if cut.reason or not len(ids):
                 continue
             kept = batching.cut_prompt(ids, cut)
             truncated += len(kept) < len(ids)
             self._kept.append((example, kept))
         if not self._kept:
-            raise ValueError(f"no prompts left of {len(examples)}: all are empty or longer than max_length - "
-                             f"max_new_tokens = {max_length - max_new_tokens} tokens")
-        self.report = {"prompts": len(self._kept), "truncated prompts": int(truncated),
-                       "dropped prompts": len(examples) - len(self._kept)}
+            raise ValueError(
+                f"no prompts left of {len(examples)}: all are empty or longer than "
+                "max_length - "
+                f"max_new_tokens = {max_length - max_new_tokens} tokens"
+            )
+        self.report = {
+            "prompts": len(self._kept),
+            "truncated prompts": int(truncated),
+            "dropped prompts": len(examples) - len(self._kept),
+        }
         self.longest = max(len(ids) for _, ids in self._kept)
 
     def __len__(self) -> int:

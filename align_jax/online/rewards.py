@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rewards: what a completion is worth, by rules on its text or by a model.
 
-Each public function up to `judge` is a row of ``REWARDS``: it takes options and returns a *reward function*
+Each public function up to `judge` is a row of ``REWARDS``: it takes options and returns a *reward
+function*
 
     (prompts, completions, extras) -> one number for each completion
 
-where ``extras`` holds the columns of the data's row (a gold answer, a level).  Nothing here is random, and nothing
-depends on the other completions of the batch, so a score never depends on how completions were batched.
+where ``extras`` holds the columns of the data's row (a gold answer, a level).  Nothing here is
+random, and nothing depends on the other completions of the batch, so a score never depends on how
+completions were batched.
 """
+
 from __future__ import annotations
 
 import concurrent.futures
@@ -30,21 +33,28 @@ Extras = Sequence[Mapping[str, Any]]
 RewardFunction = Callable[[Sequence[str], Sequence[str], Extras], Sequence[float]]
 
 _NUMBER = r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?|-?\.\d+"
-_MARKED = (rf"####\s*\$?\s*({_NUMBER})", rf"\\boxed\{{\s*\$?\s*({_NUMBER})[^}}]*\}}",
-           rf"(?i)answer(?:\s+is|\s*:)\s*:?\s*\$?\s*({_NUMBER})")
-_VADER_ALPHA = 15.0  # Hutto & Gilbert 2014, vaderSentiment `normalize`: the largest sum to be expected of a sentence
+_MARKED = (
+    rf"####\s*\$?\s*({_NUMBER})",
+    rf"\\boxed\{{\s*\$?\s*({_NUMBER})[^}}]*\}}",
+    rf"(?i)answer(?:\s+is|\s*:)\s*:?\s*\$?\s*({_NUMBER})",
+)
+# Hutto & Gilbert 2014, vaderSentiment `normalize`: the largest sum to be expected of a sentence
+_VADER_ALPHA = 15.0
 
 
 def _each(score: Callable[[str, str, Mapping[str, Any]], float]) -> RewardFunction:
     return lambda prompts, completions, extras: [
-        float(score(*one)) for one in zip(prompts, completions, extras, strict=True)]
+        float(score(*one)) for one in zip(prompts, completions, extras, strict=True)
+    ]
 
 
 def _column(extras: Mapping[str, Any], column: str) -> Any:
     if column not in extras:
         near = difflib.get_close_matches(column, extras, 1)
-        raise KeyError(f"the reward needs the column {column!r}; the row has {sorted(extras)}"
-                       + (f"; did you mean {near[0]!r}?" if near else ""))
+        raise KeyError(
+            f"the reward needs the column {column!r}; the row has {sorted(extras)}"
+            + (f"; did you mean {near[0]!r}?" if near else "")
+        )
     return extras[column]
 
 
@@ -54,8 +64,8 @@ def exact(column: str = "answer", ignore_case: bool = False, extract: str = "") 
     Args:
         column: the row's column that holds the answer.
         ignore_case: compare without regard to case.
-        extract: a regular expression whose first group (of its last match) is the answer within the completion;
-            "" compares the whole completion.
+        extract: a regular expression whose first group (of its last match) is the answer within the
+            completion; "" compares the whole completion.
     """
     pattern = re.compile(extract, re.DOTALL) if extract else None
 
@@ -74,8 +84,9 @@ def exact(column: str = "answer", ignore_case: bool = False, extract: str = "") 
 def find_number(text: str, anywhere: bool = True) -> float | None:
     r"""Return the number that a text gives as its answer, or None.
 
-    The last one marked as the answer (``#### 18``, ``\boxed{18}``, ``the answer is 18``); without a mark the last
-    number of the text.  Thousands' commas and a dollar sign are read over; a fraction ``3/4`` is divided.
+    The last one marked as the answer (``#### 18``, ``\boxed{18}``, ``the answer is 18``); without a
+    mark the last number of the text.  Thousands' commas and a dollar sign are read over; a fraction
+    ``3/4`` is divided.
 
     Args:
         text: the text.
@@ -94,17 +105,21 @@ def find_number(text: str, anywhere: bool = True) -> float | None:
     return None
 
 
-def numeric(column: str = "answer", tolerance: float = 1e-4, marked: bool = False) -> RewardFunction:
+def numeric(
+    column: str = "answer", tolerance: float = 1e-4, marked: bool = False
+) -> RewardFunction:
     """Give 1 where the completion's number equals the gold answer's, else 0 (see `find_number`).
 
     Args:
-        column: the row's column with the gold answer: a number, or text that ends in one (GSM8K's ``#### 18``).
+        column: the row's column with the gold answer: a number, or text that ends in one (GSM8K's
+            ``#### 18``).
         tolerance: the greatest absolute difference that counts as equal.
         marked: count only a number that is marked as the answer.
 
     Raises:
         ValueError: when called, a gold answer without a number.
     """
+
     def score(prompt: str, completion: str, extras: Mapping[str, Any]) -> float:
         answer = _column(extras, column)
         gold = float(answer) if isinstance(answer, (int, float)) else find_number(str(answer))
@@ -116,12 +131,19 @@ def numeric(column: str = "answer", tolerance: float = 1e-4, marked: bool = Fals
     return _each(score)
 
 
-def regex(pattern: str, reward: float = 1.0, otherwise: float = 0.0, count: bool = False) -> RewardFunction:
-    """Give ``reward`` where the pattern is found in the completion (for each time, with ``count``)."""
+def regex(
+    pattern: str, reward: float = 1.0, otherwise: float = 0.0, count: bool = False
+) -> RewardFunction:
+    """Give ``reward`` where the pattern is found in the completion (for each time, with
+    ``count``)."""
     compiled = re.compile(pattern, re.DOTALL | re.MULTILINE)
 
     def score(prompt: str, completion: str, extras: Mapping[str, Any]) -> float:
-        times = len(compiled.findall(completion)) if count else int(compiled.search(completion) is not None)
+        times = (
+            len(compiled.findall(completion))
+            if count
+            else int(compiled.search(completion) is not None)
+        )
         return reward * times if times else otherwise
 
     return _each(score)
@@ -130,7 +152,9 @@ def regex(pattern: str, reward: float = 1.0, otherwise: float = 0.0, count: bool
 def layout(pattern: str = r"\s*<think>.*?</think>\s*<answer>.*?</answer>\s*") -> RewardFunction:
     """Give 1 where the whole completion has the form of the pattern, else 0."""
     compiled = re.compile(pattern, re.DOTALL)
-    return _each(lambda prompt, completion, extras: float(compiled.fullmatch(completion) is not None))
+    return _each(
+        lambda prompt, completion, extras: float(compiled.fullmatch(completion) is not None)
+    )
 
 
 def length(target: int, unit: str = "words", form: str = "distance") -> RewardFunction:
@@ -139,14 +163,18 @@ def length(target: int, unit: str = "words", form: str = "distance") -> RewardFu
     Args:
         target: the wanted (distance) or greatest (excess) length, in units.
         unit: "words" or "characters".
-        form: "distance" is -min(1, |n - target| / target); "excess" is -min(1, max(0, n - target) / target).
+        form: "distance" is -min(1, |n - target| / target); "excess" is -min(1, max(0, n - target) /
+            target).
 
     Raises:
         ValueError: an unknown unit or form, or a target below 1.
     """
     if unit not in ("words", "characters") or form not in ("distance", "excess") or target < 1:
-        raise ValueError("length wants unit 'words' or 'characters', form 'distance' or 'excess', target >= 1; "
-                         f"got {unit!r}, {form!r}, {target}")
+        raise ValueError(
+            "length wants unit 'words' or 'characters', form 'distance' or "
+            "'excess', target >= 1; "
+            f"got {unit!r}, {form!r}, {target}"
+        )
 
     def score(prompt: str, completion: str, extras: Mapping[str, Any]) -> float:
         n = len(completion.split() if unit == "words" else completion)
@@ -158,7 +186,8 @@ def length(target: int, unit: str = "words", form: str = "distance") -> RewardFu
 
 @functools.lru_cache(maxsize=8)
 def load_lexicon(path: str) -> Mapping[str, float]:
-    """Read a sentiment lexicon in VADER's form: a line for each token, ``token TAB mean valence TAB ...``.
+    """Read a sentiment lexicon in VADER's form: a line for each token,
+    ``token TAB mean valence TAB ...``.
 
     Raises:
         ValueError: a line without a number in its second field, with file and line.
@@ -171,7 +200,9 @@ def load_lexicon(path: str) -> Mapping[str, float]:
         try:
             table[fields[0].strip().lower()] = float(fields[1])
         except (IndexError, ValueError):
-            raise ValueError(f"{path}:{number}: expected 'token<TAB>valence', got {line[:60]!r}") from None
+            raise ValueError(
+                f"{path}:{number}: expected 'token<TAB>valence', got {line[:60]!r}"
+            ) from None
     return table
 
 
@@ -181,7 +212,8 @@ def longest_phrase(table: Mapping[str, float]) -> int:
 
 
 def valences(text: str, table: Mapping[str, float], longest: int) -> list[float]:
-    """Return the valences of a text's words and phrases that the lexicon knows, longest phrase first.
+    """Return the valences of a text's words and phrases that the lexicon knows, longest phrase
+    first.
 
     Args:
         text: words between white space.
@@ -191,7 +223,7 @@ def valences(text: str, table: Mapping[str, float], longest: int) -> list[float]
     words, found, i = text.lower().split(), [], 0
     while i < len(words):
         for n in range(min(longest, len(words) - i), 0, -1):
-            raw = " ".join(words[i:i + n])
+            raw = " ".join(words[i : i + n])
             key = raw if raw in table else raw.strip("\"'.,;:!?()[]{}*_-\u201c\u201d\u2018\u2019")
             if key in table:
                 found.append(table[key])
@@ -205,10 +237,11 @@ def lexicon(path: str, form: str = "compound") -> RewardFunction:
 
     Args:
         path: the lexicon's file.
-        form: with s the sum of the valences: "compound" is s / sqrt(s^2 + 15), in (-1, 1); "sum" is s; "mean" is s
-            divided by the number of words.
+        form: with s the sum of the valences: "compound" is s / sqrt(s^2 + 15), in (-1, 1); "sum" is
+            s; "mean" is s divided by the number of words.
 
-    Negation, intensifiers and punctuation do not change a word's valence (they do in vaderSentiment).
+    Negation, intensifiers and punctuation do not change a word's valence (they do in
+    vaderSentiment).
 
     References:
         Hutto and Gilbert, VADER, ICWSM 2014; vaderSentiment's ``normalize``.
@@ -244,25 +277,42 @@ def function(path: str, **options: Any) -> RewardFunction:
     return functools.partial(found, **options) if options else found
 
 
-def model(path: str, rows: int = 16, max_length: int = 0, compute_dtype: str = "float32",
-          mesh: Mesh | None = None) -> RewardFunction:
-    """Score by a reward model: a checkpoint with a score head, ours or a Hugging Face sequence classifier.
+def model(
+    path: str,
+    rows: int = 16,
+    max_length: int = 0,
+    compute_dtype: str = "float32",
+    mesh: Mesh | None = None,
+) -> RewardFunction:
+    """Score by a reward model: a checkpoint with a score head, ours or a Hugging Face sequence
+    classifier.
 
-    A row's column ``messages`` (the prompt's turns) goes through the reward model's own chat template where it has
-    one; else the prompt's text is taken as it is.
+    A row's column ``messages`` (the prompt's turns) goes through the reward model's own chat
+    template where it has one; else the prompt's text is taken as it is.
 
     Args:
         path: directory or hub id.
-        rows, max_length, compute_dtype: see `align_jax.inference.score.RewardModel`; 0 = the model's positions.
+        rows, max_length, compute_dtype: see `align_jax.inference.score.RewardModel`; 0 = the
+            model's positions.
         mesh: where its weights lie and its forwards run; of an online run, the run's own.
     """
-    scorer = RewardModel(path, rows=rows, max_length=max_length or None, compute_dtype=compute_dtype, mesh=mesh)
+    scorer = RewardModel(
+        path, rows=rows, max_length=max_length or None, compute_dtype=compute_dtype, mesh=mesh
+    )
 
-    def score(prompts: Sequence[str], completions: Sequence[str], extras: Extras) -> Sequence[float]:
-        turns = [row["messages"] if scorer.chat and "messages" in row else prompt
-                 for prompt, row in zip(prompts, extras)]
-        return scorer([Example(prompt if isinstance(prompt, str) else tuple(prompt), (completion,))
-                       for prompt, completion in zip(turns, completions)]).tolist()
+    def score(
+        prompts: Sequence[str], completions: Sequence[str], extras: Extras
+    ) -> Sequence[float]:
+        turns = [
+            row["messages"] if scorer.chat and "messages" in row else prompt
+            for prompt, row in zip(prompts, extras)
+        ]
+        return scorer(
+            [
+                Example(prompt if isinstance(prompt, str) else tuple(prompt), (completion,))
+                for prompt, completion in zip(turns, completions)
+            ]
+        ).tolist()
 
     return score
 
@@ -278,15 +328,22 @@ Answer:
 End with a line of the form "Final score: N"."""
 
 
-def judge(url: str, model: str, question: str = RATING, scale: float = 10.0, concurrency: int = 16,
-          **options: Any) -> RewardFunction:
-    """Score by a language model's rating, behind an OpenAI-compatible server (its key in OPENAI_API_KEY).
+def judge(
+    url: str,
+    model: str,
+    question: str = RATING,
+    scale: float = 10.0,
+    concurrency: int = 16,
+    **options: Any,
+) -> RewardFunction:
+    """Score by a language model's rating, behind an OpenAI-compatible server (its key in
+    OPENAI_API_KEY).
 
     Args:
         url: of the server.
         model: the judge's name there.
-        question: with the fields ``{prompt}`` and ``{completion}``; of the answer the number after "score:" counts,
-            else its last number.
+        question: with the fields ``{prompt}`` and ``{completion}``; of the answer the number after
+            "score:" counts, else its last number.
         scale: the rating is divided by this.
         concurrency: questions under way at once.
         options: of the request (``temperature``, ``max_tokens``).
@@ -298,14 +355,19 @@ def judge(url: str, model: str, question: str = RATING, scale: float = 10.0, con
     client = Client(url)
 
     def rate(one: tuple[str, str]) -> float:
-        text = client.chat(model, [{"role": "user", "content": question.format(prompt=one[0], completion=one[1])}],
-                           **options)
+        text = client.chat(
+            model,
+            [{"role": "user", "content": question.format(prompt=one[0], completion=one[1])}],
+            **options,
+        )
         marked = re.findall(rf"(?i)score:\s*({_NUMBER})", text) or re.findall(_NUMBER, text)
         if not marked:
             raise ValueError(f"the judge {model!r} gave no number: {text[:100]!r}")
         return float(marked[-1].replace(",", "").partition("/")[0]) / scale
 
-    def score(prompts: Sequence[str], completions: Sequence[str], extras: Extras) -> Sequence[float]:
+    def score(
+        prompts: Sequence[str], completions: Sequence[str], extras: Extras
+    ) -> Sequence[float]:
         with concurrent.futures.ThreadPoolExecutor(concurrency) as pool:
             return list(pool.map(rate, zip(prompts, completions, strict=True)))
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prompts in, scored samples out: the part of a rollout that deals in text."""
+
 from __future__ import annotations
 
 import time
@@ -20,7 +21,8 @@ from align_jax.online.config import Plan
 from align_jax.online.prompts import Prompts
 from align_jax.online.weighted import WeightedRewards
 
-Moments = Mapping[str, float]  # running moments of all scores; see losses.advantages.normalise_scores
+# running moments of all scores; see losses.advantages.normalise_scores
+Moments = Mapping[str, float]
 
 
 class Asked(NamedTuple):
@@ -52,7 +54,9 @@ def prompt_text(example: Example) -> str:
 
 def columns(example: Example) -> dict[str, Any]:
     """Return the row's columns for reward functions; ``messages`` holds the prompt's turns."""
-    return dict(example.extras) | ({} if isinstance(example.prompt, str) else {"messages": list(example.prompt)})
+    return dict(example.extras) | (
+        {} if isinstance(example.prompt, str) else {"messages": list(example.prompt)}
+    )
 
 
 def gather(x: Float[np.ndarray, "n"]) -> Float[np.ndarray, "m"]:
@@ -62,9 +66,14 @@ def gather(x: Float[np.ndarray, "n"]) -> Float[np.ndarray, "m"]:
     return np.asarray(multihost_utils.process_allgather(x)).reshape(-1)
 
 
-def shape_scores(scores: Float[np.ndarray, "q n"], completions: Sequence[Sequence[Completion]], plan: Plan,
-                 moments: Moments) -> tuple[Float[np.ndarray, "q n"], Moments]:
-    """Normalise, clip, and take off the penalties for completions that are cut off or overlong; as the plan says."""
+def shape_scores(
+    scores: Float[np.ndarray, "q n"],
+    completions: Sequence[Sequence[Completion]],
+    plan: Plan,
+    moments: Moments,
+) -> tuple[Float[np.ndarray, "q n"], Moments]:
+    """Normalise, clip, and take off the penalties for completions that are cut off or overlong; as
+    the plan says."""
     shaped = jnp.asarray(scores)
     if plan.normalise_scores:
         shaped, found = estimators.normalise_scores(shaped, dict(moments), clip=plan.score_clip)
@@ -73,16 +82,27 @@ def shape_scores(scores: Float[np.ndarray, "q n"], completions: Sequence[Sequenc
         shaped = jnp.clip(shaped, -plan.score_clip, plan.score_clip)
     if plan.missing_eos_penalty:
         finished = np.array([[one.finish == "stop" for one in several] for several in completions])
-        shaped = estimators.missing_eos_penalty(shaped, jnp.asarray(finished), plan.missing_eos_penalty)
+        shaped = estimators.missing_eos_penalty(
+            shaped, jnp.asarray(finished), plan.missing_eos_penalty
+        )
     if plan.overlong_buffer:
-        lengths = np.array([[len(one.tokens) for one in several] for several in completions], np.int32)
-        shaped = shaped + estimators.overlong_penalty(jnp.asarray(lengths), max_length=plan.max_new_tokens,
-                                                      buffer=plan.overlong_buffer)
+        lengths = np.array(
+            [[len(one.tokens) for one in several] for several in completions], np.int32
+        )
+        shaped = shaped + estimators.overlong_penalty(
+            jnp.asarray(lengths), max_length=plan.max_new_tokens, buffer=plan.overlong_buffer
+        )
     return np.asarray(shaped, np.float32), moments
 
 
-def sample(places: Sequence[int], plan: Plan, prompts: Prompts, engine: Engine, rewards: WeightedRewards,
-           moments: Moments) -> tuple[list[Asked], Moments, float]:
+def sample(
+    places: Sequence[int],
+    plan: Plan,
+    prompts: Prompts,
+    engine: Engine,
+    rewards: WeightedRewards,
+    moments: Moments,
+) -> tuple[list[Asked], Moments, float]:
     """Sample the prompts at these places of the stream, and score the samples.
 
     Returns:
@@ -90,22 +110,56 @@ def sample(places: Sequence[int], plan: Plan, prompts: Prompts, engine: Engine, 
     """
     asked, n = [prompts[place] for place in places], plan.responses
     began = time.monotonic()
-    completions = engine([Request(tuple(ids.tolist()), n, plan.max_new_tokens, plan.sampling, prompts.seed(place),
-                                  plan.stop) for place, (_, ids) in zip(places, asked)])
+    completions = engine(
+        [
+            Request(
+                tuple(ids.tolist()),
+                n,
+                plan.max_new_tokens,
+                plan.sampling,
+                prompts.seed(place),
+                plan.stop,
+            )
+            for place, (_, ids) in zip(places, asked)
+        ]
+    )
     seconds = time.monotonic() - began
-    raw, parts = rewards([prompt_text(example) for example, _ in asked for _ in range(n)],
-                         [one.text for several in completions for one in several],
-                         [columns(example) for example, _ in asked for _ in range(n)])
+    raw, parts = rewards(
+        [prompt_text(example) for example, _ in asked for _ in range(n)],
+        [one.text for several in completions for one in several],
+        [columns(example) for example, _ in asked for _ in range(n)],
+    )
     scores, moments = shape_scores(raw.reshape(-1, n), completions, plan, moments)
 
     def own(x: Float[np.ndarray, "m"], i: int) -> Float[np.ndarray, "n"]:
-        return x[i * n:(i + 1) * n]
+        return x[i * n : (i + 1) * n]
 
-    return [Asked(place, example, ids, several, scores[i], own(raw, i), {k: own(v, i) for k, v in parts.items()})
-            for i, (place, (example, ids), several) in enumerate(zip(places, asked, completions))], moments, seconds
+    return (
+        [
+            Asked(
+                place,
+                example,
+                ids,
+                several,
+                scores[i],
+                own(raw, i),
+                {k: own(v, i) for k, v in parts.items()},
+            )
+            for i, (place, (example, ids), several) in enumerate(zip(places, asked, completions))
+        ],
+        moments,
+        seconds,
+    )
 
 
-def draw(place: int, plan: Plan, prompts: Prompts, engine: Engine, rewards: WeightedRewards, moments: Moments) -> Drawn:
+def draw(
+    place: int,
+    plan: Plan,
+    prompts: Prompts,
+    engine: Engine,
+    rewards: WeightedRewards,
+    moments: Moments,
+) -> Drawn:
     """Sample a rollout; with dynamic sampling again and again until every group's scores differ.
 
     References:
@@ -117,7 +171,9 @@ def draw(place: int, plan: Plan, prompts: Prompts, engine: Engine, rewards: Weig
     tries, seconds, tokens = 0, 0.0, 0
     while tries < plan.tries and (tries == 0 or not everywhere(len(kept) >= share)):
         first = place + tries * plan.prompts + jax.process_index() * share
-        found, moments, taken = sample(range(first, first + share), plan, prompts, engine, rewards, moments)
+        found, moments, taken = sample(
+            range(first, first + share), plan, prompts, engine, rewards, moments
+        )
         seconds += taken
         tokens += sum(len(one.tokens) for each in found for one in each.completions)
         for one in found:
@@ -134,21 +190,38 @@ def describe(drawn: Drawn, plan: Plan) -> dict[str, float]:
     cut_off = gather(np.array([one.finish == "length" for one in completions], np.float32))
     tokens = float(gather(np.array([drawn.tokens], np.float32)).sum())
     metrics = {
-        "reward": float(raw.mean()), "reward_std": float(raw.std(axis=1, ddof=1).mean()) if plan.responses > 1 else 0.0,
+        "reward": float(raw.mean()),
+        "reward_std": float(raw.std(axis=1, ddof=1).mean()) if plan.responses > 1 else 0.0,
         "frac_reward_zero_std": float((np.ptp(raw, axis=1) == 0).mean()),
-        "completions/mean_length": float(lengths.mean()), "completions/min_length": float(lengths.min()),
-        "completions/max_length": float(lengths.max()), "completions/clipped_ratio": float(cut_off.mean()),
-        "rollout/tries": float(drawn.tries), "rollout/generation_seconds": drawn.seconds,
-        "rollout/tokens_per_second": tokens / drawn.seconds}
+        "completions/mean_length": float(lengths.mean()),
+        "completions/min_length": float(lengths.min()),
+        "completions/max_length": float(lengths.max()),
+        "completions/clipped_ratio": float(cut_off.mean()),
+        "rollout/tries": float(drawn.tries),
+        "rollout/generation_seconds": drawn.seconds,
+        "rollout/tokens_per_second": tokens / drawn.seconds,
+    }
     for name in drawn.asked[0].parts:
-        metrics[f"rewards/{name}"] = float(gather(np.concatenate([one.parts[name] for one in drawn.asked])).mean())
+        metrics[f"rewards/{name}"] = float(
+            gather(np.concatenate([one.parts[name] for one in drawn.asked])).mean()
+        )
     return metrics
 
 
 def records(drawn: Drawn, prompts: int = 4) -> list[dict[str, Any]]:
     """Return some samples as JSON-able records, for people to read."""
-    return [{"prompt": asked.example.prompt if isinstance(asked.example.prompt, str) else list(asked.example.prompt),
-             "output": one.text, "reward": float(asked.raw[i]), "score": float(asked.scores[i]),
-             "rewards": {name: float(values[i]) for name, values in asked.parts.items()},
-             "tokens": len(one.tokens), "finish": one.finish}
-            for asked in drawn.asked[:prompts] for i, one in enumerate(asked.completions)]
+    return [
+        {
+            "prompt": asked.example.prompt
+            if isinstance(asked.example.prompt, str)
+            else list(asked.example.prompt),
+            "output": one.text,
+            "reward": float(asked.raw[i]),
+            "score": float(asked.scores[i]),
+            "rewards": {name: float(values[i]) for name, values in asked.parts.items()},
+            "tokens": len(one.tokens),
+            "finish": one.finish,
+        }
+        for asked in drawn.asked[:prompts]
+        for i, one in enumerate(asked.completions)
+    ]

@@ -7,8 +7,10 @@
     ranked       all n samples, best first                                                   R = n
     completions  the best sample of a prompt                                                 R = 1
 
-The number of groups is fixed by (prompts, samples); a group that says nothing (two equal scores) gets weight 0.
+The number of groups is fixed by (prompts, samples); a group that says nothing (two equal scores)
+gets weight 0.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
@@ -41,44 +43,66 @@ def whole(scores: Float[np.ndarray, "Q n"], everyones: Float[np.ndarray, "m"]) -
     return _first(prompts, np.tile(np.arange(n), (prompts, 1)), np.ones(prompts, np.float32))
 
 
-def pairs(scores: Float[np.ndarray, "Q n"], everyones: Float[np.ndarray, "m"], *, pairing: str = "best_worst",
-          min_difference: float = 0.0) -> Groups:
+def pairs(
+    scores: Float[np.ndarray, "Q n"],
+    everyones: Float[np.ndarray, "m"],
+    *,
+    pairing: str = "best_worst",
+    min_difference: float = 0.0,
+) -> Groups:
     """Make one pair of each prompt's samples, the better one first.
 
     Args:
         scores: of the samples.
         everyones: not used.
         pairing: "best_worst", or "random": the first two samples, which are as good as any two.
-        min_difference: pairs whose scores differ by no more than this get weight 0, units of reward.
+        min_difference: pairs whose scores differ by no more than this get weight 0, units of
+            reward.
 
     Raises:
         ValueError: an unknown pairing, or one sample a prompt.
     """
     if pairing not in PAIRINGS or scores.shape[1] < 2:
-        raise ValueError(f"pairs need a pairing of {PAIRINGS} and 2 responses a prompt; got {pairing!r}, "
-                         f"{scores.shape[1]}")
-    order = np.argsort(-(scores if pairing == "best_worst" else scores[:, :2]), axis=1, kind="stable")
+        raise ValueError(
+            f"pairs need a pairing of {PAIRINGS} and 2 responses a prompt; got "
+            f"{pairing!r}, "
+            f"{scores.shape[1]}"
+        )
+    order = np.argsort(
+        -(scores if pairing == "best_worst" else scores[:, :2]), axis=1, kind="stable"
+    )
     samples = order[:, [0, -1]]
     found = np.take_along_axis(scores, samples, axis=1)
-    return _first(len(scores), samples, (found[:, 0] - found[:, 1] > min_difference).astype(np.float32))
+    return _first(
+        len(scores), samples, (found[:, 0] - found[:, 1] > min_difference).astype(np.float32)
+    )
 
 
-def unpaired(scores: Float[np.ndarray, "Q n"], everyones: Float[np.ndarray, "m"], *,
-             threshold: float | int | str = "mean") -> Groups:
+def unpaired(
+    scores: Float[np.ndarray, "Q n"],
+    everyones: Float[np.ndarray, "m"],
+    *,
+    threshold: float | int | str = "mean",
+) -> Groups:
     """Label each sample: desirable where its score is at least the threshold.
 
     Args:
         scores: of the samples.
         everyones: the scores of all processes' samples.
-        threshold: a number; "mean" or "median" of everyone's scores; or "prompt": the mean of the prompt's own samples.
+        threshold: a number; "mean" or "median" of everyone's scores; or "prompt": the mean of the
+            prompt's own samples.
     """
     prompts, n = scores.shape
     if threshold == "prompt":
         border = scores.mean(axis=1, keepdims=True)
     else:
         border = np.float32(resolve_threshold(threshold, everyones.tolist()))
-    return Groups(np.repeat(np.arange(prompts), n), np.tile(np.arange(n), prompts)[:, None],
-                  np.ones(prompts * n, np.float32), (scores >= border).reshape(-1))
+    return Groups(
+        np.repeat(np.arange(prompts), n),
+        np.tile(np.arange(n), prompts)[:, None],
+        np.ones(prompts * n, np.float32),
+        (scores >= border).reshape(-1),
+    )
 
 
 def ranked(scores: Float[np.ndarray, "Q n"], everyones: Float[np.ndarray, "m"]) -> Groups:
@@ -93,7 +117,12 @@ def best(scores: Float[np.ndarray, "Q n"], everyones: Float[np.ndarray, "m"]) ->
 
 
 SELECTIONS: Mapping[str, Callable[..., Groups]] = {
-    "rollout": whole, "pairs": pairs, "unpaired": unpaired, "ranked": ranked, "completions": best}
+    "rollout": whole,
+    "pairs": pairs,
+    "unpaired": unpaired,
+    "ranked": ranked,
+    "completions": best,
+}
 
 
 def group_count(kind: str, prompts: int, samples: int) -> tuple[int, int]:

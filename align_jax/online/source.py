@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """An online source put together from plain arguments: prompts, generator, rewards, rollouts."""
+
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 import functools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,8 +15,8 @@ from align_jax.inference.engines import Engine, Local, Server
 from align_jax.inference.generate import Generator, bucket
 from align_jax.inference.resharding import decode_mesh, placer
 from align_jax.inference.samplers import Sampling
-from align_jax.losses.objective import Term
 from align_jax.interop import hf
+from align_jax.losses.objective import Term
 from align_jax.models.lora import fold
 from align_jax.models.model import Model
 from align_jax.online import REWARDS, weighted
@@ -26,25 +27,56 @@ from align_jax.parallel.mesh import row_shards
 from align_jax.training.partitioning import abstract_params, check_divisible
 
 
-def plan_rollouts(terms: Sequence[Term], rollout: Mapping[str, Any], *, batch_size: int, microbatches: int, layout: str,
-                  value_head: str, seed: int) -> Plan:
+def plan_rollouts(
+    terms: Sequence[Term],
+    rollout: Mapping[str, Any],
+    *,
+    batch_size: int,
+    microbatches: int,
+    layout: str,
+    value_head: str,
+    seed: int,
+) -> Plan:
     """Say how rollouts are made, from the config's ``rollout`` group.
 
     Raises:
         KeyError, ValueError: an unknown option, or sizes that do not divide.
     """
     return make_plan(
-        terms, batch_size=batch_size, microbatches=microbatches, prompts=rollout["prompts"],
-        responses=rollout["responses_per_prompt"], max_new_tokens=rollout["max_new_tokens"],
-        rows=rollout["rows"], tensor=rollout["tensor"],
-        stop=tuple(rollout["stop"]), layout=layout, value_head=value_head, seed=seed,
-        sampling=Sampling(rollout["temperature"], rollout["top_k"], rollout["top_p"], rollout["min_p"]),
-        options=rollout["options"])
+        terms,
+        batch_size=batch_size,
+        microbatches=microbatches,
+        prompts=rollout["prompts"],
+        responses=rollout["responses_per_prompt"],
+        max_new_tokens=rollout["max_new_tokens"],
+        rows=rollout["rows"],
+        tensor=rollout["tensor"],
+        stop=tuple(rollout["stop"]),
+        layout=layout,
+        value_head=value_head,
+        seed=seed,
+        sampling=Sampling(
+            rollout["temperature"], rollout["top_k"], rollout["top_p"], rollout["min_p"]
+        ),
+        options=rollout["options"],
+    )
 
 
-def make_rollouts(plan: Plan, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, policy: Model,
-                  reference: Model, reward_weights: Mapping[str, Any], mesh: jax.sharding.Mesh, max_length: int,
-                  truncation: str, shuffle: bool, seed: int, held_out: Sequence[Example] = ()) -> Rollouts:
+def make_rollouts(
+    plan: Plan,
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    policy: Model,
+    reference: Model,
+    reward_weights: Mapping[str, Any],
+    mesh: jax.sharding.Mesh,
+    max_length: int,
+    truncation: str,
+    shuffle: bool,
+    seed: int,
+    held_out: Sequence[Example] = (),
+) -> Rollouts:
     """Make the source of an online run.
 
     Args:
@@ -61,25 +93,55 @@ def make_rollouts(plan: Plan, examples: Sequence[Example], tokenizer: PreTrained
     Raises:
         ValueError: no prompts are left, or fewer held-out ones than processes.
     """
-    read = functools.partial(Prompts, tokenizer=tokenizer, max_length=max_length, max_new_tokens=plan.max_new_tokens,
-                             truncation=truncation, seed=seed)
-    prompts, others = read(examples, shuffle=shuffle), read(held_out, shuffle=False) if held_out else None
+    read = functools.partial(
+        Prompts,
+        tokenizer=tokenizer,
+        max_length=max_length,
+        max_new_tokens=plan.max_new_tokens,
+        truncation=truncation,
+        seed=seed,
+    )
+    prompts, others = (
+        read(examples, shuffle=shuffle),
+        read(held_out, shuffle=False) if held_out else None,
+    )
     if others is not None and len(others) < jax.process_count():
-        raise ValueError(f"{len(others)} held-out prompts for {jax.process_count()} processes: each needs one at least")
+        raise ValueError(
+            f"{len(others)} held-out prompts for {jax.process_count()} processes: "
+            "each needs one at least"
+        )
     longest = max(prompts.longest, 0 if others is None else others.longest)
     if plan.server is None:
         where = generation_mesh(plan, policy, mesh)
-        engine: Engine = Local(make_generator(plan, policy, tokenizer, where, max_length, longest), None,
-                               *[placer(policy, where)] * bool(plan.tensor))
+        engine: Engine = Local(
+            make_generator(plan, policy, tokenizer, where, max_length, longest),
+            None,
+            *[placer(policy, where)] * bool(plan.tensor),
+        )
     else:
-        engine = Server(**{"tokenizer": tokenizer, "export": lambda folder, params: export(folder, policy, params),
-                           **plan.server})
-    return Rollouts(plan, prompts, engine, weighted.resolve(reward_weights, REWARDS, mesh), tokenizer, policy=policy,
-                    reference=reference, mesh=mesh, held_out=others)
+        engine = Server(
+            **{
+                "tokenizer": tokenizer,
+                "export": lambda folder, params: export(folder, policy, params),
+                **plan.server,
+            }
+        )
+    return Rollouts(
+        plan,
+        prompts,
+        engine,
+        weighted.resolve(reward_weights, REWARDS, mesh),
+        tokenizer,
+        policy=policy,
+        reference=reference,
+        mesh=mesh,
+        held_out=others,
+    )
 
 
 def generation_mesh(plan: Plan, policy: Model, mesh: jax.sharding.Mesh) -> jax.sharding.Mesh:
-    """Return the mesh that generates: the training mesh, or another over its devices (``rollout.tensor``).
+    """Return the mesh that generates: the training mesh, or another over its devices
+    (``rollout.tensor``).
 
     Raises:
         ValueError: ``rollout.tensor`` does not divide a host's devices, or the model.
@@ -94,8 +156,14 @@ def generation_mesh(plan: Plan, policy: Model, mesh: jax.sharding.Mesh) -> jax.s
     return where
 
 
-def make_generator(plan: Plan, policy: Model, tokenizer: PreTrainedTokenizerBase, mesh: jax.sharding.Mesh,
-                   max_length: int, longest: int) -> Generator:
+def make_generator(
+    plan: Plan,
+    policy: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    mesh: jax.sharding.Mesh,
+    max_length: int,
+    longest: int,
+) -> Generator:
     """Make what samples on the run's own mesh.
 
     Args:
@@ -105,11 +173,22 @@ def make_generator(plan: Plan, policy: Model, tokenizer: PreTrainedTokenizerBase
     """
     shards = row_shards(mesh)
     rows = -(-min(plan.prompts * plan.responses, plan.rows) // shards) * shards
-    return Generator(policy, tokenizer, rows=rows, max_length=max_length, mesh=mesh,
-                     prompt_bucket=bucket(longest, max_length - 1))
+    return Generator(
+        policy,
+        tokenizer,
+        rows=rows,
+        max_length=max_length,
+        mesh=mesh,
+        prompt_bucket=bucket(longest, max_length - 1),
+    )
 
 
 def export(folder: str, policy: Model, params: Mapping[str, Any]) -> None:
-    """Write a policy's weights for a server: adapters merged, scalar heads left out; the tokenizer stays as it is."""
+    """Write a policy's weights for a server: adapters merged, scalar heads left out; the tokenizer
+    stays as it is."""
     whole = fold(params, policy.options.lora) if policy.options.lora is not None else dict(params)
-    hf.save(folder, policy.config, {name: leaf for name, leaf in whole.items() if name not in policy.options.heads})
+    hf.save(
+        folder,
+        policy.config,
+        {name: leaf for name, leaf in whole.items() if name not in policy.options.heads},
+    )

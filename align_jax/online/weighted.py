@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The weighted sum of rewards that a config names: ``{"numeric": 1.0, "model": {"weight": 0.5, "path": ...}}``."""
+"""The weighted sum of rewards that a config names: ``{"numeric": 1.0, "model": {"weight": 0.5,
+"path": ...}}``."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -25,8 +27,9 @@ class WeightedRewards:
 
     terms: tuple[tuple[str, float, RewardFunction], ...]
 
-    def __call__(self, prompts: Sequence[str], completions: Sequence[str], extras: Extras | None = None
-                 ) -> tuple[Float[np.ndarray, "n"], dict[str, Float[np.ndarray, "n"]]]:
+    def __call__(
+        self, prompts: Sequence[str], completions: Sequence[str], extras: Extras | None = None
+    ) -> tuple[Float[np.ndarray, "n"], dict[str, Float[np.ndarray, "n"]]]:
         """Score completions.
 
         Args:
@@ -38,25 +41,34 @@ class WeightedRewards:
             The weighted sum, float32 [n], and each reward by itself, unweighted.
 
         Raises:
-            ValueError: a function that returns another number of scores, or one that is not a finite number.
+            ValueError: a function that returns another number of scores, or one that is not a
+                finite number.
         """
         extras = [{}] * len(prompts) if extras is None else extras
         total, parts = np.zeros(len(completions), np.float32), {}
         for name, weight, fn in self.terms:
             scores = np.asarray(fn(prompts, completions, extras), np.float32)
             if scores.shape != total.shape:
-                raise ValueError(f"reward {name!r} gave scores of shape {scores.shape} for {len(completions)} "
-                                 "completions; it must return one number for each")
+                raise ValueError(
+                    f"reward {name!r} gave scores of shape {scores.shape} for "
+                    f"{len(completions)} "
+                    "completions; it must return one number for each"
+                )
             if not np.isfinite(scores).all():
                 bad = int(np.flatnonzero(~np.isfinite(scores))[0])
-                raise ValueError(f"reward {name!r} gave {scores[bad]} for the completion {completions[bad][:80]!r}")
+                raise ValueError(
+                    f"reward {name!r} gave {scores[bad]} for the completion "
+                    f"{completions[bad][:80]!r}"
+                )
             parts[name] = scores
             total = total + np.float32(weight) * scores
         return total, parts
 
 
-def read(rewards: Mapping[str, int | float | Mapping[str, Any]], table: Mapping[str, Callable[..., RewardFunction]]
-         ) -> list[tuple[str, float, str, dict[str, Any]]]:
+def read(
+    rewards: Mapping[str, int | float | Mapping[str, Any]],
+    table: Mapping[str, Callable[..., RewardFunction]],
+) -> list[tuple[str, float, str, dict[str, Any]]]:
     """Read the weighted sum that a config's ``rewards`` describes; nothing is loaded.
 
     Args:
@@ -76,23 +88,30 @@ def read(rewards: Mapping[str, int | float | Mapping[str, Any]], table: Mapping[
         weight, kind = float(options.pop("weight", 1.0)), options.pop("kind", name)
         if kind not in table:
             near = difflib.get_close_matches(kind, table, 1)
-            raise KeyError(f"unknown reward {kind!r}; known: {sorted(table)}"
-                           + (f"; did you mean {near[0]!r}?" if near else ""))
+            raise KeyError(
+                f"unknown reward {kind!r}; known: {sorted(table)}"
+                + (f"; did you mean {near[0]!r}?" if near else "")
+            )
         try:
             inspect.signature(table[kind]).bind(**options)
         except TypeError as error:
-            raise TypeError(f"reward {name!r}: {error}; {kind} takes {inspect.signature(table[kind])}") from None
+            raise TypeError(
+                f"reward {name!r}: {error}; {kind} takes {inspect.signature(table[kind])}"
+            ) from None
         terms.append((name, weight, kind, options))
     return terms
 
 
-def resolve(rewards: Mapping[str, int | float | Mapping[str, Any]], table: Mapping[str, Callable[..., RewardFunction]],
-            mesh: Mesh | None = None) -> WeightedRewards:
+def resolve(
+    rewards: Mapping[str, int | float | Mapping[str, Any]],
+    table: Mapping[str, Callable[..., RewardFunction]],
+    mesh: Mesh | None = None,
+) -> WeightedRewards:
     """Build the weighted sum that a config's ``rewards`` describes.
 
     Args:
-        rewards: name -> weight, or options; of the options ``weight`` (default 1) and ``kind`` (a row of the table;
-            default: the name) are read here, the rest goes to the row's function.
+        rewards: name -> weight, or options; of the options ``weight`` (default 1) and ``kind`` (a
+            row of the table; default: the name) are read here, the rest goes to the row's function.
         table: the rows, ``align_jax.online.REWARDS``.
         mesh: given to the rows that run a model; None: the default device.
 

@@ -1,18 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Processes: how they find each other, wait for each other, and stop together.
 
-``start()`` comes before anything else in a program.  It looks at the environment only; the same command runs on a
-laptop, on one chip, and on every host of a pod:
+``start()`` comes before anything else in a program.  It looks at the environment only; the same
+command runs on a laptop, on one chip, and on every host of a pod:
 
     explicit    JAX_COORDINATOR_ADDRESS=host:port  JAX_NUM_PROCESSES=n  JAX_PROCESS_ID=i
     Slurm       srun (SLURM_PROCID and SLURM_NTASKS)
     TPU, GKE    the metadata of the TPU virtual machine; TPU_WORKER_HOSTNAMES and TPU_WORKER_ID; MEGASCALE_* for slices
     else        one process
 """
+
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import importlib.util
 import os
@@ -21,14 +21,22 @@ import signal
 import sys
 import threading
 import types
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import multihost_utils
 
 EXPLICIT = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-_ON_A_TPU = ("TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES", "TPU_ACCELERATOR_TYPE", "TPU_NAME", "COLAB_TPU_ADDR")
-_passed: collections.Counter[str] = collections.Counter()  # a barrier's key may be used once: name and count
+_ON_A_TPU = (
+    "TPU_WORKER_HOSTNAMES",
+    "TPU_PROCESS_ADDRESSES",
+    "TPU_ACCELERATOR_TYPE",
+    "TPU_NAME",
+    "COLAB_TPU_ADDR",
+)
+# a barrier's key may be used once: name and count
+_passed: collections.Counter[str] = collections.Counter()
 
 
 class Processes(NamedTuple):
@@ -48,29 +56,42 @@ def detect(environment: Mapping[str, str], tpu: bool) -> Processes:
         tpu: there is a TPU on this machine.
 
     Raises:
-        ValueError: some of the explicit variables are set and not all, or their values make no sense.
+        ValueError: some of the explicit variables are set and not all, or their values make no
+            sense.
     """
     given = {name: environment[name] for name in EXPLICIT if environment.get(name)}
     if given:
         missing = [name for name in EXPLICIT if name not in given]
         if missing:
-            raise ValueError(f"{sorted(given)} are set, {missing} are not: set all three, or none to let JAX find out")
+            raise ValueError(
+                f"{sorted(given)} are set, {missing} are not: set all three, or "
+                "none to let JAX find out"
+            )
         address, count, index = (given[name] for name in EXPLICIT)
         if not count.isdigit() or not index.isdigit() or not int(index) < int(count):
-            raise ValueError(f"expected 0 <= JAX_PROCESS_ID < JAX_NUM_PROCESSES, got {index} and {count}")
+            raise ValueError(
+                f"expected 0 <= JAX_PROCESS_ID < JAX_NUM_PROCESSES, got {index} and {count}"
+            )
         if not address.rpartition(":")[2].isdigit():
             raise ValueError(f"JAX_COORDINATOR_ADDRESS must be host:port, got {address!r}")
         return Processes("explicit", address, int(count), int(index))
-    if environment.get("SLURM_PROCID", "").isdigit() and int(environment.get("SLURM_NTASKS", "1")) > 1:
-        return Processes("slurm", count=int(environment["SLURM_NTASKS"]), index=int(environment["SLURM_PROCID"]))
-    hosts = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES") or ""
+    if (
+        environment.get("SLURM_PROCID", "").isdigit()
+        and int(environment.get("SLURM_NTASKS", "1")) > 1
+    ):
+        return Processes(
+            "slurm", count=int(environment["SLURM_NTASKS"]), index=int(environment["SLURM_PROCID"])
+        )
+    hosts = (
+        environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES") or ""
+    )
     alone = hosts and "," not in hosts and int(environment.get("MEGASCALE_NUM_SLICES") or 1) == 1
     return Processes("tpu" if tpu and not alone else "single")
 
 
 def tpu_present(environment: Mapping[str, str], root: pathlib.Path = pathlib.Path("/")) -> bool:
-    """Tell whether this machine has a TPU: a device file, Google's PCI id on a device that is no network card, or the
-    environment that a TPU platform gives its programs.
+    """Tell whether this machine has a TPU: a device file, Google's PCI id on a device that is no
+    network card, or the environment that a TPU platform gives its programs.
 
     Args:
         environment: ``os.environ``.
@@ -89,14 +110,16 @@ def tpu_present(environment: Mapping[str, str], root: pathlib.Path = pathlib.Pat
 
 
 def quiet_without_tpu(environment: dict[str, str] | os._Environ[str], tpu: bool) -> None:
-    """Keep libtpu asleep on a machine without a TPU: it is there to compile for one, and complains loudly of the lack.
+    """Keep libtpu asleep on a machine without a TPU: it is there to compile for one, and complains
+    loudly of the lack.
 
-    JAX_PLATFORMS, where the user has set it, is left alone; so are machines with another accelerator's plugin, where
-    JAX chooses.
+    JAX_PLATFORMS, where the user has set it, is left alone; so are machines with another
+    accelerator's plugin, where JAX chooses.
     """
     if tpu:
         return
-    environment.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no search for a metadata server that is not there
+    # no search for a metadata server that is not there
+    environment.setdefault("TPU_SKIP_MDS_QUERY", "1")
     plugins = importlib.util.find_spec("jax_plugins")
     if not environment.get("JAX_PLATFORMS") and plugins is None:
         environment["JAX_PLATFORMS"] = "cpu"  # for the processes started from here
@@ -104,12 +127,13 @@ def quiet_without_tpu(environment: dict[str, str] | os._Environ[str], tpu: bool)
 
 
 def start(*, wait_seconds: int | None = None, heartbeat_seconds: int | None = None) -> Processes:
-    """Bring this process up, with its peers where there are any.  Call it once, before any other use of JAX.
+    """Bring this process up, with its peers where there are any.  Call it once, before any other
+    use of JAX.
 
     Args:
         wait_seconds: how long to wait for the peers; default $ALIGN_JAX_WAIT_SECONDS or 300.
-        heartbeat_seconds: a peer silent for so long counts as dead, and all end with a message; default
-            $ALIGN_JAX_HEARTBEAT_SECONDS or 100.
+        heartbeat_seconds: a peer silent for so long counts as dead, and all end with a message;
+            default $ALIGN_JAX_HEARTBEAT_SECONDS or 100.
 
     Returns:
         How the processes were found, how many there are and which this one is.
@@ -128,13 +152,22 @@ def start(*, wait_seconds: int | None = None, heartbeat_seconds: int | None = No
     wait = wait_seconds or int(os.environ.get("ALIGN_JAX_WAIT_SECONDS", 300))
     heartbeat = heartbeat_seconds or int(os.environ.get("ALIGN_JAX_HEARTBEAT_SECONDS", 100))
     who = f"process {found.index} of {found.count}" if found.count else "this process"
-    with deadline(f"{who} waited {wait} s for its peers at the coordinator {found.coordinator or '(found by JAX)'} in "
-                  "vain: are all processes started, with the same address, and is the port open between the hosts?",
-                  wait):
+    with deadline(
+        f"{who} waited {wait} s for its peers at the coordinator "
+        f"{found.coordinator or '(found by JAX)'} in "
+        "vain: are all processes started, with the same address, and is the port open "
+        "between the hosts?",
+        wait,
+    ):
         try:
             # JAX's own time-out aborts without a word of use, so it is set later than ours.
-            jax.distributed.initialize(found.coordinator, found.count, found.index, initialization_timeout=wait + 60,
-                                       heartbeat_timeout_seconds=heartbeat)
+            jax.distributed.initialize(
+                found.coordinator,
+                found.count,
+                found.index,
+                initialization_timeout=wait + 60,
+                heartbeat_timeout_seconds=heartbeat,
+            )
         except ValueError:
             if found.how != "tpu" or "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
                 raise
@@ -144,8 +177,11 @@ def start(*, wait_seconds: int | None = None, heartbeat_seconds: int | None = No
     return Processes(found.how, found.coordinator, jax.process_count(), jax.process_index())
 
 
-def _leave_at_once(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
-    """End on an error: JAX would wait minutes at the exit for peers that wait for this process in a step."""
+def _leave_at_once(
+    kind: type[BaseException], error: BaseException, trace: types.TracebackType | None
+) -> None:
+    """End on an error: JAX would wait minutes at the exit for peers that wait for this process in a
+    step."""
     sys.__excepthook__(kind, error, trace)
     sys.stdout.flush()
     sys.stderr.flush()
@@ -159,12 +195,14 @@ def is_main() -> bool:
 
 @contextlib.contextmanager
 def deadline(message: str, seconds: float | int) -> Iterator[None]:
-    """End the process with a message if the body takes longer: for waits inside which Python gets no turn.
+    """End the process with a message if the body takes longer: for waits inside which Python gets
+    no turn.
 
     Args:
         message: printed to standard error.
         seconds: of wall-clock time.
     """
+
     def end() -> None:
         print(f"align_jax: {message}", file=sys.stderr, flush=True)
         os._exit(1)  # the main thread sits in native code: no exception would reach it
@@ -186,38 +224,52 @@ def barrier(name: str, timeout_seconds: float | int = 600) -> None:
         timeout_seconds: how long to wait for the others.
 
     Raises:
-        TimeoutError: not all came; the message names those that did not, as the coordinator knows them.
+        TimeoutError: not all came; the message names those that did not, as the coordinator knows
+            them.
     """
     if jax.process_count() == 1:
         return
-    from orbax.checkpoint import multihost  # here: half a second that single processes need not spend
+    # here: half a second that single processes need not spend
+    from orbax.checkpoint import multihost
+
     _passed[name] += 1
     try:
-        multihost.get_barrier_sync_fn()(key=f"align_jax/{name}/{_passed[name]}",
-                                        timeout_ms=int(timeout_seconds * 1000))
+        multihost.get_barrier_sync_fn()(
+            key=f"align_jax/{name}/{_passed[name]}", timeout_ms=int(timeout_seconds * 1000)
+        )
     except Exception as error:  # the runtime's own class is not public
-        missing = " ".join(str(error).partition("timed out task names:")[2].partition("RPC:")[0].split())
+        missing = " ".join(
+            str(error).partition("timed out task names:")[2].partition("RPC:")[0].split()
+        )
         raise TimeoutError(
-            f"barrier {name!r}: not all {jax.process_count()} processes came within {timeout_seconds} s; missing: "
-            f"{missing or 'unknown'}; this is process {jax.process_index()}. Look at the logs of the missing ones. "
-            f"{str(error).splitlines()[0]}") from error
+            f"barrier {name!r}: not all {jax.process_count()} processes came within "
+            f"{timeout_seconds} s; missing: "
+            f"{missing or 'unknown'}; this is process {jax.process_index()}. Look at the logs of "
+            "the missing ones. "
+            f"{str(error).splitlines()[0]}"
+        ) from error
 
 
 @contextlib.contextmanager
 def stop_signal() -> Iterator[Callable[[int], bool]]:
-    """Notice SIGTERM (the platform takes the machine back) and Ctrl-C, and agree on the step to save at.
+    """Notice SIGTERM (the platform takes the machine back) and Ctrl-C, and agree on the step to
+    save at.
 
-    One process: the function is true from the first step after the signal.  Several: the notice to any of them spreads
-    through JAX's coordinator, and the function is true on all at the same step.  A second Ctrl-C interrupts at once.
+    One process: the function is true from the first step after the signal.  Several: the notice to
+    any of them spreads through JAX's coordinator, and the function is true on all at the same step.
+    A second Ctrl-C interrupts at once.
 
-    A scheduler that takes status 0 for "finished" (a Kubernetes Job) would not start a preempted run again: with
-    $ALIGN_JAX_STOPPED_STATUS set, a program that was told to stop exits with that status instead.
+    A scheduler that takes status 0 for "finished" (a Kubernetes Job) would not start a preempted
+    run again: with $ALIGN_JAX_STOPPED_STATUS set, a program that was told to stop exits with that
+    status instead.
 
     Yields:
-        ``stop(step)``: save at this step and stop?  Every process calls it after every step, with the same step.
+        ``stop(step)``: save at this step and stop?  Every process calls it after every step, with
+            the same step.
 
     Raises:
-        SystemExit: at the end of the block, after ``stop`` was true, with $ALIGN_JAX_STOPPED_STATUS if that is set.
+        SystemExit: at the end of the block, after ``stop`` was true, with $ALIGN_JAX_STOPPED_STATUS
+            if that is set.
 
     >>> with stop_signal() as stop:
     ...     stop(1)
@@ -230,14 +282,19 @@ def stop_signal() -> Iterator[Callable[[int], bool]]:
         if notices and number == signal.SIGINT:
             raise KeyboardInterrupt
         notices.append(signal.Signals(number).name)
-        print(f"align_jax: {notices[-1]}: saving after this step, then stopping (Ctrl-C again: stop at once)",
-              file=sys.stderr, flush=True)
+        print(
+            f"align_jax: {notices[-1]}: saving after this step, then stopping (Ctrl-C again: "
+            "stop at once)",
+            file=sys.stderr,
+            flush=True,
+        )
         if together:
             os.kill(os.getpid(), signal.SIGTERM)  # JAX's notifier tells the other processes
 
     before = {}
     if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
-        for number in (signal.SIGINT,) if together else (signal.SIGINT, signal.SIGTERM):  # SIGTERM is JAX's own then
+        # SIGTERM is JAX's own then
+        for number in (signal.SIGINT,) if together else (signal.SIGINT, signal.SIGTERM):
             before[number] = signal.signal(number, take)
     stopped: list[int] = []  # the steps at which the answer was yes
 

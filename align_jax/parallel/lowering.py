@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Lowering a jitted function from shapes alone, for devices that need not be there."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -8,8 +9,9 @@ import jax
 from jax.sharding import Mesh
 
 
-def lower(function: Any, mesh: Mesh, *arguments: Any, platform: str | None = None, **static: Any
-          ) -> jax.stages.Lowered:
+def lower(
+    function: Any, mesh: Mesh, *arguments: Any, platform: str | None = None, **static: Any
+) -> jax.stages.Lowered:
     """Lower a jitted function as a run would compile it.
 
     Args:
@@ -20,4 +22,6 @@ def lower(function: Any, mesh: Mesh, *arguments: Any, platform: str | None = Non
         static: further static arguments.
     """
     with jax.set_mesh(mesh):
-        return function.trace(*arguments, **static).lower(lowering_platforms=None if platform is None else (platform,))
+        return function.trace(*arguments, **static).lower(
+            lowering_platforms=None if platform is None else (platform,)
+        )

@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """From logical axes to mesh axes.
 
-A parameter's axes have names ("embed", "heads", ...), kept as a tree beside the parameters.  ``RULES`` says which mesh
-axes split each name; a name without a rule is an error, so no parameter is replicated by oversight.
+A parameter's axes have names ("embed", "heads", ...), kept as a tree beside the parameters.
+``RULES`` says which mesh axes split each name; a name without a rule is an error, so no parameter
+is replicated by oversight.
 """
+
 from __future__ import annotations
 
 import math
-from typing import Any, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,7 +40,9 @@ RULES: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def spec(axes: tuple[str | None, ...], rules: Mapping[str, tuple[str, ...]] = RULES) -> PartitionSpec:
+def spec(
+    axes: tuple[str | None, ...], rules: Mapping[str, tuple[str, ...]] = RULES
+) -> PartitionSpec:
     """Return the partition of an array whose axes have these logical names (None: not split).
 
     Raises:
@@ -46,12 +51,19 @@ def spec(axes: tuple[str | None, ...], rules: Mapping[str, tuple[str, ...]] = RU
     entries, used = [], set()
     for name in axes:
         if name is not None and name not in rules:
-            raise KeyError(f"no sharding rule for the logical axis {name!r} in {axes}; known: {sorted(rules)}")
+            raise KeyError(
+                f"no sharding rule for the logical axis {name!r} in {axes}; known: {sorted(rules)}"
+            )
         mesh_axes = () if name is None else rules[name]
         if used & set(mesh_axes):
-            raise KeyError(f"logical axes {axes}: mesh axes {sorted(used & set(mesh_axes))} would be used twice")
+            raise KeyError(
+                f"logical axes {axes}: mesh axes {sorted(used & set(mesh_axes))} "
+                "would be used twice"
+            )
         used |= set(mesh_axes)
-        entries.append(None if not mesh_axes else mesh_axes[0] if len(mesh_axes) == 1 else tuple(mesh_axes))
+        entries.append(
+            None if not mesh_axes else mesh_axes[0] if len(mesh_axes) == 1 else tuple(mesh_axes)
+        )
     return PartitionSpec(*entries)
 
 
@@ -60,13 +72,18 @@ def is_axes(node: Any) -> bool:
     return isinstance(node, tuple) and all(name is None or isinstance(name, str) for name in node)
 
 
-def tree_shardings(mesh: Mesh | AbstractMesh, axes: Any, rules: Mapping[str, tuple[str, ...]] = RULES) -> Any:
+def tree_shardings(
+    mesh: Mesh | AbstractMesh, axes: Any, rules: Mapping[str, tuple[str, ...]] = RULES
+) -> Any:
     """Map a tree of logical axes to a tree of shardings."""
-    return jax.tree.map(lambda names: NamedSharding(mesh, spec(names, rules)), axes, is_leaf=is_axes)
+    return jax.tree.map(
+        lambda names: NamedSharding(mesh, spec(names, rules)), axes, is_leaf=is_axes
+    )
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Pin an activation's sharding under the ambient mesh (``jax.set_mesh``); without a mesh, do nothing."""
+    """Pin an activation's sharding under the ambient mesh (``jax.set_mesh``); without a mesh, do
+    nothing."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
@@ -74,11 +91,12 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
 
 def spread(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Lay a copy of an array on every shard of the rows: ``[...] -> [G, ...]``, under the ambient mesh (else G = 1).
+    """Lay a copy of an array on every shard of the rows: ``[...] -> [G, ...]``, under the ambient
+    mesh (else G = 1).
 
-    For weights that a loop uses: they are gathered once, and what each turn adds to their gradient stays on its device
-    until the copies' gradients are summed after the loop.  The gradient of one array would be summed over the devices
-    in every turn.
+    For weights that a loop uses: they are gathered once, and what each turn adds to their gradient
+    stays on its device until the copies' gradients are summed after the loop.  The gradient of one
+    array would be summed over the devices in every turn.
 
     Args:
         x: the array.
@@ -95,11 +113,15 @@ def row_sharding(mesh: Mesh) -> NamedSharding:
 
 
 def put_batch(mesh: Mesh, batch: Any) -> Any:
-    """Copy this process's share of a batch to the devices as global arrays: the only host-to-device copy.
+    """Copy this process's share of a batch to the devices as global arrays: the only host-to-device
+    copy.
 
     Args:
         mesh: the mesh.
-        batch: a Batch of numpy arrays, this process's rows only; every leading axis is split over the row axes.
+        batch: a Batch of numpy arrays, this process's rows only; every leading axis is split over
+            the row axes.
     """
     sharding = row_sharding(mesh)
-    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch)
+    return jax.tree.map(
+        lambda x: jax.make_array_from_process_local_data(sharding, np.asarray(x)), batch
+    )

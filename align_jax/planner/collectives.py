@@ -1,23 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which collectives a compiled program runs: how often, over which mesh axes, with how many bytes.
 
-Between slices XLA reduces hierarchically: within each slice over the interconnect, then a shard between slices through
-the hosts, which the text has as sends and receives.
+Between slices XLA reduces hierarchically: within each slice over the interconnect, then a shard
+between slices through the hosts, which the text has as sends and receives.
 
-TPU programs hold several copies of an asynchronous collective, in the fusions that start it, carry it on beside other
-work and end it; the start alone counts.
+TPU programs hold several copies of an asynchronous collective, in the fusions that start it, carry
+it on beside other work and end it; the start alone counts.
 """
+
 from __future__ import annotations
 
 import collections
-from collections.abc import Mapping, Sequence
 import dataclasses
 import re
+from collections.abc import Mapping, Sequence
 
 from align_jax.planner.hlo import ARRAY, Operation, Program, array_bytes
 
-KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast",
-         "ragged-all-to-all")
+KINDS = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+    "ragged-all-to-all",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,9 +52,12 @@ class Collective:
 
     @property
     def traffic(self) -> float:
-        """Bytes that each chip receives when it runs once, by the bandwidth-optimal ring algorithm."""
+        """Bytes that each chip receives when it runs once, by the bandwidth-optimal ring
+        algorithm."""
         share = (len(self.group) - 1) / len(self.group)
-        return {"all-reduce": 2 * share, "collective-permute": 1.0}.get(self.kind, share) * self.payload
+        return {"all-reduce": 2 * share, "collective-permute": 1.0}.get(
+            self.kind, share
+        ) * self.payload
 
     def axes(self, mesh: Mapping[str, int]) -> tuple[str, ...]:
         """Name the mesh axes that the group spans.
@@ -87,21 +98,30 @@ def read_collectives(program: Program) -> list[Collective]:
 def _carries_on(computation: str, operations: Sequence[Operation]) -> bool:
     """Tell whether a fusion goes on with, or ends, a collective that another one has started."""
     return computation.startswith("async_collective_fusion") or any(
-        'custom_call_target="AsyncCollectiveDone"' in operation.rest for operation in operations)
+        'custom_call_target="AsyncCollectiveDone"' in operation.rest for operation in operations
+    )
 
 
 def summarise(collectives: Sequence[Collective], mesh: Mapping[str, int]) -> list[dict]:
     """Sum the collectives by kind and mesh axes.
 
     Returns:
-        Rows ``{"kind", "axes", "count", "bytes", "dtypes"}``, the most bytes first; ``bytes`` is what one chip
-        receives in a step.
+        Rows ``{"kind", "axes", "count", "bytes", "dtypes"}``, the most bytes first; ``bytes`` is
+        what one chip receives in a step.
     """
     rows: dict[tuple[str, str], dict] = {}
     for collective in collectives:
         axes = "+".join(collective.axes(mesh))
-        row = rows.setdefault((collective.kind, axes), {"kind": collective.kind, "axes": axes, "count": 0, "bytes": 0.0,
-                                                        "dtypes": collections.Counter()})
+        row = rows.setdefault(
+            (collective.kind, axes),
+            {
+                "kind": collective.kind,
+                "axes": axes,
+                "count": 0,
+                "bytes": 0.0,
+                "dtypes": collections.Counter(),
+            },
+        )
         row["count"] += collective.count
         row["bytes"] += collective.count * collective.traffic
         row["dtypes"][collective.dtype] += collective.count
@@ -114,27 +134,40 @@ def _collective(kind: str, computation: str, operation: Operation, count: int) -
     group = _group(operation.rest)
     payload = sum(sizes)
     if operation.opcode.endswith("-start") and operation.shape.startswith("("):
-        payload = max(sizes) if kind in ("all-gather", "collective-permute") else payload // 2  # (operands, results)
+        # (operands, results)
+        payload = max(sizes) if kind in ("all-gather", "collective-permute") else payload // 2
     if kind == "all-reduce" and "all-reduce-scatter" in computation:
         kind = "reduce-scatter"  # how the TPU compiler writes one: an all-reduce and a slice, fused
     elif kind == "reduce-scatter":
         payload *= len(group)  # the text has the result's shape; the whole is what goes in
     name = re.search(r'op_name="([^"]*)"', operation.rest)
-    return Collective(kind, group, payload, count, name[1] if name else "", arrays[0][0] if arrays else "")
+    return Collective(
+        kind, group, payload, count, name[1] if name else "", arrays[0][0] if arrays else ""
+    )
 
 
 def _between_slices(_: str, computation: str, operation: Operation, count: int) -> Collective:
-    """Read a collective between slices: the program hands the host an array and says what is to be done."""
+    """Read a collective between slices: the program hands the host an array and says what is to be
+    done."""
     kind = re.search(r'_xla_host_transfer_rendezvous="([a-z\-]+)', operation.rest)
     target = re.search(r'_xla_megascale_target="\{([\d,:]+)\}x\{([\d,:]+)\}', operation.rest)
     if not kind or not target:
-        raise ValueError("a transfer between slices in a form that this reader does not know: "
-                         f"{operation.rest[:300]!r}")
+        raise ValueError(
+            "a transfer between slices in a form that this reader does not know: "
+            f"{operation.rest[:300]!r}"
+        )
     slices, devices = (_span(part) for part in target.groups())
     group = tuple(place * devices for place in range(slices))
     dtype = ARRAY.search(operation.shape)[1]
-    return Collective(kind[1].rstrip("-"), group, array_bytes(operation.shape.split("u32[]")[0]), count,
-                      f"between slices in {computation}", dtype, network=True)
+    return Collective(
+        kind[1].rstrip("-"),
+        group,
+        array_bytes(operation.shape.split("u32[]")[0]),
+        count,
+        f"between slices in {computation}",
+        dtype,
+        network=True,
+    )
 
 
 def _span(text: str) -> int:
@@ -143,7 +176,8 @@ def _span(text: str) -> int:
 
 
 def _group(attributes: str) -> tuple[int, ...]:
-    """Return the first replica group; its four spellings are explained in XLA's operation semantics."""
+    """Return the first replica group; its four spellings are explained in XLA's operation
+    semantics."""
     pairs = re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", attributes)
     if pairs:
         return (int(pairs[1]), int(pairs[2])) if pairs[1] != pairs[2] else (int(pairs[1]),)
@@ -153,17 +187,23 @@ def _group(attributes: str) -> tuple[int, ...]:
     iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", attributes)
     if iota:
         return tuple(_reordered(index, iota[3]) for index in range(int(iota[2])))
-    named = re.search(r"replica_groups=@?mesh\w*\[([^\]]*)\](?:, device_ids=\((.*?\)?)\))?\s*\{([^}]*)\}", attributes)
+    named = re.search(
+        r"replica_groups=@?mesh\w*\[([^\]]*)\](?:, device_ids=\((.*?\)?)\))?\s*\{([^}]*)\}",
+        attributes,
+    )
     if named:
         return tuple(_reordered(index, named[2]) for index in _named_group(named[1], named[3]))
     if "replica_groups={}" in attributes:
         raise ValueError("replica_groups={} (all devices): compile for a mesh, not for replicas")
-    raise ValueError(f"replica groups in a form that this reader does not know: {attributes[:300]!r}")
+    raise ValueError(
+        f"replica groups in a form that this reader does not know: {attributes[:300]!r}"
+    )
 
 
 def _named_group(mesh: str, axes: str) -> tuple[int, ...]:
     sizes = {name: int(size) for name, size in re.findall(r"'?([\w.\-]+)'?=(\d+)", mesh)}
-    spanned = re.findall(r"'?([\w.\-]+)'?(?::\((\d+)\)(\d+))?", axes)  # axis, or axis:(sizes before it)size
+    # axis, or axis:(sizes before it)size
+    spanned = re.findall(r"'?([\w.\-]+)'?(?::\((\d+)\)(\d+))?", axes)
     strides, stride = {}, 1
     for name in reversed(sizes):
         strides[name], stride = stride, stride * sizes[name]
@@ -184,7 +224,8 @@ def _unravel(index: int, sizes: Sequence[int]) -> tuple[int, ...]:
 
 
 def _reordered(index: int, order: str | None) -> int:
-    """Return the device at a place of a list written ``[2,4]T(1,0)`` or ``0,2,1,3`` (None: the places themselves)."""
+    """Return the device at a place of a list written ``[2,4]T(1,0)`` or ``0,2,1,3`` (None: the
+    places themselves)."""
     if not order:
         return index
     match = re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", order)

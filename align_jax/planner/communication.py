@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The least that sharding must move: bytes that each device receives in a step, counted from shapes alone.
+"""The least that sharding must move: bytes that each device receives in a step, counted from shapes
+alone.
 
     fsdp       gathers each weight for each forward and each backward pass, and scatters its gradient
     data       (and expert, sequence, for weights that they do not split) reduces what is left of the gradients
@@ -7,14 +8,16 @@
     sequence   gathers keys and values, and scatters their gradients
     expert     gathers the tokens of its rows, and scatters what the experts add to them
 
-Everything travels in the compute type (codes of a quantised base: as they are) by bandwidth-optimal rings.  Left out is
-what counts tokens and not their features: the statistics of logits that are split over the vocabulary, routing.
+Everything travels in the compute type (codes of a quantised base: as they are) by bandwidth-optimal
+rings.  Left out is what counts tokens and not their features: the statistics of logits that are
+split over the vocabulary, routing.
 """
+
 from __future__ import annotations
 
 import collections
-from collections.abc import Mapping, Sequence
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -79,8 +82,11 @@ def passes(recipe: Recipe, plan: Plan, batch: Batch, *, train: bool = True) -> l
     return found
 
 
-def least(runs: Sequence[Pass], mesh: Mapping[str, int], trained: Tree = (), parts: int = 1) -> dict[str, float]:
-    """Return the least bytes that a device receives, by mesh axes as ``collectives.summarise`` names them.
+def least(
+    runs: Sequence[Pass], mesh: Mapping[str, int], trained: Tree = (), parts: int = 1
+) -> dict[str, float]:
+    """Return the least bytes that a device receives, by mesh axes as ``collectives.summarise``
+    names them.
 
     Args:
         runs: over which rows each model runs.
@@ -116,12 +122,18 @@ def _local(leaf: Any) -> int:
 def _gathered(run: Pass, mesh: Mapping[str, int]) -> int:
     """Bytes of weights that a device lacks, once."""
     itemsize = np.dtype(run.model.options.dtype).itemsize
-    return (mesh["fsdp"] - 1) * sum(_local(leaf) * min(itemsize, np.dtype(leaf.dtype).itemsize)
-                                    for leaf in jax.tree.leaves(run.params) if "fsdp" in _split(leaf))
+    return (mesh["fsdp"] - 1) * sum(
+        _local(leaf) * min(itemsize, np.dtype(leaf.dtype).itemsize)
+        for leaf in jax.tree.leaves(run.params)
+        if "fsdp" in _split(leaf)
+    )
 
 
-def _gradients(trained: Tree, mesh: Mapping[str, int], itemsize: int, parts: int) -> dict[str, float | int]:
-    """Scatter over fsdp in each microbatch; reduce over the other axes that split the tokens, once."""
+def _gradients(
+    trained: Tree, mesh: Mapping[str, int], itemsize: int, parts: int
+) -> dict[str, float | int]:
+    """Scatter over fsdp in each microbatch; reduce over the other axes that split the tokens,
+    once."""
     total: collections.Counter[str] = collections.Counter()
     for leaf in jax.tree.leaves(trained):
         split = _split(leaf)
@@ -129,7 +141,9 @@ def _gradients(trained: Tree, mesh: Mapping[str, int], itemsize: int, parts: int
             total["fsdp"] += parts * (mesh["fsdp"] - 1) * _local(leaf) * itemsize
         others = [axis for axis in (*ROWS, "sequence") if axis not in split and mesh[axis] > 1]
         shared = math.prod(mesh[axis] for axis in others)
-        total["+".join(axis for axis in mesh if axis in others)] += 2 * (1 - 1 / shared) * _local(leaf) * itemsize
+        total["+".join(axis for axis in mesh if axis in others)] += (
+            2 * (1 - 1 / shared) * _local(leaf) * itemsize
+        )
     return total
 
 
@@ -149,6 +163,8 @@ def _activations(run: Pass, mesh: Mapping[str, int]) -> dict[str, float | int]:
     keys = 2 * rows * run.length * heads * config.head_width * itemsize * L
     kept = int(backward and remat != "none")
     tokens = states * L * (mesh["expert"] - 1) if config.num_experts else 0.0
-    return {"tensor": 2 * (1 - 1 / tensor) * reduced,
-            "sequence": (1 - 1 / mesh["sequence"]) * keys * (1 + kept + backward),
-            "expert": tokens * (2 + again + 2 * backward)}
+    return {
+        "tensor": 2 * (1 - 1 / tensor) * reduced,
+        "sequence": (1 - 1 / mesh["sequence"]) * keys * (1 + kept + backward),
+        "expert": tokens * (2 + again + 2 * backward),
+    }

@@ -1,29 +1,69 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Read a compiled program's text: its computations, how often one step runs each, and the memory traffic.
+"""Read a compiled program's text: its computations, how often one step runs each, and the memory
+traffic.
 
-The text names each operation once, but a scanned layer runs it L times: a computation's count is the sum over its
-callers of their counts, times the trip count where it is a loop's body.
+The text names each operation once, but a scanned layer runs it L times: a computation's count is
+the sum over its callers of their counts, times the trip count where it is a loop's body.
 """
+
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterator, Mapping
 import dataclasses
 import math
 import re
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-BITS = {"pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "f8e4m3fn": 8, "f8e5m2": 8, "bf16": 16, "f16": 16, "s16": 16,
-        "u16": 16, "f32": 32, "s32": 32, "u32": 32, "f64": 64, "s64": 64, "u64": 64, "c64": 64}
+BITS = {
+    "pred": 8,
+    "s4": 4,
+    "u4": 4,
+    "s8": 8,
+    "u8": 8,
+    "f8e4m3fn": 8,
+    "f8e5m2": 8,
+    "bf16": 16,
+    "f16": 16,
+    "s16": 16,
+    "u16": 16,
+    "f32": 32,
+    "s32": 32,
+    "u32": 32,
+    "f64": 64,
+    "s64": 64,
+    "u64": 64,
+    "c64": 64,
+}
 ARRAY = re.compile(r"\b(%s)\[([\d,]*)\](\{[^}]*\})?" % "|".join(BITS))
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _OPERATION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\((.*)$")
-_CALLED = re.compile(r"\b(calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
+_CALLED = re.compile(
+    r"\b(calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)"
+)
 _CALLED_LIST = re.compile(r"\b(?:called_computations|branch_computations)=\{([^}]*)\}")
 _TRIPS = re.compile(r"known_trip_count\W+n\W+(\d+)")
-_FREE = frozenset({"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call",
-                   "after-all", "partition-id", "replica-id", "iota", "opt-barrier", "async-start", "async-update",
-                   "async-done", "copy-done"})  # no traffic of their own
+_FREE = frozenset(
+    {
+        "parameter",
+        "constant",
+        "tuple",
+        "get-tuple-element",
+        "bitcast",
+        "while",
+        "conditional",
+        "call",
+        "after-all",
+        "partition-id",
+        "replica-id",
+        "iota",
+        "opt-barrier",
+        "async-start",
+        "async-update",
+        "async-done",
+        "copy-done",
+    }
+)  # no traffic of their own
 _IN_PLACE = {"dynamic-update-slice": 1, "scatter": 2}  # -> which operand is written into the first
 
 
@@ -60,7 +100,8 @@ class Program:
 
     Attributes:
         computations: name -> its operations.
-        counts: name -> how often one run of the program runs it (branches of a conditional count as run).
+        counts: name -> how often one run of the program runs it (branches of a conditional count as
+            run).
     """
 
     computations: Mapping[str, list[Operation]]
@@ -78,15 +119,18 @@ def array_bytes(text: str) -> int:
 
 def array_shapes(text: str) -> dict[tuple[str, tuple[int, ...]], int]:
     """Return every array type of a program's text and its bytes on one device."""
-    return {(dtype, tuple(int(size) for size in dims.split(",")) if dims else ()): _size(dtype, dims)
-            for dtype, dims in {found[:2] for found in ARRAY.findall(text)}}
+    return {
+        (dtype, tuple(int(size) for size in dims.split(",")) if dims else ()): _size(dtype, dims)
+        for dtype, dims in {found[:2] for found in ARRAY.findall(text)}
+    }
 
 
 def parse(text: str) -> Program:
     """Parse a module.
 
     Args:
-        text: the optimised HLO module (``compiled.as_text()``, or XLA's dump ``*after_optimizations.txt``).
+        text: the optimised HLO module (``compiled.as_text()``, or XLA's dump
+            ``*after_optimizations.txt``).
 
     Raises:
         ValueError: the text has no ENTRY computation.
@@ -98,7 +142,8 @@ def parse(text: str) -> Program:
         if header:
             current = computations.setdefault(header[2], [])
             entry = header[2] if header[1] else entry
-        elif current is not None:  # until the next header: a kernel's settings may hold lines of braces
+        # until the next header: a kernel's settings may hold lines of braces
+        elif current is not None:
             operation = _OPERATION.match(re.sub(r"/\*.*?\*/", "", line))
             if operation:
                 current.append(Operation(*operation.groups()))
@@ -108,22 +153,33 @@ def parse(text: str) -> Program:
 
 
 def memory_traffic(program: Program) -> float:
-    """Return the bytes that one step moves between HBM and the cores of one chip, as the program's text has them.
+    """Return the bytes that one step moves between HBM and the cores of one chip, as the program's
+    text has them.
 
-    Each operation reads its operands and writes its result once; what stays in the cores' own memory (``S(1)``) is
-    left out, and of an array that is only sliced, or updated in place, the slice counts.  Kernels written by hand count
-    their operands once, however often their blocks are read again.
+    Each operation reads its operands and writes its result once; what stays in the cores' own
+    memory (``S(1)``) is left out, and of an array that is only sliced, or updated in place, the
+    slice counts.  Kernels written by hand count their operands once, however often their blocks are
+    read again.
     """
-    fused = {name for operations in program.computations.values() for operation in operations
-             for role, name in operation.calls() if role in ("calls", "to_apply") and operation.opcode != "call"
-             and not operation.opcode.startswith("async")}
+    fused = {
+        name
+        for operations in program.computations.values()
+        for operation in operations
+        for role, name in operation.calls()
+        if role in ("calls", "to_apply")
+        and operation.opcode != "call"
+        and not operation.opcode.startswith("async")
+    }
     total = 0.0
     for name, operations in program.computations.items():
         if name in fused or not program.counts.get(name):
             continue
         shapes = {operation.name: operation.shape for operation in operations}
         total += program.counts[name] * sum(
-            _traffic(operation, shapes, program) for operation in operations if operation.opcode not in _FREE)
+            _traffic(operation, shapes, program)
+            for operation in operations
+            if operation.opcode not in _FREE
+        )
     return total
 
 
@@ -132,7 +188,9 @@ def _size(dtype: str, dims: str) -> int:
 
 
 def _hbm_bytes(shape: str) -> int:
-    return sum(_size(dtype, dims) for dtype, dims, layout in ARRAY.findall(shape) if "S(1)" not in layout)
+    return sum(
+        _size(dtype, dims) for dtype, dims, layout in ARRAY.findall(shape) if "S(1)" not in layout
+    )
 
 
 def _traffic(operation: Operation, shapes: Mapping[str, str], program: Program) -> int:
@@ -152,12 +210,17 @@ def _traffic(operation: Operation, shapes: Mapping[str, str], program: Program) 
     return sum(read) + max(0, written - sum(whole - part for whole, part in _updates(body)))
 
 
-def _body(operation: Operation, computations: Mapping[str, list[Operation]]) -> list[Operation] | None:
-    return next((computations.get(name) for role, name in operation.calls() if role == "calls"), None)
+def _body(
+    operation: Operation, computations: Mapping[str, list[Operation]]
+) -> list[Operation] | None:
+    return next(
+        (computations.get(name) for role, name in operation.calls() if role == "calls"), None
+    )
 
 
 def _sliced(body: list[Operation], computations: Mapping[str, list[Operation]]) -> dict[int, int]:
-    """Find a fusion's parameters of which parts alone are read or written over: place -> bytes of these parts.
+    """Find a fusion's parameters of which parts alone are read or written over: place -> bytes of
+    these parts.
 
     A fusion within it may be what slices.
     """
@@ -184,7 +247,8 @@ def _sliced(body: list[Operation], computations: Mapping[str, list[Operation]]) 
 
 
 def _updates(body: list[Operation]) -> list[tuple[int, int]]:
-    """List a fusion's updates in place: bytes of the whole array, and of what is written into it."""
+    """List a fusion's updates in place: bytes of the whole array, and of what is written into
+    it."""
     named = {operation.name: operation for operation in body}
     found = []
     for operation in body:
@@ -217,14 +281,19 @@ def _counts(computations: Mapping[str, list[Operation]], entry: str) -> collecti
 
 
 def _trips(loop: Operation, computations: Mapping[str, list[Operation]]) -> int:
-    """Read how often a loop's body runs: limit over step of the counter; 1 where the data decides."""
+    """Read how often a loop's body runs: limit over step of the counter; 1 where the data
+    decides."""
     known = _TRIPS.search(loop.rest)
     if known:
         return int(known[1])
-    called = {role: {operation.name: operation for operation in computations.get(name, ())}
-              for role, name in loop.calls()}
+    called = {
+        role: {operation.name: operation for operation in computations.get(name, ())}
+        for role, name in loop.calls()
+    }
     condition = called.get("condition", {})
-    compare = next((operation for operation in condition.values() if operation.opcode == "compare"), None)
+    compare = next(
+        (operation for operation in condition.values() if operation.opcode == "compare"), None
+    )
     if compare is None or "direction=LT" not in compare.rest:
         return 1
     counter, limit = (condition.get(name) for name in compare.operands[:2])
@@ -236,13 +305,21 @@ def _trips(loop: Operation, computations: Mapping[str, list[Operation]]) -> int:
 
 def _step(body: Mapping[str, Operation], place: int) -> int:
     """Return by how much a loop's body raises its counter (an unrolled loop's by more than one)."""
-    result = next((operation for operation in reversed(body.values()) if operation.opcode == "tuple"), None)
+    result = next(
+        (operation for operation in reversed(body.values()) if operation.opcode == "tuple"), None
+    )
     names = result.operands if result else []
     update = body.get(names[place]) if place < len(names) else None
     if update is None or update.opcode != "add":
         return 1
-    return next((_constant(body[name]) for name in update.operands
-                 if name in body and body[name].opcode == "constant"), 1)
+    return next(
+        (
+            _constant(body[name])
+            for name in update.operands
+            if name in body and body[name].opcode == "constant"
+        ),
+        1,
+    )
 
 
 def _constant(operation: Operation) -> int:

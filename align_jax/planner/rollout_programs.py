@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The programs that a rollout runs beside the train step, lowered from shapes alone: what ``plan`` compiles.
+"""The programs that a rollout runs beside the train step, lowered from shapes alone: what ``plan``
+compiles.
 
     prefill ─ decode (a loop: one token a row) ─ rewards ─ rescore (policy; reference, where its KL is in the reward)
 """
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -22,16 +24,15 @@ from align_jax.interop import hf
 from align_jax.models.config import ModelConfig
 from align_jax.models.lora import merge
 from align_jax.models.model import Model
-from align_jax.online import REWARDS, weighted
-from align_jax.online import batches
+from align_jax.online import REWARDS, batches, weighted
 from align_jax.online.config import Plan
 from align_jax.online.source import generation_mesh, make_generator
 from align_jax.parallel.lowering import lower
 from align_jax.parallel.sharding import row_sharding
+from align_jax.planner.communication import Pass, least
+from align_jax.planner.cost_model import Program
 from align_jax.training import initialize
 from align_jax.training.flops import Forward, StepFlops, decode_flops, forward_flops
-from align_jax.planner.cost_model import Program
-from align_jax.planner.communication import Pass, least
 from align_jax.training.partitioning import abstract_batch, abstract_params
 
 Tree = Any
@@ -50,20 +51,26 @@ class RewardProgram:
         note: "" where the checkpoint's own config was read; else what was assumed.
     """
 
-    def __init__(self, options: Mapping[str, Any], policy: ModelConfig, mesh: Mesh, attention: str) -> None:
+    def __init__(
+        self, options: Mapping[str, Any], policy: ModelConfig, mesh: Mesh, attention: str
+    ) -> None:
         self.note, path, dtype = "", options["path"], options.get("compute_dtype", "float32")
         try:
             config = hf.load_config(path).padded(mesh.shape["tensor"])
         except OSError:
             config = policy
-            self.note = f"the reward model {path} cannot be read here: taken to be of the policy's shape"
+            self.note = (
+                f"the reward model {path} cannot be read here: taken to be of the policy's shape"
+            )
         self.model: Model = score.scorer(config, dtype, attention)
         self.params = abstract_params(mesh, self.model.shapes(jnp.dtype(dtype)), self.model.axes())
         self._rows = options.get("rows", 16)
         self._length = options.get("max_length") or config.max_positions
         self._mesh = mesh
 
-    def program(self, name: str, held: Mapping[str, Tree], samples: int, platform: str | None) -> Program:
+    def program(
+        self, name: str, held: Mapping[str, Tree], samples: int, platform: str | None
+    ) -> Program:
         """Return the program that scores texts of the greatest length.
 
         Args:
@@ -75,23 +82,46 @@ class RewardProgram:
         rows = row_sharding(self._mesh)
         tokens = jax.ShapeDtypeStruct((self._rows, self._length), np.int32, sharding=rows)
         lengths = jax.ShapeDtypeStruct((self._rows,), np.int32, sharding=rows)
-        lowered = lower(score.scores, self._mesh, self.model, self.params, tokens, lengths, platform=platform)
+        lowered = lower(
+            score.scores, self._mesh, self.model, self.params, tokens, lengths, platform=platform
+        )
         run = Pass(self.model, self.params, self._rows, self._length, 1)
         flops = forward_flops(self.model, rows=self._rows, length=self._length, positions=1)
-        return Program(name, lowered, (self.params, tokens, lengths), {**held, "batch": (tokens, lengths)},
-                       _only(flops, tokens.size), least([run], self._mesh.shape), runs=-(-samples // self._rows))
+        return Program(
+            name,
+            lowered,
+            (self.params, tokens, lengths),
+            {**held, "batch": (tokens, lengths)},
+            _only(flops, tokens.size),
+            least([run], self._mesh.shape),
+            runs=-(-samples // self._rows),
+        )
 
 
-def reward_programs(rewards: Mapping[str, Any], policy: ModelConfig, mesh: Mesh, attention: str
-                    ) -> dict[str, RewardProgram]:
+def reward_programs(
+    rewards: Mapping[str, Any], policy: ModelConfig, mesh: Mesh, attention: str
+) -> dict[str, RewardProgram]:
     """Return the reward models that a config's ``rewards`` names, by name."""
-    return {name: RewardProgram(options, policy, mesh, attention)
-            for name, _, kind, options in weighted.read(rewards, REWARDS) if kind == "model"}
+    return {
+        name: RewardProgram(options, policy, mesh, attention)
+        for name, _, kind, options in weighted.read(rewards, REWARDS)
+        if kind == "model"
+    }
 
 
-def programs(plan: Plan, models: initialize.Models, weights: initialize.Plan, tokenizer: PreTrainedTokenizerBase,
-             batch: Batch, mesh: Mesh, *, held: Mapping[str, Tree], rewards: Mapping[str, RewardProgram],
-             max_length: int, platform: str | None = None) -> list[Program]:
+def programs(
+    plan: Plan,
+    models: initialize.Models,
+    weights: initialize.Plan,
+    tokenizer: PreTrainedTokenizerBase,
+    batch: Batch,
+    mesh: Mesh,
+    *,
+    held: Mapping[str, Tree],
+    rewards: Mapping[str, RewardProgram],
+    max_length: int,
+    platform: str | None = None,
+) -> list[Program]:
     """Lower what a rollout runs.
 
     Args:
@@ -108,37 +138,71 @@ def programs(plan: Plan, models: initialize.Models, weights: initialize.Plan, to
     """
     policy, found = merge(weights.base, weights.trained), []
     if plan.server is None:
-        found += _generation(plan, models.policy, policy, tokenizer, mesh, held, max_length, platform)
-    found += [one.program(f"reward {name}", held, plan.prompts * plan.responses, platform)
-              for name, one in rewards.items()]
+        found += _generation(
+            plan, models.policy, policy, tokenizer, mesh, held, max_length, platform
+        )
+    found += [
+        one.program(f"reward {name}", held, plan.prompts * plan.responses, platform)
+        for name, one in rewards.items()
+    ]
     if plan.targets is None:
         return found
     groups = plan.batch_size // plan.microbatches
     part = abstract_batch(mesh, batches.take(batch._replace(mismatched=None), np.arange(groups)))
-    wanted = [("rescore", models.policy, policy, plan.value_head)] if plan.rescore or plan.value_head else []
+    wanted = (
+        [("rescore", models.policy, policy, plan.value_head)]
+        if plan.rescore or plan.value_head
+        else []
+    )
     if plan.needs_reference:
         reference = weights.base if weights.reference is None else weights.reference
         wanted.append(("rescore reference", models.base, reference, ""))
     for name, model, params, head in wanted:
-        lowered = lower(score.rescore, mesh, model, params, part, value_head=head, temperature=plan.temperature,
-                        platform=platform)
+        lowered = lower(
+            score.rescore,
+            mesh,
+            model,
+            params,
+            part,
+            value_head=head,
+            temperature=plan.temperature,
+            platform=platform,
+        )
         (rows, length), positions = part.tokens.shape, part.loss_index.shape[1]
         flops = forward_flops(model, rows=rows, length=length, positions=positions)
-        found.append(Program(name, lowered, (params, part), {**held, "batch": part}, _only(flops, rows * length),
-                             least([Pass(model, params, rows, length, positions)], mesh.shape),
-                             runs=plan.slices * plan.microbatches))
+        found.append(
+            Program(
+                name,
+                lowered,
+                (params, part),
+                {**held, "batch": part},
+                _only(flops, rows * length),
+                least([Pass(model, params, rows, length, positions)], mesh.shape),
+                runs=plan.slices * plan.microbatches,
+            )
+        )
     return found
 
 
-def _generation(plan: Plan, model: Model, params: Tree, tokenizer: PreTrainedTokenizerBase, mesh: Mesh,
-                held: Mapping[str, Tree], max_length: int, platform: str | None) -> list[Program]:
+def _generation(
+    plan: Plan,
+    model: Model,
+    params: Tree,
+    tokenizer: PreTrainedTokenizerBase,
+    mesh: Mesh,
+    held: Mapping[str, Tree],
+    max_length: int,
+    platform: str | None,
+) -> list[Program]:
     longest = max_length - plan.max_new_tokens
     where = generation_mesh(plan, model, mesh)
     if plan.tensor:
         params = for_decoding(model, params, where)
         held = {**held, "generation": params}
     generator = make_generator(plan, model, tokenizer, where, max_length, longest)
-    request = Request((1,) * longest, plan.responses, plan.max_new_tokens, plan.sampling, stop=plan.stop)
+    request = Request(
+        (1,) * longest, plan.responses, plan.max_new_tokens, plan.sampling, stop=plan.stop
+    )
     lowered = generator.lower(params, [request] * plan.prompts, platform)
     prompts, length = lowered.prompts
     rows = lowered.progress.tokens.shape[0]
@@ -146,11 +210,29 @@ def _generation(plan: Plan, model: Model, params: Tree, tokenizer: PreTrainedTok
     prefill = forward_flops(model, rows=prompts, length=length, positions=1)
     decode = decode_flops(model, rows=rows, context=longest + plan.max_new_tokens // 2)
     return [
-        Program("prefill", lowered.prefill, params, held, _only(prefill, prompts * length),
-                least([Pass(model, params, prompts, length, 1)], where.shape), lowered.progress, lowered.calls,
-                where),
-        Program("decode", lowered.decode, (params, lowered.progress), held, _only(decode, rows),
-                least([Pass(model, params, rows, 1, 1)], where.shape), (), lowered.calls * plan.max_new_tokens, where)]
+        Program(
+            "prefill",
+            lowered.prefill,
+            params,
+            held,
+            _only(prefill, prompts * length),
+            least([Pass(model, params, prompts, length, 1)], where.shape),
+            lowered.progress,
+            lowered.calls,
+            where,
+        ),
+        Program(
+            "decode",
+            lowered.decode,
+            (params, lowered.progress),
+            held,
+            _only(decode, rows),
+            least([Pass(model, params, rows, 1, 1)], where.shape),
+            (),
+            lowered.calls * plan.max_new_tokens,
+            where,
+        ),
+    ]
 
 
 def _only(flops: Forward, tokens: int) -> StepFlops:

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which meshes, microbatches and remat policies are worth compiling, the most promising first.
 
-Compiling takes half a minute, so a rough model orders the candidates: operations over the chips' peak, plus the bytes
-that FSDP and tensor parallelism must move, over the links; those whose weights and activations cannot fit are left out.
+Compiling takes half a minute, so a rough model orders the candidates: operations over the chips'
+peak, plus the bytes that FSDP and tensor parallelism must move, over the links; those whose weights
+and activations cannot fit are left out.
 """
+
 from __future__ import annotations
 
-from collections.abc import Iterator
 import dataclasses
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 from align_jax.models.config import ModelConfig
@@ -33,8 +35,10 @@ class Candidate:
 
     def override(self) -> str:
         """Return the flags to paste behind a command."""
-        mesh = " ".join(f"--config.mesh.{axis}={getattr(self, axis)}"
-                        for axis in ("data", "fsdp", "expert", "sequence", "tensor"))
+        mesh = " ".join(
+            f"--config.mesh.{axis}={getattr(self, axis)}"
+            for axis in ("data", "fsdp", "expert", "sequence", "tensor")
+        )
         return f"{mesh} --config.microbatches={self.microbatches} --config.model.remat={self.remat}"
 
     def write(self, config: Any) -> None:
@@ -44,8 +48,16 @@ class Candidate:
         config.microbatches, config.model.remat = self.microbatches, self.remat
 
 
-def candidates(model: ModelConfig, topology: Topology, *, slices: int, remat: str, rows: int, length: int,
-               trained_bytes: int) -> Iterator[Candidate]:
+def candidates(
+    model: ModelConfig,
+    topology: Topology,
+    *,
+    slices: int,
+    remat: str,
+    rows: int,
+    length: int,
+    trained_bytes: int,
+) -> Iterator[Candidate]:
     """Yield candidates, by the rough model's time.
 
     Args:
@@ -55,14 +67,18 @@ def candidates(model: ModelConfig, topology: Topology, *, slices: int, remat: st
         remat: the config's policy, tried first among equals.
         rows: N of a step.
         length: T.
-        trained_bytes: bytes a parameter of everything that lies on the devices (16: float32 weights, Adam, a
-            bfloat16 reference and gradients beside).
+        trained_bytes: bytes a parameter of everything that lies on the devices (16: float32
+            weights, Adam, a bfloat16 reference and gradients beside).
     """
     devices = len(topology.devices)
     rated = []
     for tensor, sequence, expert in itertools.product((1, 2, 4, 8, 16), (1, 2, 4, 8), (1, 2, 4, 8)):
         rest, left = divmod(devices, slices * tensor * sequence * expert)
-        if left or model.num_heads % tensor or (expert > 1 and (not model.num_experts or model.num_experts % expert)):
+        if (
+            left
+            or model.num_heads % tensor
+            or (expert > 1 and (not model.num_experts or model.num_experts % expert))
+        ):
             continue
         if (sequence > 1 and length < 4096 * sequence) or length % (128 * sequence):
             continue
@@ -78,8 +94,9 @@ def candidates(model: ModelConfig, topology: Topology, *, slices: int, remat: st
         yield one
 
 
-def _rate(one: Candidate, model: ModelConfig, topology: Topology, tokens: int, trained_bytes: int
-          ) -> tuple[float, float]:
+def _rate(
+    one: Candidate, model: ModelConfig, topology: Topology, tokens: int, trained_bytes: int
+) -> tuple[float, float]:
     """Return rough seconds a step and bytes a device."""
     devices, chip = len(topology.devices), topology.chip
     weights = layer_weights(model) + 2 * model.width * model.vocab_rows
@@ -93,6 +110,8 @@ def _rate(one: Candidate, model: ModelConfig, topology: Topology, tokens: int, t
     reduced = 10 * 2 * model.num_layers * own * model.width * 2 * (1 - 1 / one.tensor)
     ring = 2 * chip.link
     seconds = compute + 0.5 * (gathered + reduced) / ring
-    activations = own / one.microbatches * model.num_layers * model.width * 2 * (saved / one.tensor + 1)
+    activations = (
+        own / one.microbatches * model.num_layers * model.width * 2 * (saved / one.tensor + 1)
+    )
     layer = 6 * weights / model.num_layers / one.tensor
     return seconds, weights * trained_bytes / (split * one.tensor) + activations + layer

@@ -1,23 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run, from its config: what ``train``, ``plan``, ``export``, ``sample`` and ``evaluate`` share.
 
-    config ─ settle ─► terms, tokenizer, models ─ prepare ─► data, recipe, plan of the parameters ─► Run
-                                                └─ restore ─► what a run has trained
+config ─ settle ─► terms, tokenizer, models ─ prepare ─► data, recipe, plan of the parameters ─► Run
+                                            └─ restore ─► what a run has trained
 """
+
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import functools
 import json
 import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from etils import epath
 import jax
+import tqdm
+from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
-import tqdm
 
 from align_jax import losses
 from align_jax.core import config as configs
@@ -25,9 +26,8 @@ from align_jax.data import datasets, pipeline, synthetic
 from align_jax.data.datasets import Examples
 from align_jax.data.pipeline import Pipeline
 from align_jax.data.tokenizer import fingerprint, load_tokenizer
+from align_jax.interop import hf, peft
 from align_jax.losses.objective import Term, data_kind
-from align_jax.interop import hf
-from align_jax.interop import peft
 from align_jax.models.config import ModelConfig
 from align_jax.models.lora import LoraConfig, merge
 from align_jax.online import source
@@ -36,15 +36,13 @@ from align_jax.online.rollout import Rollouts
 from align_jax.parallel import distributed
 from align_jax.parallel.mesh import AXES, make_mesh, mesh_shape, row_shards
 from align_jax.parallel.sharding import put_batch
-from align_jax.training import optim, reference
-from align_jax.training import initialize
-from align_jax.training import partitioning
 from align_jax.storage import workdir as record
 from align_jax.storage.checkpoint import Checkpoints
+from align_jax.training import initialize, optim, partitioning, reference
 from align_jax.training.steps import Recipe
 
-
-# The embedding's rows are padded to this whatever the mesh, so that a checkpoint of one tensor axis is read on another.
+# The embedding's rows are padded to this whatever the mesh, so that a checkpoint of one tensor axis
+# is read on another.
 VOCABULARY_MULTIPLE = 16
 
 
@@ -61,29 +59,46 @@ class Setting(NamedTuple):
 
 def objective_terms(config: ConfigDict) -> tuple[Term, ...]:
     """Resolve the objective and its options."""
-    options = {key: value for key, value in config.objective.items() if key not in ("name", "weights")}
+    options = {
+        key: value for key, value in config.objective.items() if key not in ("name", "weights")
+    }
     return losses.resolve(config.objective.name, options, config.objective.weights or None)
 
 
 def adapter(config: ConfigDict, model_config: ModelConfig) -> LoraConfig | None:
-    """Return the policy's adapter: as the config says, or as the PEFT adapter is that it starts from.
+    """Return the policy's adapter: as the config says, or as the PEFT adapter is that it starts
+    from.
 
     Raises:
         ValueError: the config gives another rank than that adapter's.
     """
     options = config.model.lora
     if not options.path:
-        return LoraConfig(options.rank, alpha=options.alpha, dropout=options.dropout, targets=options.targets,
-                          rank_stabilised=options.rslora, dora=options.dora) if options.rank else None
+        return (
+            LoraConfig(
+                options.rank,
+                alpha=options.alpha,
+                dropout=options.dropout,
+                targets=options.targets,
+                rank_stabilised=options.rslora,
+                dora=options.dora,
+            )
+            if options.rank
+            else None
+        )
     lora, _ = peft.load(options.path, model_config)
     if options.rank not in (0, lora.rank):
-        raise ValueError(f"config.model.lora.rank = {options.rank}, but the adapter {options.path!r} has rank "
-                         f"{lora.rank}; leave the rank at 0")
+        raise ValueError(
+            f"config.model.lora.rank = {options.rank}, but the adapter "
+            f"{options.path!r} has rank "
+            f"{lora.rank}; leave the rank at 0"
+        )
     return dataclasses.replace(lora, dropout=options.dropout)
 
 
 def settle(config: ConfigDict, devices: int) -> Setting:
-    """Turn a config into terms, tokenizer and models; every mistake that needs no data is found here.
+    """Turn a config into terms, tokenizer and models; every mistake that needs no data is found
+    here.
 
     Args:
         config: the config.
@@ -94,54 +109,114 @@ def settle(config: ConfigDict, devices: int) -> Setting:
     """
     configs.validate(config)
     terms = objective_terms(config)
-    tokenizer = load_tokenizer(config.tokenizer or config.model.path or "byte",
-                               chat_template=config.data.chat_template or None)
+    tokenizer = load_tokenizer(
+        config.tokenizer or config.model.path or "byte",
+        chat_template=config.data.chat_template or None,
+    )
     if config.model.path:
         model_config = hf.load_config(config.model.path)
     else:
         fields = {"vocab_size": len(tokenizer), **config.model.config.to_dict()}
         model_config = hf.config_from({"model_type": config.model.family, **fields})
     tensor = mesh_shape(config.mesh.to_dict(), devices)[AXES.index("tensor")]
-    model_config = model_config.padded(math.lcm(VOCABULARY_MULTIPLE, tensor, config.rollout.tensor or 1))
+    model_config = model_config.padded(
+        math.lcm(VOCABULARY_MULTIPLE, tensor, config.rollout.tensor or 1)
+    )
     if len(tokenizer) > model_config.vocab_size:
-        raise ValueError(f"the tokenizer {config.tokenizer or config.model.path!r} has {len(tokenizer)} tokens, the "
-                         f"model's vocabulary only {model_config.vocab_size}; use the model's own tokenizer")
+        raise ValueError(
+            f"the tokenizer {config.tokenizer or config.model.path!r} has "
+            f"{len(tokenizer)} tokens, the "
+            f"model's vocabulary only {model_config.vocab_size}; use the model's "
+            "own tokenizer"
+        )
     if config.max_length > model_config.max_positions:
-        raise ValueError(f"config.max_length = {config.max_length} exceeds the {model_config.max_positions} positions "
-                         "of the model (max_position_embeddings)")
+        raise ValueError(
+            f"config.max_length = {config.max_length} exceeds the "
+            f"{model_config.max_positions} positions "
+            "of the model (max_position_embeddings)"
+        )
     if config.reference.mode == "cached" and any("kl" in term.needs for term in terms):
-        raise ValueError("config.reference.mode = 'cached' keeps token log-probabilities; the objective "
-                         f"{config.objective.name!r} needs whole distributions of the reference; use in_graph")
+        raise ValueError(
+            "config.reference.mode = 'cached' keeps token log-probabilities; the "
+            "objective "
+            f"{config.objective.name!r} needs whole distributions of the reference; "
+            "use in_graph"
+        )
     if config.reference.mode == "cached" and any(term.objective.mismatched for term in terms):
-        raise ValueError(f"config.reference.mode = 'cached' does not hold the mismatched pairs of the objective "
-                         f"{config.objective.name!r}; use in_graph, or kto_zero")
+        raise ValueError(
+            "config.reference.mode = 'cached' does not hold the mismatched pairs "
+            "of the objective "
+            f"{config.objective.name!r}; use in_graph, or kto_zero"
+        )
     lora = adapter(config, model_config)
     models = initialize.make_models(
-        model_config, terms, compute_dtype=config.model.compute_dtype, remat=config.model.remat,
-        attention=config.model.attention, lora=lora, value_head=config.model.value_head, unembed=bool(config.rewards))
+        model_config,
+        terms,
+        compute_dtype=config.model.compute_dtype,
+        remat=config.model.remat,
+        attention=config.model.attention,
+        lora=lora,
+        value_head=config.model.value_head,
+        unembed=bool(config.rewards),
+    )
     kind = data_kind(terms)
     if kind == "rollout" and not config.rewards:
-        raise ValueError(f"the objective {config.objective.name!r} learns from the policy's own samples: "
-                         "config.rewards must name at least one reward, such as {'length': 1.0}")
-    rollouts = source.plan_rollouts(
-        terms, config.rollout.to_dict(), batch_size=config.batch_size, microbatches=config.microbatches,
-        layout=config.data.layout, value_head=config.model.value_head, seed=config.seed) if config.rewards else None
+        raise ValueError(
+            f"the objective {config.objective.name!r} learns from the policy's own "
+            "samples: "
+            "config.rewards must name at least one reward, such as {'length': 1.0}"
+        )
+    rollouts = (
+        source.plan_rollouts(
+            terms,
+            config.rollout.to_dict(),
+            batch_size=config.batch_size,
+            microbatches=config.microbatches,
+            layout=config.data.layout,
+            value_head=config.model.value_head,
+            seed=config.seed,
+        )
+        if config.rewards
+        else None
+    )
     return Setting(terms, tokenizer, model_config, models, kind, rollouts)
 
 
 def make_recipe(config: ConfigDict, setting: Setting, total_steps: int) -> Recipe:
     """Put together what the steps are compiled from."""
     o = config.optimizer
-    schedule = optim.make_schedule(learning_rate=o.learning_rate, schedule=o.schedule, total_steps=total_steps,
-                                   warmup_steps=o.warmup_steps, warmup_fraction=o.warmup_fraction,
-                                   final_fraction=o.final_fraction)
-    optimizer = optim.make_optimizer(schedule, name=o.name, weight_decay=o.weight_decay, clip_norm=o.clip_norm,
-                                     b1=o.b1, b2=o.b2, eps=o.eps, moment_dtype=o.moment_dtype)
-    return Recipe(setting.models.policy, setting.models.base, setting.terms, optimizer, schedule,
-                  microbatches=config.microbatches, seed=config.seed, value_head=config.model.value_head,
-                  load_balancing=config.model.load_balancing,
-                  temperature=1.0 if setting.rollouts is None else setting.rollouts.temperature,
-                  sync_every_steps=config.reference.sync_every_steps, mix=config.reference.mix)
+    schedule = optim.make_schedule(
+        learning_rate=o.learning_rate,
+        schedule=o.schedule,
+        total_steps=total_steps,
+        warmup_steps=o.warmup_steps,
+        warmup_fraction=o.warmup_fraction,
+        final_fraction=o.final_fraction,
+    )
+    optimizer = optim.make_optimizer(
+        schedule,
+        name=o.name,
+        weight_decay=o.weight_decay,
+        clip_norm=o.clip_norm,
+        b1=o.b1,
+        b2=o.b2,
+        eps=o.eps,
+        moment_dtype=o.moment_dtype,
+    )
+    return Recipe(
+        setting.models.policy,
+        setting.models.base,
+        setting.terms,
+        optimizer,
+        schedule,
+        microbatches=config.microbatches,
+        seed=config.seed,
+        value_head=config.model.value_head,
+        load_balancing=config.model.load_balancing,
+        temperature=1.0 if setting.rollouts is None else setting.rollouts.temperature,
+        sync_every_steps=config.reference.sync_every_steps,
+        mix=config.reference.mix,
+    )
 
 
 def make_plan(config: ConfigDict, setting: Setting, recipe: Recipe, mesh: Mesh) -> initialize.Plan:
@@ -149,13 +224,22 @@ def make_plan(config: ConfigDict, setting: Setting, recipe: Recipe, mesh: Mesh) 
     in_step = recipe.wants_reference and config.reference.mode == "in_graph"
     in_rollout = setting.rollouts is not None and setting.rollouts.needs_reference
     return initialize.make_plan(
-        recipe, mesh, param_dtype=config.model.param_dtype, frozen_dtype=config.reference.dtype,
-        freeze=config.model.freeze, other_reference=bool(config.reference.path), with_reference=in_step or in_rollout,
-        quantization=config.model.quantize)
+        recipe,
+        mesh,
+        param_dtype=config.model.param_dtype,
+        frozen_dtype=config.reference.dtype,
+        freeze=config.model.freeze,
+        other_reference=bool(config.reference.path),
+        with_reference=in_step or in_rollout,
+        quantization=config.model.quantize,
+    )
 
 
-def make_reference_plan(config: ConfigDict, setting: Setting, recipe: Recipe, mesh: Mesh) -> initialize.Plan:
-    """Say what lies where while the reference's log-probabilities are computed that the run will find cached."""
+def make_reference_plan(
+    config: ConfigDict, setting: Setting, recipe: Recipe, mesh: Mesh
+) -> initialize.Plan:
+    """Say what lies where while the reference's log-probabilities are computed that the run will
+    find cached."""
     with config.unlocked():
         in_graph = config.copy_and_resolve_references()
     in_graph.reference.mode = "in_graph"
@@ -182,31 +266,55 @@ def read_data(config: ConfigDict, setting: Setting) -> tuple[Examples, Examples 
     """Read the training and the held-out examples; every malformed row is found here."""
     d = config.data
     load = functools.partial(
-        datasets.load, kind=setting.kind if setting.rollouts is None else "prompts", seed=config.seed,
-        chat=bool(setting.tokenizer.chat_template), format=None if d.format == "auto" else d.format,
-        columns=d.columns.to_dict(), **d.options.to_dict())
+        datasets.load,
+        kind=setting.kind if setting.rollouts is None else "prompts",
+        seed=config.seed,
+        chat=bool(setting.tokenizer.chat_template),
+        format=None if d.format == "auto" else d.format,
+        columns=d.columns.to_dict(),
+        **d.options.to_dict(),
+    )
     examples = load(d.train.split(","), weights=tuple(d.weights) or None)
     if held_out := d.eval or (synthetic.eval_split(d.train) if d.eval_fraction else ""):
         return examples, load(held_out.split(","), limit=config.eval.max_examples or None)
-    return datasets.hold_out(examples, d.eval_fraction, most=config.eval.max_examples, seed=config.seed)
+    return datasets.hold_out(
+        examples, d.eval_fraction, most=config.eval.max_examples, seed=config.seed
+    )
 
 
-def make_pipeline(config: ConfigDict, setting: Setting, mesh: Mesh, examples: Examples, *, once: bool) -> Pipeline:
-    """Tokenize and pack examples: for training (shuffled, endless), or once in fixed order (evaluation)."""
+def make_pipeline(
+    config: ConfigDict, setting: Setting, mesh: Mesh, examples: Examples, *, once: bool
+) -> Pipeline:
+    """Tokenize and pack examples: for training (shuffled, endless), or once in fixed order
+    (evaluation)."""
     d, shards = config.data, row_shards(mesh)
     return pipeline.make_pipeline(
-        examples, setting.tokenizer, layout=d.layout, max_length=config.max_length,
-        row_length=config.row_length or None, groups_per_row=d.groups_per_row or None,
-        truncation=d.truncation, max_prompt_length=d.max_prompt_length or None, trim=d.trim, seed=config.seed,
-        prefetch=d.prefetch, control=tuple(d.control_tokens) or None, cache_dir=d.cache or None,
+        examples,
+        setting.tokenizer,
+        layout=d.layout,
+        max_length=config.max_length,
+        row_length=config.row_length or None,
+        groups_per_row=d.groups_per_row or None,
+        truncation=d.truncation,
+        max_prompt_length=d.max_prompt_length or None,
+        trim=d.trim,
+        seed=config.seed,
+        prefetch=d.prefetch,
+        control=tuple(d.control_tokens) or None,
+        cache_dir=d.cache or None,
         mismatched=any(term.objective.mismatched for term in setting.terms),
-        process_index=jax.process_index(), process_count=jax.process_count(), shuffle=d.shuffle and not once,
-        repeat=not once, batch_size=(once and config.eval.batch_size) or config.batch_size,
-        row_multiple=shards * (1 if once else config.microbatches))
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        shuffle=d.shuffle and not once,
+        repeat=not once,
+        batch_size=(once and config.eval.batch_size) or config.batch_size,
+        row_multiple=shards * (1 if once else config.microbatches),
+    )
 
 
 def prepare(config: ConfigDict, workdir: str) -> Run:
-    """Check the config, index the data, plan the parameters; nothing is compiled and no weight is read.
+    """Check the config, index the data, plan the parameters; nothing is compiled and no weight is
+    read.
 
     Raises:
         ValueError, KeyError, FileNotFoundError: a mistake in the config, the data or the workdir.
@@ -218,13 +326,24 @@ def prepare(config: ConfigDict, workdir: str) -> Run:
     held: Pipeline | None = None
     if setting.rollouts is None:
         train: Pipeline | Rollouts = make_pipeline(config, setting, mesh, examples, once=False)
-        held = None if held_out is None else make_pipeline(config, setting, mesh, held_out, once=True)
+        held = (
+            None if held_out is None else make_pipeline(config, setting, mesh, held_out, once=True)
+        )
     else:
         train = source.make_rollouts(
-            setting.rollouts, examples.items, setting.tokenizer, policy=setting.models.policy,
-            reference=setting.models.base, reward_weights=config.rewards.to_dict(), mesh=mesh,
-            max_length=config.max_length, truncation=config.data.truncation, shuffle=config.data.shuffle,
-            seed=config.seed, held_out=() if held_out is None else held_out.items)
+            setting.rollouts,
+            examples.items,
+            setting.tokenizer,
+            policy=setting.models.policy,
+            reference=setting.models.base,
+            reward_weights=config.rewards.to_dict(),
+            mesh=mesh,
+            max_length=config.max_length,
+            truncation=config.data.truncation,
+            shuffle=config.data.shuffle,
+            seed=config.seed,
+            held_out=() if held_out is None else held_out.items,
+        )
     total = configs.resolve_steps(config, train.steps_per_epoch)
     recipe = make_recipe(config, setting, total)
     plan = make_plan(config, setting, recipe, mesh)
@@ -232,31 +351,48 @@ def prepare(config: ConfigDict, workdir: str) -> Run:
 
 
 def cached_reference(run: Run, examples: Examples) -> reference.Cache:
-    """Read the reference's token log-probabilities of a data set from disk, or compute and keep them."""
+    """Read the reference's token log-probabilities of a data set from disk, or compute and keep
+    them."""
     config, r = run.config, run.config.reference
     path = r.path or config.model.path
     identity = {
-        "examples": examples.identity, "tokenizer": fingerprint(run.setting.tokenizer), "max_length": config.max_length,
-        "truncation": [config.data.truncation, config.data.max_prompt_length, list(config.data.control_tokens)],
+        "examples": examples.identity,
+        "tokenizer": fingerprint(run.setting.tokenizer),
+        "max_length": config.max_length,
+        "truncation": [
+            config.data.truncation,
+            config.data.max_prompt_length,
+            list(config.data.control_tokens),
+        ],
         "weights": reference.weights_identity(hf.locate(path) if path else None, config.seed),
-        "model": repr(run.setting.model_config), "types": [
-            r.dtype, config.model.compute_dtype, "" if r.path else config.model.quantize]}
-    file = epath.Path(r.cache or epath.Path(run.workdir) / "reference") / f"{reference.name_of(identity)}.npz"
+        "model": repr(run.setting.model_config),
+        "types": [r.dtype, config.model.compute_dtype, "" if r.path else config.model.quantize],
+    }
+    file = (
+        epath.Path(r.cache or epath.Path(run.workdir) / "reference")
+        / f"{reference.name_of(identity)}.npz"
+    )
     if (found := reference.load(file, identity)) is not None:
         return found
     plan = make_reference_plan(config, run.setting, run.recipe, run.mesh)
-    frozen = initialize.load_frozen(run.recipe, plan, path=config.model.path, seed=config.seed, reference_path=r.path)
+    frozen = initialize.load_frozen(
+        run.recipe, plan, path=config.model.path, seed=config.seed, reference_path=r.path
+    )
     step = partitioning.jit_reference_step(run.recipe)
     batches = make_pipeline(config, run.setting, run.mesh, examples, once=True).iterator()
-    cache = reference.compute(iter(tqdm.tqdm(batches, desc="reference", disable=None)),
-                              lambda batch: step(frozen, put_batch(run.mesh, batch)), len(examples))
+    cache = reference.compute(
+        iter(tqdm.tqdm(batches, desc="reference", disable=None)),
+        lambda batch: step(frozen, put_batch(run.mesh, batch)),
+        len(examples),
+    )
     if distributed.is_main():
         reference.save(file, cache, identity)
     return cache
 
 
 def batches_of(run: Run, source: Pipeline, examples: Examples) -> Callable[[int], Iterator[Any]]:
-    """Return a function from a step to this process's batches from there on, the cached reference filled in."""
+    """Return a function from a step to this process's batches from there on, the cached reference
+    filled in."""
     if run.config.reference.mode != "cached" or not run.recipe.wants_reference:
         return source.iterator
     cache = cached_reference(run, examples)
@@ -264,7 +400,8 @@ def batches_of(run: Run, source: Pipeline, examples: Examples) -> Callable[[int]
 
 
 class Offline:
-    """Batches of a fixed data set with the face of an online source: the loop sees no difference."""
+    """Batches of a fixed data set with the face of an online source: the loop sees no
+    difference."""
 
     metrics: dict[str, float] = {}
 
@@ -295,15 +432,24 @@ def make_source(run: Run, first: int, saved: dict[str, Any]) -> Offline | Rollou
 def lower(run: Run) -> jax.stages.Lowered:
     """Lower the run's very train step."""
     batch = partitioning.abstract_batch(run.mesh, run.train.abstract())
-    return partitioning.lower_train_step(run.recipe, run.plan.state, run.plan.frozen, batch, run.mesh)
+    return partitioning.lower_train_step(
+        run.recipe, run.plan.state, run.plan.frozen, batch, run.mesh
+    )
 
 
 def open_checkpoints(config: ConfigDict, workdir: str) -> Checkpoints:
     """Open a run's checkpoints as its config says."""
     c = config.checkpoint
-    return Checkpoints(workdir, every_steps=c.every_steps, keep=c.keep, best_metric=c.best_metric.lstrip("-"),
-                       best_mode="min" if c.best_metric.startswith("-") else "max", local=c.local,
-                       local_every_steps=c.local_every_steps, identity=record.identity(config.to_dict()))
+    return Checkpoints(
+        workdir,
+        every_steps=c.every_steps,
+        keep=c.keep,
+        best_metric=c.best_metric.lstrip("-"),
+        best_mode="min" if c.best_metric.startswith("-") else "max",
+        local=c.local,
+        local_every_steps=c.local_every_steps,
+        identity=record.identity(config.to_dict()),
+    )
 
 
 class Trained(NamedTuple):
@@ -330,7 +476,7 @@ def restore(workdir: str, which: str = "latest") -> Trained:
     if not path.exists():
         raise FileNotFoundError(f"{workdir} is not a run's folder: it has no config.json")
     config = configs.from_dict(json.loads(path.read_text())["config"])
-    config.mesh.update({axis: 1 for axis in AXES} | {"fsdp": -1})
+    config.mesh.update(dict.fromkeys(AXES, 1) | {"fsdp": -1})
     config.checkpoint.local = ""  # the trainer's hosts' own
     setting = settle(config, jax.device_count())
     mesh = make_mesh(config.mesh.to_dict())
@@ -340,6 +486,13 @@ def restore(workdir: str, which: str = "latest") -> Trained:
         restored = checkpoints.restore(plan.state, which)
         if restored is None:
             raise FileNotFoundError(f"{workdir} has no checkpoint")
-        frozen = initialize.load_frozen(recipe, plan, path=config.model.path, seed=config.seed,
-                                      reference_path=config.reference.path)
-        return Trained(config, setting, mesh, merge(frozen["base"], restored.state["params"]), restored.step)
+        frozen = initialize.load_frozen(
+            recipe,
+            plan,
+            path=config.model.path,
+            seed=config.seed,
+            reference_path=config.reference.path,
+        )
+        return Trained(
+            config, setting, mesh, merge(frozen["base"], restored.state["params"]), restored.step
+        )

@@ -1,17 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Verdicts that all processes share: a store fails for one of them, and all have to act on it alike."""
+"""Verdicts that all processes share: a store fails for one of them, and all have to act on it
+alike."""
+
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 import json
 import logging
 import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from etils import epath
 import jax
-from jax.experimental import multihost_utils
 import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
 
 from align_jax.storage.checksums import is_transient
 
@@ -61,8 +63,9 @@ def once(act: Callable[[], Any], folder: epath.Path) -> None:
     except Exception as caught:  # kept until the others have been told: they would wait for ever
         error = caught
     if worst(GOOD if error is None else TRANSIENT) != GOOD:
-        raise StorageError(f"{folder}: "
-                           f"{'the first process could not write' if error is None else brief(error)}") from error
+        raise StorageError(
+            f"{folder}: {'the first process could not write' if error is None else brief(error)}"
+        ) from error
 
 
 def make_shared_folder(folder: epath.Path) -> None:
@@ -79,12 +82,18 @@ def make_shared_folder(folder: epath.Path) -> None:
     alone = worst(GOOD if seen else DAMAGED) != GOOD
     once(token.parent.rmtree, folder)
     if alone:
-        raise ValueError(f"workdir {folder.parent}: not all processes see the same folder"
-                         f"{'' if seen else ' (this one does not)'}; use a shared mount or gs://...")
+        raise ValueError(
+            f"workdir {folder.parent}: not all processes see the same folder"
+            f"{'' if seen else ' (this one does not)'}; use a shared mount or "
+            "gs://..."
+        )
 
 
-def read_together(read: Callable[[], Any], path: epath.Path, attempts: int, pause: Callable[[int], None]) -> Any:
-    """Read on every process, trying again while the store is in trouble; all come to the same verdict.
+def read_together(
+    read: Callable[[], Any], path: epath.Path, attempts: int, pause: Callable[[int], None]
+) -> Any:
+    """Read on every process, trying again while the store is in trouble; all come to the same
+    verdict.
 
     Args:
         read: returns this process's part.
@@ -93,7 +102,8 @@ def read_together(read: Callable[[], Any], path: epath.Path, attempts: int, paus
         pause: waits after the attempt of that number.
 
     Raises:
-        Damaged, ValueError: one process or more found it damaged, or that of another model (`Mismatch`).
+        Damaged, ValueError: one process or more found it damaged, or that of another model
+            (`Mismatch`).
         StorageError: the store failed at every attempt.
     """
     for attempt in range(attempts):
@@ -112,7 +122,9 @@ def read_together(read: Callable[[], Any], path: epath.Path, attempts: int, paus
             raise ValueError(reason if error is None else str(error)) from error
         if verdict == DAMAGED:
             raise Damaged(reason) from error
-        _log.warning("reading %s failed (%s): attempt %d of %d", path, reason, attempt + 1, attempts)
+        _log.warning(
+            "reading %s failed (%s): attempt %d of %d", path, reason, attempt + 1, attempts
+        )
         pause(attempt)
     raise StorageError(f"{path} could not be read in {attempts} attempts: {reason}")
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a workdir says of its run: ``config.json``, and whether a configuration may go on in it."""
+
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 import hashlib
 import importlib.metadata
 import json
@@ -11,22 +11,51 @@ import pathlib
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from etils import epath
 import jax
+from etils import epath
 
-# A run may go on with another value of these: they change where and how fast it runs, how long, and what is said of it,
-# not what a step computes.  "group." stands for the whole group.
-MAY_CHANGE = ("mesh.", "checkpoint.", "log.", "debug.", "total_steps", "total_epochs", "total_examples", "microbatches",
-              "model.remat", "model.attention", "eval.every_steps", "eval.batch_size", "data.prefetch", "data.cache",
-              "reference.cache", "rollout.log_samples_every_steps", "rollout.rows", "rollout.tensor")
-PACKAGES = ("align_jax", "jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain", "transformers",
-            "numpy")
+# A run may go on with another value of these: they change where and how fast it runs, how long, and
+# what is said of it, not what a step computes.  "group." stands for the whole group.
+MAY_CHANGE = (
+    "mesh.",
+    "checkpoint.",
+    "log.",
+    "debug.",
+    "total_steps",
+    "total_epochs",
+    "total_examples",
+    "microbatches",
+    "model.remat",
+    "model.attention",
+    "eval.every_steps",
+    "eval.batch_size",
+    "data.prefetch",
+    "data.cache",
+    "reference.cache",
+    "rollout.log_samples_every_steps",
+    "rollout.rows",
+    "rollout.tensor",
+)
+PACKAGES = (
+    "align_jax",
+    "jax",
+    "jaxlib",
+    "libtpu",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "grain",
+    "transformers",
+    "numpy",
+)
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten nested mappings: ``{"model": {"path": "x"}}`` -> ``{"model.path": "x"}``; values as JSON gives them back.
+    """Flatten nested mappings: ``{"model": {"path": "x"}}`` -> ``{"model.path": "x"}``; values as
+    JSON gives them back.
 
     >>> flat({"model": {"path": "x"}, "betas": (1, 2)})
     {'model.path': 'x', 'betas': [1, 2]}
@@ -40,16 +69,21 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return items
 
 
-def differing(config: Mapping[str, Any], recorded: Mapping[str, Any],
-              may_change: Sequence[str] = MAY_CHANGE) -> dict[str, tuple[Any, Any]]:
+def differing(
+    config: Mapping[str, Any], recorded: Mapping[str, Any], may_change: Sequence[str] = MAY_CHANGE
+) -> dict[str, tuple[Any, Any]]:
     """List the keys whose values differ and may not: key -> (recorded value, this run's value).
 
-    A key that only one of the two has counts as None on the other side: a version may have brought new keys.
+    A key that only one of the two has counts as None on the other side: a version may have brought
+    new keys.
     """
     old, new = flat(recorded), flat(config)
     free = tuple(name for name in may_change if name.endswith("."))
-    return {key: (old.get(key), new.get(key)) for key in sorted(old.keys() | new.keys())
-            if old.get(key) != new.get(key) and key not in may_change and not key.startswith(free)}
+    return {
+        key: (old.get(key), new.get(key))
+        for key in sorted(old.keys() | new.keys())
+        if old.get(key) != new.get(key) and key not in may_change and not key.startswith(free)
+    }
 
 
 def identity(config: Mapping[str, Any], may_change: Sequence[str] = MAY_CHANGE) -> str:
@@ -62,7 +96,9 @@ def identity(config: Mapping[str, Any], may_change: Sequence[str] = MAY_CHANGE) 
     return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def check(workdir: str | epath.PathLike, config: Mapping[str, Any], may_change: Sequence[str] = MAY_CHANGE) -> None:
+def check(
+    workdir: str | epath.PathLike, config: Mapping[str, Any], may_change: Sequence[str] = MAY_CHANGE
+) -> None:
     """Refuse a workdir that holds another configuration's checkpoints; before anything is compiled.
 
     Args:
@@ -71,19 +107,29 @@ def check(workdir: str | epath.PathLike, config: Mapping[str, Any], may_change: 
         may_change: keys, or groups ending in a dot, in which a resumed run may differ.
 
     Raises:
-        ValueError: there are checkpoints, and ``config.json`` beside them differs; every differing key is named.
+        ValueError: there are checkpoints, and ``config.json`` beside them differs; every differing
+            key is named.
     """
     folder = epath.Path(workdir)
     record, checkpoints = folder / "config.json", folder / "checkpoints"
-    if not record.exists() or not checkpoints.exists() or not any(
-            child.name.isdigit() for child in checkpoints.iterdir()):
+    if (
+        not record.exists()
+        or not checkpoints.exists()
+        or not any(child.name.isdigit() for child in checkpoints.iterdir())
+    ):
         return
     changes = differing(config, json.loads(record.read_text())["config"], may_change)
     if changes:
-        lines = "\n".join(f"  {key}: {was!r} there, {now!r} here" for key, (was, now) in changes.items())
-        raise ValueError(f"workdir {workdir} holds the checkpoints of another configuration:\n{lines}\n"
-                         "Use another --workdir, or the values that it was started with (to begin from its weights: "
-                         "--config.checkpoint.restore=PATH in a new workdir)")
+        lines = "\n".join(
+            f"  {key}: {was!r} there, {now!r} here" for key, (was, now) in changes.items()
+        )
+        raise ValueError(
+            f"workdir {workdir} holds the checkpoints of another "
+            f"configuration:\n{lines}\n"
+            "Use another --workdir, or the values that it was started with (to "
+            "begin from its weights: "
+            "--config.checkpoint.restore=PATH in a new workdir)"
+        )
 
 
 def write_record(workdir: str | epath.PathLike, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -98,8 +144,12 @@ def write_record(workdir: str | epath.PathLike, config: Mapping[str, Any]) -> di
     record = {
         "config": json.loads(json.dumps(config, default=str)),
         "versions": {"python": sys.version.split()[0], **versions()},
-        "devices": {"count": len(devices), "kind": devices[0].device_kind, "platform": devices[0].platform,
-                    "processes": jax.process_count()},
+        "devices": {
+            "count": len(devices),
+            "kind": devices[0].device_kind,
+            "platform": devices[0].platform,
+            "processes": jax.process_count(),
+        },
         "git_commit": git_commit(),
         "command": [pathlib.Path(sys.argv[0]).name, *sys.argv[1:]],
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
@@ -124,12 +174,18 @@ def versions() -> dict[str, str]:
 def git_commit() -> str:
     """Return the commit of this source tree, with "+" where it was changed since.
 
-    Outside a repository it is $ALIGN_JAX_COMMIT, which launch/tpu.sh sets on the hosts it copies the tree to; else "".
+    Outside a repository it is $ALIGN_JAX_COMMIT, which launch/tpu.sh sets on the hosts it copies
+    the tree to; else "".
     """
     unknown = os.environ.get("ALIGN_JAX_COMMIT", "")
     try:
-        result = subprocess.run(["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"],
-                                cwd=pathlib.Path(__file__).parent, capture_output=True, text=True, timeout=10)
+        result = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"],
+            cwd=pathlib.Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
     except (OSError, subprocess.TimeoutExpired):
         return unknown
     return result.stdout.strip() if result.returncode == 0 else unknown

@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Looking into a run: profiler traces, the compiled program's text, device memory, the origin of a NaN."""
+"""Looking into a run: profiler traces, the compiled program's text, device memory, the origin of a
+NaN."""
+
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from etils import epath
 import jax
+from etils import epath
 
 from align_jax.core.schema import Batch
 from align_jax.training.steps import Recipe, train_step
@@ -59,7 +61,8 @@ def dump_hlo(folder: str | epath.PathLike, lowered: jax.stages.Lowered) -> None:
 
 
 def find_nan(recipe: Recipe, state: Any, frozen: Any, batch: Batch) -> str:
-    """Run a step again with every operation checked, and name the first whose result is not a number.
+    """Run a step again with every operation checked, and name the first whose result is not a
+    number.
 
     Args:
         recipe, state, frozen, batch: as of the step that failed.
@@ -69,7 +72,11 @@ def find_nan(recipe: Recipe, state: Any, frozen: Any, batch: Batch) -> str:
     """
     with jax.debug_nans(True):
         try:
-            jax.block_until_ready(jax.jit(functools.partial(train_step, recipe))(state, frozen, batch))
+            jax.block_until_ready(
+                jax.jit(functools.partial(train_step, recipe))(state, frozen, batch)
+            )
         except FloatingPointError as error:
             return str(error)
-    return "run again, the step gave no NaN (an infinity, perhaps, or the weights have moved on since)"
+    return (
+        "run again, the step gave no NaN (an infinity, perhaps, or the weights have moved on since)"
+    )

@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Floating-point operations of a step, counted from shapes: the compiler counts a scanned layer only once.
+"""Floating-point operations of a step, counted from shapes: the compiler counts a scanned layer
+only once.
 
-A multiplication and an addition are two operations; norms, activations, softmax and the optimizer are left out (below
-1 % of a 7B model's).  A *unit* is one forward pass over a batch:
+A multiplication and an addition are two operations; norms, activations, softmax and the optimizer
+are left out (below 1 % of a 7B model's).  A *unit* is one forward pass over a batch:
 
     policy, all trained   1 forward + 2 backward (the gradients of inputs and of weights) = 3 units
     policy, adapter only  1 forward + 1 backward (of inputs)                              = 2 units, and the adapter's 3
     reference             1 forward                                                       = 1 unit
 
-so a pair under DPO costs 2 * (3 + 1) units of one response.  Rematerialisation repeats forward work: it takes time but
-is no progress, so it counts for the hardware and not for the model (and its MFU).
+so a pair under DPO costs 2 * (3 + 1) units of one response.  Rematerialisation repeats forward
+work: it takes time but is no progress, so it counts for the hardware and not for the model (and its
+MFU).
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -68,8 +71,15 @@ class StepFlops:
 
 
 def layer_weights(config: ModelConfig) -> int:
-    """Count the weights of all layers that multiply each token (of a mixture: the chosen experts')."""
-    D, H, K, h, F = config.width, config.num_heads, config.num_kv_heads, config.head_width, config.ffn_width
+    """Count the weights of all layers that multiply each token (of a mixture: the chosen
+    experts')."""
+    D, H, K, h, F = (
+        config.width,
+        config.num_heads,
+        config.num_kv_heads,
+        config.head_width,
+        config.ffn_width,
+    )
     attention = D * H * h + 2 * D * K * h + H * h * D
     mlp = (3 if config.gated else 2) * D * F
     if config.num_experts:
@@ -77,8 +87,9 @@ def layer_weights(config: ModelConfig) -> int:
     return config.num_layers * (attention + mlp)
 
 
-def forward_flops(model: Model, *, rows: int, length: int, positions: int,
-                  segment_length: int | None = None) -> Forward:
+def forward_flops(
+    model: Model, *, rows: int, length: int, positions: int, segment_length: int | None = None
+) -> Forward:
     """Count one forward pass.
 
     Args:
@@ -100,9 +111,18 @@ def forward_flops(model: Model, *, rows: int, length: int, positions: int,
         pairs += reach * (reach + 1) / 2 + (segment - reach) * reach
     attention = 4 * config.num_heads * config.head_width * pairs * tokens / segment
     head = 2 * config.width * config.vocab_rows * rows * positions if model.options.unembed else 0.0
-    adapter = sum(leaf.size for path, leaf in jax.tree_util.tree_leaves_with_path(model.shapes())
-                  if path[-1].key in ("lora_a", "lora_b")) if model.options.lora else 0
-    return Forward(2.0 * layer_weights(config) * tokens, attention, float(head), 2.0 * adapter * tokens)
+    adapter = (
+        sum(
+            leaf.size
+            for path, leaf in jax.tree_util.tree_leaves_with_path(model.shapes())
+            if path[-1].key in ("lora_a", "lora_b")
+        )
+        if model.options.lora
+        else 0
+    )
+    return Forward(
+        2.0 * layer_weights(config) * tokens, attention, float(head), 2.0 * adapter * tokens
+    )
 
 
 def decode_flops(model: Model, *, rows: int, context: int) -> Forward:
@@ -115,31 +135,41 @@ def decode_flops(model: Model, *, rows: int, context: int) -> Forward:
     """
     config = model.config
     seen = sum(min(window or context, context) for window in config.windows)
-    return Forward(2.0 * layer_weights(config) * rows, 4.0 * config.num_heads * config.head_width * seen * rows,
-                   2.0 * config.width * config.vocab_rows * rows)
+    return Forward(
+        2.0 * layer_weights(config) * rows,
+        4.0 * config.num_heads * config.head_width * seen * rows,
+        2.0 * config.width * config.vocab_rows * rows,
+    )
 
 
-def step_flops(recipe: Recipe, batch: Batch, *, segment_length: int | None = None, train: bool = True) -> StepFlops:
+def step_flops(
+    recipe: Recipe, batch: Batch, *, segment_length: int | None = None, train: bool = True
+) -> StepFlops:
     """Count one train step, or one eval step.
 
     Args:
         recipe: what the step is compiled from.
         batch: the global batch, or its shapes.
-        segment_length: of packed rows, the mean tokens of a segment; default: the whole row attends.
+        segment_length: of packed rows, the mean tokens of a segment; default: the whole row
+            attends.
         train: false: the eval step, forwards alone.
 
     Returns:
         Operations of the whole mesh.
     """
+
     def forward(model: Model, part: Batch) -> Forward:
         rows, length = part.tokens.shape
         positions = part.loss_index.shape[1] if recipe.wants_logps else 0
-        return forward_flops(model, rows=rows, length=length, positions=positions, segment_length=segment_length)
+        return forward_flops(
+            model, rows=rows, length=length, positions=positions, segment_length=segment_length
+        )
 
     once = forward(recipe.policy, batch)
     adapted = recipe.policy.options.lora is not None
     frozen = once.layers + once.attention + once.head
-    # attention has no weights: both of its operands get gradients whether or not anything is adapted
+    # attention has no weights: both of its operands get gradients whether or not anything is
+    # adapted
     policy = 2 * frozen + once.attention + 3 * once.adapter if adapted else 3 * frozen
     in_graph = recipe.wants_reference and batch.reference_token_logps is None
     reference = forward(recipe.base, batch).total if in_graph else 0.0
@@ -148,11 +178,19 @@ def step_flops(recipe: Recipe, batch: Batch, *, segment_length: int | None = Non
         statistics += once.total
     if recipe.measured and batch.mismatched is not None:
         statistics += forward(recipe.policy, batch.mismatched).total
-        statistics += forward(recipe.base, batch.mismatched).total if recipe.wants_reference else 0.0
+        statistics += (
+            forward(recipe.base, batch.mismatched).total if recipe.wants_reference else 0.0
+        )
     if not train:
         return StepFlops(once.total, reference, statistics, 0.0, batch.tokens.size)
-    attention = once.attention  # kernels recompute the weights from queries and keys whatever the policy
-    again = {"full": once.layers + once.adapter + attention, "attention": once.layers + once.adapter,
-             "dots": attention, "none": 0.0}
-    recomputed = again[recipe.policy.options.remat] + once.head  # the head's chunks are always rematerialised
+    # kernels recompute the weights from queries and keys whatever the policy
+    attention = once.attention
+    again = {
+        "full": once.layers + once.adapter + attention,
+        "attention": once.layers + once.adapter,
+        "dots": attention,
+        "none": 0.0,
+    }
+    # the head's chunks are always rematerialised
+    recomputed = again[recipe.policy.options.remat] + once.head
     return StepFlops(policy, reference, statistics, recomputed, batch.tokens.size)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A run put together: its models, its trees of parameters with their places, and the weights that fill them.
+"""A run put together: its models, its trees of parameters with their places, and the weights that
+fill them.
 
                      full fine-tune            low-rank adapters            nothing frozen needed (sft, reward, simpo)
     state.params     all parameters            adapters and heads           all parameters
@@ -7,25 +8,31 @@
                                                quantised if asked for
     reference        frozen.base               frozen.base                  none
 """
+
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple, Sequence
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from align_jax.losses.objective import Term
-from align_jax.interop import hf
-from align_jax.interop import peft
-from align_jax.models.config import ModelConfig
 from align_jax.core.tree import flatten, unflatten
+from align_jax.interop import hf, peft
+from align_jax.losses.objective import Term
+from align_jax.models.config import ModelConfig
 from align_jax.models.lora import LoraConfig, merge
 from align_jax.models.model import Model, build
 from align_jax.models.quantize import Quantized, quantize, quantized_shapes
-from align_jax.training.partitioning import abstract_params, abstract_state, check_divisible, trainable
+from align_jax.training.partitioning import (
+    abstract_params,
+    abstract_state,
+    check_divisible,
+    trainable,
+)
 from align_jax.training.steps import Recipe, init_state
 
 Tree = Any
@@ -49,11 +56,22 @@ class Plan(NamedTuple):
     @property
     def frozen(self) -> dict[str, Tree]:
         """The second argument of every step."""
-        return {"base": self.base} | ({} if self.reference is None else {"reference": self.reference})
+        return {"base": self.base} | (
+            {} if self.reference is None else {"reference": self.reference}
+        )
 
 
-def make_models(config: ModelConfig, terms: Sequence[Term], *, compute_dtype: str, remat: str, attention: str,
-                lora: LoraConfig | None = None, value_head: str = "value", unembed: bool = False) -> Models:
+def make_models(
+    config: ModelConfig,
+    terms: Sequence[Term],
+    *,
+    compute_dtype: str,
+    remat: str,
+    attention: str,
+    lora: LoraConfig | None = None,
+    value_head: str = "value",
+    unembed: bool = False,
+) -> Models:
     """Build the policy and the base for these objectives.
 
     Args:
@@ -62,7 +80,8 @@ def make_models(config: ModelConfig, terms: Sequence[Term], *, compute_dtype: st
         compute_dtype, remat, attention: as ``models.model.build`` takes them.
         lora: the policy's adapter.
         value_head: the head for objectives with values.
-        unembed: keep the output head even where no term looks at log-probabilities (the policy will generate).
+        unembed: keep the output head even where no term looks at log-probabilities (the policy will
+            generate).
     """
     needs = {need for term in terms for need in term.needs}
     heads = (("score",) if "scores" in needs else ()) + ((value_head,) if "values" in needs else ())
@@ -71,8 +90,17 @@ def make_models(config: ModelConfig, terms: Sequence[Term], *, compute_dtype: st
     return Models(build(config, lora=lora, heads=heads, **shared), build(config, **shared))
 
 
-def make_plan(recipe: Recipe, mesh: Mesh, *, param_dtype: str, frozen_dtype: str, freeze: Sequence[str] = (),
-              other_reference: bool = False, with_reference: bool | None = None, quantization: str = "") -> Plan:
+def make_plan(
+    recipe: Recipe,
+    mesh: Mesh,
+    *,
+    param_dtype: str,
+    frozen_dtype: str,
+    freeze: Sequence[str] = (),
+    other_reference: bool = False,
+    with_reference: bool | None = None,
+    quantization: str = "",
+) -> Plan:
     """Say what is trained, what is frozen, and where each lies.
 
     Args:
@@ -82,16 +110,19 @@ def make_plan(recipe: Recipe, mesh: Mesh, *, param_dtype: str, frozen_dtype: str
         frozen_dtype: of what is not.
         freeze: patterns of parameters that are not trained.
         other_reference: the reference is another checkpoint than the starting weights.
-        with_reference: whether the reference's weights are needed (not where its log-probabilities are cached);
-            None: where some objective compares with a reference.
-        quantization: "int8" or "nf4": hold the base's linear maps so (another checkpoint's reference stays as it is).
+        with_reference: whether the reference's weights are needed (not where its log-probabilities
+            are cached); None: where some objective compares with a reference.
+        quantization: "int8" or "nf4": hold the base's linear maps so (another checkpoint's
+            reference stays as it is).
 
     Raises:
         ValueError: the mesh does not divide a parameter, or its blocks; nothing is left to train.
     """
     axes = recipe.policy.axes()
     adapter = recipe.policy.options.lora is not None
-    trained, rest = trainable(recipe.policy.shapes(jnp.dtype(param_dtype)), adapter=adapter, freeze=freeze)
+    trained, rest = trainable(
+        recipe.policy.shapes(jnp.dtype(param_dtype)), adapter=adapter, freeze=freeze
+    )
     base_shapes = recipe.base.shapes(jnp.dtype(frozen_dtype))
     with_reference = recipe.wants_reference if with_reference is None else with_reference
     whole = with_reference and not other_reference and not recipe.sync_every_steps
@@ -100,7 +131,9 @@ def make_plan(recipe: Recipe, mesh: Mesh, *, param_dtype: str, frozen_dtype: str
         base_leaves = {path: leaf for path, leaf in base_leaves.items() if path in flatten(rest)}
     trained = abstract_params(mesh, trained, axes)
     base = abstract_params(mesh, unflatten(base_leaves), axes)
-    reference = abstract_params(mesh, base_shapes, axes) if with_reference and other_reference else None
+    reference = (
+        abstract_params(mesh, base_shapes, axes) if with_reference and other_reference else None
+    )
     check_divisible(trained)
     check_divisible(base)
     base = quantized_shapes(base, quantization) if quantization else base
@@ -108,7 +141,8 @@ def make_plan(recipe: Recipe, mesh: Mesh, *, param_dtype: str, frozen_dtype: str
 
 
 def load_params(model: Model, shapes: Tree, *, path: str, key: jax.Array) -> Tree:
-    """Fill a tree of parameters: from a checkpoint what it has, at random what it lacks (new heads).
+    """Fill a tree of parameters: from a checkpoint what it has, at random what it lacks (new
+    heads).
 
     Args:
         model: the model of these parameters; it also says how they are initialised.
@@ -123,17 +157,28 @@ def load_params(model: Model, shapes: Tree, *, path: str, key: jax.Array) -> Tre
     codes = [name for name, leaf in wanted.items() if isinstance(leaf, Quantized)]
     loaded: dict[str, Any] = {}
     if path:
-        # a tensor that is to be quantised is read alone, so that only one of them is ever held at full size
+        # a tensor that is to be quantised is read alone, so that only one of them is ever held at
+        # full size
         for names in ([name for name in wanted if name not in codes], *([name] for name in codes)):
             places = unflatten({name: wanted[name].sharding for name in names})
-            _, params = hf.load(path, config=model.config, shardings=places, dtype=next(iter(wanted.values())).dtype,
-                                heads=model.options.heads, unembed=model.options.unembed, only=names)
+            _, params = hf.load(
+                path,
+                config=model.config,
+                shardings=places,
+                dtype=next(iter(wanted.values())).dtype,
+                heads=model.options.heads,
+                unembed=model.options.unembed,
+                only=names,
+            )
             loaded |= {name: _packed(leaf, wanted[name]) for name, leaf in flatten(params).items()}
     missing = {name: leaf for name, leaf in wanted.items() if name not in loaded}
     if missing:
+
         def draw(key: jax.Array) -> dict[str, Any]:
             drawn = flatten(model.init(key))
-            return {name: _as(drawn[name].astype(leaf.dtype), leaf) for name, leaf in missing.items()}
+            return {
+                name: _as(drawn[name].astype(leaf.dtype), leaf) for name, leaf in missing.items()
+            }
 
         loaded |= jax.jit(draw, out_shardings=jax.tree.map(lambda x: x.sharding, missing))(key)
     return unflatten({name: loaded[name] for name in wanted})
@@ -147,10 +192,14 @@ def _packed(kernel: jax.Array, leaf: Any) -> Any:
     if not isinstance(leaf, Quantized):
         return kernel
     places = jax.tree.map(lambda x: x.sharding, leaf)
-    return jax.block_until_ready(jax.jit(functools.partial(quantize, like=leaf), out_shardings=places)(kernel))
+    return jax.block_until_ready(
+        jax.jit(functools.partial(quantize, like=leaf), out_shardings=places)(kernel)
+    )
 
 
-def load_frozen(recipe: Recipe, plan: Plan, *, path: str, reference_path: str = "", seed: int = 0) -> Tree:
+def load_frozen(
+    recipe: Recipe, plan: Plan, *, path: str, reference_path: str = "", seed: int = 0
+) -> Tree:
     """Load or draw the weights that are not trained.
 
     Args:
@@ -167,8 +216,11 @@ def load_frozen(recipe: Recipe, plan: Plan, *, path: str, reference_path: str = 
     return frozen
 
 
-def load_trained(recipe: Recipe, plan: Plan, frozen: Tree, *, path: str, adapter_path: str = "", seed: int = 0) -> Tree:
-    """Load or draw the trained parameters; they share no buffer with what is frozen, so the state can be donated.
+def load_trained(
+    recipe: Recipe, plan: Plan, frozen: Tree, *, path: str, adapter_path: str = "", seed: int = 0
+) -> Tree:
+    """Load or draw the trained parameters; they share no buffer with what is frozen, so the state
+    can be donated.
 
     Args:
         recipe: the recipe.
@@ -182,11 +234,16 @@ def load_trained(recipe: Recipe, plan: Plan, frozen: Tree, *, path: str, adapter
     if recipe.policy.options.lora is None:
         return load_params(recipe.policy, plan.trained, path=path, key=key)
     shapes = flatten(plan.trained)
-    adapter = {name: leaf for name, leaf in shapes.items() if name.split("/")[-1].startswith("lora_")}
+    adapter = {
+        name: leaf for name, leaf in shapes.items() if name.split("/")[-1].startswith("lora_")
+    }
     if adapter_path:
         given = flatten(peft.load(adapter_path, recipe.policy.config)[1])
-        trained = {name: _spread(given[name], leaf) for name, leaf in shapes.items() if name in given}
+        trained = {
+            name: _spread(given[name], leaf) for name, leaf in shapes.items() if name in given
+        }
     else:
+
         def draw(base: Tree, key: jax.Array) -> dict[str, jax.Array]:
             drawn = flatten(recipe.policy.init_adapter(key, base))
             return {name: drawn[name].astype(leaf.dtype) for name, leaf in adapter.items()}
@@ -194,17 +251,24 @@ def load_trained(recipe: Recipe, plan: Plan, frozen: Tree, *, path: str, adapter
         places = {name: leaf.sharding for name, leaf in adapter.items()}
         trained = jax.jit(draw, out_shardings=places)(frozen["base"], key)
     heads = unflatten({name: leaf for name, leaf in shapes.items() if name not in trained})
-    return merge(unflatten(trained), load_params(recipe.policy, heads, path=path, key=key) if heads else {})
+    return merge(
+        unflatten(trained), load_params(recipe.policy, heads, path=path, key=key) if heads else {}
+    )
 
 
 def _spread(value: np.ndarray, leaf: Any) -> jax.Array:
-    return jax.make_array_from_callback(leaf.shape, leaf.sharding, lambda index: value[index].astype(leaf.dtype))
+    return jax.make_array_from_callback(
+        leaf.shape, leaf.sharding, lambda index: value[index].astype(leaf.dtype)
+    )
 
 
 def first_state(recipe: Recipe, plan: Plan, trained: Tree) -> Tree:
-    """Make the state of step 0 in its place on the mesh; the trained parameters' buffers are given away."""
+    """Make the state of step 0 in its place on the mesh; the trained parameters' buffers are given
+    away."""
     shardings = jax.tree.map(lambda x: x.sharding, plan.state)
-    return jax.jit(functools.partial(init_state, recipe), donate_argnums=0, out_shardings=shardings)(trained)
+    return jax.jit(
+        functools.partial(init_state, recipe), donate_argnums=0, out_shardings=shardings
+    )(trained)
 
 
 def count(tree: Tree) -> int:

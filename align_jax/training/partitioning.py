@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where everything lies on the mesh, and the steps compiled for it.
 
-    what is trained ── trainable(...) ──┐                  ┌─ shardings of the state: optimizer state as its parameters
-    logical axes    ── tree_shardings ──┴─ abstract_state ─┤
-                                                           └─ jit_train_step / lower_train_step
+what is trained ── trainable(...) ──┐                  ┌─ shardings of the state: optimizer state as its parameters
+logical axes    ── tree_shardings ──┴─ abstract_state ─┤
+                                                       └─ jit_train_step / lower_train_step
 """
+
 from __future__ import annotations
 
 import functools
 import re
-from typing import Any, Callable, Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +25,8 @@ from align_jax.training import optim
 from align_jax.training.steps import Recipe, eval_step, init_state, reference_step, train_step
 
 Tree = Any
-ADAPTER = re.compile(r"/lora_[abm]$|^(score|value|value_mlp)/")  # paths of what is trained beside a frozen base
+# paths of what is trained beside a frozen base
+ADAPTER = re.compile(r"/lora_[abm]$|^(score|value|value_mlp)/")
 
 
 def trainable(params: Tree, *, adapter: bool, freeze: Sequence[str] = ()) -> tuple[Tree, Tree]:
@@ -32,7 +35,8 @@ def trainable(params: Tree, *, adapter: bool, freeze: Sequence[str] = ()) -> tup
     Args:
         params: the policy's whole tree.
         adapter: train the low-rank adapters and the heads alone.
-        freeze: regular expressions; parameters whose path one of them matches (search) are not trained.
+        freeze: regular expressions; parameters whose path one of them matches (search) are not
+            trained.
 
     Returns:
         Two nested dicts that share no leaf; ``merge`` of them is the whole.
@@ -43,12 +47,24 @@ def trainable(params: Tree, *, adapter: bool, freeze: Sequence[str] = ()) -> tup
     leaves = flatten(params)
     for pattern in freeze:
         if not any(re.search(pattern, path) for path in leaves):
-            raise ValueError(f"config.model.freeze: {pattern!r} matches no parameter; paths are like {min(leaves)!r}")
-    trained = {path: leaf for path, leaf in leaves.items()
-               if (not adapter or ADAPTER.search(path)) and not any(re.search(pattern, path) for pattern in freeze)}
+            raise ValueError(
+                f"config.model.freeze: {pattern!r} matches no parameter; paths are "
+                f"like {min(leaves)!r}"
+            )
+    trained = {
+        path: leaf
+        for path, leaf in leaves.items()
+        if (not adapter or ADAPTER.search(path))
+        and not any(re.search(pattern, path) for pattern in freeze)
+    }
     if not trained:
-        raise ValueError(f"nothing is left to train: config.model.freeze = {tuple(freeze)} matches every parameter")
-    return unflatten(trained), unflatten({path: leaf for path, leaf in leaves.items() if path not in trained})
+        raise ValueError(
+            f"nothing is left to train: config.model.freeze = {tuple(freeze)} "
+            "matches every parameter"
+        )
+    return unflatten(trained), unflatten(
+        {path: leaf for path, leaf in leaves.items() if path not in trained}
+    )
 
 
 def select(tree: Tree, like: Tree) -> Tree:
@@ -59,7 +75,9 @@ def select(tree: Tree, like: Tree) -> Tree:
 
 def with_shardings(shapes: Tree, shardings: Tree) -> Tree:
     """Attach shardings to a tree of shapes: what is lowered, and what is restored into."""
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings
+    )
 
 
 def abstract_params(mesh: Mesh, shapes: Tree, axes: Tree) -> Tree:
@@ -69,7 +87,9 @@ def abstract_params(mesh: Mesh, shapes: Tree, axes: Tree) -> Tree:
         raise ValueError(f"parameters without logical axes: {missing}")
     for path, leaf in leaves.items():
         if not is_axes(names[path]) or len(names[path]) != len(leaf.shape):
-            raise ValueError(f"parameter {path} has shape {leaf.shape} and logical axes {names[path]}")
+            raise ValueError(
+                f"parameter {path} has shape {leaf.shape} and logical axes {names[path]}"
+            )
     return with_shardings(shapes, tree_shardings(mesh, select(axes, shapes)))
 
 
@@ -82,12 +102,15 @@ def check_divisible(params: Tree) -> None:
         except ValueError:
             wrong.append(f"{path} {leaf.shape} over {leaf.sharding.spec}")
     if wrong:
-        raise ValueError("the mesh does not divide these parameters (choose other sizes in config.mesh):\n  "
-                         + "\n  ".join(wrong))
+        raise ValueError(
+            "the mesh does not divide these parameters (choose other sizes in "
+            "config.mesh):\n  " + "\n  ".join(wrong)
+        )
 
 
 def abstract_state(recipe: Recipe, params: Tree, mesh: Mesh) -> Tree:
-    """Return the state's shapes with their shardings: the optimizer's state as its parameters, the rest replicated.
+    """Return the state's shapes with their shardings: the optimizer's state as its parameters, the
+    rest replicated.
 
     Args:
         recipe: the recipe.
@@ -107,10 +130,14 @@ def abstract_state(recipe: Recipe, params: Tree, mesh: Mesh) -> Tree:
 
 def abstract_batch(mesh: Mesh, batch: Batch) -> Batch:
     """Return a global batch's shapes with their sharding, from arrays or shapes."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=row_sharding(mesh)), batch)
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=row_sharding(mesh)), batch
+    )
 
 
-def jit_train_step(recipe: Recipe, state: Tree, mesh: Mesh) -> Callable[[Tree, Tree, Batch], tuple[Tree, Any]]:
+def jit_train_step(
+    recipe: Recipe, state: Tree, mesh: Mesh
+) -> Callable[[Tree, Tree, Batch], tuple[Tree, Any]]:
     """Return the compiled train step; the state is donated and keeps its shardings.
 
     Args:
@@ -124,16 +151,20 @@ def jit_train_step(recipe: Recipe, state: Tree, mesh: Mesh) -> Callable[[Tree, T
 
 def jit_eval_step(recipe: Recipe, mesh: Mesh) -> Callable[[Tree, Tree, Batch], Any]:
     """Return the compiled eval step; nothing is donated."""
-    return jax.jit(functools.partial(eval_step, recipe), out_shardings=NamedSharding(mesh, PartitionSpec()))
+    return jax.jit(
+        functools.partial(eval_step, recipe), out_shardings=NamedSharding(mesh, PartitionSpec())
+    )
 
 
 def jit_reference_step(recipe: Recipe) -> Callable[[Tree, Batch], jax.Array]:
-    """Return the compiled reference step, which fills the cache of the reference's log-probabilities."""
+    """Return the compiled reference step, which fills the cache of the reference's
+    log-probabilities."""
     return jax.jit(functools.partial(reference_step, recipe))
 
 
-def lower_train_step(recipe: Recipe, state: Tree, frozen: Tree, batch: Batch, mesh: Mesh,
-                     platform: str | None = None) -> jax.stages.Lowered:
+def lower_train_step(
+    recipe: Recipe, state: Tree, frozen: Tree, batch: Batch, mesh: Mesh, platform: str | None = None
+) -> jax.stages.Lowered:
     """Lower the very train step of a run.
 
     Args:
@@ -148,4 +179,6 @@ def lower_train_step(recipe: Recipe, state: Tree, frozen: Tree, batch: Batch, me
 
 def place(tree: Tree, abstract: Tree) -> Tree:
     """Cast and place arrays as their abstract counterparts say."""
-    return jax.tree.map(lambda x, a: jax.device_put(jnp.asarray(x, a.dtype), a.sharding), tree, abstract)
+    return jax.tree.map(
+        lambda x, a: jax.device_put(jnp.asarray(x, a.dtype), a.sharding), tree, abstract
+    )

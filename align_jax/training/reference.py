@@ -1,28 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The reference's token log-probabilities, computed once and kept on disk (``reference.mode = "cached"``).
+"""The reference's token log-probabilities, computed once and kept on disk
+(``reference.mode = "cached"``).
 
-A cache holds, for every response of a data set, the log-probabilities of its loss tokens in order.  Its name is a hash
-of all they depend on: examples, tokenizer, truncation, weights, types.  Another run with the same name reuses it; the
-file repeats the name and the lengths, so a wrong or damaged one is refused.
+A cache holds, for every response of a data set, the log-probabilities of its loss tokens in order.
+Its name is a hash of all they depend on: examples, tokenizer, truncation, weights, types.  Another
+run with the same name reuses it; the file repeats the name and the lengths, so a wrong or damaged
+one is refused.
 """
+
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
 import hashlib
 import io
 import json
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from etils import epath
 import jax
-from jax.experimental import multihost_utils
 import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
 
 from align_jax.core.schema import Batch
 
 
 def weights_identity(folder: str | None, seed: int) -> list[Any]:
-    """Tell a checkpoint's weights apart: file names, sizes, times and safetensors headers; random weights by seed.
+    """Tell a checkpoint's weights apart: file names, sizes, times and safetensors headers; random
+    weights by seed.
 
     Args:
         folder: local folder of the checkpoint; None for random weights.
@@ -30,7 +34,9 @@ def weights_identity(folder: str | None, seed: int) -> list[Any]:
     """
     if folder is None:
         return ["random", seed]
-    found: list[Any] = [hashlib.sha256((epath.Path(folder) / "config.json").read_bytes()).hexdigest()]
+    found: list[Any] = [
+        hashlib.sha256((epath.Path(folder) / "config.json").read_bytes()).hexdigest()
+    ]
     for path in sorted(epath.Path(folder).glob("*.safetensors")):
         stat = path.stat()
         with path.open("rb") as file:
@@ -41,7 +47,9 @@ def weights_identity(folder: str | None, seed: int) -> list[Any]:
 
 def name_of(identity: Any) -> str:
     """Hash what a cache depends on."""
-    return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[:32]
+    return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[
+        :32
+    ]
 
 
 class Cache:
@@ -49,7 +57,8 @@ class Cache:
 
     Attributes:
         token_logps: float32, all responses' loss tokens one after another, in nats.
-        ends: response ``r`` of example ``g`` is ``token_logps[ends[g * R + r]:ends[g * R + r + 1]]``.
+        ends: response ``r`` of example ``g`` is
+            ``token_logps[ends[g * R + r]:ends[g * R + r + 1]]``.
     """
 
     def __init__(self, token_logps: np.ndarray, ends: np.ndarray):
@@ -72,10 +81,14 @@ class Cache:
             row, slot = divmod(number, slots)
             places = np.nonzero(batch.loss_mask[row] & (batch.slot[row] == slot))[0]
             at = example * responses + response
-            values = self.token_logps[self.ends[at]:self.ends[at + 1]]
+            values = self.token_logps[self.ends[at] : self.ends[at + 1]]
             if len(values) != len(places):
-                raise ValueError(f"the reference cache has {len(values)} tokens for response {response} of example "
-                                 f"{example}, the batch {len(places)}: delete the cache, it is not this data's")
+                raise ValueError(
+                    f"the reference cache has {len(values)} tokens for response "
+                    f"{response} of example "
+                    f"{example}, the batch {len(places)}: delete the cache, it is "
+                    "not this data's"
+                )
             out[row, places] = values
         return batch._replace(reference_token_logps=out)
 
@@ -92,7 +105,11 @@ def compute(batches: Iterable[Batch], step: Callable[[Batch], jax.Array], exampl
     responses = 1
     for batch in batches:
         logps = multihost_utils.process_allgather(step(batch), tiled=True)
-        whole = batch if jax.process_count() == 1 else multihost_utils.process_allgather(batch, tiled=True)
+        whole = (
+            batch
+            if jax.process_count() == 1
+            else multihost_utils.process_allgather(batch, tiled=True)
+        )
         responses = whole.lengths.shape[1]
         slots = whole.lengths.size // whole.tokens.shape[0]
         for number in range(whole.lengths.size):
@@ -103,14 +120,21 @@ def compute(batches: Iterable[Batch], step: Callable[[Batch], jax.Array], exampl
                 parts[example * responses + response] = np.asarray(logps[row][mask], np.float32)
     none = np.zeros(0, np.float32)
     ordered = [parts.get(number, none) for number in range(examples * responses)]
-    return Cache(np.concatenate(ordered), np.concatenate([[0], np.cumsum([len(part) for part in ordered])]))
+    return Cache(
+        np.concatenate(ordered), np.concatenate([[0], np.cumsum([len(part) for part in ordered])])
+    )
 
 
 def save(path: epath.Path, cache: Cache, identity: Mapping[str, Any]) -> None:
     """Write a cache; complete or not at all."""
     buffer = io.BytesIO()
-    np.savez(buffer, token_logps=cache.token_logps, ends=cache.ends, identity=name_of(identity),
-             digest=hashlib.sha256(cache.token_logps.tobytes()).hexdigest())
+    np.savez(
+        buffer,
+        token_logps=cache.token_logps,
+        ends=cache.ends,
+        identity=name_of(identity),
+        digest=hashlib.sha256(cache.token_logps.tobytes()).hexdigest(),
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.parent / f"{path.name}.partial"
     partial.write_bytes(buffer.getvalue())
@@ -131,9 +155,13 @@ def load(path: epath.Path, identity: Mapping[str, Any]) -> Cache | None:
             sound = str(file["digest"]) == hashlib.sha256(cache.token_logps.tobytes()).hexdigest()
             same = str(file["identity"]) == name_of(identity)
     except (OSError, ValueError, KeyError, EOFError) as error:
-        raise ValueError(f"the reference cache {path} cannot be read ({error}): delete it, it will be made "
-                         "anew") from error
+        raise ValueError(
+            f"the reference cache {path} cannot be read ({error}): delete it, it will be made anew"
+        ) from error
     if not (sound and same):
-        raise ValueError(f"the reference cache {path} is {'of other data or weights' if sound else 'damaged'}: delete "
-                         "it, it will be made anew")
+        raise ValueError(
+            f"the reference cache {path} is "
+            f"{'of other data or weights' if sound else 'damaged'}: delete "
+            "it, it will be made anew"
+        )
     return cache

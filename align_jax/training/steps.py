@@ -1,22 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The train step and the eval step: pure functions of (state, frozen, batch), the same for every objective.
+"""The train step and the eval step: pure functions of (state, frozen, batch), the same for every
+objective.
 
     state   = {"step", "params": what is trained, "opt_state", "carry": running statistics of objectives,
                "reference": only where the reference moves with the policy}
-    frozen  = {"base": the reference of a full fine-tune, and under LoRA the policy's base too; "reference": overrides}
+    frozen  = {"base": the reference of a full fine-tune, and under LoRA the policy's base too;
+    "reference": overrides}
 
               ┌─ policy forward ────┐
     batch ────┤                     ├─ losses, weights ─ one division ─ gradient ─ optax ─ state
               └─ reference forward ─┘
 
-A step's batch may be split into M microbatches.  Every division is by a sum over the *whole* global batch, known before
-the first microbatch, so the result does not depend on the split.  Objectives that need a statistic of the whole batch
-get it from a first pass without gradients (free when M = 1: the same forward serves).
+A step's batch may be split into M microbatches.  Every division is by a sum over the *whole* global
+batch, known before the first microbatch, so the result does not depend on the split.  Objectives
+that need a statistic of the whole batch get it from a first pass without gradients (free when M =
+1: the same forward serves).
 """
+
 from __future__ import annotations
 
-from collections.abc import Callable
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -50,7 +54,8 @@ class Recipe(NamedTuple):
     sync_every_steps: int = 0
     mix: float = 1.0
     value_head: str = "value"
-    temperature: float = 1.0  # of the samples that a policy gradient learns from: logits are divided by it
+    # of the samples that a policy gradient learns from: logits are divided by it
+    temperature: float = 1.0
     load_balancing: float = 0.0  # coefficient of a mixture of experts' auxiliary loss
 
     @property
@@ -60,7 +65,8 @@ class Recipe(NamedTuple):
 
     @property
     def wants_logps(self) -> bool:
-        """Tell whether any term looks at log-probabilities; reward models, which need scores alone, do not."""
+        """Tell whether any term looks at log-probabilities; reward models, which need scores alone,
+        do not."""
         return any(term.needs != ("scores",) for term in self.terms)
 
     @property
@@ -80,30 +86,46 @@ def init_state(recipe: Recipe, params: Tree) -> Tree:
         "step": jnp.zeros((), jnp.int32),
         "params": params,
         "opt_state": recipe.optimizer.init(params),
-        "carry": {str(i): jax.tree.map(jnp.asarray, recipe.terms[i].objective.carry) for i in recipe.measured},
+        "carry": {
+            str(i): jax.tree.map(jnp.asarray, recipe.terms[i].objective.carry)
+            for i in recipe.measured
+        },
     }
     if recipe.sync_every_steps:
         state["reference"] = jax.tree.map(jnp.copy, params)
     return state
 
 
-# ---------------------------------------------------------------------------------------------------- forwards
+# ----------------------------------------------------------------------------------------- forwards
 
-# Chunks of the loss from which on the output head is copied to each device for all of them: each would gather it and
-# sum its gradient anew.  Below, the float32 gradient that each device then holds whole is not worth its memory.
+# Chunks of the loss from which on the output head is copied to each device for all of them: each
+# would gather it and sum its gradient anew.  Below, the float32 gradient that each device then
+# holds whole is not worth its memory.
 COPIED_FROM_CHUNKS = 8
 
 
-def _unembed(model: Model, params: Tree, batch: Batch, chunk: int, temperature: float) -> Callable[[Any], Any]:
+def _unembed(
+    model: Model, params: Tree, batch: Batch, chunk: int, temperature: float
+) -> Callable[[Any], Any]:
     """Return hidden states [N, c, D] -> logits [N, c, V], for a loop over chunks."""
     many = -(-batch.loss_index.shape[1] // chunk) >= COPIED_FROM_CHUNKS
     logits = model.unembedding(params) if many else functools.partial(model.unembed, params)
     return lambda x: logits(x) / temperature
 
 
-def forward(model: Model, params: Tree, batch: Batch, *, needs: tuple[str, ...] = (), chunk: int,
-            logps: bool = True, value_head: str = "value", reference: tuple[Model, Tree] | None = None,
-            key: jax.Array | None = None, temperature: float = 1.0) -> tuple[Outputs, dict]:
+def forward(
+    model: Model,
+    params: Tree,
+    batch: Batch,
+    *,
+    needs: tuple[str, ...] = (),
+    chunk: int,
+    logps: bool = True,
+    value_head: str = "value",
+    reference: tuple[Model, Tree] | None = None,
+    key: jax.Array | None = None,
+    temperature: float = 1.0,
+) -> tuple[Outputs, dict]:
     """Run a model over a batch.
 
     Args:
@@ -131,8 +153,15 @@ def forward(model: Model, params: Tree, batch: Batch, *, needs: tuple[str, ...] 
     outputs = objective.blank_outputs(batch)
     if logps:
         unembed = _unembed(model, params, batch, chunk, temperature)
-        outputs = token_outputs(hidden, unembed, batch, needs=needs, chunk=chunk,
-                                reference_hidden=other_hidden, reference_unembed=other_unembed)
+        outputs = token_outputs(
+            hidden,
+            unembed,
+            batch,
+            needs=needs,
+            chunk=chunk,
+            reference_hidden=other_hidden,
+            reference_unembed=other_unembed,
+        )
     if "scores" in needs:
         outputs = outputs._replace(scores=at_last(model.head(params, "score", hidden), batch))
     if "values" in needs:
@@ -140,12 +169,27 @@ def forward(model: Model, params: Tree, batch: Batch, *, needs: tuple[str, ...] 
     return outputs, aux
 
 
-def _policy(recipe: Recipe, trainable: Tree, frozen: Tree, batch: Batch, reference: tuple[Model, Tree] | None,
-            key: jax.Array | None) -> tuple[Outputs, dict]:
+def _policy(
+    recipe: Recipe,
+    trainable: Tree,
+    frozen: Tree,
+    batch: Batch,
+    reference: tuple[Model, Tree] | None,
+    key: jax.Array | None,
+) -> tuple[Outputs, dict]:
     with jax.named_scope("policy"):
-        return forward(recipe.policy, merge(frozen["base"], trainable), batch, needs=recipe.needs, chunk=recipe.chunk,
-                       logps=recipe.wants_logps, value_head=recipe.value_head, reference=reference, key=key,
-                       temperature=recipe.temperature)
+        return forward(
+            recipe.policy,
+            merge(frozen["base"], trainable),
+            batch,
+            needs=recipe.needs,
+            chunk=recipe.chunk,
+            logps=recipe.wants_logps,
+            value_head=recipe.value_head,
+            reference=reference,
+            key=key,
+            temperature=recipe.temperature,
+        )
 
 
 def _reference_model(recipe: Recipe, state: Tree, frozen: Tree) -> tuple[Model, Tree]:
@@ -165,26 +209,40 @@ def _reference(recipe: Recipe, reference: tuple[Model, Tree], batch: Batch) -> O
     return jax.lax.stop_gradient(outputs)
 
 
-# ----------------------------------------------------------------------------------- statistics and the losses
+# ------------------------------------------------------------------------ statistics and the losses
 
 
-def _measure(recipe: Recipe, trainable: Tree, frozen: Tree, reference_model: tuple[Model, Tree], policy: Outputs,
-             reference: Outputs | None, batch: Batch) -> dict[str, dict[str, jax.Array]]:
-    """Measure one microbatch, without gradients: per-example quantities, from which summarise makes statistics."""
+def _measure(
+    recipe: Recipe,
+    trainable: Tree,
+    frozen: Tree,
+    reference_model: tuple[Model, Tree],
+    policy: Outputs,
+    reference: Outputs | None,
+    batch: Batch,
+) -> dict[str, dict[str, jax.Array]]:
+    """Measure one microbatch, without gradients: per-example quantities, from which summarise makes
+    statistics."""
     policy, mismatched = jax.lax.stop_gradient(policy), None
     if batch.mismatched is not None:
         params = merge(frozen["base"], jax.lax.stop_gradient(trainable))
         with jax.named_scope("mismatched"):
             mine, _ = forward(recipe.policy, params, batch.mismatched, chunk=recipe.chunk)
             mismatched = (mine, _reference(recipe, reference_model, batch.mismatched))
-    return {str(i): objective.measure(recipe.terms[i], policy, reference, batch, mismatched) for i in recipe.measured}
+    return {
+        str(i): objective.measure(recipe.terms[i], policy, reference, batch, mismatched)
+        for i in recipe.measured
+    }
 
 
 def _summarise(recipe: Recipe, measured: Tree, weights: Tree, carry: Tree) -> tuple[Tree, Tree]:
-    """Turn what was measured, [M, b] arrays over the global batch, into statistics and the next carry."""
+    """Turn what was measured, [M, b] arrays over the global batch, into statistics and the next
+    carry."""
     stats, carried = {}, {}
     for i in map(str, recipe.measured):
-        stats[i], carried[i] = objective.summarise(recipe.terms[int(i)], measured[i], weights[int(i)], carry[i])
+        stats[i], carried[i] = objective.summarise(
+            recipe.terms[int(i)], measured[i], weights[int(i)], carry[i]
+        )
     return stats, carried
 
 
@@ -193,8 +251,16 @@ def _weights(recipe: Recipe, batch: Batch) -> list[jax.Array]:
     return [objective.group_weights(term, batch) for term in recipe.terms]
 
 
-def _own_statistics(recipe: Recipe, trainable: Tree, frozen: Tree, reference_model: tuple[Model, Tree],
-                    policy: Outputs, reference: Outputs | None, batch: Batch, carry: Tree) -> tuple[Tree, Tree]:
+def _own_statistics(
+    recipe: Recipe,
+    trainable: Tree,
+    frozen: Tree,
+    reference_model: tuple[Model, Tree],
+    policy: Outputs,
+    reference: Outputs | None,
+    batch: Batch,
+    carry: Tree,
+) -> tuple[Tree, Tree]:
     """Make the statistics of a batch that is a single part."""
     if not recipe.measured:
         return {}, carry
@@ -204,8 +270,14 @@ def _own_statistics(recipe: Recipe, trainable: Tree, frozen: Tree, reference_mod
     return part(stats, 0), carry
 
 
-def _total(recipe: Recipe, policy: Outputs, reference: Outputs | None, batch: Batch, stats: Tree,
-           denominators: list[jax.Array] | None) -> tuple[jax.Array, Sums]:
+def _total(
+    recipe: Recipe,
+    policy: Outputs,
+    reference: Outputs | None,
+    batch: Batch,
+    stats: Tree,
+    denominators: list[jax.Array] | None,
+) -> tuple[jax.Array, Sums]:
     """This microbatch's share of the loss, and its metrics."""
     total, metrics = jnp.zeros((), jnp.float32), {}
     for i, term in enumerate(recipe.terms):
@@ -215,18 +287,19 @@ def _total(recipe: Recipe, policy: Outputs, reference: Outputs | None, batch: Ba
         total += term.weight * summed / jnp.maximum(denominator, 1e-8)
         if len(recipe.terms) > 1:
             more = {**more, f"loss/{term.name}": (summed, jnp.sum(weights))}
-        metrics = {**more, **metrics}  # where two terms report the same quantity, the first one's stands
+        # where two terms report the same quantity, the first one's stands
+        metrics = {**more, **metrics}
     return total, jax.lax.stop_gradient(metrics)
 
 
-# ------------------------------------------------------------------------------------------------ microbatches
+# ------------------------------------------------------------------------------------- microbatches
 
 
 def split(batch: Batch, parts: int) -> Batch:
     """Split a batch into microbatches: ``[N, ...] -> [M, N/M, ...]``, whole groups, interleaved.
 
-    Interleaved (unit i goes to part i mod M) each device keeps its own rows, so the split moves nothing between
-    devices; contiguous parts would cost an all-to-all.
+    Interleaved (unit i goes to part i mod M) each device keeps its own rows, so the split moves
+    nothing between devices; contiguous parts would cost an all-to-all.
 
     Raises:
         ValueError: the groups do not divide into so many parts.
@@ -234,7 +307,10 @@ def split(batch: Batch, parts: int) -> Batch:
     rows, (groups, _) = batch.tokens.shape[0], batch.lengths.shape
     units = min(rows, groups)  # the smallest pieces that hold whole rows and whole groups
     if units % parts:
-        raise ValueError(f"a batch of {units} units (rows with whole groups) does not divide into {parts} microbatches")
+        raise ValueError(
+            f"a batch of {units} units (rows with whole groups) does not divide "
+            f"into {parts} microbatches"
+        )
 
     def interleave(x: jax.Array) -> jax.Array:
         x = x.reshape(units // parts, parts, x.shape[0] // units, *x.shape[1:])
@@ -252,10 +328,12 @@ def part(tree: Tree, index: int) -> Tree:
     return jax.tree.map(lambda x: x[index], tree)
 
 
-# ---------------------------------------------------------------------------------------------------- the steps
+# ---------------------------------------------------------------------------------------- the steps
 
 
-def train_step(recipe: Recipe, state: Tree, frozen: Tree, batch: Batch) -> tuple[Tree, dict[str, jax.Array]]:
+def train_step(
+    recipe: Recipe, state: Tree, frozen: Tree, batch: Batch
+) -> tuple[Tree, dict[str, jax.Array]]:
     """Take one optimizer step.
 
     Args:
@@ -265,23 +343,31 @@ def train_step(recipe: Recipe, state: Tree, frozen: Tree, batch: Batch) -> tuple
         batch: the global batch of this step.
 
     Returns:
-        The next state, and the metrics: means over the global batch, NaN where there was nothing to average.  Where
-        the loss or the gradient's norm is not finite the state is returned unchanged but for its step, so that nothing
-        is spoilt; the caller stops the run.
+        The next state, and the metrics: means over the global batch, NaN where there was nothing to
+        average.  Where the loss or the gradient's norm is not finite the state is returned
+        unchanged but for its step, so that nothing is spoilt; the caller stops the run.
     """
     parts = recipe.microbatches
     batches = split(batch, parts)
     keys = jax.random.split(jax.random.fold_in(jax.random.key(recipe.seed), state["step"]), parts)
     reference_model = _reference_model(recipe, state, frozen)
 
-    def part_loss(trainable: Tree, batch: Batch, key: jax.Array, stats: Tree, reference: Outputs | None,
-                  denominators: list[jax.Array] | None) -> tuple[jax.Array, tuple[Sums, Tree]]:
+    def part_loss(
+        trainable: Tree,
+        batch: Batch,
+        key: jax.Array,
+        stats: Tree,
+        reference: Outputs | None,
+        denominators: list[jax.Array] | None,
+    ) -> tuple[jax.Array, tuple[Sums, Tree]]:
         if reference is None:
             reference = _reference(recipe, reference_model, batch)
         policy, aux = _policy(recipe, trainable, frozen, batch, reference_model, key)
         carry = state["carry"]
         if stats is None:
-            stats, carry = _own_statistics(recipe, trainable, frozen, reference_model, policy, reference, batch, carry)
+            stats, carry = _own_statistics(
+                recipe, trainable, frozen, reference_model, policy, reference, batch, carry
+            )
         with jax.named_scope("loss"):
             total, metrics = _total(recipe, policy, reference, batch, stats, denominators)
         for name, value in aux.items():
@@ -291,9 +377,13 @@ def train_step(recipe: Recipe, state: Tree, frozen: Tree, batch: Batch) -> tuple
 
     grad = jax.value_and_grad(part_loss, has_aux=True)
     if parts == 1:
-        (loss, (metrics, carry)), grads = grad(state["params"], part(batches, 0), keys[0], None, None, None)
+        (loss, (metrics, carry)), grads = grad(
+            state["params"], part(batches, 0), keys[0], None, None, None
+        )
     else:
-        loss, metrics, carry, grads = _accumulate(recipe, state, frozen, batches, keys, reference_model, grad)
+        loss, metrics, carry, grads = _accumulate(
+            recipe, state, frozen, batches, keys, reference_model, grad
+        )
 
     with jax.named_scope("optimizer"):
         norm = optax.global_norm(grads)
@@ -301,38 +391,67 @@ def train_step(recipe: Recipe, state: Tree, frozen: Tree, batch: Batch) -> tuple
             updates, opt_state = recipe.optimizer.update(grads, state["opt_state"], state["params"])
             rate = jnp.asarray(recipe.schedule(state["step"]), jnp.float32)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        changed = {"params": optax.apply_updates(state["params"], updates), "opt_state": opt_state, "carry": carry}
+        changed = {
+            "params": optax.apply_updates(state["params"], updates),
+            "opt_state": opt_state,
+            "carry": carry,
+        }
         step = state["step"] + 1
         if recipe.sync_every_steps:
             changed["reference"] = _sync(recipe, step, state["reference"], changed["params"])
         kept = {name: state[name] for name in changed}
-        new_state = {"step": step, **jax.tree.map(lambda new, old: jnp.where(finite, new, old), changed, kept)}
-    means = {name: jnp.where(weight > 0, total / jnp.maximum(weight, 1e-8), jnp.nan)
-             for name, (total, weight) in metrics.items()}
+        new_state = {
+            "step": step,
+            **jax.tree.map(lambda new, old: jnp.where(finite, new, old), changed, kept),
+        }
+    means = {
+        name: jnp.where(weight > 0, total / jnp.maximum(weight, 1e-8), jnp.nan)
+        for name, (total, weight) in metrics.items()
+    }
     real = jnp.sum(batch.segment_ids > 0, dtype=jnp.float32)
-    counts = {"num_tokens": real, "padding_fraction": 1.0 - real / batch.tokens.size,
-              "groups": jnp.sum(batch.weight > 0)}
-    return new_state, {"loss": loss, "grad_norm": norm, "learning_rate": rate, **counts, **with_margin(means)}
+    counts = {
+        "num_tokens": real,
+        "padding_fraction": 1.0 - real / batch.tokens.size,
+        "groups": jnp.sum(batch.weight > 0),
+    }
+    return new_state, {
+        "loss": loss,
+        "grad_norm": norm,
+        "learning_rate": rate,
+        **counts,
+        **with_margin(means),
+    }
 
 
 def _sync(recipe: Recipe, step: jax.Array, reference: Tree, params: Tree) -> Tree:
-    """TR-DPO (arXiv 2404.09656): every k steps, reference <- mix * policy + (1 - mix) * reference."""
+    """TR-DPO (arXiv 2404.09656): every k steps, reference <- mix * policy + (1 - mix) *
+    reference."""
     mix = jnp.where(step % recipe.sync_every_steps == 0, recipe.mix, 0.0)
     return jax.tree.map(lambda r, p: (mix * p + (1.0 - mix) * r).astype(r.dtype), reference, params)
 
 
-def _accumulate(recipe: Recipe, state: Tree, frozen: Tree, batches: Batch, keys: jax.Array,
-                reference_model: tuple[Model, Tree], grad: Any) -> tuple[jax.Array, Sums, Tree, Tree]:
+def _accumulate(
+    recipe: Recipe,
+    state: Tree,
+    frozen: Tree,
+    batches: Batch,
+    keys: jax.Array,
+    reference_model: tuple[Model, Tree],
+    grad: Any,
+) -> tuple[jax.Array, Sums, Tree, Tree]:
     """Sum loss, metrics and gradients over the microbatches."""
     references, stats, carry = None, {}, state["carry"]
     _, weights = jax.lax.scan(lambda _, batch: (None, _weights(recipe, batch)), None, batches)
     denominators = [jnp.sum(x) for x in weights]
     if recipe.measured:
+
         def first_pass(_, xs: tuple[Batch, jax.Array]) -> tuple[None, tuple[Tree, Outputs | None]]:
             batch, key = xs
             reference = _reference(recipe, reference_model, batch)
             policy, _aux = _policy(recipe, state["params"], frozen, batch, reference_model, key)
-            measured = _measure(recipe, state["params"], frozen, reference_model, policy, reference, batch)
+            measured = _measure(
+                recipe, state["params"], frozen, reference_model, policy, reference, batch
+            )
             return None, (measured, reference)
 
         _, (measured, references) = jax.lax.scan(first_pass, None, (batches, keys))
@@ -341,7 +460,9 @@ def _accumulate(recipe: Recipe, state: Tree, frozen: Tree, batches: Batch, keys:
 
     def second_pass(grads: Tree, xs: tuple) -> tuple[Tree, tuple[jax.Array, Sums]]:
         batch, key, stats, reference = xs
-        (loss, (metrics, _)), more = grad(state["params"], batch, key, stats, reference, denominators)
+        (loss, (metrics, _)), more = grad(
+            state["params"], batch, key, stats, reference, denominators
+        )
         return jax.tree.map(jnp.add, grads, more), (loss, metrics)
 
     zeros = jax.tree.map(jnp.zeros_like, state["params"])
@@ -353,13 +474,15 @@ def eval_step(recipe: Recipe, state: Tree, frozen: Tree, batch: Batch) -> Sums:
     """Measure the loss and the metrics of a batch, without dropout and without a gradient.
 
     Returns:
-        (sum, weight) pairs, to be added up over the evaluation set; ``loss`` weighted by the batch's real groups.
+        (sum, weight) pairs, to be added up over the evaluation set; ``loss`` weighted by the
+        batch's real groups.
     """
     reference_model = _reference_model(recipe, state, frozen)
     reference = _reference(recipe, reference_model, batch)
     policy, _ = _policy(recipe, state["params"], frozen, batch, reference_model, None)
-    stats, _ = _own_statistics(recipe, state["params"], frozen, reference_model, policy, reference, batch,
-                               state["carry"])
+    stats, _ = _own_statistics(
+        recipe, state["params"], frozen, reference_model, policy, reference, batch, state["carry"]
+    )
     total, metrics = _total(recipe, policy, reference, batch, stats, None)
     groups = jnp.sum(batch.weight)
     return {"loss": (total * groups, groups), **metrics}

@@ -6,7 +6,11 @@ from align_jax.core import config as configs
 
 def good():
     config = configs.defaults()
-    config.total_steps, config.data.train, config.model.path = 10, "builtin:preferences:train", "somewhere"
+    config.total_steps, config.data.train, config.model.path = (
+        10,
+        "builtin:preferences:train",
+        "somewhere",
+    )
     return config
 
 
@@ -19,20 +23,23 @@ def test_a_misspelt_key_is_an_error():
         good().optimizer.learning_rte = 1.0
 
 
-@pytest.mark.parametrize("key, value, said", [
-    ("total_epochs", 1.0, "exactly one of total_steps"),
-    ("total_steps", 0, "exactly one of total_steps"),
-    ("data.train", "", "data.train is empty"),
-    ("microbatches", 3, "not divisible by microbatches"),
-    ("row_length", 2048, "belong to data.layout"),
-    ("model.path", "", "model.config"),
-    ("model.quantize", "int8", "needs model.lora.rank"),
-    ("model.quantize", "int4", "expected one of"),
-    ("reference.mix", 1.5, "from 0 to 1"),
-    ("optimizer.learning_rate", -1.0, "at least 0"),
-    ("optimizer.warmup_fraction", 1.5, "at most 1"),
-    ("debug.profile_steps", (1,), "expected (first, last)"),
-])
+@pytest.mark.parametrize(
+    "key, value, said",
+    [
+        ("total_epochs", 1.0, "exactly one of total_steps"),
+        ("total_steps", 0, "exactly one of total_steps"),
+        ("data.train", "", "data.train is empty"),
+        ("microbatches", 3, "not divisible by microbatches"),
+        ("row_length", 2048, "belong to data.layout"),
+        ("model.path", "", "model.config"),
+        ("model.quantize", "int8", "needs model.lora.rank"),
+        ("model.quantize", "int4", "expected one of"),
+        ("reference.mix", 1.5, "from 0 to 1"),
+        ("optimizer.learning_rate", -1.0, "at least 0"),
+        ("optimizer.warmup_fraction", 1.5, "at most 1"),
+        ("debug.profile_steps", (1,), "expected (first, last)"),
+    ],
+)
 def test_a_mistake_is_found_and_named(key, value, said):
     config = good()
     group, _, name = key.rpartition(".")
@@ -50,8 +57,10 @@ def test_all_mistakes_are_told_at_once():
     assert "batch_size = 0" in str(error.value) and "reference.dtype = 'float8'" in str(error.value)
 
 
-@pytest.mark.parametrize("total, expected", [(("total_steps", 7), 7), (("total_epochs", 2.5), 25),
-                                             (("total_examples", 320), 5)])
+@pytest.mark.parametrize(
+    "total, expected",
+    [(("total_steps", 7), 7), (("total_epochs", 2.5), 25), (("total_examples", 320), 5)],
+)
 def test_the_run_s_length_is_resolved_by_one_function(total, expected):
     config = good()
     config.total_steps = 0

@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The metric log: rows, means, resumption, and what is said without a terminal."""
+
 import io
 import json
 import math
 import sys
 import types
 
-from fsspec.implementations.memory import MemoryFileSystem
 import jax.numpy as jnp
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from align_jax.core import metrics, progress
 
@@ -28,11 +29,23 @@ def test_push_hands_back_the_step_before(tmp_path):
 
 
 def test_rows_hold_interval_means_the_last_learning_rate_and_running_tokens(tmp_path):
-    recorder = metrics.Recorder(metrics.open_writers(str(tmp_path)), every_steps=2, start_tokens=100,
-                                flops_per_step=10.0, peak_flops=1e3)
+    recorder = metrics.Recorder(
+        metrics.open_writers(str(tmp_path)),
+        every_steps=2,
+        start_tokens=100,
+        flops_per_step=10.0,
+        peak_flops=1e3,
+    )
     for step in range(1, 6):
-        recorder.push(step, {"loss": jnp.float32(step), "learning_rate": jnp.float32(step), "num_tokens": jnp.int32(7),
-                             "rewards/chosen": jnp.float32(math.nan if step == 3 else step)})
+        recorder.push(
+            step,
+            {
+                "loss": jnp.float32(step),
+                "learning_rate": jnp.float32(step),
+                "num_tokens": jnp.int32(7),
+                "rewards/chosen": jnp.float32(math.nan if step == 3 else step),
+            },
+        )
     recorder.close()
     rows = _rows(tmp_path)
     assert [row["step"] for row in rows] == [2, 4, 5]
@@ -80,15 +93,21 @@ class _Bucket(MemoryFileSystem):
 
 def test_in_a_bucket_the_file_is_written_anew(monkeypatch):
     bucket = "gs://bucket/run"
-    monkeypatch.setattr("etils.epath.backend.fsspec_backend._get_filesystem", lambda name: _Bucket())
+    monkeypatch.setattr(
+        "etils.epath.backend.fsspec_backend._get_filesystem", lambda name: _Bucket()
+    )
     monkeypatch.setattr(metrics, "UPLOAD_SECONDS", 0.0)
     for start in (0, 3):
-        recorder = metrics.Recorder(metrics.open_writers(bucket, start_step=start), every_steps=1, start_step=start)
+        recorder = metrics.Recorder(
+            metrics.open_writers(bucket, start_step=start), every_steps=1, start_step=start
+        )
         for step in range(start + 1, start + 6):
             recorder.push(step, {"loss": step / 2})
         recorder.close()
     rows = metrics.read_rows(f"{bucket}/metrics.jsonl")
-    assert [(row["step"], row["loss"]) for row in rows] == [(step, step / 2) for step in range(1, 9)]
+    assert [(row["step"], row["loss"]) for row in rows] == [
+        (step, step / 2) for step in range(1, 9)
+    ]
 
 
 def test_a_bad_line_in_the_middle_is_named(tmp_path):
@@ -101,7 +120,9 @@ def test_a_bad_line_in_the_middle_is_named(tmp_path):
 def test_means_are_weighted_and_nan_without_weight():
     total = None
     for value, weight in ((3.0, 1.0), (10.0, 4.0)):
-        total = metrics.add_sums(total, {"a": (jnp.float32(value), jnp.float32(weight)), "b": (0.0, 0.0)})
+        total = metrics.add_sums(
+            total, {"a": (jnp.float32(value), jnp.float32(weight)), "b": (0.0, 0.0)}
+        )
     result = metrics.means(total)
     assert result["a"] == pytest.approx(13 / 5)
     assert math.isnan(result["b"])
@@ -134,9 +155,13 @@ def test_wandb_goes_on_in_the_same_run(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ModuleNotFoundError, match="pip install wandb"):
         metrics.open_writers(str(tmp_path), wandb="project")
-    run = types.SimpleNamespace(log=lambda values, step: runs.append((step, values)), finish=lambda: None)
-    fake = types.SimpleNamespace(util=types.SimpleNamespace(generate_id=lambda: f"id{len(runs)}"),
-                                 init=lambda **options: runs.append(options["id"]) or run)
+    run = types.SimpleNamespace(
+        log=lambda values, step: runs.append((step, values)), finish=lambda: None
+    )
+    fake = types.SimpleNamespace(
+        util=types.SimpleNamespace(generate_id=lambda: f"id{len(runs)}"),
+        init=lambda **options: runs.append(options["id"]) or run,
+    )
     monkeypatch.setitem(sys.modules, "wandb", fake)
     for _ in range(2):
         writer = metrics.open_writers(str(tmp_path), wandb="project")[-1]
@@ -154,7 +179,11 @@ def test_without_a_terminal_there_is_a_line_every_k_steps():
     bar.close()
     lines = stream.getvalue().splitlines()
     assert [line.split()[2] for line in lines[:-1]] == ["5/10", "8/10", "10/10"]
-    assert "loss 0.5  margin 0.25  tokens/s 1,000" in lines[0] and lines[1].endswith("left") and lines[-1] == "saved"
+    assert (
+        "loss 0.5  margin 0.25  tokens/s 1,000" in lines[0]
+        and lines[1].endswith("left")
+        and lines[-1] == "saved"
+    )
 
 
 def test_on_a_terminal_there_is_a_bar(monkeypatch):

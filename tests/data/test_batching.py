@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Truncation keeps what it promises, packing fits, and rows say of every token what precedes it."""
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -11,10 +12,12 @@ from align_jax.data import batching
 TRUNCATIONS = [
     (10, (10, 4), 0, 2, {}, (10, 0, (10, 4), "")),  # it fits exactly
     (14, (10, 4), 9, 2, {}, (0, 10, (10, 4), "")),  # the prompt's start goes
-    (14, (10, 4), 9, 2, {"policy": "keep_start"}, (8, 2, (10, 4), "")),  # its end goes, but not the header
+    # its end goes, but not the header
+    (14, (10, 4), 9, 2, {"policy": "keep_start"}, (8, 2, (10, 4), "")),
     (14, (10, 4), 9, 2, {"policy": "drop"}, (14, 0, (10, 4), "too long")),
     (14, (10, 4), 9, 2, {"bos": True}, (1, 9, (10, 4), "")),  # the first token stays
-    (30, (18, 4), 18, 2, {}, (0, 12, (8, 4), "")),  # the last turn (12) stays; the response loses its end
+    # the last turn (12) stays; the response loses its end
+    (30, (18, 4), 18, 2, {}, (0, 12, (8, 4), "")),
     (30, (18, 4), 2, 2, {}, (0, 15, (5, 4), "")),  # a last turn of 28 leaves the response a quarter
     (30, (3, 2), 2, 2, {}, (0, 17, (3, 2), "")),
     (6, (18, 2), 0, 2, {}, (6, 0, (14, 2), "")),  # the prompt is one turn
@@ -25,18 +28,37 @@ TRUNCATIONS = [
 
 @pytest.mark.parametrize("prompt, responses, turn, tail, options, expected", TRUNCATIONS)
 def test_truncation(prompt, responses, turn, tail, options, expected):
-    cut = batching.truncate(prompt, responses, turn=turn, tail=tail, max_length=20,
-                            **{"bos": False, "policy": "keep_end", **options})
+    cut = batching.truncate(
+        prompt,
+        responses,
+        turn=turn,
+        tail=tail,
+        max_length=20,
+        **{"bos": False, "policy": "keep_end", **options},
+    )
     assert (cut.head, cut.tail, cut.lengths, cut.reason) == expected
 
 
 @settings(max_examples=300, deadline=None)
-@given(prompt=st.integers(0, 60), responses=st.lists(st.integers(1, 60), min_size=1, max_size=4),
-       turn=st.integers(0, 60), tail=st.integers(0, 5), bos=st.booleans(), max_length=st.integers(2, 50),
-       policy=st.sampled_from(("keep_start", "keep_end")))
+@given(
+    prompt=st.integers(0, 60),
+    responses=st.lists(st.integers(1, 60), min_size=1, max_size=4),
+    turn=st.integers(0, 60),
+    tail=st.integers(0, 5),
+    bos=st.booleans(),
+    max_length=st.integers(2, 50),
+    policy=st.sampled_from(("keep_start", "keep_end")),
+)
 def test_what_truncation_leaves_always_fits(prompt, responses, turn, tail, bos, max_length, policy):
-    cut = batching.truncate(prompt, responses, turn=min(turn, prompt), tail=min(tail, prompt), bos=bos and prompt > 0,
-                            max_length=max_length, policy=policy)
+    cut = batching.truncate(
+        prompt,
+        responses,
+        turn=min(turn, prompt),
+        tail=min(tail, prompt),
+        bos=bos and prompt > 0,
+        max_length=max_length,
+        policy=policy,
+    )
     if cut.reason:
         assert max_length < 12  # only where the header alone leaves no room
         return
@@ -58,8 +80,12 @@ def test_best_fit_places_every_item_once_and_overfills_nothing(lengths, limit):
 
 
 def row_of(layout, prompt, responses, length=24):
-    pieces = [batching.Piece(np.array(prompt, np.int32), tuple(
-        (np.array(ids, np.int32), np.array(mask, bool)) for ids, mask in responses))] * 2
+    pieces = [
+        batching.Piece(
+            np.array(prompt, np.int32),
+            tuple((np.array(ids, np.int32), np.array(mask, bool)) for ids, mask in responses),
+        )
+    ] * 2
     rows = batching.Rows(1, length, 8, 2 * len(responses), 0, shared=layout == "shared_prefix")
     rows.write(0, pieces, len(responses))
     return rows

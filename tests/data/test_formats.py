@@ -1,98 +1,314 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Each published form of feedback gives the example it means; mistakes name the row and the way out."""
+"""Each published form of feedback gives the example it means; mistakes name the row and the way
+out."""
+
 import json
 
 import pytest
 
 from align_jax.data import conversions, datasets, formats, named, published, transcripts
 
-U = lambda text: {"role": "user", "content": text}
-A = lambda text: {"role": "assistant", "content": text}
-S = lambda text: {"role": "system", "content": text}
-G = lambda who, text: {"from": who, "value": text}
+
+def U(text):
+    return {"role": "user", "content": text}
+
+
+def A(text):
+    return {"role": "assistant", "content": text}
+
+
+def S(text):
+    return {"role": "system", "content": text}
+
+
+def G(who, text):
+    return {"from": who, "value": text}
+
+
 HH = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Why?\n\nAssistant:"
 
-# name of the format, row, prompt, responses, and other attributes of the example; with a chat template
+# name of the format, row, prompt, responses, and other attributes of the example; with a chat
+# template
 CASES = [
     ("pairs", {"prompt": "p", "chosen": "c", "rejected": "r"}, "p", ("c", "r"), {}),
-    ("pairs", {"prompt": [U("p")], "chosen": [A("c")], "rejected": [A("r")], "margin": 2, "weight": 0.5},
-     (U("p"),), ("c", "r"), {"margin": 2.0, "weight": 0.5}),
-    ("pairs", {"prompt": "p", "chosen": [U("p"), A("c")], "rejected": [U("p"), A("r")], "score_chosen": 9,
-               "score_rejected": 2.5}, (U("p"),), ("c", "r"), {"scores": (9.0, 2.5)}),
-    ("pairs", {"system": "s", "prompt": "p", "chosen": "c", "rejected": "r"}, (S("s"), U("p")), ("c", "r"), {}),
-    ("pairs", {"prompt": "p", "chosen": [U("p"), A("c")], "rejected": [U("p"), A("r")], "all_rm_scores": [0.1, 0.7]},
-     (U("p"),), ("c", "r"), {"scores": (0.7, 0.1)}),
-    ("implicit_pairs", {"chosen": HH + " Yes, so.", "rejected": HH + " Yes, no."},
-     (U("Hi"), A("Hello"), U("Why?")), ("Yes, so.", "Yes, no."), {}),
-    ("implicit_pairs", {"chosen": [U("p"), A("c"), U("q"), A("d")], "rejected": [U("p"), A("c"), U("q"), A("e")]},
-     (U("p"), A("c"), U("q")), ("d", "e"), {}),
-    ("implicit_pairs", {"chosen": "Q: one two three\nA: the sea", "rejected": "Q: one two three\nA: the sky"},
-     "Q: one two three\nA: the ", ("sea", "sky"), {}),
-    ("alpaca_pairs", {"instruction": "i", "input": "x", "output": "c", "chosen": "c", "rejected": "r"},
-     (U("i\n\nx"),), ("c", "r"), {}),
-    ("question_pairs", {"system": "", "question": "q", "chosen": "c", "rejected": "r"}, (U("q"),), ("c", "r"), {}),
-    ("sharegpt_pairs", {"conversations": [G("human", "p")], "chosen": G("gpt", "c"), "rejected": G("gpt", "r")},
-     (U("p"),), ("c", "r"), {}),
-    ("ranked", {"prompt": "p", "responses": ["b", "a", "c"], "ranks": [1, 0, 2]}, "p", ("a", "b", "c"), {}),
-    ("ranked", {"prompt": [U("p")], "responses": ["b", [A("a")]], "scores": [0.5, 3]}, (U("p"),), ("a", "b"),
-     {"scores": (3.0, 0.5)}),
+    (
+        "pairs",
+        {"prompt": [U("p")], "chosen": [A("c")], "rejected": [A("r")], "margin": 2, "weight": 0.5},
+        (U("p"),),
+        ("c", "r"),
+        {"margin": 2.0, "weight": 0.5},
+    ),
+    (
+        "pairs",
+        {
+            "prompt": "p",
+            "chosen": [U("p"), A("c")],
+            "rejected": [U("p"), A("r")],
+            "score_chosen": 9,
+            "score_rejected": 2.5,
+        },
+        (U("p"),),
+        ("c", "r"),
+        {"scores": (9.0, 2.5)},
+    ),
+    (
+        "pairs",
+        {"system": "s", "prompt": "p", "chosen": "c", "rejected": "r"},
+        (S("s"), U("p")),
+        ("c", "r"),
+        {},
+    ),
+    (
+        "pairs",
+        {
+            "prompt": "p",
+            "chosen": [U("p"), A("c")],
+            "rejected": [U("p"), A("r")],
+            "all_rm_scores": [0.1, 0.7],
+        },
+        (U("p"),),
+        ("c", "r"),
+        {"scores": (0.7, 0.1)},
+    ),
+    (
+        "implicit_pairs",
+        {"chosen": HH + " Yes, so.", "rejected": HH + " Yes, no."},
+        (U("Hi"), A("Hello"), U("Why?")),
+        ("Yes, so.", "Yes, no."),
+        {},
+    ),
+    (
+        "implicit_pairs",
+        {"chosen": [U("p"), A("c"), U("q"), A("d")], "rejected": [U("p"), A("c"), U("q"), A("e")]},
+        (U("p"), A("c"), U("q")),
+        ("d", "e"),
+        {},
+    ),
+    (
+        "implicit_pairs",
+        {"chosen": "Q: one two three\nA: the sea", "rejected": "Q: one two three\nA: the sky"},
+        "Q: one two three\nA: the ",
+        ("sea", "sky"),
+        {},
+    ),
+    (
+        "alpaca_pairs",
+        {"instruction": "i", "input": "x", "output": "c", "chosen": "c", "rejected": "r"},
+        (U("i\n\nx"),),
+        ("c", "r"),
+        {},
+    ),
+    (
+        "question_pairs",
+        {"system": "", "question": "q", "chosen": "c", "rejected": "r"},
+        (U("q"),),
+        ("c", "r"),
+        {},
+    ),
+    (
+        "sharegpt_pairs",
+        {"conversations": [G("human", "p")], "chosen": G("gpt", "c"), "rejected": G("gpt", "r")},
+        (U("p"),),
+        ("c", "r"),
+        {},
+    ),
+    (
+        "ranked",
+        {"prompt": "p", "responses": ["b", "a", "c"], "ranks": [1, 0, 2]},
+        "p",
+        ("a", "b", "c"),
+        {},
+    ),
+    (
+        "ranked",
+        {"prompt": [U("p")], "responses": ["b", [A("a")]], "scores": [0.5, 3]},
+        (U("p"),),
+        ("a", "b"),
+        {"scores": (3.0, 0.5)},
+    ),
     ("unpaired", {"prompt": "p", "completion": "c", "label": False}, "p", ("c",), {"label": False}),
-    ("unpaired", {"prompt": [U("p")], "completion": [A("c")], "label": 1}, (U("p"),), ("c",), {"label": True}),
-    ("messages_label", {"messages": [U("p"), A("x"), U("q"), A("c")], "label": True}, (U("p"), A("x"), U("q")), ("c",),
-     {"label": True}),
-    ("sharegpt_label", {"conversations": [G("human", "p"), G("gpt", "c")], "kto_tag": "false"}, (U("p"),), ("c",),
-     {"label": False}),
+    (
+        "unpaired",
+        {"prompt": [U("p")], "completion": [A("c")], "label": 1},
+        (U("p"),),
+        ("c",),
+        {"label": True},
+    ),
+    (
+        "messages_label",
+        {"messages": [U("p"), A("x"), U("q"), A("c")], "label": True},
+        (U("p"), A("x"), U("q")),
+        ("c",),
+        {"label": True},
+    ),
+    (
+        "sharegpt_label",
+        {"conversations": [G("human", "p"), G("gpt", "c")], "kto_tag": "false"},
+        (U("p"),),
+        ("c",),
+        {"label": False},
+    ),
     ("messages", {"messages": [S("s"), U("p"), A("c")]}, (S("s"), U("p")), ("c",), {}),
-    ("messages", {"messages": [U("p"), A("c"), U("q"), A("d")]}, (U("p"),), ((A("c"), U("q"), A("d")),), {}),
-    ("sharegpt", {"system": "s", "conversations": [G("human", "p"), G("gpt", "c")]}, (S("s"), U("p")), ("c",), {}),
+    (
+        "messages",
+        {"messages": [U("p"), A("c"), U("q"), A("d")]},
+        (U("p"),),
+        ((A("c"), U("q"), A("d")),),
+        {},
+    ),
+    (
+        "sharegpt",
+        {"system": "s", "conversations": [G("human", "p"), G("gpt", "c")]},
+        (S("s"), U("p")),
+        ("c",),
+        {},
+    ),
     ("completion", {"prompt": "p", "completion": " c"}, "p", (" c",), {}),
     ("alpaca", {"instruction": "i", "input": "", "output": "c"}, (U("i"),), ("c",), {}),
     ("question", {"question": "1+1?", "answer": "#### 2"}, (U("1+1?"),), ("#### 2",), {}),
     ("text", {"text": "t"}, "", ("t",), {}),
     ("prompt", {"prompt": [U("p")]}, (U("p"),), (), {}),
-    ("binary_feedback", {"type": "binary_feedback", "prompt": [U("p")], "output": [A("c")], "label": 1, "reward": 0.9,
-                         "prompt_id": 3}, (U("p"),), ("c",), {"label": True, "scores": (0.9,)}),
-    ("pairwise_feedback", {"type": "pairwise_feedback", "prompt": [U("p")], "output_A": [A("r")], "output_B": [A("c")],
-                           "label": 0, "reward_A": 0.1, "reward_B": 0.7}, (U("p"),), ("c", "r"),
-     {"scores": (0.7, 0.1)}),
-    ("scalar_feedback", {"type": "scalar_feedback", "prompt": [U("p")], "output": [A("c")], "reward": 7}, (U("p"),),
-     ("c",), {"scores": (7.0,)}),
-    ("sample", {"type": "sample", "instruction": "p", "output": "c", "generator": "m"}, (U("p"),), ("c",), {}),
-    ("shp", {"history": "p", "human_ref_A": "r", "human_ref_B": "c", "labels": 0, "score_A": 2, "score_B": 8},
-     (U("p"),), ("c", "r"), {"scores": (8.0, 2.0)}),
-    ("safe_rlhf", {"prompt": "p", "response_0": "r", "response_1": "c", "better_response_id": 1}, (U("p"),),
-     ("c", "r"), {}),
-    ("comparisons", {"info": {"subreddit": "x", "title": "t", "post": "p"},
-                     "summaries": [{"text": " r"}, {"text": " c"}], "choice": 1},
-     (U("SUBREDDIT: r/x\n\nTITLE: t\n\nPOST: p\n\nTL;DR:"),), ("c", "r"), {}),
-    ("scored_completions", {"instruction": "p", "completions": [{"response": "b", "overall_score": 3},
-                                                                {"response": "a", "overall_score": 8.5}]},
-     (U("p"),), ("a", "b"), {"scores": (8.5, 3.0)}),
+    (
+        "binary_feedback",
+        {
+            "type": "binary_feedback",
+            "prompt": [U("p")],
+            "output": [A("c")],
+            "label": 1,
+            "reward": 0.9,
+            "prompt_id": 3,
+        },
+        (U("p"),),
+        ("c",),
+        {"label": True, "scores": (0.9,)},
+    ),
+    (
+        "pairwise_feedback",
+        {
+            "type": "pairwise_feedback",
+            "prompt": [U("p")],
+            "output_A": [A("r")],
+            "output_B": [A("c")],
+            "label": 0,
+            "reward_A": 0.1,
+            "reward_B": 0.7,
+        },
+        (U("p"),),
+        ("c", "r"),
+        {"scores": (0.7, 0.1)},
+    ),
+    (
+        "scalar_feedback",
+        {"type": "scalar_feedback", "prompt": [U("p")], "output": [A("c")], "reward": 7},
+        (U("p"),),
+        ("c",),
+        {"scores": (7.0,)},
+    ),
+    (
+        "sample",
+        {"type": "sample", "instruction": "p", "output": "c", "generator": "m"},
+        (U("p"),),
+        ("c",),
+        {},
+    ),
+    (
+        "shp",
+        {
+            "history": "p",
+            "human_ref_A": "r",
+            "human_ref_B": "c",
+            "labels": 0,
+            "score_A": 2,
+            "score_B": 8,
+        },
+        (U("p"),),
+        ("c", "r"),
+        {"scores": (8.0, 2.0)},
+    ),
+    (
+        "safe_rlhf",
+        {"prompt": "p", "response_0": "r", "response_1": "c", "better_response_id": 1},
+        (U("p"),),
+        ("c", "r"),
+        {},
+    ),
+    (
+        "comparisons",
+        {
+            "info": {"subreddit": "x", "title": "t", "post": "p"},
+            "summaries": [{"text": " r"}, {"text": " c"}],
+            "choice": 1,
+        },
+        (U("SUBREDDIT: r/x\n\nTITLE: t\n\nPOST: p\n\nTL;DR:"),),
+        ("c", "r"),
+        {},
+    ),
+    (
+        "scored_completions",
+        {
+            "instruction": "p",
+            "completions": [
+                {"response": "b", "overall_score": 3},
+                {"response": "a", "overall_score": 8.5},
+            ],
+        },
+        (U("p"),),
+        ("a", "b"),
+        {"scores": (8.5, 3.0)},
+    ),
 ]
 
 
-@pytest.mark.parametrize("name, row, prompt, responses, known", CASES, ids=[f"{c[0]}-{i}" for i, c in enumerate(CASES)])
+@pytest.mark.parametrize(
+    "name, row, prompt, responses, known", CASES, ids=[f"{c[0]}-{i}" for i, c in enumerate(CASES)]
+)
 def test_a_row_is_recognised_and_read(name, row, prompt, responses, known):
     assert formats.detect(row) == name
     (example,) = formats.read(row, name, chat=True)
     assert example.prompt == prompt
     assert example.responses == responses
     for attribute in ("label", "scores", "margin", "weight"):
-        assert getattr(example, attribute) == known.get(attribute, {"margin": 0.0, "weight": 1.0}.get(attribute))
+        assert getattr(example, attribute) == known.get(
+            attribute, {"margin": 0.0, "weight": 1.0}.get(attribute)
+        )
 
 
 def test_every_format_is_tested():
-    assert set(formats.FORMATS) - {case[0] for case in CASES} == {"oasst_tree", "question_ranked", "question_label"}
+    assert set(formats.FORMATS) - {case[0] for case in CASES} == {
+        "oasst_tree",
+        "question_ranked",
+        "question_label",
+    }
 
 
 PLAIN = [
-    ("implicit_pairs", {"chosen": HH + " Yes, so.", "rejected": HH + " Yes, no."}, HH, (" Yes, so.", " Yes, no.")),
+    (
+        "implicit_pairs",
+        {"chosen": HH + " Yes, so.", "rejected": HH + " Yes, no."},
+        HH,
+        (" Yes, so.", " Yes, no."),
+    ),
     ("question", {"question": "q", "answer": "a"}, "Question: q\nAnswer:", (" a",)),
-    ("shp", {"history": "p", "human_ref_A": "c", "human_ref_B": "r", "labels": 1, "score_A": 2, "score_B": 1},
-     "\n\nHuman: p\n\nAssistant:", (" c", " r")),
-    ("alpaca", {"instruction": "i", "output": "c"},
-     "Below is an instruction that describes a task. Write a response that "
-     "appropriately completes the request.\n\n### Instruction:\ni\n\n### Response:\n", ("c",)),
+    (
+        "shp",
+        {
+            "history": "p",
+            "human_ref_A": "c",
+            "human_ref_B": "r",
+            "labels": 1,
+            "score_A": 2,
+            "score_B": 1,
+        },
+        "\n\nHuman: p\n\nAssistant:",
+        (" c", " r"),
+    ),
+    (
+        "alpaca",
+        {"instruction": "i", "output": "c"},
+        "Below is an instruction that describes a task. Write a response that "
+        "appropriately completes the request.\n\n### Instruction:\ni\n\n### Response:\n",
+        ("c",),
+    ),
 ]
 
 
@@ -102,11 +318,33 @@ def test_without_a_chat_template_rows_become_plain_text(name, row, prompt, respo
     assert (example.prompt, example.responses) == (prompt, responses)
 
 
-TREE = {"message_tree_id": "t", "prompt": {"role": "prompter", "text": "p", "message_id": "t", "replies": [
-    {"role": "assistant", "text": "b", "rank": 1, "replies": [{"role": "prompter", "text": "q", "replies": [
-        {"role": "assistant", "text": "y", "rank": 1}, {"role": "assistant", "text": "x", "rank": 0}]}]},
-    {"role": "assistant", "text": "a", "rank": 0, "replies": []},
-    {"role": "assistant", "text": "deleted", "rank": 2, "deleted": True}]}}
+TREE = {
+    "message_tree_id": "t",
+    "prompt": {
+        "role": "prompter",
+        "text": "p",
+        "message_id": "t",
+        "replies": [
+            {
+                "role": "assistant",
+                "text": "b",
+                "rank": 1,
+                "replies": [
+                    {
+                        "role": "prompter",
+                        "text": "q",
+                        "replies": [
+                            {"role": "assistant", "text": "y", "rank": 1},
+                            {"role": "assistant", "text": "x", "rank": 0},
+                        ],
+                    }
+                ],
+            },
+            {"role": "assistant", "text": "a", "rank": 0, "replies": []},
+            {"role": "assistant", "text": "deleted", "rank": 2, "deleted": True},
+        ],
+    },
+}
 
 
 def test_a_message_tree_gives_one_ranking_for_each_ranked_set_of_answers():
@@ -116,16 +354,20 @@ def test_a_message_tree_gives_one_ranking_for_each_ranked_set_of_answers():
 
 
 def test_flat_messages_grow_into_the_same_tree():
-    rows = [{"message_id": "t", "parent_id": None, "role": "prompter", "text": "p", "rank": None},
-            {"message_id": "b", "parent_id": "t", "role": "assistant", "text": "b", "rank": 1},
-            {"message_id": "a", "parent_id": "t", "role": "assistant", "text": "a", "rank": 0}]
+    rows = [
+        {"message_id": "t", "parent_id": None, "role": "prompter", "text": "p", "rank": None},
+        {"message_id": "b", "parent_id": "t", "role": "assistant", "text": "b", "rank": 1},
+        {"message_id": "a", "parent_id": "t", "role": "assistant", "text": "a", "rank": 0},
+    ]
     (tree,) = published.grow_trees(rows)
     (example,) = formats.read(tree, "oasst_tree", chat=True)
     assert (example.prompt, example.responses) == ((U("p"),), ("a", "b"))
 
 
 def write(path, *lines):
-    path.write_text("".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines))
+    path.write_text(
+        "".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines)
+    )
     return str(path)
 
 
@@ -133,25 +375,71 @@ GOOD = {"prompt": "p", "chosen": "c", "rejected": "r"}
 MISTAKES = [
     ("bad JSON", [GOOD, "{'prompt': 1}\n"], {}, r"data\.jsonl:2: malformed JSON"),
     ("not an object", [GOOD, "[1]\n"], {}, r"data\.jsonl:2: expected a JSON object"),
-    ("missing field", [GOOD, "\n", {"prompt": "p", "chosen": "c"}], {},
-     r"data\.jsonl:3: format 'pairs' needs .*rejected"),
-    ("empty response", [GOOD, {**GOOD, "rejected": " "}], {}, r"data\.jsonl:2: empty response; data\.invalid='drop'"),
-    ("unknown fields", [{"a": 1, "b": 2}], {}, r"data\.jsonl:1: no known format.*\['a', 'b'\].*data\.columns"),
+    (
+        "missing field",
+        [GOOD, "\n", {"prompt": "p", "chosen": "c"}],
+        {},
+        r"data\.jsonl:3: format 'pairs' needs .*rejected",
+    ),
+    (
+        "empty response",
+        [GOOD, {**GOOD, "rejected": " "}],
+        {},
+        r"data\.jsonl:2: empty response; data\.invalid='drop'",
+    ),
+    (
+        "unknown fields",
+        [{"a": 1, "b": 2}],
+        {},
+        r"data\.jsonl:1: no known format.*\['a', 'b'\].*data\.columns",
+    ),
     ("unknown format", [GOOD], {"format": "pair"}, "did you mean 'pairs'"),
-    ("unknown column", [GOOD], {"columns": {"prompt": "question"}}, r"data\.jsonl:1: .*\['question'\]; the row has"),
+    (
+        "unknown column",
+        [GOOD],
+        {"columns": {"prompt": "question"}},
+        r"data\.jsonl:1: .*\['question'\]; the row has",
+    ),
     ("no rows", [], {}, "no rows"),
-    ("nothing shared", [{"chosen": "abc", "rejected": "abd"}], {}, r"data\.jsonl:1: chosen and rejected share no"),
-    ("one is all they share", [{"chosen": "p q ", "rejected": "p q r"}], {}, r"data\.jsonl:1: empty response"),
-    ("all invalid", [{**GOOD, "chosen": ""}], {"invalid": "drop"}, "no pairs are left of 0 pairs.*empty response': 1"),
-    ("bad label", [{"prompt": "p", "completion": "c", "label": "maybe"}], {}, "label: expected true or false"),
-    ("bad role", [{"messages": [{"role": "narrator", "content": "x"}]}], {"kind": "completions"}, "known role"),
+    (
+        "nothing shared",
+        [{"chosen": "abc", "rejected": "abd"}],
+        {},
+        r"data\.jsonl:1: chosen and rejected share no",
+    ),
+    (
+        "one is all they share",
+        [{"chosen": "p q ", "rejected": "p q r"}],
+        {},
+        r"data\.jsonl:1: empty response",
+    ),
+    (
+        "all invalid",
+        [{**GOOD, "chosen": ""}],
+        {"invalid": "drop"},
+        "no pairs are left of 0 pairs.*empty response': 1",
+    ),
+    (
+        "bad label",
+        [{"prompt": "p", "completion": "c", "label": "maybe"}],
+        {},
+        "label: expected true or false",
+    ),
+    (
+        "bad role",
+        [{"messages": [{"role": "narrator", "content": "x"}]}],
+        {"kind": "completions"},
+        "known role",
+    ),
     ("no way", [{"text": "t"}], {}, "no conversion from completions to pairs"),
     ("unknown kind", [GOOD], {"kind": "pair"}, "unknown kind 'pair' .did you mean 'pairs'"),
     ("weights", [GOOD], {"weights": [1.0, 2.0]}, "data weights: expected 1 positive numbers"),
 ]
 
 
-@pytest.mark.parametrize("lines, options, message", [case[1:] for case in MISTAKES], ids=[case[0] for case in MISTAKES])
+@pytest.mark.parametrize(
+    "lines, options, message", [case[1:] for case in MISTAKES], ids=[case[0] for case in MISTAKES]
+)
 def test_mistakes_are_told_with_their_place(tmp_path, lines, options, message):
     path = write(tmp_path / "data.jsonl", *lines)
     with pytest.raises((ValueError, KeyError), match=message):
@@ -167,8 +455,9 @@ def test_invalid_rows_are_dropped_and_counted_on_request(tmp_path):
 
 def test_columns_are_renamed(tmp_path):
     path = write(tmp_path / "data.jsonl", {"q": "p", "good": "c", "bad": "r", "prompt": "other"})
-    (example,) = datasets.load(path, kind="pairs", chat=True,
-                               columns={"prompt": "q", "chosen": "good", "rejected": "bad"}).items
+    (example,) = datasets.load(
+        path, kind="pairs", chat=True, columns={"prompt": "q", "chosen": "good", "rejected": "bad"}
+    ).items
     assert (example.prompt, example.responses) == ("p", ("c", "r"))
 
 
@@ -193,37 +482,97 @@ def one(response, prompt="p", **known):
 
 RANKED = conversions.Example("p", ("a", "b", "c"), scores=(3.0, 2.0, 0.5))
 CONVERSIONS = [
-    ("pairs", "unpaired", [pair(scores=(2.0, 1.0))], {}, [(("c",), True, (2.0,)), (("r",), False, (1.0,))]),
+    (
+        "pairs",
+        "unpaired",
+        [pair(scores=(2.0, 1.0))],
+        {},
+        [(("c",), True, (2.0,)), (("r",), False, (1.0,))],
+    ),
     ("pairs", "completions", [pair()], {}, [(("c",), None, None)]),
     ("ranked", "pairs", [RANKED], {}, [(("a", "c"), None, (3.0, 0.5))]),
-    ("ranked", "pairs", [RANKED], {"pairing": "adjacent"},
-     [(("a", "b"), None, (3.0, 2.0)), (("b", "c"), None, (2.0, 0.5))]),
-    ("ranked", "pairs", [RANKED], {"pairing": "all", "min_difference": 1.0},
-     [(("a", "c"), None, (3.0, 0.5)), (("b", "c"), None, (2.0, 0.5))]),
-    ("ranked", "unpaired", [RANKED], {}, [(("a",), True, (3.0,)), (("b",), False, (2.0,)), (("c",), False, (0.5,))]),
-    ("scored", "pairs", [one("x", scores=(1.0,)), one("y", scores=(4.0,)), one("z", "q", scores=(9.0,))], {},
-     [(("y", "x"), None, (4.0, 1.0))]),
-    ("scored", "ranked", [one("x", scores=(1.0,)), one("y", scores=(4.0,))], {}, [(("y", "x"), None, (4.0, 1.0))]),
-    ("scored", "unpaired", [one("x", scores=(1.0,)), one("y", scores=(4.0,))], {"threshold": "mean"},
-     [(("x",), False, (1.0,)), (("y",), True, (4.0,))]),
-    ("scored", "unpaired", [one("x", scores=(1.0,)), one("y", scores=(4.0,))], {"threshold": 0.5},
-     [(("x",), True, (1.0,)), (("y",), True, (4.0,))]),
-    ("unpaired", "completions", [one("x", label=True), one("y", label=False)], {}, [(("x",), None, None)]),
-    ("unpaired", "pairs", [one("x", label=False), one("y", label=True), one("z", label=True)], {"pairing": "all"},
-     [(("y", "x"), None, None), (("z", "x"), None, None)]),
+    (
+        "ranked",
+        "pairs",
+        [RANKED],
+        {"pairing": "adjacent"},
+        [(("a", "b"), None, (3.0, 2.0)), (("b", "c"), None, (2.0, 0.5))],
+    ),
+    (
+        "ranked",
+        "pairs",
+        [RANKED],
+        {"pairing": "all", "min_difference": 1.0},
+        [(("a", "c"), None, (3.0, 0.5)), (("b", "c"), None, (2.0, 0.5))],
+    ),
+    (
+        "ranked",
+        "unpaired",
+        [RANKED],
+        {},
+        [(("a",), True, (3.0,)), (("b",), False, (2.0,)), (("c",), False, (0.5,))],
+    ),
+    (
+        "scored",
+        "pairs",
+        [one("x", scores=(1.0,)), one("y", scores=(4.0,)), one("z", "q", scores=(9.0,))],
+        {},
+        [(("y", "x"), None, (4.0, 1.0))],
+    ),
+    (
+        "scored",
+        "ranked",
+        [one("x", scores=(1.0,)), one("y", scores=(4.0,))],
+        {},
+        [(("y", "x"), None, (4.0, 1.0))],
+    ),
+    (
+        "scored",
+        "unpaired",
+        [one("x", scores=(1.0,)), one("y", scores=(4.0,))],
+        {"threshold": "mean"},
+        [(("x",), False, (1.0,)), (("y",), True, (4.0,))],
+    ),
+    (
+        "scored",
+        "unpaired",
+        [one("x", scores=(1.0,)), one("y", scores=(4.0,))],
+        {"threshold": 0.5},
+        [(("x",), True, (1.0,)), (("y",), True, (4.0,))],
+    ),
+    (
+        "unpaired",
+        "completions",
+        [one("x", label=True), one("y", label=False)],
+        {},
+        [(("x",), None, None)],
+    ),
+    (
+        "unpaired",
+        "pairs",
+        [one("x", label=False), one("y", label=True), one("z", label=True)],
+        {"pairing": "all"},
+        [(("y", "x"), None, None), (("z", "x"), None, None)],
+    ),
     ("completions", "prompts", [one("x"), one("y")], {}, [((), None, None)]),
 ]
 
 
-@pytest.mark.parametrize("source, target, examples, options, expected", CONVERSIONS,
-                         ids=[f"{case[0]}-to-{case[1]}-{i}" for i, case in enumerate(CONVERSIONS)])
+@pytest.mark.parametrize(
+    "source, target, examples, options, expected",
+    CONVERSIONS,
+    ids=[f"{case[0]}-to-{case[1]}-{i}" for i, case in enumerate(CONVERSIONS)],
+)
 def test_kinds_are_converted(source, target, examples, options, expected):
     made = conversions.convert(examples, source, target, **options)
     assert [(example.responses, example.label, example.scores) for example in made] == expected
 
 
 def test_a_random_pairing_is_fixed_by_its_seed():
-    made = [conversions.convert([RANKED] * 20, "ranked", "pairs", pairing="random", seed=seed) for seed in (0, 0, 1)]
+    made = [
+        conversions.convert([RANKED] * 20, "ranked", "pairs", pairing="random", seed=seed)
+        for seed in (0, 0, 1)
+    ]
     assert made[0] == made[1] != made[2]
 
 
@@ -240,19 +589,29 @@ def test_rankings_are_thinned_to_as_many_responses_as_asked():
 
 
 def test_shp_keeps_clear_pairs_and_five_a_post():
-    examples = [pair(scores=(4.0, 2.0), extras={"n": i}) for i in range(9)] + [pair("q", scores=(3.0, 2.0))]
+    examples = [pair(scores=(4.0, 2.0), extras={"n": i}) for i in range(9)] + [
+        pair("q", scores=(3.0, 2.0))
+    ]
     kept = named.keep_shp(examples, True, 0)
     assert len(kept) == 5 and {example.prompt for example in kept} == {"p"}
     assert named.keep_shp(examples, False, 0) == examples
 
 
 def test_a_named_set_reads_local_files_with_its_filter(tmp_path):
-    row = {"history": "p", "human_ref_A": "a", "human_ref_B": "b", "labels": 1, "score_A": 3, "score_B": 2}
+    row = {
+        "history": "p",
+        "human_ref_A": "a",
+        "human_ref_B": "b",
+        "labels": 1,
+        "score_A": 3,
+        "score_B": 2,
+    }
     path = write(tmp_path / "data.jsonl", row, {**row, "score_A": 9})
     examples = datasets.load(f"set:shp:{path}", kind="pairs", chat=True)
     assert len(examples) == 1 and examples.report["dropped: the data set's own filter"] == 1
     assert len(datasets.load(path, kind="pairs", chat=True, format="shp")) == 1
-    assert len(datasets.load(path, kind="pairs", chat=True)) == 2  # found from the fields: no filter
+    # found from the fields: no filter
+    assert len(datasets.load(path, kind="pairs", chat=True)) == 2
     with pytest.raises(ValueError, match="did you mean 'shp'"):
         datasets.load("set:ship:train", kind="pairs", chat=True)
 
@@ -267,10 +626,16 @@ def test_a_name_that_is_a_format_and_a_data_set_means_the_same_fields():
 
 
 SPLITS = [  # transcripts whose ends are not a plain pair of answers
-    ("\n\nHuman: a\n\nAssistant: b\n\nAssistant: c", "\n\nHuman: a\n\nAssistant: b", ("b\n\nc", "b")),
-    ("\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d",
-     "\n\nHuman: a\n\nAssistant: b\n\nHuman: e\n\nAssistant: f",
-     ((A("b"), U("c"), A("d")), (A("b"), U("e"), A("f")))),
+    (
+        "\n\nHuman: a\n\nAssistant: b\n\nAssistant: c",
+        "\n\nHuman: a\n\nAssistant: b",
+        ("b\n\nc", "b"),
+    ),
+    (
+        "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d",
+        "\n\nHuman: a\n\nAssistant: b\n\nHuman: e\n\nAssistant: f",
+        ((A("b"), U("c"), A("d")), (A("b"), U("e"), A("f"))),
+    ),
 ]
 
 
@@ -281,4 +646,6 @@ def test_transcripts_split_where_both_go_on_with_the_assistant(chosen, rejected,
 
 def test_transcripts_without_a_shared_prompt_are_refused():
     with pytest.raises(transcripts.Flawed, match="share no prompt"):
-        transcripts.split_pair("\n\nHuman: a\n\nAssistant: b", "\n\nHuman: c\n\nAssistant: d", chat=True)
+        transcripts.split_pair(
+            "\n\nHuman: a\n\nAssistant: b", "\n\nHuman: c\n\nAssistant: d", chat=True
+        )

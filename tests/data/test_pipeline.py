@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A batch is a pure function of (seed, step), and its arrays say what the examples say."""
+
 import collections
 import dataclasses
 
@@ -27,13 +28,18 @@ def pairs():
 
 
 def make(examples, tok, **options):
-    return pipeline.make_pipeline(examples, tok, **{"batch_size": 8, "max_length": 128, "seed": 3, **options})
+    return pipeline.make_pipeline(
+        examples, tok, **{"batch_size": 8, "max_length": 128, "seed": 3, **options}
+    )
 
 
 def of_texts(*texts, kind="pairs"):
     """Examples of plain texts: (prompt, response, ...)."""
-    items = tuple(Example(prompt, responses, source=f"t:{i}") for i, (prompt, *rest) in enumerate(texts)
-                  for responses in [tuple(rest)])
+    items = tuple(
+        Example(prompt, responses, source=f"t:{i}")
+        for i, (prompt, *rest) in enumerate(texts)
+        for responses in [tuple(rest)]
+    )
     return datasets.Examples(kind, items, (len(items),), None, "texts", {})
 
 
@@ -48,7 +54,8 @@ def assert_same(left, right):
 
 
 def groups_of(batch):
-    """Read a batch back: example -> (prompt and response tokens, learnt tokens) of each response."""
+    """Read a batch back: example -> (prompt and response tokens, learnt tokens) of each
+    response."""
     found = {}
     slots = batch.lengths.size // len(batch.tokens)
     for group, example in enumerate(batch.example_index.tolist()):
@@ -56,14 +63,18 @@ def groups_of(batch):
             row, slot = divmod(group * batch.lengths.shape[1] + index, slots)
             mine = batch.loss_mask[row] & (batch.slot[row] == slot)
             segment = batch.segment_ids[row] == batch.segment_ids[row][mine][0]
-            seen = segment if batch.prefix_ids is None else segment | (
-                batch.segment_ids[row] == batch.prefix_ids[row][mine][0])
+            seen = (
+                segment
+                if batch.prefix_ids is None
+                else segment | (batch.segment_ids[row] == batch.prefix_ids[row][mine][0])
+            )
             order = np.argsort(batch.positions[row][seen], kind="stable")
             assert batch.positions[row][seen][order].tolist() == list(range(seen.sum()))
             assert mine.sum() == batch.lengths[group, index]
             assert batch.last_index[group, index] == np.flatnonzero(mine)[-1]
-            found.setdefault(example, []).append((batch.tokens[row][seen][order].tolist(),
-                                                  batch.tokens[row][mine].tolist()))
+            found.setdefault(example, []).append(
+                (batch.tokens[row][seen][order].tolist(), batch.tokens[row][mine].tolist())
+            )
     return found
 
 
@@ -75,7 +86,10 @@ def test_a_batch_depends_on_the_step_alone(byte, pairs, layout):
         batch = next(iterator)
         assert_same(batch, pipe.batch(step))
         assert_same(batch, again.batch(step))
-    assert groups_of(make(pairs, byte, layout=layout, seed=4).batch(7)).keys() != groups_of(pipe.batch(7)).keys()
+    assert (
+        groups_of(make(pairs, byte, layout=layout, seed=4).batch(7)).keys()
+        != groups_of(pipe.batch(7)).keys()
+    )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -84,7 +98,9 @@ def test_rows_hold_what_was_tokenized(byte, pairs, layout):
     for step in range(3):
         for number, responses in groups_of(pipe.batch(step)).items():
             tokens = chat.encode(pairs[number], byte)
-            assert [whole for whole, _ in responses] == [tokens.prompt + ids for ids in tokens.responses]
+            assert [whole for whole, _ in responses] == [
+                tokens.prompt + ids for ids in tokens.responses
+            ]
             assert [learnt for _, learnt in responses] == list(tokens.responses)
 
 
@@ -95,8 +111,10 @@ def test_every_token_is_predicted_from_the_one_before_it(byte, pairs, layout):
         for t in batch.loss_index[row][batch.loss_index[row] < batch.tokens.shape[1]]:
             source = batch.source_index[row, t]
             assert source < t and batch.positions[row, source] == batch.positions[row, t] - 1
-            assert batch.segment_ids[row, source] in (batch.segment_ids[row, t],
-                                                      0 if batch.prefix_ids is None else batch.prefix_ids[row, t])
+            assert batch.segment_ids[row, source] in (
+                batch.segment_ids[row, t],
+                0 if batch.prefix_ids is None else batch.prefix_ids[row, t],
+            )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -113,13 +131,16 @@ def test_the_loss_index_lists_the_mask_and_its_budget_is_exact(byte, pairs, layo
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_an_epoch_sees_every_example_once(byte, pairs, layout, shuffle):
     pipe = make(pairs, byte, layout=layout, batch_size=4, shuffle=shuffle)
-    units = pipe.num_examples if layout == "plain" else round(pipe.num_examples / pipe.report["groups_per_step"]
-                                                              * pipe.shape.rows)
+    units = (
+        pipe.num_examples
+        if layout == "plain"
+        else round(pipe.num_examples / pipe.report["groups_per_step"] * pipe.shape.rows)
+    )
     in_step = pipe.shape.groups if layout == "plain" else pipe.shape.rows
     assert pipe.steps_per_epoch == units // in_step
     epochs = 2 * in_step  # after so many epochs the steps come out even
     seen = collections.Counter(n for step in range(2 * units) for n in pipe.examples_of(step))
-    assert seen == {number: epochs for number in range(len(pairs))}
+    assert seen == dict.fromkeys(range(len(pairs)), epochs)
     first = [pipe.examples_of(step) for step in range(3)]
     if layout == "plain":
         assert (sorted(sum(first, [])) == sum(first, [])) == (not shuffle)
@@ -136,17 +157,44 @@ def test_epochs_are_shuffled_differently(byte, pairs):
 def test_processes_share_one_global_batch(byte, layout, kind, mismatched):
     examples = load("preferences", kind, seed=1)
     whole = make(examples, byte, layout=layout, mismatched=mismatched, row_multiple=4)
-    parts = [make(examples, byte, layout=layout, mismatched=mismatched, row_multiple=4, process_index=i,
-                  process_count=4) for i in range(4)]
-    join = lambda *values: None if values[0] is None else (
-        Batch(*map(join, *values)) if isinstance(values[0], Batch) else np.concatenate(values))
+    parts = [
+        make(
+            examples,
+            byte,
+            layout=layout,
+            mismatched=mismatched,
+            row_multiple=4,
+            process_index=i,
+            process_count=4,
+        )
+        for i in range(4)
+    ]
+
+    def join(*values):
+        return (
+            None
+            if values[0] is None
+            else (
+                Batch(*map(join, *values))
+                if isinstance(values[0], Batch)
+                else np.concatenate(values)
+            )
+        )
+
     for step in (0, 9):
         assert_same(join(*[part.batch(step) for part in parts]), whole.batch(step))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name, kind, mismatched", [("preferences", "pairs", False), ("unpaired", "unpaired", True),
-                                                    ("ranked", "ranked", False), ("completions", "completions", False)])
+@pytest.mark.parametrize(
+    "name, kind, mismatched",
+    [
+        ("preferences", "pairs", False),
+        ("unpaired", "unpaired", True),
+        ("ranked", "ranked", False),
+        ("completions", "completions", False),
+    ],
+)
 def test_the_abstract_batch_has_the_shapes_of_a_real_one(byte, layout, name, kind, mismatched):
     pipe = make(load(name, kind), byte, layout=layout, mismatched=mismatched)
 
@@ -162,8 +210,13 @@ def test_the_abstract_batch_has_the_shapes_of_a_real_one(byte, layout, name, kin
     s = pipe.shape
     assert s.groups * s.responses == s.rows * s.slots
     planned = planning.plan_shape(
-        responses=s.responses, batch_size=8, layout=layout, max_length=128, loss_positions=s.positions,
-        groups_per_row=None if layout == "plain" else pipe.report["groups_per_step"] / s.rows)
+        responses=s.responses,
+        batch_size=8,
+        layout=layout,
+        max_length=128,
+        loss_positions=s.positions,
+        groups_per_row=None if layout == "plain" else pipe.report["groups_per_step"] / s.rows,
+    )
     assert planned == s
 
 
@@ -176,26 +229,42 @@ def test_evaluation_is_one_pass_filled_up_with_groups_of_weight_zero(byte, pairs
     last = batches[-1]
     fillers = last.example_index == planning.FILLER
     assert fillers.any() and not last.weight[fillers].any() and not last.lengths[fillers].any()
-    assert (last.weight[~fillers] == 1).all() and (last.loss_index[-1] == last.tokens.shape[1]).all()
+    assert (last.weight[~fillers] == 1).all() and (
+        last.loss_index[-1] == last.tokens.shape[1]
+    ).all()
     with pytest.raises(IndexError, match="the data ends after"):
         pipe.batch(pipe.steps_per_epoch)
 
 
 def test_mismatched_rows_pair_a_prompt_with_the_next_other_prompts_response(byte):
     texts = [("a:", " one"), ("a:", " two"), ("b:", " three"), ("c:", " four"), ("c:", " five")]
-    pipe = make(of_texts(*texts, kind="unpaired"), byte, batch_size=5, shuffle=False, mismatched=True)
+    pipe = make(
+        of_texts(*texts, kind="unpaired"), byte, batch_size=5, shuffle=False, mismatched=True
+    )
     batch = pipe.batch(0)
     extra = batch.mismatched
-    got = [byte.decode(row[ids > 0], skip_special_tokens=True) for row, ids in zip(extra.tokens, extra.segment_ids)]
+    got = [
+        byte.decode(row[ids > 0], skip_special_tokens=True)
+        for row, ids in zip(extra.tokens, extra.segment_ids)
+    ]
     assert got == ["a: three", "a: three", "b: four", "c: one", "c: one"]
-    assert [byte.decode(row[mask], skip_special_tokens=True) for row, mask in zip(extra.tokens, extra.loss_mask)] == [
-        " three", " three", " four", " one", " one"]
+    assert [
+        byte.decode(row[mask], skip_special_tokens=True)
+        for row, mask in zip(extra.tokens, extra.loss_mask)
+    ] == [" three", " three", " four", " one", " one"]
     assert extra.weight.tolist() == [1] * 5 and extra.lengths.tolist() == [[7], [7], [6], [5], [5]]
 
 
 def test_mismatched_rows_of_fillers_weigh_nothing(byte):
     texts = [("a:", " one"), ("b:", " two"), ("c:", " three")]
-    pipe = make(of_texts(*texts, kind="unpaired"), byte, batch_size=4, shuffle=False, repeat=False, mismatched=True)
+    pipe = make(
+        of_texts(*texts, kind="unpaired"),
+        byte,
+        batch_size=4,
+        shuffle=False,
+        repeat=False,
+        mismatched=True,
+    )
     extra = pipe.batch(0).mismatched
     assert extra.weight.tolist() == [1, 1, 1, 0] and not extra.loss_mask[3].any()
     assert byte.decode(extra.tokens[2][extra.loss_mask[2]], skip_special_tokens=True) == " one"
@@ -203,7 +272,14 @@ def test_mismatched_rows_of_fillers_weigh_nothing(byte):
 
 def test_evaluation_finds_a_mismatch_for_a_single_example(byte):
     texts = [("a:", " one"), ("b:", " two"), ("b:", " three")]
-    pipe = make(of_texts(*texts, kind="unpaired"), byte, batch_size=2, shuffle=False, repeat=False, mismatched=True)
+    pipe = make(
+        of_texts(*texts, kind="unpaired"),
+        byte,
+        batch_size=2,
+        shuffle=False,
+        repeat=False,
+        mismatched=True,
+    )
     extra = pipe.batch(1).mismatched
     assert byte.decode(extra.tokens[0][extra.segment_ids[0] > 0]) == "b: one<|end|>"
     assert extra.weight.tolist() == [1, 0]
@@ -212,21 +288,36 @@ def test_evaluation_finds_a_mismatch_for_a_single_example(byte):
 def test_the_batches_fields_are_the_examples(byte):
     examples = load("ranked", "ranked")
     batch = make(examples, byte).batch(1)
-    np.testing.assert_array_equal(batch.scores, [examples[n].scores for n in batch.example_index.tolist()])
+    np.testing.assert_array_equal(
+        batch.scores, [examples[n].scores for n in batch.example_index.tolist()]
+    )
     labelled = load("unpaired", "unpaired")
     batch = make(labelled, byte).batch(1)
-    assert batch.label.tolist() == [labelled[n].label for n in batch.example_index.tolist()] and batch.margin is None
+    assert (
+        batch.label.tolist() == [labelled[n].label for n in batch.example_index.tolist()]
+        and batch.margin is None
+    )
     weighted = of_texts(("p:", " a", " b"), ("q:", " c", " d"))
-    weighted = dataclasses.replace(weighted, items=tuple(
-        dataclasses.replace(example, margin=1.5, weight=0.25) for example in weighted.items))
+    weighted = dataclasses.replace(
+        weighted,
+        items=tuple(
+            dataclasses.replace(example, margin=1.5, weight=0.25) for example in weighted.items
+        ),
+    )
     batch = make(weighted, byte, batch_size=2).batch(0)
-    assert batch.margin.tolist() == [1.5, 1.5] and batch.weight.tolist() == [0.25, 0.25] and batch.scores.sum() == 0
+    assert (
+        batch.margin.tolist() == [1.5, 1.5]
+        and batch.weight.tolist() == [0.25, 0.25]
+        and batch.scores.sum() == 0
+    )
 
 
 def test_rankings_without_scores_have_no_ties(byte):
     ranked = of_texts(("p:", " a", " b", " c"), ("q:", " d", " e", " f"), kind="ranked")
     first = dataclasses.replace(ranked[0], scores=(2.5, 2.5, 0.0))
-    batch = make(dataclasses.replace(ranked, items=(first, ranked[1])), byte, batch_size=2, shuffle=False).batch(0)
+    batch = make(
+        dataclasses.replace(ranked, items=(first, ranked[1])), byte, batch_size=2, shuffle=False
+    ).batch(0)
     assert batch.scores.tolist() == [[2.5, 2.5, 0.0], [2.0, 1.0, 0.0]]
 
 
@@ -236,8 +327,10 @@ def test_control_tokens_stand_before_responses_and_are_not_learnt(byte):
     for layout in LAYOUTS:
         batch = make(examples, byte, batch_size=1, layout=layout, control=control).batch(0)
         (responses,) = groups_of(batch).values()
-        assert [byte.decode(whole) for whole, _ in responses] == ["p:<|chosen|> good<|end|>",
-                                                                  "p:<|rejected|> bad<|end|>"]
+        assert [byte.decode(whole) for whole, _ in responses] == [
+            "p:<|chosen|> good<|end|>",
+            "p:<|rejected|> bad<|end|>",
+        ]
         assert [byte.decode(learnt) for _, learnt in responses] == [" good<|end|>", " bad<|end|>"]
     labelled = of_texts(("p:", " bad"), kind="unpaired")
     labelled = dataclasses.replace(labelled, items=(dataclasses.replace(labelled[0], label=False),))
@@ -252,22 +345,34 @@ def test_sources_are_mixed_by_weight(byte, layout):
     pipe = make(examples, byte, layout=layout, groups_per_row=None if layout == "plain" else 1)
     seen = [number for step in range(40) for number in pipe.examples_of(step)]
     assert abs(np.mean(np.array(seen) >= 64) - 0.75) < 0.02
-    natural = make(dataclasses.replace(examples, weights=None), byte, layout=layout,
-                   groups_per_row=None if layout == "plain" else 1)
+    natural = make(
+        dataclasses.replace(examples, weights=None),
+        byte,
+        layout=layout,
+        groups_per_row=None if layout == "plain" else 1,
+    )
     seen = [number for step in range(40) for number in natural.examples_of(step)]
     assert abs(np.mean(np.array(seen) >= 64) - 0.2) < 0.02
 
 
 def test_a_source_of_which_nothing_is_left_is_an_error_if_it_has_a_weight(byte):
-    examples = dataclasses.replace(of_texts(("p" * 200, " a", " b"), ("p:", " a", " b")), ends=(1, 2))
+    examples = dataclasses.replace(
+        of_texts(("p" * 200, " a", " b"), ("p:", " a", " b")), ends=(1, 2)
+    )
     assert make(examples, byte, batch_size=1, truncation="drop").num_examples == 1
-    with pytest.raises(ValueError, match="data source 1 of 2 has a weight, but no examples are left"):
-        make(dataclasses.replace(examples, weights=(1.0, 1.0)), byte, batch_size=1, truncation="drop")
+    with pytest.raises(
+        ValueError, match="data source 1 of 2 has a weight, but no examples are left"
+    ):
+        make(
+            dataclasses.replace(examples, weights=(1.0, 1.0)), byte, batch_size=1, truncation="drop"
+        )
 
 
 def test_rankings_of_unlike_lengths_are_refused_with_the_option_that_evens_them(byte):
     examples = of_texts(("p:", " a", " b", " c"), ("p:", " a", " b"), kind="ranked")
-    with pytest.raises(ValueError, match="t:1: 2 responses, expected 3 .*data.options = {'responses': 2}"):
+    with pytest.raises(
+        ValueError, match="t:1: 2 responses, expected 3 .*data.options = {'responses': 2}"
+    ):
         make(examples, byte, batch_size=1)
 
 
@@ -276,16 +381,24 @@ def test_what_is_cut_and_dropped_is_counted(byte):
     report = make(examples, byte, batch_size=1, max_length=32).report
     assert (report["truncated prompts"], report["truncated responses"]) == (1, 1)
     report = make(examples, byte, batch_size=1, max_length=32, truncation="drop").report
-    assert report["dropped: too long"] == 2 and make(examples, byte, batch_size=1, max_length=90).report.keys() == {
-        "tokens", "padding_fraction", "groups_per_step"}
+    assert report["dropped: too long"] == 2 and make(
+        examples, byte, batch_size=1, max_length=90
+    ).report.keys() == {"tokens", "padding_fraction", "groups_per_step"}
     batch = make(examples, byte, batch_size=3, max_length=32, shuffle=False).batch(0)
     rows = [byte.decode(row[ids > 0]) for row, ids in zip(batch.tokens, batch.segment_ids)]
-    assert rows[2] == "p:" + " a" * 15 and rows[4] == "p: a<|end|>" and rows[0] == "p" * 29 + " a<|end|>"
+    assert (
+        rows[2] == "p:" + " a" * 15
+        and rows[4] == "p: a<|end|>"
+        and rows[0] == "p" * 29 + " a<|end|>"
+    )
 
 
 def test_trim_shortens_rows_to_the_longest_example(byte, pairs):
     assert make(pairs, byte, trim=True).shape.length < make(pairs, byte).shape.length == 128
-    longest = max(len(chat.encode(e, byte).prompt) + max(map(len, chat.encode(e, byte).responses)) for e in pairs.items)
+    longest = max(
+        len(chat.encode(e, byte).prompt) + max(map(len, chat.encode(e, byte).responses))
+        for e in pairs.items
+    )
     assert make(pairs, byte, trim=True).shape.length == -(-longest // 8) * 8
 
 
@@ -296,27 +409,45 @@ def test_tokens_are_kept_on_disk_and_damaged_files_made_anew(byte, pairs, tmp_pa
         patch.setattr(chat, "encode_many", None)
         assert_same(make(pairs, byte, cache_dir=str(tmp_path)).batch(0), first.batch(0))
         with pytest.raises(TypeError):  # another tokenizer, another key
-            make(pairs, tokenizer.load_tokenizer("byte", chat_template="{{ messages }}"), cache_dir=str(tmp_path))
+            make(
+                pairs,
+                tokenizer.load_tokenizer("byte", chat_template="{{ messages }}"),
+                cache_dir=str(tmp_path),
+            )
     path.write_bytes(path.read_bytes()[:1000])
     assert_same(make(pairs, byte, cache_dir=str(tmp_path)).batch(0), first.batch(0))
     assert encoding._load(str(path)) is not None
 
 
 def test_several_processes_tokenize_as_one_does(byte, pairs):
-    one, two = (encoding.encode_all(pairs.items, byte, responses=2, processes=count) for count in (1, 2))
+    one, two = (
+        encoding.encode_all(pairs.items, byte, responses=2, processes=count) for count in (1, 2)
+    )
     for field in dataclasses.fields(encoding.Encoded):
         np.testing.assert_array_equal(getattr(one, field.name), getattr(two, field.name))
 
 
 ONE = [("p:", " a", " b")]
 ERRORS = [
-    ({"batch_size": 6, "row_multiple": 4}, "batch_size 6 is not divisible by 4 .*nearest that are: 4, 8"),
+    (
+        {"batch_size": 6, "row_multiple": 4},
+        "batch_size 6 is not divisible by 4 .*nearest that are: 4, 8",
+    ),
     ({"layout": "packed", "groups_per_row": 0.5}, "groups_per_row must be at least 1, got 0.5"),
     ({"layout": "pack"}, "unknown data layout 'pack'; known"),
     ({"truncation": "keep"}, "unknown truncation 'keep'; known"),
-    ({"layout": "packed", "row_length": 8}, "row_length 8 is shorter than the longest group, 10 tokens"),
-    ({"max_length": 4, "truncation": "drop"}, "the data set is empty after truncation to max_length=4.*too long': 1"),
-    ({"mismatched": True}, "mismatched completions need one response a prompt, these examples have 2"),
+    (
+        {"layout": "packed", "row_length": 8},
+        "row_length 8 is shorter than the longest group, 10 tokens",
+    ),
+    (
+        {"max_length": 4, "truncation": "drop"},
+        "the data set is empty after truncation to max_length=4.*too long': 1",
+    ),
+    (
+        {"mismatched": True},
+        "mismatched completions need one response a prompt, these examples have 2",
+    ),
     ({"max_prompt_length": 128}, "max_prompt_length must be from 1 to max_length - 1"),
     ({"control": ("x",)}, "t:0: 2 responses, but control tokens for 1"),
 ]
@@ -335,28 +466,53 @@ def test_packed_rows_are_full_and_a_step_holds_the_groups_asked_for(byte, layout
     assert pipe.report["padding_fraction"] < 0.17 and abs(pipe.report["groups_per_step"] - 32) < 3
     plain = make(examples, byte, batch_size=32)
     assert pipe.shape.rows * pipe.shape.length < 0.75 * plain.shape.rows * plain.shape.length
-    with pytest.raises(ValueError, match="batch_size 4 would become 16 rows of .* change row_length, or batch_size"):
+    with pytest.raises(
+        ValueError, match="batch_size 4 would become 16 rows of .* change row_length, or batch_size"
+    ):
         make(examples, byte, layout=layout, batch_size=4, row_length=512, row_multiple=16)
 
 
 def test_mismatched_rows_have_room_for_any_prompt_with_any_response(byte):
     texts = [("p" * 60 + ":", " one"), ("q:", " two" * 15)]
-    pipe = make(of_texts(*texts, kind="unpaired"), byte, batch_size=2, trim=True, mismatched=True, shuffle=False)
+    pipe = make(
+        of_texts(*texts, kind="unpaired"),
+        byte,
+        batch_size=2,
+        trim=True,
+        mismatched=True,
+        shuffle=False,
+    )
     extra = pipe.batch(0).mismatched
     assert pipe.shape.length == 72 and extra.tokens.shape == (2, 128)
-    assert byte.decode(extra.tokens[0][extra.segment_ids[0] > 0]) == "p" * 60 + ":" + " two" * 15 + "<|end|>"
+    assert (
+        byte.decode(extra.tokens[0][extra.segment_ids[0] > 0])
+        == "p" * 60 + ":" + " two" * 15 + "<|end|>"
+    )
 
 
 def test_a_mismatched_response_may_be_longer_than_its_own_prompt_left_room_for(byte):
     texts = [("p" * 200 + ":", " one" * 40), ("q:", " two")]
-    pipe = make(of_texts(*texts, kind="unpaired"), byte, batch_size=2, max_prompt_length=100, mismatched=True,
-                shuffle=False)
+    pipe = make(
+        of_texts(*texts, kind="unpaired"),
+        byte,
+        batch_size=2,
+        max_prompt_length=100,
+        mismatched=True,
+        shuffle=False,
+    )
     batch = pipe.batch(0)
-    assert batch.lengths[0, 0] < batch.mismatched.lengths[1, 0] <= batch.mismatched.loss_index.shape[1]
+    assert (
+        batch.lengths[0, 0] < batch.mismatched.lengths[1, 0] <= batch.mismatched.loss_index.shape[1]
+    )
 
 
 def test_a_single_prompt_has_no_mismatched_completions(byte):
     with pytest.raises(ValueError, match="all examples have the same one"):
         make(of_texts(("p:", " a"), ("p:", " b"), kind="unpaired"), byte, mismatched=True)
     with pytest.raises(ValueError, match="this batch of 1 has one: use a larger batch_size"):
-        make(of_texts(("p:", " a"), ("q:", " b"), kind="unpaired"), byte, batch_size=1, mismatched=True).batch(0)
+        make(
+            of_texts(("p:", " a"), ("q:", " b"), kind="unpaired"),
+            byte,
+            batch_size=1,
+            mismatched=True,
+        ).batch(0)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Public data sets as their authors publish them are read without a flag, and mean what they say."""
+"""Public data sets as their authors publish them are read without a flag, and mean what they
+say."""
+
 import collections
 import json
 
@@ -15,7 +17,9 @@ def load(testdata, name, kind, chat=True, **options):
 
 
 FILES = [  # file, kind, options, examples, responses of each
-    (HH, "pairs", {}, 2308, {2}), (HH, "unpaired", {}, 4616, {1}), (HH, "completions", {"limit": 100}, 99, {1}),
+    (HH, "pairs", {}, 2308, {2}),
+    (HH, "unpaired", {}, 4616, {1}),
+    (HH, "completions", {"limit": 100}, 99, {1}),
     ("preference/rasbt_instruction_preference.json", "pairs", {}, 1100, {2}),
     ("preference/lf_kto_en_demo.json", "unpaired", {}, 300, {1}),
     ("preference/lf_kto_en_demo.json", "completions", {}, 150, {1}),
@@ -43,12 +47,16 @@ def test_public_files_are_recognised(testdata, name, kind, options, count, respo
 
 def test_transcripts_are_kept_to_the_letter_without_a_template(testdata):
     import gzip
+
     rows = [json.loads(line) for line in gzip.open(testdata / HH, "rt")]
     examples = load(testdata, HH, "pairs", chat=False)
     assert examples.report == {"examples": 2308, "dropped: empty response": 4}
     for example in examples.items:
         row = rows[int(example.source.rpartition(":")[2]) - 1]
-        assert [example.prompt + response for response in example.responses] == [row["chosen"], row["rejected"]]
+        assert [example.prompt + response for response in example.responses] == [
+            row["chosen"],
+            row["rejected"],
+        ]
         assert example.prompt.endswith("\n\nAssistant:")
 
 
@@ -60,32 +68,58 @@ def test_transcripts_as_messages_alternate_and_end_with_the_user(testdata):
 
 
 def test_reviews_with_scores_make_pairs_and_labels(testdata, tmp_path):
-    """Vicuna's reviews: two answers with a score each, joined with their texts into scalar feedback."""
+    """Vicuna's reviews: two answers with a score each, joined with their texts into scalar
+    feedback."""
     folder = testdata / "scalar"
-    read = lambda path: [json.loads(line) for line in path.read_text().splitlines()]
+
+    def read(path):
+        return [json.loads(line) for line in path.read_text().splitlines()]
+
     questions = {row["question_id"]: row["text"] for row in read(folder / "vicuna_question.jsonl")}
-    answers = {row["answer_id"]: row["text"] for path in folder.glob("answer/*.jsonl") for row in read(path)}
-    rows = [{"type": "scalar_feedback", "prompt": [{"role": "user", "content": questions[review["question_id"]]}],
-             "output": answers[review[f"answer{side + 1}_id"]], "reward": review["score"][side], "review": path.name}
-            for path in sorted(folder.glob("review/*/*.jsonl")) for review in read(path) for side in (0, 1)
-            if review["score"][0] > 0]  # -1 where the judge gave none
+    answers = {
+        row["answer_id"]: row["text"]
+        for path in folder.glob("answer/*.jsonl")
+        for row in read(path)
+    }
+    rows = [
+        {
+            "type": "scalar_feedback",
+            "prompt": [{"role": "user", "content": questions[review["question_id"]]}],
+            "output": answers[review[f"answer{side + 1}_id"]],
+            "reward": review["score"][side],
+            "review": path.name,
+        }
+        for path in sorted(folder.glob("review/*/*.jsonl"))
+        for review in read(path)
+        for side in (0, 1)
+        if review["score"][0] > 0
+    ]  # -1 where the judge gave none
     path = tmp_path / "feedback.json"
     path.write_text(json.dumps(rows))
     pairs = datasets.load(str(path), kind="pairs", chat=True, min_difference=1.0)
-    assert 0 < len(pairs) <= 80 and all(pair.scores[0] > pair.scores[1] + 1.0 for pair in pairs.items)
+    assert 0 < len(pairs) <= 80 and all(
+        pair.scores[0] > pair.scores[1] + 1.0 for pair in pairs.items
+    )
     labelled = datasets.load(str(path), kind="unpaired", chat=True, threshold=8.0)
     assert len(labelled) == len(rows) > 2000
     assert all(example.label == (example.scores[0] > 8.0) for example in labelled.items)
 
 
-@pytest.mark.parametrize("name, layout", [("models/TinyStories-656K", "packed"),
-                                          ("tokenizers/minimind", "shared_prefix")])
+@pytest.mark.parametrize(
+    "name, layout",
+    [("models/TinyStories-656K", "packed"), ("tokenizers/minimind", "shared_prefix")],
+)
 def test_packing_saves_most_of_the_padding_of_real_pairs(testdata, name, layout):
     tok = tokenizer.load_tokenizer(str(testdata / name))
     examples = load(testdata, HH, "pairs", chat=bool(tok.chat_template), limit=500)
-    plain, packed = (pipeline.make_pipeline(examples, tok, batch_size=32, max_length=512, layout=which)
-                     for which in ("plain", layout))
-    cost = lambda pipe: pipe.shape.rows * pipe.shape.length / pipe.report["groups_per_step"]
+    plain, packed = (
+        pipeline.make_pipeline(examples, tok, batch_size=32, max_length=512, layout=which)
+        for which in ("plain", layout)
+    )
+
+    def cost(pipe):
+        return pipe.shape.rows * pipe.shape.length / pipe.report["groups_per_step"]
+
     assert cost(packed) < {"packed": 0.5, "shared_prefix": 0.33}[layout] * cost(plain)
     assert packed.report["padding_fraction"] < 0.06 < 0.5 < plain.report["padding_fraction"]
     assert packed.report["truncated responses"] == plain.report["truncated responses"]

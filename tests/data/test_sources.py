@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows from files of every kind, TFDS and the hub; each knows its place."""
+
 import gzip
 import json
 
@@ -21,9 +22,17 @@ def write(path, text):
     return str(path)
 
 
-@pytest.mark.parametrize("name, text", [
-    ("a.jsonl", lines(ROWS)), ("a.jsonl.gz", lines(ROWS)), ("a.json", json.dumps(ROWS)), ("b.json", lines(ROWS)),
-    ("a.json.gz", json.dumps(ROWS, indent=1)), ("c.jsonl", "\n" + lines(ROWS[:2]) + "\r\n" + lines(ROWS[2:]) + "\n")])
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("a.jsonl", lines(ROWS)),
+        ("a.jsonl.gz", lines(ROWS)),
+        ("a.json", json.dumps(ROWS)),
+        ("b.json", lines(ROWS)),
+        ("a.json.gz", json.dumps(ROWS, indent=1)),
+        ("c.jsonl", "\n" + lines(ROWS[:2]) + "\r\n" + lines(ROWS[2:]) + "\n"),
+    ],
+)
 def test_files_give_their_rows(tmp_path, name, text):
     source = sources.open_source(write(tmp_path / name, text))
     assert [source[i] for i in range(len(source))] == ROWS
@@ -40,7 +49,13 @@ def test_places_are_line_numbers(tmp_path):
 def test_parquet_keeps_nested_fields(tmp_path):
     import pyarrow
     import pyarrow.parquet
-    rows = [{"chosen": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "c"}], "score": 1.5}] * 3
+
+    rows = [
+        {
+            "chosen": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "c"}],
+            "score": 1.5,
+        }
+    ] * 3
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
     source = sources.open_source(str(tmp_path / "a.parquet"))
     assert len(source) == 3 and source[1] == rows[1]
@@ -70,16 +85,32 @@ def broken_parquet(folder):
 
 
 MISTAKES = [
-    (lambda folder: str(folder / "train.jsnl"), FileNotFoundError, r"no such file: .*near: \['.*train\.jsonl'\]"),
+    (
+        lambda folder: str(folder / "train.jsnl"),
+        FileNotFoundError,
+        r"no such file: .*near: \['.*train\.jsonl'\]",
+    ),
     (lambda folder: str(folder / "*.csv"), FileNotFoundError, r"no file matches .*\*\.csv"),
     (lambda folder: str(folder), ValueError, "is a directory: name its files"),
-    (lambda folder: write(folder / "a.csv", "x"), ValueError, r"a\.csv: unknown kind of file; known: \.json, "),
+    (
+        lambda folder: write(folder / "a.csv", "x"),
+        ValueError,
+        r"a\.csv: unknown kind of file; known: \.json, ",
+    ),
     (lambda folder: write(folder / "a.json", "[{},\n{]"), ValueError, r"a\.json:2: malformed JSON"),
     (lambda folder: write(folder / "a.jsonl", "\n"), ValueError, "no rows"),
     (broken_gzip, ValueError, "not a whole gzip file"),
     (broken_parquet, ValueError, "not a readable Parquet file"),
-    (lambda folder: "builtin:preference:train", ValueError, "unknown builtin.*did you mean 'preferences'"),
-    (lambda folder: "builtin:preferences:test", ValueError, r"unknown split 'test'; known: \['train', 'eval'\]"),
+    (
+        lambda folder: "builtin:preference:train",
+        ValueError,
+        "unknown builtin.*did you mean 'preferences'",
+    ),
+    (
+        lambda folder: "builtin:preferences:test",
+        ValueError,
+        r"unknown split 'test'; known: \['train', 'eval'\]",
+    ),
     (lambda folder: "builtin:preferences:train?sed=1", ValueError, r"got options \['sed'\]"),
     (lambda folder: "builtin:preferences:train?size=0", ValueError, "size must be at least 1"),
     (lambda folder: "hf:name:train", ValueError, "expected hf:OWNER/NAME"),
@@ -95,11 +126,19 @@ def test_mistakes_name_what_is_wrong_and_what_is_near(tmp_path, spec, error, mes
 
 
 HUB = [  # split, files in the repository's snapshot, files chosen
-    ("owner/name", "train", ["a/train.jsonl.gz", "b/train.jsonl.gz", "b/test.jsonl.gz", "c/red_team.jsonl.gz"],
-     ["a/train.jsonl.gz", "b/train.jsonl.gz"]),
+    (
+        "owner/name",
+        "train",
+        ["a/train.jsonl.gz", "b/train.jsonl.gz", "b/test.jsonl.gz", "c/red_team.jsonl.gz"],
+        ["a/train.jsonl.gz", "b/train.jsonl.gz"],
+    ),
     ("owner/name/b", "train", ["b/train.jsonl", "b/test.jsonl"], ["b/train.jsonl"]),
-    ("owner/name", "train_prefs", ["data/train_prefs-00000-of-00001.jsonl", "data/train_sft-00000-of-00001.jsonl"],
-     ["data/train_prefs-00000-of-00001.jsonl"]),
+    (
+        "owner/name",
+        "train_prefs",
+        ["data/train_prefs-00000-of-00001.jsonl", "data/train_sft-00000-of-00001.jsonl"],
+        ["data/train_prefs-00000-of-00001.jsonl"],
+    ),
     ("owner/name", "test", ["test/0.jsonl", "train/0.jsonl"], ["test/0.jsonl"]),
     ("owner/name", "train", ["train_extra.jsonl", "train.jsonl"], ["train.jsonl"]),
 ]
@@ -111,8 +150,10 @@ def test_a_hub_split_is_its_files(tmp_path, monkeypatch, repository, split, file
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         write(tmp_path / file, json.dumps({"file": file}) + "\n")
     asked = []
-    monkeypatch.setattr("huggingface_hub.snapshot_download",
-                        lambda name, **known: asked.append((name, known)) or str(tmp_path))
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download",
+        lambda name, **known: asked.append((name, known)) or str(tmp_path),
+    )
     source = sources.open_source(f"hf:{repository}:{split}")
     assert [source[i]["file"] for i in range(len(source))] == chosen
     assert asked[0][0] == "owner/name" and asked[0][1]["repo_type"] == "dataset"
@@ -133,20 +174,38 @@ def test_tfds_is_read_without_tensorflow(tmp_path):
 
         def _info(self):
             text = tfds.features.Text()
-            return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(
-                {"prompt": text, "chosen": text, "rejected": text, "margin": tfds.features.Scalar(np.float32)}))
+            return self.dataset_info_from_configs(
+                features=tfds.features.FeaturesDict(
+                    {
+                        "prompt": text,
+                        "chosen": text,
+                        "rejected": text,
+                        "margin": tfds.features.Scalar(np.float32),
+                    }
+                )
+            )
 
         def _split_generators(self, manager):
             return {"train": self._generate_examples()}
 
         def _generate_examples(self):
             for number in range(3):
-                yield number, {"prompt": f"é{number}", "chosen": "c", "rejected": "r", "margin": number}
+                yield (
+                    number,
+                    {"prompt": f"é{number}", "chosen": "c", "rejected": "r", "margin": number},
+                )
 
     builder = Pairs(data_dir=tmp_path, file_format="array_record")
     builder.download_and_prepare()
     examples = datasets.load(f"tfds:{builder.data_dir}:train", kind="pairs", chat=False)
-    assert sorted((example.prompt, example.margin) for example in examples.items) == [("é0", 0), ("é1", 1), ("é2", 2)]
-    assert examples[0].source == f"tfds:{builder.data_dir}:train[0]" and "tensorflow" not in sys.modules
+    assert sorted((example.prompt, example.margin) for example in examples.items) == [
+        ("é0", 0),
+        ("é1", 1),
+        ("é2", 2),
+    ]
+    assert (
+        examples[0].source == f"tfds:{builder.data_dir}:train[0]"
+        and "tensorflow" not in sys.modules
+    )
     with pytest.raises(ValueError, match="no split 'test'; there are .*train"):
         datasets.load(f"tfds:{builder.data_dir}:test", kind="pairs", chat=False)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Data made by code follows the preference it claims, and holds back whole questions."""
+
 import pytest
 
 from align_jax.data import datasets, synthetic
@@ -28,10 +29,15 @@ def test_lengths_say_nothing_of_the_preference():
 
 @pytest.mark.parametrize("name", synthetic.BUILTINS)
 def test_held_out_questions_never_occur_in_training(name):
-    train, held = ({row["question"] for row in rows(name, split, size=1500)} for split in synthetic.SPLITS)
+    train, held = (
+        {row["question"] for row in rows(name, split, size=1500)} for split in synthetic.SPLITS
+    )
     assert held and not train & held
     if name != "arithmetic":
-        words = lambda questions: {word for question in questions for word in question.split()}
+
+        def words(questions):
+            return {word for question in questions for word in question.split()}
+
         assert words(held) == words(train)
 
 
@@ -40,13 +46,24 @@ def test_rows_are_a_function_of_their_number_and_the_seed():
     assert rows("preferences", size=50) != rows("preferences", size=50, seed=1)
 
 
-@pytest.mark.parametrize("name, kind, responses", [
-    ("completions", "completions", 1), ("preferences", "pairs", 2), ("unpaired", "unpaired", 1),
-    ("ranked", "ranked", 4), ("arithmetic", "prompts", 0), ("preferences", "completions", 1), ("ranked", "pairs", 2)])
+@pytest.mark.parametrize(
+    "name, kind, responses",
+    [
+        ("completions", "completions", 1),
+        ("preferences", "pairs", 2),
+        ("unpaired", "unpaired", 1),
+        ("ranked", "ranked", 4),
+        ("arithmetic", "prompts", 0),
+        ("preferences", "completions", 1),
+        ("ranked", "pairs", 2),
+    ],
+)
 @pytest.mark.parametrize("chat", [True, False])
 def test_builtin_sources_load_with_and_without_a_template(name, kind, responses, chat):
     examples = datasets.load(f"builtin:{name}:eval?size=20&seed=2", kind=kind, chat=chat)
-    assert len(examples) <= 20 and {len(example.responses) for example in examples.items} == {responses}
+    assert len(examples) <= 20 and {len(example.responses) for example in examples.items} == {
+        responses
+    }
     assert isinstance(examples[0].prompt, tuple) == chat
 
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The byte tokenizer is a real one; mistakes in naming tokenizers are told."""
+
 import pytest
 from transformers import AutoTokenizer
 
@@ -23,12 +24,15 @@ def test_the_byte_tokenizer_saves_and_loads_as_any_other(tmp_path):
         assert (again.pad_token_id, again.bos_token_id, again.eos_token_id) == (256, 257, 258)
         messages = [{"role": "user", "content": "ä"}]
         assert again.apply_chat_template(messages, tokenize=False) == "<|bos|><|user|>ä<|end|>"
-        assert tokenizer.fingerprint(again) == tokenizer.fingerprint(tokenizer.load_tokenizer(str(tmp_path)))
+        assert tokenizer.fingerprint(again) == tokenizer.fingerprint(
+            tokenizer.load_tokenizer(str(tmp_path))
+        )
 
 
 def test_the_fingerprint_sees_the_template():
     assert tokenizer.fingerprint(tokenizer.load_tokenizer("byte")) != tokenizer.fingerprint(
-        tokenizer.load_tokenizer("byte", chat_template="{{ messages }}"))
+        tokenizer.load_tokenizer("byte", chat_template="{{ messages }}")
+    )
 
 
 def test_a_template_may_be_a_file(tmp_path):
@@ -40,13 +44,20 @@ def test_a_template_may_be_a_file(tmp_path):
 
 
 def test_a_missing_tokenizer_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="expected 'byte', a directory, a tokenizer.json or a hub id"):
+    with pytest.raises(
+        ValueError, match="expected 'byte', a directory, a tokenizer.json or a hub id"
+    ):
         tokenizer.load_tokenizer(str(tmp_path / "none"))
 
 
-@pytest.mark.parametrize("name, vocabulary, end, template", [
-    ("deepseek_r1", 128815, "<｜end▁of▁sentence｜>", True), ("minimind", 6400, "<|im_end|>", True),
-    ("gpt_neox_20B/20B_tokenizer.json", 50277, "<|endoftext|>", False)])
+@pytest.mark.parametrize(
+    "name, vocabulary, end, template",
+    [
+        ("deepseek_r1", 128815, "<｜end▁of▁sentence｜>", True),
+        ("minimind", 6400, "<|im_end|>", True),
+        ("gpt_neox_20B/20B_tokenizer.json", 50277, "<|endoftext|>", False),
+    ],
+)
 def test_real_tokenizers_load(testdata, name, vocabulary, end, template):
     tok = tokenizer.load_tokenizer(str(testdata / "tokenizers" / name))
     assert (len(tok), tok.eos_token, bool(tok.chat_template)) == (vocabulary, end, template)

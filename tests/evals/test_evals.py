@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Evaluations: against transformers' log-probabilities, by hand, and as a program."""
+
 import json
 
 import jax
@@ -17,8 +18,13 @@ from align_jax.inference.engines import Client
 from align_jax.online import weighted
 from align_jax.parallel.mesh import make_mesh
 
-PAIRS = [("What? ", "good answer", "bad"), ("Why? ", "no", "because it is so"), ("Who? ", "me", "you"),
-         ("When? ", "now", "then"), ("Where? ", "here", "over there")]
+PAIRS = [
+    ("What? ", "good answer", "bad"),
+    ("Why? ", "no", "because it is so"),
+    ("Who? ", "me", "you"),
+    ("When? ", "now", "then"),
+    ("Where? ", "here", "over there"),
+]
 
 
 def letters(prompts, completions, extras):
@@ -44,7 +50,9 @@ def subject(folder):
 @pytest.fixture()
 def pairs(tmp_path):
     path = tmp_path / "pairs.jsonl"
-    path.write_text("".join(json.dumps({"prompt": p, "chosen": c, "rejected": r}) + "\n" for p, c, r in PAIRS))
+    path.write_text(
+        "".join(json.dumps({"prompt": p, "chosen": c, "rejected": r}) + "\n" for p, c, r in PAIRS)
+    )
     return str(path)
 
 
@@ -55,6 +63,7 @@ def expected_logps(folder, tokenizer, scale):
             parameter.mul_(scale)
     from align_jax.core.schema import Example
     from align_jax.data import chat
+
     sums = []
     for prompt, *responses in PAIRS:
         tokens = chat.encode(Example(prompt, tuple(responses)), tokenizer)
@@ -62,20 +71,26 @@ def expected_logps(folder, tokenizer, scale):
             whole = torch.tensor([[*tokens.prompt, *ids]])
             with torch.no_grad():
                 logps = torch.log_softmax(model(whole).logits[0, :-1], -1)
-            sums.append(logps.gather(1, whole[0, 1:, None])[-len(ids):].sum().item())
+            sums.append(logps.gather(1, whole[0, 1:, None])[-len(ids) :].sum().item())
     return np.array(sums).reshape(-1, 2)
 
 
 def test_preference_and_perplexity_equal_transformers(subject, folder, pairs):
-    found = EVALS["preference"].fn(subject, datasets.load(pairs, kind="pairs", chat=False), batch_size=4)
+    found = EVALS["preference"].fn(
+        subject, datasets.load(pairs, kind="pairs", chat=False), batch_size=4
+    )
     mine, other = (expected_logps(folder, subject.tokenizer, scale) for scale in (1.05, 1.0))
     rewards_ = 0.1 * (mine - other)
     assert found["logps/chosen"] == pytest.approx(mine[:, 0].mean(), abs=1e-3)
     assert found["logps/accuracies"] == pytest.approx((mine[:, 0] > mine[:, 1]).mean())
-    assert found["rewards/margins"] == pytest.approx((rewards_[:, 0] - rewards_[:, 1]).mean(), abs=1e-4)
+    assert found["rewards/margins"] == pytest.approx(
+        (rewards_[:, 0] - rewards_[:, 1]).mean(), abs=1e-4
+    )
     assert found["rewards/accuracies"] == pytest.approx((rewards_[:, 0] > rewards_[:, 1]).mean())
     assert found["examples"] == 5
-    found = EVALS["perplexity"].fn(subject, datasets.load(pairs, kind="completions", chat=False), batch_size=4)
+    found = EVALS["perplexity"].fn(
+        subject, datasets.load(pairs, kind="completions", chat=False), batch_size=4
+    )
     assert found["nll"] == pytest.approx(-mine[:, 0].sum() / found["tokens"], abs=1e-4)
     assert found["reference_nll"] == pytest.approx(-other[:, 0].sum() / found["tokens"], abs=1e-4)
 
@@ -99,12 +114,22 @@ def test_win_rate_against_itself_is_half_and_against_empty_answers_one(subject, 
     path = tmp_path / "answers.jsonl"
     path.write_text("".join(json.dumps({"prompt": p, "answer": ""}) + "\n" for p, *_ in PAIRS))
     alone = subject._replace(reference=None, reference_params=None)
-    found = EVALS["win_rate"].fn(alone, datasets.load(str(path), kind="prompts", chat=False), by_length,
-                                 max_new_tokens=8, rows=8)
+    found = EVALS["win_rate"].fn(
+        alone,
+        datasets.load(str(path), kind="prompts", chat=False),
+        by_length,
+        max_new_tokens=8,
+        rows=8,
+    )
     assert found["win_rate"] == 1.0 and found["comparisons"] == 5
     with pytest.raises(ValueError, match="reference"):
-        EVALS["win_rate"].fn(alone, datasets.load(pairs, kind="prompts", chat=False), by_length, max_new_tokens=8,
-                             rows=8)
+        EVALS["win_rate"].fn(
+            alone,
+            datasets.load(pairs, kind="prompts", chat=False),
+            by_length,
+            max_new_tokens=8,
+            rows=8,
+        )
 
 
 def test_a_judge_is_asked_in_both_orders():
@@ -118,7 +143,9 @@ def test_a_judge_is_asked_in_both_orders():
 
     biased = Judge(lambda text: "I say A")
     assert by_judge(biased, "m")(["p"], ["x"], ["y"], [{}]) == [0.5] and len(biased.asked) == 2
-    fair = Judge(lambda text: "A" if text.index("best") < text.index("Answer B") else "The answer: B")
+    fair = Judge(
+        lambda text: "A" if text.index("best") < text.index("Answer B") else "The answer: B"
+    )
     assert by_judge(fair, "m")(["p", "p"], ["best", "y"], ["x", "best"], [{}, {}]) == [1.0, 0.0]
     assert tally(np.float32([1.0, 0.5, 0.0, 1.0]))["win_rate"] == 0.625
     with pytest.raises(ValueError, match="neither A, B nor C"):
@@ -126,8 +153,12 @@ def test_a_judge_is_asked_in_both_orders():
 
 
 def test_the_program_names_mistakes_and_writes_an_aligned_table(subject, pairs):
-    for item, message in (("preferences=x", "did you mean 'preference'"), ("preference", "NAME=SOURCE"),
-                          ("generation=x", "--rewards"), ("win_rate=x", "--judge")):
+    for item, message in (
+        ("preferences=x", "did you mean 'preference'"),
+        ("preference", "NAME=SOURCE"),
+        ("generation=x", "--rewards"),
+        ("win_rate=x", "--judge"),
+    ):
         with pytest.raises(ValueError, match=message):
             evaluate.evaluate(subject, [item])
     results = evaluate.evaluate(subject, [f"preference={pairs}"], limit=3)

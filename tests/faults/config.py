@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The smallest run that still has all the parts: for starting, killing and restarting processes again and again."""
+"""The smallest run that still has all the parts: for starting, killing and restarting processes
+again and again."""
+
 from align_jax.core.config import ConfigDict, defaults
 
 
@@ -10,8 +12,16 @@ def get_config(data: str) -> ConfigDict:
     config.batch_size = 8
     config.max_length = 48
     config.tokenizer = "byte"
-    config.model.config = ConfigDict(dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1,
-                                          num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64))
+    config.model.config = ConfigDict(
+        dict(
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            max_position_embeddings=64,
+        )
+    )
     config.model.compute_dtype = "float32"
     config.model.remat = "none"
     config.reference.dtype = "float32"

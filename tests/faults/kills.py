@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs that are killed: start ``train`` in processes, kill one at a random moment, compare what came of it."""
+"""Runs that are killed: start ``train`` in processes, kill one at a random moment, compare what
+came of it."""
+
 from __future__ import annotations
 
 import contextlib
@@ -15,24 +17,39 @@ EVERY_STEPS = 10  # between checkpoints
 
 def make_data(path: pathlib.Path) -> None:
     """Write forty preference pairs."""
-    pairs = [{"prompt": f"say {i} ", "chosen": f"yes {i * i}", "rejected": f"no {i + 7}"} for i in range(40)]
+    pairs = [
+        {"prompt": f"say {i} ", "chosen": f"yes {i * i}", "rejected": f"no {i + 7}"}
+        for i in range(40)
+    ]
     path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
 
 
-def start(folder: pathlib.Path, name: str, steps: int, count: int = 1, *overrides: str) -> list[processes.Forked]:
-    """Start ``train`` in ``folder/name``, ``count`` processes of it, compiled programs shared through a cache."""
+def start(
+    folder: pathlib.Path, name: str, steps: int, count: int = 1, *overrides: str
+) -> list[processes.Forked]:
+    """Start ``train`` in ``folder/name``, ``count`` processes of it, compiled programs shared
+    through a cache."""
     data = folder / "pairs.jsonl"
     if not data.exists():
         make_data(data)
     return processes.fork(
         "align_jax.train",
-        [f"--config={processes.ROOT}/tests/faults/config.py:{data}",
-         f"--workdir={folder / name}", f"--config.total_steps={steps}",
-         f"--config.checkpoint.every_steps={EVERY_STEPS}", *overrides],
-        count, log=folder / f"{name}.log", cache=folder / "cache")
+        [
+            f"--config={processes.ROOT}/tests/faults/config.py:{data}",
+            f"--workdir={folder / name}",
+            f"--config.total_steps={steps}",
+            f"--config.checkpoint.every_steps={EVERY_STEPS}",
+            *overrides,
+        ],
+        count,
+        log=folder / f"{name}.log",
+        cache=folder / "cache",
+    )
 
 
-def finish(folder: pathlib.Path, name: str, started: list[processes.Forked], seconds: float = 600) -> list[str]:
+def finish(
+    folder: pathlib.Path, name: str, started: list[processes.Forked], seconds: float = 600
+) -> list[str]:
     """Wait for the processes to end well; return what they wrote."""
     return processes.wait(started, folder / f"{name}.log", seconds=seconds)
 
@@ -60,26 +77,39 @@ def newest(workdir: pathlib.Path) -> int:
 
 def fingerprints(workdir: pathlib.Path) -> dict[str, int]:
     """Return the bit sums of every array in the newest checkpoint."""
-    return json.loads((workdir / f"checkpoints/{newest(workdir)}/extra/metadata").read_text())["fingerprints"]
+    return json.loads((workdir / f"checkpoints/{newest(workdir)}/extra/metadata").read_text())[
+        "fingerprints"
+    ]
 
 
 def saving(workdir: pathlib.Path, since: float) -> bool:
-    """Tell whether a checkpoint is half written that was begun after ``since``: an earlier kill's may lie there too."""
+    """Tell whether a checkpoint is half written that was begun after ``since``: an earlier kill's
+    may lie there too."""
     with contextlib.suppress(FileNotFoundError):  # committed while we look
-        return any("tmp" in path.name and path.stat().st_mtime > since
-                   for path in (workdir / "checkpoints").glob("*"))
+        return any(
+            "tmp" in path.name and path.stat().st_mtime > since
+            for path in (workdir / "checkpoints").glob("*")
+        )
     return False
 
 
 def last_step(workdir: pathlib.Path, since: float) -> int:
-    """Return the last step logged since then, 0 if none: an earlier start's rows lie there until a run resumes."""
+    """Return the last step logged since then, 0 if none: an earlier start's rows lie there until a
+    run resumes."""
     path = workdir / "metrics.jsonl"
     return max(losses(workdir), default=0) if path.exists() and path.stat().st_mtime > since else 0
 
 
-def kill_one(workdir: pathlib.Path, started: list[processes.Forked], draw: random.Random, seconds: float) -> str:
-    """Wait for a random moment, then kill one process with signal 9; return where it was, "" if the run had ended."""
-    kind, began, since = draw.choice(("time", "step", "save", "save")), time.monotonic(), time.time()
+def kill_one(
+    workdir: pathlib.Path, started: list[processes.Forked], draw: random.Random, seconds: float
+) -> str:
+    """Wait for a random moment, then kill one process with signal 9; return where it was, "" if the
+    run had ended."""
+    kind, began, since = (
+        draw.choice(("time", "step", "save", "save")),
+        time.monotonic(),
+        time.time(),
+    )
     first = newest(workdir)
     when, after, saves = draw.uniform(0, seconds), draw.randint(1, 25), draw.randint(1, 3)
     was_saving = False
@@ -119,4 +149,6 @@ def compare(reference: pathlib.Path, other: pathlib.Path) -> None:
     assert not wrong, f"arrays that differ: {wrong}"
     expected, found = losses(reference), losses(other)
     wrong = [step for step in expected | found if expected.get(step) != found.get(step)]
-    assert not wrong, f"losses that differ: {[(step, expected.get(step), found.get(step)) for step in wrong[:5]]}"
+    assert not wrong, (
+        f"losses that differ: {[(step, expected.get(step), found.get(step)) for step in wrong[:5]]}"
+    )

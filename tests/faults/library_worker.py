@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """One process of the tests of checkpoints and signals: ``library_worker.py ACT WORKDIR``."""
+
 import logging
 import os
 import pathlib
@@ -13,13 +14,13 @@ from align_jax.parallel import distributed
 
 distributed.start()
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
+import jax
+import jax.numpy as jnp
+import numpy as np
 
-from align_jax.parallel.mesh import make_mesh  # noqa: E402
-from align_jax.storage import checkpoint  # noqa: E402
-from align_jax.storage.checkpoint import Checkpoints  # noqa: E402
+from align_jax.parallel.mesh import make_mesh
+from align_jax.storage import checkpoint
+from align_jax.storage.checkpoint import Checkpoints
 
 
 def _sharding():
@@ -29,12 +30,20 @@ def _sharding():
 def _state(step):
     values = np.arange(32, dtype=np.float32).reshape(16, 2) + 100 * step
     everywhere = jax.sharding.NamedSharding(_sharding().mesh, jax.sharding.PartitionSpec())
-    return {"params": {"kernel": jax.make_array_from_callback((16, 2), _sharding(), lambda index: values[index])},
-            "step": jax.make_array_from_callback((), everywhere, lambda index: np.int32(step))}
+    return {
+        "params": {
+            "kernel": jax.make_array_from_callback(
+                (16, 2), _sharding(), lambda index: values[index]
+            )
+        },
+        "step": jax.make_array_from_callback((), everywhere, lambda index: np.int32(step)),
+    }
 
 
 def _abstract():
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _state(0))
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _state(0)
+    )
 
 
 def save(workdir):
@@ -54,7 +63,8 @@ def restore(workdir):
 
 
 def save_and_lose_one(workdir):
-    """Save two steps, restore with the last process alone finding the newest unreadable, and save it anew."""
+    """Save two steps, restore with the last process alone finding the newest unreadable, and save
+    it anew."""
     save(workdir)
     read = checkpoint._read_here
 
@@ -72,10 +82,19 @@ def save_and_lose_one(workdir):
 def _replicated(step):
     mesh = make_mesh({"data": 2, "fsdp": -1})
     state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), _state(step))
-    values = {"params": {"kernel": np.arange(32, dtype=np.float32).reshape(16, 2) * -step}, "step": np.int32(step)}
-    return jax.tree.map(lambda x, value: jax.make_array_from_callback(
-        x.shape, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*("fsdp",)[:x.ndim])),
-        lambda index: value[index]), state, values)
+    values = {
+        "params": {"kernel": np.arange(32, dtype=np.float32).reshape(16, 2) * -step},
+        "step": np.int32(step),
+    }
+    return jax.tree.map(
+        lambda x, value: jax.make_array_from_callback(
+            x.shape,
+            jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*("fsdp",)[: x.ndim])),
+            lambda index: value[index],
+        ),
+        state,
+        values,
+    )
 
 
 def _local(workdir):
@@ -85,10 +104,14 @@ def _local(workdir):
 def _restore_locally(workdir):
     state = _replicated(0)
     with jax.set_mesh(state["step"].sharding.mesh), _local(workdir) as checkpoints:
-        restored = checkpoints.restore(jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state))
-        same = jax.jit(lambda x, y: jnp.all(x == y))(restored.state["params"]["kernel"],
-                                                     _replicated(restored.step)["params"]["kernel"])
+        restored = checkpoints.restore(
+            jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+            )
+        )
+        same = jax.jit(lambda x, y: jnp.all(x == y))(
+            restored.state["params"]["kernel"], _replicated(restored.step)["params"]["kernel"]
+        )
         print("restored", restored.step, restored.extra["count"], bool(same))
 
 
@@ -101,12 +124,13 @@ def _meanwhile(act):
 
 
 def lose_local_storage(workdir):
-    """Save on four hosts, each one half of one replica; restore after hosts changed places and lost their storage."""
+    """Save on four hosts, each one half of one replica; restore after hosts changed places and lost
+    their storage."""
     with _local(workdir) as checkpoints:
         checkpoints.save(1, _replicated(1), {"count": 1})
         for step in (2, 3):
             checkpoints.save(step, _replicated(step), {"count": step}, tier="local")
-    local, = pathlib.Path(workdir, "local").iterdir()
+    (local,) = pathlib.Path(workdir, "local").iterdir()
 
     def change_places():
         (local / "0").rename(local / "moved")  # 0 held a first half, 3 a second one
@@ -123,7 +147,8 @@ def lose_local_storage(workdir):
 
 
 def mistakes(workdir):
-    """Open a workdir that is another folder for each process, and a local one that is not; miss a barrier."""
+    """Open a workdir that is another folder for each process, and a local one that is not; miss a
+    barrier."""
     try:
         Checkpoints(f"{workdir}/{jax.process_index()}")
     except ValueError as error:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Start several JAX processes on this machine, as the hosts of a pod would be started."""
+
 from __future__ import annotations
 
 import atexit
@@ -16,15 +17,32 @@ import time
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-def environment(count: int = 1, index: int = 0, port: int = 0, *, devices: int = 1) -> dict[str, str]:
-    """Make the environment of process ``index`` of ``count``, each with ``devices`` simulated CPU devices."""
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "TPU_", "XLA_"))}
-    clean |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "TPU_SKIP_MDS_QUERY": "1",
-              "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
-              "ALIGN_JAX_WAIT_SECONDS": "120", "ALIGN_JAX_HEARTBEAT_SECONDS": "10"}
+def environment(
+    count: int = 1, index: int = 0, port: int = 0, *, devices: int = 1
+) -> dict[str, str]:
+    """Make the environment of process ``index`` of ``count``, each with ``devices`` simulated CPU
+    devices."""
+    clean = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("JAX_", "TPU_", "XLA_"))
+    }
+    clean |= {
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(ROOT),
+        "HF_HUB_OFFLINE": "1",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
+        "--xla_backend_optimization_level=0",
+        "ALIGN_JAX_WAIT_SECONDS": "120",
+        "ALIGN_JAX_HEARTBEAT_SECONDS": "10",
+    }
     if count > 1:
-        clean |= {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": str(count),
-                  "JAX_PROCESS_ID": str(index)}
+        clean |= {
+            "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+            "JAX_NUM_PROCESSES": str(count),
+            "JAX_PROCESS_ID": str(index),
+        }
     return clean
 
 
@@ -35,8 +53,9 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def start(arguments: list[str], count: int = 1, *, devices: int = 1, log: pathlib.Path,
-          **extra: str) -> list[subprocess.Popen]:
+def start(
+    arguments: list[str], count: int = 1, *, devices: int = 1, log: pathlib.Path, **extra: str
+) -> list[subprocess.Popen]:
     """Start ``count`` processes of ``python ARGUMENTS``; process i writes to ``LOG.i``.
 
     Args:
@@ -49,22 +68,34 @@ def start(arguments: list[str], count: int = 1, *, devices: int = 1, log: pathli
     port, started = free_port(), []
     for index in range(count):
         with open(f"{log}.{index}", "w") as output:
-            started.append(subprocess.Popen([sys.executable, *arguments], stdout=output, stderr=subprocess.STDOUT,
-                                            env=environment(count, index, port, devices=devices) | extra, cwd=ROOT))
+            started.append(
+                subprocess.Popen(
+                    [sys.executable, *arguments],
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    env=environment(count, index, port, devices=devices) | extra,
+                    cwd=ROOT,
+                )
+            )
     return started
 
 
 class Forked:
-    """``python -m MODULE ARGUMENTS``, forked from a process that has done the imports already: five seconds less each.
+    """``python -m MODULE ARGUMENTS``, forked from a process that has done the imports already: five
+    seconds less each.
 
     It has ``Popen``'s methods.
     """
 
     def __init__(self, module: str, arguments: list[str], environment: dict[str, str], log: str):
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([module, "orbax.checkpoint", "transformers.models.auto", __name__])
+        context.set_forkserver_preload(
+            [module, "orbax.checkpoint", "transformers.models.auto", __name__]
+        )
         # daemon: whatever a failed test leaves behind ends with it
-        self._process = context.Process(target=_run, args=(module, arguments, environment, log), daemon=True)
+        self._process = context.Process(
+            target=_run, args=(module, arguments, environment, log), daemon=True
+        )
         self._process.start()
 
     def poll(self) -> int | None:
@@ -96,6 +127,7 @@ def _run(module: str, arguments: list[str], environment: dict[str, str], log: st
     os.chdir(ROOT)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     import jax
+
     # JAX has read its own variables long ago.
     jax.config.update("jax_compilation_cache_dir", environment["JAX_COMPILATION_CACHE_DIR"])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -107,18 +139,27 @@ def _run(module: str, arguments: list[str], environment: dict[str, str], log: st
         atexit._run_exitfuncs()  # as at an ordinary end: JAX takes its leave of the other processes
 
 
-def fork(module: str, arguments: list[str], count: int = 1, *, log: pathlib.Path, cache: pathlib.Path) -> list[Forked]:
+def fork(
+    module: str, arguments: list[str], count: int = 1, *, log: pathlib.Path, cache: pathlib.Path
+) -> list[Forked]:
     """Start ``count`` processes of ``python -m MODULE ARGUMENTS``; process i writes to ``LOG.i``.
 
     Compiled programs are kept in ``cache``, so that a restart does not compile them again.
     """
     port, kept = free_port(), {"JAX_COMPILATION_CACHE_DIR": str(cache)}
-    return [Forked(module, arguments, environment(count, index, port) | kept, f"{log}.{index}")
-            for index in range(count)]
+    return [
+        Forked(module, arguments, environment(count, index, port) | kept, f"{log}.{index}")
+        for index in range(count)
+    ]
 
 
-def wait(started: list[subprocess.Popen] | list[Forked], log: pathlib.Path, *, seconds: float = 120,
-         expect: int | None = 0) -> list[str]:
+def wait(
+    started: list[subprocess.Popen] | list[Forked],
+    log: pathlib.Path,
+    *,
+    seconds: float = 120,
+    expect: int | None = 0,
+) -> list[str]:
     """Wait for all; return what they wrote.
 
     Raises:
@@ -135,7 +176,11 @@ def wait(started: list[subprocess.Popen] | list[Forked], log: pathlib.Path, *, s
                 process.kill()
                 process.wait()
     outputs = [pathlib.Path(f"{log}.{index}").read_text() for index in range(len(started))]
-    shown = "\n".join(f"--- process {index}\n{output[-3000:]}" for index, output in enumerate(outputs))
+    shown = "\n".join(
+        f"--- process {index}\n{output[-3000:]}" for index, output in enumerate(outputs)
+    )
     assert statuses is not None, f"still running after {seconds} s\n{shown}"
-    assert expect is None or all(status == expect for status in statuses), f"exit statuses {statuses}\n{shown}"
+    assert expect is None or all(status == expect for status in statuses), (
+        f"exit statuses {statuses}\n{shown}"
+    )
     return outputs

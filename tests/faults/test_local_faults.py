@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two hosts with a replica each, killed between persistent saves: nothing is lost that one of them still holds."""
+"""Two hosts with a replica each, killed between persistent saves: nothing is lost that one of them
+still holds."""
+
 import shutil
 import time
 
@@ -9,9 +11,17 @@ STEPS, EVERY, LOCAL_EVERY = 48, 30, 4
 
 
 def _start(folder, name):
-    return kills.start(folder, name, STEPS, 2, "--config.mesh.data=2", "--config.mesh.fsdp=1",
-                          f"--config.checkpoint.every_steps={EVERY}", f"--config.checkpoint.local={folder / 'local'}",
-                          f"--config.checkpoint.local_every_steps={LOCAL_EVERY}")
+    return kills.start(
+        folder,
+        name,
+        STEPS,
+        2,
+        "--config.mesh.data=2",
+        "--config.mesh.fsdp=1",
+        f"--config.checkpoint.every_steps={EVERY}",
+        f"--config.checkpoint.local={folder / 'local'}",
+        f"--config.checkpoint.local_every_steps={LOCAL_EVERY}",
+    )
 
 
 def _hosts(folder, name):
@@ -23,7 +33,8 @@ def _newest(host):
 
 
 def _kill_after(folder, name, started, step):
-    """Wait until both hosts hold a step, then kill the processes with signal 9; return the newest that both hold."""
+    """Wait until both hosts hold a step, then kill the processes with signal 9; return the newest
+    that both hold."""
     end = time.monotonic() + 240
     while len(hosts := _hosts(folder, name)) < 2 or min(map(_newest, hosts)) < step:
         assert all(process.poll() is None for process in started) and time.monotonic() < end
@@ -48,22 +59,34 @@ def _flip_a_bit(step):
     largest.write_bytes(bytes(data))
 
 
-def test_a_run_killed_between_persistent_saves_goes_on_from_the_hosts_own_storage_to_the_same_bits(tmp_path):
+def test_a_run_killed_between_persistent_saves_goes_on_from_the_hosts_own_storage_to_the_same_bits(
+    tmp_path,
+):
     kills.finish(tmp_path, "reference", _start(tmp_path, "reference"))
     first_kill = _kill_after(tmp_path, "victim", _start(tmp_path, "victim"), LOCAL_EVERY)
     assert kills.newest(tmp_path / "victim") == 0
 
-    second_kill = _kill_after(tmp_path, "victim", _start(tmp_path, "victim"), first_kill + 2 * LOCAL_EVERY)
-    assert _resumed_after(tmp_path, "victim", first_kill)[0]  # lost are only the steps since the local save
+    second_kill = _kill_after(
+        tmp_path, "victim", _start(tmp_path, "victim"), first_kill + 2 * LOCAL_EVERY
+    )
+    # lost are only the steps since the local save
+    assert _resumed_after(tmp_path, "victim", first_kill)[0]
 
     first, second = _hosts(tmp_path, "victim")
-    shutil.rmtree(second)  # one host lost its storage, and the newest that the other holds is damaged
+    # one host lost its storage, and the newest that the other holds is damaged
+    shutil.rmtree(second)
     for step in range(second_kill, _newest(first) + 1, LOCAL_EVERY):
         _flip_a_bit(first / str(step))
     _kill_after(tmp_path, "victim", _start(tmp_path, "victim"), max(EVERY + 2, second_kill))
     resumed, output = _resumed_after(tmp_path, "victim", second_kill - LOCAL_EVERY)
-    assert resumed and f"local checkpoint of step {second_kill} in {first} on process 0 is not used" in output
-    assert f"step {second_kill - LOCAL_EVERY}: processes [1] had no sound one; others gave them theirs" in output
+    assert (
+        resumed
+        and f"local checkpoint of step {second_kill} in {first} on process 0 is not used" in output
+    )
+    assert (
+        f"step {second_kill - LOCAL_EVERY}: processes [1] had no sound one; others gave them theirs"
+        in output
+    )
 
     shutil.rmtree(first)  # all is lost on the hosts: the persistent one is there
     shutil.rmtree(second)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The whole program on several processes, killed, stopped and moved: the same run comes out."""
+
 import re
 import shutil
 import signal
@@ -26,7 +27,9 @@ def _wait_for_step(folder, name, started, step):
         time.sleep(0.02)
 
 
-def test_a_run_is_killed_on_two_processes_stopped_on_four_finished_on_one_and_comes_out_the_same(folder):
+def test_a_run_is_killed_on_two_processes_stopped_on_four_finished_on_one_and_comes_out_the_same(
+    folder,
+):
     started = kills.start(folder, "moved", STEPS, 2, "--config.mesh.data=2", "--config.mesh.fsdp=1")
     _wait_for_step(folder, "moved", started, 12)
     while kills.newest(folder / "moved") < 10 and started[0].poll() is None:
@@ -36,12 +39,14 @@ def test_a_run_is_killed_on_two_processes_stopped_on_four_finished_on_one_and_co
     assert re.search("died|peer|unavailable", (folder / "moved.log.0").read_text(), re.I)
     first = kills.newest(folder / "moved")
     assert first >= 10
-    shutil.copytree(folder / "moved", folder / "direct")  # from two processes to one, with no four between
+    # from two processes to one, with no four between
+    shutil.copytree(folder / "moved", folder / "direct")
 
     started = kills.start(folder, "moved", STEPS, 4, "--config.mesh.data=1", "--config.mesh.fsdp=4")
     _wait_for_step(folder, "moved", started, first + 3)
     started[3].send_signal(signal.SIGTERM)
-    output = kills.finish(folder, "moved", started)[0]  # all exit with status 0, having saved the same step
+    # all exit with status 0, having saved the same step
+    output = kills.finish(folder, "moved", started)[0]
     second = kills.newest(folder / "moved")
     assert first + 3 <= second < STEPS
     assert f"step {first + 1}/{STEPS}" in output and f"step {first}/{STEPS}" not in output

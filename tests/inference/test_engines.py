@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Engines: the OpenAI-compatible one against a small server on this machine."""
+
 import http.server
 import json
 import threading
@@ -26,11 +27,24 @@ class Stub(http.server.BaseHTTPRequestHandler):
         elif self.path == "/v1/completions":
             tokens = [token + 1 for token in body["prompt"]]
             names = [str(t) if body["model"] == "words" else f"token_id:{t}" for t in tokens]
-            answer = {"choices": [{"index": i, "text": "?", "finish_reason": "stop" if i else "length", "logprobs": {
-                "tokens": names, "token_logprobs": [-0.5 * (i + 1)] * len(tokens)}}
-                for i in reversed(range(body["n"]))]}
+            answer = {
+                "choices": [
+                    {
+                        "index": i,
+                        "text": "?",
+                        "finish_reason": "stop" if i else "length",
+                        "logprobs": {
+                            "tokens": names,
+                            "token_logprobs": [-0.5 * (i + 1)] * len(tokens),
+                        },
+                    }
+                    for i in reversed(range(body["n"]))
+                ]
+            }
         elif self.path == "/v1/chat/completions":
-            answer = {"choices": [{"message": {"content": body["messages"][-1]["content"].upper()}}]}
+            answer = {
+                "choices": [{"message": {"content": body["messages"][-1]["content"].upper()}}]
+            }
         elif self.path == "/missing":
             status, answer = 404, {"error": "no such route"}
         self.send_response(status)
@@ -54,15 +68,26 @@ def server():
 
 
 def make(server, **options):
-    return ENGINES["openai"](f"http://127.0.0.1:{server.server_port}/v1", options.pop("model", "m"),
-                             load_tokenizer("byte"), retry_seconds=(0.01,), **options)
+    return ENGINES["openai"](
+        f"http://127.0.0.1:{server.server_port}/v1",
+        options.pop("model", "m"),
+        load_tokenizer("byte"),
+        retry_seconds=(0.01,),
+        **options,
+    )
 
 
 def test_completions_come_back_as_tokens_with_log_probabilities(server):
-    request = Request((65, 66), samples=2, max_new_tokens=7, sampling=Sampling(temperature=0.5, top_k=3), seed=9,
-                      stop=("C",))
+    request = Request(
+        (65, 66),
+        samples=2,
+        max_new_tokens=7,
+        sampling=Sampling(temperature=0.5, top_k=3),
+        seed=9,
+        stop=("C",),
+    )
     done = []
-    (first, second), = make(server)([request], done.append)
+    ((first, second),) = make(server)([request], done.append)
     assert done == [2]
     assert first.tokens.tolist() == [66, 67] and first.text == "B" and first.finish == "length"
     np.testing.assert_array_equal(first.token_logps, np.float32([-0.5, -0.5]))
@@ -70,14 +95,28 @@ def test_completions_come_back_as_tokens_with_log_probabilities(server):
     assert second.finish == "stop" and np.isnan(second.drawn_logps).all()
     assert len(server.seen) == 2  # the first try met a 503
     assert server.seen[1][1] == {
-        "model": "m", "prompt": [65, 66], "n": 2, "max_tokens": 7, "temperature": 0.5, "top_p": 1.0, "seed": 9,
-        "logprobs": 1, "return_tokens_as_token_ids": True, "top_k": 3, "stop": ["C"]}
+        "model": "m",
+        "prompt": [65, 66],
+        "n": 2,
+        "max_tokens": 7,
+        "temperature": 0.5,
+        "top_p": 1.0,
+        "seed": 9,
+        "logprobs": 1,
+        "return_tokens_as_token_ids": True,
+        "top_k": 3,
+        "stop": ["C"],
+    }
 
 
-@pytest.mark.parametrize("push,route", [("vllm", "/collective_rpc"), ("sglang", "/update_weights_from_disk")])
+@pytest.mark.parametrize(
+    "push,route", [("vllm", "/collective_rpc"), ("sglang", "/update_weights_from_disk")]
+)
 def test_update_exports_the_weights_and_tells_the_server(server, tmp_path, push, route):
     written = []
-    make(server, weights=str(tmp_path), export=lambda *args: written.append(args), push=push).update({"w": 1})
+    make(
+        server, weights=str(tmp_path), export=lambda *args: written.append(args), push=push
+    ).update({"w": 1})
     assert written == [(str(tmp_path), {"w": 1})] and server.seen[0][0] == route
 
 

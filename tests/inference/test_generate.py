@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Generation: equal to the full forward, to rescoring and to transformers; independent of the batch."""
+"""Generation: equal to the full forward, to rescoring and to transformers; independent of the
+batch."""
+
 import dataclasses
 import functools
 
@@ -18,9 +20,23 @@ from align_jax.models.model import build
 from align_jax.parallel.mesh import make_mesh
 from align_jax.parallel.sharding import tree_shardings
 
-TINY = ModelConfig(family="llama", vocab_size=270, vocab_rows=272, num_layers=2, width=16, num_heads=4, num_kv_heads=2,
-                   head_width=4, ffn_width=32, max_positions=96, query_scale=0.5, windows=(0, 0), layer_ropes=(0, 0),
-                   ropes=(Rope(10000.0, 4),), init_std=0.3)
+TINY = ModelConfig(
+    family="llama",
+    vocab_size=270,
+    vocab_rows=272,
+    num_layers=2,
+    width=16,
+    num_heads=4,
+    num_kv_heads=2,
+    head_width=4,
+    ffn_width=32,
+    max_positions=96,
+    query_scale=0.5,
+    windows=(0, 0),
+    layer_ropes=(0, 0),
+    ropes=(Rope(10000.0, 4),),
+    init_std=0.3,
+)
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +54,8 @@ def _logps(model, params, tokens, real):
 def forward_logps(model, params, tokens):
     """Log-softmax of the full forward on one row: [T - 1, V], of each token after the first."""
     row, real = np.zeros((2, 1, 96), np.int32)
-    row[0, :len(tokens)], real[0, :len(tokens)] = tokens, 1
-    return np.asarray(_logps(model, params, row, real))[:len(tokens) - 1, :270]
+    row[0, : len(tokens)], real[0, : len(tokens)] = tokens, 1
+    return np.asarray(_logps(model, params, row, real))[: len(tokens) - 1, :270]
 
 
 def prompts(n, seed=0):
@@ -48,25 +64,39 @@ def prompts(n, seed=0):
 
 
 def same(a, b):
-    return all(np.array_equal(x.tokens, y.tokens) and np.array_equal(x.token_logps, y.token_logps) and x[3:] == y[3:]
-               for x, y in zip(a, b, strict=True))
+    return all(
+        np.array_equal(x.tokens, y.tokens)
+        and np.array_equal(x.token_logps, y.token_logps)
+        and x[3:] == y[3:]
+        for x, y in zip(a, b, strict=True)
+    )
 
 
 @pytest.mark.parametrize("windows", [(0, 0), (0, 5)])
 def test_sampled_log_probabilities_equal_the_full_forward(tiny, windows):
     config = dataclasses.replace(TINY, windows=windows)
     model, params = build(config, compute_dtype="float32", remat="none"), tiny[1]
-    requests = [Request(p, samples=2, max_new_tokens=12, sampling=Sampling(temperature=0.8), seed=i)
-                for i, p in enumerate(prompts(5))]
+    requests = [
+        Request(p, samples=2, max_new_tokens=12, sampling=Sampling(temperature=0.8), seed=i)
+        for i, p in enumerate(prompts(5))
+    ]
     found = Generator(model, tiny[2], rows=4)(params, requests)
     for request, completions in zip(requests, found):
         assert len(completions) == 2
         for one in completions:
-            assert one.finish == "length" and len(one.tokens) == 12 or one.tokens[-1] == tiny[2].eos_token_id
-            logps = forward_logps(model, params, [*request.prompt, *one.tokens])[-len(one.tokens):]
-            np.testing.assert_allclose(one.token_logps, logps[np.arange(len(one.tokens)), one.tokens], atol=1e-4)
+            assert (
+                one.finish == "length"
+                and len(one.tokens) == 12
+                or one.tokens[-1] == tiny[2].eos_token_id
+            )
+            logps = forward_logps(model, params, [*request.prompt, *one.tokens])[-len(one.tokens) :]
+            np.testing.assert_allclose(
+                one.token_logps, logps[np.arange(len(one.tokens)), one.tokens], atol=1e-4
+            )
             tempered = np.asarray(jax.nn.log_softmax(logps / 0.8, axis=-1))
-            np.testing.assert_allclose(one.drawn_logps, tempered[np.arange(len(one.tokens)), one.tokens], atol=1e-4)
+            np.testing.assert_allclose(
+                one.drawn_logps, tempered[np.arange(len(one.tokens)), one.tokens], atol=1e-4
+            )
 
 
 def test_greedy_tokens_are_the_full_forwards_most_probable(tiny):
@@ -81,22 +111,36 @@ def test_greedy_tokens_are_the_full_forwards_most_probable(tiny):
 def test_a_requests_result_does_not_depend_on_its_batch(tiny):
     model, params, tokenizer = tiny
     generator = Generator(model, tokenizer, rows=8)
-    requests = [Request(p, samples=1 + i % 2, max_new_tokens=9, seed=100 + i, sampling=Sampling(top_k=40 - i))
-                for i, p in enumerate(prompts(7))]
+    requests = [
+        Request(
+            p, samples=1 + i % 2, max_new_tokens=9, seed=100 + i, sampling=Sampling(top_k=40 - i)
+        )
+        for i, p in enumerate(prompts(7))
+    ]
     together = generator(params, requests)
     backwards = generator(params, requests[::-1])[::-1]
     assert all(same(a, b) for a, b in zip(together, backwards))
     alone = [generator(params, [one])[0] for one in requests[:3]]
     for a, b in zip(together, alone):
         assert [list(x.tokens) for x in a] == [list(x.tokens) for x in b]
-    assert len({tuple(x.tokens) for several in together for x in several}) == sum(r.samples for r in requests)
+    assert len({tuple(x.tokens) for several in together for x in several}) == sum(
+        r.samples for r in requests
+    )
 
 
 def test_nothing_recompiles_for_other_settings_prompts_and_limits(tiny):
     model, params, tokenizer = tiny
     generator = Generator(model, tokenizer, rows=4)
-    run = lambda n, temperature, seed: generator(params, [
-        Request(p, max_new_tokens=n, seed=seed, sampling=Sampling(temperature=temperature)) for p in prompts(6, seed)])
+
+    def run(n, temperature, seed):
+        return generator(
+            params,
+            [
+                Request(p, max_new_tokens=n, seed=seed, sampling=Sampling(temperature=temperature))
+                for p in prompts(6, seed)
+            ],
+        )
+
     run(9, 0.5, 0), run(9, 0.7, 3)
     before = decoding.start._cache_size(), decoding.advance._cache_size()
     run(9, 0.5, 1), run(16, 0.7, 2), run(12, 1.4, 5)
@@ -108,7 +152,9 @@ def test_stop_tokens_end_a_completion_and_belong_to_it(tiny):
     request = Request((65, 66), samples=8, max_new_tokens=30, seed=3)
     free = Generator(model, tokenizer, rows=8, stop_ids=())(params, [request])[0]
     stops = tuple({int(one.tokens[4]) for one in free})
-    for one, longer in zip(Generator(model, tokenizer, rows=8, stop_ids=stops)(params, [request])[0], free):
+    for one, longer in zip(
+        Generator(model, tokenizer, rows=8, stop_ids=stops)(params, [request])[0], free
+    ):
         n = int(np.flatnonzero(np.isin(longer.tokens, stops))[0]) + 1
         np.testing.assert_array_equal(one.tokens, longer.tokens[:n])
         np.testing.assert_allclose(one.token_logps, longer.token_logps[:n], rtol=1e-5)
@@ -117,16 +163,22 @@ def test_stop_tokens_end_a_completion_and_belong_to_it(tiny):
 
 def test_stop_strings_cut_text_and_tokens_where_they_first_occur(tiny):
     model, params, tokenizer = tiny
-    request = Request((65, 66), samples=6, max_new_tokens=40, seed=5, sampling=Sampling(temperature=2.0))
+    request = Request(
+        (65, 66), samples=6, max_new_tokens=40, seed=5, sampling=Sampling(temperature=2.0)
+    )
     free = Generator(model, tokenizer, rows=8, stop_ids=())(params, [request])[0]
     stop = next(letter for letter in free[0].text[8:] if letter.isascii() and letter.isprintable())
-    cut = Generator(model, tokenizer, rows=8, stop_ids=())(params, [dataclasses.replace(request, stop=(stop,))])[0]
+    cut = Generator(model, tokenizer, rows=8, stop_ids=())(
+        params, [dataclasses.replace(request, stop=(stop,))]
+    )[0]
     assert cut[0].finish == "stop" and len(cut[0].tokens) < 40
     for one, longer in zip(cut, free):
         assert one.text == longer.text.partition(stop)[0]
-        np.testing.assert_array_equal(one.tokens, longer.tokens[:len(one.tokens)])
+        np.testing.assert_array_equal(one.tokens, longer.tokens[: len(one.tokens)])
         if one.finish == "stop":
-            assert generate.completion_text(tokenizer, request.prompt, one.tokens.tolist()).endswith(stop)
+            assert generate.completion_text(
+                tokenizer, request.prompt, one.tokens.tolist()
+            ).endswith(stop)
 
 
 def test_sharded_over_eight_devices_gives_the_same_completions(tiny):
@@ -147,16 +199,23 @@ def test_sampled_frequencies_pass_a_chi_square_test(tiny):
     prompt, n = (72, 105), 3000
     sampling = Sampling(top_k=6)
     completions = Generator(model, tokenizer, rows=1000, stop_ids=())(
-        params, [Request(prompt, samples=n, max_new_tokens=1, sampling=sampling, seed=11)])[0]
+        params, [Request(prompt, samples=n, max_new_tokens=1, sampling=sampling, seed=11)]
+    )[0]
     assert len(completions) == n
     logps = forward_logps(model, params, [*prompt, 0])[-1]
     top = np.argsort(-logps)[:6]
     expected = n * np.exp(logps[top]) / np.exp(logps[top]).sum()
     counts = np.bincount([int(one.tokens[0]) for one in completions], minlength=272)
-    assert counts.sum() == counts[top].sum() and np.sum((counts[top] - expected) ** 2 / expected) < 20.5  # 0.999, 5 df
+    # 0.999, 5 df
+    assert (
+        counts.sum() == counts[top].sum()
+        and np.sum((counts[top] - expected) ** 2 / expected) < 20.5
+    )
 
 
-@pytest.mark.parametrize("prompt,message", [((), "0 tokens"), (tuple(range(96)), "96 tokens; expected from 1 to 95")])
+@pytest.mark.parametrize(
+    "prompt,message", [((), "0 tokens"), (tuple(range(96)), "96 tokens; expected from 1 to 95")]
+)
 def test_prompts_without_room_are_named(tiny, prompt, message):
     with pytest.raises(ValueError, match=message):
         Generator(tiny[0], tiny[2])(tiny[1], [Request(prompt)])
@@ -171,11 +230,22 @@ def test_an_adapter_generates_unmerged_what_its_merged_model_does(tiny):
     base, params, tokenizer = tiny
     config = LoraConfig(2, alpha=8.0)
     model = build(TINY, compute_dtype="float32", remat="none", lora=config)
-    adapter = jax.tree.map(lambda x: jax.random.normal(jax.random.key(x.size), x.shape) * 0.1,
-                           model.init_adapter(jax.random.key(1), params))
+    adapter = jax.tree.map(
+        lambda x: jax.random.normal(jax.random.key(x.size), x.shape) * 0.1,
+        model.init_adapter(jax.random.key(1), params),
+    )
     whole = merge(params, adapter)
     requests = [Request(p, samples=2, max_new_tokens=8, seed=i) for i, p in enumerate(prompts(2))]
-    generate_with = lambda model, params: Generator(model, tokenizer, rows=4)(params, requests)
-    unmerged, merged, plain = (generate_with(*one) for one in ((model, whole), (base, fold(whole, config)), tiny[:2]))
+
+    def generate_with(model, params):
+        return Generator(model, tokenizer, rows=4)(params, requests)
+
+    unmerged, merged, plain = (
+        generate_with(*one) for one in ((model, whole), (base, fold(whole, config)), tiny[:2])
+    )
     for a, b, c in zip(unmerged, merged, plain):
-        assert [x.tokens.tolist() for x in a] == [x.tokens.tolist() for x in b] != [x.tokens.tolist() for x in c]
+        assert (
+            [x.tokens.tolist() for x in a]
+            == [x.tokens.tolist() for x in b]
+            != [x.tokens.tolist() for x in c]
+        )

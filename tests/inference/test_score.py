@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Scores by models: a Hugging Face sequence classifier's, and a batch's log-probabilities."""
+
 import numpy as np
 import pytest
 import torch
@@ -11,16 +12,30 @@ from align_jax.inference.score import RewardModel
 from align_jax.online import REWARDS, rewards, weighted
 from align_jax.parallel.mesh import make_mesh
 
-TEXTS = [("Hi", "hello"), ("How are you?", "fine, thank you very much indeed"), ("?", "no"), ("abc", "d" * 40)]
+TEXTS = [
+    ("Hi", "hello"),
+    ("How are you?", "fine, thank you very much indeed"),
+    ("?", "no"),
+    ("abc", "d" * 40),
+]
 
 
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory):
     path = tmp_path_factory.mktemp("classifier")
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(vocab_size=272, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-                                      num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
-                                      num_labels=1, pad_token_id=256, initializer_range=0.4)
+    config = transformers.LlamaConfig(
+        vocab_size=272,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        num_labels=1,
+        pad_token_id=256,
+        initializer_range=0.4,
+    )
     model = transformers.LlamaForSequenceClassification(config).eval()
     model.save_pretrained(path)
     tokenizer = load_tokenizer("byte")
@@ -64,15 +79,26 @@ def test_an_online_run_s_reward_model_lies_over_its_mesh(classifier, monkeypatch
     monkeypatch.setattr(rewards, "RewardModel", Recorded)
     path, model, tokenizer = classifier
     mesh = make_mesh({"fsdp": 8})
-    total, _ = weighted.resolve({"model": {"path": str(path), "rows": 8}}, REWARDS, mesh)(*zip(*TEXTS))
+    total, _ = weighted.resolve({"model": {"path": str(path), "rows": 8}}, REWARDS, mesh)(
+        *zip(*TEXTS)
+    )
     np.testing.assert_allclose(total, expected(model, tokenizer, TEXTS), atol=1e-4)
     kernel = made[0]._params["layers"]["mlp"]["up"]["kernel"]
-    assert kernel.sharding.mesh == mesh and kernel.sharding.shard_shape(kernel.shape)[1] == kernel.shape[1] // 8
+    assert (
+        kernel.sharding.mesh == mesh
+        and kernel.sharding.shard_shape(kernel.shape)[1] == kernel.shape[1] // 8
+    )
 
 
 def test_a_checkpoint_without_a_score_head_is_refused(tmp_path):
-    config = transformers.LlamaConfig(vocab_size=272, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
-                                      num_attention_heads=4, num_key_value_heads=2)
+    config = transformers.LlamaConfig(
+        vocab_size=272,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
     load_tokenizer("byte").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="score"):

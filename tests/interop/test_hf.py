@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Import into shardings: each device reads its own part, and the host never holds more than a tensor."""
+"""Import into shardings: each device reads its own part, and the host never holds more than a
+tensor."""
+
 import tracemalloc
 
 import jax
@@ -13,10 +15,24 @@ from align_jax.models.tensor_map import Weight, parse
 from align_jax.parallel.mesh import make_mesh
 from align_jax.parallel.sharding import tree_shardings
 
-SHAPE = dict(vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-             num_key_value_heads=2, max_position_embeddings=16, pad_token_id=0)
-EXTRA = {"llama": {"head_dim": 12}, "phi3": {}, "gpt2": {}, "gpt_neox": {}, "mixtral": {"num_local_experts": 4},
-         "olmo2": {}}
+SHAPE = dict(
+    vocab_size=61,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=16,
+    pad_token_id=0,
+)
+EXTRA = {
+    "llama": {"head_dim": 12},
+    "phi3": {},
+    "gpt2": {},
+    "gpt_neox": {},
+    "mixtral": {"num_local_experts": 4},
+    "olmo2": {},
+}
 
 
 def saved(tmp_path, family, **changes):
@@ -37,14 +53,22 @@ def test_every_device_reads_its_own_part(tmp_path, family):
     _, sharded = hf.load(str(tmp_path), config=config, shardings=shardings)
     for (path, got), sharding in zip(hf.flatten(sharded).items(), hf.flatten(shardings).values()):
         expected = np.asarray(hf.flatten(params)[path])
-        np.testing.assert_array_equal(np.asarray(got)[tuple(map(slice, expected.shape))], expected, err_msg=path)
+        np.testing.assert_array_equal(
+            np.asarray(got)[tuple(map(slice, expected.shape))], expected, err_msg=path
+        )
     for path, got in hf.flatten(sharded).items():
         assert got.sharding == hf.flatten(shardings)[path], path
 
 
 def test_an_import_holds_no_more_than_its_largest_tensor(tmp_path, monkeypatch):
-    _, params = saved(tmp_path, "llama", vocab_size=16384, hidden_size=256, intermediate_size=1024,
-                      num_hidden_layers=8)
+    _, params = saved(
+        tmp_path,
+        "llama",
+        vocab_size=16384,
+        hidden_size=256,
+        intermediate_size=1024,
+        num_hidden_layers=8,
+    )
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
     largest = params["embed"]["tokens"].nbytes
     assert held > 3 * largest
@@ -57,11 +81,16 @@ def test_an_import_holds_no_more_than_its_largest_tensor(tmp_path, monkeypatch):
     assert peak < 1.3 * largest + (16 << 20), f"{peak / largest:.2f} of the largest tensor"
 
 
-@pytest.mark.parametrize("layout, index", [
-    ("(H h) D -> D H h", (slice(3, 17), slice(1, 3), slice(0, 8))),
-    ("D (3:1 H h) -> D H h", (slice(0, 5), slice(0, 4), slice(0, 8))),
-    ("(H 3:2 h) D -> D H h", (slice(2, 9), slice(2, 4), slice(0, 8))),
-    ("(2:1 F) D -> D F", (slice(0, 32), slice(7, 31)))], ids=str)
+@pytest.mark.parametrize(
+    "layout, index",
+    [
+        ("(H h) D -> D H h", (slice(3, 17), slice(1, 3), slice(0, 8))),
+        ("D (3:1 H h) -> D H h", (slice(0, 5), slice(0, 4), slice(0, 8))),
+        ("(H 3:2 h) D -> D H h", (slice(2, 9), slice(2, 4), slice(0, 8))),
+        ("(2:1 F) D -> D F", (slice(0, 32), slice(7, 31))),
+    ],
+    ids=str,
+)
 def test_layouts_invert_and_slice(layout, index):
     config = hf.config_from({"model_type": "llama"} | SHAPE)
     parsed = parse(Weight("w", "w", layout), config)
@@ -83,5 +112,7 @@ def test_half_precision_checkpoints_are_exact_in_float32(tmp_path):
         params = build(config).init(jax.random.key(0), jnp.dtype(dtype))
         hf.save(str(tmp_path / dtype), config, params)
         _, got = hf.load(str(tmp_path / dtype), dtype="float32")
-        jax.tree.map(lambda a, b: np.testing.assert_array_equal(a, np.asarray(b, np.float32)), got, params)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_array_equal(a, np.asarray(b, np.float32)), got, params
+        )
         assert jax.tree.leaves(hf.load(str(tmp_path / dtype))[1])[0].dtype == dtype

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adapters of every family against the peft package, both ways."""
+
 import dataclasses
 import json
 
@@ -12,29 +13,55 @@ import safetensors.numpy
 import torch
 import transformers
 
-from align_jax.models import FAMILIES
-from align_jax.interop import hf
-from align_jax.interop import peft
 from align_jax.core.tree import flatten
+from align_jax.interop import hf, peft
+from align_jax.models import FAMILIES
 from align_jax.models.lora import LoraConfig, merge
 from align_jax.models.model import build
 
 V, LENGTH = 67, 7
-SHAPE = dict(vocab_size=V, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
-             num_key_value_heads=2, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+SHAPE = dict(
+    vocab_size=V,
+    hidden_size=32,
+    intermediate_size=40,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+)
 CASES = {  # family -> (what differs from SHAPE, a fused module's name)
-    "gemma": ({"head_dim": 12}, ""), "gemma2": ({"head_dim": 8}, ""), "gemma3_text": ({"head_dim": 8}, ""),
-    "gpt2": ({"n_inner": 40}, "c_attn"), "gpt_neox": ({}, "query_key_value"), "llama": ({}, ""), "mistral": ({}, ""),
-    "mixtral": ({"num_local_experts": 4, "head_dim": 8}, ""), "olmo2": ({}, ""),
-    "opt": ({"ffn_dim": 40, "word_embed_proj_dim": 32, "dropout": 0.0}, ""), "phi3": ({}, "qkv_proj"),
-    "qwen2": ({}, ""), "qwen3": ({"head_dim": 8}, ""),
-    "qwen3_moe": ({"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}, ""),
+    "gemma": ({"head_dim": 12}, ""),
+    "gemma2": ({"head_dim": 8}, ""),
+    "gemma3_text": ({"head_dim": 8}, ""),
+    "gpt2": ({"n_inner": 40}, "c_attn"),
+    "gpt_neox": ({}, "query_key_value"),
+    "llama": ({}, ""),
+    "mistral": ({}, ""),
+    "mixtral": ({"num_local_experts": 4, "head_dim": 8}, ""),
+    "olmo2": ({}, ""),
+    "opt": ({"ffn_dim": 40, "word_embed_proj_dim": 32, "dropout": 0.0}, ""),
+    "phi3": ({}, "qkv_proj"),
+    "qwen2": ({}, ""),
+    "qwen3": ({"head_dim": 8}, ""),
+    "qwen3_moe": (
+        {"head_dim": 8, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24},
+        "",
+    ),
     "smollm3": ({}, ""),
 }
-VARIANTS = {"llama": dict(dora=True), "gpt2": dict(dora=True), "phi3": dict(rank_stabilised=True),
-            "gpt_neox": dict(dora=True), "qwen3": dict(targets="attention/(query|value)"),
-            "opt": dict(targets="attention/output|mlp/up", rank_stabilised=True),
-            "mixtral": dict(targets="attention/.*"), "qwen3_moe": dict(targets="attention/.*")}
+VARIANTS = {
+    "llama": dict(dora=True),
+    "gpt2": dict(dora=True),
+    "phi3": dict(rank_stabilised=True),
+    "gpt_neox": dict(dora=True),
+    "qwen3": dict(targets="attention/(query|value)"),
+    "opt": dict(targets="attention/output|mlp/up", rank_stabilised=True),
+    "mixtral": dict(targets="attention/.*"),
+    "qwen3_moe": dict(targets="attention/.*"),
+}
 
 
 def tiny(family, auto=transformers.AutoModelForCausalLM, **changes):
@@ -67,9 +94,15 @@ def tokens():
 
 
 def ours(config, params, lora=None, head=None):
-    model = build(config, compute_dtype="float32", remat="none", lora=lora, heads=(head,) if head else ())
+    model = build(
+        config, compute_dtype="float32", remat="none", lora=lora, heads=(head,) if head else ()
+    )
     rows = tokens()
-    fields = rows, np.ones_like(rows), np.broadcast_to(np.arange(LENGTH, dtype=np.int32), rows.shape)
+    fields = (
+        rows,
+        np.ones_like(rows),
+        np.broadcast_to(np.arange(LENGTH, dtype=np.int32), rows.shape),
+    )
 
     @jax.jit
     def run(params, *fields):
@@ -88,8 +121,10 @@ def trained(config, lora, base, seed=0):
     """An adapter that does something."""
     draw = np.random.default_rng(seed)
     model = build(config, compute_dtype="float32", lora=lora)
-    return jax.tree.map(lambda x: x + jnp.asarray(draw.normal(size=x.shape) * 0.1, x.dtype),
-                        model.init_adapter(jax.random.key(0), base))
+    return jax.tree.map(
+        lambda x: x + jnp.asarray(draw.normal(size=x.shape) * 0.1, x.dtype),
+        model.init_adapter(jax.random.key(0), base),
+    )
 
 
 def same(one, other):
@@ -102,17 +137,27 @@ def same(one, other):
 @pytest.mark.parametrize("family", CASES)
 def test_peft_computes_what_we_do_from_our_file(family, saved, tmp_path):
     config, base = hf.load(saved(family), dtype="float32")
-    lora = LoraConfig(3, **(dict(alpha=5.0, targets="attention/.*|mlp/.*") | VARIANTS.get(family, {})))
+    lora = LoraConfig(
+        3, **(dict(alpha=5.0, targets="attention/.*|mlp/.*") | VARIANTS.get(family, {}))
+    )
     adapter = trained(config, lora, base)
     peft.save(str(tmp_path), config, lora, adapter, base_name="a/base")
     model = theirs.PeftModel.from_pretrained(
-        transformers.AutoModelForCausalLM.from_pretrained(saved(family), attn_implementation="eager"), tmp_path).eval()
+        transformers.AutoModelForCausalLM.from_pretrained(
+            saved(family), attn_implementation="eager"
+        ),
+        tmp_path,
+    ).eval()
     got, expected = ours(config, merge(base, adapter), lora), peers(model)
     with model.disable_adapter():
         assert np.abs(expected - peers(model)).max() > 0.05
     np.testing.assert_allclose(got, expected, atol=1e-4)
     again, read = peft.load(str(tmp_path), config)
-    assert (again.rank, again.rank_stabilised, again.dora) == (lora.rank, lora.rank_stabilised, lora.dora)
+    assert (again.rank, again.rank_stabilised, again.dora) == (
+        lora.rank,
+        lora.rank_stabilised,
+        lora.dora,
+    )
     assert again.scale == pytest.approx(lora.scale)
     same(read, adapter)
 
@@ -121,12 +166,23 @@ def test_peft_computes_what_we_do_from_our_file(family, saved, tmp_path):
 def test_we_compute_what_peft_does_from_its_file(family, saved, tmp_path):
     config, base = hf.load(saved(family), dtype="float32")
     fused = CASES[family][1]
-    settings = theirs.LoraConfig(r=4, lora_alpha=6, target_modules=[fused] if fused else ["q_proj", "down_proj"],
-                                 use_dora=family != "phi3", fan_in_fan_out=family == "gpt2", task_type="CAUSAL_LM",
-                                 rank_pattern={} if fused else {"down_proj": 2}, init_lora_weights=False,
-                                 alpha_pattern={} if fused else {"down_proj": 9})
+    settings = theirs.LoraConfig(
+        r=4,
+        lora_alpha=6,
+        target_modules=[fused] if fused else ["q_proj", "down_proj"],
+        use_dora=family != "phi3",
+        fan_in_fan_out=family == "gpt2",
+        task_type="CAUSAL_LM",
+        rank_pattern={} if fused else {"down_proj": 2},
+        init_lora_weights=False,
+        alpha_pattern={} if fused else {"down_proj": 9},
+    )
     model = theirs.get_peft_model(
-        transformers.AutoModelForCausalLM.from_pretrained(saved(family), attn_implementation="eager"), settings).eval()
+        transformers.AutoModelForCausalLM.from_pretrained(
+            saved(family), attn_implementation="eager"
+        ),
+        settings,
+    ).eval()
     model.save_pretrained(tmp_path)
     lora, adapter = peft.load(str(tmp_path), config)
     assert lora.rank == 4 and lora.scale == 1.5
@@ -144,9 +200,15 @@ def test_a_score_head_goes_with_the_adapter(tmp_path, saved):
     whole = adapter | {"score": {"out": {"kernel": score}}, "value": {"out": {"kernel": score}}}
     peft.save(str(tmp_path), config, lora, whole, base_name="")
     model = theirs.PeftModel.from_pretrained(
-        transformers.AutoModelForSequenceClassification.from_pretrained(saved("llama"), num_labels=1), tmp_path).eval()
-    params = merge({name: base[name] for name in ("embed", "layers", "final_norm")},
-                   {name: whole[name] for name in ("layers", "score")})
+        transformers.AutoModelForSequenceClassification.from_pretrained(
+            saved("llama"), num_labels=1
+        ),
+        tmp_path,
+    ).eval()
+    params = merge(
+        {name: base[name] for name in ("embed", "layers", "final_norm")},
+        {name: whole[name] for name in ("layers", "score")},
+    )
     np.testing.assert_allclose(ours(config, params, lora, "score"), peers(model)[:, 0], atol=1e-4)
     same(peft.load(str(tmp_path), config)[1], {name: whole[name] for name in ("layers", "score")})
 
@@ -156,13 +218,27 @@ def edited(path, **changes):
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
-OTHERS = {  # a key of adapter_config.json that we do not follow -> a value that changes what is computed
-    "peft_type": "LOHA", "bias": "lora_only", "lora_bias": True, "init_lora_weights": "lora_ga",
-    "layers_to_transform": [0], "layer_replication": [[0, 1], [0, 2]], "target_parameters": ["experts.down_proj"],
-    "trainable_token_indices": [3], "alora_invocation_tokens": [4, 5], "use_qalora": True,
-    "use_bdlora": {"nblocks": 2}, "arrow_config": {"top_k": 2}, "megatron_config": {"a": 1},
-    "velora_config": {"scale": 1.0}, "monteclora_config": {"num_samples": 2}, "kasa_config": {"beta": 0.1},
-    "modules_to_save": ["embed_tokens"], "a_key_of_next_year": 0.5}
+# a key of adapter_config.json that we do not follow -> a value that changes what is computed
+OTHERS = {
+    "peft_type": "LOHA",
+    "bias": "lora_only",
+    "lora_bias": True,
+    "init_lora_weights": "lora_ga",
+    "layers_to_transform": [0],
+    "layer_replication": [[0, 1], [0, 2]],
+    "target_parameters": ["experts.down_proj"],
+    "trainable_token_indices": [3],
+    "alora_invocation_tokens": [4, 5],
+    "use_qalora": True,
+    "use_bdlora": {"nblocks": 2},
+    "arrow_config": {"top_k": 2},
+    "megatron_config": {"a": 1},
+    "velora_config": {"scale": 1.0},
+    "monteclora_config": {"num_samples": 2},
+    "kasa_config": {"beta": 0.1},
+    "modules_to_save": ["embed_tokens"],
+    "a_key_of_next_year": 0.5,
+}
 
 
 @pytest.mark.parametrize("key", OTHERS)
@@ -171,7 +247,10 @@ def test_a_variant_that_we_do_not_compute_is_refused(key, tmp_path, saved):
     lora = LoraConfig(2, targets="attention/query")
     peft.save(str(tmp_path), config, lora, trained(config, lora, base), base_name="")
     plain = theirs.LoraConfig(target_modules=["q_proj"]).to_dict()
-    edited(tmp_path, **{name: value for name, value in plain.items() if name in OTHERS and name != "peft_type"})
+    edited(
+        tmp_path,
+        **{name: value for name, value in plain.items() if name in OTHERS and name != "peft_type"},
+    )
     peft.load(str(tmp_path), config)
     edited(tmp_path, **{key: OTHERS[key]})
     with pytest.raises(ValueError, match=f"not supported: {key} = "):
@@ -179,27 +258,46 @@ def test_a_variant_that_we_do_not_compute_is_refused(key, tmp_path, saved):
 
 
 def test_no_variant_of_peft_is_unknown_to_us():
-    variants = {field.name for field in dataclasses.fields(theirs.LoraConfig) if field.metadata.get("is_lora_variant")}
+    variants = {
+        field.name
+        for field in dataclasses.fields(theirs.LoraConfig)
+        if field.metadata.get("is_lora_variant")
+    }
     assert variants - {"use_dora"} <= peft.PLAIN.keys()
-    assert {field.name for field in dataclasses.fields(theirs.LoraConfig)} <= peft.PLAIN.keys() | peft.HARMLESS
+    assert {
+        field.name for field in dataclasses.fields(theirs.LoraConfig)
+    } <= peft.PLAIN.keys() | peft.HARMLESS
 
 
 def test_what_is_not_the_same_adapter_is_refused(tmp_path, saved):
     config = hf.load_config(saved("llama"))
     model = build(config, lora=LoraConfig(2, targets="attention/query"))
     adapter = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), model.shapes(jnp.float32))
-    adapter = {"layers": {"attention": {"query": {
-        name: adapter["layers"]["attention"]["query"][name] for name in ("lora_a", "lora_b")}}}}
+    adapter = {
+        "layers": {
+            "attention": {
+                "query": {
+                    name: adapter["layers"]["attention"]["query"][name]
+                    for name in ("lora_a", "lora_b")
+                }
+            }
+        }
+    }
     peft.save(str(tmp_path), config, model.options.lora, adapter, base_name="")
     edited(tmp_path, bias="all", init_lora_weights="pissa")
-    with pytest.raises(ValueError, match=r"bias = 'all' \(expected 'none', None\); init_lora_weights = 'pissa'"):
+    with pytest.raises(
+        ValueError, match=r"bias = 'all' \(expected 'none', None\); init_lora_weights = 'pissa'"
+    ):
         peft.load(str(tmp_path), config)
     edited(tmp_path, bias="none", init_lora_weights=True)
     tensors = safetensors.numpy.load_file(tmp_path / "adapter_model.safetensors")
     name = "base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"
     tensors["base_model.model.lm_head.lora_A.weight"] = tensors.pop(name)
     safetensors.numpy.save_file(tensors, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(ValueError, match=r"(?s)1 missing:.*layers.1.self_attn.q_proj.lora_B.*1 unexpected:.*lm_head"):
+    with pytest.raises(
+        ValueError,
+        match=r"(?s)1 missing:.*layers.1.self_attn.q_proj.lora_B.*1 unexpected:.*lm_head",
+    ):
         peft.load(str(tmp_path), config)
     with pytest.raises(FileNotFoundError, match="no PEFT adapter in .*it holds a whole model"):
         peft.load(saved("llama"), config)
@@ -209,9 +307,19 @@ def test_dora_on_a_part_of_a_fused_module_is_refused(tmp_path):
     config = hf.config_from({"model_type": "phi3", "sliding_window": None} | SHAPE)
     lora = LoraConfig(2, targets="attention/query", dora=True)
     shapes = build(config, lora=lora).shapes(jnp.float32)["layers"]["attention"]["query"]
-    adapter = {"layers": {"attention": {"query": {name: np.zeros(x.shape) for name, x in shapes.items()
-                                                  if name.startswith("lora")}}}}
-    with pytest.raises(ValueError, match="DoRA on layers/attention/query alone cannot be written: PEFT's .*qkv_proj"):
+    adapter = {
+        "layers": {
+            "attention": {
+                "query": {
+                    name: np.zeros(x.shape) for name, x in shapes.items() if name.startswith("lora")
+                }
+            }
+        }
+    }
+    with pytest.raises(
+        ValueError,
+        match="DoRA on layers/attention/query alone cannot be written: PEFT's .*qkv_proj",
+    ):
         peft.save(str(tmp_path), config, lora, adapter, base_name="")
 
 

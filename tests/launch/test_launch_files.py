@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The manifests and the notebook are sound, and what they run exists with the options they give it."""
+"""The manifests and the notebook are sound, and what they run exists with the options they give
+it."""
+
 import ast
 import json
 import pathlib
@@ -29,9 +31,12 @@ def test_the_jobset_starts_all_hosts_of_a_slice_and_tells_preempted_from_finishe
     assert spec["parallelism"] == spec["completions"] == int(rows) * int(columns) // chips
     assert container["resources"]["limits"] == container["resources"]["requests"]
     assert {"name": "ALIGN_JAX_STOPPED_STATUS", "value": "75"} in container["env"]
-    assert container["command"][:3] == ["python", "-m", "align_jax.train"]  # no shell: SIGTERM has to reach Python
+    # no shell: SIGTERM has to reach Python
+    assert container["command"][:3] == ["python", "-m", "align_jax.train"]
     assert spec["backoffLimit"] == 0 and job["spec"]["failurePolicy"]["maxRestarts"] > 0
-    config = next(word for word in container["command"] if word.startswith("--config=")).split("=")[1]
+    config = next(word for word in container["command"] if word.startswith("--config=")).split("=")[
+        1
+    ]
     assert (LAUNCH.parent / config.split(":")[0]).exists()
 
 
@@ -53,4 +58,6 @@ def test_the_notebook_is_valid_and_its_programs_have_the_options_that_it_gives()
         for module, options in re.findall(r"-m align_jax\.(\w+)(.*)$", source, re.M):
             text = (MAIN / f"{module}.py").read_text()
             for option in re.findall(r"--(\w+)[=.]", options):
-                assert re.search(rf"""["'](--)?{option}["']""", text), f"align_jax.{module} has no --{option}"
+                assert re.search(rf"""["'](--)?{option}["']""", text), (
+                    f"align_jax.{module} has no --{option}"
+                )

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random problems for any row of the table, and one way to evaluate it: shared by the tests of the losses."""
+"""Random problems for any row of the table, and one way to evaluate it: shared by the tests of the
+losses."""
+
 from __future__ import annotations
 
 from typing import Any, NamedTuple
@@ -14,30 +16,57 @@ from align_jax.losses import objective
 from align_jax.losses.logprobs import sum_by_slot
 
 RESPONSES = {"completions": 1, "pairs": 2, "ranked": 4, "unpaired": 1, "rollout": 3}
-# A value other than the default for every option of the table, to be tried one at a time.  A new option fails the tests
-# until it has a line here; {"needs": other options} where it is not valid alone.
+# A value other than the default for every option of the table, to be tried one at a time.  A new
+# option fails the tests until it has a line here; {"needs": other options} where it is not valid
+# alone.
 VARIANTS: dict[str, list[dict[str, Any]]] = {
-    "beta": [{"beta": 0.7}], "label_smoothing": [{"label_smoothing": 0.2}], "ld_alpha": [{"ld_alpha": 0.3}],
-    "wpo": [{"wpo": True}], "f_divergence": [{"f_divergence": kind} for kind in ("forward_kl", "js", "alpha")],
-    "f_alpha": [{"f_divergence": "alpha", "f_alpha": 1.0}], "reference_free": [{"reference_free": True}],
-    "sft_coef": [{"sft_coef": 0.5}], "humanline": [{"humanline": True}],
-    "log_eps_p": [{"humanline": True, "log_eps_p": -0.1}], "log_eps_r": [{"humanline": True, "log_eps_r": 0.2}],
-    "lengths": [{"lengths": "sum"}], "tau": [{"tau": 2.0}], "lam": [{"lam": 0.9}], "per": [{"per": "sequence"}],
-    "dft": [{"dft": True}], "center_coef": [{"center_coef": 0.01}],
-    "form": [{"form": form} for form in ("pairs", "best_of", "hinge", "ipo")], "alpha": [{"alpha": 0.4}],
-    "momentum": [{"momentum": 0.5}], "stop_gradient_chosen": [{"stop_gradient_chosen": False}],
-    "gamma_beta_ratio": [{"gamma_beta_ratio": 0.3}], "delta": [{"delta": 2.0}],
-    "desirable_weight": [{"desirable_weight": 1.5}], "undesirable_weight": [{"undesirable_weight": 2.0}],
-    "kl_scope": [{"kl_scope": "microbatch"}], "clip": [{"clip": 0.3}], "gamma": [{"gamma": 0.9}],
-    "critic_coef": [{"critic_coef": 0.5}], "kl_coef": [{"kl_coef": 0.2}], "clip_form": [{"clip_form": "reciprocal"}],
-    "kl_sign": [{"kl_sign": -1}], "critic_target": [{"critic_target": "gae"}], "reward": [{"reward": "score"}],
-    "whiten": [{"whiten": False}], "value_clip": [{"value_clip": 0.05}], "vf_coef": [{"vf_coef": 1.0}],
-    "entropy_coef": [{"entropy_coef": 0.1}], "ptx_coef": [{"ptx_coef": 0.5}],
-    "loss_type": [{"loss_type": kind} for kind in ("bnpo", "dapo", "luspo")] + [
-        {"loss_type": "dr_grpo", "max_length": 16}],
-    "max_length": [{"loss_type": "dr_grpo", "max_length": 16}], "importance": [{"importance": "sequence"}],
-    "epsilon_low": [{"epsilon_low": 0.1}], "epsilon_high": [{"epsilon_high": 0.3}],
-    "tau_positive": [{"tau_positive": 1.2}], "tau_negative": [{"tau_negative": 0.9}],
+    "beta": [{"beta": 0.7}],
+    "label_smoothing": [{"label_smoothing": 0.2}],
+    "ld_alpha": [{"ld_alpha": 0.3}],
+    "wpo": [{"wpo": True}],
+    "f_divergence": [{"f_divergence": kind} for kind in ("forward_kl", "js", "alpha")],
+    "f_alpha": [{"f_divergence": "alpha", "f_alpha": 1.0}],
+    "reference_free": [{"reference_free": True}],
+    "sft_coef": [{"sft_coef": 0.5}],
+    "humanline": [{"humanline": True}],
+    "log_eps_p": [{"humanline": True, "log_eps_p": -0.1}],
+    "log_eps_r": [{"humanline": True, "log_eps_r": 0.2}],
+    "lengths": [{"lengths": "sum"}],
+    "tau": [{"tau": 2.0}],
+    "lam": [{"lam": 0.9}],
+    "per": [{"per": "sequence"}],
+    "dft": [{"dft": True}],
+    "center_coef": [{"center_coef": 0.01}],
+    "form": [{"form": form} for form in ("pairs", "best_of", "hinge", "ipo")],
+    "alpha": [{"alpha": 0.4}],
+    "momentum": [{"momentum": 0.5}],
+    "stop_gradient_chosen": [{"stop_gradient_chosen": False}],
+    "gamma_beta_ratio": [{"gamma_beta_ratio": 0.3}],
+    "delta": [{"delta": 2.0}],
+    "desirable_weight": [{"desirable_weight": 1.5}],
+    "undesirable_weight": [{"undesirable_weight": 2.0}],
+    "kl_scope": [{"kl_scope": "microbatch"}],
+    "clip": [{"clip": 0.3}],
+    "gamma": [{"gamma": 0.9}],
+    "critic_coef": [{"critic_coef": 0.5}],
+    "kl_coef": [{"kl_coef": 0.2}],
+    "clip_form": [{"clip_form": "reciprocal"}],
+    "kl_sign": [{"kl_sign": -1}],
+    "critic_target": [{"critic_target": "gae"}],
+    "reward": [{"reward": "score"}],
+    "whiten": [{"whiten": False}],
+    "value_clip": [{"value_clip": 0.05}],
+    "vf_coef": [{"vf_coef": 1.0}],
+    "entropy_coef": [{"entropy_coef": 0.1}],
+    "ptx_coef": [{"ptx_coef": 0.5}],
+    "loss_type": [{"loss_type": kind} for kind in ("bnpo", "dapo", "luspo")]
+    + [{"loss_type": "dr_grpo", "max_length": 16}],
+    "max_length": [{"loss_type": "dr_grpo", "max_length": 16}],
+    "importance": [{"importance": "sequence"}],
+    "epsilon_low": [{"epsilon_low": 0.1}],
+    "epsilon_high": [{"epsilon_high": 0.3}],
+    "tau_positive": [{"tau_positive": 1.2}],
+    "tau_negative": [{"tau_negative": 0.9}],
 }
 
 
@@ -57,7 +86,9 @@ def variants(name: str) -> list[dict[str, Any]]:
     for option in row.options:
         if option in row.rollout:
             continue
-        assert option in VARIANTS, f"give {option!r}, an option of {name!r}, a line in loss_cases.VARIANTS"
+        assert option in VARIANTS, (
+            f"give {option!r}, an option of {name!r}, a line in loss_cases.VARIANTS"
+        )
         for change in VARIANTS[option]:
             if option == "form" and (change["form"] in ("hinge", "ipo")) != (name == "cpo"):
                 continue
@@ -65,7 +96,9 @@ def variants(name: str) -> list[dict[str, Any]]:
     return found
 
 
-def make_outputs(batch: Batch, token_logps: Any, needs: tuple[str, ...] = (), seed: int = 0) -> Outputs:
+def make_outputs(
+    batch: Batch, token_logps: Any, needs: tuple[str, ...] = (), seed: int = 0
+) -> Outputs:
     """Make outputs of token log-probabilities, and random ones of the fields needed."""
     token_logps = jnp.where(batch.loss_mask, jnp.asarray(token_logps, jnp.float32), 0.0)
     rng = np.random.default_rng(seed)
@@ -74,43 +107,82 @@ def make_outputs(batch: Batch, token_logps: Any, needs: tuple[str, ...] = (), se
         shape = batch.lengths.shape if field == "scores" else batch.tokens.shape
         x = rng.normal(size=shape).astype(np.float32)
         x = -np.abs(x) if field == "log_sum_sq" else np.abs(x) if field in ("kl", "entropy") else x
-        fields[field] = jnp.asarray(x) if field == "scores" else jnp.where(batch.loss_mask, jnp.asarray(x), 0.0)
+        fields[field] = (
+            jnp.asarray(x) if field == "scores" else jnp.where(batch.loss_mask, jnp.asarray(x), 0.0)
+        )
     return Outputs(token_logps, sum_by_slot(token_logps, batch), batch.lengths, **fields)
 
 
-def make_batch(kind: str, groups: int = 4, length: int = 7, seed: int = 0, *, lengths: Any = None,
-               label: Any = None) -> Batch:
-    """Make a plain batch (one response a row) with every column that an objective of this kind may want."""
+def make_batch(
+    kind: str,
+    groups: int = 4,
+    length: int = 7,
+    seed: int = 0,
+    *,
+    lengths: Any = None,
+    label: Any = None,
+) -> Batch:
+    """Make a plain batch (one response a row) with every column that an objective of this kind may
+    want."""
     rng = np.random.default_rng(seed)
     responses = RESPONSES[kind]
     rows = groups * responses
-    counts = rng.integers(1, length, rows) if lengths is None else np.broadcast_to(np.asarray(lengths), (rows,))
+    counts = (
+        rng.integers(1, length, rows)
+        if lengths is None
+        else np.broadcast_to(np.asarray(lengths), (rows,))
+    )
     indices = np.broadcast_to(np.arange(length, dtype=np.int32), (rows, length))
     start = rng.integers(0, length - counts + 1)[:, None]
     mask = (indices >= start) & (indices < start + counts[:, None])
     tokens = np.zeros((rows, length), np.int32)
-    draw = lambda: jnp.asarray(np.where(mask, rng.normal(size=(rows, length)), 0).astype(np.float32))
-    labels = rng.integers(0, 2, groups).astype(bool) if label is None else np.broadcast_to(label, (groups,))
-    rollout = {"old_token_logps": -jnp.abs(draw()), "advantages": draw(), "returns": draw(), "old_values": draw()}
+
+    def draw():
+        return jnp.asarray(np.where(mask, rng.normal(size=(rows, length)), 0).astype(np.float32))
+
+    labels = (
+        rng.integers(0, 2, groups).astype(bool)
+        if label is None
+        else np.broadcast_to(label, (groups,))
+    )
+    rollout = {
+        "old_token_logps": -jnp.abs(draw()),
+        "advantages": draw(),
+        "returns": draw(),
+        "old_values": draw(),
+    }
     return Batch(
-        tokens=jnp.asarray(tokens), segment_ids=jnp.asarray(tokens + 1), positions=jnp.asarray(indices),
-        source_index=jnp.asarray(np.maximum(indices - 1, 0)), loss_mask=jnp.asarray(mask), slot=jnp.asarray(tokens),
+        tokens=jnp.asarray(tokens),
+        segment_ids=jnp.asarray(tokens + 1),
+        positions=jnp.asarray(indices),
+        source_index=jnp.asarray(np.maximum(indices - 1, 0)),
+        loss_mask=jnp.asarray(mask),
+        slot=jnp.asarray(tokens),
         loss_index=jnp.asarray(np.sort(np.where(mask, indices, length), axis=1).astype(np.int32)),
-        lengths=jnp.asarray(counts.reshape(groups, responses).astype(np.int32)), weight=jnp.ones(groups),
+        lengths=jnp.asarray(counts.reshape(groups, responses).astype(np.int32)),
+        weight=jnp.ones(groups),
         label=jnp.asarray(labels) if kind in ("unpaired", "rollout") else None,
-        scores=jnp.asarray(np.sort(rng.normal(size=(groups, responses)).astype(np.float32))[:, ::-1].copy()),
-        **(rollout if kind == "rollout" else {}))
+        scores=jnp.asarray(
+            np.sort(rng.normal(size=(groups, responses)).astype(np.float32))[:, ::-1].copy()
+        ),
+        **(rollout if kind == "rollout" else {}),
+    )
 
 
-def make_problem(name: str, groups: int = 4, seed: int = 0, *, spread: float = 0.5, **shape: Any) -> Problem:
-    """Make a random problem for an objective; ``spread`` is the size of a token's log-ratio, in nats."""
+def make_problem(
+    name: str, groups: int = 4, seed: int = 0, *, spread: float = 0.5, **shape: Any
+) -> Problem:
+    """Make a random problem for an objective; ``spread`` is the size of a token's log-ratio, in
+    nats."""
     row = losses.OBJECTIVES[name]
     batch = make_batch(row.data, groups, seed=seed, **shape)
     rng = np.random.default_rng(seed + 1)
     size = batch.tokens.shape
     base = -np.abs(rng.normal(size=size)) - 0.1
     needs = tuple(dict.fromkeys([*row.needs, "log_sum_sq", "entropy"]))
-    policy = make_outputs(batch, np.minimum(base + spread * rng.normal(size=size), -1e-3), needs, seed)
+    policy = make_outputs(
+        batch, np.minimum(base + spread * rng.normal(size=size), -1e-3), needs, seed
+    )
     reference = make_outputs(batch, base)
     mismatched = None
     if row.mismatched:
@@ -124,44 +196,61 @@ def make_problem(name: str, groups: int = 4, seed: int = 0, *, spread: float = 0
 def total(terms: Any, problem: Problem) -> jax.Array:
     """Compute the loss of a whole batch in one piece."""
     reference = problem.reference if any(term.reference for term in terms) else None
-    return losses.arrays.total_loss(terms, problem.policy, reference, problem.batch, mismatched=problem.mismatched)[0]
+    return losses.arrays.total_loss(
+        terms, problem.policy, reference, problem.batch, mismatched=problem.mismatched
+    )[0]
 
 
 def value_and_grad(terms: Any, problem: Problem) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Compute the loss and its gradient with respect to everything that the policy says.
 
-    Not compiled: operation by operation the same few kernels serve every objective, which is far faster.
+    Not compiled: operation by operation the same few kernels serve every objective, which is far
+    faster.
     """
+
     def f(said: dict[str, jax.Array]) -> jax.Array:
         logps = sum_by_slot(said["token_logps"], problem.batch)
         return total(terms, problem._replace(policy=problem.policy._replace(logps=logps, **said)))
 
     fields = ("token_logps", "scores", "values", "kl", "entropy")
-    return jax.value_and_grad(f)({field: getattr(problem.policy, field) for field in fields
-                                  if getattr(problem.policy, field) is not None})
+    return jax.value_and_grad(f)(
+        {
+            field: getattr(problem.policy, field)
+            for field in fields
+            if getattr(problem.policy, field) is not None
+        }
+    )
 
 
 def split(tree: Any, parts: int) -> list[Any]:
     """Split the groups of a plain batch (or its outputs) into interleaved microbatches."""
+
     def take(x: jax.Array, part: int, groups: int) -> jax.Array:
         per = x.shape[0] // groups
-        return x.reshape(groups // parts, parts, per, *x.shape[1:])[:, part].reshape(-1, *x.shape[1:])
+        return x.reshape(groups // parts, parts, per, *x.shape[1:])[:, part].reshape(
+            -1, *x.shape[1:]
+        )
 
     groups = tree.lengths.shape[0]
     return [jax.tree.map(lambda x: take(x, part, groups), tree) for part in range(parts)]
 
 
 def in_microbatches(terms: Any, problem: Problem, parts: int) -> jax.Array:
-    """Compute the same loss as a step does: microbatch by microbatch, denominators and statistics first."""
-    batches, policies, references = (split(x, parts) for x in (problem.batch, problem.policy, problem.reference))
+    """Compute the same loss as a step does: microbatch by microbatch, denominators and statistics
+    first."""
+    batches, policies, references = (
+        split(x, parts) for x in (problem.batch, problem.policy, problem.reference)
+    )
     mismatched = [None] * parts
     if problem.mismatched is not None:
         mismatched = list(zip(*(split(x, parts) for x in problem.mismatched)))
     loss = jnp.zeros(())
     for term in terms:
         weights = jnp.stack([objective.group_weights(term, batch) for batch in batches])
-        measured = [objective.measure(term, *three, other)
-                    for *three, other in zip(policies, references, batches, mismatched)]
+        measured = [
+            objective.measure(term, *three, other)
+            for *three, other in zip(policies, references, batches, mismatched)
+        ]
         stacked = jax.tree.map(lambda *x: jnp.stack(x), *measured)
         stats, _ = objective.summarise(term, stacked, weights, term.objective.carry)
         for m, (policy, reference, batch) in enumerate(zip(policies, references, batches)):

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Advantages, returns and targets against loops in NumPy, and their laws."""
+
 import jax
 import jax.numpy as jnp
 import loss_cases as cases
@@ -17,7 +18,10 @@ def packed(seed=0, rows=3, length=12):
     mask, slot = np.zeros((rows, length), bool), np.zeros((rows, length), np.int32)
     mask[:, 1:3], mask[:, 4:6], mask[:, 8:11] = True, True, True
     slot[:, 7:] = 1
-    draw = lambda: rng.normal(size=(rows, length)).astype(np.float32)
+
+    def draw():
+        return rng.normal(size=(rows, length)).astype(np.float32)
+
     return draw(), draw(), mask, slot
 
 
@@ -38,7 +42,9 @@ def loop(rewards, values, mask, slot, gamma, lam):
 def test_gae_equals_a_loop_in_packed_rows_with_gaps(gamma, lam):
     rewards, values, mask, slot = packed()
     expected = loop(rewards, values, mask, slot, gamma, lam)
-    found, returns = advantages.gae(*map(jnp.asarray, (rewards, values, mask, slot)), gamma=gamma, lam=lam)
+    found, returns = advantages.gae(
+        *map(jnp.asarray, (rewards, values, mask, slot)), gamma=gamma, lam=lam
+    )
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(returns, np.where(mask, expected + values, 0), rtol=1e-5, atol=1e-6)
 
@@ -49,8 +55,9 @@ def test_gae_at_lambda_1_is_returns_less_values_and_at_0_the_td_error():
     togo = advantages.discounted_sum(rewards, mask, slot, 0.9)
     np.testing.assert_allclose(found, jnp.where(mask, togo - values, 0.0), rtol=1e-5, atol=1e-5)
     found, _ = advantages.gae(rewards, values, mask, slot, gamma=0.9, lam=0.0)
-    np.testing.assert_allclose(found, loop(*map(np.asarray, (rewards, values, mask, slot)), 0.9, 0.0), rtol=1e-5,
-                               atol=1e-6)
+    np.testing.assert_allclose(
+        found, loop(*map(np.asarray, (rewards, values, mask, slot)), 0.9, 0.0), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_gae_passes_no_gradient():
@@ -66,12 +73,16 @@ def test_group_advantages_sum_to_zero_and_equal_scores_give_none():
         found = advantages.group_advantages(scores, scale=scale)
         np.testing.assert_allclose(found.sum(1), 0.0, atol=2e-6)
         assert not found[0].any() and found[1:].all()
-    expected = (scores - scores.mean(1, keepdims=True)) / (np.std(scores, axis=1, ddof=1, keepdims=True) + 1e-4)
+    expected = (scores - scores.mean(1, keepdims=True)) / (
+        np.std(scores, axis=1, ddof=1, keepdims=True) + 1e-4
+    )
     np.testing.assert_allclose(advantages.group_advantages(scores)[1:], expected[1:], rtol=1e-5)
     np.testing.assert_allclose(advantages.leave_one_out(scores).sum(1), 0.0, atol=2e-6)
     for r in range(4):
         others = np.delete(np.asarray(scores), r, axis=1).mean(1)
-        np.testing.assert_allclose(advantages.leave_one_out(scores)[:, r], scores[:, r] - others, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(
+            advantages.leave_one_out(scores)[:, r], scores[:, r] - others, rtol=1e-5, atol=1e-6
+        )
     with pytest.raises(ValueError, match="R >= 2"):
         advantages.group_advantages(jnp.zeros((3, 1)))
 
@@ -82,13 +93,23 @@ def test_kl_estimators_agree_in_the_mean():
     ratio = jnp.asarray(np.log(p / q), jnp.float32)
     exact = (p * np.log(p / q)).sum()
     for kind in ("k1", "k3"):
-        np.testing.assert_allclose((p * np.asarray(advantages.kl_estimate(ratio, kind))).sum(), exact, rtol=1e-5)
+        np.testing.assert_allclose(
+            (p * np.asarray(advantages.kl_estimate(ratio, kind))).sum(), exact, rtol=1e-5
+        )
     assert (advantages.kl_estimate(ratio, "k3") >= 0).all()
 
 
 def test_adaptive_coefficient_moves_towards_the_target():
-    coef = lambda kl: float(advantages.adaptive_kl_coef(jnp.float32(0.1), jnp.float32(kl), 100, target=6.0))
-    assert coef(12.0) > 0.1 > coef(3.0) and coef(6.0) == pytest.approx(0.1) and coef(1e6) == pytest.approx(0.1002)
+    def coef(kl):
+        return float(
+            advantages.adaptive_kl_coef(jnp.float32(0.1), jnp.float32(kl), 100, target=6.0)
+        )
+
+    assert (
+        coef(12.0) > 0.1 > coef(3.0)
+        and coef(6.0) == pytest.approx(0.1)
+        and coef(1e6) == pytest.approx(0.1002)
+    )
 
 
 def test_running_moments_equal_those_of_all_scores():
@@ -114,31 +135,61 @@ def test_targets_of_each_method():
     batch, reference = rollout()
     counts, scores = np.asarray(batch.lengths, np.float32), np.asarray(batch.scores)
     totals = scores - 0.1 * 0.3 * counts  # the KL of every token is 0.3
-    per = lambda batch: sum_by_slot(batch.advantages, batch) / counts
-    found, metrics = targets.make_targets(batch, reference_token_logps=reference, advantages="leave_one_out",
-                                          kl_coef=0.1)
-    np.testing.assert_allclose(per(found), advantages.leave_one_out(jnp.asarray(totals)), rtol=1e-4, atol=1e-5)
-    np.testing.assert_allclose(metrics["objective/kl"][0] / metrics["objective/kl"][1], 0.3 * counts.mean(), rtol=1e-5)
+
+    def per(batch):
+        return sum_by_slot(batch.advantages, batch) / counts
+
+    found, metrics = targets.make_targets(
+        batch, reference_token_logps=reference, advantages="leave_one_out", kl_coef=0.1
+    )
+    np.testing.assert_allclose(
+        per(found), advantages.leave_one_out(jnp.asarray(totals)), rtol=1e-4, atol=1e-5
+    )
+    np.testing.assert_allclose(
+        metrics["objective/kl"][0] / metrics["objective/kl"][1], 0.3 * counts.mean(), rtol=1e-5
+    )
     np.testing.assert_allclose(metrics["objective/rlhf_reward"][0] / 4, totals.mean(), rtol=1e-4)
     found, _ = targets.make_targets(batch, advantages="group")
-    np.testing.assert_allclose(per(found), advantages.group_advantages(batch.scores), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        per(found), advantages.group_advantages(batch.scores), rtol=1e-4, atol=1e-5
+    )
     found, _ = targets.make_targets(batch, advantages="batch")
     np.testing.assert_allclose(per(found), scores - scores.mean(), rtol=1e-4, atol=1e-5)
-    found, _ = targets.make_targets(batch, reference_token_logps=reference, advantages="global", kl_coef=0.1)
+    found, _ = targets.make_targets(
+        batch, reference_token_logps=reference, advantages="global", kl_coef=0.1
+    )
     np.testing.assert_allclose(found.advantages.sum() / counts.sum(), 0.0, atol=1e-5)
     np.testing.assert_allclose((found.advantages**2).sum() / counts.sum(), 1.0, rtol=1e-4)
-    found, _ = targets.make_targets(batch, reference_token_logps=reference, advantages="gae", kl_coef=0.1)
+    found, _ = targets.make_targets(
+        batch, reference_token_logps=reference, advantages="gae", kl_coef=0.1
+    )
     expected, returns = advantages.gae(
-        advantages.token_rewards(batch.scores.reshape(-1, 1), jnp.where(batch.loss_mask, 0.3, 0.0), batch.loss_mask,
-                                 batch.slot, kl_coef=0.1), batch.old_values, batch.loss_mask, batch.slot)
+        advantages.token_rewards(
+            batch.scores.reshape(-1, 1),
+            jnp.where(batch.loss_mask, 0.3, 0.0),
+            batch.loss_mask,
+            batch.slot,
+            kl_coef=0.1,
+        ),
+        batch.old_values,
+        batch.loss_mask,
+        batch.slot,
+    )
     np.testing.assert_allclose(found.advantages, expected, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(found.returns, returns, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("options, words", [
-    ({"advantages": "gea"}, "advantages must be"), ({"kl_coef": 0.1}, "reference_token_logps"),
-    ({"advantages": "group", "kl_coef": 0.1, "reference_token_logps": jnp.zeros((12, 7))}, "beta"),
-])
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"advantages": "gea"}, "advantages must be"),
+        ({"kl_coef": 0.1}, "reference_token_logps"),
+        (
+            {"advantages": "group", "kl_coef": 0.1, "reference_token_logps": jnp.zeros((12, 7))},
+            "beta",
+        ),
+    ],
+)
 def test_targets_name_what_is_missing(options, words):
     with pytest.raises(ValueError, match=words):
         targets.make_targets(rollout()[0], **options)
@@ -147,7 +198,8 @@ def test_targets_name_what_is_missing(options, words):
 @pytest.mark.parametrize("name", [name for name, row in losses.OBJECTIVES.items() if row.rollout])
 def test_rollout_options_are_what_make_targets_takes(name):
     term = losses.resolve(name)[0]
-    others = {"epochs", "minibatches", "missing_eos_penalty", "kl_target", "kl_horizon"}  # the rollout source's own
+    # the rollout source's own
+    others = {"epochs", "minibatches", "missing_eos_penalty", "kl_target", "kl_horizon"}
     batch, reference = rollout()
     options = {key: value for key, value in term.rollout.items() if key not in others}
     found, _ = targets.make_targets(batch, reference_token_logps=reference, **options)
@@ -159,7 +211,12 @@ def test_on_policy_the_first_step_of_every_ratio_loss_has_reinforces_gradient():
     batch = problem.batch._replace(old_token_logps=problem.policy.token_logps, label=None)
     problem = problem._replace(batch=batch)
     _, plain = cases.value_and_grad(losses.resolve("reinforce"), problem)
-    for name, options in (("ppo", {}), ("reinforce_pp", {}), ("grpo", {"loss_type": "dapo"}), ("cispo", {})):
+    for name, options in (
+        ("ppo", {}),
+        ("reinforce_pp", {}),
+        ("grpo", {"loss_type": "dapo"}),
+        ("cispo", {}),
+    ):
         _, grads = cases.value_and_grad(losses.resolve(name, options), problem)
         np.testing.assert_allclose(grads["token_logps"], plain["token_logps"], rtol=1e-5, atol=1e-7)
 
@@ -172,5 +229,8 @@ def test_ppo_ptx_counts_text_rows_apart():
     alone, text = (cases.total(losses.resolve(name), problem) for name in ("ppo", "ptx"))
     np.testing.assert_allclose(both, alone + 0.5 * text, rtol=1e-5)
     rows = np.repeat(~np.asarray(label), 3)
-    expected = -np.asarray(problem.policy.token_logps)[rows].sum() / np.asarray(problem.batch.loss_mask)[rows].sum()
+    expected = (
+        -np.asarray(problem.policy.token_logps)[rows].sum()
+        / np.asarray(problem.batch.loss_mask)[rows].sum()
+    )
     np.testing.assert_allclose(text, expected, rtol=1e-5)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Token log-probabilities from hidden states, in every layout, without the logits."""
+
 import re
 
 import jax
@@ -28,15 +29,27 @@ def make_batch(slots=1, budget=11):
     lengths = np.stack([(mask & (slot == s)).sum(1) for s in range(slots)], 1).astype(np.int32)
     index = np.sort(np.where(mask, indices, T), axis=1)[:, :budget].astype(np.int32)
     index = np.pad(index, ((0, 0), (0, max(budget - T, 0))), constant_values=T)
-    batch = Batch(tokens=tokens, segment_ids=slot + 1, positions=indices, source_index=np.maximum(indices - 1, 0),
-                  loss_mask=mask, slot=slot, loss_index=index, lengths=lengths, weight=np.ones(N, np.float32),
-                  last_index=np.full((N, slots), 3, np.int32))
+    batch = Batch(
+        tokens=tokens,
+        segment_ids=slot + 1,
+        positions=indices,
+        source_index=np.maximum(indices - 1, 0),
+        loss_mask=mask,
+        slot=slot,
+        loss_index=index,
+        lengths=lengths,
+        weight=np.ones(N, np.float32),
+        last_index=np.full((N, slots), 3, np.int32),
+    )
     return jax.tree.map(jnp.asarray, batch)
 
 
 def inputs(dtype=jnp.float32):
     rng = np.random.default_rng(1)
-    return (jnp.asarray(rng.normal(size=(N, T, D)), dtype), jnp.asarray(rng.normal(size=(D, V)), jnp.float32))
+    return (
+        jnp.asarray(rng.normal(size=(N, T, D)), dtype),
+        jnp.asarray(rng.normal(size=(D, V)), jnp.float32),
+    )
 
 
 def head(matrix):
@@ -57,29 +70,52 @@ def direct(hidden, matrix, batch):
 @pytest.mark.parametrize("chunk", [1, 4, 100])
 def test_equals_the_log_softmax_of_all_logits(slots, chunk):
     batch, (hidden, matrix) = make_batch(slots), inputs()
-    found = logprobs.token_outputs(hidden, head(matrix), batch, needs=("entropy", "log_sum_sq"), chunk=chunk)
+    found = logprobs.token_outputs(
+        hidden, head(matrix), batch, needs=("entropy", "log_sum_sq"), chunk=chunk
+    )
     expected, logps = direct(hidden, matrix, batch)
     np.testing.assert_allclose(found.token_logps, expected, rtol=1e-5, atol=1e-5)
     for s in range(slots):
         mine = np.where(batch.slot == s, expected, 0).sum(1)
         np.testing.assert_allclose(found.logps[:, s], mine, rtol=1e-5, atol=1e-5)
     p = np.exp(logps)
-    for field, every in (("entropy", -(p * logps).sum(-1)), ("log_sum_sq", np.log((p * p).sum(-1)))):
-        wanted = np.where(batch.loss_mask, np.take_along_axis(every, np.asarray(batch.source_index), 1), 0)
+    for field, every in (
+        ("entropy", -(p * logps).sum(-1)),
+        ("log_sum_sq", np.log((p * p).sum(-1))),
+    ):
+        wanted = np.where(
+            batch.loss_mask, np.take_along_axis(every, np.asarray(batch.source_index), 1), 0
+        )
         np.testing.assert_allclose(getattr(found, field), wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_kl_is_the_reference_to_the_policy():
     batch, (hidden, matrix) = make_batch(), inputs()
-    found = logprobs.token_outputs(hidden, head(matrix), batch, needs=("kl",), reference_hidden=0.5 * hidden,
-                                   reference_unembed=head(matrix), chunk=4)
+    found = logprobs.token_outputs(
+        hidden,
+        head(matrix),
+        batch,
+        needs=("kl",),
+        reference_hidden=0.5 * hidden,
+        reference_unembed=head(matrix),
+        chunk=4,
+    )
     _, policy = direct(hidden, matrix, batch)
     _, reference = direct(0.5 * hidden, matrix, batch)
     every = (np.exp(reference) * (reference - policy)).sum(-1)
-    wanted = np.where(batch.loss_mask, np.take_along_axis(every, np.asarray(batch.source_index), 1), 0)
+    wanted = np.where(
+        batch.loss_mask, np.take_along_axis(every, np.asarray(batch.source_index), 1), 0
+    )
     np.testing.assert_allclose(found.kl, wanted, rtol=1e-4, atol=1e-5)
-    same = logprobs.token_outputs(hidden, head(matrix), batch, needs=("kl",), reference_hidden=hidden,
-                                  reference_unembed=head(matrix), chunk=4)
+    same = logprobs.token_outputs(
+        hidden,
+        head(matrix),
+        batch,
+        needs=("kl",),
+        reference_hidden=hidden,
+        reference_unembed=head(matrix),
+        chunk=4,
+    )
     np.testing.assert_allclose(same.kl, 0.0, atol=1e-6)
 
 
@@ -98,7 +134,9 @@ def test_gradient_equals_that_of_all_logits_at_once():
         entropy = -(jnp.exp(logps) * logps).sum(-1)
         return jnp.where(batch.loss_mask, weights * (token + 0.3 * entropy), 0.0).sum()
 
-    for a, b in zip(jax.grad(chunked, (0, 1))(hidden, matrix), jax.grad(at_once, (0, 1))(hidden, matrix)):
+    for a, b in zip(
+        jax.grad(chunked, (0, 1))(hidden, matrix), jax.grad(at_once, (0, 1))(hidden, matrix)
+    ):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
@@ -106,8 +144,15 @@ def test_no_gradient_reaches_the_reference_or_the_alignment_weights():
     batch, (hidden, matrix) = make_batch(), inputs()
 
     def f(reference, hidden):
-        found = logprobs.token_outputs(hidden, head(matrix), batch, needs=("kl", "log_sum_sq"), chunk=4,
-                                       reference_hidden=reference, reference_unembed=head(matrix))
+        found = logprobs.token_outputs(
+            hidden,
+            head(matrix),
+            batch,
+            needs=("kl", "log_sum_sq"),
+            chunk=4,
+            reference_hidden=reference,
+            reference_unembed=head(matrix),
+        )
         return found.kl.sum(), found.log_sum_sq.sum()
 
     assert not jax.grad(lambda x: f(x, hidden)[0])(hidden).any()
@@ -116,9 +161,14 @@ def test_no_gradient_reaches_the_reference_or_the_alignment_weights():
 
 def test_compiled_program_holds_one_chunk_of_logits():
     batch, (hidden, matrix) = make_batch(budget=T), inputs()
-    grad = jax.grad(lambda h, m: logprobs.token_outputs(h, head(m), batch, chunk=3).token_logps.sum(), (0, 1))
+    grad = jax.grad(
+        lambda h, m: logprobs.token_outputs(h, head(m), batch, chunk=3).token_logps.sum(), (0, 1)
+    )
     text = jax.jit(grad).lower(hidden, matrix).compile().as_text()
-    sizes = [np.prod([int(size) for size in shape.split(",")]) for shape in re.findall(r"f32\[([\d,]*%d)\]" % V, text)]
+    sizes = [
+        np.prod([int(size) for size in shape.split(",")])
+        for shape in re.findall(r"f32\[([\d,]*%d)\]" % V, text)
+    ]
     assert max(sizes) == N * 3 * V  # [N, c, V]; not [N, P, V], nor stacked over the chunks
 
 
@@ -129,9 +179,15 @@ def test_masked_vocabulary_and_bfloat16_hidden_states_are_finite_and_float32():
     batch = batch._replace(tokens=tokens)
 
     def f(hidden):
-        found = logprobs.token_outputs(hidden, lambda x: head(matrix)(x) + mask, batch, chunk=4,
-                                       needs=("entropy", "log_sum_sq", "kl"), reference_hidden=hidden,
-                                       reference_unembed=lambda x: head(matrix)(x) + mask)
+        found = logprobs.token_outputs(
+            hidden,
+            lambda x: head(matrix)(x) + mask,
+            batch,
+            chunk=4,
+            needs=("entropy", "log_sum_sq", "kl"),
+            reference_hidden=hidden,
+            reference_unembed=lambda x: head(matrix)(x) + mask,
+        )
         assert all(x.dtype == jnp.float32 for x in found if x is not None and x.dtype != jnp.int32)
         return found.token_logps.sum() + found.entropy.sum() + found.kl.sum()
 
@@ -140,11 +196,16 @@ def test_masked_vocabulary_and_bfloat16_hidden_states_are_finite_and_float32():
 
 
 def test_logits_rounded_to_bfloat16_would_cost_a_hundredth_of_a_nat():
-    """HALOs casts logits to bf16 before the log-softmax; ours stay float32 whatever the hidden states are."""
+    """HALOs casts logits to bf16 before the log-softmax; ours stay float32 whatever the hidden
+    states are."""
     batch, (hidden, matrix) = make_batch(), inputs()
     ours = logprobs.token_outputs(hidden, head(4 * matrix), batch, chunk=4).token_logps
     rounded = logprobs.token_outputs(
-        hidden, lambda x: head(4 * matrix)(x).astype(jnp.bfloat16).astype(jnp.float32), batch, chunk=4).token_logps
+        hidden,
+        lambda x: head(4 * matrix)(x).astype(jnp.bfloat16).astype(jnp.float32),
+        batch,
+        chunk=4,
+    ).token_logps
     exact, _ = direct(hidden, 4 * matrix, batch)
     assert np.abs(ours - exact).max() < 1e-4 < 1e-2 < np.abs(rounded - exact).max()
 
@@ -157,7 +218,9 @@ def test_heads_are_read_where_they_speak():
     np.testing.assert_array_equal(logprobs.at_sources(x, batch), shifted)
     sums = jnp.asarray(np.random.default_rng(1).normal(size=(N, 2)), jnp.float32)
     spread = logprobs.spread_to_tokens(sums, batch)
-    np.testing.assert_allclose(logprobs.sum_by_slot(spread, batch), sums * batch.lengths.astype(jnp.float32), rtol=1e-5)
+    np.testing.assert_allclose(
+        logprobs.sum_by_slot(spread, batch), sums * batch.lengths.astype(jnp.float32), rtol=1e-5
+    )
     with pytest.raises(ValueError, match="last_index"):
         logprobs.at_last(x, batch._replace(last_index=None))
 

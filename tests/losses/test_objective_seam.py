@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Names, options and sums of objectives; and mistakes other frameworks make in silence, each refused or absent here."""
+"""Names, options and sums of objectives; and mistakes other frameworks make in silence, each
+refused or absent here."""
+
 import json
 
 import jax
@@ -15,38 +17,60 @@ from align_jax.losses import kto, objective, pairs
 def test_a_sum_of_objectives_is_the_weighted_sum():
     problem = cases.make_problem("dpo")
     whole = cases.total(losses.resolve("dpo+bco_pair+sft", {"beta": 0.3}, (0.8, 0.2, 1.0)), problem)
-    parts = [cases.total(losses.resolve(name, {"beta": 0.3} if name != "sft" else {}), problem)
-             for name in ("dpo", "bco_pair", "sft")]
+    parts = [
+        cases.total(losses.resolve(name, {"beta": 0.3} if name != "sft" else {}), problem)
+        for name in ("dpo", "bco_pair", "sft")
+    ]
     np.testing.assert_allclose(whole, 0.8 * parts[0] + 0.2 * parts[1] + parts[2], rtol=1e-6)
 
 
 def test_an_option_that_adds_a_term_equals_naming_it():
     assert [term.name for term in losses.resolve("dpo", {"sft_coef": 0.5})] == ["dpo", "sft"]
     problem = cases.make_problem("dpo")
-    np.testing.assert_allclose(cases.total(losses.resolve("dpo", {"sft_coef": 0.5}), problem),
-                               cases.total(losses.resolve("dpo+sft", {}, (1.0, 0.5)), problem), rtol=1e-6)
+    np.testing.assert_allclose(
+        cases.total(losses.resolve("dpo", {"sft_coef": 0.5}), problem),
+        cases.total(losses.resolve("dpo+sft", {}, (1.0, 0.5)), problem),
+        rtol=1e-6,
+    )
 
 
-@pytest.mark.parametrize("name, options, words", [
-    ("dp0", {}, "did you mean 'dpo'"), ("dpo+ktoo", {}, "did you mean 'kto'"), ("dpo", {"betta": 1.0}, "'beta'"),
-    ("hinge", {"label_smoothing": 0.1}, "no option 'label_smoothing'"),  # TRL ignores it
-    ("nca_pair", {"f_divergence": "js"}, "no option"), ("simpo", {"reference_free": True}, "no option"),
-    ("aot", {"wpo": True}, "no option"),
-])
+@pytest.mark.parametrize(
+    "name, options, words",
+    [
+        ("dp0", {}, "did you mean 'dpo'"),
+        ("dpo+ktoo", {}, "did you mean 'kto'"),
+        ("dpo", {"betta": 1.0}, "'beta'"),
+        ("hinge", {"label_smoothing": 0.1}, "no option 'label_smoothing'"),  # TRL ignores it
+        ("nca_pair", {"f_divergence": "js"}, "no option"),
+        ("simpo", {"reference_free": True}, "no option"),
+        ("aot", {"wpo": True}, "no option"),
+    ],
+)
 def test_unknown_names_and_options_are_errors(name, options, words):
     with pytest.raises(KeyError, match=words):
         losses.resolve(name, options)
 
 
-@pytest.mark.parametrize("name, options, words", [
-    ("dpo", {"f_divergence": "jsd"}, "f_divergence"), ("dpo", {"label_smoothing": 0.5}, "label_smoothing"),
-    ("exo_pair", {"label_smoothing": 0.0}, "label_smoothing"), ("ipo", {"lengths": "max"}, "lengths"),
-    ("sft", {"per": "word"}, "per"), ("kto", {"kl_scope": "device"}, "kl_scope"), ("cpo", {"form": "exp"}, "form"),
-    ("cpo", {"form": "hinge", "label_smoothing": 0.1}, "label_smoothing"), ("discopop", {"tau": 0.0}, "tau"),
-    ("reward_ranked", {"form": "all"}, "form"), ("grpo", {"loss_type": "gpro"}, "loss_type"),
-    ("grpo", {"loss_type": "dr_grpo"}, "max_length"), ("ppo_offline", {"clip_form": "both"}, "clip_form"),
-    ("ppo_offline", {"kl_sign": 0}, "kl_sign"), ("ppo_offline", {"critic_target": "td"}, "critic_target"),
-])
+@pytest.mark.parametrize(
+    "name, options, words",
+    [
+        ("dpo", {"f_divergence": "jsd"}, "f_divergence"),
+        ("dpo", {"label_smoothing": 0.5}, "label_smoothing"),
+        ("exo_pair", {"label_smoothing": 0.0}, "label_smoothing"),
+        ("ipo", {"lengths": "max"}, "lengths"),
+        ("sft", {"per": "word"}, "per"),
+        ("kto", {"kl_scope": "device"}, "kl_scope"),
+        ("cpo", {"form": "exp"}, "form"),
+        ("cpo", {"form": "hinge", "label_smoothing": 0.1}, "label_smoothing"),
+        ("discopop", {"tau": 0.0}, "tau"),
+        ("reward_ranked", {"form": "all"}, "form"),
+        ("grpo", {"loss_type": "gpro"}, "loss_type"),
+        ("grpo", {"loss_type": "dr_grpo"}, "max_length"),
+        ("ppo_offline", {"clip_form": "both"}, "clip_form"),
+        ("ppo_offline", {"kl_sign": 0}, "kl_sign"),
+        ("ppo_offline", {"critic_target": "td"}, "critic_target"),
+    ],
+)
 def test_values_out_of_range_are_errors(name, options, words):
     with pytest.raises(ValueError, match=words):
         cases.total(losses.resolve(name, options), cases.make_problem(name))
@@ -64,11 +88,21 @@ def test_sums_over_different_kinds_of_data_are_errors():
 
 
 def test_a_reference_is_asked_for_only_where_it_is_used():
-    wants = lambda name, **options: [term.reference for term in losses.resolve(name, options)]
-    assert wants("dpo") == [True] and wants("dpo", reference_free=True) == [False] and wants("simpo") == [False]
-    assert wants("grpo") == [False] and wants("grpo", beta=0.1) == [True] and wants("grpo", humanline=True) == [True]
+    def wants(name, **options):
+        return [term.reference for term in losses.resolve(name, options)]
+
+    assert (
+        wants("dpo") == [True]
+        and wants("dpo", reference_free=True) == [False]
+        and wants("simpo") == [False]
+    )
+    assert (
+        wants("grpo") == [False]
+        and wants("grpo", beta=0.1) == [True]
+        and wants("grpo", humanline=True) == [True]
+    )
     problem = cases.make_problem("dpo")
-    term, = losses.resolve("dpo")
+    (term,) = losses.resolve("dpo")
     with pytest.raises(ValueError, match="needs the reference"):
         objective.apply(term, problem.policy, None, problem.batch)
 
@@ -84,9 +118,14 @@ def test_statistics_that_nobody_computed_are_errors():
 
 
 def test_needs_follow_the_options():
-    assert losses.resolve("dpo")[0].needs == () and losses.resolve("dpo", {"wpo": True})[0].needs == ("log_sum_sq",)
+    assert losses.resolve("dpo")[0].needs == () and losses.resolve("dpo", {"wpo": True})[
+        0
+    ].needs == ("log_sum_sq",)
     assert losses.resolve("tdpo")[0].needs == ("kl",)
-    assert [term.needs for term in losses.resolve("grpo", {"entropy_coef": 0.1})] == [(), ("entropy",)]
+    assert [term.needs for term in losses.resolve("grpo", {"entropy_coef": 0.1})] == [
+        (),
+        ("entropy",),
+    ]
 
 
 def test_humanline_has_no_gradient_outside_its_range():
@@ -101,9 +140,16 @@ def test_humanline_has_no_gradient_outside_its_range():
 def test_ld_alpha_in_a_packed_row_equals_the_plain_layout():
     plain = cases.make_problem("dpo")
     rows, length = plain.batch.tokens.shape
-    join = lambda x: x.reshape(rows // 2, 2 * length)  # chosen and rejected in one row
-    slot = jnp.broadcast_to(jnp.repeat(jnp.arange(2, dtype=jnp.int32), length)[None], (rows // 2, 2 * length))
-    batch = plain.batch._replace(tokens=join(plain.batch.tokens), loss_mask=join(plain.batch.loss_mask), slot=slot)
+
+    def join(x):
+        return x.reshape(rows // 2, 2 * length)  # chosen and rejected in one row
+
+    slot = jnp.broadcast_to(
+        jnp.repeat(jnp.arange(2, dtype=jnp.int32), length)[None], (rows // 2, 2 * length)
+    )
+    batch = plain.batch._replace(
+        tokens=join(plain.batch.tokens), loss_mask=join(plain.batch.loss_mask), slot=slot
+    )
     for alpha in (0.0, 0.3, 1.0):
         a = pairs.shared_length_logps(plain.policy.token_logps, plain.batch, alpha)
         b = pairs.shared_length_logps(join(plain.policy.token_logps), batch, alpha)
@@ -111,7 +157,7 @@ def test_ld_alpha_in_a_packed_row_equals_the_plain_layout():
     np.testing.assert_allclose(a, plain.policy.logps, rtol=1e-5)
 
 
-# ------------------------------------------------------------------------------- seen wrong elsewhere (HALOs, TRL, ...)
+# ----------------------------------------------------------- seen wrong elsewhere (HALOs, TRL, ...)
 
 
 def test_ipo_at_policy_equal_to_reference_is_finite():
@@ -127,22 +173,29 @@ def test_tokens_of_probability_one_count_as_tokens():
     """HALOs takes a log-probability of exactly 0 for padding."""
     found = losses.jitted("sft")([[-2.0, 0.0, 0.0, 0.0]])
     assert float(found.loss) == 0.5
-    found = losses.jitted("simpo", beta=1.0, gamma_beta_ratio=0.0)(policy=[[[-2.0, 0.0], [-2.0, -2.0]]])
+    found = losses.jitted("simpo", beta=1.0, gamma_beta_ratio=0.0)(
+        policy=[[[-2.0, 0.0], [-2.0, -2.0]]]
+    )
     np.testing.assert_allclose(found.losses, [np.log1p(np.exp(-1.0))], rtol=1e-6)
 
 
 def test_slic_takes_sequences_of_different_lengths():
     """HALOs adds a [B, T] to a [B] and crashes."""
     problem = cases.make_problem("slic")
-    term, = losses.resolve("slic")
+    (term,) = losses.resolve("slic")
     assert objective.apply(term, problem.policy, None, problem.batch)[0].shape == (4,)
 
 
 @pytest.mark.parametrize("label", [True, False])
 def test_kto_on_one_class_is_finite_and_reports_no_reward_of_the_other(label):
     problem = cases.make_problem("kto", label=label)
-    loss, _, metrics, _ = losses.arrays.total_loss(losses.resolve("kto"), problem.policy, problem.reference,
-                                                   problem.batch, mismatched=problem.mismatched)
+    loss, _, metrics, _ = losses.arrays.total_loss(
+        losses.resolve("kto"),
+        problem.policy,
+        problem.reference,
+        problem.batch,
+        mismatched=problem.mismatched,
+    )
     assert np.isfinite(loss)
     absent = "rewards/rejected" if label else "rewards/chosen"
     assert float(metrics[absent][1]) == 0.0
@@ -151,18 +204,22 @@ def test_kto_on_one_class_is_finite_and_reports_no_reward_of_the_other(label):
 
 def test_kl_scope_decides_whether_z0_is_the_global_batchs():
     problem = cases.make_problem("kto", groups=4)
-    whole, pieces = (losses.resolve("kto", {"kl_scope": scope}) for scope in ("global", "microbatch"))
+    whole, pieces = (
+        losses.resolve("kto", {"kl_scope": scope}) for scope in ("global", "microbatch")
+    )
     alone = cases.total(whole, problem)
     np.testing.assert_allclose(cases.in_microbatches(whole, problem, 4), alone, rtol=1e-5)
     assert abs(cases.in_microbatches(pieces, problem, 4) - alone) > 1e-4
 
 
 def test_z0_is_clamped_after_the_mean():
-    term, = losses.resolve("kto")
+    (term,) = losses.resolve("kto")
     measured = {"x": jnp.asarray([[-3.0, 1.0]]), "weight": jnp.ones((1, 2))}
     stats, _ = objective.summarise(term, measured, jnp.ones((1, 2)))
     assert stats.tolist() == [0.0]
-    stats, _ = objective.summarise(term, {**measured, "weight": jnp.asarray([[0.0, 1.0]])}, jnp.ones((1, 2)))
+    stats, _ = objective.summarise(
+        term, {**measured, "weight": jnp.asarray([[0.0, 1.0]])}, jnp.ones((1, 2))
+    )
     assert stats.tolist() == [1.0]
 
 
@@ -172,14 +229,18 @@ def test_no_gradient_flows_through_z0():
     def f(shift):
         other = problem.mismatched[0]
         other = other._replace(logps=other.logps + shift)
-        return cases.total(losses.resolve("kto"), problem._replace(mismatched=(other, problem.mismatched[1])))
+        return cases.total(
+            losses.resolve("kto"), problem._replace(mismatched=(other, problem.mismatched[1]))
+        )
 
     assert jax.grad(f)(0.0) == 0.0 and f(1.0) != f(0.0)
 
 
 def test_wpo_goes_with_hinge():
     """TRL multiplies a leaf of relu in place and crashes."""
-    _, grads = cases.value_and_grad(losses.resolve("hinge", {"wpo": True}), cases.make_problem("hinge"))
+    _, grads = cases.value_and_grad(
+        losses.resolve("hinge", {"wpo": True}), cases.make_problem("hinge")
+    )
     assert np.isfinite(grads["token_logps"]).all()
 
 
@@ -189,7 +250,7 @@ def test_imbalance_is_said():
     assert "all feedback is desirable" in kto.balance_warning(5, 0)
 
 
-# ----------------------------------------------------------------------------------------------- notebooks, the program
+# --------------------------------------------------------------------------- notebooks, the program
 
 
 def test_jitted_takes_chosen_and_rejected_or_both_stacked():
@@ -201,8 +262,12 @@ def test_jitted_takes_chosen_and_rejected_or_both_stacked():
     np.testing.assert_array_equal(apart.losses, together.losses)
     np.testing.assert_allclose(apart.rewards, 0.2 * (policy - reference), rtol=1e-6)
     found, rewards = losses.dpo_from_indices(
-        jnp.asarray(policy.reshape(-1)), jnp.asarray(reference.reshape(-1)), jnp.array([0, 2, 4]), jnp.array([1, 3, 5]),
-        beta=0.2)
+        jnp.asarray(policy.reshape(-1)),
+        jnp.asarray(reference.reshape(-1)),
+        jnp.array([0, 2, 4]),
+        jnp.array([1, 3, 5]),
+        beta=0.2,
+    )
     np.testing.assert_allclose(found, apart.losses, rtol=1e-6)
     np.testing.assert_allclose(rewards.reshape(3, 2), apart.rewards, rtol=1e-6)
 

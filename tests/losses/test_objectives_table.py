@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every row of the table promises; a new row is tested by being there."""
+
 import math
 
 import jax
@@ -12,21 +13,57 @@ from align_jax import losses
 from align_jax.losses import OBJECTIVES, objective
 
 LOG2 = math.log(2.0)
-# The loss at policy = reference with default options, from the formulas; rows without a reference are where every
-# log-probability or score is 0 (rollouts: ratio 1, advantage 1).
+# The loss at policy = reference with default options, from the formulas; rows without a reference
+# are where every log-probability or score is 0 (rollouts: ratio 1, advantage 1).
 AT_REFERENCE = {
-    "sft": 0.0, "csft": 0.0, "reward": LOG2, "reward_ranked": math.log(24.0),
-    "dpo": LOG2, "robust": LOG2, "ipo": 25.0, "hinge": 1.0, "dpo_norm": LOG2,
+    "sft": 0.0,
+    "csft": 0.0,
+    "reward": LOG2,
+    "reward_ranked": math.log(24.0),
+    "dpo": LOG2,
+    "robust": LOG2,
+    "ipo": 25.0,
+    "hinge": 1.0,
+    "dpo_norm": LOG2,
     "exo_pair": -LOG2 - 0.5 * math.log(0.999) - 0.5 * math.log(0.001),
-    "nca_pair": 2 * LOG2, "bco_pair": 2 * LOG2, "sppo_hard": 50.0, "aot": LOG2, "aot_unpaired": LOG2, "apo_zero": 1.0,
-    "apo_down": 1.0, "discopop": 0.5 * LOG2 + 0.5, "dpo_sigmoid": -0.5, "dpop": LOG2, "tdpo": LOG2, "beta_dpo": LOG2,
-    "simpo": math.log1p(math.e), "alphapo": math.log1p(math.e), "orpo": 0.1 * LOG2, "cpo": LOG2, "slic": 1.0,
-    "kto": 0.5, "kto_zero": 0.5, "kto_logsigmoid": LOG2, "apo_zero_unpaired": 0.5, "bco": LOG2,
-    "ppo_offline": 0.01 * 0.5, "ppo": -1.0, "grpo": -1.0, "gspo": -1.0, "cispo": 0.0, "sapo": -2.0, "rloo": -1.0,
-    "reinforce": 0.0, "reinforce_pp": -1.0, "entropy": 0.0, "ptx": 0.0,
+    "nca_pair": 2 * LOG2,
+    "bco_pair": 2 * LOG2,
+    "sppo_hard": 50.0,
+    "aot": LOG2,
+    "aot_unpaired": LOG2,
+    "apo_zero": 1.0,
+    "apo_down": 1.0,
+    "discopop": 0.5 * LOG2 + 0.5,
+    "dpo_sigmoid": -0.5,
+    "dpop": LOG2,
+    "tdpo": LOG2,
+    "beta_dpo": LOG2,
+    "simpo": math.log1p(math.e),
+    "alphapo": math.log1p(math.e),
+    "orpo": 0.1 * LOG2,
+    "cpo": LOG2,
+    "slic": 1.0,
+    "kto": 0.5,
+    "kto_zero": 0.5,
+    "kto_logsigmoid": LOG2,
+    "apo_zero_unpaired": 0.5,
+    "bco": LOG2,
+    "ppo_offline": 0.01 * 0.5,
+    "ppo": -1.0,
+    "grpo": -1.0,
+    "gspo": -1.0,
+    "cispo": 0.0,
+    "sapo": -2.0,
+    "rloo": -1.0,
+    "reinforce": 0.0,
+    "reinforce_pp": -1.0,
+    "entropy": 0.0,
+    "ptx": 0.0,
 }
 ROWS = list(OBJECTIVES)
-PAIRS = [name for name, row in OBJECTIVES.items() if row.data == "pairs" and row.needs != ("scores",)]
+PAIRS = [
+    name for name, row in OBJECTIVES.items() if row.data == "pairs" and row.needs != ("scores",)
+]
 UNPAIRED = [name for name, row in OBJECTIVES.items() if row.data == "unpaired"]
 
 
@@ -36,7 +73,9 @@ def blank(name, groups=2, **shape):
     batch = cases.make_batch(row.data, groups, **shape)
     if row.data == "rollout":
         ones = jnp.where(batch.loss_mask, 1.0, 0.0)
-        batch = batch._replace(old_token_logps=0 * ones, advantages=ones, returns=0 * ones, old_values=0 * ones)
+        batch = batch._replace(
+            old_token_logps=0 * ones, advantages=ones, returns=0 * ones, old_values=0 * ones
+        )
         batch = batch._replace(label=jnp.full(groups, name != "ptx"))
     outputs = objective.blank_outputs(batch, (*row.needs, "log_sum_sq"))
     mismatched = None
@@ -73,7 +112,9 @@ def test_gradient_raises_chosen_above_rejected(name):
     batch = problem.batch
     if name == "discopop":
         shift = jnp.where(jnp.arange(batch.tokens.shape[0])[:, None] % 2 == 0, 5.0, -5.0)
-        problem = problem._replace(policy=cases.make_outputs(batch, problem.policy.token_logps + shift))
+        problem = problem._replace(
+            policy=cases.make_outputs(batch, problem.policy.token_logps + shift)
+        )
     _, grads = cases.value_and_grad(losses.resolve(name), problem)
     by_response = cases.sum_by_slot(grads["token_logps"], batch)
     if name == "csft":  # learns both, each after its control token
@@ -109,12 +150,20 @@ def test_gradient_raises_the_best_score_and_lowers_the_worst(name):
 
 
 EXTREMES = {
-    "log-ratios of 1e4 and -1e4": {"scale": 1e4}, "empty responses": {"lengths": 0}, "one group": {"groups": 1},
-    "only desirable": {"label": True}, "only undesirable": {"label": False},
-    "all weights 0": {"weight": 0.0}, "certain tokens": {"certain": True},
+    "log-ratios of 1e4 and -1e4": {"scale": 1e4},
+    "empty responses": {"lengths": 0},
+    "one group": {"groups": 1},
+    "only desirable": {"label": True},
+    "only undesirable": {"label": False},
+    "all weights 0": {"weight": 0.0},
+    "certain tokens": {"certain": True},
 }
-EXTREME_CASES = [(name, case) for case, change in EXTREMES.items() for name, row in OBJECTIVES.items()
-                 if "label" not in change or row.data in ("unpaired", "rollout")]
+EXTREME_CASES = [
+    (name, case)
+    for case, change in EXTREMES.items()
+    for name, row in OBJECTIVES.items()
+    if "label" not in change or row.data in ("unpaired", "rollout")
+]
 
 
 def extreme(name, *, scale=None, weight=None, certain=False, **shape):
@@ -122,10 +171,13 @@ def extreme(name, *, scale=None, weight=None, certain=False, **shape):
     batch, policy = problem.batch, problem.policy
     if scale is not None:
         groups, responses = batch.lengths.shape
-        flips = jnp.arange(groups)[:, None] + jnp.arange(responses)[None]  # both signs on either side of a pair
+        # both signs on either side of a pair
+        flips = jnp.arange(groups)[:, None] + jnp.arange(responses)[None]
         signs = jnp.where(flips.reshape(-1, 1) % 2 == 0, scale, -scale)
         # Log-probabilities are never positive: a ratio is large where the reference's is small.
-        policy = policy._replace(token_logps=jnp.where(batch.loss_mask, jnp.minimum(signs, -0.5), 0.0))
+        policy = policy._replace(
+            token_logps=jnp.where(batch.loss_mask, jnp.minimum(signs, -0.5), 0.0)
+        )
         reference = cases.make_outputs(batch, jnp.minimum(-signs, -0.5))
         problem = problem._replace(reference=reference)
         if policy.scores is not None:
@@ -154,8 +206,9 @@ def test_weights_depend_on_the_batch_alone(name):
     problem = cases.make_problem(name)
     for term in losses.resolve(name):
         before = objective.group_weights(term, problem.batch)
-        _, parts, _, _ = losses.arrays.total_loss([term], problem.policy, problem.reference, problem.batch,
-                                                  mismatched=problem.mismatched)
+        _, parts, _, _ = losses.arrays.total_loss(
+            [term], problem.policy, problem.reference, problem.batch, mismatched=problem.mismatched
+        )
         np.testing.assert_array_equal(before, parts[0][1])
         assert before.shape == problem.batch.weight.shape
 
@@ -167,10 +220,18 @@ def test_loss_and_gradient_do_not_depend_on_microbatches(name):
 
     def loss(token_logps, parts):
         logps = cases.sum_by_slot(token_logps, problem.batch)
-        changed = problem._replace(policy=problem.policy._replace(token_logps=token_logps, logps=logps))
-        return cases.total(terms, changed) if parts == 1 else cases.in_microbatches(terms, changed, parts)
+        changed = problem._replace(
+            policy=problem.policy._replace(token_logps=token_logps, logps=logps)
+        )
+        return (
+            cases.total(terms, changed)
+            if parts == 1
+            else cases.in_microbatches(terms, changed, parts)
+        )
 
-    expected, *others = (jax.value_and_grad(loss)(problem.policy.token_logps, parts) for parts in (1, 2, 4))
+    expected, *others = (
+        jax.value_and_grad(loss)(problem.policy.token_logps, parts) for parts in (1, 2, 4)
+    )
     for found in others:
         for a, b in zip(found, expected):
             np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6)
@@ -179,34 +240,49 @@ def test_loss_and_gradient_do_not_depend_on_microbatches(name):
 @pytest.mark.parametrize("name", ROWS)
 def test_filler_groups_change_nothing(name):
     problem = cases.make_problem(name, groups=2)
-    double = lambda x: jnp.concatenate([x, x + 1.0 if x.dtype == jnp.float32 else x])
-    reweigh = lambda batch: batch._replace(weight=jnp.concatenate([jnp.ones(2), jnp.zeros(2)]))
+
+    def double(x):
+        return jnp.concatenate([x, x + 1.0 if x.dtype == jnp.float32 else x])
+
+    def reweigh(batch):
+        return batch._replace(weight=jnp.concatenate([jnp.ones(2), jnp.zeros(2)]))
+
     bigger = jax.tree.map(double, problem)
     batch = reweigh(bigger.batch)
     if batch.mismatched is not None:
         batch = batch._replace(mismatched=reweigh(batch.mismatched))
     bigger = bigger._replace(batch=batch)
     terms = losses.resolve(name)
-    (a, grads), (b, more) = cases.value_and_grad(terms, problem), cases.value_and_grad(terms, bigger)
+    (a, grads), (b, more) = (
+        cases.value_and_grad(terms, problem),
+        cases.value_and_grad(terms, bigger),
+    )
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
     for field in grads:
-        np.testing.assert_allclose(grads[field], more[field][:len(grads[field])], rtol=1e-4, atol=1e-6)
-        assert (more[field][len(grads[field]):] == 0).all()
+        np.testing.assert_allclose(
+            grads[field], more[field][: len(grads[field])], rtol=1e-4, atol=1e-6
+        )
+        assert (more[field][len(grads[field]) :] == 0).all()
 
 
 @pytest.mark.parametrize("name", ROWS)
 def test_metrics_are_sums_and_weights(name):
     problem = cases.make_problem(name)
     terms = losses.resolve(name)
-    _, _, metrics, _ = losses.arrays.total_loss(terms, problem.policy, problem.reference, problem.batch,
-                                                mismatched=problem.mismatched)
+    _, _, metrics, _ = losses.arrays.total_loss(
+        terms, problem.policy, problem.reference, problem.batch, mismatched=problem.mismatched
+    )
     for key, (total, weight) in metrics.items():
-        assert jnp.shape(total) == jnp.shape(weight) == () and np.isfinite(total) and weight >= 0, key
+        assert jnp.shape(total) == jnp.shape(weight) == () and np.isfinite(total) and weight >= 0, (
+            key
+        )
     known = set(losses.arrays.finish_metrics(metrics))
     assert OBJECTIVES[name].metric.split()[0] in known
     assert OBJECTIVES[name].metric.split()[1] in ("up", "down")
     if OBJECTIVES[name].data in ("pairs", "unpaired") and name not in ("reward", "csft"):
-        assert {f"rewards/{key}" for key in ("chosen", "rejected", "margins", "accuracies")} <= known
+        assert {
+            f"rewards/{key}" for key in ("chosen", "rejected", "margins", "accuracies")
+        } <= known
 
 
 @pytest.mark.parametrize("name", [name for name in PAIRS if name not in ("csft",)])

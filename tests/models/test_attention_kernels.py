@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Splash attention, run step by step on the CPU, equals plain attention: outputs and gradients, on every mesh."""
+"""Splash attention, run step by step on the CPU, equals plain attention: outputs and gradients, on
+every mesh."""
+
 from __future__ import annotations
 
 import functools
@@ -16,7 +18,8 @@ ROWS, HEADS, GROUPS, WIDTH = 2, 4, 2, 8
 
 
 def _inputs(length: int, shared: bool, rows: int = ROWS):
-    """Rows of two packed segments (or a prompt with two responses) and some padding, with exact positions."""
+    """Rows of two packed segments (or a prompt with two responses) and some padding, with exact
+    positions."""
     key = jax.random.split(jax.random.key(0), 3)
     q = jax.random.normal(key[0], (rows, length, HEADS, WIDTH), jnp.float32)
     k, v = (jax.random.normal(one, (rows, length, GROUPS, WIDTH), jnp.float32) for one in key[1:])
@@ -27,7 +30,10 @@ def _inputs(length: int, shared: bool, rows: int = ROWS):
         segments[:, start:end] = number + 1
         positions[:, start:end] = np.arange(end - start) + (cuts[1] if shared and number else 0)
         prefixes[:, start:end] = 1 if shared and number else 0
-    fields = {"segment_ids": jnp.asarray(segments), "prefix_ids": jnp.asarray(prefixes) if shared else None}
+    fields = {
+        "segment_ids": jnp.asarray(segments),
+        "prefix_ids": jnp.asarray(prefixes) if shared else None,
+    }
     return (q, k, v), fields, jnp.asarray(positions)
 
 
@@ -41,7 +47,9 @@ def _both(length, shared=False, rows=ROWS, **numbers):
         return out, *pull(cotangent)
 
     expected = run(lambda *x: attention.xla(*x, **fields, positions=positions, **numbers))
-    got = jax.jit(lambda: run(lambda *x: attention_kernels.splash(*x, **fields, **numbers, interpret=True)))()
+    got = jax.jit(
+        lambda: run(lambda *x: attention_kernels.splash(*x, **fields, **numbers, interpret=True))
+    )()
     for name, a, b in zip(("out", "dq", "dk", "dv"), expected, got):
         np.testing.assert_allclose(a, b, atol=2e-5, err_msg=name)
 
@@ -55,8 +63,10 @@ def test_splash_equals_plain_attention_over_shared_prefixes():
 
 
 # interpreting is slow, so four devices and both kinds of mask in turn
-@pytest.mark.parametrize("sizes, length, shared", [
-    ({"fsdp": 2, "tensor": 2}, 128, False), ({"sequence": 2, "tensor": 2}, 256, True)])
+@pytest.mark.parametrize(
+    "sizes, length, shared",
+    [({"fsdp": 2, "tensor": 2}, 128, False), ({"sequence": 2, "tensor": 2}, 256, True)],
+)
 def test_splash_is_the_same_on_every_mesh(sizes, length, shared):
     with jax.set_mesh(make_mesh(sizes, jax.devices()[:4])):
         _both(length, shared=shared, scale=0.1)
@@ -73,8 +83,10 @@ def test_attention_by_blocks_equals_plain_attention(shared):
     arrays, fields, positions = _inputs(72, shared)
     numbers = {"scale": 0.1, "softcap": 5.0, "window": 30, "positions": positions}
     for argument in range(3):
-        expected, got = (jax.grad(lambda *x: jnp.sum(function(*x, **fields, **numbers) ** 2), argument)(*arrays)
-                         for function in (attention.xla, functools.partial(attention.blocks, block=32)))
+        expected, got = (
+            jax.grad(lambda *x: jnp.sum(function(*x, **fields, **numbers) ** 2), argument)(*arrays)
+            for function in (attention.xla, functools.partial(attention.blocks, block=32))
+        )
         np.testing.assert_allclose(expected, got, atol=1e-5)
 
 
@@ -82,5 +94,8 @@ def test_what_a_kernel_lacks_goes_by_blocks():
     arrays, fields, positions = _inputs(40, True)
     numbers = {"scale": 0.1, "positions": positions}
     for name, lacking in {"splash": {"window": 9}, "cudnn": {"softcap": 5.0}}.items():
-        np.testing.assert_allclose(attention.ATTENTION[name](*arrays, **fields, **numbers, **lacking),
-                                   attention.xla(*arrays, **fields, **numbers, **lacking), atol=1e-6)
+        np.testing.assert_allclose(
+            attention.ATTENTION[name](*arrays, **fields, **numbers, **lacking),
+            attention.xla(*arrays, **fields, **numbers, **lacking),
+            atol=1e-6,
+        )

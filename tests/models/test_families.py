@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every family against transformers on tiny random models: logits, padding, packing, generation, weights both ways."""
+"""Every family against transformers on tiny random models: logits, padding, packing, generation,
+weights both ways."""
+
 import json
 
 import jax
@@ -10,44 +12,105 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from align_jax.models import FAMILIES
 from align_jax.interop import hf
+from align_jax.models import FAMILIES
 from align_jax.models.model import build
 
 V, LENGTH, WINDOW = 67, 18, 5
-SHAPE = dict(vocab_size=V, hidden_size=32, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4,
-             num_key_value_heads=2, max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=0)
-YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 8}
-LONG = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0, 1.1, 1.2, 1.3],
-        "long_factor": [2.0, 3.0, 4.0, 5.0], "original_max_position_embeddings": 64}
+SHAPE = dict(
+    vocab_size=V,
+    hidden_size=32,
+    intermediate_size=40,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+)
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 8,
+}
+LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "short_factor": [1.0, 1.1, 1.2, 1.3],
+    "long_factor": [2.0, 3.0, 4.0, 5.0],
+    "original_max_position_embeddings": 64,
+}
 CASES = {  # case -> (model_type, what differs from SHAPE)
     "llama": ("llama", {}),
-    "llama, linear": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}}),
-    "llama, dynamic": ("llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 3.0},
-                                 "max_position_embeddings": 8}),
+    "llama, linear": (
+        "llama",
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0}},
+    ),
+    "llama, dynamic": (
+        "llama",
+        {
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 3.0},
+            "max_position_embeddings": 8,
+        },
+    ),
     "mistral": ("mistral", {"sliding_window": WINDOW, "head_dim": 12}),
     "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8}),
-    "qwen2": ("qwen2", {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1}),
+    "qwen2": (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 1},
+    ),
     "qwen2, yarn": ("qwen2", {"rope_parameters": YARN, "tie_word_embeddings": True}),
     "qwen3": ("qwen3", {"head_dim": 8}),
-    "qwen3_moe": ("qwen3_moe", {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2,
-                                "moe_intermediate_size": 24, "norm_topk_prob": True}),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {
+            "head_dim": 8,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "norm_topk_prob": True,
+        },
+    ),
     "gemma": ("gemma", {"head_dim": 12}),
-    "gemma2": ("gemma2", {"head_dim": 8, "sliding_window": WINDOW, "query_pre_attn_scalar": 5,
-                          "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}),
-    "gemma3_text": ("gemma3_text", {"head_dim": 8, "sliding_window": WINDOW, "query_pre_attn_scalar": 5,
-                                    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
+    "gemma2": (
+        "gemma2",
+        {
+            "head_dim": 8,
+            "sliding_window": WINDOW,
+            "query_pre_attn_scalar": 5,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+        },
+    ),
+    "gemma3_text": (
+        "gemma3_text",
+        {
+            "head_dim": 8,
+            "sliding_window": WINDOW,
+            "query_pre_attn_scalar": 5,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
     "gpt_neox": ("gpt_neox", {"rotary_pct": 0.5}),
     "gpt_neox, sequential": ("gpt_neox", {"use_parallel_residual": False, "attention_bias": False}),
     "gpt2": ("gpt2", {"n_inner": 40}),
     "phi3": ("phi3", {"sliding_window": WINDOW}),
-    "phi3, longrope": ("phi3", {"rope_parameters": LONG, "original_max_position_embeddings": 64,
-                                "max_position_embeddings": 256}),
+    "phi3, longrope": (
+        "phi3",
+        {
+            "rope_parameters": LONG,
+            "original_max_position_embeddings": 64,
+            "max_position_embeddings": 256,
+        },
+    ),
     "olmo2": ("olmo2", {}),
     "smollm3": ("smollm3", {"no_rope_layers": [1, 0, 1]}),
     "opt": ("opt", {"ffn_dim": 40, "word_embed_proj_dim": 32, "dropout": 0.0}),
 }
-GRADIENTS = ("llama", "gemma2", "gemma3_text", "gpt_neox", "gpt2", "olmo2", "mixtral")  # one of each kind
+# one of each kind
+GRADIENTS = ("llama", "gemma2", "gemma3_text", "gpt_neox", "gpt2", "olmo2", "mixtral")
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -66,7 +129,8 @@ def peer(request, tmp_path_factory):
     ours, params = hf.load(str(path), dtype="float32")
     built = build(ours, compute_dtype="float32", remat="none")
     apply = jax.jit(lambda params, *fields: built.unembed(params, built.hidden(params, *fields)[0]))
-    return request.param, path, model, built, params, apply  # one compilation for all tests of the case
+    # one compilation for all tests of the case
+    return request.param, path, model, built, params, apply
 
 
 def padded_rows():
@@ -83,11 +147,16 @@ def test_logits_equal_transformers(peer):
     case, _, theirs, _, params, apply = peer
     tokens, segments, positions = padded_rows()
     with torch.no_grad():
-        extra = {} if theirs.config.model_type == "opt" else {"position_ids": torch.tensor(positions)}
-        expected = theirs(torch.tensor(tokens), attention_mask=torch.tensor(segments), **extra).logits.numpy()
+        extra = (
+            {} if theirs.config.model_type == "opt" else {"position_ids": torch.tensor(positions)}
+        )
+        expected = theirs(
+            torch.tensor(tokens), attention_mask=torch.tensor(segments), **extra
+        ).logits.numpy()
     got = np.asarray(apply(params, tokens, segments, positions))
     assert np.abs(expected).max() > 0.5
-    if "dynamic" in case:  # transformers scales every row by the longest of the batch, we each by its own length
+    # transformers scales every row by the longest of the batch, we each by its own length
+    if "dynamic" in case:
         segments = segments * np.array([[1], [0], [0]])
     np.testing.assert_allclose(got[segments > 0], expected[segments > 0], atol=1e-4)
 
@@ -102,9 +171,19 @@ def test_packed_rows_equal_separate_ones(peer):
     packed[1] = np.where(np.arange(LENGTH) < 11, 1, 2).astype(np.int32)[None]
     packed[2] = np.concatenate([np.arange(11), np.arange(7)]).astype(np.int32)[None]
     second = np.concatenate([tokens[2, 11:], np.zeros(11, np.int32)])[None]
-    alone = np.asarray(apply(params, *(np.repeat(x, 3, 0) for x in (
-        second, (np.arange(LENGTH) < 7).astype(np.int32)[None],
-        np.minimum(np.arange(LENGTH), 6).astype(np.int32)[None]))))
+    alone = np.asarray(
+        apply(
+            params,
+            *(
+                np.repeat(x, 3, 0)
+                for x in (
+                    second,
+                    (np.arange(LENGTH) < 7).astype(np.int32)[None],
+                    np.minimum(np.arange(LENGTH), 6).astype(np.int32)[None],
+                )
+            ),
+        )
+    )
     got = np.asarray(apply(params, *(np.repeat(x, 3, 0) for x in packed)))[0]
     np.testing.assert_allclose(got[:11], separate[1, :11], atol=1e-5)
     np.testing.assert_allclose(got[11:], alone[0, :7], atol=1e-5)
@@ -115,8 +194,14 @@ def test_prefill_and_decode_equal_the_full_forward(peer):
     if "dynamic" in case:
         pytest.skip("dynamic scaling changes the earlier keys with the length")
     tokens, segments, positions = padded_rows()
-    full = np.asarray(apply(params, np.where(segments > 0, tokens, 5), np.ones_like(segments),
-                            np.broadcast_to(np.arange(LENGTH, dtype=np.int32), tokens.shape)))
+    full = np.asarray(
+        apply(
+            params,
+            np.where(segments > 0, tokens, 5),
+            np.ones_like(segments),
+            np.broadcast_to(np.arange(LENGTH, dtype=np.int32), tokens.shape),
+        )
+    )
     tokens = np.where(segments > 0, tokens, 5)
     prompts = np.array([8, 3, 1])  # rows of different lengths, padded on the right
     width = prompts.max()
@@ -124,10 +209,13 @@ def test_prefill_and_decode_equal_the_full_forward(peer):
     places = np.broadcast_to(np.arange(width, dtype=np.int32), real.shape) * real
     cache = model.init_cache(3, LENGTH, jnp.float32)
     windows = model.config.windows
-    assert cache.keys.shape[2] == (WINDOW if all(windows) else LENGTH)  # a ring where every layer has a window
+    # a ring where every layer has a window
+    assert cache.keys.shape[2] == (WINDOW if all(windows) else LENGTH)
     hidden, cache = jax.jit(model.prefill)(params, tokens[:, :width] * real, real, places, cache)
     first = np.asarray(jax.jit(model.unembed)(params, hidden))
-    decode = jax.jit(lambda *fields: (lambda h, c: (model.unembed(params, h), c))(*model.decode(params, *fields)))
+    decode = jax.jit(
+        lambda *fields: (lambda h, c: (model.unembed(params, h), c))(*model.decode(params, *fields))
+    )
     for row, count in enumerate(prompts):
         np.testing.assert_allclose(first[row, :count], full[row, :count], atol=1e-4)
     for step in range(LENGTH - width):
@@ -143,9 +231,13 @@ def test_export_of_import_is_byte_identical(peer, tmp_path):
     assert before.keys() == after.keys()
     for name, tensor in before.items():
         assert tensor.dtype == after[name].dtype and torch.equal(tensor, after[name]), name
-    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == [type(theirs).__name__]
+    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == [
+        type(theirs).__name__
+    ]
     with torch.no_grad():
-        again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+        again = transformers.AutoModelForCausalLM.from_pretrained(
+            tmp_path, attn_implementation="eager"
+        )
         tokens = torch.tensor(padded_rows()[0][:1])
         assert torch.equal(again(tokens).logits, theirs(tokens).logits)
 
@@ -156,17 +248,22 @@ def test_gradients_equal_transformers(peer, tmp_path):
         pytest.skip(f"gradients are compared on one family of each kind: {', '.join(GRADIENTS)}")
     tokens, segments, positions = (jnp.asarray(x[:1]) for x in padded_rows())
     theirs.zero_grad()
-    torch.nn.functional.cross_entropy(theirs(torch.tensor(tokens.tolist())).logits[0, :-1],
-                                      torch.tensor(tokens[0, 1:].tolist())).backward()
+    torch.nn.functional.cross_entropy(
+        theirs(torch.tensor(tokens.tolist())).logits[0, :-1], torch.tensor(tokens[0, 1:].tolist())
+    ).backward()
 
     def loss(params):
         logits = model.unembed(params, model.hidden(params, tokens, segments, positions)[0])[0, :-1]
-        return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[0, 1:, None], axis=-1))
+        return -jnp.mean(
+            jnp.take_along_axis(jax.nn.log_softmax(logits), tokens[0, 1:, None], axis=-1)
+        )
 
     hf.save(str(tmp_path), model.config, jax.jit(jax.grad(loss))(params))
     ours = load_file(tmp_path / "model.safetensors")
-    theirs.save_pretrained(tmp_path / "peer", state_dict={
-        name: parameter.grad for name, parameter in theirs.named_parameters()})
+    theirs.save_pretrained(
+        tmp_path / "peer",
+        state_dict={name: parameter.grad for name, parameter in theirs.named_parameters()},
+    )
     expected = load_file(tmp_path / "peer" / "model.safetensors")
     assert ours.keys() == expected.keys()
     for name, gradient in expected.items():

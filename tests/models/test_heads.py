@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Score and value heads, vocabularies that grow, and the checkpoints of both."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,18 +14,34 @@ from align_jax.models.lora import merge
 from align_jax.models.model import build
 
 V = 53
-SHAPE = dict(vocab_size=V, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
-             num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+SHAPE = dict(
+    vocab_size=V,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    pad_token_id=0,
+    bos_token_id=1,
+    eos_token_id=2,
+)
 
 
 def fields(count=2, length=9):
     tokens = jnp.asarray(np.random.default_rng(0).integers(3, V, (count, length)), jnp.int32)
-    return tokens, jnp.ones_like(tokens), jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), tokens.shape)
+    return (
+        tokens,
+        jnp.ones_like(tokens),
+        jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), tokens.shape),
+    )
 
 
 def saved(tmp_path, family="llama", kind=transformers.AutoModelForCausalLM, **changes):
     torch.manual_seed(0)
-    model = kind.from_config(transformers.CONFIG_MAPPING[family](**(SHAPE | changes)), dtype=torch.float32).eval()
+    model = kind.from_config(
+        transformers.CONFIG_MAPPING[family](**(SHAPE | changes)), dtype=torch.float32
+    ).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -33,13 +50,17 @@ def saved(tmp_path, family="llama", kind=transformers.AutoModelForCausalLM, **ch
 
 
 def head(model, params, name):
-    run = jax.jit(lambda params, *fields: model.head(params, name, model.hidden(params, *fields)[0]))
+    run = jax.jit(
+        lambda params, *fields: model.head(params, name, model.hidden(params, *fields)[0])
+    )
     return np.asarray(run(params, *fields()))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox", "gemma3_text"])
 def test_reward_models_go_both_ways(tmp_path, family):
-    path, peer = saved(tmp_path, family, transformers.AutoModelForSequenceClassification, num_labels=1)
+    path, peer = saved(
+        tmp_path, family, transformers.AutoModelForSequenceClassification, num_labels=1
+    )
     assert hf.stored_heads(path) == ("score",)
     config, params = hf.load(path, heads=("score",))
     model = build(config, compute_dtype="float32", remat="none", heads=("score",))
@@ -47,12 +68,20 @@ def test_reward_models_go_both_ways(tmp_path, family):
         expected = peer(torch.tensor(fields()[0].tolist())).logits[:, 0].numpy()
     np.testing.assert_allclose(head(model, params, "score")[:, -1], expected, atol=1e-4)
     hf.save(str(tmp_path / "ours"), config, params, heads=("score",))
-    before, after = (load_file(f"{folder}/model.safetensors") for folder in (path, tmp_path / "ours"))
-    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
-    again = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "ours").eval()
+    before, after = (
+        load_file(f"{folder}/model.safetensors") for folder in (path, tmp_path / "ours")
+    )
+    assert before.keys() == after.keys() and all(
+        torch.equal(before[name], after[name]) for name in before
+    )
+    again = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "ours"
+    ).eval()
     assert again.config.num_labels == 1 and type(again) is type(peer)
     with torch.no_grad():
-        np.testing.assert_allclose(again(torch.tensor(fields()[0].tolist())).logits[:, 0].numpy(), expected, atol=1e-6)
+        np.testing.assert_allclose(
+            again(torch.tensor(fields()[0].tolist())).logits[:, 0].numpy(), expected, atol=1e-6
+        )
 
 
 def test_a_reward_model_starts_from_a_language_model_and_a_value_model_from_it(tmp_path):
@@ -78,7 +107,9 @@ def test_value_heads_round_trip_and_the_mlp_leaves_the_decoder_alone(tmp_path, n
     hf.save(str(tmp_path / "ours"), config, params, heads=(name,))
     _, again = hf.load(str(tmp_path / "ours"), heads=(name,))
     jax.tree.map(np.testing.assert_array_equal, again, params)
-    gradient = jax.grad(lambda p: jnp.sum(jnp.square(model.head(p, name, model.hidden(p, *fields())[0]))))(params)
+    gradient = jax.grad(
+        lambda p: jnp.sum(jnp.square(model.head(p, name, model.hidden(p, *fields())[0])))
+    )(params)
     moved = float(jnp.abs(gradient["layers"]["mlp"]["up"]["kernel"]).max())
     assert (moved == 0) == (name == "value_mlp")
     assert float(jnp.abs(gradient[name]["out"]["kernel"]).max()) > 0
@@ -101,20 +132,30 @@ def test_new_tokens_start_at_the_mean_of_the_old(tmp_path, tied):
     table = np.asarray(new["embed"]["tokens"])
     assert table.shape == (56, 16)
     np.testing.assert_array_equal(table[:V], old["embed"]["tokens"])
-    np.testing.assert_allclose(table[V:V + 2], np.asarray(old["embed"]["tokens"]).mean(0)[None].repeat(2, 0), rtol=1e-5)
-    assert (table[V + 2:] == 0).all()
+    np.testing.assert_allclose(
+        table[V : V + 2], np.asarray(old["embed"]["tokens"]).mean(0)[None].repeat(2, 0), rtol=1e-5
+    )
+    assert (table[V + 2 :] == 0).all()
     if not tied:
-        np.testing.assert_allclose(new["output"]["kernel"][:, V],
-                                   np.asarray(old["output"]["kernel"]).mean(1), rtol=1e-4, atol=1e-7)
+        np.testing.assert_allclose(
+            new["output"]["kernel"][:, V],
+            np.asarray(old["output"]["kernel"]).mean(1),
+            rtol=1e-4,
+            atol=1e-7,
+        )
     hf.save(str(tmp_path / "ours"), config, new)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
-    assert again.config.vocab_size == V + 2 and again.get_input_embeddings().weight.shape[0] == V + 2
+    assert (
+        again.config.vocab_size == V + 2 and again.get_input_embeddings().weight.shape[0] == V + 2
+    )
 
 
 def test_another_model_than_the_one_asked_for_is_an_error(tmp_path):
     path, _ = saved(tmp_path)
     with pytest.raises(ValueError, match="num_layers is 2, expected 3"):
-        hf.load(path, config=hf.config_from({"model_type": "llama"} | SHAPE | {"num_hidden_layers": 3}))
+        hf.load(
+            path, config=hf.config_from({"model_type": "llama"} | SHAPE | {"num_hidden_layers": 3})
+        )
 
 
 def test_bare_decoders_and_old_buffers_are_read(tmp_path):
@@ -123,6 +164,9 @@ def test_bare_decoders_and_old_buffers_are_read(tmp_path):
     bare = {name.removeprefix("transformer."): tensor for name, tensor in names.items()}
     bare["h.0.attn.bias"] = torch.ones(1, 1, 4, 4)
     from safetensors.torch import save_file
+
     save_file(bare, f"{path}/model.safetensors")
     config, params = hf.load(path)
-    np.testing.assert_array_equal(params["embed"]["tokens"], names["transformer.wte.weight"].numpy())
+    np.testing.assert_array_equal(
+        params["embed"]["tokens"], names["transformer.wte.weight"].numpy()
+    )

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adapters: in the layer, beside it, and merged into it."""
+
 import jax
 import jax.extend
 import jax.numpy as jnp
@@ -13,8 +14,15 @@ from align_jax.models.lora import LoraConfig, fold, merge
 from align_jax.models.model import build
 
 V, LENGTH = 61, 9
-SHAPE = dict(vocab_size=V, hidden_size=32, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
-             num_key_value_heads=2, max_position_embeddings=64)
+SHAPE = dict(
+    vocab_size=V,
+    hidden_size=32,
+    intermediate_size=40,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+)
 VARIANTS = {
     "plain": LoraConfig(4, alpha=8.0),
     "rank-stabilised": LoraConfig(4, alpha=8.0, rank_stabilised=True),
@@ -31,14 +39,18 @@ def fields(seed=0, rows=2):
 
 def models(lora, dtype="float32", **changes):
     config = hf.config_from({"model_type": "llama"} | SHAPE | changes)
-    return (build(config, compute_dtype=dtype, remat="none"),
-            build(config, compute_dtype=dtype, remat="none", lora=lora))
+    return (
+        build(config, compute_dtype=dtype, remat="none"),
+        build(config, compute_dtype=dtype, remat="none", lora=lora),
+    )
 
 
 def filled(model, dtype=jnp.float32):
     """Random parameters without running an initialiser."""
     draw = np.random.default_rng(0)
-    return jax.tree.map(lambda x: jnp.asarray(draw.normal(size=x.shape) * 0.3, dtype), model.shapes())
+    return jax.tree.map(
+        lambda x: jnp.asarray(draw.normal(size=x.shape) * 0.3, dtype), model.shapes()
+    )
 
 
 def shaken(tree, seed=5, size=0.1):
@@ -69,7 +81,9 @@ def test_a_fresh_dora_adapter_is_bit_equal_in_bfloat16_and_when_folded():
     base = filled(plain, jnp.bfloat16)
     fresh = adapted.init_adapter(jax.random.key(1), base)
     np.testing.assert_array_equal(hidden(adapted, merge(base, fresh)), hidden(plain, base))
-    for got, kept in zip(jax.tree.leaves(fold(merge(base, fresh), VARIANTS["dora"])), jax.tree.leaves(base)):
+    for got, kept in zip(
+        jax.tree.leaves(fold(merge(base, fresh), VARIANTS["dora"])), jax.tree.leaves(base)
+    ):
         assert got.dtype == jnp.bfloat16 and bool((got == kept).all())
 
 
@@ -83,8 +97,11 @@ def linear(lora):
     module = Linear((32,), (40,), ("embed", "ffn"), jnp.dtype("float32"), lora=lora)
     draw = np.random.default_rng(3)
     shapes = {"kernel": (32, 40), "lora_a": (32, lora.rank), "lora_b": (lora.rank, 40)} | (
-        {"lora_m": (40,)} if lora.dora else {})
-    return module, {name: jnp.asarray(draw.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
+        {"lora_m": (40,)} if lora.dora else {}
+    )
+    return module, {
+        name: jnp.asarray(draw.normal(size=shape), jnp.float32) for name, shape in shapes.items()
+    }
 
 
 @pytest.mark.parametrize("name", ["plain", "rank-stabilised", "dora"])
@@ -95,7 +112,9 @@ def test_the_layer_is_the_papers_formula(name):
     merged = leaves["kernel"] + lora.scale * leaves["lora_a"] @ leaves["lora_b"]
     if lora.dora:
         merged = merged / np.linalg.norm(merged, axis=0)[None] * leaves["lora_m"][None]
-    np.testing.assert_allclose(module.apply({"params": leaves}, jnp.asarray(x)), x @ merged, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        module.apply({"params": leaves}, jnp.asarray(x)), x @ merged, rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("name", ["plain", "dora"])
@@ -109,16 +128,23 @@ def test_no_product_as_large_as_the_kernel_is_made(name):
             for inner in jax.extend.core.jaxprs_in_params(equation.params):
                 yield from products(inner)
 
-    loss = lambda adapter, x: jnp.sum(module.apply({"params": leaves | adapter}, x))
+    def loss(adapter, x):
+        return jnp.sum(module.apply({"params": leaves | adapter}, x))
+
     adapter = {name: leaf for name, leaf in leaves.items() if name != "kernel"}
-    found = set(products(jax.make_jaxpr(jax.value_and_grad(loss))(adapter, jnp.ones((7, 32))).jaxpr))
+    found = set(
+        products(jax.make_jaxpr(jax.value_and_grad(loss))(adapter, jnp.ones((7, 32))).jaxpr)
+    )
     assert (7, 40) in found and (32, 40) not in found
 
 
 def test_a_fresh_adapters_gradient_is_in_b_and_in_doras_magnitudes():
     plain, adapted = models(VARIANTS["dora"])
     base = filled(plain)
-    loss = lambda adapter: jnp.sum(jnp.square(adapted.hidden(merge(base, adapter), *fields())[0][..., :3]))
+
+    def loss(adapter):
+        return jnp.sum(jnp.square(adapted.hidden(merge(base, adapter), *fields())[0][..., :3]))
+
     gradient = jax.jit(jax.grad(loss))(adapted.init_adapter(jax.random.key(1), base))
     for path, leaf in flatten(gradient).items():
         assert (np.abs(leaf).max() > 1e-5) == (not path.endswith("lora_a")), path
@@ -126,6 +152,8 @@ def test_a_fresh_adapters_gradient_is_in_b_and_in_doras_magnitudes():
 
 def test_experts_take_no_adapter():
     config = hf.config_from({"model_type": "mixtral", "num_local_experts": 4} | SHAPE)
-    with pytest.raises(ValueError, match="match mlp/gate, mlp/up, mlp/down, but experts take no adapter"):
+    with pytest.raises(
+        ValueError, match="match mlp/gate, mlp/up, mlp/down, but experts take no adapter"
+    ):
         build(config, lora=LoraConfig(2))
     build(config, lora=LoraConfig(2, targets="attention/.*"))

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Experts: the sorted products equal the dense computation, on one device and on eight."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,8 +8,8 @@ import pytest
 import torch
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from align_jax.models import moe
 from align_jax.interop import hf
+from align_jax.models import moe
 from align_jax.models.model import build
 from align_jax.parallel.mesh import make_mesh
 from align_jax.parallel.sharding import tree_shardings
@@ -17,16 +18,21 @@ N, T, D, F, E, K = 8, 6, 8, 12, 4, 2
 
 
 def inputs(seed=0):
-    x, gate, up, down, logits = (jnp.asarray(0.3 * np.random.default_rng(seed).normal(size=shape), jnp.float32)
-                                 for shape in ((N, T, D), (E, D, F), (E, D, F), (E, F, D), (N, T, E)))
+    x, gate, up, down, logits = (
+        jnp.asarray(0.3 * np.random.default_rng(seed).normal(size=shape), jnp.float32)
+        for shape in ((N, T, D), (E, D, F), (E, D, F), (E, F, D), (N, T, E))
+    )
     return x, gate, up, down, logits
 
 
 def dense(x, gate, up, down, logits):
     """Every expert on every token, weighted: what the sorted products must equal."""
     _, weights, experts = moe.route(logits, K, True)
-    every = jnp.einsum("NTEF,EFD->NTED", jax.nn.silu(jnp.einsum("NTD,EDF->NTEF", x, gate))
-                       * jnp.einsum("NTD,EDF->NTEF", x, up), down)
+    every = jnp.einsum(
+        "NTEF,EFD->NTED",
+        jax.nn.silu(jnp.einsum("NTD,EDF->NTEF", x, gate)) * jnp.einsum("NTD,EDF->NTEF", x, up),
+        down,
+    )
     shares = jnp.sum(jax.nn.one_hot(experts, E) * weights[..., None], axis=2)
     return jnp.einsum("NTED,NTE->NTD", every, shares)
 
@@ -37,12 +43,25 @@ def grouped(x, gate, up, down, logits):
 
 
 def results(function, args):
-    value = jax.jit(lambda args: (function(*args), jax.grad(lambda args: jnp.sum(jnp.sin(function(*args))))(args)))
+    value = jax.jit(
+        lambda args: (
+            function(*args),
+            jax.grad(lambda args: jnp.sum(jnp.sin(function(*args))))(args),
+        )
+    )
     return jax.tree.map(np.asarray, value(args))
 
 
-@pytest.mark.parametrize("sizes", [None, {"expert": 4, "data": 2}, {"expert": 2, "tensor": 2, "fsdp": 2},
-                                   {"sequence": 2, "data": 4}], ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        None,
+        {"expert": 4, "data": 2},
+        {"expert": 2, "tensor": 2, "fsdp": 2},
+        {"sequence": 2, "data": 4},
+    ],
+    ids=str,
+)
 def test_sorted_products_equal_the_dense_computation(sizes):
     args = inputs()
     expected = results(dense, args)
@@ -57,19 +76,37 @@ def test_sorted_products_equal_the_dense_computation(sizes):
 def test_one_expert_may_get_every_token():
     x, gate, up, down, logits = inputs()
     logits = jnp.zeros_like(logits).at[..., 0].set(50.0).at[..., 2].set(40.0)
-    np.testing.assert_allclose(grouped(x, gate, up, down, logits), dense(x, gate, up, down, logits), atol=1e-5)
+    np.testing.assert_allclose(
+        grouped(x, gate, up, down, logits), dense(x, gate, up, down, logits), atol=1e-5
+    )
 
 
 def tiny():
-    config = hf.config_from(dict(model_type="mixtral", vocab_size=48, hidden_size=16, intermediate_size=24, head_dim=8,
-                                 num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
-                                 num_local_experts=E, num_experts_per_tok=K, initializer_range=0.3))
+    config = hf.config_from(
+        dict(
+            model_type="mixtral",
+            vocab_size=48,
+            hidden_size=16,
+            intermediate_size=24,
+            head_dim=8,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            num_local_experts=E,
+            num_experts_per_tok=K,
+            initializer_range=0.3,
+        )
+    )
     return config, build(config, compute_dtype="float32")
 
 
 def fields():
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 48, (N, T)), jnp.int32)
-    return tokens, jnp.ones_like(tokens).at[:, 4:].set(0), jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (N, T))
+    return (
+        tokens,
+        jnp.ones_like(tokens).at[:, 4:].set(0),
+        jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (N, T)),
+    )
 
 
 def test_the_mixture_is_the_same_on_a_mesh():
@@ -79,7 +116,9 @@ def test_the_mixture_is_the_same_on_a_mesh():
     expected, aux = run(params, *fields())
     mesh = make_mesh({"expert": 2, "fsdp": 2, "tensor": 2})
     with jax.set_mesh(mesh):
-        got, sharded_aux = run(jax.device_put(params, tree_shardings(mesh, model.axes())), *fields())
+        got, sharded_aux = run(
+            jax.device_put(params, tree_shardings(mesh, model.axes())), *fields()
+        )
     np.testing.assert_allclose(got, expected, atol=1e-5)
     np.testing.assert_allclose(sharded_aux["load_balancing"], aux["load_balancing"], rtol=1e-6)
 
@@ -87,8 +126,12 @@ def test_the_mixture_is_the_same_on_a_mesh():
 def test_load_balancing_equals_transformers():
     logits = np.random.default_rng(0).normal(size=(2, N, T, E)).astype(np.float32)  # two layers
     mask = np.asarray(fields()[1] > 0)
-    expected = load_balancing_loss_func(tuple(torch.tensor(layer).reshape(-1, E) for layer in logits), E, K,
-                                        torch.tensor(mask.astype(np.int64)))
+    expected = load_balancing_loss_func(
+        tuple(torch.tensor(layer).reshape(-1, E) for layer in logits),
+        E,
+        K,
+        torch.tensor(mask.astype(np.int64)),
+    )
     sums = []
     for layer in logits:
         probabilities, _, experts = moe.route(jnp.asarray(layer), K, True)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The base in few bits: the numbers, the bytes, the places, and the model that runs from it."""
+
 import functools
 
 import jax
@@ -8,16 +9,31 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from align_jax.interop import hf
 from align_jax.core.tree import flatten, unflatten
+from align_jax.interop import hf
 from align_jax.models.lora import LoraConfig, fold, merge
 from align_jax.models.model import build
-from align_jax.models.quantize import BLOCK, METHODS, NF4, Quantized, product, quantize, quantized_shapes
+from align_jax.models.quantize import (
+    BLOCK,
+    METHODS,
+    NF4,
+    Quantized,
+    product,
+    quantize,
+    quantized_shapes,
+)
 from align_jax.parallel.mesh import make_mesh
 from align_jax.parallel.sharding import tree_shardings
 
-SHAPE = dict(vocab_size=61, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-             num_key_value_heads=2, max_position_embeddings=64)
+SHAPE = dict(
+    vocab_size=61,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+)
 
 
 def entry(kernel, method, path="layers/attention/query/kernel"):
@@ -41,15 +57,22 @@ def full(quantized):
 def filled(model, seed=0):
     """Random parameters without running an initialiser."""
     draw = np.random.default_rng(seed)
-    return jax.tree.map(lambda x: jnp.asarray(draw.normal(size=x.shape) * 0.3, x.dtype), model.shapes(jnp.float32))
+    return jax.tree.map(
+        lambda x: jnp.asarray(draw.normal(size=x.shape) * 0.3, x.dtype), model.shapes(jnp.float32)
+    )
 
 
 def quantized(base, method):
     """A base with its kernels quantised, and the same with the kernels that the codes stand for."""
     likes = flatten(quantized_shapes(jax.eval_shape(lambda: base), method))
-    few = {path: packed(leaf, method) if isinstance(likes[path], Quantized) else leaf
-           for path, leaf in flatten(base).items()}
-    many = {path: jnp.asarray(full(leaf)) if isinstance(leaf, Quantized) else leaf for path, leaf in few.items()}
+    few = {
+        path: packed(leaf, method) if isinstance(likes[path], Quantized) else leaf
+        for path, leaf in flatten(base).items()
+    }
+    many = {
+        path: jnp.asarray(full(leaf)) if isinstance(leaf, Quantized) else leaf
+        for path, leaf in few.items()
+    }
     return unflatten(few), unflatten(many)
 
 
@@ -57,7 +80,12 @@ def quantized(base, method):
 def test_errors_and_bytes_of_normal_weights(method, error, bits):
     kernel = random((1, 4096, 2, 8))
     few = packed(kernel, method)
-    assert few.shape == kernel.shape and few.size == kernel.size and few.ndim == 4 and few.dtype == jnp.float32
+    assert (
+        few.shape == kernel.shape
+        and few.size == kernel.size
+        and few.ndim == 4
+        and few.dtype == jnp.float32
+    )
     assert np.sqrt(np.mean(np.square(full(few) - kernel))) < error
     assert 8 * sum(leaf.nbytes for leaf in jax.tree.leaves(few)) / kernel.size < bits
 
@@ -95,7 +123,9 @@ def test_a_product_has_the_dense_gradient_and_keeps_the_codes_alone(method, coun
     layer = jax.tree.map(lambda x: x[0], quantize(kernel, like))
     x = random((2, 5, *shape[:count]), 3)
     y, back = jax.vjp(lambda x: product(x, layer, count), x)
-    dense, dense_back = jax.vjp(lambda x: jnp.tensordot(x, layer.astype(jnp.float32), axes=count), x)
+    dense, dense_back = jax.vjp(
+        lambda x: jnp.tensordot(x, layer.astype(jnp.float32), axes=count), x
+    )
     np.testing.assert_allclose(y, dense, atol=1e-5)
     np.testing.assert_allclose(back(jnp.sin(y))[0], dense_back(jnp.sin(y))[0], atol=1e-5)
     assert shape in [leaf.shape for leaf in jax.tree.leaves(dense_back)]  # what is not to happen
@@ -146,9 +176,17 @@ def test_codes_lie_as_the_kernel_and_are_used_where_they_lie(method):
     like = entry(jax.ShapeDtypeStruct(kernel.shape, kernel.dtype, sharding=place), method)
     assert like.codes.sharding.spec == place.spec
     shardings = jax.tree.map(lambda x: x.sharding, like)
-    few = jax.jit(lambda x: quantize(x, like), out_shardings=shardings)(jax.device_put(kernel, place))
-    back = jax.jit(lambda q: q.astype(jnp.float32), in_shardings=(shardings,), out_shardings=place).lower(few).compile()
-    assert not any(word in back.as_text() for word in ("all-gather", "all-reduce", "all-to-all", "permute"))
+    few = jax.jit(lambda x: quantize(x, like), out_shardings=shardings)(
+        jax.device_put(kernel, place)
+    )
+    back = (
+        jax.jit(lambda q: q.astype(jnp.float32), in_shardings=(shardings,), out_shardings=place)
+        .lower(few)
+        .compile()
+    )
+    assert not any(
+        word in back.as_text() for word in ("all-gather", "all-reduce", "all-to-all", "permute")
+    )
     np.testing.assert_array_equal(np.asarray(back(few)), full(packed(kernel, method)))
     wrong = NamedSharding(mesh, PartitionSpec(None, ("fsdp", "tensor")))
     if method == "nf4":

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Feedback from scored samples: thresholds, pairings, determinism, ids over rounds."""
+
 import random
 
 import pytest
@@ -8,24 +9,49 @@ from align_jax.online import feedback
 
 
 def make(rewards_by_prompt, chat=True):
-    return [{"prompt": [{"role": "user", "content": f"q{p}"}] if chat else f"q{p}", "output": f"a{p}.{s}",
-             "prompt_id": p, "sample_id": s, "reward": reward, "type": "sample", "generator": "m"}
-            for p, rewards in enumerate(rewards_by_prompt) for s, reward in enumerate(rewards)]
+    return [
+        {
+            "prompt": [{"role": "user", "content": f"q{p}"}] if chat else f"q{p}",
+            "output": f"a{p}.{s}",
+            "prompt_id": p,
+            "sample_id": s,
+            "reward": reward,
+            "type": "sample",
+            "generator": "m",
+        }
+        for p, rewards in enumerate(rewards_by_prompt)
+        for s, reward in enumerate(rewards)
+    ]
 
 
-@pytest.mark.parametrize("threshold,labels", [
-    (0.5, [0, 1, 1, 1]), ("0.75", [0, 0, 1, 1]), ("mean", [0, 0, 0, 1]), ("median", [0, 0, 1, 1])])
+@pytest.mark.parametrize(
+    "threshold,labels",
+    [(0.5, [0, 1, 1, 1]), ("0.75", [0, 0, 1, 1]), ("mean", [0, 0, 0, 1]), ("median", [0, 0, 1, 1])],
+)
 def test_binary_label_is_the_reward_at_least_the_threshold(threshold, labels):
     records = feedback.binary(make([[0.0, 0.5], [1.0, 7.0]]), threshold)
     assert [one["label"] for one in records] == labels
-    assert records[0] == {"prompt_id": 0, "sample_id": 0, "prompt": [{"role": "user", "content": "q0"}],
-                          "output": [{"role": "assistant", "content": "a0.0"}], "label": 0, "reward": 0.0,
-                          "type": "binary_feedback"}
+    assert records[0] == {
+        "prompt_id": 0,
+        "sample_id": 0,
+        "prompt": [{"role": "user", "content": "q0"}],
+        "output": [{"role": "assistant", "content": "a0.0"}],
+        "label": 0,
+        "reward": 0.0,
+        "type": "binary_feedback",
+    }
 
 
-@pytest.mark.parametrize("pairing,threshold,differences", [
-    ("max", 0.0, [5.0]), ("max", 5.0, []),
-    ("min", 0.0, [1.0, 1.0]), ("min", 1.0, [3.0]), ("min", 3.0, [4.0, 4.0])])
+@pytest.mark.parametrize(
+    "pairing,threshold,differences",
+    [
+        ("max", 0.0, [5.0]),
+        ("max", 5.0, []),
+        ("min", 0.0, [1.0, 1.0]),
+        ("min", 1.0, [3.0]),
+        ("min", 3.0, [4.0, 4.0]),
+    ],
+)
 def test_pairs_differ_as_the_pairing_says(pairing, threshold, differences):
     records = feedback.pairwise(make([[0.0, 4.0, 1.0, 5.0], [2.0], [3.0, 3.0]]), pairing, threshold)
     assert [one["reward_difference"] for one in records] == differences
@@ -46,8 +72,12 @@ def test_random_pairing_uses_each_sample_at_most_once_and_both_orders_occur():
 def test_feedback_depends_on_the_seed_but_not_on_the_files_order():
     samples = make([[1.0, 2.0, 3.0, 4.0]] * 8)
     shuffled = random.Random(0).sample(samples, len(samples))
-    assert feedback.pairwise(samples, "random", seed=1) == feedback.pairwise(shuffled, "random", seed=1)
-    assert feedback.pairwise(samples, "random", seed=1) != feedback.pairwise(samples, "random", seed=2)
+    assert feedback.pairwise(samples, "random", seed=1) == feedback.pairwise(
+        shuffled, "random", seed=1
+    )
+    assert feedback.pairwise(samples, "random", seed=1) != feedback.pairwise(
+        samples, "random", seed=2
+    )
     assert feedback.scalar(samples) == feedback.scalar(shuffled)
 
 
@@ -58,13 +88,16 @@ def test_ids_of_two_rounds_never_meet_and_scalar_keeps_all_fields():
     assert rounds[1][0] == {**samples[0], "prompt_id": 10**9, "type": "scalar_feedback"}
 
 
-@pytest.mark.parametrize("call,message", [
-    (lambda s: feedback.binary(s, "mode"), "'mean' or 'median'"),
-    (lambda s: feedback.pairwise(s, "best"), "'best'"),
-    (lambda s: feedback.pairwise(s, "max", -1.0), "-1"),
-    (lambda s: feedback.scalar(s + s), "one round"),
-    (lambda s: feedback.scalar(s, -1), "round"),
-])
+@pytest.mark.parametrize(
+    "call,message",
+    [
+        (lambda s: feedback.binary(s, "mode"), "'mean' or 'median'"),
+        (lambda s: feedback.pairwise(s, "best"), "'best'"),
+        (lambda s: feedback.pairwise(s, "max", -1.0), "-1"),
+        (lambda s: feedback.scalar(s + s), "one round"),
+        (lambda s: feedback.scalar(s, -1), "round"),
+    ],
+)
 def test_mistakes_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call(make([[1.0, 0.0]]))

@@ -3,6 +3,7 @@
 
 Its weights are dealt out anew for generation, two devices of a process to a copy.
 """
+
 import importlib.util
 import json
 import pathlib
@@ -10,20 +11,34 @@ import pathlib
 import pytest
 
 SPEC = importlib.util.spec_from_file_location(
-    "processes", pathlib.Path(__file__).parents[1] / "faults" / "processes.py")
+    "processes", pathlib.Path(__file__).parents[1] / "faults" / "processes.py"
+)
 processes = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(processes)
 
 
 def run(folder, count):
     arguments = [
-        "-m", "align_jax.train", "--config=configs/tiny.py:grpo", f"--workdir={folder}", "--config.total_steps=2",
-        "--config.batch_size=4", "--config.rollout.responses_per_prompt=2", "--config.rollout.max_new_tokens=6",
-        "--config.max_length=48", "--config.rewards={'length': {'target': 3, 'unit': 'characters'}}",
-        "--config.model.config.hidden_size=32", "--config.model.config.intermediate_size=32",
-        "--config.log.every_steps=1", "--config.rollout.log_samples_every_steps=1", "--config.rollout.tensor=2"]
+        "-m",
+        "align_jax.train",
+        "--config=configs/tiny.py:grpo",
+        f"--workdir={folder}",
+        "--config.total_steps=2",
+        "--config.batch_size=4",
+        "--config.rollout.responses_per_prompt=2",
+        "--config.rollout.max_new_tokens=6",
+        "--config.max_length=48",
+        "--config.rewards={'length': {'target': 3, 'unit': 'characters'}}",
+        "--config.model.config.hidden_size=32",
+        "--config.model.config.intermediate_size=32",
+        "--config.log.every_steps=1",
+        "--config.rollout.log_samples_every_steps=1",
+        "--config.rollout.tensor=2",
+    ]
     started = processes.start(arguments, count, devices=4 // count, log=folder.with_suffix(".log"))
-    assert [one.wait(timeout=900) for one in started] == [0] * count, folder.with_suffix(".log.0").read_text()[-2000:]
+    assert [one.wait(timeout=900) for one in started] == [0] * count, folder.with_suffix(
+        ".log.0"
+    ).read_text()[-2000:]
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -31,8 +46,10 @@ def run(folder, count):
 def test_two_processes_train_online_as_one_does(tmp_path):
     alone, together = (run(tmp_path / f"run{count}", count) for count in (1, 2))
     compared = ("reward", "reward_std", "completions/mean_length", "completions/clipped_ratio")
-    kinds = [(*compared, "grad_norm"), tuple(f"eval/{name}" for name in compared)]  # steps', held-out prompts'
-    assert [kinds[0][0] in row for row in alone] == [False, True, True, False]  # held out, two steps, held out
+    # steps', held-out prompts'
+    kinds = [(*compared, "grad_norm"), tuple(f"eval/{name}" for name in compared)]
+    # held out, two steps, held out
+    assert [kinds[0][0] in row for row in alone] == [False, True, True, False]
     for one, both in zip(alone, together, strict=True):
         for name in kinds["eval/reward" in one]:
             assert both[name] == pytest.approx(one[name], rel=1e-4), name

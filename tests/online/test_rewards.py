@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Text rewards: each row of the table on hand-made cases, and its mistakes."""
+
 import json
 
 import numpy as np
@@ -35,7 +36,10 @@ CASES = [
 @pytest.mark.parametrize("name,options,completion,extras,expected", CASES)
 def test_reward_of_a_known_completion(name, options, completion, extras, expected):
     fn = REWARDS[name](**options)
-    assert fn(["prompt", "prompt"], [completion, completion], [extras, extras]) == [expected, expected]
+    assert fn(["prompt", "prompt"], [completion, completion], [extras, extras]) == [
+        expected,
+        expected,
+    ]
 
 
 def test_lexicon_sums_valences_of_words_and_phrases(tmp_path):
@@ -44,7 +48,11 @@ def test_lexicon_sums_valences_of_words_and_phrases(tmp_path):
     text = 'It was Good, "good" and :) but we were fed up.'
     table = rewards.load_lexicon(str(path))
     assert rewards.valences(text, table, rewards.longest_phrase(table)) == [2.0, 2.0, 1.0, -1.5]
-    for form, expected in (("sum", 3.5), ("mean", 3.5 / 11), ("compound", 3.5 / np.sqrt(3.5**2 + 15))):
+    for form, expected in (
+        ("sum", 3.5),
+        ("mean", 3.5 / 11),
+        ("compound", 3.5 / np.sqrt(3.5**2 + 15)),
+    ):
         fn = rewards.lexicon(str(path), form=form)
         np.testing.assert_allclose(fn(["", ""], [text, ""], [{}, {}]), [expected, 0.0], rtol=1e-12)
     (tmp_path / "broken.txt").write_text("good\t2.0\nbad -3.0\n")
@@ -54,7 +62,11 @@ def test_lexicon_sums_valences_of_words_and_phrases(tmp_path):
 
 def test_vader_lexicon_prefers_the_happy_story(testdata):
     fn = rewards.lexicon(str(testdata / "reward" / "vader_lexicon.txt"))
-    happy, sad = fn(["", ""], ["She was happy and loved her friend.", "He was sad and hated the pain."], [{}, {}])
+    happy, sad = fn(
+        ["", ""],
+        ["She was happy and loved her friend.", "He was sad and hated the pain."],
+        [{}, {}],
+    )
     assert happy > 0.5 and sad < -0.5
 
 
@@ -76,40 +88,60 @@ def shout(prompts, completions, extras, factor=1.0):
 
 
 def test_weighted_sum_of_named_kinds_and_of_the_users_own_function():
-    total, parts = weighted.resolve({
-        "short": {"kind": "length", "target": 2, "weight": 2.0},
-        "function": {"path": f"{__name__}:shout", "factor": 0.5},
-    }, REWARDS)(["p", "p"], ["A b", "A B c"], None)
+    total, parts = weighted.resolve(
+        {
+            "short": {"kind": "length", "target": 2, "weight": 2.0},
+            "function": {"path": f"{__name__}:shout", "factor": 0.5},
+        },
+        REWARDS,
+    )(["p", "p"], ["A b", "A B c"], None)
     np.testing.assert_array_equal(parts["short"], np.float32([0.0, -0.5]))
     np.testing.assert_array_equal(parts["function"], np.float32([0.5, 1.0]))
     np.testing.assert_array_equal(total, np.float32([0.5, 0.0]))
 
 
-@pytest.mark.parametrize("answer,expected", [
-    ("It has 2 faults.\nFinal score: 7", 0.7), ("final Score: 8.5/10", 0.85), ("9", 0.9)])
+@pytest.mark.parametrize(
+    "answer,expected",
+    [("It has 2 faults.\nFinal score: 7", 0.7), ("final Score: 8.5/10", 0.85), ("9", 0.9)],
+)
 def test_a_judges_rating_is_the_number_after_the_word_score(monkeypatch, answer, expected):
     asked = []
-    monkeypatch.setattr(rewards.Client, "chat", lambda self, model, messages, **options: asked.append(
-        (model, messages[0]["content"], options)) or answer)
+    monkeypatch.setattr(
+        rewards.Client,
+        "chat",
+        lambda self, model, messages, **options: (
+            asked.append((model, messages[0]["content"], options)) or answer
+        ),
+    )
     fn = REWARDS["judge"](url="http://nowhere", model="m", max_tokens=9)
     assert fn(["What?"], ["That."], [{}]) == [pytest.approx(expected)]
-    assert asked[0][0] == "m" and "What?" in asked[0][1] and "That." in asked[0][1] and asked[0][2] == {"max_tokens": 9}
+    assert (
+        asked[0][0] == "m"
+        and "What?" in asked[0][1]
+        and "That." in asked[0][1]
+        and asked[0][2] == {"max_tokens": 9}
+    )
 
 
 def test_a_judge_without_a_number_is_named(monkeypatch):
-    monkeypatch.setattr(rewards.Client, "chat", lambda self, model, messages, **options: "very good")
+    monkeypatch.setattr(
+        rewards.Client, "chat", lambda self, model, messages, **options: "very good"
+    )
     with pytest.raises(ValueError, match="'m' gave no number: 'very good'"):
         REWARDS["judge"](url="http://nowhere", model="m")(["p"], ["c"], [{}])
 
 
-@pytest.mark.parametrize("given,error,message", [
-    ({}, ValueError, "no reward"),
-    ({"lexikon": {}}, KeyError, "did you mean 'lexicon'"),
-    ({"length": {}}, TypeError, "target"),
-    ({"length": {"target": 3, "from": 3}}, TypeError, "from"),
-    ({"length": {"target": 3, "unit": "pages"}}, ValueError, "pages"),
-    ({"function": {"path": "shout"}}, ValueError, "module:function"),
-])
+@pytest.mark.parametrize(
+    "given,error,message",
+    [
+        ({}, ValueError, "no reward"),
+        ({"lexikon": {}}, KeyError, "did you mean 'lexicon'"),
+        ({"length": {}}, TypeError, "target"),
+        ({"length": {"target": 3, "from": 3}}, TypeError, "from"),
+        ({"length": {"target": 3, "unit": "pages"}}, ValueError, "pages"),
+        ({"function": {"path": "shout"}}, ValueError, "module:function"),
+    ],
+)
 def test_mistakes_in_the_config_are_named(given, error, message):
     with pytest.raises(error, match=message):
         weighted.resolve(given, REWARDS)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rollouts: batches of the right form, exact on resuming, the same numbers as by hand."""
+
 import dataclasses
 import json
 
@@ -17,14 +18,27 @@ from align_jax.models.config import ModelConfig, Rope
 from align_jax.models.model import build
 from align_jax.online.config import make_plan
 from align_jax.online.prompts import Prompts
-from align_jax.online.weighted import WeightedRewards
 from align_jax.online.rollout import Rollouts, Weights
+from align_jax.online.weighted import WeightedRewards
 from align_jax.parallel.mesh import make_mesh
 
 CONFIG = ModelConfig(
-    family="llama", vocab_size=272, vocab_rows=272, num_layers=1, width=16, num_heads=4, num_kv_heads=2, head_width=4,
-    ffn_width=32, max_positions=64, query_scale=0.5, windows=(0,), layer_ropes=(0,), ropes=(Rope(10000.0, 4),),
-    init_std=0.3)
+    family="llama",
+    vocab_size=272,
+    vocab_rows=272,
+    num_layers=1,
+    width=16,
+    num_heads=4,
+    num_kv_heads=2,
+    head_width=4,
+    ffn_width=32,
+    max_positions=64,
+    query_scale=0.5,
+    windows=(0,),
+    layer_ropes=(0,),
+    ropes=(Rope(10000.0, 4),),
+    init_std=0.3,
+)
 EXAMPLES = [Example(f"prompt {i}" + "x" * (i % 5), (), source=f"prompts[{i}]") for i in range(6)]
 
 
@@ -39,24 +53,53 @@ REWARDS = WeightedRewards((("vowels", 1.0, vowels),))
 def models():
     policy = build(CONFIG, compute_dtype="float32", remat="none", heads=("value",), unembed=True)
     reference = build(CONFIG, compute_dtype="float32", remat="none")
-    params, other = jax.jit(policy.init)(jax.random.key(0)), jax.jit(reference.init)(jax.random.key(1))
+    params, other = (
+        jax.jit(policy.init)(jax.random.key(0)),
+        jax.jit(reference.init)(jax.random.key(1)),
+    )
     return policy, reference, Weights(params, other)
 
 
 HELD_OUT = [Example(f"other {i}", (), source=f"held_out[{i}]") for i in range(3)]
 
 
-def make(models, name, *, batch_size=2, responses=4, mesh=None, examples=EXAMPLES, objective=None, **keywords):
+def make(
+    models,
+    name,
+    *,
+    batch_size=2,
+    responses=4,
+    mesh=None,
+    examples=EXAMPLES,
+    objective=None,
+    **keywords,
+):
     tokenizer = load_tokenizer("byte")
     mesh = mesh or make_mesh({"data": 1}, jax.devices()[:1])
-    plan = make_plan(losses.resolve(name, objective or {}), batch_size=batch_size, responses=responses,
-                     max_new_tokens=6, **keywords)
+    plan = make_plan(
+        losses.resolve(name, objective or {}),
+        batch_size=batch_size,
+        responses=responses,
+        max_new_tokens=6,
+        **keywords,
+    )
     prompts = Prompts(examples, tokenizer, max_length=24, max_new_tokens=6, seed=plan.seed)
-    held_out = Prompts(HELD_OUT, tokenizer, max_length=24, max_new_tokens=6, seed=plan.seed, shuffle=False)
+    held_out = Prompts(
+        HELD_OUT, tokenizer, max_length=24, max_new_tokens=6, seed=plan.seed, shuffle=False
+    )
     policy, reference, weights = models
     generator = Generator(policy, tokenizer, rows=8, max_length=24, mesh=mesh, prompt_bucket=18)
-    return Rollouts(plan, prompts, Local(generator, weights.policy), REWARDS, tokenizer, policy=policy,
-                    reference=reference, mesh=mesh, held_out=held_out)
+    return Rollouts(
+        plan,
+        prompts,
+        Local(generator, weights.policy),
+        REWARDS,
+        tokenizer,
+        policy=policy,
+        reference=reference,
+        mesh=mesh,
+        held_out=held_out,
+    )
 
 
 def equal(a, b):
@@ -69,23 +112,40 @@ def equal(a, b):
 def test_grpo_batch_has_group_advantages_of_its_scores_and_the_policys_own_logps(models, layout):
     source = make(models, "grpo", layout=layout)
     batch = source.next(lambda: models[2])
-    assert batch.lengths.shape == (2, 4) and batch.tokens.shape == (source.shape.rows, source.shape.length)
+    assert batch.lengths.shape == (2, 4) and batch.tokens.shape == (
+        source.shape.rows,
+        source.shape.length,
+    )
     scores = batch.scores
-    expected = (scores - scores.mean(1, keepdims=True)) / (scores.std(1, ddof=1, keepdims=True) + 1e-4)
-    each = [batch.advantages[batch.loss_mask & (batch.slot == s)] for s in range(source.shape.slots)]
-    assert batch.advantages[~batch.loss_mask].max() == 0 and sum(map(len, each)) == batch.lengths.sum()
+    expected = (scores - scores.mean(1, keepdims=True)) / (
+        scores.std(1, ddof=1, keepdims=True) + 1e-4
+    )
+    each = [
+        batch.advantages[batch.loss_mask & (batch.slot == s)] for s in range(source.shape.slots)
+    ]
+    assert (
+        batch.advantages[~batch.loss_mask].max() == 0 and sum(map(len, each)) == batch.lengths.sum()
+    )
     from align_jax.losses.logprobs import sum_by_slot
+
     means = np.asarray(sum_by_slot(jnp.asarray(batch.advantages), batch)) / batch.lengths
     np.testing.assert_allclose(means, expected, rtol=1e-4)
-    generated = make(models, "grpo", layout=layout, options={"rescore": False}).next(lambda: models[2])
+    generated = make(models, "grpo", layout=layout, options={"rescore": False}).next(
+        lambda: models[2]
+    )
     assert equal(batch._replace(old_token_logps=None), generated._replace(old_token_logps=None))
     np.testing.assert_allclose(batch.old_token_logps, generated.old_token_logps, atol=1e-4)
     assert (batch.old_token_logps[batch.loss_mask] < 0).all()
 
 
 def test_a_server_may_be_asked_for_in_the_options():
-    plan = make_plan(losses.resolve("grpo", {}), batch_size=2, responses=4, max_new_tokens=6,
-                     options={"server": {"url": "http://localhost:8000", "model": "policy"}})
+    plan = make_plan(
+        losses.resolve("grpo", {}),
+        batch_size=2,
+        responses=4,
+        max_new_tokens=6,
+        options={"server": {"url": "http://localhost:8000", "model": "policy"}},
+    )
     assert plan.server["model"] == "policy"
     with pytest.raises(ValueError, match="rollout.tensor = 2"):
         dataclasses.replace(plan, tensor=2)
@@ -97,8 +157,10 @@ def test_rows_that_the_mesh_does_not_divide_are_refused(models):
 
 
 def test_layouts_hold_the_same_rollout(models):
-    plain, shared = (make(models, "grpo", layout=layout).next(lambda: models[2])
-                     for layout in ("plain", "shared_prefix"))
+    plain, shared = (
+        make(models, "grpo", layout=layout).next(lambda: models[2])
+        for layout in ("plain", "shared_prefix")
+    )
     np.testing.assert_array_equal(plain.lengths, shared.lengths)
     np.testing.assert_array_equal(plain.scores, shared.scores)
     for field in ("tokens", "old_token_logps", "advantages"):
@@ -107,23 +169,36 @@ def test_layouts_hold_the_same_rollout(models):
 
 
 def test_ppo_batch_has_returns_and_a_kl_in_the_reward(models):
-    source = make(models, "ppo", batch_size=4, responses=1, objective={"whiten_advantages": False, "lam": 1.0,
-                                                                       "kl_coef": 0.5})
+    source = make(
+        models,
+        "ppo",
+        batch_size=4,
+        responses=1,
+        objective={"whiten_advantages": False, "lam": 1.0, "kl_coef": 0.5},
+    )
     batch = source.next(lambda: models[2])
     from align_jax.inference.score import rescore
-    reference, _ = rescore(models[1], models[2].reference, jax.tree.map(jnp.asarray, batch._replace(mismatched=None)))
+
+    reference, _ = rescore(
+        models[1], models[2].reference, jax.tree.map(jnp.asarray, batch._replace(mismatched=None))
+    )
     kl = np.where(batch.loss_mask, batch.old_token_logps - np.asarray(reference), 0.0).sum(1)
     first = np.argmax(batch.loss_mask, axis=1)
     returns = batch.returns[np.arange(4), first]
     np.testing.assert_allclose(returns, batch.scores[:, 0] - 0.5 * kl, rtol=1e-4)
-    np.testing.assert_allclose(batch.advantages, np.where(batch.loss_mask, batch.returns - batch.old_values, 0.0),
-                               atol=1e-4)
+    np.testing.assert_allclose(
+        batch.advantages,
+        np.where(batch.loss_mask, batch.returns - batch.old_values, 0.0),
+        atol=1e-4,
+    )
     np.testing.assert_allclose(source.metrics["objective/kl"], kl.mean(), rtol=1e-4)
     assert source.metrics["reward"] == pytest.approx(batch.scores.mean(), rel=1e-5)
 
 
 def test_epochs_hand_out_the_same_rollout_in_other_slices_then_a_new_one(models):
-    source = make(models, "ppo", responses=1, objective={"epochs": 2, "minibatches": 2, "kl_coef": 0.0})
+    source = make(
+        models, "ppo", responses=1, objective={"epochs": 2, "minibatches": 2, "kl_coef": 0.0}
+    )
     calls = []
     batches = [source.next(lambda: calls.append(1) or models[2]) for _ in range(5)]
     assert len(calls) == 2
@@ -135,18 +210,25 @@ def test_epochs_hand_out_the_same_rollout_in_other_slices_then_a_new_one(models)
 
 def test_online_dpo_pairs_are_best_and_worst_and_kto_has_labels_and_mismatched_rows(models):
     batch = make(models, "dpo").next(lambda: models[2])
-    assert batch.lengths.shape == (2, 2) and batch.advantages is None and batch.old_token_logps is None
+    assert (
+        batch.lengths.shape == (2, 2) and batch.advantages is None and batch.old_token_logps is None
+    )
     assert (batch.scores[:, 0] > batch.scores[:, 1]).all() and (batch.weight == 1).all()
     source = make(models, "kto", batch_size=8)
     batch = source.next(lambda: models[2])
     np.testing.assert_array_equal(batch.label, batch.scores[:, 0] >= batch.scores.mean())
-    assert batch.mismatched.tokens.shape == batch.tokens.shape and not np.array_equal(batch.mismatched.tokens,
-                                                                                      batch.tokens)
+    assert batch.mismatched.tokens.shape == batch.tokens.shape and not np.array_equal(
+        batch.mismatched.tokens, batch.tokens
+    )
 
 
 def test_resuming_in_mid_rollout_is_exact(models, tmp_path):
-    options = dict(responses=1, objective={"epochs": 2, "minibatches": 2, "kl_target": 3.0}, seed=3,
-                   options={"normalise_scores": True})
+    options = dict(
+        responses=1,
+        objective={"epochs": 2, "minibatches": 2, "kl_target": 3.0},
+        seed=3,
+        options={"normalise_scores": True},
+    )
     source, weights = make(models, "ppo", **options), lambda: models[2]
     through = [source.next(weights) for _ in range(10)]
     again = make(models, "ppo", **options)
@@ -168,11 +250,16 @@ def test_adaptive_coefficient_moves_towards_its_target(models):
     for _ in range(3):
         source.next(lambda: models[2])
         coefficients.append(source.metrics["objective/kl_coef"])
-    assert coefficients[0] == pytest.approx(0.05) and coefficients[0] < coefficients[1] < coefficients[2]
+    assert (
+        coefficients[0] == pytest.approx(0.05)
+        and coefficients[0] < coefficients[1] < coefficients[2]
+    )
 
 
 def test_dynamic_sampling_keeps_groups_with_unequal_scores(models):
-    flat = WeightedRewards((("parity", 1.0, lambda p, c, e: [float(len(text.encode()) % 2) for text in c]),))
+    flat = WeightedRewards(
+        (("parity", 1.0, lambda p, c, e: [float(len(text.encode()) % 2) for text in c]),)
+    )
     source = make(models, "grpo", responses=2, options={"tries": 8}, seed=1)
     source._rewards = flat
     batch = source.next(lambda: models[2])
@@ -191,13 +278,20 @@ def test_overlapped_rollouts_are_those_of_the_weights_before(models):
 
 
 @pytest.mark.parametrize("overlap", [False, True])
-def test_evaluation_samples_the_held_out_prompts_and_leaves_the_rollouts_as_they_were(models, overlap):
+def test_evaluation_samples_the_held_out_prompts_and_leaves_the_rollouts_as_they_were(
+    models, overlap
+):
     undisturbed, source = (make(models, "grpo", options={"overlap": overlap}) for _ in range(2))
     seen = []
-    source._rewards = WeightedRewards((("vowels", 1.0, lambda p, c, e: seen.append(p) or vowels(p, c, e)),))
+    source._rewards = WeightedRewards(
+        (("vowels", 1.0, lambda p, c, e: seen.append(p) or vowels(p, c, e)),)
+    )
     before = source.evaluate(models[2])
     assert sorted(set(seen[0])) == [example.prompt for example in HELD_OUT] and len(seen[0]) == 12
-    request = [Request(tuple(source._held_out[i][1].tolist()), 4, 6, seed=source._held_out.seed(i)) for i in range(3)]
+    request = [
+        Request(tuple(source._held_out[i][1].tolist()), 4, 6, seed=source._held_out.seed(i))
+        for i in range(3)
+    ]
     source._engine.update(models[2].policy)  # let go of after each use
     texts = [one.text for several in source._engine(request) for one in several]
     assert before["reward"] == pytest.approx(np.mean(vowels(None, texts, None)), rel=1e-6)
@@ -211,7 +305,9 @@ def test_divergence_ends_a_rollout_early(models):
     fresh = Weights(jax.jit(models[0].init)(jax.random.key(5)), None)
     source = make(models, "ppo", options={"stop_kl": 1e-3}, **options)
     first = source.next(lambda: models[2])
-    assert sorted(map(bytes, source.next(lambda: models[2]).tokens)) == sorted(map(bytes, first.tokens))
+    assert sorted(map(bytes, source.next(lambda: models[2]).tokens)) == sorted(
+        map(bytes, first.tokens)
+    )
     assert sorted(map(bytes, source.next(lambda: fresh).tokens)) != sorted(map(bytes, first.tokens))
 
 
@@ -231,16 +327,28 @@ def test_samples_are_logged_for_people(models, tmp_path):
     source.log_samples(tmp_path, 2)
     lines = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert len(lines) == 16 and lines[0]["step"] == 1 and lines[-1]["step"] == 2
-    assert set(lines[0]) == {"step", "prompt", "output", "reward", "score", "rewards", "tokens", "finish"}
+    assert set(lines[0]) == {
+        "step",
+        "prompt",
+        "output",
+        "reward",
+        "score",
+        "rewards",
+        "tokens",
+        "finish",
+    }
 
 
-@pytest.mark.parametrize("name,keywords,error,message", [
-    ("grpo", {"options": {"overlapp": True}}, KeyError, "did you mean 'overlap'"),
-    ("dpo", {"options": {"pairing": "bets"}}, ValueError, "'bets'"),
-    ("grpo", {"prompts": 3}, ValueError, "3 groups"),
-    ("kto", {"batch_size": 6}, ValueError, "multiple of"),
-    ("grpo", {"layout": "packed"}, ValueError, "packed"),
-])
+@pytest.mark.parametrize(
+    "name,keywords,error,message",
+    [
+        ("grpo", {"options": {"overlapp": True}}, KeyError, "did you mean 'overlap'"),
+        ("dpo", {"options": {"pairing": "bets"}}, ValueError, "'bets'"),
+        ("grpo", {"prompts": 3}, ValueError, "3 groups"),
+        ("kto", {"batch_size": 6}, ValueError, "multiple of"),
+        ("grpo", {"layout": "packed"}, ValueError, "packed"),
+    ],
+)
 def test_mistakes_are_named(models, name, keywords, error, message):
     with pytest.raises(error, match=message):
         make(models, name, **keywords)
@@ -251,7 +359,10 @@ def test_generation_speed_and_share_are_measured(models):
     source.next(lambda: models[2])
     first = dict(source.metrics)
     tokens = first["rollout/tokens_per_second"] * first["rollout/generation_seconds"]
-    assert tokens == pytest.approx(8 * first["completions/mean_length"])  # 2 prompts, 4 samples of each
-    assert first["rollout/generation_seconds"] < first["rollout/seconds"] and np.isnan(first["rollout/share"])
+    # 2 prompts, 4 samples of each
+    assert tokens == pytest.approx(8 * first["completions/mean_length"])
+    assert first["rollout/generation_seconds"] < first["rollout/seconds"] and np.isnan(
+        first["rollout/share"]
+    )
     source.next(lambda: models[2])
     assert 0 < source.metrics["rollout/share"] < 1

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The table of chips and the description of TPU slices that are not there."""
+
 from __future__ import annotations
 
 import jax
@@ -29,8 +30,17 @@ def test_a_topology_that_is_not_known_is_an_error_that_says_so(name):
         chips.describe_topology(name)
 
 
-@pytest.mark.parametrize("name, count, slices", [("v4:2x2x2", 8, 1), ("v5e:4x8", 32, 1), ("2*v5e:4x4", 32, 2),
-                                                 ("v5p:2x2x2", 8, 1), ("v6e:2x4", 8, 1), ("tpu7x:2x2x1", 8, 1)])
+@pytest.mark.parametrize(
+    "name, count, slices",
+    [
+        ("v4:2x2x2", 8, 1),
+        ("v5e:4x8", 32, 1),
+        ("2*v5e:4x4", 32, 2),
+        ("v5p:2x2x2", 8, 1),
+        ("v6e:2x4", 8, 1),
+        ("tpu7x:2x2x1", 8, 1),
+    ],
+)
 def test_topologies_are_described_without_a_tpu(name, count, slices):
     pytest.importorskip("libtpu")
     topology = chips.describe_topology(name)
@@ -41,6 +51,8 @@ def test_topologies_are_described_without_a_tpu(name, count, slices):
 
 def test_a_torus_closes_where_the_data_sheet_says():
     pytest.importorskip("libtpu")
-    wraps = {name: [chips.describe_topology(name).wraps(axis) for axis in range(len(name.split("x")))]
-             for name in ("v5e:8x16", "v5p:4x4x4", "v5p:2x2x2")}
+    wraps = {
+        name: [chips.describe_topology(name).wraps(axis) for axis in range(len(name.split("x")))]
+        for name in ("v5e:8x16", "v5p:4x4x4", "v5p:2x2x2")
+    }
     assert wraps == {"v5e:8x16": [False, True], "v5p:4x4x4": [True] * 3, "v5p:2x2x2": [False] * 3}

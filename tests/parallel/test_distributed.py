@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Start-up by environment, waits that end with a message, and signals."""
+
 import os
 import signal
 import subprocess
@@ -15,27 +16,34 @@ from align_jax.parallel.distributed import Processes
 EXPLICIT = {"JAX_COORDINATOR_ADDRESS": "h:1", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
 
 
-@pytest.mark.parametrize("environment, tpu, expected", [
-    ({}, False, Processes("single")),
-    ({}, True, Processes("tpu")),
-    ({"TPU_WORKER_HOSTNAMES": "a,b"}, True, Processes("tpu")),
-    ({"TPU_WORKER_HOSTNAMES": "localhost"}, True, Processes("single")),  # Colab
-    ({"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"}, True, Processes("tpu")),
-    (EXPLICIT, True, Processes("explicit", "h:1", 4, 3)),
-    ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, False, Processes("slurm", None, 2, 1)),
-    ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2"}, False, Processes("single")),  # a shell inside sbatch, not srun
-    ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, False, Processes("single")),
-])
+@pytest.mark.parametrize(
+    "environment, tpu, expected",
+    [
+        ({}, False, Processes("single")),
+        ({}, True, Processes("tpu")),
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, True, Processes("tpu")),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, True, Processes("single")),  # Colab
+        ({"TPU_WORKER_HOSTNAMES": "a", "MEGASCALE_NUM_SLICES": "2"}, True, Processes("tpu")),
+        (EXPLICIT, True, Processes("explicit", "h:1", 4, 3)),
+        ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, False, Processes("slurm", None, 2, 1)),
+        # a shell inside sbatch, not srun
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2"}, False, Processes("single")),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, False, Processes("single")),
+    ],
+)
 def test_the_environment_says_how_many_processes_there_are(environment, tpu, expected):
     assert distributed.detect(environment, tpu) == expected
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"JAX_PROCESS_ID": ""}, r"\['JAX_PROCESS_ID'\] are not"),
-    ({"JAX_PROCESS_ID": "4"}, "got 4 and 4"),
-    ({"JAX_PROCESS_ID": "-1"}, "got -1 and 4"),
-    ({"JAX_COORDINATOR_ADDRESS": "host"}, "host:port, got 'host'"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"JAX_PROCESS_ID": ""}, r"\['JAX_PROCESS_ID'\] are not"),
+        ({"JAX_PROCESS_ID": "4"}, "got 4 and 4"),
+        ({"JAX_PROCESS_ID": "-1"}, "got -1 and 4"),
+        ({"JAX_COORDINATOR_ADDRESS": "host"}, "host:port, got 'host'"),
+    ],
+)
 def test_a_contradictory_environment_is_an_error(change, message):
     with pytest.raises(ValueError, match=message):
         distributed.detect(EXPLICIT | change, False)
@@ -73,9 +81,18 @@ def test_the_users_platform_is_left_alone():
 
 
 def _run(code, timeout=60, **environment):
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "TPU_", "XLA_"))}
-    return subprocess.run([sys.executable, "-c", textwrap.dedent(code)], env=clean | environment, timeout=timeout,
-                          capture_output=True, text=True)
+    clean = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("JAX_", "TPU_", "XLA_"))
+    }
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env=clean | environment,
+        timeout=timeout,
+        capture_output=True,
+        text=True,
+    )
 
 
 def test_a_machine_without_a_tpu_runs_on_the_cpu_without_a_word():
@@ -92,10 +109,16 @@ def test_a_machine_without_a_tpu_runs_on_the_cpu_without_a_word():
 
 def test_peers_that_never_come_end_the_wait_with_a_message():
     began = time.monotonic()
-    result = _run("""
+    result = _run(
+        """
         from align_jax.parallel import distributed
         distributed.start(wait_seconds=2)
-    """, JAX_COORDINATOR_ADDRESS="localhost:1", JAX_NUM_PROCESSES="2", JAX_PROCESS_ID="1", JAX_PLATFORMS="cpu")
+    """,
+        JAX_COORDINATOR_ADDRESS="localhost:1",
+        JAX_NUM_PROCESSES="2",
+        JAX_PROCESS_ID="1",
+        JAX_PLATFORMS="cpu",
+    )
     assert result.returncode == 1 and time.monotonic() - began < 30
     assert "process 1 of 2 waited 2 s for its peers at the coordinator localhost:1" in result.stderr
 

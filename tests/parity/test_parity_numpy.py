@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Objectives that TRL lacks, against float64 NumPy written from the papers; gradients by central differences.
+"""Objectives that TRL lacks, against float64 NumPy written from the papers; gradients by central
+differences.
 
-Each function takes a dict of float64 arrays (pairs: [B, 2, T], chosen first; else [B, T] or [B, R, T]; mask alike) and
-returns the scalar loss.
+Each function takes a dict of float64 arrays (pairs: [B, 2, T], chosen first; else [B, T] or [B, R,
+T]; mask alike) and returns the scalar loss.
 """
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -45,13 +47,20 @@ def csft(a):
 def plackett_luce(a):
     """Rafailov et al. 2305.18290, equation 18: Π_k exp(r_k) / Σ_{j ≥ k} exp(r_j)."""
     r = a["policy"]
-    return -np.mean([sum(row[k] - np.log(np.exp(row[k:]).sum()) for k in range(len(row))) for row in r])
+    return -np.mean(
+        [sum(row[k] - np.log(np.exp(row[k:]).sum()) for k in range(len(row))) for row in r]
+    )
 
 
 def all_pairs(a):
     """Ouyang et al. 2203.02155, equation 1: 1 / (K choose 2) Σ -log σ(r_w - r_l)."""
     r, size = a["policy"], a["policy"].shape[1]
-    return np.mean([[-log_sigmoid(row[i] - row[j]) for i in range(size) for j in range(i + 1, size)] for row in r])
+    return np.mean(
+        [
+            [-log_sigmoid(row[i] - row[j]) for i in range(size) for j in range(i + 1, size)]
+            for row in r
+        ]
+    )
 
 
 def best_of(a):
@@ -76,6 +85,7 @@ def tdpo(alpha):
         """Zeng et al. 2404.11999: u - α δ, δ of the sequential forward KLs."""
         kl = sums(a, "kl")
         return np.mean(-log_sigmoid(0.1 * d_of(a) - alpha * 0.1 * (kl[:, 1] - kl[:, 0])))
+
     return loss
 
 
@@ -145,7 +155,8 @@ def kto_zero(a):
 
 
 def bco(a, delta=None):
-    """Jung et al. 2404.04656: -log σ(r - δ) and -log σ(-(r - δ)); δ is held, as the gradient does."""
+    """Jung et al. 2404.04656: -log σ(r - δ) and -log σ(-(r - δ)); δ is held, as the gradient
+    does."""
     z = 0.1 * x_of(a) - a["delta"]
     return by_label(a, -log_sigmoid(z), -log_sigmoid(-z))
 
@@ -162,7 +173,8 @@ def gae_loop(rewards, values, gamma, lam):
 
 def ppo_offline(clip=(0.5, 1.5), kl_sign=1, target="discounted", whiten=True):
     def loss(a):
-        """Schulman et al. 1707.06347, equation 7, with the reference as behaviour policy; HALOs 4831988."""
+        """Schulman et al. 1707.06347, equation 7, with the reference as behaviour policy; HALOs
+        4831988."""
         gamma, lam, parts = 0.99, 0.95, []
         advantages, targets = [], []
         for i, mask in enumerate(a["mask"].astype(bool)):
@@ -179,9 +191,13 @@ def ppo_offline(clip=(0.5, 1.5), kl_sign=1, target="discounted", whiten=True):
         mask = a["mask"].astype(bool)
         ratio = a["policy"][mask] - a["reference"][mask]
         w = np.exp(ratio)
-        parts = (np.maximum(-flat * w, -flat * np.clip(w, *clip))
-                 + 0.01 * 0.5 * (a["values"][mask] - np.concatenate(targets)) ** 2 + 0.1 * kl_sign * ratio)
+        parts = (
+            np.maximum(-flat * w, -flat * np.clip(w, *clip))
+            + 0.01 * 0.5 * (a["values"][mask] - np.concatenate(targets)) ** 2
+            + 0.1 * kl_sign * ratio
+        )
         return parts.mean()
+
     return loss
 
 
@@ -189,11 +205,15 @@ def ppo(a):
     """1707.06347, equations 7 and 9, with the value clipped about the old one; entropy bonus 0."""
     mask = a["mask"].astype(bool)
     policy, old, advantage, values, old_values, returns = (
-        a[key][mask] for key in ("policy", "old_token_logps", "advantages", "values", "old_values", "returns"))
+        a[key][mask]
+        for key in ("policy", "old_token_logps", "advantages", "values", "old_values", "returns")
+    )
     w = np.exp(policy - old)
     near = old_values + np.clip(values - old_values, -0.2, 0.2)
-    return np.mean(np.maximum(-advantage * w, -advantage * np.clip(w, 0.8, 1.2))
-                   + 0.1 * 0.5 * np.maximum((values - returns) ** 2, (near - returns) ** 2))
+    return np.mean(
+        np.maximum(-advantage * w, -advantage * np.clip(w, 0.8, 1.2))
+        + 0.1 * 0.5 * np.maximum((values - returns) ** 2, (near - returns) ** 2)
+    )
 
 
 def reinforce(a):
@@ -203,22 +223,42 @@ def reinforce(a):
 
 
 CASES = {
-    "csft": ("csft", {}, csft), "plackett_luce": ("reward_ranked", {}, plackett_luce),
+    "csft": ("csft", {}, csft),
+    "plackett_luce": ("reward_ranked", {}, plackett_luce),
     "all_pairs": ("reward_ranked", {"form": "pairs"}, all_pairs),
-    "best_of": ("reward_ranked", {"form": "best_of"}, best_of), "dpo_sigmoid": ("dpo_sigmoid", {}, dpo_sigmoid),
-    "dpop": ("dpop", {}, dpop), "tdpo2": ("tdpo", {}, tdpo(0.5)),
-    "tdpo1": ("tdpo", {"alpha": 1.0, "stop_gradient_chosen": False}, tdpo(1.0)), "beta_dpo": ("beta_dpo", {}, beta_dpo),
-    "odpo": ("dpo", {}, odpo), "ipo_sum": ("ipo", {"lengths": "sum"}, ipo_sum),
-    "reference_free": ("dpo", {"reference_free": True}, reference_free), "weighted": ("dpo", {}, weighted),
-    "slic": ("slic", {}, slic), "rpo_per_sequence": ("dpo", {"sft_coef": 0.7, "per": "sequence"}, per_sequence),
-    "humanline": ("dpo", {"humanline": True}, humanline), "kto_zero": ("kto_zero", {}, kto_zero),
-    "kto_logsigmoid": ("kto_logsigmoid", {"desirable_weight": 1.3, "undesirable_weight": 0.7}, kto_logsigmoid),
-    "bco": ("bco", {}, bco), "ppo_offline": ("ppo_offline", {}, ppo_offline()),
-    "ppo_offline_reciprocal": ("ppo_offline", {"clip_form": "reciprocal", "kl_sign": -1},
-                               ppo_offline((0.5, 2.0), -1)),
-    "ppo_offline_gae": ("ppo_offline", {"critic_target": "gae", "whiten": False},
-                        ppo_offline(target="gae", whiten=False)),
-    "ppo": ("ppo", {}, ppo), "reinforce": ("reinforce", {}, reinforce),
+    "best_of": ("reward_ranked", {"form": "best_of"}, best_of),
+    "dpo_sigmoid": ("dpo_sigmoid", {}, dpo_sigmoid),
+    "dpop": ("dpop", {}, dpop),
+    "tdpo2": ("tdpo", {}, tdpo(0.5)),
+    "tdpo1": ("tdpo", {"alpha": 1.0, "stop_gradient_chosen": False}, tdpo(1.0)),
+    "beta_dpo": ("beta_dpo", {}, beta_dpo),
+    "odpo": ("dpo", {}, odpo),
+    "ipo_sum": ("ipo", {"lengths": "sum"}, ipo_sum),
+    "reference_free": ("dpo", {"reference_free": True}, reference_free),
+    "weighted": ("dpo", {}, weighted),
+    "slic": ("slic", {}, slic),
+    "rpo_per_sequence": ("dpo", {"sft_coef": 0.7, "per": "sequence"}, per_sequence),
+    "humanline": ("dpo", {"humanline": True}, humanline),
+    "kto_zero": ("kto_zero", {}, kto_zero),
+    "kto_logsigmoid": (
+        "kto_logsigmoid",
+        {"desirable_weight": 1.3, "undesirable_weight": 0.7},
+        kto_logsigmoid,
+    ),
+    "bco": ("bco", {}, bco),
+    "ppo_offline": ("ppo_offline", {}, ppo_offline()),
+    "ppo_offline_reciprocal": (
+        "ppo_offline",
+        {"clip_form": "reciprocal", "kl_sign": -1},
+        ppo_offline((0.5, 2.0), -1),
+    ),
+    "ppo_offline_gae": (
+        "ppo_offline",
+        {"critic_target": "gae", "whiten": False},
+        ppo_offline(target="gae", whiten=False),
+    ),
+    "ppo": ("ppo", {}, ppo),
+    "reinforce": ("reinforce", {}, reinforce),
 }
 COVERED = {name for name, _, _ in CASES.values()}
 
@@ -227,7 +267,10 @@ def draw(name, case, spread):
     """Draw what a case wants, float64, representable in float32."""
     rng = np.random.default_rng(len(case))
     kind = losses.OBJECTIVES[name].data
-    exact = lambda x: np.asarray(x).astype(np.float32).astype(np.float64)
+
+    def exact(x):
+        return np.asarray(x).astype(np.float32).astype(np.float64)
+
     if kind == "ranked":
         return {"policy": exact(10 * spread * rng.normal(size=(B, 4)))}
     shape = {"pairs": (B, 2, T), "unpaired": (B, T), "rollout": (B, T)}[kind]
@@ -242,9 +285,13 @@ def draw(name, case, spread):
     if kind == "unpaired":
         a["label"] = np.array([True, False, False, True])
     if losses.OBJECTIVES[name].mismatched:
-        a |= {f"mismatched_{who}": exact(-rng.gamma(4.0, 1.0, B)) for who in ("policy", "reference")}
+        a |= {
+            f"mismatched_{who}": exact(-rng.gamma(4.0, 1.0, B)) for who in ("policy", "reference")
+        }
     if "ppo" in name:
-        a |= {key: exact(rng.normal(size=shape) * mask) for key in ("values", "old_values", "returns")}
+        a |= {
+            key: exact(rng.normal(size=shape) * mask) for key in ("values", "old_values", "returns")
+        }
     if kind == "rollout":
         a["old_token_logps"] = exact((reference + 0.3 * rng.normal(size=shape)) * mask)
         a["advantages"] = exact(rng.normal(size=shape) * mask)
@@ -271,8 +318,11 @@ def test_loss_and_gradient_equal_numpy_from_the_paper(case, spread):
     a = draw(name, case, spread)
     terms = losses.resolve(name, options)
     kind = losses.objective.data_kind(terms)
-    given = {key: jnp.asarray(value, jnp.float32 if value.dtype == np.float64 else None) for key, value in a.items()
-             if not (key == "reference" and not any(term.reference for term in terms))}
+    given = {
+        key: jnp.asarray(value, jnp.float32 if value.dtype == np.float64 else None)
+        for key, value in a.items()
+        if not (key == "reference" and not any(term.reference for term in terms))
+    }
     if "mask" in given:
         given["mask"] = given["mask"] > 0
     if name == "ppo_offline":
@@ -282,25 +332,31 @@ def test_loss_and_gradient_equal_numpy_from_the_paper(case, spread):
         a["delta"] = np.mean(0.1 * x_of(a))
     keys = [key for key in ("policy", "values", "kl") if key in a]
     rest = {key: x for key, x in given.items() if key not in keys}
-    f = lambda said: arrays._evaluate(terms, kind, {**said, **rest}).loss
+
+    def f(said):
+        return arrays._evaluate(terms, kind, {**said, **rest}).loss
+
     value, grads = jax.value_and_grad(f)({key: given[key] for key in keys})
     np.testing.assert_allclose(value, loss(a), rtol=1e-5)
     for key in keys:
         expected = differences(loss, a, key)
         if case == "tdpo2" and key == "kl":
             expected[:, 0] = 0.0  # TDPO₂ stops the gradient of the chosen response's KL
-        np.testing.assert_allclose(grads[key], expected, rtol=2e-5, atol=2e-5 * np.abs(expected).max() + 1e-9)
+        np.testing.assert_allclose(
+            grads[key], expected, rtol=2e-5, atol=2e-5 * np.abs(expected).max() + 1e-9
+        )
 
 
 def test_every_objective_has_a_parity_test():
     from test_parity_trl import TRL_OBJECTIVES
+
     pieces = {"entropy", "ptx"}  # a mean and an NLL; their doctests are their tests
     assert set(losses.OBJECTIVES) == COVERED | TRL_OBJECTIVES | pieces
 
 
 def test_beta_dpo_follows_the_running_mean_of_the_gaps():
     """Wu et al. 2407.08639: β = β₀ (1 + α (mean M - M₀)), M₀ <- m M₀ + (1 - m) mean M."""
-    term, = losses.resolve("beta_dpo", {"beta": 0.5, "alpha": 0.6, "momentum": 0.9})
+    (term,) = losses.resolve("beta_dpo", {"beta": 0.5, "alpha": 0.6, "momentum": 0.9})
     gaps, carry, running = [[1.0, 3.0], [4.0, 0.0], [-1.0, 1.0]], term.objective.carry, None
     for gap in gaps:
         measured, weights = {"gap": 0.5 * jnp.asarray([gap])}, jnp.ones((1, 2))
@@ -313,11 +369,16 @@ def test_beta_dpo_follows_the_running_mean_of_the_gaps():
 
 
 def test_bco_carries_the_mean_of_all_rewards_so_far():
-    term, = losses.resolve("bco")
-    rewards, carry = np.random.default_rng(0).normal(size=(3, 2, 4)).astype(np.float32), term.objective.carry
+    (term,) = losses.resolve("bco")
+    rewards, carry = (
+        np.random.default_rng(0).normal(size=(3, 2, 4)).astype(np.float32),
+        term.objective.carry,
+    )
     for step in range(3):
-        delta, carry = losses.objective.summarise(term, {"reward": jnp.asarray(rewards[step])}, jnp.ones((2, 4)), carry)
-        np.testing.assert_allclose(delta, np.full(2, rewards[:step + 1].mean()), rtol=1e-5)
+        delta, carry = losses.objective.summarise(
+            term, {"reward": jnp.asarray(rewards[step])}, jnp.ones((2, 4)), carry
+        )
+        np.testing.assert_allclose(delta, np.full(2, rewards[: step + 1].mean()), rtol=1e-5)
 
 
 def test_ties_and_missing_responses_do_not_count_in_rankings():
@@ -325,12 +386,18 @@ def test_ties_and_missing_responses_do_not_count_in_rankings():
     batch, outputs = arrays.make_batch(jnp.asarray(scores[0]), responses=4, lengths=[3, 2, 4, 0])
     outputs = outputs._replace(scores=outputs.logps)
     three = {"policy": scores[:, :3].astype(np.float64)}
-    for form, loss in (("plackett_luce", plackett_luce), ("pairs", all_pairs), ("best_of", best_of)):
-        term, = losses.resolve("reward_ranked", {"form": form})
+    for form, loss in (
+        ("plackett_luce", plackett_luce),
+        ("pairs", all_pairs),
+        ("best_of", best_of),
+    ):
+        (term,) = losses.resolve("reward_ranked", {"form": form})
         found, _, _ = losses.objective.apply(term, outputs, None, batch)
         np.testing.assert_allclose(found, [loss(three)], rtol=1e-5)
     tied = batch._replace(scores=jnp.asarray([[2.0, 1.0, 1.0, 0.0]]))
-    term, = losses.resolve("reward_ranked", {"form": "pairs"})
+    (term,) = losses.resolve("reward_ranked", {"form": "pairs"})
     found, _, metrics = losses.objective.apply(term, outputs, None, tied)
-    np.testing.assert_allclose(found, [-np.mean([log_sigmoid(0.5 - 1.5), log_sigmoid(0.5 + 0.5)])], rtol=1e-5)
+    np.testing.assert_allclose(
+        found, [-np.mean([log_sigmoid(0.5 - 1.5), log_sigmoid(0.5 + 0.5)])], rtol=1e-5
+    )
     assert float(metrics["accuracy"][0]) == 1.0 and float(metrics["accuracy"][1]) == 2.0

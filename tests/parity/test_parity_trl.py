@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every objective and option that TRL has equals TRL's own code: losses and gradients, from goldens."""
+"""Every objective and option that TRL has equals TRL's own code: losses and gradients, from
+goldens."""
+
 import json
 import pathlib
 
@@ -16,25 +18,57 @@ with np.load(GOLDEN) as _file:
     ARRAYS = dict(_file)
 HEADER = json.loads(ARRAYS.pop("cases").item())
 CASES = HEADER["cases"]
-ADVICE = ("our loss and TRL {trl}'s differ: find out which formula is right; if TRL's has changed on purpose, make the "
-          "golden anew with tools/make_trl_goldens.py in a commit of its own that gives the reason").format(
-              **HEADER["versions"])
-TRL_OBJECTIVES = {  # all loss types of DPOTrainer, KTOTrainer, CPOTrainer, ORPOTrainer, RewardTrainer, SFTTrainer, ...
-    "dpo", "robust", "ipo", "hinge", "dpo_norm", "exo_pair", "nca_pair", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
-    "apo_zero", "apo_down", "discopop", "sft", "simpo", "orpo", "cpo", "alphapo", "kto", "apo_zero_unpaired", "reward",
-    "grpo", "gspo", "cispo", "sapo", "rloo", "reinforce_pp",
+ADVICE = (
+    "our loss and TRL {trl}'s differ: find out which formula is right; if TRL's has "
+    "changed on purpose, make the "
+    "golden anew with tools/make_trl_goldens.py in a commit of its own that gives the reason"
+).format(**HEADER["versions"])
+# all loss types of DPOTrainer, KTOTrainer, CPOTrainer, ORPOTrainer, RewardTrainer, SFTTrainer, ...
+TRL_OBJECTIVES = {
+    "dpo",
+    "robust",
+    "ipo",
+    "hinge",
+    "dpo_norm",
+    "exo_pair",
+    "nca_pair",
+    "bco_pair",
+    "sppo_hard",
+    "aot",
+    "aot_unpaired",
+    "apo_zero",
+    "apo_down",
+    "discopop",
+    "sft",
+    "simpo",
+    "orpo",
+    "cpo",
+    "alphapo",
+    "kto",
+    "apo_zero_unpaired",
+    "reward",
+    "grpo",
+    "gspo",
+    "cispo",
+    "sapo",
+    "rloo",
+    "reinforce_pp",
 }
 
 
 def label(index):
     case = CASES[index]
-    return f"{index}-{case['name']}-" + ",".join(f"{key}={value}" for key, value in case["options"].items())
+    return f"{index}-{case['name']}-" + ",".join(
+        f"{key}={value}" for key, value in case["options"].items()
+    )
 
 
 def close(found, expected, rtol=1e-5):
-    """Compare relative to the largest entry: a sum's rounding does not shrink with a small entry."""
-    np.testing.assert_allclose(found, expected, rtol=rtol, atol=rtol * np.abs(expected).max(initial=1e-6),
-                               err_msg=ADVICE)
+    """Compare relative to the largest entry: a sum's rounding does not shrink with a small
+    entry."""
+    np.testing.assert_allclose(
+        found, expected, rtol=rtol, atol=rtol * np.abs(expected).max(initial=1e-6), err_msg=ADVICE
+    )
 
 
 def test_goldens_hold_every_objective_that_trl_has():
@@ -64,4 +98,6 @@ def test_loss_gradient_and_metrics_equal_trl(index):
     close(loss, ARRAYS[f"{index}/loss"])
     close(grad, ARRAYS[f"{index}/grad"])
     for key, value in case["metrics"].items():
-        np.testing.assert_allclose(metrics[key], value, rtol=2e-5, atol=2e-6, err_msg=f"{key}: {ADVICE}")
+        np.testing.assert_allclose(
+            metrics[key], value, rtol=2e-5, atol=2e-6, err_msg=f"{key}: {ADVICE}"
+        )

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Our training of a tiny Llama follows TRL's trainers: the same batches, the same AdamW, 20 steps, float32."""
+"""Our training of a tiny Llama follows TRL's trainers: the same batches, the same AdamW, 20 steps,
+float32."""
+
 import json
 import pathlib
 
@@ -18,9 +20,11 @@ FOLDER = pathlib.Path(__file__).parents[1] / "golden" / "trl_trajectories"
 with np.load(FOLDER / "trajectories.npz") as _file:
     ARRAYS = dict(_file)
 HEADER = json.loads(ARRAYS.pop("header").item())
-OPTIONS = {"dpo": ("dpo", {"beta": 0.1}),
-           "kto": ("kto", {"beta": 0.1, "desirable_weight": 1.2, "undesirable_weight": 0.9}),
-           "reward": ("reward", {"center_coef": 0.01})}
+OPTIONS = {
+    "dpo": ("dpo", {"beta": 0.1}),
+    "kto": ("kto", {"beta": 0.1, "desirable_weight": 1.2, "undesirable_weight": 0.9}),
+    "reward": ("reward", {"center_coef": 0.01}),
+}
 
 
 def make_batch(tokens, attention, mask, responses, **fields):
@@ -32,9 +36,18 @@ def make_batch(tokens, attention, mask, responses, **fields):
     last = attention.sum(1).astype(np.int32).reshape(-1, responses) - 1
     loss_index = np.sort(np.where(mask, indices, length), axis=1).astype(np.int32)
     batch = Batch(
-        tokens=tokens.astype(np.int32), segment_ids=attention.astype(np.int32), positions=indices,
-        source_index=np.maximum(indices - 1, 0), loss_mask=mask, slot=np.zeros(tokens.shape, np.int32),
-        loss_index=loss_index, lengths=lengths, weight=np.ones(len(lengths), np.float32), last_index=last, **fields)
+        tokens=tokens.astype(np.int32),
+        segment_ids=attention.astype(np.int32),
+        positions=indices,
+        source_index=np.maximum(indices - 1, 0),
+        loss_mask=mask,
+        slot=np.zeros(tokens.shape, np.int32),
+        loss_index=loss_index,
+        lengths=lengths,
+        weight=np.ones(len(lengths), np.float32),
+        last_index=last,
+        **fields,
+    )
     return jax.tree.map(jnp.asarray, batch)
 
 
@@ -45,13 +58,29 @@ def interleaved(x):
 
 def batch_of(method, step):
     """Turn TRL's inputs of a step into our batch."""
-    x = {key.split("/")[1]: value[step] for key, value in ARRAYS.items() if key.startswith(f"{method}/")}
+    x = {
+        key.split("/")[1]: value[step]
+        for key, value in ARRAYS.items()
+        if key.startswith(f"{method}/")
+    }
     if method == "kto":
-        mismatched = make_batch(x["KL_input_ids"], x["KL_attention_mask"], x["KL_completion_mask"], 1)
-        return make_batch(x["input_ids"], x["attention_mask"], x["completion_mask"], 1, label=x["label"],
-                          mismatched=mismatched)
+        mismatched = make_batch(
+            x["KL_input_ids"], x["KL_attention_mask"], x["KL_completion_mask"], 1
+        )
+        return make_batch(
+            x["input_ids"],
+            x["attention_mask"],
+            x["completion_mask"],
+            1,
+            label=x["label"],
+            mismatched=mismatched,
+        )
     tokens, attention = interleaved(x["input_ids"]), interleaved(x["attention_mask"])
-    mask = interleaved(x["completion_mask"]) if method == "dpo" else attention * (np.arange(tokens.shape[1]) > 0)
+    mask = (
+        interleaved(x["completion_mask"])
+        if method == "dpo"
+        else attention * (np.arange(tokens.shape[1]) > 0)
+    )
     return make_batch(tokens, attention, mask, 2)
 
 
@@ -60,15 +89,25 @@ def test_losses_of_twenty_steps_equal_trl(method):
     name, options = OPTIONS[method]
     terms = losses.resolve(name, options)
     config = hf.load_config(str(FOLDER / ("reward" if method == "reward" else "causal")))
-    policy, base = make_models(config, terms, compute_dtype="float32", remat="none", attention="auto")
+    policy, base = make_models(
+        config, terms, compute_dtype="float32", remat="none", attention="auto"
+    )
     heads = ("score",) if method == "reward" else ()
     folder = str(FOLDER / ("reward" if method == "reward" else "causal"))
     params = hf.load(folder, dtype=jnp.float32, heads=heads, unembed=method != "reward")[1]
     with_adam = HEADER["optimizer"]
-    schedule = optim.make_schedule(learning_rate=with_adam["learning_rate"], schedule="constant", total_steps=20)
+    schedule = optim.make_schedule(
+        learning_rate=with_adam["learning_rate"], schedule="constant", total_steps=20
+    )
     optimizer = optim.make_optimizer(
-        schedule, name="adamw", weight_decay=with_adam["weight_decay"], clip_norm=with_adam["max_grad_norm"],
-        b1=with_adam["adam_beta1"], b2=with_adam["adam_beta2"], eps=with_adam["adam_epsilon"])
+        schedule,
+        name="adamw",
+        weight_decay=with_adam["weight_decay"],
+        clip_norm=with_adam["max_grad_norm"],
+        b1=with_adam["adam_beta1"],
+        b2=with_adam["adam_beta2"],
+        eps=with_adam["adam_epsilon"],
+    )
     recipe = steps.Recipe(policy, base, terms, optimizer, schedule)
     state = steps.init_state(recipe, params)
     frozen = {"base": {} if method == "reward" else params}

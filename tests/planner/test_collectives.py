@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The reader of compiled programs agrees with programs whose collectives are known by construction."""
+"""The reader of compiled programs agrees with programs whose collectives are known by
+construction."""
+
 from __future__ import annotations
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from align_jax.planner.collectives import _group, read_collectives, summarise
 from align_jax.planner.hlo import array_bytes, array_shapes, memory_traffic, parse
@@ -15,20 +18,24 @@ LAYERS, WIDTH, ROWS = 5, 64, 16
 
 
 def _mesh(data: int, fsdp: int) -> Mesh:
-    devices = np.asarray(jax.devices()[:data * fsdp]).reshape(data, fsdp)
+    devices = np.asarray(jax.devices()[: data * fsdp]).reshape(data, fsdp)
     return Mesh(devices, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
 
 
 def _compile(mesh: Mesh) -> str:
     """A scan of layers whose weights are split over fsdp and gathered in each layer."""
-    weights = jax.ShapeDtypeStruct((LAYERS, WIDTH, WIDTH), jnp.float32,
-                                   sharding=NamedSharding(mesh, P(None, "fsdp", None)))
-    x = jax.ShapeDtypeStruct((ROWS, WIDTH), jnp.float32, sharding=NamedSharding(mesh, P(("data", "fsdp"))))
+    weights = jax.ShapeDtypeStruct(
+        (LAYERS, WIDTH, WIDTH), jnp.float32, sharding=NamedSharding(mesh, P(None, "fsdp", None))
+    )
+    x = jax.ShapeDtypeStruct(
+        (ROWS, WIDTH), jnp.float32, sharding=NamedSharding(mesh, P(("data", "fsdp")))
+    )
 
     def apply(weights, x):
         def layer(x, w):
             w = jax.lax.with_sharding_constraint(w, NamedSharding(mesh, P()))
             return jnp.tanh(x @ w), None
+
         return jax.lax.scan(layer, x, weights)[0].sum()
 
     return jax.jit(apply).lower(weights, x).compile().as_text()
@@ -36,10 +43,14 @@ def _compile(mesh: Mesh) -> str:
 
 def test_a_scanned_layers_collectives_count_once_a_layer():
     mesh = _mesh(2, 4)
-    rows = {(row["kind"], row["axes"]): row for row in summarise(read_collectives(parse(_compile(mesh))), mesh.shape)}
+    rows = {
+        (row["kind"], row["axes"]): row
+        for row in summarise(read_collectives(parse(_compile(mesh))), mesh.shape)
+    }
     gather = rows["all-gather", "fsdp"]
     assert gather["count"] == LAYERS
-    assert gather["bytes"] == LAYERS * WIDTH * WIDTH * 4 * 3 / 4  # each chip has a quarter and receives the rest
+    # each chip has a quarter and receives the rest
+    assert gather["bytes"] == LAYERS * WIDTH * WIDTH * 4 * 3 / 4
     total = rows["all-reduce", "data+fsdp"]
     assert (total["count"], total["bytes"]) == (1, 2 * 4 * 7 / 8)
 
@@ -48,17 +59,23 @@ def test_a_program_on_one_device_has_no_collectives():
     assert read_collectives(parse(_compile(_mesh(1, 1)))) == []
 
 
-@pytest.mark.parametrize("text, group", [
-    ("replica_groups={{0,2},{1,3}}", (0, 2)),
-    ("replica_groups=[4,2]<=[8]", (0, 1)),
-    ("replica_groups=[2,4]<=[4,2]T(1,0)", (0, 2, 4, 6)),
-    ("replica_groups=mesh['axis_0'=2,'axis_1'=2] {'axis_1'}", (0, 1)),
-    ("replica_groups=mesh['a'=4,'b'=2] {'a'}", (0, 2, 4, 6)),
-    ("replica_groups=mesh['a'=8,'b'=2] {'a':(2)2}", (0, 4)),  # the middle factor of a = 2 x 2 x 2
-    ("replica_groups=mesh['a'=1,'b'=4,'c'=2], device_ids=([2,4]T(1,0)) {'b'}", (0, 1, 2, 3)),
-    ("replica_groups=mesh['a'=2,'b'=2], device_ids=(0,3,1,2) {'b'}", (0, 3)),
-    ("source_target_pairs={{0,1},{1,0}}", (0, 1)),
-])
+@pytest.mark.parametrize(
+    "text, group",
+    [
+        ("replica_groups={{0,2},{1,3}}", (0, 2)),
+        ("replica_groups=[4,2]<=[8]", (0, 1)),
+        ("replica_groups=[2,4]<=[4,2]T(1,0)", (0, 2, 4, 6)),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=2] {'axis_1'}", (0, 1)),
+        ("replica_groups=mesh['a'=4,'b'=2] {'a'}", (0, 2, 4, 6)),
+        (
+            "replica_groups=mesh['a'=8,'b'=2] {'a':(2)2}",
+            (0, 4),
+        ),  # the middle factor of a = 2 x 2 x 2
+        ("replica_groups=mesh['a'=1,'b'=4,'c'=2], device_ids=([2,4]T(1,0)) {'b'}", (0, 1, 2, 3)),
+        ("replica_groups=mesh['a'=2,'b'=2], device_ids=(0,3,1,2) {'b'}", (0, 3)),
+        ("source_target_pairs={{0,1},{1,0}}", (0, 1)),
+    ],
+)
 def test_every_spelling_of_a_replica_group_is_read(text, group):
     assert _group(text + ", use_global_device_ids=true") == group
 
@@ -110,7 +127,8 @@ ENTRY %main (x: f32[4]) -> f32[4] {
 }
 """
     found = sorted((c.kind, c.count, c.traffic) for c in read_collectives(parse(text)))
-    assert found == [("all-gather", 6, 8), ("all-gather", 6, 16), ("reduce-scatter", 6, 16)]  # half of the bytes
+    # half of the bytes
+    assert found == [("all-gather", 6, 8), ("all-gather", 6, 16), ("reduce-scatter", 6, 16)]
 
 
 def test_what_shares_a_channel_but_not_its_place_is_another_collective():
@@ -124,8 +142,11 @@ _xla_host_transfer_rendezvous="all-reduce.1_0",_xla_megascale_target="{1,2}x{0:1
 }
 """
     found = read_collectives(parse(text))
-    assert sorted((c.kind, c.network) for c in found) == [("all-reduce", False), ("all-reduce", False),
-                                                          ("all-reduce", True)]
+    assert sorted((c.kind, c.network) for c in found) == [
+        ("all-reduce", False),
+        ("all-reduce", False),
+        ("all-reduce", True),
+    ]
 
 
 def test_a_turn_taken_out_of_a_loop_counts_beside_the_loop():
@@ -163,7 +184,8 @@ def test_text_that_is_no_program_is_an_error():
 def test_memory_traffic_counts_slices_of_stacked_weights_once_a_layer():
     program = parse(_compile(_mesh(1, 1)))
     weights, rows = LAYERS * WIDTH * WIDTH * 4, ROWS * WIDTH * 4
-    # every layer's weights once or twice (a slice may be copied before its product), and a few passes over the rows
+    # every layer's weights once or twice (a slice may be copied before its product), and a few
+    # passes over the rows
     assert weights <= memory_traffic(program) <= 4 * weights + 12 * LAYERS * rows
 
 
@@ -192,7 +214,8 @@ ENTRY %main (x: f32[4,8], i: s32[]) -> f32[4,8] {
   ROOT %written = f32[4,8]{1,0} fusion(%x, %read), kind=kCustom, calls=%write.3
 }
 """
-    # 32 bytes of 128 are read, the index (4), 8 written; then 8 are read and written into their place
+    # 32 bytes of 128 are read, the index (4), 8 written; then 8 are read and written into their
+    # place
     assert memory_traffic(parse(text)) == 32 + 4 + 8 + 8 + 8
 
 
@@ -205,5 +228,10 @@ _xla_host_transfer_rendezvous="all-reduce.1_0",_xla_megascale_target="{1,2}x{0:3
 }
 """)
     (found,) = read_collectives(program)
-    assert (found.kind, found.network, found.payload, found.group) == ("all-reduce", True, 64 * 8 * 4, (0, 4))
+    assert (found.kind, found.network, found.payload, found.group) == (
+        "all-reduce",
+        True,
+        64 * 8 * 4,
+        (0, 4),
+    )
     assert found.axes({"data": 2, "fsdp": 4}) == ("data",)

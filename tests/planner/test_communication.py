@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The least that sharding must move, against counts by hand."""
+
 import numpy as np
 import pytest
 
@@ -8,15 +9,23 @@ from align_jax.core.schema import Batch
 from align_jax.interop import hf
 from align_jax.models.lora import LoraConfig
 from align_jax.parallel.mesh import make_mesh
-from align_jax.training import optim
-from align_jax.training import initialize
 from align_jax.planner import communication
+from align_jax.training import initialize, optim
 from align_jax.training.steps import Recipe
 
 L, D, H, K, h, F, V = 3, 64, 8, 4, 8, 128, 256
 N, T, P = 16, 32, 16
-MODEL = dict(model_type="llama", vocab_size=V, hidden_size=D, intermediate_size=F, num_hidden_layers=L,
-             num_attention_heads=H, num_key_value_heads=K, head_dim=h, max_position_embeddings=64)
+MODEL = dict(
+    model_type="llama",
+    vocab_size=V,
+    hidden_size=D,
+    intermediate_size=F,
+    num_hidden_layers=L,
+    num_attention_heads=H,
+    num_key_value_heads=K,
+    head_dim=h,
+    max_position_embeddings=64,
+)
 LAYERS = L * (2 * D * H * h + 2 * D * K * h + 3 * D * F)  # weights of all layers
 HEADS = 2 * V * D  # embedding and output head
 NORMS = (2 * L + 1) * D
@@ -26,25 +35,43 @@ MIXTURE = dict(MODEL, model_type="mixtral", num_local_experts=4, num_experts_per
 def least(name="dpo", sizes=None, *, model=MODEL, rank=0, parts=1, remat="full", train=True):
     terms = losses.resolve(name, {})
     lora = LoraConfig(rank) if rank else None
-    models = initialize.make_models(hf.config_from(model), terms, compute_dtype="bfloat16", remat=remat,
-                                  attention="xla", lora=lora)
+    models = initialize.make_models(
+        hf.config_from(model),
+        terms,
+        compute_dtype="bfloat16",
+        remat=remat,
+        attention="xla",
+        lora=lora,
+    )
     schedule = optim.make_schedule(learning_rate=1e-3, schedule="constant", total_steps=10)
-    recipe = Recipe(models.policy, models.base, terms, optim.make_optimizer(schedule, name="adamw"), schedule,
-                    microbatches=parts)
+    recipe = Recipe(
+        models.policy,
+        models.base,
+        terms,
+        optim.make_optimizer(schedule, name="adamw"),
+        schedule,
+        microbatches=parts,
+    )
     mesh = make_mesh(sizes)
     plan = initialize.make_plan(recipe, mesh, param_dtype="float32", frozen_dtype="bfloat16")
     by_token = np.zeros((N, T), np.int32)
     batch = Batch(*[by_token] * len(Batch._fields))._replace(
-        loss_index=np.zeros((N, P), np.int32), reference_token_logps=None, mismatched=None)
-    found = communication.least(communication.passes(recipe, plan, batch, train=train), mesh.shape,
-                          plan.trained if train else (), parts)
+        loss_index=np.zeros((N, P), np.int32), reference_token_logps=None, mismatched=None
+    )
+    found = communication.least(
+        communication.passes(recipe, plan, batch, train=train),
+        mesh.shape,
+        plan.trained if train else (),
+        parts,
+    )
     return {axes: pytest.approx(size) for axes, size in found.items()}
 
 
 def test_fsdp_gathers_weights_for_each_pass_and_scatters_gradients():
     weights = 2 * (LAYERS + HEADS) * 7 / 8  # bytes of them, less what is here
     norms = {"fsdp": 2 * 7 / 8 * 2 * NORMS}  # replicated, so their gradients are summed
-    assert least(sizes={"fsdp": 8}) == {"fsdp": 4 * weights + norms["fsdp"]}  # policy twice, reference, gradient
+    # policy twice, reference, gradient
+    assert least(sizes={"fsdp": 8}) == {"fsdp": 4 * weights + norms["fsdp"]}
     assert least("simpo", {"fsdp": 8}) == {"fsdp": 3 * weights + norms["fsdp"]}
     assert least("simpo", {"fsdp": 8}, remat="none") == {"fsdp": 2 * weights + norms["fsdp"]}
     assert least(sizes={"fsdp": 8}, parts=4) == {"fsdp": 16 * weights + norms["fsdp"]}
@@ -55,13 +82,17 @@ def test_copies_of_the_weights_sum_their_gradients_once():
     size = 2 * (LAYERS + HEADS + NORMS)
     assert least("simpo", {"data": 8}, parts=2) == {"data": 2 * 7 / 8 * size}
     found = least("simpo", {"data": 2, "fsdp": 4})
-    assert found == {"fsdp": 3 * 2 * (LAYERS + HEADS) * 3 / 4, "data": (2 * 1 / 2) * 2 * (LAYERS + HEADS) / 4,
-                     "data+fsdp": 2 * 7 / 8 * 2 * NORMS}
+    assert found == {
+        "fsdp": 3 * 2 * (LAYERS + HEADS) * 3 / 4,
+        "data": (2 * 1 / 2) * 2 * (LAYERS + HEADS) / 4,
+        "data+fsdp": 2 * 7 / 8 * 2 * NORMS,
+    }
 
 
 def test_tensor_sums_states_twice_a_layer_and_pass():
     states, positions = N * T * D * 2, N * P * D * 2
-    sums = {"full": 2 + 1 + 2, "dots": 2 + 2}  # forward; attention's again, for the feed-forward part; backward
+    # forward; attention's again, for the feed-forward part; backward
+    sums = {"full": 2 + 1 + 2, "dots": 2 + 2}
     for remat, count in sums.items():
         moved = states * (L * count + 1) + positions
         found = least("simpo", {"tensor": 4, "data": 2}, remat=remat)
@@ -78,7 +109,8 @@ def test_sequence_gathers_keys_and_values_and_scatters_their_gradients():
 def test_experts_gather_tokens_and_scatter_what_they_add():
     states = N * T * D * 2 / 8
     found = least("simpo", {"expert": 4, "fsdp": 2}, model=MIXTURE)
-    others = 2 * (LAYERS - L * 3 * D * F + HEADS + L * D * 4) / 2  # bytes of what experts share, the router with it
+    # bytes of what experts share, the router with it
+    others = 2 * (LAYERS - L * 3 * D * F + HEADS + L * D * 4) / 2
     assert found["expert"] == states * L * 3 * (2 + 1 + 2) + 2 * 3 / 4 * others
     assert found["fsdp+expert"] == 2 * 7 / 8 * 2 * NORMS
 

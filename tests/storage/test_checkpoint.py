@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints: exact, resharded, checked; damage and a failing store are named and survived."""
+
 import json
 import os
 import shutil
@@ -12,23 +13,34 @@ import pytest
 
 from align_jax.parallel.mesh import make_mesh
 from align_jax.storage import checksums
-from align_jax.storage.multihost import StorageError
 from align_jax.storage.checkpoint import Checkpoints
+from align_jax.storage.multihost import StorageError
 
 SPECS = {"kernel": ("fsdp", "tensor"), "bias": ("tensor",)}
 
 
 def _mesh(**sizes):
-    return make_mesh(sizes, jax.devices()[:int(np.prod(list(sizes.values())))])
+    return make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values())))])
 
 
 def _state(mesh, seed=0):
     keys = jax.random.split(jax.random.key(seed), 2)
-    params = {"layer": {"kernel": jax.random.normal(keys[0], (64, 64)),  # most of what is stored
-                        "bias": jax.random.normal(keys[1], (64,)).astype(jnp.bfloat16)}}
-    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.masked(optax.adamw(1e-3), {"layer": {
-        "kernel": True, "bias": False}}))
-    state = {"step": jnp.int32(seed), "params": params, "opt_state": optimizer.init(params), "carry": {}}
+    params = {
+        "layer": {
+            "kernel": jax.random.normal(keys[0], (64, 64)),  # most of what is stored
+            "bias": jax.random.normal(keys[1], (64,)).astype(jnp.bfloat16),
+        }
+    }
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(1.0),
+        optax.masked(optax.adamw(1e-3), {"layer": {"kernel": True, "bias": False}}),
+    )
+    state = {
+        "step": jnp.int32(seed),
+        "params": params,
+        "opt_state": optimizer.init(params),
+        "carry": {},
+    }
     return jax.device_put(state, _shardings(mesh, state))
 
 
@@ -36,17 +48,23 @@ def _shardings(mesh, state):
     def sharding(path, leaf):
         axes = SPECS.get(checksums.leaf_name(path).rsplit("/", 1)[-1], ()) if leaf.ndim else ()
         return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
+
     return jax.tree_util.tree_map_with_path(sharding, state)
 
 
 def _abstract(mesh, state):
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state,
-                        _shardings(mesh, state))
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        state,
+        _shardings(mesh, state),
+    )
 
 
 def _equal(first, second):
     assert jax.tree.structure(first) == jax.tree.structure(second)
-    jax.tree.map(lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), first, second)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_array_equal(np.asarray(x), np.asarray(y)), first, second
+    )
 
 
 @pytest.fixture
@@ -63,7 +81,9 @@ def test_a_state_comes_back_bit_for_bit_on_another_mesh(tmp_path, mesh):
         restored = checkpoints.restore(wanted)
     assert (restored.step, restored.extra) == (7, {"data_step": 7, "num_tokens": 123})
     _equal(state, restored.state)
-    assert jax.tree.map(lambda x: x.sharding, restored.state) == jax.tree.map(lambda x: x.sharding, wanted)
+    assert jax.tree.map(lambda x: x.sharding, restored.state) == jax.tree.map(
+        lambda x: x.sharding, wanted
+    )
 
 
 def test_a_save_in_the_background_reads_the_state_before_it_is_donated(tmp_path, mesh):
@@ -71,7 +91,9 @@ def test_a_save_in_the_background_reads_the_state_before_it_is_donated(tmp_path,
     kept = jax.tree.map(np.array, state)
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(3, state)
-        state = jax.jit(lambda s: jax.tree.map(lambda x: x * x.dtype.type(0), s), donate_argnums=0)(state)
+        state = jax.jit(lambda s: jax.tree.map(lambda x: x * x.dtype.type(0), s), donate_argnums=0)(
+            state
+        )
         jax.block_until_ready(state)
         checkpoints.wait()
         _equal(kept, checkpoints.restore(_abstract(mesh, state)).state)
@@ -87,7 +109,11 @@ def test_the_newest_and_the_best_are_kept(tmp_path, mesh):
     scores = {1: 0.1, 2: 0.9, 3: 0.3, 4: None, 5: 0.5, 6: None}
     with Checkpoints(tmp_path, keep=2, best_metric="eval/accuracy") as checkpoints:
         for step, score in scores.items():
-            checkpoints.save(step, _state(mesh, step), metrics=None if score is None else {"eval/accuracy": score})
+            checkpoints.save(
+                step,
+                _state(mesh, step),
+                metrics=None if score is None else {"eval/accuracy": score},
+            )
         checkpoints.wait()
         assert checkpoints.steps() == [2, 5, 6]
         assert checkpoints.restore(_abstract(mesh, _state(mesh)), "best").step == 2
@@ -106,13 +132,17 @@ def test_the_best_may_be_the_smallest(tmp_path, mesh):
 
 
 def _truncate(step):
-    largest = max((path for path in step.glob("state/**/d/*")), key=lambda path: path.stat().st_size)
-    largest.write_bytes(largest.read_bytes()[:largest.stat().st_size // 2])
+    largest = max(
+        (path for path in step.glob("state/**/d/*")), key=lambda path: path.stat().st_size
+    )
+    largest.write_bytes(largest.read_bytes()[: largest.stat().st_size // 2])
 
 
 def _flip_a_bit(step):
     """Flip one bit of an array's data, which no format check of the store notices."""
-    largest = max((path for path in step.glob("state/**/d/*")), key=lambda path: path.stat().st_size)
+    largest = max(
+        (path for path in step.glob("state/**/d/*")), key=lambda path: path.stat().st_size
+    )
     data = bytearray(largest.read_bytes())
     data[len(data) // 3] ^= 4
     largest.write_bytes(bytes(data))
@@ -127,14 +157,18 @@ DAMAGE = {
     "broken json": lambda step: (step / "extra/metadata").write_text("{"),
     "empty manifest": lambda step: (step / "state/manifest.ocdbt").write_text(""),
     "no metadata": lambda step: (step / "_CHECKPOINT_METADATA").unlink(),
-    "emptied": lambda step: [shutil.rmtree(path) if path.is_dir() else path.unlink() for path in step.iterdir()],
+    "emptied": lambda step: [
+        shutil.rmtree(path) if path.is_dir() else path.unlink() for path in step.iterdir()
+    ],
     "no metrics": lambda step: (step / "metrics/metrics").unlink(),
     "broken metrics": lambda step: (step / "metrics/metrics").write_text("{"),
 }
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_used(tmp_path, mesh, caplog, kind):
+def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_used(
+    tmp_path, mesh, caplog, kind
+):
     with Checkpoints(tmp_path, best_metric="eval/loss", backoff_seconds=0.0) as checkpoints:
         for step in (1, 2):
             checkpoints.save(step, _state(mesh, step), metrics={"eval/loss": 1.0})
@@ -171,8 +205,11 @@ def test_another_models_checkpoint_is_refused_with_the_arrays_named(tmp_path, me
         other = _abstract(mesh, state)
         other["params"]["layer"]["kernel"] = jax.ShapeDtypeStruct((64, 65), jnp.float32)
         other["params"]["extra"] = jax.ShapeDtypeStruct((1,), jnp.float32)
-        with pytest.raises(ValueError, match=r"params/extra: not in.*kernel: saved as float32\[64, 64\], this run has "
-                                             r"float32\[64, 65\]"):
+        with pytest.raises(
+            ValueError,
+            match=r"params/extra: not in.*kernel: saved as float32\[64, 64\], this run has "
+            r"float32\[64, 65\]",
+        ):
             checkpoints.restore(other)
         assert checkpoints.steps() == [1]  # sound, so not set aside
 
@@ -183,11 +220,15 @@ def test_a_run_can_start_from_another_runs_checkpoint(tmp_path, mesh):
             checkpoints.save(step, _state(mesh, step), wait=True)
     for path, step in (("first", 12), ("first/checkpoints", 12), ("first/checkpoints/4", 4)):
         with Checkpoints(tmp_path / f"second{step}") as checkpoints:
-            assert checkpoints.restore(_abstract(mesh, _state(mesh)), str(tmp_path / path)).step == step
+            assert (
+                checkpoints.restore(_abstract(mesh, _state(mesh)), str(tmp_path / path)).step
+                == step
+            )
     with Checkpoints(tmp_path / "third") as checkpoints:
         with pytest.raises(FileNotFoundError, match="no such path"):
             checkpoints.restore(_abstract(mesh, _state(mesh)), str(tmp_path / "nowhere"))
-        checkpoints.save(1, _state(mesh, 1), wait=True)  # once it has its own, a restart goes on from there
+        # once it has its own, a restart goes on from there
+        checkpoints.save(1, _state(mesh, 1), wait=True)
         assert checkpoints.restore(_abstract(mesh, _state(mesh)), str(tmp_path / "first")).step == 1
 
 
@@ -201,8 +242,11 @@ def test_going_back_sets_the_later_steps_aside_once(tmp_path, mesh):
         assert checkpoints.restore(abstract, 1, rewind=True).step == 1
         assert checkpoints.steps() == [1] and (tmp_path / "checkpoints/superseded-3").is_dir()
         assert checkpoints.save(2, _state(mesh, 22), wait=True)
-        assert checkpoints.restore(abstract, 1, rewind=True).step == 2  # the same command, restarted
-        with pytest.raises(FileNotFoundError, match=r"no checkpoint of step 9 .*there are \[1, 2\]"):
+        # the same command, restarted
+        assert checkpoints.restore(abstract, 1, rewind=True).step == 2
+        with pytest.raises(
+            FileNotFoundError, match=r"no checkpoint of step 9 .*there are \[1, 2\]"
+        ):
             checkpoints.restore(abstract, 9, rewind=True)
 
 
@@ -237,7 +281,9 @@ def test_a_failing_store_is_tried_again_and_then_the_run_stops(tmp_path, mesh, m
         assert checkpoints.save(3, _state(mesh, 3), wait=True) and checkpoints.steps() == [1, 3]
         assert not checkpoints.due(4)
         failures[0] = 99
-        with pytest.raises(StorageError, match="step 4 could not be saved .* in 3 attempts.*checkpoint: step 3"):
+        with pytest.raises(
+            StorageError, match="step 4 could not be saved .* in 3 attempts.*checkpoint: step 3"
+        ):
             checkpoints.save(4, _state(mesh, 4), wait=True)
         failures[0] = 0
 
@@ -265,9 +311,16 @@ def test_saving_twice_at_a_step_is_once(tmp_path, mesh):
 
 def test_fingerprints_see_any_bit_and_no_sharding():
     mesh = _mesh(fsdp=2, tensor=2)
-    tree = {"a": jax.random.normal(jax.random.key(0), (4, 6)), "b": [jnp.arange(8, dtype=jnp.int8), jnp.bfloat16(3)]}
-    split = {"a": jax.device_put(tree["a"], jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))),
-             "b": tree["b"]}
+    tree = {
+        "a": jax.random.normal(jax.random.key(0), (4, 6)),
+        "b": [jnp.arange(8, dtype=jnp.int8), jnp.bfloat16(3)],
+    }
+    split = {
+        "a": jax.device_put(
+            tree["a"], jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))
+        ),
+        "b": tree["b"],
+    }
     first = checksums.fingerprints(tree)
     assert list(first) == ["a", "b/0", "b/1"]
     assert checksums.fingerprints({"a": split["a"]})["a"] == first["a"]
@@ -276,12 +329,17 @@ def test_fingerprints_see_any_bit_and_no_sharding():
         for bit in (0, 17, 31):
             changed = bits.copy()
             changed[place] ^= np.uint32(1 << bit)
-            assert checksums.fingerprints({"a": jnp.asarray(changed.view(np.float32))})["a"] != first["a"]
+            assert (
+                checksums.fingerprints({"a": jnp.asarray(changed.view(np.float32))})["a"]
+                != first["a"]
+            )
     swapped = tree["a"][::-1]
     assert checksums.fingerprints({"a": swapped})["a"] != first["a"]
 
 
-@pytest.mark.parametrize("options, message", [({"keep": 0}, "at least 1"), ({"best_mode": "most"}, "'max' or 'min'")])
+@pytest.mark.parametrize(
+    "options, message", [({"keep": 0}, "at least 1"), ({"best_mode": "most"}, "'max' or 'min'")]
+)
 def test_impossible_options_are_refused(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         Checkpoints(tmp_path, **options)

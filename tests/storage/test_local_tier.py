@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tier on the hosts' own storage, in one process: what is newest and sound is gone on from, and no other run's."""
+"""The tier on the hosts' own storage, in one process: what is newest and sound is gone on from, and
+no other run's."""
+
 import json
 import logging
 import os
@@ -11,30 +13,44 @@ import pytest
 
 from align_jax.core import config as configs
 from align_jax.parallel.mesh import make_mesh
-from align_jax.storage import checksums
-from align_jax.storage import local_tier
+from align_jax.storage import checksums, local_tier
 from align_jax.storage.checkpoint import Checkpoints
 
 
 def _mesh(**sizes):
-    return make_mesh(sizes, jax.devices()[:int(np.prod(list(sizes.values())))])
+    return make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values())))])
 
 
 def _state(mesh, seed=0):
-    values = {"kernel": jax.random.normal(jax.random.key(seed), (64, 32)).at[0, 0].set(-0.0),
-              "bias": jnp.full((32,), seed, jnp.bfloat16), "flags": jnp.arange(4) % 2 == 0, "step": jnp.int32(seed)}
+    values = {
+        "kernel": jax.random.normal(jax.random.key(seed), (64, 32)).at[0, 0].set(-0.0),
+        "bias": jnp.full((32,), seed, jnp.bfloat16),
+        "flags": jnp.arange(4) % 2 == 0,
+        "step": jnp.int32(seed),
+    }
     specs = {"kernel": ("fsdp", "tensor"), "bias": ("tensor",), "flags": (), "step": ()}
-    return {name: jax.device_put(value, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*specs[name])))
-            for name, value in values.items()}
+    return {
+        name: jax.device_put(
+            value, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*specs[name]))
+        )
+        for name, value in values.items()
+    }
 
 
 def _abstract(mesh):
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _state(mesh))
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), _state(mesh)
+    )
 
 
 def _equal(first, second):
-    jax.tree.map(lambda x, y: np.testing.assert_array_equal(
-        np.asarray(checksums.bits_of(x)), np.asarray(checksums.bits_of(y))), first, second)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_array_equal(
+            np.asarray(checksums.bits_of(x)), np.asarray(checksums.bits_of(y))
+        ),
+        first,
+        second,
+    )
 
 
 @pytest.fixture
@@ -45,13 +61,22 @@ def mesh():
 @pytest.fixture
 def opened(tmp_path):
     def open_(identity="a", **options):
-        return Checkpoints(tmp_path / "run", every_steps=4, local=str(tmp_path / "local"), local_every_steps=2,
-                           identity=identity, **options)
+        return Checkpoints(
+            tmp_path / "run",
+            every_steps=4,
+            local=str(tmp_path / "local"),
+            local_every_steps=2,
+            identity=identity,
+            **options,
+        )
+
     return open_
 
 
 def _steps(tmp_path):
-    return {int(path.name): path for path in tmp_path.glob("local/run-*/0/*") if path.name.isdigit()}
+    return {
+        int(path.name): path for path in tmp_path.glob("local/run-*/0/*") if path.name.isdigit()
+    }
 
 
 def _fill(opened, mesh, last=10):
@@ -73,12 +98,17 @@ def test_the_newest_of_both_tiers_is_gone_on_from_bit_for_bit(opened, mesh, tmp_
     _fill(opened, mesh)
     assert sorted(_steps(tmp_path)) == [8, 10]
     with opened() as checkpoints:
-        assert checkpoints.steps() == [4, 8] and checkpoints.resumable() == [4, 8, 10] and checkpoints.last_good() == 10
+        assert (
+            checkpoints.steps() == [4, 8]
+            and checkpoints.resumable() == [4, 8, 10]
+            and checkpoints.last_good() == 10
+        )
         restored = checkpoints.restore(_abstract(mesh))
         assert (restored.step, restored.extra, restored.own) == (10, {"num_tokens": 100}, True)
         _equal(restored.state, _state(mesh, 10))
         assert jax.tree.map(lambda x: x.sharding, restored.state) == jax.tree.map(
-            lambda x: x.sharding, _abstract(mesh))
+            lambda x: x.sharding, _abstract(mesh)
+        )
         checkpoints.save(12, _state(mesh, 12), tier="persistent", wait=True)
     _flip_a_bit(_steps(tmp_path)[12])  # the one before is sound, but older than the persistent one
     with opened() as checkpoints:
@@ -90,8 +120,10 @@ def test_the_state_may_be_donated_as_soon_as_a_local_save_returns(opened, mesh):
     with opened() as checkpoints:
         state = _state(mesh, 3)
         checkpoints.save(2, state, tier="local")
-        state = jax.jit(lambda s: jax.tree.map(lambda x: x ^ x if x.dtype == bool else x * x.dtype.type(0), s),
-                        donate_argnums=0)(state)
+        state = jax.jit(
+            lambda s: jax.tree.map(lambda x: x ^ x if x.dtype == bool else x * x.dtype.type(0), s),
+            donate_argnums=0,
+        )(state)
         jax.block_until_ready(state)
     with opened() as checkpoints:
         _equal(checkpoints.restore(_abstract(mesh)).state, _state(mesh, 3))
@@ -106,7 +138,9 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_a_damaged_newest_local_checkpoint_is_named_and_the_one_before_used(opened, mesh, tmp_path, caplog, kind):
+def test_a_damaged_newest_local_checkpoint_is_named_and_the_one_before_used(
+    opened, mesh, tmp_path, caplog, kind
+):
     _fill(opened, mesh, last=11)
     DAMAGE[kind](_steps(tmp_path)[10])
     with opened() as checkpoints:
@@ -125,16 +159,25 @@ def test_a_damaged_persistent_checkpoint_leaves_the_local_one_before_it(opened, 
         _equal(restored.state, _state(mesh, 6))
 
 
-@pytest.mark.parametrize("other, message", [
-    (dict(identity="b"), "another run, configuration or past"), (dict(mesh=dict(fsdp=8)), "saved on the mesh"),
-    (dict(leaf="more"), "other arrays")])
-def test_what_another_configuration_or_mesh_has_left_is_named_and_not_used(opened, mesh, tmp_path, caplog, other,
-                                                                           message):
+@pytest.mark.parametrize(
+    "other, message",
+    [
+        (dict(identity="b"), "another run, configuration or past"),
+        (dict(mesh=dict(fsdp=8)), "saved on the mesh"),
+        (dict(leaf="more"), "other arrays"),
+    ],
+)
+def test_what_another_configuration_or_mesh_has_left_is_named_and_not_used(
+    opened, mesh, tmp_path, caplog, other, message
+):
     _fill(opened, mesh)
     mesh = _mesh(**other["mesh"]) if "mesh" in other else mesh
     wanted = _abstract(mesh)
     if "leaf" in other:
-        with opened() as checkpoints, pytest.raises(ValueError, match="more: not in the checkpoint"):
+        with (
+            opened() as checkpoints,
+            pytest.raises(ValueError, match="more: not in the checkpoint"),
+        ):
             checkpoints.restore(wanted | {"more": wanted["step"]})
     else:
         with opened(identity=other.get("identity", "a")) as checkpoints:
@@ -142,7 +185,9 @@ def test_what_another_configuration_or_mesh_has_left_is_named_and_not_used(opene
     assert message in caplog.text and not _steps(tmp_path)
 
 
-def test_a_workdir_begun_anew_does_not_go_on_from_what_the_hosts_still_hold(opened, mesh, tmp_path, caplog):
+def test_a_workdir_begun_anew_does_not_go_on_from_what_the_hosts_still_hold(
+    opened, mesh, tmp_path, caplog
+):
     _fill(opened, mesh)
     (tmp_path / "run").rename(tmp_path / "old")
     with opened() as checkpoints:
@@ -150,7 +195,9 @@ def test_a_workdir_begun_anew_does_not_go_on_from_what_the_hosts_still_hold(open
     assert "another run, configuration or past" in caplog.text
 
 
-def test_going_back_leaves_the_local_steps_behind_even_those_of_a_host_that_was_away(opened, mesh, tmp_path):
+def test_going_back_leaves_the_local_steps_behind_even_those_of_a_host_that_was_away(
+    opened, mesh, tmp_path
+):
     _fill(opened, mesh)
     kept = {step: path.rename(tmp_path / str(step)) for step, path in _steps(tmp_path).items()}
     with opened() as checkpoints:
@@ -160,12 +207,15 @@ def test_going_back_leaves_the_local_steps_behind_even_those_of_a_host_that_was_
     for step, path in kept.items():
         path.rename(host / str(step))  # the host is back
     with opened() as checkpoints:
-        restored = checkpoints.restore(_abstract(mesh), "4", rewind=True)  # the same command, restarted
+        # the same command, restarted
+        restored = checkpoints.restore(_abstract(mesh), "4", rewind=True)
         assert restored.step == 6
         _equal(restored.state, _state(mesh, 66))
 
 
-def test_a_run_begun_from_anothers_checkpoint_goes_on_from_its_own_local_one(opened, mesh, tmp_path):
+def test_a_run_begun_from_anothers_checkpoint_goes_on_from_its_own_local_one(
+    opened, mesh, tmp_path
+):
     with Checkpoints(tmp_path / "first") as checkpoints:
         checkpoints.save(12, _state(mesh, 12), wait=True)
     with opened() as checkpoints:
@@ -177,7 +227,9 @@ def test_a_run_begun_from_anothers_checkpoint_goes_on_from_its_own_local_one(ope
         assert restored.step == 2 and restored.own
 
 
-def test_a_failing_local_disk_is_named_then_left_alone_and_the_run_goes_on(opened, mesh, tmp_path, monkeypatch, caplog):
+def test_a_failing_local_disk_is_named_then_left_alone_and_the_run_goes_on(
+    opened, mesh, tmp_path, monkeypatch, caplog
+):
     real = os.rename
 
     def rename(source, target):
@@ -213,7 +265,11 @@ def test_the_record_says_where_each_device_stood_and_what_it_held(opened, mesh, 
     _fill(opened, mesh, last=2)
     record = json.loads((_steps(tmp_path)[2] / "record/metadata").read_text())
     assert record["places"] == list(range(8)) and np.shape(record["sums"]) == (8, 4)
-    assert record["mesh"]["fsdp"] == 2 and record["processes"] == 1 and record["extra"] == {"num_tokens": 20}
+    assert (
+        record["mesh"]["fsdp"] == 2
+        and record["processes"] == 1
+        and record["extra"] == {"num_tokens": 20}
+    )
 
 
 def test_a_folder_that_cannot_be_written_and_a_bucket_are_refused(tmp_path):
@@ -223,8 +279,13 @@ def test_a_folder_that_cannot_be_written_and_a_bucket_are_refused(tmp_path):
     config = configs.defaults()
     config.checkpoint.local = "gs://bucket/local"
     config.checkpoint.local_every_steps = 500
-    with pytest.raises(ValueError, match="(?s)checkpoint.local = 'gs://bucket/local': expected a folder.*"
-                                         "local_every_steps = 500: expected less than checkpoint.every_steps = 500"):
+    with pytest.raises(
+        ValueError,
+        match="(?s)checkpoint.local = 'gs://bucket/local': expected a "
+        "folder.*"
+        "local_every_steps = 500: expected less than "
+        "checkpoint.every_steps = 500",
+    ):
         configs.validate(config)
 
 

@@ -1,13 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """A workdir remembers its configuration and refuses another."""
+
 import json
 
 import pytest
 
 from align_jax.storage import workdir
 
-CONFIG = {"seed": 0, "total_steps": 10, "model": {"path": "x", "remat": "full", "lora": {"rank": 0}},
-          "mesh": {"data": 1}, "data": {"train": ("a", "b")}, "objective": {"name": "dpo", "beta": 0.1}}
+CONFIG = {
+    "seed": 0,
+    "total_steps": 10,
+    "model": {"path": "x", "remat": "full", "lora": {"rank": 0}},
+    "mesh": {"data": 1},
+    "data": {"train": ("a", "b")},
+    "objective": {"name": "dpo", "beta": 0.1},
+}
 
 
 def _changed(group, key, value):
@@ -23,7 +30,11 @@ def test_the_record_holds_what_is_needed_to_repeat_the_run(tmp_path):
     workdir.write_record(tmp_path, CONFIG)
     record = json.loads((tmp_path / "config.json").read_text())
     assert record["config"]["objective"] == {"name": "dpo", "beta": 0.1}
-    assert record["versions"]["jax"] and record["devices"]["count"] == 8 and record["devices"]["platform"] == "cpu"
+    assert (
+        record["versions"]["jax"]
+        and record["devices"]["count"] == 8
+        and record["devices"]["platform"] == "cpu"
+    )
     assert len(record["git_commit"].rstrip("+")) in (0, 40)
 
 
@@ -32,19 +43,32 @@ def test_another_configs_checkpoints_are_refused_with_the_keys(tmp_path):
     other = _changed("objective", "beta", 0.2) | {"seed": 1, "new_key": 3}
     with pytest.raises(ValueError) as error:
         workdir.check(tmp_path, other)
-    for line in ("objective.beta: 0.1 there, 0.2 here", "seed: 0 there, 1 here", "new_key: None there, 3 here"):
+    for line in (
+        "objective.beta: 0.1 there, 0.2 here",
+        "seed: 0 there, 1 here",
+        "new_key: None there, 3 here",
+    ):
         assert line in str(error.value)
 
 
-@pytest.mark.parametrize("group, key, value", [
-    (None, "total_steps", 20), ("mesh", "data", 4), ("model", "remat", "none"), ("data", "train", ["a", "b"])])
+@pytest.mark.parametrize(
+    "group, key, value",
+    [
+        (None, "total_steps", 20),
+        ("mesh", "data", 4),
+        ("model", "remat", "none"),
+        ("data", "train", ["a", "b"]),
+    ],
+)
 def test_a_run_may_go_on_where_nothing_that_it_computes_changes(tmp_path, group, key, value):
     _started(tmp_path)
     workdir.check(tmp_path, _changed(group, key, value))
 
 
-@pytest.mark.parametrize("group, key, value", [
-    ("model", "lora", {"rank": 4}), ("data", "train", ["a"]), ("model", "path", "y")])
+@pytest.mark.parametrize(
+    "group, key, value",
+    [("model", "lora", {"rank": 4}), ("data", "train", ["a"]), ("model", "path", "y")],
+)
 def test_what_changes_the_computation_may_not(tmp_path, group, key, value):
     _started(tmp_path)
     with pytest.raises(ValueError, match=f"{group}.{key}"):

@@ -1,28 +1,45 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The TPU compiler, without a TPU: steps fit, hold no logits of whole rows, and move what their mesh must move."""
+"""The TPU compiler, without a TPU: steps fit, hold no logits of whole rows, and move what their
+mesh must move."""
+
 from __future__ import annotations
 
 import math
 import pathlib
 import runpy
 
-from ml_collections import ConfigDict
 import pytest
+from ml_collections import ConfigDict
 
 pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu")
 
-from align_jax import plan  # noqa: E402
-from align_jax.models.attention import ATTENTION  # noqa: E402
-from align_jax.parallel.chips import GIB, describe_topology  # noqa: E402
-from align_jax.training.flops import layer_weights  # noqa: E402
-from align_jax.planner.cost_model import tree_bytes  # noqa: E402
+from align_jax import plan
+from align_jax.models.attention import ATTENTION
+from align_jax.parallel.chips import GIB, describe_topology
+from align_jax.planner.cost_model import tree_bytes
+from align_jax.training.flops import layer_weights
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
-LLAMA_2_7B = dict(vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
-                  num_attention_heads=32, num_key_value_heads=32, max_position_embeddings=4096)
-# No other axis has the vocabulary's size, or half of it: an array that has it holds logits or the head.
-MODEL = dict(vocab_size=1536, hidden_size=256, intermediate_size=512, num_hidden_layers=3, num_attention_heads=4,
-             num_key_value_heads=2, max_position_embeddings=4096)
+LLAMA_2_7B = dict(
+    vocab_size=32000,
+    hidden_size=4096,
+    intermediate_size=11008,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=32,
+    max_position_embeddings=4096,
+)
+# No other axis has the vocabulary's size, or half of it: an array that has it holds logits or the
+# head.
+MODEL = dict(
+    vocab_size=1536,
+    hidden_size=256,
+    intermediate_size=512,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=4096,
+)
 
 
 def _config(name: str, argument: str = "", **changes):
@@ -37,9 +54,21 @@ def _config(name: str, argument: str = "", **changes):
 
 
 def _small(**changes):
-    return _config("tiny", "dpo", **({"model__config": ConfigDict(MODEL), "model__compute_dtype": "bfloat16",
-                                      "model__remat": "full", "reference__dtype": "bfloat16", "batch_size": 8,
-                                      "max_length": 512} | changes))
+    return _config(
+        "tiny",
+        "dpo",
+        **(
+            {
+                "model__config": ConfigDict(MODEL),
+                "model__compute_dtype": "bfloat16",
+                "model__remat": "full",
+                "reference__dtype": "bfloat16",
+                "batch_size": 8,
+                "max_length": 512,
+            }
+            | changes
+        ),
+    )
 
 
 def _forecast(config, name: str):
@@ -49,17 +78,32 @@ def _forecast(config, name: str):
 
 
 def _moved(found, *kinds: str, axes: str | None = None) -> float:
-    return sum(row["bytes"] for row in found.collectives if row["kind"] in kinds and axes in (None, row["axes"]))
+    return sum(
+        row["bytes"]
+        for row in found.collectives
+        if row["kind"] in kinds and axes in (None, row["axes"])
+    )
 
 
 def _no_whole_rows_of_logits(step, found) -> None:
-    """No array but the head has a vocabulary axis and as many elements beside it as the device's rows have tokens."""
+    """No array but the head has a vocabulary axis and as many elements beside it as the device's
+    rows have tokens."""
     sizes = step.mesh.shape
-    rows = step.batch.tokens.shape[0] // math.prod(sizes[axis] for axis in ("data", "fsdp", "expert"))
+    rows = step.batch.tokens.shape[0] // math.prod(
+        sizes[axis] for axis in ("data", "fsdp", "expert")
+    )
     tokens = rows * step.batch.tokens.shape[1] // sizes["sequence"] // step.config.microbatches
     vocab = {step.recipe.policy.config.vocab_rows // split for split in (1, sizes["tensor"])}
-    beside = {shape: math.prod(shape) // max(vocab & set(shape)) for _, shape, _ in found.largest if vocab & set(shape)}
-    wrong = [shape for shape, count in beside.items() if count >= tokens and count != step.recipe.policy.config.width]
+    beside = {
+        shape: math.prod(shape) // max(vocab & set(shape))
+        for _, shape, _ in found.largest
+        if vocab & set(shape)
+    }
+    wrong = [
+        shape
+        for shape, count in beside.items()
+        if count >= tokens and count != step.recipe.policy.config.width
+    ]
     assert not wrong, wrong
 
 
@@ -71,10 +115,15 @@ def test_a_small_model_moves_what_its_mesh_must_move_and_no_more():
     assert {row["axes"] for row in found.collectives} & {"fsdp", "tensor"}
     _no_whole_rows_of_logits(step, found)
     assert found.least.keys() == {"fsdp", "tensor", "sequence", "fsdp+sequence"}
-    # sequence: gradients that are not scattered yet are summed over it, and hidden states at loss positions gathered
+    # sequence: gradients that are not scattered yet are summed over it, and hidden states at loss
+    # positions gathered
     for axes, most in (("tensor", 1.1), ("fsdp", 1.3), ("sequence", 2.0)):
         moved = sum(row["bytes"] for row in found.collectives if row["axes"] == axes)
-        assert 0.9 * found.least[axes] < moved < most * found.least[axes], (axes, found.least, found.collectives)
+        assert 0.9 * found.least[axes] < moved < most * found.least[axes], (
+            axes,
+            found.least,
+            found.collectives,
+        )
 
 
 def test_slices_exchange_gradients_only_and_shards_of_them():
@@ -94,11 +143,15 @@ def test_a_step_that_does_not_fit_says_by_how_much():
 
 
 def test_dpo_of_7b_fits_v5e_in_less_than_the_prototype():
-    config = _config("dpo_7b", batch_size=32, model__family="llama", model__config=ConfigDict(LLAMA_2_7B))
+    config = _config(
+        "dpo_7b", batch_size=32, model__family="llama", model__config=ConfigDict(LLAMA_2_7B)
+    )
     step, found = _forecast(config, "v5e:4x8")
-    assert found.memory.used < 5.3 * GIB, found.memory  # the prototype's, with the same model, rows and tokens
+    # the prototype's, with the same model, rows and tokens
+    assert found.memory.used < 5.3 * GIB, found.memory
     _no_whole_rows_of_logits(step, found)
     assert not _moved(found, "all-to-all"), found.collectives
     weights = 2 * (layer_weights(step.recipe.policy.config) + 2 * 4096 * 32000)  # bfloat16
-    assert found.least["fsdp"] == pytest.approx(4 * weights * 31 / 32, rel=1e-3)  # gathered three times, reduced once
+    # gathered three times, reduced once
+    assert found.least["fsdp"] == pytest.approx(4 * weights * 31 / 32, rel=1e-3)
     assert found.moved < 1.25 * found.least["fsdp"], found.collectives

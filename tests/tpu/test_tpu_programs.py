@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run compiles beside its train step, planned for TPUs that are not there."""
+
 from __future__ import annotations
 
 import dataclasses
@@ -7,23 +8,34 @@ import json
 import pathlib
 import runpy
 
-from ml_collections import ConfigDict
 import pytest
+from ml_collections import ConfigDict
 
 pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu")
 
-from align_jax import plan  # noqa: E402
-from align_jax.parallel.chips import describe_topology  # noqa: E402
-from align_jax.planner.cost_model import forecast, tree_bytes  # noqa: E402
+from align_jax import plan
+from align_jax.parallel.chips import describe_topology
+from align_jax.planner.cost_model import forecast, tree_bytes
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
-MODEL = dict(vocab_size=1536, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
-             num_key_value_heads=2, max_position_embeddings=256)
+MODEL = dict(
+    vocab_size=1536,
+    hidden_size=256,
+    intermediate_size=512,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=256,
+)
 
 
 def _config(objective: str, **changes) -> ConfigDict:
     config = runpy.run_path(str(CONFIGS / "tiny.py"))["get_config"](objective)
-    config.model.config, config.model.compute_dtype, config.batch_size = ConfigDict(MODEL), "bfloat16", 8
+    config.model.config, config.model.compute_dtype, config.batch_size = (
+        ConfigDict(MODEL),
+        "bfloat16",
+        8,
+    )
     for key, value in changes.items():
         group, name = key.split("__")
         config[group][name] = value
@@ -33,13 +45,17 @@ def _config(objective: str, **changes) -> ConfigDict:
 @pytest.fixture(scope="module")
 def reward_model(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("rewards")
-    (folder / "config.json").write_text(json.dumps(dict(MODEL, model_type="llama", hidden_size=512)))
+    (folder / "config.json").write_text(
+        json.dumps(dict(MODEL, model_type="llama", hidden_size=512))
+    )
     return str(folder)
 
 
 def _online(reward_model: str, tensor: int):
     topology = describe_topology("v5e:2x2")
-    rewards = ConfigDict({"model": {"path": reward_model, "rows": 8, "max_length": 64, "compute_dtype": "bfloat16"}})
+    rewards = ConfigDict(
+        {"model": {"path": reward_model, "rows": 8, "max_length": 64, "compute_dtype": "bfloat16"}}
+    )
     config = _config("ppo", rollout__rows=32, rollout__tensor=tensor)
     config.rewards = rewards
     step = plan.make_step(config, topology)
@@ -52,10 +68,16 @@ def test_an_online_run_samples_scores_and_rescores_beside_all_that_it_holds(rewa
     assert not step.rewards["model"].note  # its own config was read: twice as wide as the policy
     for program in programs.values():
         assert {"parameters", "optimizer", "reference", "rewards"} <= program.held.keys()
-    weights = tree_bytes(programs["decode"].held["generation"])  # bfloat16, half of each on two of four devices
+    # bfloat16, half of each on two of four devices
+    weights = tree_bytes(programs["decode"].held["generation"])
     assert weights == pytest.approx(4 * tree_bytes(step.plan.trained) / 2 / 2, rel=0.02)
     assert {name: program.runs for name, program in programs.items()} == {
-        "prefill": 1, "decode": 16, "reward model": 4, "rescore": 1, "rescore reference": 1}
+        "prefill": 1,
+        "decode": 16,
+        "reward model": 4,
+        "rescore": 1,
+        "rescore reference": 1,
+    }
     found = forecast(programs["decode"], topology, step.mesh)
     assert found.fits and dict(found.mesh)["tensor"] == 2
     assert found.memory.kinds["cache"] > 0 and found.memory.kinds["generation"] == weights
@@ -77,7 +99,11 @@ def test_a_cached_reference_is_computed_by_a_program_of_its_own():
     step = plan.make_step(config, describe_topology("v5e:2x2"))
     programs = {program.name: program for program in plan.other_programs(step)}
     assert list(programs) == ["eval", "reference"]
-    assert tree_bytes(programs["eval"].held["reference"]) == 0 < tree_bytes(programs["reference"].held["reference"])
+    assert (
+        tree_bytes(programs["eval"].held["reference"])
+        == 0
+        < tree_bytes(programs["reference"].held["reference"])
+    )
     assert programs["reference"].flops.policy == programs["eval"].flops.reference == 0
     assert programs["reference"].flops.model == pytest.approx(programs["eval"].flops.policy)
 
@@ -86,7 +112,10 @@ def test_a_reward_model_that_cannot_be_read_is_said_to_be_assumed():
     config = _config("ppo", rollout__tensor=2)
     config.rewards = ConfigDict({"model": {"path": "./nowhere", "rows": 8}})
     step = plan.make_step(config, describe_topology("v5e:2x2"))
-    assert "./nowhere cannot be read here: taken to be of the policy's shape" in step.rewards["model"].note
+    assert (
+        "./nowhere cannot be read here: taken to be of the policy's shape"
+        in step.rewards["model"].note
+    )
 
 
 def test_a_program_that_the_run_has_not_is_an_error():

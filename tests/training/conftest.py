@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Two tiny models, batches of random tokens, and a few steps over any mesh: compiled once for each setting.
+"""Two tiny models, batches of random tokens, and a few steps over any mesh: compiled once for each
+setting.
 
-Every size that a mesh axis splits is a multiple of eight.  Weights are large enough for answers to differ, and Adam's
-epsilon for an update not to hang on the last bits of a gradient that is nearly nothing: by default 1e-8 in the
-denominator makes a gradient's rounding of 1e-9 a tenth of a learning rate.
+Every size that a mesh axis splits is a multiple of eight.  Weights are large enough for answers to
+differ, and Adam's epsilon for an update not to hang on the last bits of a gradient that is nearly
+nothing: by default 1e-8 in the denominator makes a gradient's rounding of 1e-9 a tenth of a
+learning rate.
 """
+
 import functools
 
 import jax
@@ -17,19 +20,32 @@ from align_jax.interop import hf
 from align_jax.models.lora import ATTENTION_AND_MLP, LoraConfig
 from align_jax.parallel.mesh import make_mesh
 from align_jax.parallel.sharding import put_batch
-from align_jax.training import optim
-from align_jax.training import initialize
-from align_jax.training import partitioning
+from align_jax.training import initialize, optim, partitioning
 from align_jax.training.steps import Recipe
 
-SIZES = dict(vocab_size=96, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=16,
-             num_key_value_heads=8, head_dim=4, max_position_embeddings=32, initializer_range=0.3)
-MODELS = {"dense": hf.config_from(SIZES | dict(model_type="llama")),
-          "experts": hf.config_from(SIZES | dict(model_type="mixtral", num_local_experts=8, num_experts_per_tok=2))}
+SIZES = dict(
+    vocab_size=96,
+    hidden_size=16,
+    intermediate_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=16,
+    num_key_value_heads=8,
+    head_dim=4,
+    max_position_embeddings=32,
+    initializer_range=0.3,
+)
+MODELS = {
+    "dense": hf.config_from(SIZES | dict(model_type="llama")),
+    "experts": hf.config_from(
+        SIZES | dict(model_type="mixtral", num_local_experts=8, num_experts_per_tok=2)
+    ),
+}
 TARGETS = {"dense": ATTENTION_AND_MLP, "experts": "attention/.*"}  # experts take no adapter
 
 
-def random_batch(seed: int, *, responses: int = 2, groups: int = 16, length: int = 16, kind: str = "pairs") -> Batch:
+def random_batch(
+    seed: int, *, responses: int = 2, groups: int = 16, length: int = 16, kind: str = "pairs"
+) -> Batch:
     """Rows of one response each, of random lengths, the last group a filler."""
     rng = np.random.default_rng(seed)
     rows = groups * responses
@@ -44,25 +60,52 @@ def random_batch(seed: int, *, responses: int = 2, groups: int = 16, length: int
     last = (ends[:, 0] - 1).astype(np.int32).reshape(groups, responses)
     return Batch(
         tokens=np.where(real, rng.integers(1, 64, (rows, length)), 0).astype(np.int32),
-        segment_ids=real.astype(np.int32), positions=np.where(real, index, 0).astype(np.int32),
-        source_index=np.maximum(index - 1, 0), loss_mask=loss_mask, slot=np.zeros((rows, length), np.int32),
-        loss_index=np.where(np.arange(length)[None] < counts[:, None], order, length).astype(np.int32),
-        lengths=counts.reshape(groups, responses).astype(np.int32), weight=weight, last_index=last,
+        segment_ids=real.astype(np.int32),
+        positions=np.where(real, index, 0).astype(np.int32),
+        source_index=np.maximum(index - 1, 0),
+        loss_mask=loss_mask,
+        slot=np.zeros((rows, length), np.int32),
+        loss_index=np.where(np.arange(length)[None] < counts[:, None], order, length).astype(
+            np.int32
+        ),
+        lengths=counts.reshape(groups, responses).astype(np.int32),
+        weight=weight,
+        last_index=last,
         label=rng.random(groups) < 0.6 if kind == "unpaired" else None,
-        mismatched=random_batch(seed + 1000, responses=1, groups=groups, length=length) if kind == "unpaired" else None)
+        mismatched=random_batch(seed + 1000, responses=1, groups=groups, length=length)
+        if kind == "unpaired"
+        else None,
+    )
 
 
-def recipe_of(name: str, model: str = "dense", rank: int = 0, microbatches: int = 1, options: tuple = (),
-              chunk: int = 4, **recipe_options) -> Recipe:
+def recipe_of(
+    name: str,
+    model: str = "dense",
+    rank: int = 0,
+    microbatches: int = 1,
+    options: tuple = (),
+    chunk: int = 4,
+    **recipe_options,
+) -> Recipe:
     """Make the recipe of an objective on one of the models; rank 0 trains all of it."""
     terms = losses.resolve(name, dict(options))
     lora = LoraConfig(rank, targets=TARGETS[model]) if rank else None
-    models = initialize.make_models(MODELS[model], terms, compute_dtype="float32", remat="full", attention="xla",
-                                  lora=lora)
+    models = initialize.make_models(
+        MODELS[model], terms, compute_dtype="float32", remat="full", attention="xla", lora=lora
+    )
     schedule = optim.make_schedule(learning_rate=1e-2, schedule="constant", total_steps=10)
     optimizer = optim.make_optimizer(schedule, name="adamw", clip_norm=1.0, eps=1e-3)
-    return Recipe(models.policy, models.base, terms, optimizer, schedule, microbatches=microbatches, chunk=chunk,
-                  load_balancing=0.02 if model == "experts" else 0.0, **recipe_options)
+    return Recipe(
+        models.policy,
+        models.base,
+        terms,
+        optimizer,
+        schedule,
+        microbatches=microbatches,
+        chunk=chunk,
+        load_balancing=0.02 if model == "experts" else 0.0,
+        **recipe_options,
+    )
 
 
 def plan_of(recipe: Recipe, mesh: jax.sharding.Mesh) -> initialize.Plan:
@@ -72,25 +115,42 @@ def plan_of(recipe: Recipe, mesh: jax.sharding.Mesh) -> initialize.Plan:
 
 @functools.cache
 def weights_of(*arguments, **options):
-    """Draw the starting weights of ``recipe_of(...)`` on one device; return (frozen, trained), numpy."""
+    """Draw the starting weights of ``recipe_of(...)`` on one device; return (frozen, trained),
+    numpy."""
     recipe, mesh = recipe_of(*arguments, **options), make_mesh({"data": 1}, jax.devices()[:1])
     with jax.set_mesh(mesh):
         plan = plan_of(recipe, mesh)
         frozen = initialize.load_frozen(recipe, plan, path="", seed=0)
-        return jax.device_get((frozen, initialize.load_trained(recipe, plan, frozen, path="", seed=0)))
+        return jax.device_get(
+            (frozen, initialize.load_trained(recipe, plan, frozen, path="", seed=0))
+        )
 
 
 @functools.cache
-def steps_of(name: str, mesh: tuple = (), microbatches: int = 1, rank: int = 0, devices: int = 1, steps: int = 5,
-             model: str = "dense", options: tuple = (), ahead: bool = False, **recipe_options):
-    """Train for a few steps; return (each step's metrics, the trained parameters, the compiled step, its parts).
+def steps_of(
+    name: str,
+    mesh: tuple = (),
+    microbatches: int = 1,
+    rank: int = 0,
+    devices: int = 1,
+    steps: int = 5,
+    model: str = "dense",
+    options: tuple = (),
+    ahead: bool = False,
+    **recipe_options,
+):
+    """Train for a few steps; return (each step's metrics, the trained parameters, the compiled
+    step, its parts).
 
     ``ahead`` compiles the step before it is called, for its text to be read.
     """
     recipe = recipe_of(name, model, rank, microbatches, options, **recipe_options)
     device_mesh = make_mesh(dict(mesh) or {"data": 1}, jax.devices()[:devices])
     kind = recipe.terms[0].objective.data
-    batches = [random_batch(number, responses=1 if kind == "unpaired" else 2, kind=kind) for number in range(steps)]
+    batches = [
+        random_batch(number, responses=1 if kind == "unpaired" else 2, kind=kind)
+        for number in range(steps)
+    ]
     with jax.set_mesh(device_mesh):
         plan = plan_of(recipe, device_mesh)
         frozen, trained = weights_of(name, model, rank, options=options, **recipe_options)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adapters in a run: over a base in few bits, from a PEFT adapter, beside heads."""
+
 import functools
 import math
 
@@ -9,21 +10,27 @@ import pytest
 
 from align_jax import losses
 from align_jax.core.tree import flatten
-from align_jax.interop import hf
-from align_jax.interop import peft
+from align_jax.interop import hf, peft
 from align_jax.models.lora import LoraConfig
 from align_jax.models.model import build
 from align_jax.models.quantize import Quantized, quantize
 from align_jax.parallel.mesh import make_mesh
 from align_jax.parallel.sharding import put_batch
-from align_jax.training import optim
-from align_jax.training import initialize
-from align_jax.training import partitioning
+from align_jax.training import initialize, optim, partitioning
 from align_jax.training.steps import Recipe
 
-CONFIG = hf.config_from(dict(model_type="llama", vocab_size=64, hidden_size=256, intermediate_size=256,
-                             num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                             max_position_embeddings=32))
+CONFIG = hf.config_from(
+    dict(
+        model_type="llama",
+        vocab_size=64,
+        hidden_size=256,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=32,
+    )
+)
 SHARDED = {"fsdp": 4, "tensor": 2}
 
 
@@ -31,32 +38,56 @@ SHARDED = {"fsdp": 4, "tensor": 2}
 def checkpoint(tmp_path_factory):
     path = tmp_path_factory.mktemp("base")
     draw = np.random.default_rng(0)
-    hf.save(str(path), CONFIG, jax.tree.map(lambda x: draw.normal(size=x.shape).astype(np.float32) * 0.2,
-                                            build(CONFIG).shapes()))
+    hf.save(
+        str(path),
+        CONFIG,
+        jax.tree.map(
+            lambda x: draw.normal(size=x.shape).astype(np.float32) * 0.2, build(CONFIG).shapes()
+        ),
+    )
     return str(path)
 
 
 def prepared(name, lora, mesh=None, **plan_options):
     terms = losses.resolve(name, {})
     value = dict(value_head=plan_options.pop("value_head", "value"))
-    models = initialize.make_models(CONFIG, terms, compute_dtype="float32", remat="full", attention="xla", lora=lora,
-                                  **value)
+    models = initialize.make_models(
+        CONFIG, terms, compute_dtype="float32", remat="full", attention="xla", lora=lora, **value
+    )
     schedule = optim.make_schedule(learning_rate=1e-2, schedule="constant", total_steps=10)
-    recipe = Recipe(models.policy, models.base, terms, optim.make_optimizer(schedule, name="adamw"), schedule, chunk=4,
-                    **value)
-    mesh = make_mesh(mesh or {"data": 1}, jax.devices()[:math.prod((mesh or {}).values())])
-    return recipe, mesh, initialize.make_plan(recipe, mesh, param_dtype="float32", frozen_dtype="float32", **plan_options)
+    recipe = Recipe(
+        models.policy,
+        models.base,
+        terms,
+        optim.make_optimizer(schedule, name="adamw"),
+        schedule,
+        chunk=4,
+        **value,
+    )
+    mesh = make_mesh(mesh or {"data": 1}, jax.devices()[: math.prod((mesh or {}).values())])
+    return (
+        recipe,
+        mesh,
+        initialize.make_plan(
+            recipe, mesh, param_dtype="float32", frozen_dtype="float32", **plan_options
+        ),
+    )
 
 
 @functools.cache
 def stepped(checkpoint, make_batch, quantization, sharded):
     """Take two steps of DPO; return their metrics and the frozen weights."""
-    recipe, mesh, plan = prepared("dpo", LoraConfig(2), SHARDED if sharded else None, quantization=quantization)
+    recipe, mesh, plan = prepared(
+        "dpo", LoraConfig(2), SHARDED if sharded else None, quantization=quantization
+    )
     with jax.set_mesh(mesh):
         frozen = initialize.load_frozen(recipe, plan, path=checkpoint)
         assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), frozen) == jax.tree.map(
-            lambda x: (x.shape, x.dtype, x.sharding), plan.frozen)
-        state = initialize.first_state(recipe, plan, initialize.load_trained(recipe, plan, frozen, path=checkpoint))
+            lambda x: (x.shape, x.dtype, x.sharding), plan.frozen
+        )
+        state = initialize.first_state(
+            recipe, plan, initialize.load_trained(recipe, plan, frozen, path=checkpoint)
+        )
         step = partitioning.jit_train_step(recipe, plan.state, mesh)
         metrics = []
         for number in range(2):
@@ -67,7 +98,10 @@ def stepped(checkpoint, make_batch, quantization, sharded):
 
 def test_the_quantised_base_is_policy_and_reference(checkpoint, make_batch):
     metrics, base = stepped(checkpoint, make_batch, "nf4", False)
-    assert metrics[0]["loss"] == pytest.approx(math.log(2), abs=1e-6) and metrics[0]["rewards/margins"] == 0
+    assert (
+        metrics[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+        and metrics[0]["rewards/margins"] == 0
+    )
     assert metrics[0]["grad_norm"] > 1e-3 and metrics[1]["rewards/margins"] != 0
     _, stored = hf.load(checkpoint)
     for path, leaf in flatten(stored).items():
@@ -85,7 +119,9 @@ def test_a_quantised_base_is_the_same_over_a_mesh(checkpoint, make_batch):
     many, other = stepped(checkpoint, make_batch, "nf4", True)
     jax.tree.map(np.testing.assert_array_equal, base, other)
     for a, b in zip(one, many):
-        assert {name: pytest.approx(value, rel=1e-4, abs=1e-6, nan_ok=True) for name, value in a.items()} == b
+        assert {
+            name: pytest.approx(value, rel=1e-4, abs=1e-6, nan_ok=True) for name, value in a.items()
+        } == b
 
 
 @pytest.mark.parametrize("method", ["int8", "nf4"])
@@ -94,27 +130,44 @@ def test_random_weights_are_quantised_too(method):
     frozen = initialize.load_frozen(recipe, plan, path="")
     assert jax.tree.structure(frozen) == jax.tree.structure(plan.frozen)
     kernel = frozen["base"]["layers"]["mlp"]["up"]["kernel"]
-    assert kernel.method == method and float(np.std(kernel.astype("float32"))) == pytest.approx(0.02, rel=0.05)
+    assert kernel.method == method and float(np.std(kernel.astype("float32"))) == pytest.approx(
+        0.02, rel=0.05
+    )
     assert initialize.count(frozen) == initialize.count(prepared("dpo", LoraConfig(2))[2].frozen)
 
 
 def test_a_run_starts_from_a_peft_adapter(checkpoint, tmp_path):
     lora = LoraConfig(3, alpha=6.0, targets="attention/(query|value)", dora=True)
-    shapes = {path: leaf for path, leaf in flatten(build(CONFIG, lora=lora).shapes()).items() if "lora_" in path}
+    shapes = {
+        path: leaf
+        for path, leaf in flatten(build(CONFIG, lora=lora).shapes()).items()
+        if "lora_" in path
+    }
     draw = np.random.default_rng(1)
-    adapter = {path: draw.normal(size=leaf.shape).astype(np.float32) for path, leaf in shapes.items()}
+    adapter = {
+        path: draw.normal(size=leaf.shape).astype(np.float32) for path, leaf in shapes.items()
+    }
     peft.save(str(tmp_path), CONFIG, lora, hf.unflatten(adapter), base_name=checkpoint)
     recipe, _, plan = prepared("reward", peft.load(str(tmp_path), CONFIG)[0], SHARDED)
     frozen = initialize.load_frozen(recipe, plan, path=checkpoint)
-    trained = flatten(initialize.load_trained(recipe, plan, frozen, path=checkpoint, adapter_path=str(tmp_path)))
-    assert trained.keys() == adapter.keys() | {"score/out/kernel"}  # the head, which the file lacks, is drawn
+    trained = flatten(
+        initialize.load_trained(recipe, plan, frozen, path=checkpoint, adapter_path=str(tmp_path))
+    )
+    # the head, which the file lacks, is drawn
+    assert trained.keys() == adapter.keys() | {"score/out/kernel"}
     for path, leaf in adapter.items():
         np.testing.assert_array_equal(trained[path], leaf)
         assert trained[path].sharding == flatten(plan.trained)[path].sharding
 
 
-@pytest.mark.parametrize("objective, head", [("reward", "score"), ("ppo", "value"), ("ppo", "value_mlp")])
+@pytest.mark.parametrize(
+    "objective, head", [("reward", "score"), ("ppo", "value"), ("ppo", "value_mlp")]
+)
 def test_heads_are_trained_beside_an_adapter(objective, head):
     plan = prepared(objective, LoraConfig(2), value_head=head if objective == "ppo" else "value")[2]
     assert {path.split("/")[0] for path in flatten(plan.trained)} == {"layers", head}
-    assert all(path.split("/")[-1] in ("lora_a", "lora_b") for path in flatten(plan.trained) if path[:6] == "layers")
+    assert all(
+        path.split("/")[-1] in ("lora_a", "lora_b")
+        for path in flatten(plan.trained)
+        if path[:6] == "layers"
+    )

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Operations counted from shapes agree with counts made by hand."""
+
 from __future__ import annotations
 
 import jax
@@ -11,36 +12,78 @@ from align_jax import losses
 from align_jax.data import planning
 from align_jax.interop import hf
 from align_jax.models.lora import LoraConfig
-from align_jax.training import optim
-from align_jax.training import initialize
+from align_jax.training import initialize, optim
 from align_jax.training.flops import forward_flops, layer_weights, step_flops
 from align_jax.training.steps import Recipe
 
-LLAMA_7B = dict(model_type="llama", vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
-                num_attention_heads=32, num_key_value_heads=32, max_position_embeddings=4096)
-TINY = dict(model_type="llama", vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-            num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64)
+LLAMA_7B = dict(
+    model_type="llama",
+    vocab_size=32000,
+    hidden_size=4096,
+    intermediate_size=11008,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=32,
+    max_position_embeddings=4096,
+)
+TINY = dict(
+    model_type="llama",
+    vocab_size=64,
+    hidden_size=16,
+    intermediate_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    max_position_embeddings=64,
+)
 
 
-def _recipe(hf_config: dict, objective: str, *, remat: str = "full", lora: LoraConfig | None = None,
-            microbatches: int = 1) -> Recipe:
+def _recipe(
+    hf_config: dict,
+    objective: str,
+    *,
+    remat: str = "full",
+    lora: LoraConfig | None = None,
+    microbatches: int = 1,
+) -> Recipe:
     terms = losses.resolve(objective, {}, None)
-    models = initialize.make_models(hf.config_from(hf_config), terms, compute_dtype="bfloat16", remat=remat,
-                                  attention="xla", lora=lora)
+    models = initialize.make_models(
+        hf.config_from(hf_config),
+        terms,
+        compute_dtype="bfloat16",
+        remat=remat,
+        attention="xla",
+        lora=lora,
+    )
     schedule = optim.make_schedule(learning_rate=1e-6, schedule="constant", total_steps=10)
-    return Recipe(models.policy, models.base, terms, optim.make_optimizer(schedule, name="adamw"), schedule,
-                  microbatches=microbatches)
+    return Recipe(
+        models.policy,
+        models.base,
+        terms,
+        optim.make_optimizer(schedule, name="adamw"),
+        schedule,
+        microbatches=microbatches,
+    )
 
 
 def _batch(rows: int, length: int, positions: int, responses: int, kind: str):
-    shape = planning.plan_shape(responses=responses, batch_size=rows // responses, layout="plain", max_length=length,
-                                loss_positions=positions)
+    shape = planning.plan_shape(
+        responses=responses,
+        batch_size=rows // responses,
+        layout="plain",
+        max_length=length,
+        loss_positions=positions,
+    )
     return planning.batch_shapes(shape, kind=kind, layout="plain")
 
 
 def test_a_7b_dpo_step_agrees_with_the_hand_count():
     flops = step_flops(_recipe(LLAMA_7B, "dpo"), _batch(64, 1024, 512, 2, "pairs"))
-    assert layer_weights(hf.config_from(LLAMA_7B)) == 32 * (4 * 4096**2 + 3 * 4096 * 11008) == 6_476_005_376
+    assert (
+        layer_weights(hf.config_from(LLAMA_7B))
+        == 32 * (4 * 4096**2 + 3 * 4096 * 11008)
+        == 6_476_005_376
+    )
     layers = 2 * 6_476_005_376 * 1024
     attention = 32 * 4 * 4096 * (1024 * 1025 // 2)  # causal: each query sees half the row
     head = 2 * 4096 * 32000 * 512
@@ -54,8 +97,11 @@ def test_a_7b_dpo_step_agrees_with_the_hand_count():
 
 def test_a_matrix_product_is_counted_as_the_compiler_counts_it():
     recipe = _recipe(TINY, "sft", remat="none")
-    config = hf.config_from(TINY | {"num_hidden_layers": 1})  # the compiler counts a scanned layer once
-    model = initialize.make_models(config, recipe.terms, compute_dtype="float32", remat="none", attention="xla").policy
+    # the compiler counts a scanned layer once
+    config = hf.config_from(TINY | {"num_hidden_layers": 1})
+    model = initialize.make_models(
+        config, recipe.terms, compute_dtype="float32", remat="none", attention="xla"
+    ).policy
     ids = jnp.zeros((4, 32), jnp.int32)
 
     def run(params):
@@ -63,27 +109,38 @@ def test_a_matrix_product_is_counted_as_the_compiler_counts_it():
 
     counted = jax.jit(run).lower(model.shapes()).compile().cost_analysis()["flops"]
     ours = forward_flops(model, rows=4, length=32, positions=32)
-    whole = ours.layers + 2 * ours.attention + ours.head  # plain attention does not skip what the mask hides
+    # plain attention does not skip what the mask hides
+    whole = ours.layers + 2 * ours.attention + ours.head
     assert 1.0 < counted / whole < 1.25  # norms, rotary angles, softmax and activations besides
 
 
 @pytest.mark.parametrize("window, pairs", [(0, 32 * 33 / 2), (8, 8 * 9 / 2 + 24 * 8)])
 def test_attention_counts_what_the_mask_shows(window, pairs):
     config = hf.config_from(TINY | {"model_type": "mistral", "sliding_window": window or None})
-    model = initialize.make_models(config, losses.resolve("sft", {}, None), compute_dtype="float32", remat="none",
-                                 attention="xla").policy
+    model = initialize.make_models(
+        config,
+        losses.resolve("sft", {}, None),
+        compute_dtype="float32",
+        remat="none",
+        attention="xla",
+    ).policy
     assert forward_flops(model, rows=3, length=32, positions=0).attention == 3 * 2 * 4 * 16 * pairs
 
 
 def test_packed_rows_attend_within_segments_only():
     model = _recipe(TINY, "sft").policy
-    plain, packed = (forward_flops(model, rows=1, length=64, positions=0, segment_length=part) for part in (None, 16))
+    plain, packed = (
+        forward_flops(model, rows=1, length=64, positions=0, segment_length=part)
+        for part in (None, 16)
+    )
     assert packed.attention / plain.attention == pytest.approx(17 / 65)
 
 
 def test_an_adapter_saves_the_gradients_of_the_weights():
-    full, adapted = (step_flops(_recipe(LLAMA_7B, "dpo", lora=lora), _batch(2, 1024, 512, 2, "pairs"))
-                     for lora in (None, LoraConfig(16)))
+    full, adapted = (
+        step_flops(_recipe(LLAMA_7B, "dpo", lora=lora), _batch(2, 1024, 512, 2, "pairs"))
+        for lora in (None, LoraConfig(16))
+    )
     assert adapted.policy / full.policy == pytest.approx(2 / 3, rel=0.03)
     assert adapted.reference == full.reference
 
@@ -91,10 +148,13 @@ def test_an_adapter_saves_the_gradients_of_the_weights():
 def test_statistics_of_the_whole_batch_cost_a_forward_only_where_there_are_microbatches():
     batch = _batch(8, 32, 16, 1, "unpaired")
     shape = planning.plan_shape(responses=1, batch_size=8, layout="plain", max_length=32)
-    mismatched = planning.batch_shapes(planning.mismatched_shape(shape, 32, 32), kind="mismatched", layout="plain")
+    mismatched = planning.batch_shapes(
+        planning.mismatched_shape(shape, 32, 32), kind="mismatched", layout="plain"
+    )
     batch = batch._replace(mismatched=mismatched)
     one, four = (step_flops(_recipe(TINY, "kto", microbatches=parts), batch) for parts in (1, 4))
-    assert four.statistics > one.statistics > 0  # mismatched rows always; the rows themselves again for four
+    # mismatched rows always; the rows themselves again for four
+    assert four.statistics > one.statistics > 0
     np.testing.assert_allclose(four.statistics - one.statistics, one.policy / 3)
 
 

@@ -6,14 +6,24 @@ import pytest
 
 from align_jax.training import optim
 
-PARAMS = {"layers": {"mlp": {"up": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}}, "norm": {"scale": jnp.ones(3)}}}
+PARAMS = {
+    "layers": {
+        "mlp": {"up": {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}},
+        "norm": {"scale": jnp.ones(3)},
+    }
+}
 
 
 def one_update(**options):
     optimizer = optim.make_optimizer(lambda step: 0.1, **options)
-    zeros = {"layers": {"mlp": {"up": {"kernel": jnp.zeros((2, 3)), "bias": jnp.zeros(3)}},
-                        "norm": {"scale": jnp.zeros(3)}}}
+    zeros = {
+        "layers": {
+            "mlp": {"up": {"kernel": jnp.zeros((2, 3)), "bias": jnp.zeros(3)}},
+            "norm": {"scale": jnp.zeros(3)},
+        }
+    }
     import jax
+
     with jax.numpy_dtype_promotion("standard"):
         updates, _ = optimizer.update(zeros, optimizer.init(PARAMS), PARAMS)
     return optax.apply_updates(PARAMS, updates)
@@ -43,8 +53,13 @@ def test_an_unknown_optimizer_is_told_the_nearest():
         optim.make_optimizer(lambda step: 0.1, name="adam")
 
 
-@pytest.mark.parametrize("schedule, expected", [("constant", [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0]),
-                                                ("linear", [0.25, 0.5, 0.75, 1.0, 1.0, 0.75, 0.5, 0.25])])
+@pytest.mark.parametrize(
+    "schedule, expected",
+    [
+        ("constant", [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0]),
+        ("linear", [0.25, 0.5, 0.75, 1.0, 1.0, 0.75, 0.5, 0.25]),
+    ],
+)
 def test_the_warm_up_reaches_the_peak_in_its_last_step(schedule, expected):
     rate = optim.make_schedule(learning_rate=1.0, schedule=schedule, total_steps=8, warmup_steps=4)
     np.testing.assert_allclose([float(rate(step)) for step in range(8)], expected, rtol=1e-6)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The step gives the same result however its batch is split, on one device and on eight."""
+
 import re
 
 import jax
@@ -10,15 +11,16 @@ import pytest
 from align_jax.core.tree import flatten
 from align_jax.planner import hlo
 from align_jax.planner.collectives import read_collectives
-from align_jax.training import steps
-from align_jax.training import initialize
-from align_jax.training import partitioning
+from align_jax.training import initialize, partitioning, steps
 
 SPLIT = (("data", 2), ("fsdp", 2), ("tensor", 2))
-MESHES = [  # objective, model, rank of the adapter (0: all is trained), mesh; all shapes: tools/compare_all_meshes.py
+# objective, model, rank of the adapter (0: all is trained), mesh; all shapes:
+# tools/compare_all_meshes.py
+MESHES = [
     ("dpo", "dense", 0, (("data", 8),)),
     ("dpo", "dense", 0, (("fsdp", 2), ("sequence", 2), ("tensor", 2))),
-    ("dpo", "dense", 0, (("data", 2), ("fsdp", 2), ("expert", 2))),  # without experts the axis splits rows
+    # without experts the axis splits rows
+    ("dpo", "dense", 0, (("data", 2), ("fsdp", 2), ("expert", 2))),
     ("kto", "dense", 2, (("fsdp", 4), ("tensor", 2))),
     ("kto", "experts", 0, (("expert", 2), ("sequence", 2), ("tensor", 2))),
     ("dpo", "experts", 2, (("data", 2), ("fsdp", 2), ("expert", 2))),
@@ -31,8 +33,9 @@ def name_of(value):
 
 def same(a, b):
     for name in ("loss", "grad_norm"):
-        np.testing.assert_allclose([step[name] for step in a[0]], [step[name] for step in b[0]], rtol=1e-5,
-                                   err_msg=name)
+        np.testing.assert_allclose(
+            [step[name] for step in a[0]], [step[name] for step in b[0]], rtol=1e-5, err_msg=name
+        )
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=5e-6), a[1], b[1])
 
 
@@ -48,7 +51,11 @@ def test_weights_drawn_over_a_mesh_are_those_of_one_device(train_steps, drawn_we
     with jax.set_mesh(mesh):
         frozen = initialize.load_frozen(recipe, plan, path="", seed=0)
         found = frozen, initialize.load_trained(recipe, plan, frozen, path="", seed=0)
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-7), jax.device_get(found), expected)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-7),
+        jax.device_get(found),
+        expected,
+    )
 
 
 @pytest.mark.parametrize("name", ["dpo", "kto", "aot", "dpo+sft"])
@@ -56,9 +63,13 @@ def test_microbatches_leave_the_step_unchanged(train_steps, name):
     same(train_steps(name), train_steps(name, microbatches=4))
 
 
-@pytest.mark.parametrize("name, mesh, rank", [("kto", SPLIT, 0), ("dpo", SPLIT, 2), ("aot", (("data", 8),), 0)])
+@pytest.mark.parametrize(
+    "name, mesh, rank", [("kto", SPLIT, 0), ("dpo", SPLIT, 2), ("aot", (("data", 8),), 0)]
+)
 def test_microbatches_and_devices_together_leave_the_step_unchanged(train_steps, name, mesh, rank):
-    same(train_steps(name, rank=rank), train_steps(name, mesh, microbatches=2, rank=rank, devices=8))
+    same(
+        train_steps(name, rank=rank), train_steps(name, mesh, microbatches=2, rank=rank, devices=8)
+    )
 
 
 def test_the_step_compiles_once(train_steps):
@@ -73,7 +84,11 @@ def test_dpo_at_the_reference_is_log_2(train_steps):
 def test_no_array_of_all_logits_is_alive(train_steps):
     _, _, _, (plan, recipe, mesh, batch) = train_steps("dpo")
     abstract = partitioning.abstract_batch(mesh, batch)
-    text = partitioning.lower_train_step(recipe, plan.state, plan.frozen, abstract, mesh).compile().as_text()
+    text = (
+        partitioning.lower_train_step(recipe, plan.state, plan.frozen, abstract, mesh)
+        .compile()
+        .as_text()
+    )
     rows, length = batch.tokens.shape
     vocabulary = recipe.policy.config.vocab_size
     assert f"f32[{rows},4,{vocabulary}]" in text  # a chunk of 4 positions is
@@ -82,7 +97,8 @@ def test_no_array_of_all_logits_is_alive(train_steps):
 
 
 def test_a_copied_output_head_gives_the_same_step(train_steps):
-    assert train_steps("dpo")[3][3].loss_index.shape[1] >= steps.COPIED_FROM_CHUNKS  # chunks of one position
+    # chunks of one position
+    assert train_steps("dpo")[3][3].loss_index.shape[1] >= steps.COPIED_FROM_CHUNKS
     same(train_steps("dpo"), train_steps("dpo", SPLIT, devices=8, chunk=1))
 
 
@@ -91,9 +107,15 @@ def test_chunks_of_the_loss_move_the_output_head_but_once(train_steps):
     abstract, moved = partitioning.abstract_batch(mesh, batch), []
     for chunk in (1, batch.loss_index.shape[1]):
         step = recipe._replace(chunk=chunk)
-        text = partitioning.lower_train_step(step, plan.state, plan.frozen, abstract, mesh).compile().as_text()
+        text = (
+            partitioning.lower_train_step(step, plan.state, plan.frozen, abstract, mesh)
+            .compile()
+            .as_text()
+        )
         found = read_collectives(hlo.parse(text))
-        moved.append(sum(one.count * one.traffic for one in found if "fsdp" in one.axes(mesh.shape)))
+        moved.append(
+            sum(one.count * one.traffic for one in found if "fsdp" in one.axes(mesh.shape))
+        )
     assert moved[0] < 1.05 * moved[1], moved
 
 
@@ -127,7 +149,8 @@ def test_a_step_that_is_not_finite_leaves_the_state_as_it_was(train_steps, make_
 def test_the_reference_follows_the_policy_every_few_steps(train_steps):
     metrics = train_steps("dpo", sync_every_steps=2, mix=1.0)[0]
     assert metrics[1]["rewards/margins"] != 0  # the policy has left the reference
-    assert metrics[2]["loss"] == pytest.approx(np.log(2), abs=1e-6)  # after step 2 they are one again
+    # after step 2 they are one again
+    assert metrics[2]["loss"] == pytest.approx(np.log(2), abs=1e-6)
 
 
 def test_an_adapter_s_reference_is_its_base_without_a_second_copy(train_steps):

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gemma: norms' scales stored minus one, embeddings scaled by sqrt(D) (Gemma team 2024, arXiv 2403.08295)."""
+"""Gemma: norms' scales stored minus one, embeddings scaled by sqrt(D) (Gemma team 2024, arXiv
+2403.08295)."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -12,6 +14,7 @@ weights = llama.weights
 
 
 def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
-    """Read a Hugging Face configuration (transformers reads the first ones' "gelu" as the tanh form they meant)."""
+    """Read a Hugging Face configuration (transformers reads the first ones' "gelu" as the tanh form
+    they meant)."""
     full = complete(hf)
     return decoder_config(hf, full, norm_offset=True, embed_scale=full["hidden_size"] ** 0.5)

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gemma 2: soft caps, alternating windows, norms before and after (Gemma team 2024, arXiv 2408.00118)."""
+"""Gemma 2: soft caps, alternating windows, norms before and after (Gemma team 2024, arXiv
+2408.00118)."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -23,18 +25,30 @@ def gemma2_fields(full: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: attention in both directions (an encoder).
     """
     if full.get("use_bidirectional_attention"):
-        raise ValueError(f"{full['model_type']}: use_bidirectional_attention is not supported: a decoder is expected")
-    return dict(norm_offset=True, norm_outputs=True, embed_scale=full["hidden_size"] ** 0.5,
-                activation=full["hidden_activation"], query_scale=full["query_pre_attn_scalar"] ** -0.5,
-                attention_softcap=full["attn_logit_softcapping"] or 0.0,
-                final_softcap=full["final_logit_softcapping"] or 0.0)
+        raise ValueError(
+            f"{full['model_type']}: use_bidirectional_attention is not supported: a "
+            "decoder is expected"
+        )
+    return dict(
+        norm_offset=True,
+        norm_outputs=True,
+        embed_scale=full["hidden_size"] ** 0.5,
+        activation=full["hidden_activation"],
+        query_scale=full["query_pre_attn_scalar"] ** -0.5,
+        attention_softcap=full["attn_logit_softcapping"] or 0.0,
+        final_softcap=full["final_logit_softcapping"] or 0.0,
+    )
 
 
 def weights(config: ModelConfig) -> list[Weight]:
     """Return the weight map."""
     name = "model.layers.{layer}"
-    return [*llama.ends(config), *llama.attention(config), *llama.mlp(config),
-            *norm(f"{name}.input_layernorm", "layers/attention_norm", "rms"),
-            *norm(f"{name}.post_attention_layernorm", "layers/attention_out_norm", "rms"),
-            *norm(f"{name}.pre_feedforward_layernorm", "layers/mlp_norm", "rms"),
-            *norm(f"{name}.post_feedforward_layernorm", "layers/mlp_out_norm", "rms")]
+    return [
+        *llama.ends(config),
+        *llama.attention(config),
+        *llama.mlp(config),
+        *norm(f"{name}.input_layernorm", "layers/attention_norm", "rms"),
+        *norm(f"{name}.post_attention_layernorm", "layers/attention_out_norm", "rms"),
+        *norm(f"{name}.pre_feedforward_layernorm", "layers/mlp_norm", "rms"),
+        *norm(f"{name}.post_feedforward_layernorm", "layers/mlp_out_norm", "rms"),
+    ]

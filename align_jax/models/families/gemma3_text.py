@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gemma 3's text decoder: local and global layers with rotary bases of their own (arXiv 2503.19786)."""
+"""Gemma 3's text decoder: local and global layers with rotary bases of their own (arXiv
+2503.19786)."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -15,7 +17,17 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     """Read a Hugging Face configuration."""
     full = complete(hf)
     kinds = sorted(full["rope_parameters"])
-    ropes = tuple(rope_from_hf(full["rope_parameters"][kind], full["head_dim"], full["max_position_embeddings"])
-                  for kind in kinds)
-    return decoder_config(hf, full, qk_norm="head", ropes=ropes, **gemma2.gemma2_fields(full),
-                          layer_ropes=tuple(kinds.index(kind) for kind in full["layer_types"]))
+    ropes = tuple(
+        rope_from_hf(
+            full["rope_parameters"][kind], full["head_dim"], full["max_position_embeddings"]
+        )
+        for kind in kinds
+    )
+    return decoder_config(
+        hf,
+        full,
+        qk_norm="head",
+        ropes=ropes,
+        **gemma2.gemma2_fields(full),
+        layer_ropes=tuple(kinds.index(kind) for kind in full["layer_types"]),
+    )

@@ -4,6 +4,7 @@
 References:
     Touvron et al. 2023 (arXiv 2302.13971), Grattafiori et al. 2024 (arXiv 2407.21783).
 """
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -18,43 +19,66 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     return decoder_config(hf, complete(hf))
 
 
-def attention(config: ModelConfig, name: str = "model.layers.{layer}.self_attn",
-              output: str = "o_proj") -> list[Weight]:
+def attention(
+    config: ModelConfig, name: str = "model.layers.{layer}.self_attn", output: str = "o_proj"
+) -> list[Weight]:
     """Return the attention's tensors under Llama's names."""
     path = "layers/attention"
     bias = config.attention_bias
     parts = (("query", "q_proj", "H"), ("key", "k_proj", "K"), ("value", "v_proj", "K"))
-    out = [weight for ours, theirs, heads in parts
-           for weight in linear(f"{name}.{theirs}", f"{path}/{ours}", f"({heads} h) D -> D {heads} h",
-                                f"({heads} h) -> {heads} h" if bias else "")]
-    out += linear(f"{name}.{output}", f"{path}/output", "D (H h) -> H h D", "D -> D" if config.output_bias else "")
+    out = [
+        weight
+        for ours, theirs, heads in parts
+        for weight in linear(
+            f"{name}.{theirs}",
+            f"{path}/{ours}",
+            f"({heads} h) D -> D {heads} h",
+            f"({heads} h) -> {heads} h" if bias else "",
+        )
+    ]
+    out += linear(
+        f"{name}.{output}",
+        f"{path}/output",
+        "D (H h) -> H h D",
+        "D -> D" if config.output_bias else "",
+    )
     if config.qk_norm:
-        layouts = ("h -> h", "h -> h") if config.qk_norm == "head" else ("(H h) -> H h", "(K h) -> K h")
-        out += [Weight(f"{name}.{part}_norm.weight", f"{path}/{ours}_norm/scale", layout)
-                for part, ours, layout in zip("qk", ("query", "key"), layouts)]
+        layouts = (
+            ("h -> h", "h -> h") if config.qk_norm == "head" else ("(H h) -> H h", "(K h) -> K h")
+        )
+        out += [
+            Weight(f"{name}.{part}_norm.weight", f"{path}/{ours}_norm/scale", layout)
+            for part, ours, layout in zip("qk", ("query", "key"), layouts)
+        ]
     return out
 
 
 def mlp(config: ModelConfig, name: str = "model.layers.{layer}.mlp") -> list[Weight]:
     """Return a gated MLP's tensors under Llama's names."""
     up, down = ("F -> F", "D -> D") if config.mlp_bias else ("", "")
-    return [*linear(f"{name}.gate_proj", "layers/mlp/gate", "F D -> D F", up),
-            *linear(f"{name}.up_proj", "layers/mlp/up", "F D -> D F", up),
-            *linear(f"{name}.down_proj", "layers/mlp/down", "D F -> F D", down)]
+    return [
+        *linear(f"{name}.gate_proj", "layers/mlp/gate", "F D -> D F", up),
+        *linear(f"{name}.up_proj", "layers/mlp/up", "F D -> D F", up),
+        *linear(f"{name}.down_proj", "layers/mlp/down", "D F -> F D", down),
+    ]
 
 
 def ends(config: ModelConfig) -> list[Weight]:
     """Return the tensors outside the layers."""
-    out = [Weight("model.embed_tokens.weight", "embed/tokens", "V D -> V D"),
-           *norm("model.norm", "final_norm", config.norm)]
+    out = [
+        Weight("model.embed_tokens.weight", "embed/tokens", "V D -> V D"),
+        *norm("model.norm", "final_norm", config.norm),
+    ]
     return out if config.tied else out + linear("lm_head", "output", "V D -> D V")
 
 
 def norms(config: ModelConfig) -> list[Weight]:
     """Return the two norms of a layer under Llama's names."""
     name = "model.layers.{layer}"
-    return [*norm(f"{name}.input_layernorm", "layers/attention_norm", config.norm),
-            *norm(f"{name}.post_attention_layernorm", "layers/mlp_norm", config.norm)]
+    return [
+        *norm(f"{name}.input_layernorm", "layers/attention_norm", config.norm),
+        *norm(f"{name}.post_attention_layernorm", "layers/mlp_norm", config.norm),
+    ]
 
 
 def weights(config: ModelConfig) -> list[Weight]:

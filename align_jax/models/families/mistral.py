@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Mistral: Llama with a sliding window on every layer (Jiang et al. 2023, arXiv 2310.06825)."""
+
 from __future__ import annotations
 
 from align_jax.models.families import llama

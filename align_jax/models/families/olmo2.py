@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""OLMo 2: norms after attention and MLP, and over all of query and key (OLMo team 2024, arXiv 2501.00656)."""
+"""OLMo 2: norms after attention and MLP, and over all of query and key (OLMo team 2024, arXiv
+2501.00656)."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -18,6 +20,10 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
 def weights(config: ModelConfig) -> list[Weight]:
     """Return the weight map."""
     name = "model.layers.{layer}"
-    return [*llama.ends(config), *llama.attention(config), *llama.mlp(config),
-            *norm(f"{name}.post_attention_layernorm", "layers/attention_out_norm", "rms"),
-            *norm(f"{name}.post_feedforward_layernorm", "layers/mlp_out_norm", "rms")]
+    return [
+        *llama.ends(config),
+        *llama.attention(config),
+        *llama.mlp(config),
+        *norm(f"{name}.post_attention_layernorm", "layers/attention_out_norm", "rms"),
+        *norm(f"{name}.post_feedforward_layernorm", "layers/mlp_out_norm", "rms"),
+    ]

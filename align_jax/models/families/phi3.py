@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Phi 3 and 4: Llama with query, key and value in one tensor, gate and up in another (arXiv 2404.14219)."""
+"""Phi 3 and 4: Llama with query, key and value in one tensor, gate and up in another (arXiv
+2404.14219)."""
+
 from __future__ import annotations
 
 from align_jax.models.config import ModelConfig
@@ -14,11 +16,18 @@ def weights(config: ModelConfig) -> list[Weight]:
     name = "model.layers.{layer}"
     queries, keys = config.num_heads * config.head_width, config.num_kv_heads * config.head_width
     fused = f"{name}.self_attn.qkv_proj.weight"
-    return [*llama.ends(config), *llama.norms(config),
-            Weight(fused, "layers/attention/query/kernel", "(H h) D -> D H h", span=(0, queries)),
-            Weight(fused, "layers/attention/key/kernel", "(K h) D -> D K h", span=(queries, keys)),
-            Weight(fused, "layers/attention/value/kernel", "(K h) D -> D K h", span=(queries + keys, keys)),
-            Weight(f"{name}.self_attn.o_proj.weight", "layers/attention/output/kernel", "D (H h) -> H h D"),
-            Weight(f"{name}.mlp.gate_up_proj.weight", "layers/mlp/gate/kernel", "(2:0 F) D -> D F"),
-            Weight(f"{name}.mlp.gate_up_proj.weight", "layers/mlp/up/kernel", "(2:1 F) D -> D F"),
-            Weight(f"{name}.mlp.down_proj.weight", "layers/mlp/down/kernel", "D F -> F D")]
+    return [
+        *llama.ends(config),
+        *llama.norms(config),
+        Weight(fused, "layers/attention/query/kernel", "(H h) D -> D H h", span=(0, queries)),
+        Weight(fused, "layers/attention/key/kernel", "(K h) D -> D K h", span=(queries, keys)),
+        Weight(
+            fused, "layers/attention/value/kernel", "(K h) D -> D K h", span=(queries + keys, keys)
+        ),
+        Weight(
+            f"{name}.self_attn.o_proj.weight", "layers/attention/output/kernel", "D (H h) -> H h D"
+        ),
+        Weight(f"{name}.mlp.gate_up_proj.weight", "layers/mlp/gate/kernel", "(2:0 F) D -> D F"),
+        Weight(f"{name}.mlp.gate_up_proj.weight", "layers/mlp/up/kernel", "(2:1 F) D -> D F"),
+        Weight(f"{name}.mlp.down_proj.weight", "layers/mlp/down/kernel", "D F -> F D"),
+    ]

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Qwen 2 and 2.5: Llama with biases on query, key and value (Yang et al. 2024, arXiv 2407.10671)."""
+"""Qwen 2 and 2.5: Llama with biases on query, key and value (Yang et al. 2024, arXiv
+2407.10671)."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Qwen 3: Llama with norms on each query's and key's head (Yang et al. 2025, arXiv 2505.09388)."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping

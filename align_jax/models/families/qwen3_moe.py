@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Qwen 3's mixtures of experts (Yang et al. 2025, arXiv 2505.09388)."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -18,19 +19,33 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     """
     full = complete(hf)
     if full["mlp_only_layers"] or full["decoder_sparse_step"] != 1:
-        raise ValueError("qwen3_moe: every layer must have experts (mlp_only_layers [], decoder_sparse_step 1); got "
-                         f"{full['mlp_only_layers']} and {full['decoder_sparse_step']}")
+        raise ValueError(
+            "qwen3_moe: every layer must have experts (mlp_only_layers [], "
+            "decoder_sparse_step 1); got "
+            f"{full['mlp_only_layers']} and {full['decoder_sparse_step']}"
+        )
     return decoder_config(
-        hf, full, qk_norm="head", ffn_width=full["moe_intermediate_size"], num_experts=full["num_local_experts"],
-        experts_per_token=full["num_experts_per_tok"], normalise_experts=full["norm_topk_prob"],
-        windows=((full["sliding_window"] or 0) * full["use_sliding_window"],) * full["num_hidden_layers"])
+        hf,
+        full,
+        qk_norm="head",
+        ffn_width=full["moe_intermediate_size"],
+        num_experts=full["num_local_experts"],
+        experts_per_token=full["num_experts_per_tok"],
+        normalise_experts=full["norm_topk_prob"],
+        windows=((full["sliding_window"] or 0) * full["use_sliding_window"],)
+        * full["num_hidden_layers"],
+    )
 
 
 def weights(config: ModelConfig) -> list[Weight]:
     """Return the weight map."""
     name = "model.layers.{layer}.mlp"
-    return [*llama.ends(config), *llama.norms(config), *llama.attention(config),
-            Weight(f"{name}.gate.weight", "layers/moe/router", "E D -> D E"),
-            Weight(name + ".experts.{expert}.gate_proj.weight", "layers/moe/gate", "F D -> D F"),
-            Weight(name + ".experts.{expert}.up_proj.weight", "layers/moe/up", "F D -> D F"),
-            Weight(name + ".experts.{expert}.down_proj.weight", "layers/moe/down", "D F -> F D")]
+    return [
+        *llama.ends(config),
+        *llama.norms(config),
+        *llama.attention(config),
+        Weight(f"{name}.gate.weight", "layers/moe/router", "E D -> D E"),
+        Weight(name + ".experts.{expert}.gate_proj.weight", "layers/moe/gate", "F D -> D F"),
+        Weight(name + ".experts.{expert}.up_proj.weight", "layers/moe/up", "F D -> D F"),
+        Weight(name + ".experts.{expert}.down_proj.weight", "layers/moe/down", "D F -> F D"),
+    ]

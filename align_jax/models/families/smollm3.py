@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """SmolLM 3: Llama with every fourth layer free of rotary positions (Hugging Face, 2025)."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -12,6 +13,9 @@ weights = llama.weights
 
 
 def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
-    """Read a Hugging Face configuration; ``no_rope_layers`` is 1 where a layer *has* rotary positions."""
+    """Read a Hugging Face configuration; ``no_rope_layers`` is 1 where a layer *has* rotary
+    positions."""
     full = complete(hf)
-    return decoder_config(hf, full, layer_ropes=tuple(0 if has else -1 for has in full["no_rope_layers"]))
+    return decoder_config(
+        hf, full, layer_ropes=tuple(0 if has else -1 for has in full["no_rope_layers"])
+    )
