@@ -263,7 +263,7 @@ def loop(
 
 
 def model_flops(run: Run) -> float:
-    """Count the model FLOPs of a step, for the utilisation of the chips."""
+    """Count the model FLOPs of a step, for the utilization of the chips."""
     packed = run.config.data.layout != "plain"
     return step_flops(
         run.recipe, run.train.abstract(), segment_length=run.config.max_length if packed else None

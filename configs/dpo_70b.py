@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DPO of Llama 3.1 70B, as Tülu 3 did it: log-probabilities normalised by length.
+"""DPO of Llama 3.1 70B, as Tülu 3 did it: log-probabilities normalized by length.
 
     python -m align_jax.train --config=configs/dpo_70b.py --workdir=gs://BUCKET/dpo_70b
     python -m align_jax.plan --config=configs/dpo_70b.py --topology=v5p:8x8x8

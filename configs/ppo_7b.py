@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""PPO of a 7B model: Pythia 6.9B summarises Reddit posts for a reward model trained on people's
+"""PPO of a 7B model: Pythia 6.9B summarizes Reddit posts for a reward model trained on people's
 comparisons.
 
     python -m align_jax.train --config=configs/ppo_7b.py --workdir=gs://BUCKET/ppo_7b

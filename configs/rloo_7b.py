@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""RLOO of a 7B model: Pythia 6.9B summarises Reddit posts, each sample judged against its three
+"""RLOO of a 7B model: Pythia 6.9B summarizes Reddit posts, each sample judged against its three
 fellows.
 
     python -m align_jax.train --config=configs/rloo_7b.py --workdir=gs://BUCKET/rloo_7b

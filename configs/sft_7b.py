@@ -6,7 +6,7 @@
 
 Recipe: the alignment-handbook's recipes/zephyr-7b-beta/sft/config_full.yaml: learning rate 2e-5,
 batch 16 * 8 = 128 rows of 2,048 tokens, cosine, 10 % warm-up, one epoch, every answer of a
-conversation learnt. Differences: whole conversations are packed into rows, two to a row, where the
+conversation learned. Differences: whole conversations are packed into rows, two to a row, where the
 handbook cuts a stream of tokens; the chat template comes with Zephyr's tokenizer, since Mistral's
 has none. Topology: v5e:8x8.  Not yet run.
 """

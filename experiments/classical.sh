@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The classical pipeline on a real tiny model: supervised model, reward model of generated pairs, PPO against it.
 # The true reward (a sentiment lexicon) labels the pairs and is reported beside the learned one, with weight 0, so that
-# over-optimisation shows: the learned reward goes on rising where the true one no longer does.
+# over-optimization shows: the learned reward goes on rising where the true one no longer does.
 #   experiments/classical.sh MODEL_DIR STORIES.txt LEXICON.txt [FOLDER; default runs/classical] [PPO rollouts; default 60]
 set -euo pipefail
 model="$1" stories="$2" lexicon="$3" runs="${4:-runs/classical}" rollouts="${5:-60}"
@@ -18,7 +18,7 @@ train sft --config.model.path="$model" --config.data.train="$runs/data/stories.j
   --config.optimizer.learning_rate=3e-4
 $python -m align_jax.export --workdir="$runs/sft" --output="$runs/sft_hf"
 
-echo "== 3. samples, labelled by the true reward"
+echo "== 3. samples, labeled by the true reward"
 $python -m align_jax.sample --model="$runs/sft_hf" --prompts="$runs/data/prompts.jsonl" --output="$runs/samples.jsonl" \
   --samples_per_prompt=4 --temperature=1.0 --max_new_tokens=32 --dtype=float32
 $python -m align_jax.label --samples="$runs/samples.jsonl" --output="$runs/pairs.jsonl" --feedback=pairwise \

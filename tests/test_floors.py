@@ -71,7 +71,7 @@ def test_only_programs_and_core_config_read_config_dicts(path):
 
 
 @pytest.mark.parametrize("path", MODULES, ids=str)
-def test_a_file_is_short_and_carries_its_licence(path):
+def test_a_file_is_short_and_carries_its_license(path):
     text = (PACKAGE / path).read_text()
     assert text.startswith("# SPDX-License-Identifier: Apache-2.0\n")
     assert text.count("\n") <= 400

@@ -45,7 +45,7 @@ SEVEN = dict(
     num_key_value_heads=8,
     max_position_embeddings=32768,
 )
-# rank, quantisation
+# rank, quantization
 KINDS = {"full": (0, ""), "lora": (16, ""), "lora int8": (16, "int8"), "lora nf4": (16, "nf4")}
 
 

@@ -2,7 +2,7 @@
 """Every key of a run's configuration, and the checks made on it before anything is compiled.
 
 A config file starts from ``defaults()``, which is the only place where a key is born; the dict is
-locked, so a misspelt key fails on the command line and in the file alike.  ``validate`` sees the
+locked, so a misspelled key fails on the command line and in the file alike.  ``validate`` sees the
 config alone; what depends on tables (objectives, optimizers, model families) or on the data is
 checked by whoever owns the table, still before the first compile.
 """
@@ -112,7 +112,7 @@ def defaults() -> ConfigDict:
     p.moment_dtype = "float32"  # of the first moment; bfloat16 saves two bytes a parameter
 
     c.mesh = mesh = ConfigDict()
-    mesh.data = 1  # copies of the weights; across slices the only axis on the data-centre network
+    mesh.data = 1  # copies of the weights; across slices the only axis on the data-center network
     mesh.fsdp = -1  # weights, optimizer and rows split; -1 = the rest of the devices
     mesh.expert = 1
     mesh.sequence = 1  # a row's tokens split

@@ -83,7 +83,7 @@ class Batch(NamedTuple):
     scores: Float[Any, "B R"] | None = None  # rewards that came with the data or from a rollout
     margin: Float[Any, "B"] | None = None
     reference_token_logps: Float[Any, "N T"] | None = None  # cached: the reference is then not run
-    old_token_logps: Float[Any, "N T"] | None = None  # of the behaviour policy
+    old_token_logps: Float[Any, "N T"] | None = None  # of the behavior policy
     advantages: Float[Any, "N T"] | None = None
     returns: Float[Any, "N T"] | None = None
     old_values: Float[Any, "N T"] | None = None

@@ -45,7 +45,7 @@ class Rendered:
         tail: how many characters at the prompt's end stand after the user's words (the header).
         templated: the texts come from a chat template, which writes its own beginning-of-sequence
             token.
-        closing: what the template writes after each response's end, which is not learnt.
+        closing: what the template writes after each response's end, which is not learned.
     """
 
     prompt: str

@@ -40,7 +40,7 @@ def convert(
         source: their kind.
         target: the kind wanted.
         pairing: which pairs are made of several responses to a prompt: ``best_worst`` (one),
-            ``adjacent`` (of neighbours in rank), ``all``, or ``random`` (one).
+            ``adjacent`` (of neighbors in rank), ``all``, or ``random`` (one).
         min_difference: pairs whose scores differ by no more than this are left out, in units of
             score.
         threshold: a response is desirable if its score is above this: a number, ``mean`` or

@@ -82,7 +82,7 @@ def cut_all(encoded: Encoded, limits: Limits) -> Cuts:
     """
     starts = encoded.response_ends[:-1].reshape(-1, encoded.responses)
     lengths = np.diff(encoded.response_ends).reshape(-1, encoded.responses)
-    learnt = np.concatenate([[0], np.cumsum(encoded.response_mask)])
+    learned = np.concatenate([[0], np.cumsum(encoded.response_mask)])
     loss = np.zeros_like(lengths)
     cuts: list[Cut | None] = []
     counts: collections.Counter[str] = collections.Counter()
@@ -90,7 +90,7 @@ def cut_all(encoded: Encoded, limits: Limits) -> Cuts:
         before = lengths[group].tolist()
         cut = limits.cut(encoded, group, before)
         if not cut.reason:
-            loss[group] = learnt[starts[group] + cut.lengths] - learnt[starts[group]]
+            loss[group] = learned[starts[group] + cut.lengths] - learned[starts[group]]
         reason = cut.reason or ("" if loss[group].all() else "no tokens to learn")
         if reason:
             counts[f"dropped: {reason}"] += 1

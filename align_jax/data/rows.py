@@ -177,7 +177,7 @@ def read_conversation_label(row: Row, chat: bool) -> list[Example]:
     given = "label" if row.get("label") is not None else "kto_tag"
     turns = system_of(row) + messages(row[name], name)
     if not turns or turns[-1]["role"] != "assistant":
-        raise Unusable("the labelled conversation does not end with the assistant")
+        raise Unusable("the labeled conversation does not end with the assistant")
     return [
         Example(
             turns[:-1],
@@ -234,7 +234,7 @@ def read_only_prompt(row: Row, chat: bool) -> list[Example]:
 
 
 def read_text(row: Row, chat: bool) -> list[Example]:
-    """Read text: all of it is learnt."""
+    """Read text: all of it is learned."""
     return [Example("", (row["text"],), **about(row, "text"))]
 
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where a policy's weights lie while it generates: a copy in the compute type, split over a few
-neighbours.
+neighbors.
 
 Training splits each weight over the whole mesh and gathers it where it is used, once for many rows
 of many tokens.  A decoded token is one for each row: gathering for it would move all weights for
@@ -29,7 +29,7 @@ Tree = Any
 
 
 def decode_mesh(mesh: Mesh, tensor: int) -> Mesh:
-    """Return a mesh over the same devices on which so many neighbours split each weight and share
+    """Return a mesh over the same devices on which so many neighbors split each weight and share
     their rows.
 
     Args:
@@ -55,7 +55,7 @@ def decode_mesh(mesh: Mesh, tensor: int) -> Mesh:
 def _held(model: Model, params: Tree) -> Tree:
     """Leave the scalar heads out, and cast what is cast to the compute type wherever it is used.
 
-    Norms' scales are not, nor what DoRA takes float32 norms of; quantised maps stay as they are:
+    Norms' scales are not, nor what DoRA takes float32 norms of; quantized maps stay as they are:
     generation computes what it would without a copy.
     """
     axes, lora, dtype = flatten(model.axes()), model.options.lora, model.options.dtype

@@ -3,7 +3,7 @@
 and its own key.
 
 A row's draw depends on its logits, its settings and ``fold_in(row key, position)`` alone, never on
-its neighbours, so a request gets the same completion in any batch.  The settings are arrays, so
+its neighbors, so a request gets the same completion in any batch.  The settings are arrays, so
 other values do not recompile; only which of them are in use (``filters``) is static, so that a
 plain temperature never sorts the vocabulary.
 """

@@ -302,7 +302,7 @@ def _settings(
     base_name: str,
 ) -> dict[str, Any]:
     def alpha(rank: int) -> float:  # the same scale at another rank
-        return lora.scale * (math.sqrt(rank) if lora.rank_stabilised else rank)
+        return lora.scale * (math.sqrt(rank) if lora.rank_stabilized else rank)
 
     return {
         "peft_type": "LORA",
@@ -317,7 +317,7 @@ def _settings(
         "bias": "none",
         "init_lora_weights": True,
         "alpha_pattern": {name: alpha(rank) for name, rank in ranks.items()},
-        "use_rslora": lora.rank_stabilised,
+        "use_rslora": lora.rank_stabilized,
         "use_dora": lora.dora,
         "fan_in_fan_out": transposed,
         "modules_to_save": ["score"] if score else None,
@@ -380,11 +380,11 @@ def load(path: str, config: ModelConfig) -> tuple[LoraConfig, dict[str, Any]]:
     found = _found(tensors, config, bool(settings.get("use_dora")), path)
     flat, rank = _stack(found, settings, config)
     scale = _scale(settings, settings["r"], settings["lora_alpha"])
-    stabilised = bool(settings.get("use_rslora"))
+    stabilized = bool(settings.get("use_rslora"))
     alpha = (
         settings["lora_alpha"]
         if rank == settings["r"]
-        else scale * (math.sqrt(rank) if stabilised else rank)
+        else scale * (math.sqrt(rank) if stabilized else rank)
     )
     targets = "|".join(sorted({name.removeprefix("layers/").rsplit("/", 1)[0] for name in flat}))
     if "score.weight" in tensors:
@@ -394,7 +394,7 @@ def load(path: str, config: ModelConfig) -> tuple[LoraConfig, dict[str, Any]]:
         alpha=float(alpha),
         dropout=settings.get("lora_dropout") or 0.0,
         targets=targets,
-        rank_stabilised=stabilised,
+        rank_stabilized=stabilized,
         dora=bool(settings.get("use_dora")),
     )
     return lora, unflatten(flat)

@@ -30,7 +30,7 @@ _WPO = {"option_needs": {"wpo": ("log_sum_sq",)}}
 _PAIRS: dict[str, Any] = {"data": "pairs", "reference": True, **_UP, **_WPO}
 _FREE: dict[str, Any] = {"data": "pairs", **_UP, **_WPO}
 _UNPAIRED: dict[str, Any] = {"data": "unpaired", "reference": True, **_UP}
-_KL: dict[str, Any] = {"mismatched": True, "measure": kto.measure_kl, "summarise": kto.summarise_kl}
+_KL: dict[str, Any] = {"mismatched": True, "measure": kto.measure_kl, "summarize": kto.summarize_kl}
 _ENTROPY = {"entropy_coef": ("entropy", 0.0)}
 _ROLLOUT: dict[str, Any] = {"data": "rollout", "metric": "reward up"}
 _GROUPED: dict[str, Any] = {
@@ -133,7 +133,7 @@ OBJECTIVES: dict[str, Objective] = {
         formula="dpo on u = sort(P_w - P_l) - sort(R_w - R_l) over the global batch",
         paper="arXiv 2406.05882",
         measure=batchwise.measure_aot,
-        summarise=batchwise.summarise_aot,
+        summarize=batchwise.summarize_aot,
         **_UP,
     ),
     "aot_unpaired": Objective(
@@ -143,7 +143,7 @@ OBJECTIVES: dict[str, Objective] = {
         formula="dpo on u = sort(x_w) - sort(x_l) over the global batch",
         paper="arXiv 2406.05882",
         measure=batchwise.measure_aot_unpaired,
-        summarise=batchwise.summarise_aot_unpaired,
+        summarize=batchwise.summarize_aot_unpaired,
         **_UP,
     ),
     "apo_zero": Objective(
@@ -189,7 +189,7 @@ OBJECTIVES: dict[str, Objective] = {
         formula="-log σ(β d), β = β₀ (1 + α (mean β₀ d - M₀)), M₀ a running mean",
         paper="arXiv 2407.08639",
         measure=batchwise.measure_gap,
-        summarise=batchwise.summarise_gap,
+        summarize=batchwise.summarize_gap,
         carry=batchwise.BETA_CARRY,
         **_UP,
     ),
@@ -260,7 +260,7 @@ OBJECTIVES: dict[str, Objective] = {
         formula="-w_D log σ(β x - δ), -w_U log σ(-(β x - δ)), δ = running mean of β x",
         paper="arXiv 2404.04656",
         measure=kto.measure_rewards,
-        summarise=kto.summarise_rewards,
+        summarize=kto.summarize_rewards,
         carry=kto.BCO_CARRY,
         **_UNPAIRED,
     ),
@@ -271,7 +271,7 @@ OBJECTIVES: dict[str, Objective] = {
         "- b)",
         paper="arXiv 1707.06347",
         measure=ppo_offline.measure_advantages,
-        summarise=ppo_offline.summarise_advantages,
+        summarize=ppo_offline.summarize_advantages,
         **{**_UNPAIRED, "metric": "rewards/margins up"},
     ),  # its KL term moves all rewards together
     # policy gradients on rollouts
@@ -331,7 +331,7 @@ OBJECTIVES: dict[str, Objective] = {
     ),
     "reinforce_pp": Objective(
         policy_gradient.reinforce_pp,
-        formula="-min(w A, clip(w, 1-ε_low, 1+ε_high) A), A normalised globally",
+        formula="-min(w A, clip(w, 1-ε_low, 1+ε_high) A), A normalized globally",
         paper="arXiv 2501.03262",
         adds=_ENTROPY,
         rollout=targets.REINFORCE_PP,

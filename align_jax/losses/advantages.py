@@ -78,7 +78,7 @@ def gae(
     gamma: float = 1.0,
     lam: float = 0.95,
 ) -> tuple[Float[Array, "N T"], Float[Array, "N T"]]:
-    """Compute generalised advantage estimates.
+    """Compute generalized advantage estimates.
 
         δ_t = r_t + γ V_{t+1} - V_t,    A_t = Σ_{k ≥ t} (γ λ)^(k-t) δ_k,    returns = A + V
 
@@ -135,18 +135,18 @@ def group_advantages(
         raise ValueError(f"scale must be one of {list(SCALES)}, got {scale!r}")
     if scores.shape[1] < 2:
         raise ValueError(f"group advantages need R >= 2 responses a prompt, got {scores.shape[1]}")
-    centred = scores - scores.mean(axis=1, keepdims=True)
+    centered = scores - scores.mean(axis=1, keepdims=True)
     # Equal scores whose mean is rounded must give exactly 0, not rounding noise over eps.
     equal = (scores == scores[:, :1]).all(axis=1, keepdims=True)
-    centred = jnp.where(equal, 0.0, centred)
+    centered = jnp.where(equal, 0.0, centered)
     if scale == "none":
-        return centred
+        return centered
     std = (
         scores.std(axis=1, keepdims=True, ddof=1)
         if scale == "group"
         else scores.std(ddof=1)[None, None]
     )
-    return centred / (std + eps)
+    return centered / (std + eps)
 
 
 def leave_one_out(scores: Float[Array, "B R"]) -> Float[Array, "B R"]:
@@ -333,7 +333,7 @@ def informative_groups(scores: Float[Array, "B R"]) -> Bool[Array, "B"]:
 SCORE_CARRY = {"count": 0.0, "mean": 0.0, "variance": 0.0}
 
 
-def normalise_scores(
+def normalize_scores(
     scores: Float[Array, "B R"],
     carry: dict[str, Any],
     *,
@@ -352,7 +352,7 @@ def normalise_scores(
     Returns:
         The scores and the new carry.
 
-    >>> found, carry = normalise_scores(jnp.array([[1.0, 3.0]]), SCORE_CARRY)
+    >>> found, carry = normalize_scores(jnp.array([[1.0, 3.0]]), SCORE_CARRY)
     >>> found.round(3).tolist(), float(carry["mean"])
     ([[-1.0, 1.0]], 2.0)
     """

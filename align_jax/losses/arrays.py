@@ -41,7 +41,7 @@ class Evaluated(NamedTuple):
         rewards: β (P - R) of each response, [B, R], no gradient (β = 1 where the objective has
             none).
         weights: shaped as losses.
-        loss: the scalar to be minimised.
+        loss: the scalar to be minimized.
         metrics: name -> mean.
     """
 
@@ -97,7 +97,7 @@ def total_loss(
         if term.objective.measure is not None:
             measured = objective.measure(term, policy, reference, batch, mismatched)
             weights = objective.group_weights(term, batch)[None]
-            stats, carry = objective.summarise(
+            stats, carry = objective.summarize(
                 term, jax.tree.map(lambda x: x[None], measured), weights, carry
             )
             stats = jax.tree.map(lambda x: x[0], stats)

@@ -3,7 +3,7 @@
 token KLs.
 
 Where the loss depends on the whole global batch, ``measure`` gives each pair's number, and
-``summarise`` sees them all, without gradients, and hands each pair what it needs; so the loss does
+``summarize`` sees them all, without gradients, and hands each pair what it needs; so the loss does
 not depend on how the batch was split over devices and microbatches.
 """
 
@@ -28,7 +28,7 @@ Result = tuple[Float[Array, "B"], Float[Array, "B"], Metrics]
 
 def _require(stats: Any, name: str) -> Any:
     if stats is None:
-        raise ValueError(f"{name} needs stats of the whole batch: call measure and summarise first")
+        raise ValueError(f"{name} needs stats of the whole batch: call measure and summarize first")
     return stats
 
 
@@ -75,7 +75,7 @@ def measure_aot(
     }
 
 
-def summarise_aot(
+def summarize_aot(
     measured: Mapping[str, Float[Array, "M b"]],
     weights: Float[Array, "M b"],
     carry: Any,
@@ -134,7 +134,7 @@ def measure_aot_unpaired(
     return {"chosen": chosen, "rejected": rejected}
 
 
-def summarise_aot_unpaired(
+def summarize_aot_unpaired(
     measured: Mapping[str, Float[Array, "M b"]],
     weights: Float[Array, "M b"],
     carry: Any,
@@ -207,7 +207,7 @@ def measure_gap(
     return {"gap": beta * (pair.chosen - pair.rejected)}
 
 
-def summarise_gap(
+def summarize_gap(
     measured: Mapping[str, Float[Array, "M b"]],
     weights: Float[Array, "M b"],
     carry: Any,

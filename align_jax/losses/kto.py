@@ -124,7 +124,7 @@ def measure_kl(
     }
 
 
-def summarise_kl(
+def summarize_kl(
     measured: Mapping[str, Float[Array, "M b"]],
     weights: Float[Array, "M b"],
     carry: Any,
@@ -161,7 +161,7 @@ def _with_kl(
         raise ValueError(f"kl_scope must be one of {list(KL_SCOPES)}, got {kl_scope!r}")
     if stats is None:
         raise ValueError(
-            "kto needs stats, the KL estimate of the whole batch: call measure and summarise first"
+            "kto needs stats, the KL estimate of the whole batch: call measure and summarize first"
         )
     x, label = log_ratios(policy, reference, batch), _labels(batch)
     z = beta * (x - stats)
@@ -334,7 +334,7 @@ def measure_rewards(
     return {"reward": beta * log_ratios(policy, reference, batch)}
 
 
-def summarise_rewards(
+def summarize_rewards(
     measured: Mapping[str, Float[Array, "M b"]],
     weights: Float[Array, "M b"],
     carry: Any,
@@ -360,7 +360,7 @@ def bco(
     desirable_weight: float = 1.0,
     undesirable_weight: float = 1.0,
 ) -> Result:
-    """Compute binary classifier optimisation with a reward shift.
+    """Compute binary classifier optimization with a reward shift.
 
         desirable: -w_D log σ(β x - δ),    undesirable: -w_U log σ(-(β x - δ)),    δ = running mean of β x
 
@@ -377,7 +377,7 @@ def bco(
     """
     if stats is None:
         raise ValueError(
-            "bco needs stats, the running mean of the rewards: call measure and summarise first"
+            "bco needs stats, the running mean of the rewards: call measure and summarize first"
         )
     x, label = log_ratios(policy, reference, batch), _labels(batch)
     z = beta * x - stats

@@ -3,7 +3,7 @@
 
     hidden [N, T, D] ──gather at loss positions──► [N, P, D] ──scan──► logits [N, c, V] ──► [N, P] ──► [N, T]
 
-The output head is applied only where the loss mask asks.  Each chunk is rematerialised in the
+The output head is applied only where the loss mask asks.  Each chunk is rematerialized in the
 backward pass, so neither pass holds more than one chunk of logits.  Log-sum-exp and all that
 follows is float32: bfloat16 logits would cost about 0.01 nats a token.
 """

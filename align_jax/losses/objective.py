@@ -9,7 +9,7 @@ global batch computes
 
 so the result does not depend on how the batch was split over devices and microbatches.
 
-    resolve ──► Terms ──► measure (every microbatch, no gradients) ──► summarise (once) ──► apply (every microbatch)
+    resolve ──► Terms ──► measure (every microbatch, no gradients) ──► summarize (once) ──► apply (every microbatch)
                             only where a term needs a statistic of the whole batch
 """
 
@@ -56,11 +56,11 @@ class Objective:
         mismatched: does it need ``batch.mismatched``, each prompt with another prompt's response?
         measure: ``measure(policy, reference, batch, *, mismatched=None, **options) -> dict of [b]
             arrays``.
-        summarise: ``summarise(measured: dict of [M, b], weights [M, b], carry, **options) ->
+        summarize: ``summarize(measured: dict of [M, b], weights [M, b], carry, **options) ->
             (stats,
             carry)``; the leaves of stats have a leading axis M, and ``stats[m]`` goes to ``fn``
             with microbatch m.
-        carry: the first value of what ``summarise`` carries from step to step, kept in the train
+        carry: the first value of what ``summarize`` carries from step to step, kept in the train
             state.
         rollout: options that the rollout source reads for this objective, with their defaults: how
             advantages are made.
@@ -78,7 +78,7 @@ class Objective:
     adds: Mapping[str, tuple[str, float]] = dataclasses.field(default_factory=dict)
     mismatched: bool = False
     measure: Callable[..., dict[str, Array]] | None = None
-    summarise: Callable[..., tuple[Any, Any]] | None = None
+    summarize: Callable[..., tuple[Any, Any]] | None = None
     carry: Any = None
     rollout: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -287,7 +287,7 @@ def measure(
     return jax.tree.map(jax.lax.stop_gradient, measured)
 
 
-def summarise(
+def summarize(
     term: Term,
     measured: Mapping[str, Float[Array, "M b"]],
     weights: Float[Array, "M b"],
@@ -295,9 +295,9 @@ def summarise(
 ) -> tuple[Any, Any]:
     """Turn all microbatches' measurements into ``stats`` (leading axis M) and the next step's
     carry."""
-    if term.objective.summarise is None:
+    if term.objective.summarize is None:
         return None, carry
-    return term.objective.summarise(dict(measured), weights, carry, **term.options)
+    return term.objective.summarize(dict(measured), weights, carry, **term.options)
 
 
 def blank_outputs(batch: Batch, needs: Sequence[str] = ()) -> Outputs:
@@ -322,7 +322,7 @@ def group_weights(term: Term, batch: Batch) -> Float[Array, "B"]:
             mismatched = (other, other)
         measured = measure(term, blank, blank, batch, mismatched)
         rows = jax.tree.map(lambda x: x[None], measured)
-        stats, _ = summarise(
+        stats, _ = summarize(
             term, rows, jnp.asarray(batch.weight, jnp.float32)[None], term.objective.carry
         )
         stats = jax.tree.map(lambda x: x[0], stats)

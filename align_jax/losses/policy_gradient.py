@@ -352,7 +352,7 @@ def reinforce_pp(
     epsilon_low: float = 0.2,
     epsilon_high: float | None = None,
 ) -> Result:
-    """Compute REINFORCE++: PPO's clipped loss without a critic, on globally normalised advantages.
+    """Compute REINFORCE++: PPO's clipped loss without a critic, on globally normalized advantages.
 
     References:
         Hu 2025, arXiv 2501.03262, section 3.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Offline PPO on unpaired feedback, as HALOs has it: one-step PPO whose behaviour policy is the
+"""Offline PPO on unpaired feedback, as HALOs has it: one-step PPO whose behavior policy is the
 reference.
 
 Advantages come from the value head's own predictions at the start of the step; their whitening is
@@ -82,16 +82,16 @@ def measure_advantages(
     advantages, _ = _estimates(policy, batch, reward, gamma, lam, critic_target)
     count = batch.lengths[:, 0].astype(jnp.float32)
     mean = sum_by_slot(advantages, batch)[:, 0] / jnp.maximum(count, 1.0)
-    centred = advantages - spread_to_tokens(mean[:, None], batch)
+    centered = advantages - spread_to_tokens(mean[:, None], batch)
     return {
         "count": count,
         "mean": mean,
-        "spread": sum_by_slot(jnp.square(centred), batch)[:, 0],
+        "spread": sum_by_slot(jnp.square(centered), batch)[:, 0],
         "weight": jnp.asarray(batch.weight, jnp.float32),
     }
 
 
-def summarise_advantages(
+def summarize_advantages(
     measured: Mapping[str, Float[Array, "M b"]],
     weights: Float[Array, "M b"],
     carry: Any,
@@ -132,13 +132,13 @@ def ppo_offline(
     reward: str = "label",
     whiten: bool = True,
 ) -> tuple[Float[Array, "B"], Float[Array, "B"], Metrics]:
-    """Compute one-step PPO on fixed data; the behaviour policy is the reference.
+    """Compute one-step PPO on fixed data; the behavior policy is the reference.
 
         w_t = exp(a_t - b_t)
         mean over tokens of max(-A w, -A clip(w)) + critic_coef · ½ (V - target)² + kl_coef ·
         kl_sign · (a - b)
 
-    A is the generalised advantage of the reward (on the last token) and the value head's own
+    A is the generalized advantage of the reward (on the last token) and the value head's own
     predictions, whitened over the global batch's tokens.  The value head sees detached hidden
     states.
 
@@ -181,7 +181,7 @@ def ppo_offline(
     if stats is None:
         raise ValueError(
             "ppo_offline needs stats, the moments of the advantages: call measure "
-            "and summarise first"
+            "and summarize first"
         )
     x = log_ratios(policy, reference, batch)
     advantages, targets = _estimates(policy, batch, reward, gamma, lam, critic_target)

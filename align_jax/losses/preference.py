@@ -111,7 +111,7 @@ def ipo(pair: Pair, *, beta: float = 0.1, lengths: str = "mean") -> Float[Array,
 
 
 def hinge(pair: Pair, *, beta: float = 0.1) -> Float[Array, "B"]:
-    """Compute the hinge loss on the normalised margin: max(0, 1 - β d).
+    """Compute the hinge loss on the normalized margin: max(0, 1 - β d).
 
     References:
         Liu et al. 2023, arXiv 2309.06657 (RSO), the hinge-norm loss; after SLiC, arXiv 2305.10425.
@@ -124,12 +124,12 @@ def hinge(pair: Pair, *, beta: float = 0.1) -> Float[Array, "B"]:
 
 
 def dpo_norm(pair: Pair, *, beta: float = 0.1, label_smoothing: float = 0.0) -> Float[Array, "B"]:
-    """Compute length-normalised DPO: -log σ(β (x_w / n_w - x_l / n_l)).
+    """Compute length-normalized DPO: -log σ(β (x_w / n_w - x_l / n_l)).
 
     A log-ratio per token is small: Tülu 3 uses β = 5.
 
     References:
-        Lambert et al. 2024, arXiv 2411.15124 (Tülu 3), length-normalised DPO.
+        Lambert et al. 2024, arXiv 2411.15124 (Tülu 3), length-normalized DPO.
 
     >>> from align_jax.losses.pairs import example_pair
     >>> [round(x, 4) for x in dpo_norm(example_pair(), beta=5.0).tolist()]
@@ -178,7 +178,7 @@ def nca_pair(pair: Pair, *, beta: float = 0.1) -> Float[Array, "B"]:
 
 
 def bco_pair(pair: Pair, *, beta: float = 0.1) -> Float[Array, "B"]:
-    """Compute binary classifier optimisation on pairs: -log σ(β x_w) - log σ(-β x_l), without a
+    """Compute binary classifier optimization on pairs: -log σ(β x_w) - log σ(-β x_l), without a
     reward shift.
 
     References:

@@ -143,7 +143,7 @@ def slic(pair: Pair, *, delta: float = 1.0, lam: float = 0.1) -> Float[Array, "B
 
     References:
         Zhao et al. 2023, arXiv 2305.10425, the SLiC-HF loss with the chosen response as the
-        regularisation target.
+        regularization target.
 
     >>> from align_jax.losses.pairs import example_pair
     >>> [round(x, 4) for x in slic(example_pair()).tolist()]

@@ -65,7 +65,7 @@ def make_targets(
         group:         (s - mean of the group) / std                                             GRPO
         leave_one_out: s - KL less the mean of the group's others                                RLOO
         batch:         s - KL less the batch's mean                                              REINFORCE
-        global:        discounted token rewards to go, normalised over all tokens                REINFORCE++
+        global:        discounted token rewards to go, normalized over all tokens                REINFORCE++
 
     Statistics are over this batch: hand in the whole global batch.
 

@@ -28,7 +28,7 @@ LANES = 128  # of a TPU's vector registers: rows are padded to a multiple
 # queries and keys that a kernel works on at once, at most: fits the vector memory with head width
 # 256
 BLOCK = 512
-# what a rematerialisation policy calls the kernel's output and softmax denominators
+# what a rematerialization policy calls the kernel's output and softmax denominators
 SAVED = "attention"
 
 

@@ -48,7 +48,7 @@ class ModelConfig:
             none).
         qk_norm: "" none, "head" over each head's features, "full" over all heads' features.
         norm_inputs, norm_outputs: whether the attention's and MLP's inputs and outputs are
-            normalised.
+            normalized.
         hf: the Hugging Face configuration it came from, as JSON; exported again with what changed.
     """
 
@@ -86,7 +86,7 @@ class ModelConfig:
     layer_ropes: tuple[int, ...] = ()
     num_experts: int = 0
     experts_per_token: int = 0
-    normalise_experts: bool = True
+    normalize_experts: bool = True
     init_std: float = 0.02
     hf: str = "{}"
 

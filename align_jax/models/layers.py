@@ -32,7 +32,7 @@ ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
 
 
 class Named(flax.struct.PyTreeNode, meta.AxisMetadata):
-    """A parameter with its axes' names, while the module is being initialised."""
+    """A parameter with its axes' names, while the module is being initialized."""
 
     value: Any
     names: tuple[str | None, ...] = flax.struct.field(pytree_node=False)
@@ -51,7 +51,7 @@ class Named(flax.struct.PyTreeNode, meta.AxisMetadata):
 
 
 def normal(std: float) -> Callable[..., jax.Array]:
-    """Return an initialiser: normal with this standard deviation."""
+    """Return an initializer: normal with this standard deviation."""
     return lambda key, shape: std * jax.random.normal(key, shape, jnp.float32)
 
 
@@ -64,7 +64,7 @@ def parameter(
 ) -> Any:
     """Make or fetch a parameter.
 
-    Fetching takes whatever stands in the tree (an array, or a quantised one that knows how to
+    Fetching takes whatever stands in the tree (an array, or a quantized one that knows how to
     become an array); shapes are checked once, on import.
     """
     if module.is_initializing():
@@ -170,17 +170,17 @@ def column_norm(
 
 
 def zeros(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Initialise with zeros."""
+    """Initialize with zeros."""
     return jnp.zeros(shape, jnp.float32)
 
 
 def ones(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Initialise with ones."""
+    """Initialize with ones."""
     return jnp.ones(shape, jnp.float32)
 
 
 def uniform(bound: float) -> Callable[..., jax.Array]:
-    """Return an initialiser: uniform in [-bound, bound]."""
+    """Return an initializer: uniform in [-bound, bound]."""
     return lambda key, shape: jax.random.uniform(key, shape, jnp.float32, -bound, bound)
 
 
@@ -188,8 +188,8 @@ class Norm(nn.Module):
     """RMS or layer norm over the last axes, in float32.
 
     Attributes:
-        shape: the normalised axes' sizes.
-        kind: "rms" or "layer" (centred, with a bias).
+        shape: the normalized axes' sizes.
+        kind: "rms" or "layer" (centered, with a bias).
         offset: the scale is stored minus one (Gemma).
     """
 

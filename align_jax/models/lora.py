@@ -36,11 +36,11 @@ class LoraConfig:
 
     Attributes:
         rank: width of the bottleneck.
-        alpha: the adapter's output is scaled by alpha / rank (rank-stabilised: alpha / sqrt(rank)).
+        alpha: the adapter's output is scaled by alpha / rank (rank-stabilized: alpha / sqrt(rank)).
         dropout: on the adapter's input, in training.
         targets: regular expression matched in full against "attention/query", "attention/key",
             "attention/value", "attention/output", "mlp/gate", "mlp/up", "mlp/down".
-        rank_stabilised: rsLoRA.
+        rank_stabilized: rsLoRA.
         dora: train each output's magnitude beside the direction.
     """
 
@@ -48,7 +48,7 @@ class LoraConfig:
     alpha: float = 16.0
     dropout: float = 0.0
     targets: str = ATTENTION_AND_MLP
-    rank_stabilised: bool = False
+    rank_stabilized: bool = False
     dora: bool = False
 
     def __post_init__(self):
@@ -62,7 +62,7 @@ class LoraConfig:
     @property
     def scale(self) -> float:
         """The factor on the adapter's output."""
-        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
+        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
 
     def on(self, name: str) -> LoraConfig | None:
         """Return the adapter for the linear map of this name, or None."""
@@ -199,7 +199,7 @@ def fold(params: Tree, lora: LoraConfig) -> dict[str, Any]:
     """Merge an adapter into the kernels that it stands beside.
 
     W + scale * A B, with DoRA m * (W + scale * A B) / ||W + scale * A B||; in float32, one layer at
-    a time, and back in the kernel's own type and place.  A quantised base becomes what it stands
+    a time, and back in the kernel's own type and place.  A quantized base becomes what it stands
     for: the adapter was trained on that.
 
     Args:

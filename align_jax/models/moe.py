@@ -26,7 +26,7 @@ from align_jax.parallel.sharding import spec
 
 
 def route(
-    logits: Float[Array, "N T E"], count: int, normalise: bool
+    logits: Float[Array, "N T E"], count: int, normalize: bool
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Choose each token's experts.
 
@@ -36,7 +36,7 @@ def route(
     """
     probabilities = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
     weights, experts = jax.lax.top_k(probabilities, count)
-    if normalise:
+    if normalize:
         weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
     return probabilities, weights, experts
 
@@ -147,7 +147,7 @@ class Experts(nn.Module):
         )
         down = array(parameter(self, "down", init, (E, F, D), ("experts", "ffn", "embed")), dtype)
         probabilities, weights, experts = route(
-            contract(x, router, 1), c.experts_per_token, c.normalise_experts
+            contract(x, router, 1), c.experts_per_token, c.normalize_experts
         )
         y = sharded_products(x, weights, experts, gate, up, down, ACTIVATIONS[c.activation])
         return y, balance(probabilities, experts, real)

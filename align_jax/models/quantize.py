@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """The frozen base in 8 or 4 bits, turned back into numbers where it is used (QLoRA).
 
-A quantised kernel stands in the tree where the kernel stood; ``astype`` makes the kernel, so a
+A quantized kernel stands in the tree where the kernel stood; ``astype`` makes the kernel, so a
 layer that casts its parameters runs from either.  Only the linear maps inside the layers are
-quantised, which are most of a large model.
+quantized, which are most of a large model.
 
     int8    codes int8; one scale for each output: largest magnitude / 127                           8.01 bits a weight
     nf4     codes of 4 bits, two a byte, in blocks of 64 along one axis; each block's largest       4.13 bits a weight
-            magnitude in 8 bits, as a part of its output's largest ("double quantisation")
+            magnitude in 8 bits, as a part of its output's largest ("double quantization")
 
 Codes have as many axes as the kernel and are split over the mesh as it is.  Blocks never straddle
-two devices, so nothing is communicated to quantise or to use them.
+two devices, so nothing is communicated to quantize or to use them.
 
 Why not qwix (0.1.8): its arrays are NNX data, which JAX 0.12 with today's Flax cannot import, its
-table lookup is a gather, which TPUs do slowly, and its scales are not quantised.
+table lookup is a gather, which TPUs do slowly, and its scales are not quantized.
 
 References:
     Dettmers et al. 2023, QLoRA (arXiv 2305.14314), sections 3 and appendix E (the 16 values of
@@ -78,7 +78,7 @@ class Quantized:
         method: a name of ``METHODS``.
         axes: the axes that share a float32 scale, nf4's blocked one first.  From the end: they hold
             in a layer too.
-        dtype: type of the kernel that was quantised.
+        dtype: type of the kernel that was quantized.
     """
 
     codes: Any
@@ -137,7 +137,7 @@ def _value(codes: jax.Array) -> jax.Array:
 
 
 def quantize(kernel: jax.Array, like: Quantized) -> Quantized:
-    """Quantise a kernel.
+    """Quantize a kernel.
 
     Args:
         kernel: any float type, [layers, ...].
@@ -185,7 +185,7 @@ def quantized_shapes(shapes: Mapping[str, Any], method: str) -> dict[str, Any]:
         ValueError: an unknown method; kernels without an axis that blocks divide on each device.
     """
     if method not in METHODS:
-        raise ValueError(f"unknown quantisation {method!r}; known: {', '.join(METHODS)}")
+        raise ValueError(f"unknown quantization {method!r}; known: {', '.join(METHODS)}")
     wrong: list[str] = []
 
     def walk(node: Mapping[str, Any], prefix: str) -> dict[str, Any]:
@@ -254,7 +254,7 @@ def _resized(kernel: Any, changes: Mapping[int, int], dtype: Any) -> jax.ShapeDt
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def product(x: jax.Array, kernel: Quantized, count: int) -> jax.Array:
-    """Contract the last ``count`` axes of x with the first of a quantised kernel; the kernel gets
+    """Contract the last ``count`` axes of x with the first of a quantized kernel; the kernel gets
     no gradient.
 
     What is kept for the backward pass is the codes: without this, every layer's kernel would be

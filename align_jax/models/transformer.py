@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The decoder: one Linen module for every family, handed out as pure functions.
 
-    tokens -> embed -> L x block (scanned; rematerialised by policy) -> final norm -> hidden ->
+    tokens -> embed -> L x block (scanned; rematerialized by policy) -> final norm -> hidden ->
     unembed | head
 
 ``build`` returns a Model; no module leaves this folder.
@@ -247,7 +247,7 @@ class Decoder(nn.Module):
         self.scalars = {name: HEADS[name](c.width, name) for name in o.heads}
 
     def everything(self, tokens):
-        """Touch every parameter: what initialisation runs."""
+        """Touch every parameter: what initialization runs."""
         hidden, _ = self.hidden(tokens, jnp.ones_like(tokens), jnp.zeros_like(tokens))
         if self.options.unembed:
             self.unembed(hidden)

@@ -28,7 +28,7 @@ class Plan:
         max_new_tokens: tokens at most.
         batch_size: groups in an optimizer step.
         rows: completions decoded together, at most.
-        tensor: neighbouring devices that hold one copy of the weights together while they generate
+        tensor: neighboring devices that hold one copy of the weights together while they generate
             (``inference.resharding``); 0: generation takes the weights as training has them.
         microbatches: parts of a step; the forwards here are cut as finely.
         epochs: passes over a rollout.
@@ -45,7 +45,7 @@ class Plan:
         missing_eos_penalty: taken from their score, units of reward.
         overlong_buffer: tokens before the limit in which the score falls by up to 1 (DAPO); 0 =
             off.
-        normalise_scores, score_clip: by the running moments; at most this size.  None: off.
+        normalize_scores, score_clip: by the running moments; at most this size.  None: off.
         tries: dynamic sampling: draw up to so many times until every group has unequal scores; 1 =
             off.
         stop_kl: skip a rollout's later epochs once the policy's divergence from the old one exceeds
@@ -79,7 +79,7 @@ class Plan:
     keep_unfinished: bool = True
     missing_eos_penalty: float = 0.0
     overlong_buffer: int = 0
-    normalise_scores: bool = False
+    normalize_scores: bool = False
     score_clip: float | None = None
     tries: int = 1
     stop_kl: float = 0.0
@@ -165,7 +165,7 @@ _OPTIONS = (
     "keep_unfinished",
     "missing_eos_penalty",
     "overlong_buffer",
-    "normalise_scores",
+    "normalize_scores",
     "score_clip",
     "tries",
     "stop_kl",

@@ -24,7 +24,7 @@ ROUND_STRIDE = 10**9  # prompt_id of round r starts at r times this, so rounds c
 
 
 def round_id(prompt_id: int, round_number: int) -> int:
-    """Return an id that is unique over the rounds of sampling and labelling.
+    """Return an id that is unique over the rounds of sampling and labeling.
 
     Raises:
         ValueError: an id that is not an integer from 0 below 10^9, or a negative round.
@@ -96,7 +96,7 @@ def scalar(samples: Iterable[Sample], round_number: int = 0) -> list[dict[str, A
 def binary(
     samples: Iterable[Sample], threshold: float | str = 0.0, round_number: int = 0
 ) -> list[dict[str, Any]]:
-    """Return each sample labelled desirable (1) where its reward is at least the threshold, as
+    """Return each sample labeled desirable (1) where its reward is at least the threshold, as
     ``binary_feedback``.
 
     Args:

@@ -21,7 +21,7 @@ from align_jax.online.config import Plan
 from align_jax.online.prompts import Prompts
 from align_jax.online.weighted import WeightedRewards
 
-# running moments of all scores; see losses.advantages.normalise_scores
+# running moments of all scores; see losses.advantages.normalize_scores
 Moments = Mapping[str, float]
 
 
@@ -72,11 +72,11 @@ def shape_scores(
     plan: Plan,
     moments: Moments,
 ) -> tuple[Float[np.ndarray, "q n"], Moments]:
-    """Normalise, clip, and take off the penalties for completions that are cut off or overlong; as
+    """Normalize, clip, and take off the penalties for completions that are cut off or overlong; as
     the plan says."""
     shaped = jnp.asarray(scores)
-    if plan.normalise_scores:
-        shaped, found = estimators.normalise_scores(shaped, dict(moments), clip=plan.score_clip)
+    if plan.normalize_scores:
+        shaped, found = estimators.normalize_scores(shaped, dict(moments), clip=plan.score_clip)
         moments = {name: float(value) for name, value in found.items()}
     elif plan.score_clip is not None:
         shaped = jnp.clip(shaped, -plan.score_clip, plan.score_clip)

@@ -34,7 +34,7 @@ class Chip:
         hbm_bandwidth: bytes/s.
         link: bytes/s of one interconnect link in one direction.
         links: interconnect links; a torus axis has two.
-        network: bytes/s between slices (the data-centre network) or hosts.
+        network: bytes/s between slices (the data-center network) or hosts.
         devices_per_chip: devices that share a chip; figures above are already divided by it.
         source: where the figures are from.
     """

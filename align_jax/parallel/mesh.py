@@ -56,11 +56,11 @@ def mesh_shape(sizes: Mapping[str, int], devices: int) -> tuple[int, ...]:
 def make_mesh(
     sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None
 ) -> jax.sharding.Mesh:
-    """Make the mesh over all devices (or the given ones), neighbours in the interconnect next to
+    """Make the mesh over all devices (or the given ones), neighbors in the interconnect next to
     each other.
 
     With several slices the ``data`` axis spans them (its one all-reduce a step is what the
-    data-centre network bears).
+    data-center network bears).
     """
     devices = list(jax.devices() if devices is None else devices)
     shape = mesh_shape(sizes, len(devices))

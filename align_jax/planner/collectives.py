@@ -39,7 +39,7 @@ class Collective:
         count: how often one step runs it; loops counted.
         operation: where it comes from in the source (XLA's ``op_name``).
         dtype: of its (first) array.
-        network: it runs between slices, over the data-centre network.
+        network: it runs between slices, over the data-center network.
     """
 
     kind: str
@@ -102,7 +102,7 @@ def _carries_on(computation: str, operations: Sequence[Operation]) -> bool:
     )
 
 
-def summarise(collectives: Sequence[Collective], mesh: Mapping[str, int]) -> list[dict]:
+def summarize(collectives: Sequence[Collective], mesh: Mapping[str, int]) -> list[dict]:
     """Sum the collectives by kind and mesh axes.
 
     Returns:

@@ -8,7 +8,7 @@ alone.
     sequence   gathers keys and values, and scatters their gradients
     expert     gathers the tokens of its rows, and scatters what the experts add to them
 
-Everything travels in the compute type (codes of a quantised base: as they are) by bandwidth-optimal
+Everything travels in the compute type (codes of a quantized base: as they are) by bandwidth-optimal
 rings.  Left out is what counts tokens and not their features: the statistics of logits that are
 split over the vocabulary, routing.
 """
@@ -85,7 +85,7 @@ def passes(recipe: Recipe, plan: Plan, batch: Batch, *, train: bool = True) -> l
 def least(
     runs: Sequence[Pass], mesh: Mapping[str, int], trained: Tree = (), parts: int = 1
 ) -> dict[str, float]:
-    """Return the least bytes that a device receives, by mesh axes as ``collectives.summarise``
+    """Return the least bytes that a device receives, by mesh axes as ``collectives.summarize``
     names them.
 
     Args:

@@ -28,7 +28,7 @@ import numpy as np
 
 from align_jax.parallel.chips import GIB, Topology
 from align_jax.planner import hlo
-from align_jax.planner.collectives import Collective, read_collectives, summarise
+from align_jax.planner.collectives import Collective, read_collectives, summarize
 from align_jax.training.flops import StepFlops
 
 DIE_TO_DIE = 6.0  # TPU7x: between the two devices of a chip, in links (its data sheet)
@@ -93,7 +93,7 @@ class Compiled:
     """What the compiler made of a step.
 
     Attributes:
-        text: the optimised program; "" where it does not fit or cannot be written.
+        text: the optimized program; "" where it does not fit or cannot be written.
         stats: arguments, temporaries, output, alias and code in bytes; empty where it does not fit.
         needed: bytes that a step which does not fit would need.
         seconds: that the compilation took.
@@ -115,7 +115,7 @@ class Forecast:
     mesh: Mapping[str, int]
     memory: Memory
     flops: StepFlops
-    collectives: Sequence[Mapping[str, Any]]  # rows of collectives.summarise
+    collectives: Sequence[Mapping[str, Any]]  # rows of collectives.summarize
     least: Mapping[str, float]  # by mesh axes: bytes that a device must receive
     seconds: Mapping[str, float]  # compute, memory, interconnect, network: each alone, at its peak
     compile_seconds: float
@@ -251,7 +251,7 @@ def bandwidth(collective: Collective, topology: Topology, devices: Sequence[Any]
     """Return the bytes/s that each of a collective's devices receives.
 
     Within a slice a ring uses both directions of each torus axis that the group spans (one on an
-    axis that does not close); between slices each device has its share of the data-centre network.
+    axis that does not close); between slices each device has its share of the data-center network.
 
     Args:
         collective: the collective.
@@ -264,7 +264,7 @@ def bandwidth(collective: Collective, topology: Topology, devices: Sequence[Any]
     spanned = [axis for axis in range(len(topology.shape)) if len(set(coordinates[:, axis])) > 1]
     links = sum(2.0 if topology.wraps(axis) else 1.0 for axis in spanned)
     if collective.kind == "collective-permute":
-        links = 2.0  # to a neighbour, and the program sends to both sides
+        links = 2.0  # to a neighbor, and the program sends to both sides
     if not spanned:
         links = DIE_TO_DIE
     return links * topology.chip.link
@@ -316,7 +316,7 @@ def forecast(program: Program, topology: Topology, mesh: jax.sharding.Mesh) -> F
         dict(mesh.shape),
         memory_of(compiled, program, topology.chip.hbm),
         program.flops,
-        summarise(collectives, mesh.shape),
+        summarize(collectives, mesh.shape),
         program.least,
         roofline(parsed, collectives, program.flops, topology, list(mesh.devices.flat)),
         compiled.seconds,

@@ -129,7 +129,7 @@ def parse(text: str) -> Program:
     """Parse a module.
 
     Args:
-        text: the optimised HLO module (``compiled.as_text()``, or XLA's dump
+        text: the optimized HLO module (``compiled.as_text()``, or XLA's dump
             ``*after_optimizations.txt``).
 
     Raises:

@@ -80,7 +80,7 @@ def adapter(config: ConfigDict, model_config: ModelConfig) -> LoraConfig | None:
                 alpha=options.alpha,
                 dropout=options.dropout,
                 targets=options.targets,
-                rank_stabilised=options.rslora,
+                rank_stabilized=options.rslora,
                 dora=options.dora,
             )
             if options.rank

@@ -9,7 +9,7 @@ are left out (below 1 % of a 7B model's).  A *unit* is one forward pass over a b
     policy, adapter only  1 forward + 1 backward (of inputs)                              = 2 units, and the adapter's 3
     reference             1 forward                                                       = 1 unit
 
-so a pair under DPO costs 2 * (3 + 1) units of one response.  Rematerialisation repeats forward
+so a pair under DPO costs 2 * (3 + 1) units of one response.  Rematerialization repeats forward
 work: it takes time but is no progress, so it counts for the hardware and not for the model (and its
 MFU).
 """
@@ -191,6 +191,6 @@ def step_flops(
         "dots": attention,
         "none": 0.0,
     }
-    # the head's chunks are always rematerialised
+    # the head's chunks are always rematerialized
     recomputed = again[recipe.policy.options.remat] + once.head
     return StepFlops(policy, reference, statistics, recomputed, batch.tokens.size)

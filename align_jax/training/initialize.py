@@ -5,7 +5,7 @@ fill them.
                      full fine-tune            low-rank adapters            nothing frozen needed (sft, reward, simpo)
     state.params     all parameters            adapters and heads           all parameters
     frozen.base      the starting weights      the starting weights,        {} (what config.model.freeze names, if any)
-                                               quantised if asked for
+                                               quantized if asked for
     reference        frozen.base               frozen.base                  none
 """
 
@@ -145,7 +145,7 @@ def load_params(model: Model, shapes: Tree, *, path: str, key: jax.Array) -> Tre
     heads).
 
     Args:
-        model: the model of these parameters; it also says how they are initialised.
+        model: the model of these parameters; it also says how they are initialized.
         shapes: shapes with shardings; may be a part of the model's tree.
         path: directory or hub id of a Hugging Face checkpoint; "" = all at random.
         key: of the random weights.
@@ -157,7 +157,7 @@ def load_params(model: Model, shapes: Tree, *, path: str, key: jax.Array) -> Tre
     codes = [name for name, leaf in wanted.items() if isinstance(leaf, Quantized)]
     loaded: dict[str, Any] = {}
     if path:
-        # a tensor that is to be quantised is read alone, so that only one of them is ever held at
+        # a tensor that is to be quantized is read alone, so that only one of them is ever held at
         # full size
         for names in ([name for name in wanted if name not in codes], *([name] for name in codes)):
             places = unflatten({name: wanted[name].sharding for name in names})

@@ -221,7 +221,7 @@ def _measure(
     reference: Outputs | None,
     batch: Batch,
 ) -> dict[str, dict[str, jax.Array]]:
-    """Measure one microbatch, without gradients: per-example quantities, from which summarise makes
+    """Measure one microbatch, without gradients: per-example quantities, from which summarize makes
     statistics."""
     policy, mismatched = jax.lax.stop_gradient(policy), None
     if batch.mismatched is not None:
@@ -235,12 +235,12 @@ def _measure(
     }
 
 
-def _summarise(recipe: Recipe, measured: Tree, weights: Tree, carry: Tree) -> tuple[Tree, Tree]:
+def _summarize(recipe: Recipe, measured: Tree, weights: Tree, carry: Tree) -> tuple[Tree, Tree]:
     """Turn what was measured, [M, b] arrays over the global batch, into statistics and the next
     carry."""
     stats, carried = {}, {}
     for i in map(str, recipe.measured):
-        stats[i], carried[i] = objective.summarise(
+        stats[i], carried[i] = objective.summarize(
             recipe.terms[int(i)], measured[i], weights[int(i)], carry[i]
         )
     return stats, carried
@@ -266,7 +266,7 @@ def _own_statistics(
         return {}, carry
     measured = _measure(recipe, trainable, frozen, reference_model, policy, reference, batch)
     measured, weights = jax.tree.map(lambda x: x[None], (measured, _weights(recipe, batch)))
-    stats, carry = _summarise(recipe, measured, weights, carry)
+    stats, carry = _summarize(recipe, measured, weights, carry)
     return part(stats, 0), carry
 
 
@@ -345,7 +345,7 @@ def train_step(
     Returns:
         The next state, and the metrics: means over the global batch, NaN where there was nothing to
         average.  Where the loss or the gradient's norm is not finite the state is returned
-        unchanged but for its step, so that nothing is spoilt; the caller stops the run.
+        unchanged but for its step, so that nothing is spoiled; the caller stops the run.
     """
     parts = recipe.microbatches
     batches = split(batch, parts)
@@ -455,7 +455,7 @@ def _accumulate(
             return None, (measured, reference)
 
         _, (measured, references) = jax.lax.scan(first_pass, None, (batches, keys))
-        stats, carry = _summarise(recipe, measured, weights, carry)
+        stats, carry = _summarize(recipe, measured, weights, carry)
     batches = batches._replace(mismatched=None)  # only the first pass looks at them
 
     def second_pass(grads: Tree, xs: tuple) -> tuple[Tree, tuple[jax.Array, Sums]]:

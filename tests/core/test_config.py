@@ -18,7 +18,7 @@ def test_a_complete_config_is_valid():
     configs.validate(good())
 
 
-def test_a_misspelt_key_is_an_error():
+def test_a_misspelled_key_is_an_error():
     with pytest.raises((AttributeError, KeyError), match="learning_rte|optimizer"):
         good().optimizer.learning_rte = 1.0
 

@@ -48,7 +48,7 @@ def load(testdata, name, template=None):
     return tokenizer.load_tokenizer(str(testdata / path), chat_template=template)
 
 
-def learnt(tokens, index):
+def learned(tokens, index):
     return [token for token, mask in zip(tokens.responses[index], tokens.masks[index]) if mask]
 
 
@@ -87,11 +87,11 @@ def test_rendered_text_and_tokens_equal_transformers(testdata, name, template):
                 == ids[: len(tokens.prompt) + len(tokens.responses[index])]
             )
             assert (
-                tok.decode(learnt(tokens, index), skip_special_tokens=True).strip()
+                tok.decode(learned(tokens, index), skip_special_tokens=True).strip()
                 == response.strip()
             )
-            assert learnt(tokens, index)[-1] == tok.eos_token_id
-            assert learnt(tokens, index).count(tok.eos_token_id) == 1
+            assert learned(tokens, index)[-1] == tok.eos_token_id
+            assert learned(tokens, index).count(tok.eos_token_id) == 1
 
 
 @pytest.mark.parametrize("name", ["minimind", "deepseek_r1"])
@@ -112,7 +112,7 @@ def test_real_conversations_are_masked_exactly(testdata, name):
         assert tok.decode(tokens.prompt + tokens.responses[0]).strip() == joined.strip()
         for index, response in enumerate(example.responses):
             assert (
-                tok.decode(learnt(tokens, index), skip_special_tokens=True).strip()
+                tok.decode(learned(tokens, index), skip_special_tokens=True).strip()
                 == response.strip()
             )
 
@@ -150,22 +150,22 @@ def test_plain_text_is_tokenized_as_one_text_is(testdata, name):
             assert tokens.prompt + tokens.responses[0] == whole
 
 
-def test_every_answer_of_a_conversation_is_learnt_and_nothing_between():
+def test_every_answer_of_a_conversation_is_learned_and_nothing_between():
     tok = load(None, "byte")
     tokens = chat.encode(Example((U("a"),), ((A("one"), U("b"), A("two")),)), tok)
     assert tok.decode(tokens.prompt) == "<|bos|><|user|>a<|end|><|assistant|>"
     assert tok.decode(tokens.responses[0]) == "one<|end|><|user|>b<|end|><|assistant|>two<|end|>"
-    assert tok.decode(learnt(tokens, 0)) == "one<|end|>two<|end|>"
+    assert tok.decode(learned(tokens, 0)) == "one<|end|>two<|end|>"
 
 
-def test_white_space_between_turns_is_not_learnt():
+def test_white_space_between_turns_is_not_learned():
     tok = load(None, "byte", CHATML)
     tokens = chat.encode(Example((U("a"),), ((A("one"), U("b"), A("two")),)), tok)
     assert (
         tok.decode(tokens.responses[0])
         == "one<|end|>\n<|user|>\nb<|end|>\n<|assistant|>\ntwo<|end|>"
     )
-    assert tok.decode(learnt(tokens, 0)) == "one<|end|>two<|end|>"
+    assert tok.decode(learned(tokens, 0)) == "one<|end|>two<|end|>"
 
 
 def test_a_template_without_an_end_of_turn_gets_the_end_of_sequence_once():

@@ -262,7 +262,7 @@ CASES = [
 @pytest.mark.parametrize(
     "name, row, prompt, responses, known", CASES, ids=[f"{c[0]}-{i}" for i, c in enumerate(CASES)]
 )
-def test_a_row_is_recognised_and_read(name, row, prompt, responses, known):
+def test_a_row_is_recognized_and_read(name, row, prompt, responses, known):
     assert formats.detect(row) == name
     (example,) = formats.read(row, name, chat=True)
     assert example.prompt == prompt
@@ -466,7 +466,7 @@ def test_a_text_prompt_becomes_a_users_turn_on_request(tmp_path):
     assert datasets.load(path, kind="pairs", chat=True, strings="messages")[0].prompt == (U("p"),)
 
 
-def test_only_the_last_turn_is_learnt_on_request(tmp_path):
+def test_only_the_last_turn_is_learned_on_request(tmp_path):
     path = write(tmp_path / "data.jsonl", {"messages": [U("p"), A("c"), U("q"), A("d")]})
     (example,) = datasets.load(path, kind="completions", chat=True, turns="last").items
     assert (example.prompt, example.responses) == ((U("p"), A("c"), U("q")), ("d",))

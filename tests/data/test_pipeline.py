@@ -54,7 +54,7 @@ def assert_same(left, right):
 
 
 def groups_of(batch):
-    """Read a batch back: example -> (prompt and response tokens, learnt tokens) of each
+    """Read a batch back: example -> (prompt and response tokens, learned tokens) of each
     response."""
     found = {}
     slots = batch.lengths.size // len(batch.tokens)
@@ -101,7 +101,7 @@ def test_rows_hold_what_was_tokenized(byte, pairs, layout):
             assert [whole for whole, _ in responses] == [
                 tokens.prompt + ids for ids in tokens.responses
             ]
-            assert [learnt for _, learnt in responses] == list(tokens.responses)
+            assert [learned for _, learned in responses] == list(tokens.responses)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -291,10 +291,10 @@ def test_the_batches_fields_are_the_examples(byte):
     np.testing.assert_array_equal(
         batch.scores, [examples[n].scores for n in batch.example_index.tolist()]
     )
-    labelled = load("unpaired", "unpaired")
-    batch = make(labelled, byte).batch(1)
+    labeled = load("unpaired", "unpaired")
+    batch = make(labeled, byte).batch(1)
     assert (
-        batch.label.tolist() == [labelled[n].label for n in batch.example_index.tolist()]
+        batch.label.tolist() == [labeled[n].label for n in batch.example_index.tolist()]
         and batch.margin is None
     )
     weighted = of_texts(("p:", " a", " b"), ("q:", " c", " d"))
@@ -321,7 +321,7 @@ def test_rankings_without_scores_have_no_ties(byte):
     assert batch.scores.tolist() == [[2.5, 2.5, 0.0], [2.0, 1.0, 0.0]]
 
 
-def test_control_tokens_stand_before_responses_and_are_not_learnt(byte):
+def test_control_tokens_stand_before_responses_and_are_not_learned(byte):
     examples = of_texts(("p:", " good", " bad"))
     control = (tokenizer.CHOSEN, tokenizer.REJECTED)
     for layout in LAYOUTS:
@@ -331,10 +331,10 @@ def test_control_tokens_stand_before_responses_and_are_not_learnt(byte):
             "p:<|chosen|> good<|end|>",
             "p:<|rejected|> bad<|end|>",
         ]
-        assert [byte.decode(learnt) for _, learnt in responses] == [" good<|end|>", " bad<|end|>"]
-    labelled = of_texts(("p:", " bad"), kind="unpaired")
-    labelled = dataclasses.replace(labelled, items=(dataclasses.replace(labelled[0], label=False),))
-    batch = make(labelled, byte, batch_size=1, control=control).batch(0)
+        assert [byte.decode(learned) for _, learned in responses] == [" good<|end|>", " bad<|end|>"]
+    labeled = of_texts(("p:", " bad"), kind="unpaired")
+    labeled = dataclasses.replace(labeled, items=(dataclasses.replace(labeled[0], label=False),))
+    batch = make(labeled, byte, batch_size=1, control=control).batch(0)
     assert byte.decode(batch.tokens[0][batch.segment_ids[0] > 0]) == "p:<|rejected|> bad<|end|>"
 
 

@@ -34,7 +34,7 @@ FILES = [  # file, kind, options, examples, responses of each
 
 
 @pytest.mark.parametrize("name, kind, options, count, responses", FILES)
-def test_public_files_are_recognised(testdata, name, kind, options, count, responses):
+def test_public_files_are_recognized(testdata, name, kind, options, count, responses):
     examples = load(testdata, name, kind, **options)
     assert len(examples) == count
     assert {len(example.responses) for example in examples.items} == responses
@@ -100,9 +100,9 @@ def test_reviews_with_scores_make_pairs_and_labels(testdata, tmp_path):
     assert 0 < len(pairs) <= 80 and all(
         pair.scores[0] > pair.scores[1] + 1.0 for pair in pairs.items
     )
-    labelled = datasets.load(str(path), kind="unpaired", chat=True, threshold=8.0)
-    assert len(labelled) == len(rows) > 2000
-    assert all(example.label == (example.scores[0] > 8.0) for example in labelled.items)
+    labeled = datasets.load(str(path), kind="unpaired", chat=True, threshold=8.0)
+    assert len(labeled) == len(rows) > 2000
+    assert all(example.label == (example.scores[0] > 8.0) for example in labeled.items)
 
 
 @pytest.mark.parametrize(

@@ -55,7 +55,7 @@ def training():
     return mesh, model, params
 
 
-def test_neighbours_share_the_weights_and_the_rows(training):
+def test_neighbors_share_the_weights_and_the_rows(training):
     mesh, model, params = training
     where = resharding.decode_mesh(mesh, 2)
     assert dict(where.shape) == {"data": 4, "fsdp": 1, "expert": 1, "sequence": 1, "tensor": 2}

@@ -85,7 +85,7 @@ def test_excluded_and_rare_tokens_of_a_large_vocabulary_are_drawn_as_often_as_th
     )
 
 
-def test_each_row_follows_its_own_settings_whatever_its_neighbours():
+def test_each_row_follows_its_own_settings_whatever_its_neighbors():
     rng = np.random.default_rng(1)
     rows = [
         Sampling(temperature=0.0),

@@ -55,10 +55,10 @@ CASES = {  # family -> (what differs from SHAPE, a fused module's name)
 VARIANTS = {
     "llama": dict(dora=True),
     "gpt2": dict(dora=True),
-    "phi3": dict(rank_stabilised=True),
+    "phi3": dict(rank_stabilized=True),
     "gpt_neox": dict(dora=True),
     "qwen3": dict(targets="attention/(query|value)"),
-    "opt": dict(targets="attention/output|mlp/up", rank_stabilised=True),
+    "opt": dict(targets="attention/output|mlp/up", rank_stabilized=True),
     "mixtral": dict(targets="attention/.*"),
     "qwen3_moe": dict(targets="attention/.*"),
 }
@@ -153,9 +153,9 @@ def test_peft_computes_what_we_do_from_our_file(family, saved, tmp_path):
         assert np.abs(expected - peers(model)).max() > 0.05
     np.testing.assert_allclose(got, expected, atol=1e-4)
     again, read = peft.load(str(tmp_path), config)
-    assert (again.rank, again.rank_stabilised, again.dora) == (
+    assert (again.rank, again.rank_stabilized, again.dora) == (
         lora.rank,
-        lora.rank_stabilised,
+        lora.rank_stabilized,
         lora.dora,
     )
     assert again.scale == pytest.approx(lora.scale)

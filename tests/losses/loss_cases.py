@@ -252,7 +252,7 @@ def in_microbatches(terms: Any, problem: Problem, parts: int) -> jax.Array:
             for *three, other in zip(policies, references, batches, mismatched)
         ]
         stacked = jax.tree.map(lambda *x: jnp.stack(x), *measured)
-        stats, _ = objective.summarise(term, stacked, weights, term.objective.carry)
+        stats, _ = objective.summarize(term, stacked, weights, term.objective.carry)
         for m, (policy, reference, batch) in enumerate(zip(policies, references, batches)):
             mine = jax.tree.map(lambda x: x[m], stats)
             found, weight, _ = objective.apply(term, policy, reference, batch, mine)

@@ -117,7 +117,7 @@ def test_running_moments_equal_those_of_all_scores():
     for size in (3, 5, 2):
         batch = rng.normal(2.0, 3.0, (size, 2)).astype(np.float32)
         seen.append(batch)
-        found, carry = advantages.normalise_scores(jnp.asarray(batch), carry, clip=1.5)
+        found, carry = advantages.normalize_scores(jnp.asarray(batch), carry, clip=1.5)
         every = np.concatenate(seen)
         np.testing.assert_allclose(carry["mean"], every.mean(), rtol=1e-5)
         np.testing.assert_allclose(carry["variance"], every.var(), rtol=1e-5)

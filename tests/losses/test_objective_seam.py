@@ -215,9 +215,9 @@ def test_kl_scope_decides_whether_z0_is_the_global_batchs():
 def test_z0_is_clamped_after_the_mean():
     (term,) = losses.resolve("kto")
     measured = {"x": jnp.asarray([[-3.0, 1.0]]), "weight": jnp.ones((1, 2))}
-    stats, _ = objective.summarise(term, measured, jnp.ones((1, 2)))
+    stats, _ = objective.summarize(term, measured, jnp.ones((1, 2)))
     assert stats.tolist() == [0.0]
-    stats, _ = objective.summarise(
+    stats, _ = objective.summarize(
         term, {**measured, "weight": jnp.asarray([[0.0, 1.0]])}, jnp.ones((1, 2))
     )
     assert stats.tolist() == [1.0]

@@ -152,7 +152,7 @@ def test_padded_vocabulary_never_gets_probability(tmp_path):
 
 
 @pytest.mark.parametrize("remat", ["none", "dots", "attention"])
-def test_rematerialisation_leaves_gradients_unchanged(tmp_path, remat):
+def test_rematerialization_leaves_gradients_unchanged(tmp_path, remat):
     path, _ = tiny(tmp_path)
     config, params = hf.load(str(path), dtype="float32")
     fields = tuple(map(jnp.asarray, rows(97)))
@@ -167,7 +167,7 @@ def test_rematerialisation_leaves_gradients_unchanged(tmp_path, remat):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-7)
 
 
-def test_random_initialisation_matches_axes_and_shapes(tmp_path):
+def test_random_initialization_matches_axes_and_shapes(tmp_path):
     path, _ = tiny(tmp_path)
     config = hf.load_config(str(path))
     model = build(config)

@@ -25,7 +25,7 @@ SHAPE = dict(
 )
 VARIANTS = {
     "plain": LoraConfig(4, alpha=8.0),
-    "rank-stabilised": LoraConfig(4, alpha=8.0, rank_stabilised=True),
+    "rank-stabilized": LoraConfig(4, alpha=8.0, rank_stabilized=True),
     "dora": LoraConfig(4, alpha=8.0, dora=True),
     "two maps": LoraConfig(3, targets="attention/output|mlp/down", dora=True),
 }
@@ -46,7 +46,7 @@ def models(lora, dtype="float32", **changes):
 
 
 def filled(model, dtype=jnp.float32):
-    """Random parameters without running an initialiser."""
+    """Random parameters without running an initializer."""
     draw = np.random.default_rng(0)
     return jax.tree.map(
         lambda x: jnp.asarray(draw.normal(size=x.shape) * 0.3, dtype), model.shapes()
@@ -89,7 +89,7 @@ def test_a_fresh_dora_adapter_is_bit_equal_in_bfloat16_and_when_folded():
 
 def test_scales():
     assert LoraConfig(4, alpha=8.0).scale == 2.0
-    assert LoraConfig(4, alpha=8.0, rank_stabilised=True).scale == 4.0
+    assert LoraConfig(4, alpha=8.0, rank_stabilized=True).scale == 4.0
 
 
 def linear(lora):
@@ -104,7 +104,7 @@ def linear(lora):
     }
 
 
-@pytest.mark.parametrize("name", ["plain", "rank-stabilised", "dora"])
+@pytest.mark.parametrize("name", ["plain", "rank-stabilized", "dora"])
 def test_the_layer_is_the_papers_formula(name):
     lora = VARIANTS[name]
     module, leaves = linear(lora)

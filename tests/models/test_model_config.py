@@ -164,7 +164,7 @@ CASES = {  # case -> (configuration, parameters in all, what must be read)
     "Qwen 3 30B": (
         QWEN3_MOE,
         30_532_122_624,
-        lambda c: (c.num_experts, c.ffn_width, c.normalise_experts) == (128, 768, True),
+        lambda c: (c.num_experts, c.ffn_width, c.normalize_experts) == (128, 768, True),
     ),
     "Phi 3 mini 128k": (
         PHI3,

@@ -55,7 +55,7 @@ def full(quantized):
 
 
 def filled(model, seed=0):
-    """Random parameters without running an initialiser."""
+    """Random parameters without running an initializer."""
     draw = np.random.default_rng(seed)
     return jax.tree.map(
         lambda x: jnp.asarray(draw.normal(size=x.shape) * 0.3, x.dtype), model.shapes(jnp.float32)
@@ -63,7 +63,7 @@ def filled(model, seed=0):
 
 
 def quantized(base, method):
-    """A base with its kernels quantised, and the same with the kernels that the codes stand for."""
+    """A base with its kernels quantized, and the same with the kernels that the codes stand for."""
     likes = flatten(quantized_shapes(jax.eval_shape(lambda: base), method))
     few = {
         path: packed(leaf, method) if isinstance(likes[path], Quantized) else leaf
@@ -109,7 +109,7 @@ def test_a_zero_column_stays_zero_and_the_largest_is_kept(method):
 def test_what_cannot_be_blocked_is_named():
     with pytest.raises(ValueError, match=r"(?s)multiple of 64.*layers/mlp/up/kernel \(2, 32, 80\)"):
         entry(jax.ShapeDtypeStruct((2, 32, 80), jnp.float32), "nf4", "layers/mlp/up/kernel")
-    with pytest.raises(ValueError, match="unknown quantisation 'int4'; known: int8, nf4"):
+    with pytest.raises(ValueError, match="unknown quantization 'int4'; known: int8, nf4"):
         quantized_shapes({}, "int4")
 
 

@@ -134,7 +134,7 @@ def test_dropout_acts_only_with_a_key(base):
     [
         (LoraConfig(4), "float32"),
         (LoraConfig(4), "bfloat16"),
-        (LoraConfig(4, rank_stabilised=True), "float32"),
+        (LoraConfig(4, rank_stabilized=True), "float32"),
         (LoraConfig(2, dropout=0.5, targets="attention/(query|value)"), "float32"),
     ],
     ids=str,

@@ -227,7 +227,7 @@ def test_resuming_in_mid_rollout_is_exact(models, tmp_path):
         responses=1,
         objective={"epochs": 2, "minibatches": 2, "kl_target": 3.0},
         seed=3,
-        options={"normalise_scores": True},
+        options={"normalize_scores": True},
     )
     source, weights = make(models, "ppo", **options), lambda: models[2]
     through = [source.next(weights) for _ in range(10)]

@@ -173,7 +173,7 @@ def gae_loop(rewards, values, gamma, lam):
 
 def ppo_offline(clip=(0.5, 1.5), kl_sign=1, target="discounted", whiten=True):
     def loss(a):
-        """Schulman et al. 1707.06347, equation 7, with the reference as behaviour policy; HALOs
+        """Schulman et al. 1707.06347, equation 7, with the reference as behavior policy; HALOs
         4831988."""
         gamma, lam, parts = 0.99, 0.95, []
         advantages, targets = [], []
@@ -360,7 +360,7 @@ def test_beta_dpo_follows_the_running_mean_of_the_gaps():
     gaps, carry, running = [[1.0, 3.0], [4.0, 0.0], [-1.0, 1.0]], term.objective.carry, None
     for gap in gaps:
         measured, weights = {"gap": 0.5 * jnp.asarray([gap])}, jnp.ones((1, 2))
-        beta, carry = losses.objective.summarise(term, measured, weights, carry)
+        beta, carry = losses.objective.summarize(term, measured, weights, carry)
         mean = 0.5 * np.mean(gap)
         running = mean if running is None else running
         np.testing.assert_allclose(beta, [0.5 * (1 + 0.6 * (mean - running))], rtol=1e-6)
@@ -375,7 +375,7 @@ def test_bco_carries_the_mean_of_all_rewards_so_far():
         term.objective.carry,
     )
     for step in range(3):
-        delta, carry = losses.objective.summarise(
+        delta, carry = losses.objective.summarize(
             term, {"reward": jnp.asarray(rewards[step])}, jnp.ones((2, 4)), carry
         )
         np.testing.assert_allclose(delta, np.full(2, rewards[: step + 1].mean()), rtol=1e-5)

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from align_jax.planner.collectives import _group, read_collectives, summarise
+from align_jax.planner.collectives import _group, read_collectives, summarize
 from align_jax.planner.hlo import array_bytes, array_shapes, memory_traffic, parse
 
 LAYERS, WIDTH, ROWS = 5, 64, 16
@@ -45,7 +45,7 @@ def test_a_scanned_layers_collectives_count_once_a_layer():
     mesh = _mesh(2, 4)
     rows = {
         (row["kind"], row["axes"]): row
-        for row in summarise(read_collectives(parse(_compile(mesh))), mesh.shape)
+        for row in summarize(read_collectives(parse(_compile(mesh))), mesh.shape)
     }
     gather = rows["all-gather", "fsdp"]
     assert gather["count"] == LAYERS

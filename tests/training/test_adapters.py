@@ -96,7 +96,7 @@ def stepped(checkpoint, make_batch, quantization, sharded):
         return metrics, jax.device_get(frozen["base"])
 
 
-def test_the_quantised_base_is_policy_and_reference(checkpoint, make_batch):
+def test_the_quantized_base_is_policy_and_reference(checkpoint, make_batch):
     metrics, base = stepped(checkpoint, make_batch, "nf4", False)
     assert (
         metrics[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
@@ -114,7 +114,7 @@ def test_the_quantised_base_is_policy_and_reference(checkpoint, make_batch):
             np.testing.assert_array_equal(held, leaf)
 
 
-def test_a_quantised_base_is_the_same_over_a_mesh(checkpoint, make_batch):
+def test_a_quantized_base_is_the_same_over_a_mesh(checkpoint, make_batch):
     one, base = stepped(checkpoint, make_batch, "nf4", False)
     many, other = stepped(checkpoint, make_batch, "nf4", True)
     jax.tree.map(np.testing.assert_array_equal, base, other)
@@ -125,7 +125,7 @@ def test_a_quantised_base_is_the_same_over_a_mesh(checkpoint, make_batch):
 
 
 @pytest.mark.parametrize("method", ["int8", "nf4"])
-def test_random_weights_are_quantised_too(method):
+def test_random_weights_are_quantized_too(method):
     recipe, _, plan = prepared("dpo", LoraConfig(2), quantization=method)
     frozen = initialize.load_frozen(recipe, plan, path="")
     assert jax.tree.structure(frozen) == jax.tree.structure(plan.frozen)

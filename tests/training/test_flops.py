@@ -159,7 +159,7 @@ def test_statistics_of_the_whole_batch_cost_a_forward_only_where_there_are_micro
 
 
 @pytest.mark.parametrize("remat", ["none", "dots", "attention", "full"])
-def test_rematerialisation_is_not_the_models_work(remat):
+def test_rematerialization_is_not_the_models_work(remat):
     batch = _batch(8, 32, 16, 2, "pairs")
     base, other = (step_flops(_recipe(TINY, "dpo", remat=name), batch) for name in ("none", remat))
     assert base.model == other.model

@@ -31,7 +31,7 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
         ffn_width=full["moe_intermediate_size"],
         num_experts=full["num_local_experts"],
         experts_per_token=full["num_experts_per_tok"],
-        normalise_experts=full["norm_topk_prob"],
+        normalize_experts=full["norm_topk_prob"],
         windows=((full["sliding_window"] or 0) * full["use_sliding_window"],)
         * full["num_hidden_layers"],
     )
