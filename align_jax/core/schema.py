@@ -3,9 +3,10 @@
 
 Dimension letters, the same in every file:
 
-    N rows                     S response slots in a row     D model width        h head width     E experts
-    T tokens in a row          B groups (prompts)            H query heads        F feed-forward   L layers
-    P loss positions in a row  R responses in a group        K key-value heads    V vocabulary     M microbatches
+    N rows                     B groups (prompts)     H query heads       F intermediate size
+    T tokens in a row          R responses            K key-value heads   V vocabulary
+    P loss positions in a row  M microbatches         h head dim          L layers
+    S response slots in a row  D hidden size          E experts
 
 A *group* is one prompt with its R responses.  Rows hold whole groups: ``B * R == N * S``, and
 response ``r`` of group ``b`` is slot ``(b * R + r) % S`` of row ``(b * R + r) // S``; so ``[N, S]``

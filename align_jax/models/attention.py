@@ -60,15 +60,15 @@ def weighted(
 ) -> Float[Array, "N T H h"]:
     """Return softmax(cap(scale q k)) v with logits, cap and softmax in float32; H a multiple of
     K."""
-    rows, length, heads, width = q.shape
+    rows, length, heads, head_dim = q.shape
     groups = k.shape[2]
-    q = q.reshape(rows, length, groups, heads // groups, width)
+    q = q.reshape(rows, length, groups, heads // groups, head_dim)
     logits = jnp.einsum("NTKgh,NSKh->NKgTS", q, k, preferred_element_type=jnp.float32) * scale
     if softcap:
         logits = softcap * jnp.tanh(logits / softcap)
     logits = jnp.where(allowed[:, None, None], logits, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    return jnp.einsum("NKgTS,NSKh->NTKgh", weights, v).reshape(rows, length, heads, width)
+    return jnp.einsum("NKgTS,NSKh->NTKgh", weights, v).reshape(rows, length, heads, head_dim)
 
 
 def xla(
@@ -112,7 +112,7 @@ def blocks(
 ) -> Float[Array, "N T H h"]:
     """Attend as ``xla`` does, ``block`` queries at a time: [N, H, block, T] weights are held,
     recomputed backwards."""
-    rows, length, heads, width = q.shape
+    rows, length, heads, head_dim = q.shape
     if length <= block:
         return xla(
             q,
@@ -145,7 +145,7 @@ def blocks(
         jnp.arange(length + extra).reshape(-1, block),
     )
     out = jax.lax.map(attend, queries)  # [T / block, N, block, H, h]
-    return jnp.moveaxis(out, 0, 1).reshape(rows, length + extra, heads, width)[:, :length]
+    return jnp.moveaxis(out, 0, 1).reshape(rows, length + extra, heads, head_dim)[:, :length]
 
 
 def splash(

@@ -25,7 +25,7 @@ from jaxtyping import Array, Bool, Float, Int
 from align_jax.parallel.mesh import ROWS
 
 LANES = 128  # of a TPU's vector registers: rows are padded to a multiple
-# queries and keys that a kernel works on at once, at most: fits the vector memory with head width
+# queries and keys that a kernel works on at once, at most: fits the vector memory with head dim
 # 256
 BLOCK = 512
 # what a rematerialization policy calls the kernel's output and softmax denominators

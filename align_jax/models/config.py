@@ -19,13 +19,13 @@ class Rope:
 
     Attributes:
         theta: base of the angles.
-        width: features of a head that turn (even); the rest pass through.
+        rotary_dim: features of a head that turn (even); the rest pass through.
         kind: "default", "linear", "dynamic", "yarn", "llama3" or "longrope".
         options: the scaling's parameters by their Hugging Face names, sorted pairs (hashable).
     """
 
     theta: float
-    width: int
+    rotary_dim: int
     kind: str = "default"
     options: tuple[tuple[str, Any], ...] = ()
 
@@ -56,11 +56,11 @@ class ModelConfig:
     vocab_size: int
     vocab_rows: int
     num_layers: int
-    width: int
+    hidden_size: int
     num_heads: int
     num_kv_heads: int
-    head_width: int
-    ffn_width: int
+    head_dim: int
+    intermediate_size: int
     max_positions: int
     activation: str = "silu"
     gated: bool = True
@@ -113,12 +113,12 @@ class ModelConfig:
         """The dimension letters' sizes (core/schema.py; d is D again, X a learned table's
         positions)."""
         return {
-            "D": self.width,
-            "d": self.width,
+            "D": self.hidden_size,
+            "d": self.hidden_size,
             "H": self.num_heads,
             "K": self.num_kv_heads,
-            "h": self.head_width,
-            "F": self.ffn_width,
+            "h": self.head_dim,
+            "F": self.intermediate_size,
             "V": self.vocab_rows,
             "E": self.num_experts,
             "L": self.num_layers,
@@ -169,7 +169,7 @@ def complete(hf: Mapping[str, Any]) -> dict[str, Any]:
     return CONFIG_MAPPING[hf["model_type"]].from_dict(known).to_dict()
 
 
-def rope_from_hf(parameters: Mapping[str, Any], head_width: int, max_positions: int) -> Rope:
+def rope_from_hf(parameters: Mapping[str, Any], head_dim: int, max_positions: int) -> Rope:
     """Turn ``rope_parameters`` into a Rope.
 
     Raises:
@@ -181,7 +181,7 @@ def rope_from_hf(parameters: Mapping[str, Any], head_width: int, max_positions: 
     if kind not in known:
         raise ValueError(f"unknown rope_type {kind!r}; known: {', '.join(known)}")
     theta = float(options.pop("rope_theta"))
-    width = int(head_width * options.pop("partial_rotary_factor", 1.0))
+    rotary_dim = int(head_dim * options.pop("partial_rotary_factor", 1.0))
     if kind != "default":
         options.setdefault("max_position_embeddings", max_positions)
     frozen = (
@@ -194,7 +194,7 @@ def rope_from_hf(parameters: Mapping[str, Any], head_width: int, max_positions: 
         if kind != "default"
         else ()
     )
-    return Rope(theta=theta, width=width, kind=kind, options=frozen)
+    return Rope(theta=theta, rotary_dim=rotary_dim, kind=kind, options=frozen)
 
 
 def decoder_config(hf: Mapping[str, Any], full: Mapping[str, Any], **changes: Any) -> ModelConfig:
@@ -206,9 +206,7 @@ def decoder_config(hf: Mapping[str, Any], full: Mapping[str, Any], **changes: An
         changes: ModelConfig fields that differ from Llama's reading.
     """
     heads = full["num_attention_heads"]
-    head_width = (
-        changes.pop("head_width", None) or full.get("head_dim") or full["hidden_size"] // heads
-    )
+    head_dim = changes.pop("head_dim", None) or full.get("head_dim") or full["hidden_size"] // heads
     layers = full["num_hidden_layers"]
     max_positions = full["max_position_embeddings"]
     window = full.get("sliding_window") or 0
@@ -223,11 +221,11 @@ def decoder_config(hf: Mapping[str, Any], full: Mapping[str, Any], **changes: An
         vocab_size=full["vocab_size"],
         vocab_rows=full["vocab_size"],
         num_layers=layers,
-        width=full["hidden_size"],
+        hidden_size=full["hidden_size"],
         num_heads=heads,
         num_kv_heads=full.get("num_key_value_heads") or heads,
-        head_width=head_width,
-        ffn_width=full["intermediate_size"],
+        head_dim=head_dim,
+        intermediate_size=full["intermediate_size"],
         max_positions=max_positions,
         activation=full.get("hidden_act", "silu"),
         norm_eps=full.get("rms_norm_eps", 1e-6),
@@ -235,12 +233,12 @@ def decoder_config(hf: Mapping[str, Any], full: Mapping[str, Any], **changes: An
         output_bias=bool(full.get("attention_bias", False)),
         mlp_bias=bool(full.get("mlp_bias", False)),
         tied=bool(full.get("tie_word_embeddings", False)),
-        query_scale=head_width**-0.5,
+        query_scale=head_dim**-0.5,
         windows=windows,
         init_std=full.get("initializer_range", 0.02),
         layer_ropes=(0,) * layers,
         hf=json.dumps(dict(hf), sort_keys=True),
     )
     if "ropes" not in changes:
-        fields["ropes"] = (rope_from_hf(full["rope_parameters"], head_width, max_positions),)
+        fields["ropes"] = (rope_from_hf(full["rope_parameters"], head_dim, max_positions),)
     return ModelConfig(**(fields | changes))

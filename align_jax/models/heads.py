@@ -39,13 +39,13 @@ class Linear(nn.Module):
     Drawn with standard deviation 1 / sqrt(D + 1), as Stiennon et al. 2020 (arXiv 2009.01325) do.
     """
 
-    width: int
+    hidden_size: int
     bias: bool
 
     @nn.compact
     def __call__(self, hidden: jax.Array) -> jax.Array:
-        std = (self.width + 1) ** -0.5
-        return Dense(self.width, 1, ("embed", "score"), self.bias, std, name="out")(
+        std = (self.hidden_size + 1) ** -0.5
+        return Dense(self.hidden_size, 1, ("embed", "score"), self.bias, std, name="out")(
             hidden.astype(jnp.float32)
         )[..., 0]
 
@@ -53,21 +53,23 @@ class Linear(nn.Module):
 class Mlp(nn.Module):
     """hidden -> scalar by three layers; no gradient flows into the decoder (HALOs' value head)."""
 
-    width: int
+    hidden_size: int
 
     @nn.compact
     def __call__(self, hidden: jax.Array) -> jax.Array:
-        std = self.width**-0.5
+        std = self.hidden_size**-0.5
         x = jax.lax.stop_gradient(hidden.astype(jnp.float32))
-        x = jax.nn.relu(Dense(self.width, self.width, ("embed", "ffn"), True, std, name="first")(x))
         x = jax.nn.relu(
-            Dense(self.width, self.width, ("ffn", "embed"), True, std, name="second")(x)
+            Dense(self.hidden_size, self.hidden_size, ("embed", "ffn"), True, std, name="first")(x)
         )
-        return Dense(self.width, 1, ("embed", "score"), True, std, name="out")(x)[..., 0]
+        x = jax.nn.relu(
+            Dense(self.hidden_size, self.hidden_size, ("ffn", "embed"), True, std, name="second")(x)
+        )
+        return Dense(self.hidden_size, 1, ("embed", "score"), True, std, name="out")(x)[..., 0]
 
 
 HEADS: Mapping[str, nn.Module] = {
-    "score": lambda width, name: Linear(width, False, name=name),
-    "value": lambda width, name: Linear(width, True, name=name),
-    "value_mlp": lambda width, name: Mlp(width, name=name),
+    "score": lambda hidden_size, name: Linear(hidden_size, False, name=name),
+    "value": lambda hidden_size, name: Linear(hidden_size, True, name=name),
+    "value_mlp": lambda hidden_size, name: Mlp(hidden_size, name=name),
 }

@@ -160,7 +160,7 @@ class Model:
         """
         c, dtype = self.config, dtype or self.options.dtype
         length = caches.slots(c.windows, length)
-        shape = (c.num_layers, rows, length, c.num_kv_heads, c.head_width)
+        shape = (c.num_layers, rows, length, c.num_kv_heads, c.head_dim)
         return Cache(
             jnp.zeros(shape, dtype),
             jnp.zeros(shape, dtype),

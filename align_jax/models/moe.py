@@ -138,7 +138,7 @@ class Experts(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "N T D"], real: Bool[Array, "N T"]):
         c = self.config
-        D, F, E, dtype = c.width, c.ffn_width, c.num_experts, self.dtype
+        D, F, E, dtype = c.hidden_size, c.intermediate_size, c.num_experts, self.dtype
         init = normal(c.init_std)
         router = array(parameter(self, "router", init, (D, E), ("embed", None)), dtype)
         gate, up = (

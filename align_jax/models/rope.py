@@ -23,10 +23,10 @@ def frequencies(rope: Rope) -> tuple[np.ndarray, float]:
     """Return the angle per position of each feature pair, and the factor on sine and cosine.
 
     Returns:
-        float32 [width / 2] in radians a token; the attention factor.  For "dynamic" and "longrope",
-        which depend on the row's length, what holds within the original context.
+        float32 [rotary_dim / 2] in radians a token; the attention factor.  For "dynamic" and
+        "longrope", which depend on the row's length, what holds within the original context.
     """
-    exponents = np.arange(0, rope.width, 2, dtype=np.float32) / np.float32(rope.width)
+    exponents = np.arange(0, rope.rotary_dim, 2, dtype=np.float32) / np.float32(rope.rotary_dim)
     plain = (1.0 / np.float32(rope.theta) ** exponents).astype(np.float32)
     if rope.kind == "linear":
         return plain / np.float32(rope.option("factor")), 1.0
@@ -72,7 +72,9 @@ def _yarn(rope: Rope) -> tuple[np.ndarray, float]:
 
     def dimension(rotations: float) -> float:
         return (
-            rope.width * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
+            rope.rotary_dim
+            * math.log(original / (rotations * 2 * math.pi))
+            / (2 * math.log(rope.theta))
         )
 
     low, high = (
@@ -81,12 +83,12 @@ def _yarn(rope: Rope) -> tuple[np.ndarray, float]:
     )
     if rope.option("truncate", True):
         low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, rope.width - 1)
+    low, high = max(low, 0), min(high, rope.rotary_dim - 1)
     ramp = np.clip(
-        (np.arange(rope.width // 2, dtype=np.float32) - low) / max(high - low, 0.001), 0, 1
+        (np.arange(rope.rotary_dim // 2, dtype=np.float32) - low) / max(high - low, 0.001), 0, 1
     )
     powers = np.float32(rope.theta) ** (
-        np.arange(0, rope.width, 2, dtype=np.float32) / np.float32(rope.width)
+        np.arange(0, rope.rotary_dim, 2, dtype=np.float32) / np.float32(rope.rotary_dim)
     )
     return ((1 / (factor * powers)) * ramp + (1 / powers) * (1 - ramp)).astype(np.float32), float(
         attention
@@ -106,7 +108,7 @@ def _longrope_factor(rope: Rope) -> float:
 def tables(
     rope: Rope, positions: Int[Array, "N T"]
 ) -> tuple[Float[Array, "N T w"], Float[Array, "N T w"]]:
-    """Return the cosines and sines, float32 [N, T, width / 2].
+    """Return the cosines and sines, float32 [N, T, rotary_dim / 2].
 
     "dynamic" and "longrope" change with the length: each row's own largest position decides, so
     that a row's result does not depend on the rows beside it.
@@ -121,7 +123,7 @@ def tables(
 
 def _long_angles(rope: Rope, positions, length, angles):
     limit = rope.option("original_max_position_embeddings", rope.option("max_position_embeddings"))
-    exponents = np.arange(0, rope.width, 2, dtype=np.float32) / np.float32(rope.width)
+    exponents = np.arange(0, rope.rotary_dim, 2, dtype=np.float32) / np.float32(rope.rotary_dim)
     if rope.kind == "longrope":
         inverse = 1.0 / (
             np.asarray(rope.option("long_factor"), np.float32) * np.float32(rope.theta) ** exponents
@@ -133,7 +135,7 @@ def _long_angles(rope: Rope, positions, length, angles):
         scale = rope.option("factor")
         # [N, 1]
         base = rope.theta * ((scale * length / limit) - (scale - 1)) ** (
-            rope.width / (rope.width - 2)
+            rope.rotary_dim / (rope.rotary_dim - 2)
         )
         # [N, 1, w]
         inverse = (

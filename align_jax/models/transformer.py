@@ -65,7 +65,7 @@ class Attention(nn.Module):
             lora = self.options.lora and self.options.lora.on(f"attention/{name}")
             return Linear(inputs, outputs, axes, dtype, bias, c.init_std, lora, name=name)
 
-        D, H, K, h = c.width, c.num_heads, c.num_kv_heads, c.head_width
+        D, H, K, h = c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim
         q = linear("query", (D,), (H, h), ("embed", "heads", "head"), c.attention_bias)(x)
         k = linear("key", (D,), (K, h), ("embed", "kv_heads", "head"), c.attention_bias)(x)
         v = linear("value", (D,), (K, h), ("embed", "kv_heads", "head"), c.attention_bias)(x)
@@ -79,7 +79,7 @@ class Attention(nn.Module):
     def _norm(self, name, x, axis):
         c = self.config
         shape, axes = (
-            ((c.head_width,), ("norm",)) if c.qk_norm == "head" else (x.shape[-2:], (axis, "head"))
+            ((c.head_dim,), ("norm",)) if c.qk_norm == "head" else (x.shape[-2:], (axis, "head"))
         )
         return Norm(shape, "rms", c.norm_eps, c.norm_offset, self.options.dtype, axes, name=name)(x)
 
@@ -164,12 +164,12 @@ class Mlp(nn.Module):
             )
 
         act = ACTIVATIONS[c.activation]
-        y = linear("up", c.width, c.ffn_width, ("embed", "ffn"))(x)
+        y = linear("up", c.hidden_size, c.intermediate_size, ("embed", "ffn"))(x)
         if c.gated:
-            y = act(linear("gate", c.width, c.ffn_width, ("embed", "ffn"))(x)) * y
+            y = act(linear("gate", c.hidden_size, c.intermediate_size, ("embed", "ffn"))(x)) * y
         else:
             y = act(y)
-        return linear("down", c.ffn_width, c.width, ("ffn", "embed"))(y)
+        return linear("down", c.intermediate_size, c.hidden_size, ("ffn", "embed"))(y)
 
 
 class Block(nn.Module):
@@ -188,7 +188,7 @@ class Block(nn.Module):
             if not on:
                 return y
             return Norm(
-                (c.width,), c.norm, c.norm_eps, c.norm_offset, self.options.dtype, name=name
+                (c.hidden_size,), c.norm, c.norm_eps, c.norm_offset, self.options.dtype, name=name
             )(y)
 
         def dropped(y):
@@ -233,10 +233,10 @@ class Decoder(nn.Module):
         )(c, o)
         self.embed = Embedding(c, o.dtype)
         self.drop = nn.Dropout(o.dropout)
-        self.final_norm = Norm((c.width,), c.norm, c.norm_eps, c.norm_offset, o.dtype)
+        self.final_norm = Norm((c.hidden_size,), c.norm, c.norm_eps, c.norm_offset, o.dtype)
         if o.unembed and not c.tied:
             self.output = Linear(
-                (c.width,),
+                (c.hidden_size,),
                 (c.vocab_rows,),
                 ("embed", "vocab"),
                 o.dtype,
@@ -244,7 +244,7 @@ class Decoder(nn.Module):
                 c.init_std,
                 result=jnp.float32,
             )
-        self.scalars = {name: HEADS[name](c.width, name) for name in o.heads}
+        self.scalars = {name: HEADS[name](c.hidden_size, name) for name in o.heads}
 
     def everything(self, tokens):
         """Touch every parameter: what initialization runs."""
@@ -354,12 +354,12 @@ class Embedding(nn.Module):
     def setup(self):
         c = self.config
         self.tokens = parameter(
-            self, "tokens", normal(c.init_std), (c.vocab_rows, c.width), ("vocab", "embed")
+            self, "tokens", normal(c.init_std), (c.vocab_rows, c.hidden_size), ("vocab", "embed")
         )
         if c.learned_positions:
             rows = c.max_positions + c.position_offset
             self.positions = parameter(
-                self, "positions", normal(c.init_std), (rows, c.width), ("positions", "embed")
+                self, "positions", normal(c.init_std), (rows, c.hidden_size), ("positions", "embed")
             )
 
     def table(self):

@@ -153,14 +153,14 @@ def _activations(run: Pass, mesh: Mapping[str, int]) -> dict[str, float | int]:
     itemsize = np.dtype(run.model.options.dtype).itemsize
     shards, length = math.prod(mesh[axis] for axis in ROWS), run.length / mesh["sequence"]
     rows, L, tensor = run.rows / shards, config.num_layers, mesh["tensor"]
-    states = rows * length * config.width * itemsize  # of one layer, on one device
+    states = rows * length * config.hidden_size * itemsize  # of one layer, on one device
     # forward; what the backward pass computes anew and does not find saved; backward
     again = int(backward and remat in ("full", "attention"))
     sums = 1 if config.parallel_residual else 2
     reduced = states * (L * (sums + (sums - 1) * again + sums * backward) + 1)
-    reduced += rows * run.positions / mesh["sequence"] * config.width * itemsize * backward
+    reduced += rows * run.positions / mesh["sequence"] * config.hidden_size * itemsize * backward
     heads = max(1.0, config.num_kv_heads / tensor)
-    keys = 2 * rows * run.length * heads * config.head_width * itemsize * L
+    keys = 2 * rows * run.length * heads * config.head_dim * itemsize * L
     kept = int(backward and remat != "none")
     tokens = states * L * (mesh["expert"] - 1) if config.num_experts else 0.0
     return {

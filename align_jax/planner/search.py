@@ -99,7 +99,7 @@ def _rate(
 ) -> tuple[float, float]:
     """Return rough seconds a step and bytes a device."""
     devices, chip = len(topology.devices), topology.chip
-    weights = layer_weights(model) + 2 * model.width * model.vocab_rows
+    weights = layer_weights(model) + 2 * model.hidden_size * model.vocab_rows
     if model.num_experts:
         weights *= model.num_experts / model.experts_per_token  # all of them lie somewhere
     units, saved = PASSES[one.remat]
@@ -107,11 +107,11 @@ def _rate(
     own = tokens / (devices / one.tensor)  # tokens of a step on one device
     split = one.fsdp * one.expert
     gathered = 4 * 2 * weights / one.tensor * (1 - 1 / split) * one.microbatches / one.expert
-    reduced = 10 * 2 * model.num_layers * own * model.width * 2 * (1 - 1 / one.tensor)
+    reduced = 10 * 2 * model.num_layers * own * model.hidden_size * 2 * (1 - 1 / one.tensor)
     ring = 2 * chip.link
     seconds = compute + 0.5 * (gathered + reduced) / ring
     activations = (
-        own / one.microbatches * model.num_layers * model.width * 2 * (saved / one.tensor + 1)
+        own / one.microbatches * model.num_layers * model.hidden_size * 2 * (saved / one.tensor + 1)
     )
     layer = 6 * weights / model.num_layers / one.tensor
     return seconds, weights * trained_bytes / (split * one.tensor) + activations + layer

@@ -74,11 +74,11 @@ def layer_weights(config: ModelConfig) -> int:
     """Count the weights of all layers that multiply each token (of a mixture: the chosen
     experts')."""
     D, H, K, h, F = (
-        config.width,
+        config.hidden_size,
         config.num_heads,
         config.num_kv_heads,
-        config.head_width,
-        config.ffn_width,
+        config.head_dim,
+        config.intermediate_size,
     )
     attention = D * H * h + 2 * D * K * h + H * h * D
     mlp = (3 if config.gated else 2) * D * F
@@ -109,8 +109,12 @@ def forward_flops(
     for window in config.windows:
         reach = min(window or segment, segment)
         pairs += reach * (reach + 1) / 2 + (segment - reach) * reach
-    attention = 4 * config.num_heads * config.head_width * pairs * tokens / segment
-    head = 2 * config.width * config.vocab_rows * rows * positions if model.options.unembed else 0.0
+    attention = 4 * config.num_heads * config.head_dim * pairs * tokens / segment
+    head = (
+        2 * config.hidden_size * config.vocab_rows * rows * positions
+        if model.options.unembed
+        else 0.0
+    )
     adapter = (
         sum(
             leaf.size
@@ -137,8 +141,8 @@ def decode_flops(model: Model, *, rows: int, context: int) -> Forward:
     seen = sum(min(window or context, context) for window in config.windows)
     return Forward(
         2.0 * layer_weights(config) * rows,
-        4.0 * config.num_heads * config.head_width * seen * rows,
-        2.0 * config.width * config.vocab_rows * rows,
+        4.0 * config.num_heads * config.head_dim * seen * rows,
+        2.0 * config.hidden_size * config.vocab_rows * rows,
     )
 
 

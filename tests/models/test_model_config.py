@@ -141,7 +141,7 @@ CASES = {  # case -> (configuration, parameters in all, what must be read)
     "Pythia 2.8B": (
         PYTHIA,
         2_775_208_960,
-        lambda c: (c.ropes[0].width, c.parallel_residual, c.norm) == (20, True, "layer"),
+        lambda c: (c.ropes[0].rotary_dim, c.parallel_residual, c.norm) == (20, True, "layer"),
     ),
     "Gemma 2 2B": (
         GEMMA2,
@@ -164,7 +164,7 @@ CASES = {  # case -> (configuration, parameters in all, what must be read)
     "Qwen 3 30B": (
         QWEN3_MOE,
         30_532_122_624,
-        lambda c: (c.num_experts, c.ffn_width, c.normalize_experts) == (128, 768, True),
+        lambda c: (c.num_experts, c.intermediate_size, c.normalize_experts) == (128, 768, True),
     ),
     "Phi 3 mini 128k": (
         PHI3,

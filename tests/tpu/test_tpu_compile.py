@@ -102,7 +102,7 @@ def _no_whole_rows_of_logits(step, found) -> None:
     wrong = [
         shape
         for shape, count in beside.items()
-        if count >= tokens and count != step.recipe.policy.config.width
+        if count >= tokens and count != step.recipe.policy.config.hidden_size
     ]
     assert not wrong, wrong
 

@@ -28,13 +28,13 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
             "false and "
             "scale_attn_weights true; other variants are not supported"
         )
-    width = full["n_embd"]
+    hidden_size = full["n_embd"]
     llama = full | {
-        "hidden_size": width,
+        "hidden_size": hidden_size,
         "num_hidden_layers": full["n_layer"],
         "num_attention_heads": full["n_head"],
         "max_position_embeddings": full["n_positions"],
-        "intermediate_size": full["n_inner"] or 4 * width,
+        "intermediate_size": full["n_inner"] or 4 * hidden_size,
     }
     return decoder_config(
         hf,

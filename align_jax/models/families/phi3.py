@@ -14,7 +14,7 @@ from_hf = llama.from_hf
 def weights(config: ModelConfig) -> list[Weight]:
     """Return the weight map."""
     name = "model.layers.{layer}"
-    queries, keys = config.num_heads * config.head_width, config.num_kv_heads * config.head_width
+    queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     fused = f"{name}.self_attn.qkv_proj.weight"
     return [
         *llama.ends(config),

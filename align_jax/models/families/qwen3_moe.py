@@ -28,7 +28,7 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
         hf,
         full,
         qk_norm="head",
-        ffn_width=full["moe_intermediate_size"],
+        intermediate_size=full["moe_intermediate_size"],
         num_experts=full["num_local_experts"],
         experts_per_token=full["num_experts_per_tok"],
         normalize_experts=full["norm_topk_prob"],
