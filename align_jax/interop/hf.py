@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Weights both ways between Hugging Face checkpoints and our parameters.
 
-    folder or hub id -> config.json -> ModelConfig -> the family's weight map -> parameters,
+    folder or hub id -> config.json -> ModelConfig -> the family's tensor map -> parameters,
     streamed into shardings
 
 A parameter of the layers is filled one layer at a time, and of each tensor a process reads only
@@ -30,13 +30,13 @@ from align_jax.interop import tensor_files as files
 from align_jax.models import FAMILIES, Family
 from align_jax.models.config import ModelConfig
 from align_jax.models.model import build
-from align_jax.models.tensor_map import Layout, Weight, linear, names, parse
+from align_jax.models.tensor_map import AxisMap, TensorMap, linear, names, parse
 
 SHARD_BYTES = 5 * 10**9  # a file's size, as transformers' default
 CHUNK_BYTES = 1 << 26  # what is read of a tensor at once
 
-HEAD_WEIGHTS: Mapping[str, tuple[Weight, ...]] = {
-    "score": (Weight("score.weight", "score/out/kernel", "1 D -> D 1"),),
+HEAD_TENSORS: Mapping[str, tuple[TensorMap, ...]] = {
+    "score": (TensorMap("score.weight", "score/out/kernel", "1 D -> D 1"),),
     "value": tuple(linear("v_head.summary", "value/out", "1 D -> D 1", "1 -> 1")),
     "value_mlp": (
         *linear("v_head.summary.0", "value_mlp/first", "d D -> D d", "d -> d"),
@@ -113,16 +113,16 @@ def load_config(path: str) -> ModelConfig:
         return config_from(json.load(file))
 
 
-def weight_map(
+def tensor_maps(
     config: ModelConfig, heads: tuple[str, ...] = (), unembed: bool = True
-) -> list[Weight]:
-    """Return the weight map of a model with these heads."""
+) -> list[TensorMap]:
+    """Return the tensor map of a model with these heads."""
     out = [
-        weight
-        for weight in FAMILIES[config.family].weights(config)
-        if unembed or not weight.path.startswith("output/")
+        entry
+        for entry in FAMILIES[config.family].tensor_maps(config)
+        if unembed or not entry.path.startswith("output/")
     ]
-    return out + [weight for head in heads for weight in HEAD_WEIGHTS[head]]
+    return out + [entry for head in heads for entry in HEAD_TENSORS[head]]
 
 
 def load(
@@ -168,31 +168,31 @@ def load(
     default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     out: dict[str, Any] = {}
     with files.Reader(folder) as reader:
-        present = [head for head in heads if HEAD_WEIGHTS[head][0].name in reader.names]
-        weights = _renamed(
-            weight_map(config, tuple(present), unembed), reader.names, FAMILIES[config.family].base
+        present = [head for head in heads if HEAD_TENSORS[head][0].name in reader.names]
+        entries = _renamed(
+            tensor_maps(config, tuple(present), unembed), reader.names, FAMILIES[config.family].base
         )
-        _check(reader, weights, own, path)
-        for weight in weights:
-            if only is not None and weight.path not in only:
+        _check(reader, entries, own, path)
+        for entry in entries:
+            if only is not None and entry.path not in only:
                 continue
-            shape = flat_shapes[weight.path].shape
-            kind = reader.dtype(names(weight, config)[0]) if dtype is None else jnp.dtype(dtype)
-            sharding = flat_shardings.get(weight.path, default)
-            value = _fill(reader, weight, own, shape, kind, sharding)
-            letters = parse(weight, own).ours
+            shape = flat_shapes[entry.path].shape
+            kind = reader.dtype(names(entry, config)[0]) if dtype is None else jnp.dtype(dtype)
+            sharding = flat_shardings.get(entry.path, default)
+            value = _fill(reader, entry, own, shape, kind, sharding)
+            letters = parse(entry, own).ours
             if "V" in letters and config.vocab_size > own.vocab_size:
                 value = _grown(letters.index("V"), own.vocab_size, config.vocab_size, sharding)(
                     value
                 )
-            out[weight.path] = value
+            out[entry.path] = value
     return config, unflatten(out)
 
 
 def stored_heads(path: str) -> tuple[str, ...]:
     """Return the scalar heads that a checkpoint holds: what ``load`` needs to read all of it."""
     with files.Reader(locate(path)) as reader:
-        found = [head for head, weights in HEAD_WEIGHTS.items() if weights[0].name in reader.names]
+        found = [head for head, entries in HEAD_TENSORS.items() if entries[0].name in reader.names]
     return tuple(found)
 
 
@@ -229,11 +229,11 @@ def _grown(axis: int, had: int, wanted: int, sharding: jax.sharding.Sharding) ->
     return jax.jit(grow, donate_argnums=0, out_shardings=sharding)
 
 
-def _renamed(weights: list[Weight], present: set[str], base: str) -> list[Weight]:
+def _renamed(entries: list[TensorMap], present: set[str], base: str) -> list[TensorMap]:
     """Drop the base prefix where the checkpoint is of the bare decoder (as GPT-2's on the hub)."""
     if not base or any(name.startswith(base) for name in present):
-        return weights
-    return [dataclasses.replace(weight, name=weight.name.removeprefix(base)) for weight in weights]
+        return entries
+    return [dataclasses.replace(entry, name=entry.name.removeprefix(base)) for entry in entries]
 
 
 def tensor_shapes(
@@ -242,35 +242,35 @@ def tensor_shapes(
     """Return the names and shapes of the tensors of a model's checkpoint, in the order in which
     they are written."""
     return _expected(
-        weight_map(config, heads, unembed),
+        tensor_maps(config, heads, unembed),
         dataclasses.replace(config, vocab_rows=config.vocab_size),
     )
 
 
-def _expected(weights: list[Weight], config: ModelConfig) -> dict[str, tuple[int, ...]]:
+def _expected(entries: list[TensorMap], config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Return the checkpoint's tensors and their shapes; spans of one tensor add up."""
     out: dict[str, tuple[int, ...]] = {}
-    for weight in weights:
-        shape = parse(weight, config).their_shape
-        for name in names(weight, config):
+    for entry in entries:
+        shape = parse(entry, config).their_shape
+        for name in names(entry, config):
             rows = (
-                max(out[name][0], sum(weight.span))
-                if weight.span and name in out
-                else (sum(weight.span) if weight.span else shape[0])
+                max(out[name][0], sum(entry.span))
+                if entry.span and name in out
+                else (sum(entry.span) if entry.span else shape[0])
             )
             out[name] = (rows, *shape[1:])
     return out
 
 
-def _check(reader: files.Reader, weights: list[Weight], config: ModelConfig, path: str) -> None:
-    expected = _expected(weights, config)
+def _check(reader: files.Reader, entries: list[TensorMap], config: ModelConfig, path: str) -> None:
+    expected = _expected(entries, config)
     row = FAMILIES[config.family]
     # another use of the same decoder may have other heads
-    other = {weight.name for head in HEAD_WEIGHTS.values() for weight in head}
+    other = {entry.name for head in HEAD_TENSORS.values() for entry in head}
     other |= {
-        weight.name
-        for weight in row.weights(dataclasses.replace(config, tied=False))
-        if weight.path.startswith("output/")
+        entry.name
+        for entry in row.tensor_maps(dataclasses.replace(config, tied=False))
+        if entry.path.startswith("output/")
     }
     missing = sorted(set(expected) - reader.names)
     unexpected = sorted(
@@ -299,19 +299,19 @@ def _check(reader: files.Reader, weights: list[Weight], config: ModelConfig, pat
 
 def _fill(
     reader: files.Reader,
-    weight: Weight,
+    entry: TensorMap,
     config: ModelConfig,
     shape: tuple[int, ...],
     dtype: np.dtype,
     sharding: jax.sharding.Sharding,
 ) -> jax.Array:
-    layout = parse(weight, config)
-    if not weight.stacked:
-        return _block(reader, weight, layout, 0, shape, dtype, sharding)
+    axes = parse(entry, config)
+    if not entry.stacked:
+        return _block(reader, entry, axes, 0, shape, dtype, sharding)
     whole = _zeros(shape, jnp.dtype(dtype), sharding)()
     put = _put(sharding)
     for layer in range(config.num_layers):
-        block = _block(reader, weight, layout, layer, (1, *shape[1:]), dtype, sharding)
+        block = _block(reader, entry, axes, layer, (1, *shape[1:]), dtype, sharding)
         # one layer at a time: waiting here is what bounds the host's memory
         whole = jax.block_until_ready(put(whole, block, layer))
     return whole
@@ -333,8 +333,8 @@ def _put(sharding: jax.sharding.Sharding) -> Any:
 
 def _block(
     reader: files.Reader,
-    weight: Weight,
-    layout: Layout,
+    entry: TensorMap,
+    axes: AxisMap,
     layer: int,
     shape: tuple[int, ...],
     dtype: np.dtype,
@@ -347,7 +347,7 @@ def _block(
         key = tuple(slice_.indices(size)[:2] for slice_, size in zip(index, shape))
         if key not in read:
             read[key] = _piece(
-                reader, weight, layout, layer, [slice(*bounds) for bounds in key], dtype
+                reader, entry, axes, layer, [slice(*bounds) for bounds in key], dtype
             )
         return read[key]
 
@@ -356,47 +356,47 @@ def _block(
 
 def _piece(
     reader: files.Reader,
-    weight: Weight,
-    layout: Layout,
+    entry: TensorMap,
+    axes: AxisMap,
     layer: int,
     index: list[slice],
     dtype: np.dtype,
 ) -> np.ndarray:
-    inner = index[weight.stacked :]
-    experts = range(inner[0].start, inner[0].stop) if weight.by_expert else (0,)
-    inner = inner[weight.by_expert :]
+    inner = index[entry.stacked :]
+    experts = range(inner[0].start, inner[0].stop) if entry.by_expert else (0,)
+    inner = inner[entry.by_expert :]
     # rows that pad the vocabulary stand in no tensor and stay zero
     wanted = [
         slice(min(part.start, size), min(part.stop, size))
-        for part, size in zip(inner, layout.our_shape)
+        for part, size in zip(inner, axes.our_shape)
     ]
     out = np.zeros((len(experts), *(part.stop - part.start for part in inner)), dtype)
     for row, expert in enumerate(experts):
-        name = weight.name.format(layer=layer, expert=expert)
-        for chunk in _chunks(wanted, layout, out[row].nbytes):
-            bounds = layout.bounds(chunk)
-            if weight.span:
+        name = entry.name.format(layer=layer, expert=expert)
+        for chunk in _chunks(wanted, axes, out[row].nbytes):
+            bounds = axes.bounds(chunk)
+            if entry.span:
                 bounds = (
-                    slice(bounds[0].start + weight.span[0], bounds[0].stop + weight.span[0]),
+                    slice(bounds[0].start + entry.span[0], bounds[0].stop + entry.span[0]),
                     *bounds[1:],
                 )
             place = tuple(
                 slice(part.start - whole.start, part.stop - whole.start)
                 for part, whole in zip(chunk, inner)
             )
-            out[row][place] = layout.to_ours(reader.read(name, bounds), chunk)
-    out = out if weight.by_expert else out[0]
-    return out[None] if weight.stacked else out
+            out[row][place] = axes.to_ours(reader.read(name, bounds), chunk)
+    out = out if entry.by_expert else out[0]
+    return out[None] if entry.stacked else out
 
 
-def _chunks(wanted: list[slice], layout: Layout, size: int) -> Iterator[list[slice]]:
+def _chunks(wanted: list[slice], axes: AxisMap, size: int) -> Iterator[list[slice]]:
     """Cut a part of ours along the tensor's first axis, so that what is read at once stays
     small."""
-    letter = layout.theirs[0][0]
-    if letter not in layout.ours:
+    letter = axes.theirs[0][0]
+    if letter not in axes.ours:
         yield wanted
         return
-    axis = layout.ours.index(letter)
+    axis = axes.ours.index(letter)
     start, stop = wanted[axis].start, wanted[axis].stop
     step = max(1, (stop - start) * CHUNK_BYTES // max(size, 1))
     for begin in range(start, stop, step):
@@ -440,33 +440,33 @@ def save(
         dtype or hf.get("dtype") or hf.get("torch_dtype") or next(iter(flat.values())).dtype
     )
     stored = dataclasses.replace(config, vocab_rows=config.vocab_size)
-    weights = weight_map(config, heads, unembed)
+    entries = tensor_maps(config, heads, unembed)
     extra, missing = (
-        sorted(set(flat) - {w.path for w in weights}),
-        sorted({w.path for w in weights} - set(flat)),
+        sorted(set(flat) - {one.path for one in entries}),
+        sorted({one.path for one in entries} - set(flat)),
     )
     if extra or missing:
         raise ValueError(
             f"cannot write a {config.family} checkpoint: parameters unexpected "
             f"{extra}, missing {missing}"
         )
-    sources: dict[str, list[tuple[Weight, int, int]]] = {}
-    for weight in weights:
-        for layer in range(config.num_layers) if weight.stacked else (0,):
-            for expert in range(config.num_experts) if weight.by_expert else (0,):
-                name = weight.name.format(layer=layer, expert=expert)
-                sources.setdefault(name, []).append((weight, layer, expert))
-    shapes = _expected(weights, stored)
+    sources: dict[str, list[tuple[TensorMap, int, int]]] = {}
+    for entry in entries:
+        for layer in range(config.num_layers) if entry.stacked else (0,):
+            for expert in range(config.num_experts) if entry.by_expert else (0,):
+                name = entry.name.format(layer=layer, expert=expert)
+                sources.setdefault(name, []).append((entry, layer, expert))
+    shapes = _expected(entries, stored)
 
     def make(name: str) -> np.ndarray:
         tensor = np.empty(shapes[name], dtype)
-        for weight, layer, expert in sources[name]:
-            value = flat[weight.path][layer] if weight.stacked else flat[weight.path]
-            value = _host(value[expert] if weight.by_expert else value)
-            layout = parse(weight, stored)
-            rows = slice(weight.span[0], sum(weight.span)) if weight.span else slice(None)
-            layout.to_theirs(
-                value[tuple(slice(size) for size in layout.our_shape)].astype(dtype), tensor[rows]
+        for entry, layer, expert in sources[name]:
+            value = flat[entry.path][layer] if entry.stacked else flat[entry.path]
+            value = _host(value[expert] if entry.by_expert else value)
+            axes = parse(entry, stored)
+            rows = slice(entry.span[0], sum(entry.span)) if entry.span else slice(None)
+            axes.to_theirs(
+                value[tuple(slice(size) for size in axes.our_shape)].astype(dtype), tensor[rows]
             )
         return tensor
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adapters both ways between PEFT's files and our parameters, through each family's own weight map.
+"""Adapters both ways between PEFT's files and our parameters, through each family's own tensor map.
 
     adapter_config.json, adapter_model.safetensors  <->  LoraConfig, {"layers": {"attention":
     {"query": {"lora_a"...}}}}
@@ -34,7 +34,7 @@ from align_jax.interop.tensor_files import SINGLE
 from align_jax.models import FAMILIES
 from align_jax.models.config import ModelConfig
 from align_jax.models.lora import LoraConfig
-from align_jax.models.tensor_map import Layout, parse
+from align_jax.models.tensor_map import AxisMap, parse
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -100,72 +100,72 @@ class Site:
 
     Attributes:
         path: "layers/attention/query".
-        layout: of the kernel.
+        axes: of the kernel.
         count: how many axes are contracted.
-        start: first row of the module's outputs that belongs to the layout.
+        start: first row of the module's outputs that belongs to the axes.
     """
 
     path: str
-    layout: Layout
+    axes: AxisMap
     count: int
     start: int
 
     @property
     def _sides(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        inputs = set(self.layout.ours[: self.count])
-        first, second = self.layout.theirs
+        inputs = set(self.axes.ours[: self.count])
+        first, second = self.axes.theirs
         return (first, second) if set(first) == inputs else (second, first)
 
-    def side(self, which: str, rank: int) -> Layout:
+    def side(self, which: str, rank: int) -> AxisMap:
         """Return how lora_A [r, in], lora_B [out, r] or the magnitudes [out] are laid out."""
-        (inputs, outputs), sizes = self._sides, {**self.layout.sizes, "r": rank}
-        ours_in, ours_out = self.layout.ours[: self.count], self.layout.ours[self.count :]
+        (inputs, outputs), sizes = self._sides, {**self.axes.sizes, "r": rank}
+        ours_in, ours_out = self.axes.ours[: self.count], self.axes.ours[self.count :]
         return {
-            "lora_a": Layout((("r",), inputs), (*ours_in, "r"), sizes),
-            "lora_b": Layout((outputs, ("r",)), ("r", *ours_out), sizes),
-            "lora_m": Layout((outputs,), ours_out, sizes),
+            "lora_a": AxisMap((("r",), inputs), (*ours_in, "r"), sizes),
+            "lora_b": AxisMap((outputs, ("r",)), ("r", *ours_out), sizes),
+            "lora_m": AxisMap((outputs,), ours_out, sizes),
         }[which]
 
     @property
     def transposed(self) -> bool:
         """Whether the module's weight is [in, out] (GPT-2's Conv1D)."""
-        return self.layout.theirs[0] == self._sides[0]
+        return self.axes.theirs[0] == self._sides[0]
 
     @property
     def width(self) -> int:
-        """Rows of the module's outputs that the layout covers."""
-        return math.prod(self.layout.sizes[letter] for letter in self._sides[1])
+        """Rows of the module's outputs that the axes covers."""
+        return math.prod(self.axes.sizes[letter] for letter in self._sides[1])
 
     def read(self, which: str, tensor: np.ndarray) -> np.ndarray:
         """Take this map's part of a layer's tensor."""
         rank = tensor.shape[0] if which == "lora_a" else tensor.shape[-1]
-        layout = self.side(which, rank)
-        whole = [slice(None)] * len(layout.ours)
+        axes = self.side(which, rank)
+        whole = [slice(None)] * len(axes.ours)
         rows = tensor if which == "lora_a" else tensor[self.start : self.start + self.width]
-        return layout.to_ours(rows[layout.bounds(whole)], whole)
+        return axes.to_ours(rows[axes.bounds(whole)], whole)
 
     def write(self, which: str, ours: np.ndarray, rank: int) -> np.ndarray:
         """Return a layer's tensor as the file holds it (of this map's rows), zero where other maps'
         numbers go."""
-        layout = self.side(which, rank)
-        out = np.zeros(layout.their_shape, np.float32)
-        layout.to_theirs(np.asarray(ours, np.float32), out)
+        axes = self.side(which, rank)
+        out = np.zeros(axes.their_shape, np.float32)
+        axes.to_theirs(np.asarray(ours, np.float32), out)
         return out
 
 
 def sites(config: ModelConfig) -> dict[str, list[Site]]:
     """Return a family's modules that can be adapted: name with {layer} -> our linear maps in it."""
     out: dict[str, list[Site]] = {}
-    for weight in FAMILIES[config.family].weights(config):
-        if re.fullmatch(r"layers/(attention|mlp)/\w+/kernel", weight.path):
-            path = weight.path.removesuffix("/kernel")
+    for entry in FAMILIES[config.family].tensor_maps(config):
+        if re.fullmatch(r"layers/(attention|mlp)/\w+/kernel", entry.path):
+            path = entry.path.removesuffix("/kernel")
             site = Site(
                 path,
-                parse(weight, config),
+                parse(entry, config),
                 2 if path.endswith("/output") else 1,
-                weight.span[0] if weight.span else 0,
+                entry.span[0] if entry.span else 0,
             )
-            out.setdefault(weight.name.removesuffix(".weight"), []).append(site)
+            out.setdefault(entry.name.removesuffix(".weight"), []).append(site)
     return out
 
 
@@ -230,7 +230,7 @@ def save(
     ranks: dict[str, int] = {}
     targets = []
     everything = [
-        weight.name.removesuffix(".weight") for weight in FAMILIES[config.family].weights(config)
+        entry.name.removesuffix(".weight") for entry in FAMILIES[config.family].tensor_maps(config)
     ]
     for name, parts in modules.items():
         adapted = [site for site in parts if f"{site.path}/lora_a" in flat]

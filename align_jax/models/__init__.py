@@ -25,7 +25,7 @@ from align_jax.models.families import (
     qwen3_moe,
     smollm3,
 )
-from align_jax.models.tensor_map import Weight
+from align_jax.models.tensor_map import TensorMap
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Family:
 
     Attributes:
         from_hf: Hugging Face configuration -> ours.
-        weights: our configuration -> the invertible weight map.
+        tensor_maps: our configuration -> the invertible tensor map.
         architecture: class name of the causal language model, as exported.
         base: prefix that checkpoints of the bare decoder lack.
         classifier: class name of the sequence classifier (reward models), "" where there is none.
@@ -42,7 +42,7 @@ class Family:
     """
 
     from_hf: Callable[[Mapping[str, Any]], ModelConfig]
-    weights: Callable[[ModelConfig], list[Weight]]
+    tensor_maps: Callable[[ModelConfig], list[TensorMap]]
     architecture: str
     base: str = "model."
     classifier: str = ""
@@ -52,25 +52,25 @@ class Family:
 FAMILIES: Mapping[str, Family] = {
     "gemma": Family(
         gemma.from_hf,
-        gemma.weights,
+        gemma.tensor_maps,
         "GemmaForCausalLM",
         classifier="GemmaForSequenceClassification",
     ),
     "gemma2": Family(
         gemma2.from_hf,
-        gemma2.weights,
+        gemma2.tensor_maps,
         "Gemma2ForCausalLM",
         classifier="Gemma2ForSequenceClassification",
     ),
     "gemma3_text": Family(
         gemma3_text.from_hf,
-        gemma3_text.weights,
+        gemma3_text.tensor_maps,
         "Gemma3ForCausalLM",
         classifier="Gemma3TextForSequenceClassification",
     ),
     "gpt2": Family(
         gpt2.from_hf,
-        gpt2.weights,
+        gpt2.tensor_maps,
         "GPT2LMHeadModel",
         base="transformer.",
         classifier="GPT2ForSequenceClassification",
@@ -78,7 +78,7 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "gpt_neox": Family(
         gpt_neox.from_hf,
-        gpt_neox.weights,
+        gpt_neox.tensor_maps,
         "GPTNeoXForCausalLM",
         base="gpt_neox.",
         classifier="GPTNeoXForSequenceClassification",
@@ -86,55 +86,58 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "llama": Family(
         llama.from_hf,
-        llama.weights,
+        llama.tensor_maps,
         "LlamaForCausalLM",
         classifier="LlamaForSequenceClassification",
     ),
     "mistral": Family(
         mistral.from_hf,
-        mistral.weights,
+        mistral.tensor_maps,
         "MistralForCausalLM",
         classifier="MistralForSequenceClassification",
     ),
     "mixtral": Family(
         mixtral.from_hf,
-        mixtral.weights,
+        mixtral.tensor_maps,
         "MixtralForCausalLM",
         classifier="MixtralForSequenceClassification",
     ),
     "olmo2": Family(
         olmo2.from_hf,
-        olmo2.weights,
+        olmo2.tensor_maps,
         "Olmo2ForCausalLM",
         classifier="Olmo2ForSequenceClassification",
     ),
     "opt": Family(
-        opt.from_hf, opt.weights, "OPTForCausalLM", classifier="OPTForSequenceClassification"
+        opt.from_hf, opt.tensor_maps, "OPTForCausalLM", classifier="OPTForSequenceClassification"
     ),
     "phi3": Family(
-        phi3.from_hf, phi3.weights, "Phi3ForCausalLM", classifier="Phi3ForSequenceClassification"
+        phi3.from_hf,
+        phi3.tensor_maps,
+        "Phi3ForCausalLM",
+        classifier="Phi3ForSequenceClassification",
     ),
     "qwen2": Family(
         qwen2.from_hf,
-        qwen2.weights,
+        qwen2.tensor_maps,
         "Qwen2ForCausalLM",
         classifier="Qwen2ForSequenceClassification",
     ),
     "qwen3": Family(
         qwen3.from_hf,
-        qwen3.weights,
+        qwen3.tensor_maps,
         "Qwen3ForCausalLM",
         classifier="Qwen3ForSequenceClassification",
     ),
     "qwen3_moe": Family(
         qwen3_moe.from_hf,
-        qwen3_moe.weights,
+        qwen3_moe.tensor_maps,
         "Qwen3MoeForCausalLM",
         classifier="Qwen3MoeForSequenceClassification",
     ),
     "smollm3": Family(
         smollm3.from_hf,
-        smollm3.weights,
+        smollm3.tensor_maps,
         "SmolLM3ForCausalLM",
         classifier="SmolLM3ForSequenceClassification",
     ),

@@ -2,11 +2,11 @@
 """How a family's tensors correspond to ours: one invertible map for import, export and the round
 trip.
 
-A ``Weight`` says where one of our parameters (one layer of it) stands in the checkpoint, and how
+A ``TensorMap`` says where one of our parameters (one layer of it) stands in the checkpoint, and how
 the two are laid out:
 
-    Weight("model.layers.{layer}.self_attn.q_proj.weight", "layers/attention/query/kernel", "(H h) D
-    -> D H h")
+    TensorMap("model.layers.{layer}.self_attn.q_proj.weight", "layers/attention/query/kernel", "(H
+    h) D -> D H h")
 
 Letters are the dimensions of core/schema.py with their sizes from the configuration.  A part of a
 fused tensor is named by a digit, ``(3:0 H h)`` (entry 0 of an axis of size 3), or by a span of rows
@@ -25,20 +25,20 @@ from align_jax.models.config import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class Weight:
+class TensorMap:
     """One of our parameters in a checkpoint.
 
     Attributes:
         name: tensor name, with {layer} (and {expert}) where there is one each.
         path: our path, "/"-separated; under "layers/" it has a leading axis of layers.
-        layout: "theirs -> ours"; theirs may group letters: "(H h) D".
+        axes: "theirs -> ours"; theirs may group letters: "(H h) D".
         span: (start, length) of the tensor's first axis, where it holds several parameters one
             after the other.
     """
 
     name: str
     path: str
-    layout: str
+    axes: str
     span: tuple[int, int] | None = None
 
     @property
@@ -53,8 +53,8 @@ class Weight:
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
-    """A parsed ``Weight.layout`` with sizes.
+class AxisMap:
+    """A parsed ``TensorMap.axes`` with sizes.
 
     Attributes:
         theirs: for each axis of the tensor, its letters (outermost first).
@@ -126,9 +126,9 @@ class Layout:
         grid[picks] = ours.transpose([self.ours.index(letter) for letter in kept])
 
 
-def parse(weight: Weight, config: ModelConfig) -> Layout:
-    """Read a layout string."""
-    theirs, ours = (side.strip() for side in weight.layout.split("->"))
+def parse(entry: TensorMap, config: ModelConfig) -> AxisMap:
+    """Read a axes string."""
+    theirs, ours = (side.strip() for side in entry.axes.split("->"))
     groups, inside = [], False
     for token in theirs.replace("(", " ( ").replace(")", " ) ").split():
         if token == "(":
@@ -146,31 +146,29 @@ def parse(weight: Weight, config: ModelConfig) -> Layout:
         letter: int(letter.split(":")[0]) if letter[0].isdigit() else sizes[letter]
         for letter in letters
     }
-    return Layout(tuple(tuple(group) for group in groups), tuple(ours.split()), resolved)
+    return AxisMap(tuple(tuple(group) for group in groups), tuple(ours.split()), resolved)
 
 
-def names(weight: Weight, config: ModelConfig) -> list[str]:
+def names(entry: TensorMap, config: ModelConfig) -> list[str]:
     """Return the names of the tensors of all layers and experts."""
-    layers = range(config.num_layers) if weight.stacked else (0,)
-    experts = range(config.num_experts) if weight.by_expert else (0,)
-    return [
-        weight.name.format(layer=layer, expert=expert) for layer in layers for expert in experts
-    ]
+    layers = range(config.num_layers) if entry.stacked else (0,)
+    experts = range(config.num_experts) if entry.by_expert else (0,)
+    return [entry.name.format(layer=layer, expert=expert) for layer in layers for expert in experts]
 
 
-def norm(name: str, path: str, kind: str, letters: str = "D") -> list[Weight]:
+def norm(name: str, path: str, kind: str, letters: str = "D") -> list[TensorMap]:
     """Return a norm's scale, and its bias if it is a layer norm."""
-    out = [Weight(f"{name}.weight", f"{path}/scale", f"{letters} -> {letters}")]
+    out = [TensorMap(f"{name}.weight", f"{path}/scale", f"{letters} -> {letters}")]
     return out + (
-        [Weight(f"{name}.bias", f"{path}/bias", f"{letters} -> {letters}")]
+        [TensorMap(f"{name}.bias", f"{path}/bias", f"{letters} -> {letters}")]
         if kind == "layer"
         else []
     )
 
 
 def linear(
-    name: str, path: str, layout: str, bias: str = "", *, span: tuple[int, int] | None = None
-) -> list[Weight]:
-    """Return a linear map's kernel, and its bias if that has a layout."""
-    out = [Weight(f"{name}.weight", f"{path}/kernel", layout, span)]
-    return out + ([Weight(f"{name}.bias", f"{path}/bias", bias, span)] if bias else [])
+    name: str, path: str, axes: str, bias: str = "", *, span: tuple[int, int] | None = None
+) -> list[TensorMap]:
+    """Return a linear map's kernel, and its bias if that has a axes."""
+    out = [TensorMap(f"{name}.weight", f"{path}/kernel", axes, span)]
+    return out + ([TensorMap(f"{name}.bias", f"{path}/bias", bias, span)] if bias else [])

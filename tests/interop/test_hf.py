@@ -11,7 +11,7 @@ import pytest
 
 from align_jax.interop import hf
 from align_jax.models.model import build
-from align_jax.models.tensor_map import Weight, parse
+from align_jax.models.tensor_map import TensorMap, parse
 from align_jax.parallel.mesh import make_mesh
 from align_jax.parallel.sharding import tree_shardings
 
@@ -93,7 +93,7 @@ def test_an_import_holds_no_more_than_its_largest_tensor(tmp_path, monkeypatch):
 )
 def test_layouts_invert_and_slice(layout, index):
     config = hf.config_from({"model_type": "llama"} | SHAPE)
-    parsed = parse(Weight("w", "w", layout), config)
+    parsed = parse(TensorMap("w", "w", layout), config)
     theirs = np.random.default_rng(0).normal(size=parsed.their_shape).astype(np.float32)
     everything = [slice(None)] * len(parsed.ours)
     whole = parsed.to_ours(theirs[parsed.bounds(everything)], everything)

@@ -181,4 +181,4 @@ def test_random_initialization_matches_axes_and_shapes(tmp_path):
         model.axes(),
         is_leaf=lambda node: isinstance(node, tuple),
     )
-    assert flatten(params).keys() == {weight.path for weight in hf.weight_map(config)}
+    assert flatten(params).keys() == {entry.path for entry in hf.tensor_maps(config)}

@@ -190,7 +190,7 @@ def test_published_models_have_their_published_sizes(name):
     assert check(config), config
     shapes = hf.flatten(build(config).shapes())
     assert sum(leaf.size for leaf in shapes.values()) == count
-    assert {weight.path for weight in hf.weight_map(config)} == set(shapes)
+    assert {entry.path for entry in hf.tensor_maps(config)} == set(shapes)
     again = config.to_hf(dtype="bfloat16")
     assert hf.config_from(again) == hf.config_from(raw | {"dtype": "bfloat16"})
     json.dumps(again)

@@ -10,7 +10,7 @@ from typing import Any
 from align_jax.models.config import ModelConfig, complete, decoder_config, rope_from_hf
 from align_jax.models.families import gemma2
 
-weights = gemma2.weights
+tensor_maps = gemma2.tensor_maps
 
 
 def from_hf(hf: Mapping[str, Any]) -> ModelConfig:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from align_jax.models.config import ModelConfig, complete, decoder_config
-from align_jax.models.tensor_map import Weight, linear, norm
+from align_jax.models.tensor_map import TensorMap, linear, norm
 
 
 def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
@@ -53,13 +53,13 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     )
 
 
-def weights(config: ModelConfig) -> list[Weight]:
-    """Return the weight map."""
+def tensor_maps(config: ModelConfig) -> list[TensorMap]:
+    """Return the tensor map."""
     name = "transformer.h.{layer}"
     fused = [
-        weight
+        entry
         for i, part in enumerate(("query", "key", "value"))
-        for weight in linear(
+        for entry in linear(
             f"{name}.attn.c_attn",
             f"layers/attention/{part}",
             f"D (3:{i} H h) -> D H h",
@@ -67,8 +67,8 @@ def weights(config: ModelConfig) -> list[Weight]:
         )
     ]
     out = [
-        Weight("transformer.wte.weight", "embed/tokens", "V D -> V D"),
-        Weight("transformer.wpe.weight", "embed/positions", "X D -> X D"),
+        TensorMap("transformer.wte.weight", "embed/tokens", "V D -> V D"),
+        TensorMap("transformer.wpe.weight", "embed/positions", "X D -> X D"),
         *norm("transformer.ln_f", "final_norm", "layer"),
         *norm(f"{name}.ln_1", "layers/attention_norm", "layer"),
         *norm(f"{name}.ln_2", "layers/mlp_norm", "layer"),

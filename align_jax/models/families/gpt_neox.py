@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from align_jax.models.config import ModelConfig, complete, decoder_config
-from align_jax.models.tensor_map import Weight, linear, norm
+from align_jax.models.tensor_map import TensorMap, linear, norm
 
 
 def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
@@ -29,13 +29,13 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     )
 
 
-def weights(config: ModelConfig) -> list[Weight]:
-    """Return the weight map: the fused tensor holds each head's query, key and value in turn."""
+def tensor_maps(config: ModelConfig) -> list[TensorMap]:
+    """Return the tensor map: the fused tensor holds each head's query, key and value in turn."""
     name = "gpt_neox.layers.{layer}"
     fused = [
-        weight
+        entry
         for i, part in enumerate(("query", "key", "value"))
-        for weight in linear(
+        for entry in linear(
             f"{name}.attention.query_key_value",
             f"layers/attention/{part}",
             f"(H 3:{i} h) D -> D H h",
@@ -43,7 +43,7 @@ def weights(config: ModelConfig) -> list[Weight]:
         )
     ]
     out = [
-        Weight("gpt_neox.embed_in.weight", "embed/tokens", "V D -> V D"),
+        TensorMap("gpt_neox.embed_in.weight", "embed/tokens", "V D -> V D"),
         *norm("gpt_neox.final_layer_norm", "final_norm", "layer"),
         *norm(f"{name}.input_layernorm", "layers/attention_norm", "layer"),
         *norm(f"{name}.post_attention_layernorm", "layers/mlp_norm", "layer"),

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from align_jax.models.config import ModelConfig, complete, decoder_config
-from align_jax.models.tensor_map import Weight, linear, norm
+from align_jax.models.tensor_map import TensorMap, linear, norm
 
 
 def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
@@ -21,15 +21,15 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
 
 def attention(
     config: ModelConfig, name: str = "model.layers.{layer}.self_attn", output: str = "o_proj"
-) -> list[Weight]:
+) -> list[TensorMap]:
     """Return the attention's tensors under Llama's names."""
     path = "layers/attention"
     bias = config.attention_bias
     parts = (("query", "q_proj", "H"), ("key", "k_proj", "K"), ("value", "v_proj", "K"))
     out = [
-        weight
+        entry
         for ours, theirs, heads in parts
-        for weight in linear(
+        for entry in linear(
             f"{name}.{theirs}",
             f"{path}/{ours}",
             f"({heads} h) D -> D {heads} h",
@@ -43,17 +43,17 @@ def attention(
         "D -> D" if config.output_bias else "",
     )
     if config.qk_norm:
-        layouts = (
+        axes = (
             ("h -> h", "h -> h") if config.qk_norm == "head" else ("(H h) -> H h", "(K h) -> K h")
         )
         out += [
-            Weight(f"{name}.{part}_norm.weight", f"{path}/{ours}_norm/scale", layout)
-            for part, ours, layout in zip("qk", ("query", "key"), layouts)
+            TensorMap(f"{name}.{part}_norm.weight", f"{path}/{ours}_norm/scale", order)
+            for part, ours, order in zip("qk", ("query", "key"), axes)
         ]
     return out
 
 
-def mlp(config: ModelConfig, name: str = "model.layers.{layer}.mlp") -> list[Weight]:
+def mlp(config: ModelConfig, name: str = "model.layers.{layer}.mlp") -> list[TensorMap]:
     """Return a gated MLP's tensors under Llama's names."""
     up, down = ("F -> F", "D -> D") if config.mlp_bias else ("", "")
     return [
@@ -63,16 +63,16 @@ def mlp(config: ModelConfig, name: str = "model.layers.{layer}.mlp") -> list[Wei
     ]
 
 
-def ends(config: ModelConfig) -> list[Weight]:
+def ends(config: ModelConfig) -> list[TensorMap]:
     """Return the tensors outside the layers."""
     out = [
-        Weight("model.embed_tokens.weight", "embed/tokens", "V D -> V D"),
+        TensorMap("model.embed_tokens.weight", "embed/tokens", "V D -> V D"),
         *norm("model.norm", "final_norm", config.norm),
     ]
     return out if config.tied else out + linear("lm_head", "output", "V D -> D V")
 
 
-def norms(config: ModelConfig) -> list[Weight]:
+def norms(config: ModelConfig) -> list[TensorMap]:
     """Return the two norms of a layer under Llama's names."""
     name = "model.layers.{layer}"
     return [
@@ -81,6 +81,6 @@ def norms(config: ModelConfig) -> list[Weight]:
     ]
 
 
-def weights(config: ModelConfig) -> list[Weight]:
-    """Return the weight map."""
+def tensor_maps(config: ModelConfig) -> list[TensorMap]:
+    """Return the tensor map."""
     return [*ends(config), *norms(config), *attention(config), *mlp(config)]

@@ -6,4 +6,4 @@ from __future__ import annotations
 from align_jax.models.families import llama
 
 from_hf = llama.from_hf  # ``sliding_window`` is read for every family that has it
-weights = llama.weights
+tensor_maps = llama.tensor_maps

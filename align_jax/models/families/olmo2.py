@@ -9,7 +9,7 @@ from typing import Any
 
 from align_jax.models.config import ModelConfig, complete, decoder_config
 from align_jax.models.families import llama
-from align_jax.models.tensor_map import Weight, norm
+from align_jax.models.tensor_map import TensorMap, norm
 
 
 def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
@@ -17,8 +17,8 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     return decoder_config(hf, complete(hf), qk_norm="full", norm_inputs=False, norm_outputs=True)
 
 
-def weights(config: ModelConfig) -> list[Weight]:
-    """Return the weight map."""
+def tensor_maps(config: ModelConfig) -> list[TensorMap]:
+    """Return the tensor map."""
     name = "model.layers.{layer}"
     return [
         *llama.ends(config),

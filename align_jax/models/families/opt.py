@@ -9,7 +9,7 @@ from typing import Any
 
 from align_jax.models.config import ModelConfig, complete, decoder_config
 from align_jax.models.families import llama
-from align_jax.models.tensor_map import Weight, linear, norm
+from align_jax.models.tensor_map import TensorMap, linear, norm
 
 
 def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
@@ -48,12 +48,12 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     )
 
 
-def weights(config: ModelConfig) -> list[Weight]:
-    """Return the weight map."""
+def tensor_maps(config: ModelConfig) -> list[TensorMap]:
+    """Return the tensor map."""
     name = "model.decoder.layers.{layer}"
     out = [
-        Weight("model.decoder.embed_tokens.weight", "embed/tokens", "V D -> V D"),
-        Weight("model.decoder.embed_positions.weight", "embed/positions", "X D -> X D"),
+        TensorMap("model.decoder.embed_tokens.weight", "embed/tokens", "V D -> V D"),
+        TensorMap("model.decoder.embed_positions.weight", "embed/positions", "X D -> X D"),
         *norm("model.decoder.final_layer_norm", "final_norm", "layer"),
         *norm(f"{name}.self_attn_layer_norm", "layers/attention_norm", "layer"),
         *norm(f"{name}.final_layer_norm", "layers/mlp_norm", "layer"),

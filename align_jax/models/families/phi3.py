@@ -6,28 +6,28 @@ from __future__ import annotations
 
 from align_jax.models.config import ModelConfig
 from align_jax.models.families import llama
-from align_jax.models.tensor_map import Weight
+from align_jax.models.tensor_map import TensorMap
 
 from_hf = llama.from_hf
 
 
-def weights(config: ModelConfig) -> list[Weight]:
-    """Return the weight map."""
+def tensor_maps(config: ModelConfig) -> list[TensorMap]:
+    """Return the tensor map."""
     name = "model.layers.{layer}"
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     fused = f"{name}.self_attn.qkv_proj.weight"
     return [
         *llama.ends(config),
         *llama.norms(config),
-        Weight(fused, "layers/attention/query/kernel", "(H h) D -> D H h", span=(0, queries)),
-        Weight(fused, "layers/attention/key/kernel", "(K h) D -> D K h", span=(queries, keys)),
-        Weight(
+        TensorMap(fused, "layers/attention/query/kernel", "(H h) D -> D H h", span=(0, queries)),
+        TensorMap(fused, "layers/attention/key/kernel", "(K h) D -> D K h", span=(queries, keys)),
+        TensorMap(
             fused, "layers/attention/value/kernel", "(K h) D -> D K h", span=(queries + keys, keys)
         ),
-        Weight(
+        TensorMap(
             f"{name}.self_attn.o_proj.weight", "layers/attention/output/kernel", "D (H h) -> H h D"
         ),
-        Weight(f"{name}.mlp.gate_up_proj.weight", "layers/mlp/gate/kernel", "(2:0 F) D -> D F"),
-        Weight(f"{name}.mlp.gate_up_proj.weight", "layers/mlp/up/kernel", "(2:1 F) D -> D F"),
-        Weight(f"{name}.mlp.down_proj.weight", "layers/mlp/down/kernel", "D F -> F D"),
+        TensorMap(f"{name}.mlp.gate_up_proj.weight", "layers/mlp/gate/kernel", "(2:0 F) D -> D F"),
+        TensorMap(f"{name}.mlp.gate_up_proj.weight", "layers/mlp/up/kernel", "(2:1 F) D -> D F"),
+        TensorMap(f"{name}.mlp.down_proj.weight", "layers/mlp/down/kernel", "D F -> F D"),
     ]

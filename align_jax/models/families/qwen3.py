@@ -9,7 +9,7 @@ from typing import Any
 from align_jax.models.config import ModelConfig, complete, decoder_config
 from align_jax.models.families import llama
 
-weights = llama.weights
+tensor_maps = llama.tensor_maps
 
 
 def from_hf(hf: Mapping[str, Any]) -> ModelConfig:

@@ -8,7 +8,7 @@ from typing import Any
 
 from align_jax.models.config import ModelConfig, complete, decoder_config
 from align_jax.models.families import llama
-from align_jax.models.tensor_map import Weight
+from align_jax.models.tensor_map import TensorMap
 
 
 def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
@@ -37,15 +37,15 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     )
 
 
-def weights(config: ModelConfig) -> list[Weight]:
-    """Return the weight map."""
+def tensor_maps(config: ModelConfig) -> list[TensorMap]:
+    """Return the tensor map."""
     name = "model.layers.{layer}.mlp"
     return [
         *llama.ends(config),
         *llama.norms(config),
         *llama.attention(config),
-        Weight(f"{name}.gate.weight", "layers/moe/router", "E D -> D E"),
-        Weight(name + ".experts.{expert}.gate_proj.weight", "layers/moe/gate", "F D -> D F"),
-        Weight(name + ".experts.{expert}.up_proj.weight", "layers/moe/up", "F D -> D F"),
-        Weight(name + ".experts.{expert}.down_proj.weight", "layers/moe/down", "D F -> F D"),
+        TensorMap(f"{name}.gate.weight", "layers/moe/router", "E D -> D E"),
+        TensorMap(name + ".experts.{expert}.gate_proj.weight", "layers/moe/gate", "F D -> D F"),
+        TensorMap(name + ".experts.{expert}.up_proj.weight", "layers/moe/up", "F D -> D F"),
+        TensorMap(name + ".experts.{expert}.down_proj.weight", "layers/moe/down", "D F -> F D"),
     ]
