@@ -198,10 +198,10 @@ class Variant:
     def __init__(self, preset: Preset, changes: Mapping[str, Any], examples: Examples, mesh: Mesh):
         config = make_config(preset, changes)
         setting = setup.settle(config, mesh.size)
-        recipe = setup.make_recipe(config, setting, total_steps=1000)
-        self.recipe, self.plan, self.seed = (
-            recipe,
-            setup.make_plan(config, setting, recipe, mesh),
+        step_spec = setup.make_step_spec(config, setting, total_steps=1000)
+        self.step_spec, self.state_specs, self.seed = (
+            step_spec,
+            setup.make_state_specs(config, setting, step_spec, mesh),
             config.seed,
         )
         pipeline = setup.make_pipeline(config, setting, mesh, examples, once=False)
@@ -211,11 +211,13 @@ class Variant:
         self.tokens, self.groups = int((batch.segment_ids > 0).sum()), int((batch.weight > 0).sum())
         self.places = batch.tokens.size
         segment = None if config.data.layout == "plain" else preset.prompt + preset.response
-        self.flops = step_flops(recipe, batch, segment_length=segment)
+        self.flops = step_flops(step_spec, batch, segment_length=segment)
         self.batch = put_batch(mesh, batch)
-        step = partitioning.jit_train_step(recipe, self.plan.state, mesh)
+        step = partitioning.jit_train_step(step_spec, self.state_specs.state, mesh)
         began = time.monotonic()
-        self.step = step.lower(self.plan.state, self.plan.frozen, self.batch).compile()
+        self.step = step.lower(
+            self.state_specs.state, self.state_specs.frozen, self.batch
+        ).compile()
         self.compile_seconds = time.monotonic() - began
         stats = self.step.memory_analysis()
         self.bytes = (
@@ -232,11 +234,13 @@ class Variant:
 
     def start(self) -> tuple[Any, Any]:
         """Return a first state and the frozen weights, drawn at random."""
-        frozen = initialize.load_frozen(self.recipe, self.plan, path="", seed=self.seed)
-        trained = initialize.load_trained(self.recipe, self.plan, frozen, path="", seed=self.seed)
-        shardings = jax.tree.map(lambda x: x.sharding, self.plan.state)
+        frozen = initialize.load_frozen(self.step_spec, self.state_specs, path="", seed=self.seed)
+        trained = initialize.load_trained(
+            self.step_spec, self.state_specs, frozen, path="", seed=self.seed
+        )
+        shardings = jax.tree.map(lambda x: x.sharding, self.state_specs.state)
         state = jax.jit(
-            lambda params: init_state(self.recipe, params),
+            lambda params: init_state(self.step_spec, params),
             donate_argnums=0,
             out_shardings=shardings,
         )(trained)
@@ -246,14 +250,15 @@ class Variant:
         """Tell whether this variant can go on with another one's state and frozen weights."""
         return (
             state is not None
-            and jax.tree.structure(state) == jax.tree.structure(self.plan.state)
-            and not flatten(self.plan.frozen).keys() - flatten(frozen).keys()
+            and jax.tree.structure(state) == jax.tree.structure(self.state_specs.state)
+            and not flatten(self.state_specs.frozen).keys() - flatten(frozen).keys()
         )
 
     def time(self, state: Any, frozen: Any, steps: int) -> Any:
         """Take so many steps and note the seconds of one; return the state."""
         frozen = {
-            name: partitioning.select(frozen[name], part) for name, part in self.plan.frozen.items()
+            name: partitioning.select(frozen[name], part)
+            for name, part in self.state_specs.frozen.items()
         }
         jax.block_until_ready(state)
         began = time.monotonic()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Plan a run before renting: will it fit, what fills the memory, how fast can it be.
+"""StateSpecs a run before renting: will it fit, what fills the memory, how fast can it be.
 
     python -m align_jax.plan --config=configs/dpo_7b.py --topology=v5e:8x8 --topology=v5p:2x2x2
     [--search=6]
@@ -60,8 +60,8 @@ class Step(NamedTuple):
 
     config: ConfigDict
     setting: setup.Setting
-    recipe: Any
-    plan: Any
+    step_spec: Any
+    state_specs: Any
     batch: Batch
     mesh: Mesh
     rewards: dict[str, rollout_programs.RewardProgram]
@@ -70,7 +70,7 @@ class Step(NamedTuple):
     @property
     def held(self) -> dict[str, Any]:
         """What lies on the devices all the time, by kind."""
-        state, frozen = dict(self.plan.state), self.plan.frozen
+        state, frozen = dict(self.state_specs.state), self.state_specs.frozen
         params, moving = state.pop("params"), state.pop("reference", {})
         kept = {"parameters": params, "optimizer": state, "reference": (frozen, moving)}
         return kept | (
@@ -161,8 +161,8 @@ def make_step(config: ConfigDict, topology: Topology, loss_positions: int = 0) -
     """
     setting = setup.settle(config, len(topology.devices))
     mesh = make_mesh(config.mesh.to_dict(), topology.devices)
-    recipe = setup.make_recipe(config, setting, total_steps=1000)
-    plan = setup.make_plan(config, setting, recipe, mesh)
+    step_spec = setup.make_step_spec(config, setting, total_steps=1000)
+    specs = setup.make_state_specs(config, setting, step_spec, mesh)
     batch = abstract_batch(config, setting, mesh, loss_positions)
     rewards = (
         {}
@@ -171,22 +171,29 @@ def make_step(config: ConfigDict, topology: Topology, loss_positions: int = 0) -
             config.rewards.to_dict(), setting.model_config, mesh, config.model.attention
         )
     )
-    return Step(config, setting, recipe, plan, batch, mesh, rewards, loss_positions)
+    return Step(config, setting, step_spec, specs, batch, mesh, rewards, loss_positions)
 
 
 def train_program(step: Step) -> Program:
     """Return the run's train step."""
-    recipe, plan, mesh, rollouts = step.recipe, step.plan, step.mesh, step.setting.rollouts
-    lowered = partitioning.lower_train_step(
-        recipe, plan.state, plan.frozen, step.batch, mesh, "tpu"
+    step_spec, specs, mesh, rollouts = (
+        step.step_spec,
+        step.state_specs,
+        step.mesh,
+        step.setting.rollouts,
     )
-    bound = least(passes(recipe, plan, step.batch), mesh.shape, plan.trained, recipe.microbatches)
+    lowered = partitioning.lower_train_step(
+        step_spec, specs.state, specs.frozen, step.batch, mesh, "tpu"
+    )
+    bound = least(
+        passes(step_spec, specs, step.batch), mesh.shape, specs.trained, step_spec.microbatches
+    )
     return Program(
         "train",
         lowered,
-        (plan.state, plan.frozen, step.batch),
+        (specs.state, specs.frozen, step.batch),
         {**step.held, "batch": step.batch},
-        step_flops(recipe, step.batch, segment_length=step.segment),
+        step_flops(step_spec, step.batch, segment_length=step.segment),
         bound,
         runs=1 if rollouts is None else rollouts.slices * rollouts.epochs,
     )
@@ -194,12 +201,12 @@ def train_program(step: Step) -> Program:
 
 def other_programs(step: Step) -> list[Program]:
     """Return what the run compiles beside its train step."""
-    config, recipe, plan, mesh = step.config, step.recipe, step.plan, step.mesh
+    config, step_spec, specs, mesh = step.config, step.step_spec, step.state_specs, step.mesh
     if step.setting.rollouts is not None:
         return rollout_programs.programs(
             step.setting.rollouts,
             step.setting.models,
-            plan,
+            specs,
             step.setting.tokenizer,
             _rollout_batch(config, step.setting.rollouts),
             mesh,
@@ -211,9 +218,11 @@ def other_programs(step: Step) -> list[Program]:
     found = []
     batch = abstract_batch(config, step.setting, mesh, step.loss_positions, train=False)
     if config.data.eval or config.data.eval_fraction:
-        flops = step_flops(recipe, batch, segment_length=step.segment, train=False)
-        arguments = (plan.state, plan.frozen, batch)
-        lowered = lower(partitioning.jit_eval_step(recipe, mesh), mesh, *arguments, platform="tpu")
+        flops = step_flops(step_spec, batch, segment_length=step.segment, train=False)
+        arguments = (specs.state, specs.frozen, batch)
+        lowered = lower(
+            partitioning.jit_eval_step(step_spec, mesh), mesh, *arguments, platform="tpu"
+        )
         found.append(
             Program(
                 "eval",
@@ -221,10 +230,10 @@ def other_programs(step: Step) -> list[Program]:
                 arguments,
                 {**step.held, "batch": batch},
                 flops,
-                least(passes(recipe, plan, batch, train=False), mesh.shape),
+                least(passes(step_spec, specs, batch, train=False), mesh.shape),
             )
         )
-    if config.reference.mode == "cached" and recipe.wants_reference:
+    if config.reference.mode == "cached" and step_spec.wants_reference:
         found.append(_reference_program(step, batch._replace(reference_token_logps=None)))
     return found
 
@@ -232,12 +241,14 @@ def other_programs(step: Step) -> list[Program]:
 def _reference_program(step: Step, batch: Batch) -> Program:
     """Return the program that fills the cache of the reference's log-probabilities, its weights
     beside the run's."""
-    recipe, mesh = step.recipe, step.mesh
-    frozen = setup.make_reference_plan(step.config, step.setting, recipe, mesh).frozen
-    lowered = lower(partitioning.jit_reference_step(recipe), mesh, frozen, batch, platform="tpu")
-    flops = step_flops(recipe, batch, segment_length=step.segment, train=False)
+    step_spec, mesh = step.step_spec, step.mesh
+    frozen = setup.make_reference_specs(step.config, step.setting, step_spec, mesh).frozen
+    lowered = lower(partitioning.jit_reference_step(step_spec), mesh, frozen, batch, platform="tpu")
+    flops = step_flops(step_spec, batch, segment_length=step.segment, train=False)
     only = next(
-        one for one in passes(recipe, step.plan, batch, train=False) if one.model is recipe.base
+        one
+        for one in passes(step_spec, step.state_specs, batch, train=False)
+        if one.model is step_spec.base
     )
     weights = frozen.get("reference", frozen["base"])
     return Program(

@@ -48,23 +48,23 @@ def start(run: Run, checkpoints: Checkpoints) -> tuple[int, Any, Any, dict[str, 
     """
     config, which = run.config, str(run.config.checkpoint.restore)
     frozen = initialize.load_frozen(
-        run.recipe,
-        run.plan,
+        run.step_spec,
+        run.state_specs,
         path=config.model.path,
         seed=config.seed,
         reference_path=config.reference.path,
     )
-    restored = checkpoints.restore(run.plan.state, which, rewind=True)
+    restored = checkpoints.restore(run.state_specs.state, which, rewind=True)
     if restored is None:
         trained = initialize.load_trained(
-            run.recipe,
-            run.plan,
+            run.step_spec,
+            run.state_specs,
             frozen,
             path=config.model.path,
             seed=config.seed,
             adapter_path=config.model.lora.path,
         )
-        return 0, initialize.first_state(run.recipe, run.plan, trained), frozen, {}
+        return 0, initialize.first_state(run.step_spec, run.state_specs, trained), frozen, {}
     return (restored.step if restored.own else 0), restored.state, frozen, restored.extra
 
 
@@ -87,7 +87,7 @@ def make_evaluation(
         return lambda state, frozen: source.evaluate(weights_of(state, frozen))
     batches, step = (
         batches_of(run, run.eval, run.held_out),
-        partitioning.jit_eval_step(run.recipe, run.mesh),
+        partitioning.jit_eval_step(run.step_spec, run.mesh),
     )
 
     def evaluate(state: Any, frozen: Any) -> dict[str, float]:
@@ -184,7 +184,7 @@ def loop(
     """Step until the end or a stop signal; log, evaluate and save on schedule."""
     config, folder, last_eval = run.config, epath.Path(run.workdir), {}
     evaluation = make_evaluation(run, batches)
-    train_step = partitioning.jit_train_step(run.recipe, run.plan.state, run.mesh)
+    train_step = partitioning.jit_train_step(run.step_spec, run.state_specs.state, run.mesh)
     recent: dict[int, Any] = {}  # the last two steps' batches, on the host
 
     def check(arrived: tuple[int, dict[str, float]] | None) -> None:
@@ -201,7 +201,7 @@ def loop(
         except FloatingPointError:
             if config.debug.nan_check:
                 recorder.note(
-                    debug.find_nan(run.recipe, state, frozen, put_batch(run.mesh, recent[step]))
+                    debug.find_nan(run.step_spec, state, frozen, put_batch(run.mesh, recent[step]))
                 )
             raise
 
@@ -266,14 +266,19 @@ def model_flops(run: Run) -> float:
     """Count the model FLOPs of a step, for the utilization of the chips."""
     packed = run.config.data.layout != "plain"
     return step_flops(
-        run.recipe, run.train.abstract(), segment_length=run.config.max_length if packed else None
+        run.step_spec,
+        run.train.abstract(),
+        segment_length=run.config.max_length if packed else None,
     ).model
 
 
 def describe(run: Run) -> list[str]:
     """Say in a few lines what is about to run."""
     shape, mesh = run.train.shape, {axis: size for axis, size in run.mesh.shape.items() if size > 1}
-    trained, frozen = initialize.count(run.plan.trained), initialize.count(run.plan.frozen)
+    trained, frozen = (
+        initialize.count(run.state_specs.trained),
+        initialize.count(run.state_specs.frozen),
+    )
     return [
         f"{run.config.objective.name}: {run.train.num_examples} examples, {run.total_steps} "
         "steps of "

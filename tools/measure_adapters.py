@@ -63,12 +63,14 @@ def held(kind: str, path: str, frozen: str) -> dict[str, object]:
     config.objective = ConfigDict(losses.options("dpo"))
     config.data.train, config.total_steps, config.max_length = "builtin:preferences:train", 1, 128
     setting = setup.settle(config, 1)
-    recipe = setup.make_recipe(config, setting, 1)
-    plan = setup.make_plan(config, setting, recipe, make_mesh({"data": 1}, jax.devices()[:1]))
+    step_spec = setup.make_step_spec(config, setting, 1)
+    specs = setup.make_state_specs(
+        config, setting, step_spec, make_mesh({"data": 1}, jax.devices()[:1])
+    )
     sizes = {
-        "trained": size(plan.trained),
-        "optimizer": size(plan.state["opt_state"]),
-        "frozen": size(plan.frozen),
+        "trained": size(specs.trained),
+        "optimizer": size(specs.state["opt_state"]),
+        "frozen": size(specs.frozen),
     }
     return {
         "kind": kind,

@@ -19,7 +19,7 @@ from align_jax.inference.samplers import Sampling
 from align_jax.inference.score import rescore
 from align_jax.online import batches, selection
 from align_jax.online import sampling as online_sampling
-from align_jax.online.config import Plan
+from align_jax.online.config import RolloutConfig
 from align_jax.online.prompts import Prompts
 from align_jax.online.weighted import WeightedRewards
 from align_jax.parallel.mesh import row_shards
@@ -57,7 +57,7 @@ def sample(
         mesh=subject.mesh,
         prompt_bucket=bucket(prompts.longest, limit - 1),
     )
-    plan = Plan(
+    config = RolloutConfig(
         "completions",
         len(prompts),
         samples,
@@ -66,7 +66,7 @@ def sample(
         sampling=sampling,
     )
     return online_sampling.sample(
-        range(len(prompts)), plan, prompts, Local(generator, subject.params), rewards, {}
+        range(len(prompts)), config, prompts, Local(generator, subject.params), rewards, {}
     )[0]
 
 

@@ -17,7 +17,7 @@ from align_jax.core.schema import Batch
 from align_jax.data import batching, planning
 from align_jax.data.batching import Piece, Shape
 from align_jax.inference.generate import Completion
-from align_jax.online.config import Plan
+from align_jax.online.config import RolloutConfig
 from align_jax.online.selection import Groups
 
 LAYOUTS = ("plain", "shared_prefix")
@@ -50,20 +50,23 @@ def plan_shape(*, groups: int, responses: int, prompt: int, response: int, layou
     )
 
 
-def batch_shapes(shape: Shape, plan: Plan) -> Batch:
+def batch_shapes(shape: Shape, config: RolloutConfig) -> Batch:
     """Return a step's batch, the whole mesh's, as arrays that take no memory.
 
     Args:
         shape: from ``plan_shape``.
-        plan: how rollouts are made.
+        config: how rollouts are made.
     """
     batch = planning.batch_shapes(
-        shape, kind=plan.kind, layout=plan.layout, mismatched=shape if plan.mismatched else None
+        shape,
+        kind=config.kind,
+        layout=config.layout,
+        mismatched=shape if config.mismatched else None,
     )
     by_token = np.broadcast_to(np.zeros((), np.float32), batch.tokens.shape)
-    if plan.targets is not None:
+    if config.targets is not None:
         batch = batch._replace(old_token_logps=by_token, advantages=by_token)
-    return batch._replace(returns=by_token, old_values=by_token) if plan.value_head else batch
+    return batch._replace(returns=by_token, old_values=by_token) if config.value_head else batch
 
 
 def write(

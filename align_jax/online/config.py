@@ -18,7 +18,7 @@ from align_jax.online.selection import SELECTIONS, group_count
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class RolloutConfig:
     """How rollouts are made; sizes are those of all processes together.
 
     Attributes:
@@ -158,7 +158,7 @@ class Plan:
         return bool(self.targets and self.targets.get("kl_coef"))
 
 
-# fields of Plan that any online objective takes as options
+# fields of RolloutConfig that any online objective takes as options
 _OPTIONS = (
     "epochs",
     "rescore",
@@ -174,7 +174,7 @@ _OPTIONS = (
 )
 
 
-def make_plan(
+def make_rollout_config(
     terms: Sequence[Term],
     *,
     batch_size: int,
@@ -190,7 +190,7 @@ def make_plan(
     value_head: str = "value",
     seed: int = 0,
     options: Mapping[str, Any] | None = None,
-) -> Plan:
+) -> RolloutConfig:
     """Put together how rollouts are made for these objectives.
 
     Args:
@@ -201,8 +201,8 @@ def make_plan(
         max_new_tokens: tokens at most.
         prompts: prompts in a rollout; 0: what gives the steps of one pass (the objective's
             ``minibatches``, else one).
-        rows, tensor, microbatches, sampling, stop, layout, value_head, seed: see `Plan`.
-        options: more fields of `Plan`, and options of the selection.
+        rows, tensor, microbatches, sampling, stop, layout, value_head, seed: see `RolloutConfig`.
+        options: more fields of `RolloutConfig`, and options of the selection.
 
     Raises:
         KeyError: an option that neither has, with the nearest.
@@ -242,7 +242,7 @@ def make_plan(
             )
     selection = {name: options.pop(name) for name in choices if name in options}
     needs = {need for term in terms for need in term.needs}
-    return Plan(
+    return RolloutConfig(
         kind=kind,
         prompts=prompts,
         responses=responses,

@@ -38,7 +38,7 @@ from align_jax.losses import advantages as estimators
 from align_jax.losses.targets import make_targets
 from align_jax.models.model import Model
 from align_jax.online import batches, sampling
-from align_jax.online.config import Plan
+from align_jax.online.config import RolloutConfig
 from align_jax.online.prompts import Prompts
 from align_jax.online.selection import SELECTIONS
 from align_jax.online.weighted import WeightedRewards
@@ -90,7 +90,7 @@ class Rollouts:
     """Batches from the policy itself.
 
     Args:
-        plan: how.
+        config: how.
         prompts: the stream of prompts.
         engine: what generates.
         rewards: what a completion is worth.
@@ -105,7 +105,7 @@ class Rollouts:
 
     def __init__(
         self,
-        plan: Plan,
+        config: RolloutConfig,
         prompts: Prompts,
         engine: Engine,
         rewards: WeightedRewards,
@@ -116,7 +116,7 @@ class Rollouts:
         mesh: jax.sharding.Mesh,
         held_out: Prompts | None = None,
     ) -> None:
-        self._plan, self._prompts, self._held_out = plan, prompts, held_out
+        self._config, self._prompts, self._held_out = config, prompts, held_out
         self._engine, self._rewards = engine, rewards
         self._pad, self._policy, self._reference, self._mesh = (
             pad_id(tokenizer),
@@ -125,36 +125,36 @@ class Rollouts:
             mesh,
         )
         self.shape: Shape = batches.plan_shape(
-            groups=plan.batch_size,
-            responses=plan.groups[1],
+            groups=config.batch_size,
+            responses=config.groups[1],
             prompt=prompts.longest,
-            response=plan.max_new_tokens,
-            layout=plan.layout,
+            response=config.max_new_tokens,
+            layout=config.layout,
         )
-        rows, shards = self.shape.rows // plan.microbatches, row_shards(mesh)
+        rows, shards = self.shape.rows // config.microbatches, row_shards(mesh)
         if rows % shards:
             raise ValueError(
-                f"a microbatch of {plan.batch_size // plan.microbatches} groups has "
+                f"a microbatch of {config.batch_size // config.microbatches} groups has "
                 f"{rows} rows, which do "
                 f"not divide over {shards} devices: choose another batch_size, "
                 "microbatches or mesh"
             )
         self._next = Control(
-            0, float((plan.targets or {}).get("kl_coef", 0.0)), dict(estimators.SCORE_CARRY)
+            0, float((config.targets or {}).get("kl_coef", 0.0)), dict(estimators.SCORE_CARRY)
         )
         self._now: Rollout | None = None
         self._slice = 0  # the next one of the rollout now
         # when the rollout now was asked for, on the monotonic clock
         self._renewed: float | None = None
         self._ahead: concurrent.futures.Future | None = None
-        self._pool = concurrent.futures.ThreadPoolExecutor(1) if plan.overlap else None
+        self._pool = concurrent.futures.ThreadPoolExecutor(1) if config.overlap else None
 
     # ---------------------------------------------------------------------------------- what train sees
 
     def abstract(self) -> Batch:
         """Return the whole mesh's batch as arrays of the right shape and dtype that take no
         memory."""
-        return batches.batch_shapes(self.shape, self._plan)
+        return batches.batch_shapes(self.shape, self._config)
 
     @property
     def num_examples(self) -> int:
@@ -165,7 +165,8 @@ class Rollouts:
     def steps_per_epoch(self) -> int:
         """Optimizer steps after which every prompt was drawn once (rounded down, at least 1)."""
         return max(
-            1, len(self._prompts) * self._plan.slices * self._plan.epochs // self._plan.prompts
+            1,
+            len(self._prompts) * self._config.slices * self._config.epochs // self._config.prompts,
         )
 
     @property
@@ -184,14 +185,14 @@ class Rollouts:
         Args:
             weights: gives the current weights; called where a new rollout is due.
         """
-        slices, last = self._plan.slices, self._plan.slices * self._plan.epochs
+        slices, last = self._config.slices, self._config.slices * self._config.epochs
         if (
             self._now is not None
             and 0 < self._slice < last
             and self._slice % slices == 0
-            and self._plan.stop_kl
+            and self._config.stop_kl
         ):
-            if self._divergence(weights().policy) > self._plan.stop_kl:
+            if self._divergence(weights().policy) > self._config.stop_kl:
                 self._slice = last
         if self._now is None or self._slice >= last:
             self._renew(weights)
@@ -202,10 +203,10 @@ class Rollouts:
     def _chosen(self, epoch: int, index: int) -> np.ndarray:
         """Return which groups a slice has, in this process: the first epoch in order, the others
         shuffled."""
-        share, groups = self._plan.batch_size // jax.process_count(), len(self._now.batch.weight)
+        share, groups = self._config.batch_size // jax.process_count(), len(self._now.batch.weight)
         order = np.arange(groups)
         if epoch:
-            order = np.random.default_rng((self._plan.seed, self._next.place, epoch)).permutation(
+            order = np.random.default_rng((self._config.seed, self._next.place, epoch)).permutation(
                 groups
             )
         return order[index * share : (index + 1) * share]
@@ -243,14 +244,16 @@ class Rollouts:
             self._engine.update(weights.policy)
             asked, moments, seconds = sampling.sample(
                 range(first, first + share),
-                self._plan,
+                self._config,
                 self._held_out,
                 self._engine,
                 self._rewards,
                 self._next.moments,
             )
             self._engine.release()
-        found = sampling.describe(sampling.Drawn(asked, 1, moments, seconds, tokens=0), self._plan)
+        found = sampling.describe(
+            sampling.Drawn(asked, 1, moments, seconds, tokens=0), self._config
+        )
         return {name: value for name, value in found.items() if not name.startswith("rollout/")}
 
     # --------------------------------------------------------------------------------- making a rollout
@@ -262,7 +265,7 @@ class Rollouts:
             self._engine.update(weights.policy)
             drawn = sampling.draw(
                 control.place,
-                self._plan,
+                self._config,
                 self._prompts,
                 self._engine,
                 self._rewards,
@@ -270,9 +273,9 @@ class Rollouts:
             )
             self._engine.release()
             batch, metrics, kl_coef = self._write(drawn.asked, weights, control.kl_coef)
-        metrics |= sampling.describe(drawn, self._plan)
+        metrics |= sampling.describe(drawn, self._config)
         metrics["rollout/seconds"] = time.monotonic() - started
-        place = control.place + drawn.tries * self._plan.prompts
+        place = control.place + drawn.tries * self._config.prompts
         return Rollout(
             batch, metrics, sampling.records(drawn), Control(place, kl_coef, drawn.moments)
         )
@@ -280,10 +283,10 @@ class Rollouts:
     def _write(
         self, asked: Sequence[sampling.Asked], weights: Weights, kl_coef: float
     ) -> tuple[Batch, dict[str, float], float]:
-        plan = self._plan
+        config = self._config
         scores = np.stack([one.scores for one in asked])
-        groups = SELECTIONS[plan.kind](
-            scores, sampling.gather(scores.reshape(-1)), **plan.selection
+        groups = SELECTIONS[config.kind](
+            scores, sampling.gather(scores.reshape(-1)), **config.selection
         )
         prompts, completions = [one.ids for one in asked], [one.completions for one in asked]
         batch = batches.write(
@@ -292,26 +295,28 @@ class Rollouts:
             completions,
             scores,
             self.shape,
-            layout=plan.layout,
+            layout=config.layout,
             pad=self._pad,
-            keep_unfinished=plan.keep_unfinished,
+            keep_unfinished=config.keep_unfinished,
         )
         numbers = np.array([self._prompts.number(asked[p].place) for p in groups.prompts], np.int32)
         batch = batch._replace(example_index=numbers)
-        if plan.mismatched:
+        if config.mismatched:
             batch = batch._replace(
                 mismatched=batches.mismatch(groups, prompts, completions, self.shape, pad=self._pad)
             )
-        if plan.targets is None:
+        if config.targets is None:
             return batch, {}, kl_coef
         old = (
-            None if plan.rescore else batches.token_field(batch, groups, completions, "token_logps")
+            None
+            if config.rescore
+            else batches.token_field(batch, groups, completions, "token_logps")
         )
-        if plan.rescore or plan.value_head:
-            logps, values = self._rescore(self._policy, weights.policy, batch, plan.value_head)
+        if config.rescore or config.value_head:
+            logps, values = self._rescore(self._policy, weights.policy, batch, config.value_head)
             old, batch = logps if old is None else old, batch._replace(old_values=values)
         reference = None
-        if plan.needs_reference:
+        if config.needs_reference:
             reference, _ = self._rescore(self._reference, weights.reference, batch, "")
         return self._with_targets(batch._replace(old_token_logps=old), reference, kl_coef)
 
@@ -319,7 +324,7 @@ class Rollouts:
         self, model: Model, params: Any, batch: Batch, value_head: str
     ) -> tuple[Float[np.ndarray, "N T"], Float[np.ndarray, "N T"] | None]:
         """Run forwards over rows in parts of a microbatch's size; fetch this process's rows."""
-        size = self._plan.batch_size // self._plan.microbatches // jax.process_count()
+        size = self._config.batch_size // self._config.microbatches // jax.process_count()
         logps, values = [], []
         for begin in range(0, len(batch.weight), size):
             part = batches.take(batch._replace(mismatched=None), np.arange(begin, begin + size))
@@ -328,7 +333,7 @@ class Rollouts:
                 params,
                 put_batch(self._mesh, part),
                 value_head=value_head,
-                temperature=self._plan.temperature,
+                temperature=self._config.temperature,
             )
             logps.append(local(token_logps))
             values.append(found if found is None else local(found))
@@ -339,11 +344,11 @@ class Rollouts:
     ) -> tuple[Batch, dict[str, float], float]:
         """Fill in advantages and returns, whose statistics are over the whole rollout, and move the
         KL coefficient."""
-        plan = self._plan
+        config = self._config
         whole = put_batch(self._mesh, batch._replace(mismatched=None))
         held = None if reference is None else put_batch(self._mesh, reference)
         advantages, returns, sums = _targets(
-            whole, held, jnp.float32(kl_coef), tuple(sorted(plan.targets.items()))
+            whole, held, jnp.float32(kl_coef), tuple(sorted(config.targets.items()))
         )
         batch = batch._replace(
             advantages=local(advantages), returns=None if returns is None else local(returns)
@@ -351,16 +356,16 @@ class Rollouts:
         metrics = {
             name: float(top) / max(float(bottom), 1e-8) for name, (top, bottom) in sums.items()
         }
-        if plan.needs_reference:
+        if config.needs_reference:
             metrics["objective/kl_coef"] = kl_coef
-            if plan.kl_target is not None:
+            if config.kl_target is not None:
                 kl_coef = float(
                     estimators.adaptive_kl_coef(
                         jnp.float32(kl_coef),
                         jnp.float32(metrics["objective/kl"]),
-                        plan.prompts * plan.responses,
-                        target=plan.kl_target,
-                        horizon=plan.kl_horizon,
+                        config.prompts * config.responses,
+                        target=config.kl_target,
+                        horizon=config.kl_horizon,
                     )
                 )
         return batch, metrics, kl_coef
@@ -368,7 +373,7 @@ class Rollouts:
     def _divergence(self, params: Any) -> float:
         """Estimate how far the policy has moved since the rollout: mean of (log π - log π_old)² /
         2, nats a token."""
-        share = self._plan.batch_size // self._plan.microbatches // jax.process_count()
+        share = self._config.batch_size // self._config.microbatches // jax.process_count()
         part = batches.take(self._now.batch, np.arange(share))
         with jax.set_mesh(self._mesh):
             now, _ = self._rescore(self._policy, params, part, "")
@@ -403,7 +408,7 @@ class Rollouts:
             "file": "",
         }
         folder = epath.Path(workdir) / FOLDER
-        if self._now is None or self._slice >= self._plan.slices * self._plan.epochs:
+        if self._now is None or self._slice >= self._config.slices * self._config.epochs:
             return state
         folder.mkdir(parents=True, exist_ok=True)
         buffer = io.BytesIO()

@@ -17,7 +17,7 @@ from align_jax.core.schema import Example
 from align_jax.inference.engines import Engine
 from align_jax.inference.generate import Completion, Request, everywhere
 from align_jax.losses import advantages as estimators
-from align_jax.online.config import Plan
+from align_jax.online.config import RolloutConfig
 from align_jax.online.prompts import Prompts
 from align_jax.online.weighted import WeightedRewards
 
@@ -69,35 +69,35 @@ def gather(x: Float[np.ndarray, "n"]) -> Float[np.ndarray, "m"]:
 def shape_scores(
     scores: Float[np.ndarray, "q n"],
     completions: Sequence[Sequence[Completion]],
-    plan: Plan,
+    config: RolloutConfig,
     moments: Moments,
 ) -> tuple[Float[np.ndarray, "q n"], Moments]:
     """Normalize, clip, and take off the penalties for completions that are cut off or overlong; as
-    the plan says."""
+    the config says."""
     shaped = jnp.asarray(scores)
-    if plan.normalize_scores:
-        shaped, found = estimators.normalize_scores(shaped, dict(moments), clip=plan.score_clip)
+    if config.normalize_scores:
+        shaped, found = estimators.normalize_scores(shaped, dict(moments), clip=config.score_clip)
         moments = {name: float(value) for name, value in found.items()}
-    elif plan.score_clip is not None:
-        shaped = jnp.clip(shaped, -plan.score_clip, plan.score_clip)
-    if plan.missing_eos_penalty:
+    elif config.score_clip is not None:
+        shaped = jnp.clip(shaped, -config.score_clip, config.score_clip)
+    if config.missing_eos_penalty:
         finished = np.array([[one.finish == "stop" for one in several] for several in completions])
         shaped = estimators.missing_eos_penalty(
-            shaped, jnp.asarray(finished), plan.missing_eos_penalty
+            shaped, jnp.asarray(finished), config.missing_eos_penalty
         )
-    if plan.overlong_buffer:
+    if config.overlong_buffer:
         lengths = np.array(
             [[len(one.tokens) for one in several] for several in completions], np.int32
         )
         shaped = shaped + estimators.overlong_penalty(
-            jnp.asarray(lengths), max_length=plan.max_new_tokens, buffer=plan.overlong_buffer
+            jnp.asarray(lengths), max_length=config.max_new_tokens, buffer=config.overlong_buffer
         )
     return np.asarray(shaped, np.float32), moments
 
 
 def sample(
     places: Sequence[int],
-    plan: Plan,
+    config: RolloutConfig,
     prompts: Prompts,
     engine: Engine,
     rewards: WeightedRewards,
@@ -108,17 +108,17 @@ def sample(
     Returns:
         The samples, the running moments of all scores, and the seconds spent generating.
     """
-    asked, n = [prompts[place] for place in places], plan.responses
+    asked, n = [prompts[place] for place in places], config.responses
     began = time.monotonic()
     completions = engine(
         [
             Request(
                 tuple(ids.tolist()),
                 n,
-                plan.max_new_tokens,
-                plan.sampling,
+                config.max_new_tokens,
+                config.sampling,
                 prompts.seed(place),
-                plan.stop,
+                config.stop,
             )
             for place, (_, ids) in zip(places, asked)
         ]
@@ -129,7 +129,7 @@ def sample(
         [one.text for several in completions for one in several],
         [columns(example) for example, _ in asked for _ in range(n)],
     )
-    scores, moments = shape_scores(raw.reshape(-1, n), completions, plan, moments)
+    scores, moments = shape_scores(raw.reshape(-1, n), completions, config, moments)
 
     def own(x: Float[np.ndarray, "m"], i: int) -> Float[np.ndarray, "n"]:
         return x[i * n : (i + 1) * n]
@@ -154,7 +154,7 @@ def sample(
 
 def draw(
     place: int,
-    plan: Plan,
+    config: RolloutConfig,
     prompts: Prompts,
     engine: Engine,
     rewards: WeightedRewards,
@@ -165,33 +165,33 @@ def draw(
     References:
         Dynamic sampling: Yu et al. 2025 (DAPO), arXiv 2503.14476, section 3.2.
     """
-    share = plan.prompts // jax.process_count()
+    share = config.prompts // jax.process_count()
     kept: list[Asked] = []
     spare: list[Asked] = []  # groups without a difference: used only where the tries do not suffice
     tries, seconds, tokens = 0, 0.0, 0
-    while tries < plan.tries and (tries == 0 or not everywhere(len(kept) >= share)):
-        first = place + tries * plan.prompts + jax.process_index() * share
+    while tries < config.tries and (tries == 0 or not everywhere(len(kept) >= share)):
+        first = place + tries * config.prompts + jax.process_index() * share
         found, moments, taken = sample(
-            range(first, first + share), plan, prompts, engine, rewards, moments
+            range(first, first + share), config, prompts, engine, rewards, moments
         )
         seconds += taken
         tokens += sum(len(one.tokens) for each in found for one in each.completions)
         for one in found:
-            (kept if plan.tries == 1 or np.ptp(one.scores) > 0 else spare).append(one)
+            (kept if config.tries == 1 or np.ptp(one.scores) > 0 else spare).append(one)
         tries += 1
     return Drawn((kept + spare)[:share], tries, moments, seconds, tokens)
 
 
-def describe(drawn: Drawn, plan: Plan) -> dict[str, float]:
+def describe(drawn: Drawn, config: RolloutConfig) -> dict[str, float]:
     """Return a rollout's metrics over all processes, by the names that dashboards know."""
-    raw = gather(np.concatenate([one.raw for one in drawn.asked])).reshape(-1, plan.responses)
+    raw = gather(np.concatenate([one.raw for one in drawn.asked])).reshape(-1, config.responses)
     completions = [one for asked in drawn.asked for one in asked.completions]
     lengths = gather(np.array([len(one.tokens) for one in completions], np.float32))
     cut_off = gather(np.array([one.finish == "length" for one in completions], np.float32))
     tokens = float(gather(np.array([drawn.tokens], np.float32)).sum())
     metrics = {
         "reward": float(raw.mean()),
-        "reward_std": float(raw.std(axis=1, ddof=1).mean()) if plan.responses > 1 else 0.0,
+        "reward_std": float(raw.std(axis=1, ddof=1).mean()) if config.responses > 1 else 0.0,
         "frac_reward_zero_std": float((np.ptp(raw, axis=1) == 0).mean()),
         "completions/mean_length": float(lengths.mean()),
         "completions/min_length": float(lengths.min()),

@@ -20,14 +20,15 @@ from align_jax.losses.objective import Term
 from align_jax.models.lora import fold
 from align_jax.models.model import Model
 from align_jax.online import REWARDS, weighted
-from align_jax.online.config import Plan, make_plan
+from align_jax.online import config as rollout_config
+from align_jax.online.config import RolloutConfig
 from align_jax.online.prompts import Prompts
 from align_jax.online.rollout import Rollouts
 from align_jax.parallel.mesh import row_shards
 from align_jax.training.partitioning import abstract_params, check_divisible
 
 
-def plan_rollouts(
+def make_rollout_config(
     terms: Sequence[Term],
     rollout: Mapping[str, Any],
     *,
@@ -36,13 +37,13 @@ def plan_rollouts(
     layout: str,
     value_head: str,
     seed: int,
-) -> Plan:
+) -> RolloutConfig:
     """Say how rollouts are made, from the config's ``rollout`` group.
 
     Raises:
         KeyError, ValueError: an unknown option, or sizes that do not divide.
     """
-    return make_plan(
+    return rollout_config.make_rollout_config(
         terms,
         batch_size=batch_size,
         microbatches=microbatches,
@@ -63,7 +64,7 @@ def plan_rollouts(
 
 
 def make_rollouts(
-    plan: Plan,
+    config: RolloutConfig,
     examples: Sequence[Example],
     tokenizer: PreTrainedTokenizerBase,
     *,
@@ -80,7 +81,7 @@ def make_rollouts(
     """Make the source of an online run.
 
     Args:
-        plan: from ``plan_rollouts``.
+        config: from ``make_rollout_config``.
         examples: prompts, with what the rewards compare with in their extras.
         tokenizer: the policy's.
         policy, reference: models of the weights that will be given.
@@ -97,7 +98,7 @@ def make_rollouts(
         Prompts,
         tokenizer=tokenizer,
         max_length=max_length,
-        max_new_tokens=plan.max_new_tokens,
+        max_new_tokens=config.max_new_tokens,
         truncation=truncation,
         seed=seed,
     )
@@ -111,23 +112,23 @@ def make_rollouts(
             "each needs one at least"
         )
     longest = max(prompts.longest, 0 if others is None else others.longest)
-    if plan.server is None:
-        where = generation_mesh(plan, policy, mesh)
+    if config.server is None:
+        where = generation_mesh(config, policy, mesh)
         engine: Engine = Local(
-            make_generator(plan, policy, tokenizer, where, max_length, longest),
+            make_generator(config, policy, tokenizer, where, max_length, longest),
             None,
-            *[placer(policy, where)] * bool(plan.tensor),
+            *[placer(policy, where)] * bool(config.tensor),
         )
     else:
         engine = Server(
             **{
                 "tokenizer": tokenizer,
                 "export": lambda folder, params: export(folder, policy, params),
-                **plan.server,
+                **config.server,
             }
         )
     return Rollouts(
-        plan,
+        config,
         prompts,
         engine,
         weighted.resolve(reward_weights, REWARDS, mesh),
@@ -139,25 +140,27 @@ def make_rollouts(
     )
 
 
-def generation_mesh(plan: Plan, policy: Model, mesh: jax.sharding.Mesh) -> jax.sharding.Mesh:
+def generation_mesh(
+    config: RolloutConfig, policy: Model, mesh: jax.sharding.Mesh
+) -> jax.sharding.Mesh:
     """Return the mesh that generates: the training mesh, or another over its devices
     (``rollout.tensor``).
 
     Raises:
         ValueError: ``rollout.tensor`` does not divide a host's devices, or the model.
     """
-    if not plan.tensor:
+    if not config.tensor:
         return mesh
-    where = decode_mesh(mesh, plan.tensor)
+    where = decode_mesh(mesh, config.tensor)
     try:
         check_divisible(abstract_params(where, policy.shapes(), policy.axes()))
     except ValueError as error:
-        raise ValueError(f"config.rollout.tensor = {plan.tensor}: {error}") from None
+        raise ValueError(f"config.rollout.tensor = {config.tensor}: {error}") from None
     return where
 
 
 def make_generator(
-    plan: Plan,
+    config: RolloutConfig,
     policy: Model,
     tokenizer: PreTrainedTokenizerBase,
     mesh: jax.sharding.Mesh,
@@ -167,12 +170,12 @@ def make_generator(
     """Make what samples on the run's own mesh.
 
     Args:
-        plan, policy, tokenizer, max_length: as ``make_rollouts`` takes them.
+        config, policy, tokenizer, max_length: as ``make_rollouts`` takes them.
         mesh: from ``generation_mesh``.
         longest: tokens of the longest prompt.
     """
     shards = row_shards(mesh)
-    rows = -(-min(plan.prompts * plan.responses, plan.rows) // shards) * shards
+    rows = -(-min(config.prompts * config.responses, config.rows) // shards) * shards
     return Generator(
         policy,
         tokenizer,

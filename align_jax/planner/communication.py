@@ -27,8 +27,8 @@ from align_jax.core.schema import Batch
 from align_jax.models.lora import merge
 from align_jax.models.model import Model
 from align_jax.parallel.mesh import ROWS
-from align_jax.training.initialize import Plan
-from align_jax.training.steps import Recipe
+from align_jax.training.initialize import StateSpecs
+from align_jax.training.steps import StepSpec
 
 Tree = Any
 
@@ -54,31 +54,31 @@ class Pass(NamedTuple):
     parts: int = 1
 
 
-def passes(recipe: Recipe, plan: Plan, batch: Batch, *, train: bool = True) -> list[Pass]:
+def passes(spec: StepSpec, specs: StateSpecs, batch: Batch, *, train: bool = True) -> list[Pass]:
     """List the runs over rows that a step has.
 
     Args:
-        recipe: the recipe.
-        plan: what lies where.
+        spec: what the step is compiled from.
+        specs: what lies where.
         batch: the global batch, or its shapes.
         train: false: the eval step, which has no gradients and no microbatches.
     """
-    policy, parts = merge(plan.base, plan.trained), recipe.microbatches if train else 1
-    reference = plan.base if plan.reference is None else plan.reference
-    if recipe.sync_every_steps:
+    policy, parts = merge(specs.base, specs.trained), spec.microbatches if train else 1
+    reference = specs.base if specs.reference is None else specs.reference
+    if spec.sync_every_steps:
         reference = policy
 
     def run(model: Model, params: Tree, part: Batch, backward: bool = False) -> Pass:
         return Pass(model, params, *part.tokens.shape, part.loss_index.shape[1], backward, parts)
 
-    found = [run(recipe.policy, policy, batch, train)]
-    if recipe.wants_reference and batch.reference_token_logps is None:
-        found.append(run(recipe.base, reference, batch))
-    if recipe.measured and parts > 1:
-        found.append(run(recipe.policy, policy, batch))
-    if recipe.measured and batch.mismatched is not None:
-        found.append(run(recipe.policy, policy, batch.mismatched))
-        found += [run(recipe.base, reference, batch.mismatched)] if recipe.wants_reference else []
+    found = [run(spec.policy, policy, batch, train)]
+    if spec.wants_reference and batch.reference_token_logps is None:
+        found.append(run(spec.base, reference, batch))
+    if spec.measured and parts > 1:
+        found.append(run(spec.policy, policy, batch))
+    if spec.measured and batch.mismatched is not None:
+        found.append(run(spec.policy, policy, batch.mismatched))
+        found += [run(spec.base, reference, batch.mismatched)] if spec.wants_reference else []
     return found
 
 

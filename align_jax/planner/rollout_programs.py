@@ -25,7 +25,7 @@ from align_jax.models.config import ModelConfig
 from align_jax.models.lora import merge
 from align_jax.models.model import Model
 from align_jax.online import REWARDS, batches, weighted
-from align_jax.online.config import Plan
+from align_jax.online.config import RolloutConfig
 from align_jax.online.source import generation_mesh, make_generator
 from align_jax.parallel.lowering import lower
 from align_jax.parallel.sharding import row_sharding
@@ -110,9 +110,9 @@ def reward_programs(
 
 
 def programs(
-    plan: Plan,
+    config: RolloutConfig,
     models: initialize.Models,
-    weights: initialize.Plan,
+    weights: initialize.StateSpecs,
     tokenizer: PreTrainedTokenizerBase,
     batch: Batch,
     mesh: Mesh,
@@ -125,7 +125,7 @@ def programs(
     """Lower what a rollout runs.
 
     Args:
-        plan: how rollouts are made.
+        config: how rollouts are made.
         models: the policy's and the reference's.
         weights: theirs, shapes with shardings.
         tokenizer: the policy's.
@@ -137,24 +137,24 @@ def programs(
         platform: "tpu" for a topology's devices; None: the devices' own.
     """
     policy, found = merge(weights.base, weights.trained), []
-    if plan.server is None:
+    if config.server is None:
         found += _generation(
-            plan, models.policy, policy, tokenizer, mesh, held, max_length, platform
+            config, models.policy, policy, tokenizer, mesh, held, max_length, platform
         )
     found += [
-        one.program(f"reward {name}", held, plan.prompts * plan.responses, platform)
+        one.program(f"reward {name}", held, config.prompts * config.responses, platform)
         for name, one in rewards.items()
     ]
-    if plan.targets is None:
+    if config.targets is None:
         return found
-    groups = plan.batch_size // plan.microbatches
+    groups = config.batch_size // config.microbatches
     part = abstract_batch(mesh, batches.take(batch._replace(mismatched=None), np.arange(groups)))
     wanted = (
-        [("rescore", models.policy, policy, plan.value_head)]
-        if plan.rescore or plan.value_head
+        [("rescore", models.policy, policy, config.value_head)]
+        if config.rescore or config.value_head
         else []
     )
-    if plan.needs_reference:
+    if config.needs_reference:
         reference = weights.base if weights.reference is None else weights.reference
         wanted.append(("rescore reference", models.base, reference, ""))
     for name, model, params, head in wanted:
@@ -165,7 +165,7 @@ def programs(
             params,
             part,
             value_head=head,
-            temperature=plan.temperature,
+            temperature=config.temperature,
             platform=platform,
         )
         (rows, length), positions = part.tokens.shape, part.loss_index.shape[1]
@@ -178,14 +178,14 @@ def programs(
                 {**held, "batch": part},
                 _only(flops, rows * length),
                 least([Pass(model, params, rows, length, positions)], mesh.shape),
-                runs=plan.slices * plan.microbatches,
+                runs=config.slices * config.microbatches,
             )
         )
     return found
 
 
 def _generation(
-    plan: Plan,
+    config: RolloutConfig,
     model: Model,
     params: Tree,
     tokenizer: PreTrainedTokenizerBase,
@@ -194,21 +194,21 @@ def _generation(
     max_length: int,
     platform: str | None,
 ) -> list[Program]:
-    longest = max_length - plan.max_new_tokens
-    where = generation_mesh(plan, model, mesh)
-    if plan.tensor:
+    longest = max_length - config.max_new_tokens
+    where = generation_mesh(config, model, mesh)
+    if config.tensor:
         params = for_decoding(model, params, where)
         held = {**held, "generation": params}
-    generator = make_generator(plan, model, tokenizer, where, max_length, longest)
+    generator = make_generator(config, model, tokenizer, where, max_length, longest)
     request = Request(
-        (1,) * longest, plan.responses, plan.max_new_tokens, plan.sampling, stop=plan.stop
+        (1,) * longest, config.responses, config.max_new_tokens, config.sampling, stop=config.stop
     )
-    lowered = generator.lower(params, [request] * plan.prompts, platform)
+    lowered = generator.lower(params, [request] * config.prompts, platform)
     prompts, length = lowered.prompts
     rows = lowered.progress.tokens.shape[0]
     held = {**held, "cache": lowered.progress}
     prefill = forward_flops(model, rows=prompts, length=length, positions=1)
-    decode = decode_flops(model, rows=rows, context=longest + plan.max_new_tokens // 2)
+    decode = decode_flops(model, rows=rows, context=longest + config.max_new_tokens // 2)
     return [
         Program(
             "prefill",
@@ -229,7 +229,7 @@ def _generation(
             _only(decode, rows),
             least([Pass(model, params, rows, 1, 1)], where.shape),
             (),
-            lowered.calls * plan.max_new_tokens,
+            lowered.calls * config.max_new_tokens,
             where,
         ),
     ]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run, from its config: what ``train``, ``plan``, ``export``, ``sample`` and ``evaluate`` share.
 
-config ─ settle ─► terms, tokenizer, models ─ prepare ─► data, recipe, plan of the parameters ─► Run
+config ─ settle ─► terms, tokenizer, models ─ prepare ─► data, step_spec, specs of the parameters ─► Run
                                             └─ restore ─► what a run has trained
 """
 
@@ -31,7 +31,7 @@ from align_jax.losses.objective import Term, data_kind
 from align_jax.models.config import ModelConfig
 from align_jax.models.lora import LoraConfig, merge
 from align_jax.online import source
-from align_jax.online.config import Plan as RolloutPlan
+from align_jax.online.config import RolloutConfig
 from align_jax.online.rollout import Rollouts
 from align_jax.parallel import distributed
 from align_jax.parallel.mesh import AXES, make_mesh, mesh_shape, row_shards
@@ -39,7 +39,7 @@ from align_jax.parallel.sharding import put_batch
 from align_jax.storage import workdir as record
 from align_jax.storage.checkpoint import Checkpoints
 from align_jax.training import initialize, optim, partitioning, reference
-from align_jax.training.steps import Recipe
+from align_jax.training.steps import StepSpec
 
 # The embedding's rows are padded to this whatever the mesh, so that a checkpoint of one tensor axis
 # is read on another.
@@ -54,7 +54,7 @@ class Setting(NamedTuple):
     model_config: ModelConfig
     models: initialize.Models
     kind: str  # of data the objective trains on
-    rollouts: RolloutPlan | None  # how an online run generates; None of an offline one
+    rollouts: RolloutConfig | None  # how an online run generates; None of an offline one
 
 
 def objective_terms(config: ConfigDict) -> tuple[Term, ...]:
@@ -182,7 +182,7 @@ def settle(config: ConfigDict, devices: int) -> Setting:
     return Setting(terms, tokenizer, model_config, models, kind, rollouts)
 
 
-def make_recipe(config: ConfigDict, setting: Setting, total_steps: int) -> Recipe:
+def make_step_spec(config: ConfigDict, setting: Setting, total_steps: int) -> StepSpec:
     """Put together what the steps are compiled from."""
     o = config.optimizer
     schedule = optim.make_schedule(
@@ -203,7 +203,7 @@ def make_recipe(config: ConfigDict, setting: Setting, total_steps: int) -> Recip
         eps=o.eps,
         moment_dtype=o.moment_dtype,
     )
-    return Recipe(
+    return StepSpec(
         setting.models.policy,
         setting.models.base,
         setting.terms,
@@ -219,12 +219,14 @@ def make_recipe(config: ConfigDict, setting: Setting, total_steps: int) -> Recip
     )
 
 
-def make_plan(config: ConfigDict, setting: Setting, recipe: Recipe, mesh: Mesh) -> initialize.Plan:
+def make_state_specs(
+    config: ConfigDict, setting: Setting, step_spec: StepSpec, mesh: Mesh
+) -> initialize.StateSpecs:
     """Say what lies where on the mesh."""
-    in_step = recipe.wants_reference and config.reference.mode == "in_graph"
+    in_step = step_spec.wants_reference and config.reference.mode == "in_graph"
     in_rollout = setting.rollouts is not None and setting.rollouts.needs_reference
-    return initialize.make_plan(
-        recipe,
+    return initialize.make_state_specs(
+        step_spec,
         mesh,
         param_dtype=config.model.param_dtype,
         frozen_dtype=config.reference.dtype,
@@ -235,15 +237,15 @@ def make_plan(config: ConfigDict, setting: Setting, recipe: Recipe, mesh: Mesh) 
     )
 
 
-def make_reference_plan(
-    config: ConfigDict, setting: Setting, recipe: Recipe, mesh: Mesh
-) -> initialize.Plan:
+def make_reference_specs(
+    config: ConfigDict, setting: Setting, step_spec: StepSpec, mesh: Mesh
+) -> initialize.StateSpecs:
     """Say what lies where while the reference's log-probabilities are computed that the run will
     find cached."""
     with config.unlocked():
         in_graph = config.copy_and_resolve_references()
     in_graph.reference.mode = "in_graph"
-    return make_plan(in_graph, setting, recipe, mesh)
+    return make_state_specs(in_graph, setting, step_spec, mesh)
 
 
 class Run(NamedTuple):
@@ -253,8 +255,8 @@ class Run(NamedTuple):
     workdir: str
     mesh: Mesh
     setting: Setting
-    recipe: Recipe
-    plan: initialize.Plan
+    step_spec: StepSpec
+    state_specs: initialize.StateSpecs
     train: Pipeline | Rollouts
     eval: Pipeline | None  # of held-out examples; None of prompts, which the source itself samples
     examples: Examples
@@ -313,8 +315,8 @@ def make_pipeline(
 
 
 def prepare(config: ConfigDict, workdir: str) -> Run:
-    """Check the config, index the data, plan the parameters; nothing is compiled and no weight is
-    read.
+    """Check the config, index the data, lay out the parameters; nothing is compiled and no weight
+    is read.
 
     Raises:
         ValueError, KeyError, FileNotFoundError: a mistake in the config, the data or the workdir.
@@ -345,9 +347,11 @@ def prepare(config: ConfigDict, workdir: str) -> Run:
             held_out=() if held_out is None else held_out.items,
         )
     total = configs.resolve_steps(config, train.steps_per_epoch)
-    recipe = make_recipe(config, setting, total)
-    plan = make_plan(config, setting, recipe, mesh)
-    return Run(config, workdir, mesh, setting, recipe, plan, train, held, examples, held_out, total)
+    step_spec = make_step_spec(config, setting, total)
+    specs = make_state_specs(config, setting, step_spec, mesh)
+    return Run(
+        config, workdir, mesh, setting, step_spec, specs, train, held, examples, held_out, total
+    )
 
 
 def cached_reference(run: Run, examples: Examples) -> reference.Cache:
@@ -374,11 +378,11 @@ def cached_reference(run: Run, examples: Examples) -> reference.Cache:
     )
     if (found := reference.load(file, identity)) is not None:
         return found
-    plan = make_reference_plan(config, run.setting, run.recipe, run.mesh)
+    specs = make_reference_specs(config, run.setting, run.step_spec, run.mesh)
     frozen = initialize.load_frozen(
-        run.recipe, plan, path=config.model.path, seed=config.seed, reference_path=r.path
+        run.step_spec, specs, path=config.model.path, seed=config.seed, reference_path=r.path
     )
-    step = partitioning.jit_reference_step(run.recipe)
+    step = partitioning.jit_reference_step(run.step_spec)
     batches = make_pipeline(config, run.setting, run.mesh, examples, once=True).iterator()
     cache = reference.compute(
         iter(tqdm.tqdm(batches, desc="reference", disable=None)),
@@ -393,7 +397,7 @@ def cached_reference(run: Run, examples: Examples) -> reference.Cache:
 def batches_of(run: Run, source: Pipeline, examples: Examples) -> Callable[[int], Iterator[Any]]:
     """Return a function from a step to this process's batches from there on, the cached reference
     filled in."""
-    if run.config.reference.mode != "cached" or not run.recipe.wants_reference:
+    if run.config.reference.mode != "cached" or not run.step_spec.wants_reference:
         return source.iterator
     cache = cached_reference(run, examples)
     return lambda step: map(cache.fill, source.iterator(step))
@@ -433,7 +437,7 @@ def lower(run: Run) -> jax.stages.Lowered:
     """Lower the run's very train step."""
     batch = partitioning.abstract_batch(run.mesh, run.train.abstract())
     return partitioning.lower_train_step(
-        run.recipe, run.plan.state, run.plan.frozen, batch, run.mesh
+        run.step_spec, run.state_specs.state, run.state_specs.frozen, batch, run.mesh
     )
 
 
@@ -480,15 +484,15 @@ def restore(workdir: str, which: str = "latest") -> Trained:
     config.checkpoint.local = ""  # the trainer's hosts' own
     setting = settle(config, jax.device_count())
     mesh = make_mesh(config.mesh.to_dict())
-    recipe = make_recipe(config, setting, total_steps=1 + config.optimizer.warmup_steps)
-    plan = make_plan(config, setting, recipe, mesh)
+    step_spec = make_step_spec(config, setting, total_steps=1 + config.optimizer.warmup_steps)
+    specs = make_state_specs(config, setting, step_spec, mesh)
     with jax.set_mesh(mesh), open_checkpoints(config, workdir) as checkpoints:
-        restored = checkpoints.restore(plan.state, which)
+        restored = checkpoints.restore(specs.state, which)
         if restored is None:
             raise FileNotFoundError(f"{workdir} has no checkpoint")
         frozen = initialize.load_frozen(
-            recipe,
-            plan,
+            step_spec,
+            specs,
             path=config.model.path,
             seed=config.seed,
             reference_path=config.reference.path,

@@ -13,7 +13,7 @@ import jax
 from etils import epath
 
 from align_jax.core.schema import Batch
-from align_jax.training.steps import Recipe, train_step
+from align_jax.training.steps import StepSpec, train_step
 
 
 @contextlib.contextmanager
@@ -60,12 +60,12 @@ def dump_hlo(folder: str | epath.PathLike, lowered: jax.stages.Lowered) -> None:
     (folder / "train_step.compiled.txt").write_text(lowered.compile().as_text())
 
 
-def find_nan(recipe: Recipe, state: Any, frozen: Any, batch: Batch) -> str:
+def find_nan(spec: StepSpec, state: Any, frozen: Any, batch: Batch) -> str:
     """Run a step again with every operation checked, and name the first whose result is not a
     number.
 
     Args:
-        recipe, state, frozen, batch: as of the step that failed.
+        spec, state, frozen, batch: as of the step that failed.
 
     Returns:
         What JAX says of that operation; a sentence if this time every one was fine.
@@ -73,7 +73,7 @@ def find_nan(recipe: Recipe, state: Any, frozen: Any, batch: Batch) -> str:
     with jax.debug_nans(True):
         try:
             jax.block_until_ready(
-                jax.jit(functools.partial(train_step, recipe))(state, frozen, batch)
+                jax.jit(functools.partial(train_step, spec))(state, frozen, batch)
             )
         except FloatingPointError as error:
             return str(error)

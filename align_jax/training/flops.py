@@ -24,7 +24,7 @@ import jax
 from align_jax.core.schema import Batch
 from align_jax.models.config import ModelConfig
 from align_jax.models.model import Model
-from align_jax.training.steps import Recipe
+from align_jax.training.steps import StepSpec
 
 
 class Forward(NamedTuple):
@@ -147,12 +147,12 @@ def decode_flops(model: Model, *, rows: int, context: int) -> Forward:
 
 
 def step_flops(
-    recipe: Recipe, batch: Batch, *, segment_length: int | None = None, train: bool = True
+    spec: StepSpec, batch: Batch, *, segment_length: int | None = None, train: bool = True
 ) -> StepFlops:
     """Count one train step, or one eval step.
 
     Args:
-        recipe: what the step is compiled from.
+        spec: what the step is compiled from.
         batch: the global batch, or its shapes.
         segment_length: of packed rows, the mean tokens of a segment; default: the whole row
             attends.
@@ -164,27 +164,25 @@ def step_flops(
 
     def forward(model: Model, part: Batch) -> Forward:
         rows, length = part.tokens.shape
-        positions = part.loss_index.shape[1] if recipe.wants_logps else 0
+        positions = part.loss_index.shape[1] if spec.wants_logps else 0
         return forward_flops(
             model, rows=rows, length=length, positions=positions, segment_length=segment_length
         )
 
-    once = forward(recipe.policy, batch)
-    adapted = recipe.policy.options.lora is not None
+    once = forward(spec.policy, batch)
+    adapted = spec.policy.options.lora is not None
     frozen = once.layers + once.attention + once.head
     # attention has no weights: both of its operands get gradients whether or not anything is
     # adapted
     policy = 2 * frozen + once.attention + 3 * once.adapter if adapted else 3 * frozen
-    in_graph = recipe.wants_reference and batch.reference_token_logps is None
-    reference = forward(recipe.base, batch).total if in_graph else 0.0
+    in_graph = spec.wants_reference and batch.reference_token_logps is None
+    reference = forward(spec.base, batch).total if in_graph else 0.0
     statistics = 0.0
-    if recipe.measured and recipe.microbatches > 1 and train:
+    if spec.measured and spec.microbatches > 1 and train:
         statistics += once.total
-    if recipe.measured and batch.mismatched is not None:
-        statistics += forward(recipe.policy, batch.mismatched).total
-        statistics += (
-            forward(recipe.base, batch.mismatched).total if recipe.wants_reference else 0.0
-        )
+    if spec.measured and batch.mismatched is not None:
+        statistics += forward(spec.policy, batch.mismatched).total
+        statistics += forward(spec.base, batch.mismatched).total if spec.wants_reference else 0.0
     if not train:
         return StepFlops(once.total, reference, statistics, 0.0, batch.tokens.size)
     # kernels recompute the weights from queries and keys whatever the policy
@@ -196,5 +194,5 @@ def step_flops(
         "none": 0.0,
     }
     # the head's chunks are always rematerialized
-    recomputed = again[recipe.policy.options.remat] + once.head
+    recomputed = again[spec.policy.options.remat] + once.head
     return StepFlops(policy, reference, statistics, recomputed, batch.tokens.size)

@@ -33,7 +33,7 @@ from align_jax.training.partitioning import (
     check_divisible,
     trainable,
 )
-from align_jax.training.steps import Recipe, init_state
+from align_jax.training.steps import StepSpec, init_state
 
 Tree = Any
 
@@ -45,7 +45,7 @@ class Models(NamedTuple):
     base: Model
 
 
-class Plan(NamedTuple):
+class StateSpecs(NamedTuple):
     """What lies where: shapes with shardings."""
 
     trained: Tree  # the trained parameters
@@ -90,8 +90,8 @@ def make_models(
     return Models(build(config, lora=lora, heads=heads, **shared), build(config, **shared))
 
 
-def make_plan(
-    recipe: Recipe,
+def make_state_specs(
+    spec: StepSpec,
     mesh: Mesh,
     *,
     param_dtype: str,
@@ -100,11 +100,11 @@ def make_plan(
     other_reference: bool = False,
     with_reference: bool | None = None,
     quantization: str = "",
-) -> Plan:
+) -> StateSpecs:
     """Say what is trained, what is frozen, and where each lies.
 
     Args:
-        recipe: the recipe.
+        spec: what the step is compiled from.
         mesh: the mesh.
         param_dtype: of what is trained.
         frozen_dtype: of what is not.
@@ -118,14 +118,14 @@ def make_plan(
     Raises:
         ValueError: the mesh does not divide a parameter, or its blocks; nothing is left to train.
     """
-    axes = recipe.policy.axes()
-    adapter = recipe.policy.options.lora is not None
+    axes = spec.policy.axes()
+    adapter = spec.policy.options.lora is not None
     trained, rest = trainable(
-        recipe.policy.shapes(jnp.dtype(param_dtype)), adapter=adapter, freeze=freeze
+        spec.policy.shapes(jnp.dtype(param_dtype)), adapter=adapter, freeze=freeze
     )
-    base_shapes = recipe.base.shapes(jnp.dtype(frozen_dtype))
-    with_reference = recipe.wants_reference if with_reference is None else with_reference
-    whole = with_reference and not other_reference and not recipe.sync_every_steps
+    base_shapes = spec.base.shapes(jnp.dtype(frozen_dtype))
+    with_reference = spec.wants_reference if with_reference is None else with_reference
+    whole = with_reference and not other_reference and not spec.sync_every_steps
     base_leaves = flatten(base_shapes)
     if not whole:  # what is trained is not needed beside itself
         base_leaves = {path: leaf for path, leaf in base_leaves.items() if path in flatten(rest)}
@@ -137,7 +137,7 @@ def make_plan(
     check_divisible(trained)
     check_divisible(base)
     base = quantized_shapes(base, quantization) if quantization else base
-    return Plan(trained, base, reference, abstract_state(recipe, trained, mesh))
+    return StateSpecs(trained, base, reference, abstract_state(spec, trained, mesh))
 
 
 def load_params(model: Model, shapes: Tree, *, path: str, key: jax.Array) -> Tree:
@@ -198,61 +198,67 @@ def _packed(kernel: jax.Array, leaf: Any) -> Any:
 
 
 def load_frozen(
-    recipe: Recipe, plan: Plan, *, path: str, reference_path: str = "", seed: int = 0
+    spec: StepSpec, specs: StateSpecs, *, path: str, reference_path: str = "", seed: int = 0
 ) -> Tree:
     """Load or draw the weights that are not trained.
 
     Args:
-        recipe: the recipe.
-        plan: from ``make_plan``.
+        spec: what the step is compiled from.
+        specs: from ``make_state_specs``.
         path: checkpoint of the starting weights; "" = random.
         reference_path: checkpoint of the reference, where it is another one.
         seed: of random weights.
     """
     key = jax.random.key(seed)
-    frozen = {"base": load_params(recipe.base, plan.base, path=path, key=key) if plan.base else {}}
-    if plan.reference is not None:
-        frozen["reference"] = load_params(recipe.base, plan.reference, path=reference_path, key=key)
+    frozen = {"base": load_params(spec.base, specs.base, path=path, key=key) if specs.base else {}}
+    if specs.reference is not None:
+        frozen["reference"] = load_params(spec.base, specs.reference, path=reference_path, key=key)
     return frozen
 
 
 def load_trained(
-    recipe: Recipe, plan: Plan, frozen: Tree, *, path: str, adapter_path: str = "", seed: int = 0
+    spec: StepSpec,
+    specs: StateSpecs,
+    frozen: Tree,
+    *,
+    path: str,
+    adapter_path: str = "",
+    seed: int = 0,
 ) -> Tree:
     """Load or draw the trained parameters; they share no buffer with what is frozen, so the state
     can be donated.
 
     Args:
-        recipe: the recipe.
-        plan: from ``make_plan``.
+        spec: what the step is compiled from.
+        specs: from ``make_state_specs``.
         frozen: from ``load_frozen``.
         path: checkpoint of the starting weights; "" = random.
         adapter_path: PEFT adapter to start from; "" = a fresh one.
         seed: of random weights.
     """
     key = jax.random.key(seed)
-    if recipe.policy.options.lora is None:
-        return load_params(recipe.policy, plan.trained, path=path, key=key)
-    shapes = flatten(plan.trained)
+    if spec.policy.options.lora is None:
+        return load_params(spec.policy, specs.trained, path=path, key=key)
+    shapes = flatten(specs.trained)
     adapter = {
         name: leaf for name, leaf in shapes.items() if name.split("/")[-1].startswith("lora_")
     }
     if adapter_path:
-        given = flatten(peft.load(adapter_path, recipe.policy.config)[1])
+        given = flatten(peft.load(adapter_path, spec.policy.config)[1])
         trained = {
             name: _spread(given[name], leaf) for name, leaf in shapes.items() if name in given
         }
     else:
 
         def draw(base: Tree, key: jax.Array) -> dict[str, jax.Array]:
-            drawn = flatten(recipe.policy.init_adapter(key, base))
+            drawn = flatten(spec.policy.init_adapter(key, base))
             return {name: drawn[name].astype(leaf.dtype) for name, leaf in adapter.items()}
 
         places = {name: leaf.sharding for name, leaf in adapter.items()}
         trained = jax.jit(draw, out_shardings=places)(frozen["base"], key)
     heads = unflatten({name: leaf for name, leaf in shapes.items() if name not in trained})
     return merge(
-        unflatten(trained), load_params(recipe.policy, heads, path=path, key=key) if heads else {}
+        unflatten(trained), load_params(spec.policy, heads, path=path, key=key) if heads else {}
     )
 
 
@@ -262,13 +268,13 @@ def _spread(value: np.ndarray, leaf: Any) -> jax.Array:
     )
 
 
-def first_state(recipe: Recipe, plan: Plan, trained: Tree) -> Tree:
+def first_state(spec: StepSpec, specs: StateSpecs, trained: Tree) -> Tree:
     """Make the state of step 0 in its place on the mesh; the trained parameters' buffers are given
     away."""
-    shardings = jax.tree.map(lambda x: x.sharding, plan.state)
-    return jax.jit(
-        functools.partial(init_state, recipe), donate_argnums=0, out_shardings=shardings
-    )(trained)
+    shardings = jax.tree.map(lambda x: x.sharding, specs.state)
+    return jax.jit(functools.partial(init_state, spec), donate_argnums=0, out_shardings=shardings)(
+        trained
+    )
 
 
 def count(tree: Tree) -> int:

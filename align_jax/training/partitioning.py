@@ -22,7 +22,7 @@ from align_jax.core.tree import flatten, unflatten
 from align_jax.parallel.lowering import lower
 from align_jax.parallel.sharding import is_axes, row_sharding, tree_shardings
 from align_jax.training import optim
-from align_jax.training.steps import Recipe, eval_step, init_state, reference_step, train_step
+from align_jax.training.steps import StepSpec, eval_step, init_state, reference_step, train_step
 
 Tree = Any
 # paths of what is trained beside a frozen base
@@ -108,21 +108,21 @@ def check_divisible(params: Tree) -> None:
         )
 
 
-def abstract_state(recipe: Recipe, params: Tree, mesh: Mesh) -> Tree:
+def abstract_state(spec: StepSpec, params: Tree, mesh: Mesh) -> Tree:
     """Return the state's shapes with their shardings: the optimizer's state as its parameters, the
     rest replicated.
 
     Args:
-        recipe: the recipe.
+        spec: what the step is compiled from.
         params: trained parameters' shapes with shardings.
         mesh: the mesh.
     """
-    shapes = jax.eval_shape(functools.partial(init_state, recipe), params)
+    shapes = jax.eval_shape(functools.partial(init_state, spec), params)
     own = jax.tree.map(lambda x: x.sharding, params)
     replicated = NamedSharding(mesh, PartitionSpec())
     shardings = jax.tree.map(lambda _: replicated, shapes)
     shardings["params"] = own
-    shardings["opt_state"] = optim.state_shardings(recipe.optimizer, params, own, mesh)
+    shardings["opt_state"] = optim.state_shardings(spec.optimizer, params, own, mesh)
     if "reference" in shardings:
         shardings["reference"] = own
     return with_shardings(shapes, shardings)
@@ -136,45 +136,45 @@ def abstract_batch(mesh: Mesh, batch: Batch) -> Batch:
 
 
 def jit_train_step(
-    recipe: Recipe, state: Tree, mesh: Mesh
+    spec: StepSpec, state: Tree, mesh: Mesh
 ) -> Callable[[Tree, Tree, Batch], tuple[Tree, Any]]:
     """Return the compiled train step; the state is donated and keeps its shardings.
 
     Args:
-        recipe: the recipe.
+        spec: what the step is compiled from.
         state: from ``abstract_state``.
         mesh: the mesh.
     """
     out = (jax.tree.map(lambda x: x.sharding, state), NamedSharding(mesh, PartitionSpec()))
-    return jax.jit(functools.partial(train_step, recipe), donate_argnums=0, out_shardings=out)
+    return jax.jit(functools.partial(train_step, spec), donate_argnums=0, out_shardings=out)
 
 
-def jit_eval_step(recipe: Recipe, mesh: Mesh) -> Callable[[Tree, Tree, Batch], Any]:
+def jit_eval_step(spec: StepSpec, mesh: Mesh) -> Callable[[Tree, Tree, Batch], Any]:
     """Return the compiled eval step; nothing is donated."""
     return jax.jit(
-        functools.partial(eval_step, recipe), out_shardings=NamedSharding(mesh, PartitionSpec())
+        functools.partial(eval_step, spec), out_shardings=NamedSharding(mesh, PartitionSpec())
     )
 
 
-def jit_reference_step(recipe: Recipe) -> Callable[[Tree, Batch], jax.Array]:
+def jit_reference_step(spec: StepSpec) -> Callable[[Tree, Batch], jax.Array]:
     """Return the compiled reference step, which fills the cache of the reference's
     log-probabilities."""
-    return jax.jit(functools.partial(reference_step, recipe))
+    return jax.jit(functools.partial(reference_step, spec))
 
 
 def lower_train_step(
-    recipe: Recipe, state: Tree, frozen: Tree, batch: Batch, mesh: Mesh, platform: str | None = None
+    spec: StepSpec, state: Tree, frozen: Tree, batch: Batch, mesh: Mesh, platform: str | None = None
 ) -> jax.stages.Lowered:
     """Lower the very train step of a run.
 
     Args:
-        recipe: the recipe.
+        spec: what the step is compiled from.
         state: from ``abstract_state``.
         frozen: shapes with shardings.
         batch: from ``abstract_batch``.
         mesh, platform: as ``lower`` takes them.
     """
-    return lower(jit_train_step(recipe, state, mesh), mesh, state, frozen, batch, platform=platform)
+    return lower(jit_train_step(spec, state, mesh), mesh, state, frozen, batch, platform=platform)
 
 
 def place(tree: Tree, abstract: Tree) -> Tree:

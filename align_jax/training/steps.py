@@ -40,7 +40,7 @@ Tree = Any
 Sums = dict[str, tuple[jax.Array, jax.Array]]  # metric -> (weighted sum, sum of the weights)
 
 
-class Recipe(NamedTuple):
+class StepSpec(NamedTuple):
     """What a step is compiled from: everything static."""
 
     policy: Model  # with its adapter, if it has one
@@ -80,18 +80,17 @@ class Recipe(NamedTuple):
         return tuple(i for i, term in enumerate(self.terms) if term.objective.measure is not None)
 
 
-def init_state(recipe: Recipe, params: Tree) -> Tree:
+def init_state(spec: StepSpec, params: Tree) -> Tree:
     """Make the state of step 0 from the trained parameters."""
     state = {
         "step": jnp.zeros((), jnp.int32),
         "params": params,
-        "opt_state": recipe.optimizer.init(params),
+        "opt_state": spec.optimizer.init(params),
         "carry": {
-            str(i): jax.tree.map(jnp.asarray, recipe.terms[i].objective.carry)
-            for i in recipe.measured
+            str(i): jax.tree.map(jnp.asarray, spec.terms[i].objective.carry) for i in spec.measured
         },
     }
-    if recipe.sync_every_steps:
+    if spec.sync_every_steps:
         state["reference"] = jax.tree.map(jnp.copy, params)
     return state
 
@@ -170,7 +169,7 @@ def forward(
 
 
 def _policy(
-    recipe: Recipe,
+    spec: StepSpec,
     trainable: Tree,
     frozen: Tree,
     batch: Batch,
@@ -179,33 +178,33 @@ def _policy(
 ) -> tuple[Outputs, dict]:
     with jax.named_scope("policy"):
         return forward(
-            recipe.policy,
+            spec.policy,
             merge(frozen["base"], trainable),
             batch,
-            needs=recipe.needs,
-            chunk=recipe.chunk,
-            logps=recipe.wants_logps,
-            value_head=recipe.value_head,
+            needs=spec.needs,
+            chunk=spec.chunk,
+            logps=spec.wants_logps,
+            value_head=spec.value_head,
             reference=reference,
             key=key,
-            temperature=recipe.temperature,
+            temperature=spec.temperature,
         )
 
 
-def _reference_model(recipe: Recipe, state: Tree, frozen: Tree) -> tuple[Model, Tree]:
+def _reference_model(spec: StepSpec, state: Tree, frozen: Tree) -> tuple[Model, Tree]:
     if "reference" in state:  # it moves with the policy
-        return recipe.policy, merge(frozen["base"], state["reference"])
-    return recipe.base, frozen.get("reference", frozen["base"])
+        return spec.policy, merge(frozen["base"], state["reference"])
+    return spec.base, frozen.get("reference", frozen["base"])
 
 
-def _reference(recipe: Recipe, reference: tuple[Model, Tree], batch: Batch) -> Outputs | None:
-    if not recipe.wants_reference:
+def _reference(spec: StepSpec, reference: tuple[Model, Tree], batch: Batch) -> Outputs | None:
+    if not spec.wants_reference:
         return None
     if batch.reference_token_logps is not None:
         token_logps = batch.reference_token_logps
         return Outputs(token_logps, sum_by_slot(token_logps, batch), batch.lengths)
     with jax.named_scope("reference"):
-        outputs, _ = forward(*reference, batch, chunk=recipe.chunk, temperature=recipe.temperature)
+        outputs, _ = forward(*reference, batch, chunk=spec.chunk, temperature=spec.temperature)
     return jax.lax.stop_gradient(outputs)
 
 
@@ -213,7 +212,7 @@ def _reference(recipe: Recipe, reference: tuple[Model, Tree], batch: Batch) -> O
 
 
 def _measure(
-    recipe: Recipe,
+    spec: StepSpec,
     trainable: Tree,
     frozen: Tree,
     reference_model: tuple[Model, Tree],
@@ -227,32 +226,32 @@ def _measure(
     if batch.mismatched is not None:
         params = merge(frozen["base"], jax.lax.stop_gradient(trainable))
         with jax.named_scope("mismatched"):
-            mine, _ = forward(recipe.policy, params, batch.mismatched, chunk=recipe.chunk)
-            mismatched = (mine, _reference(recipe, reference_model, batch.mismatched))
+            mine, _ = forward(spec.policy, params, batch.mismatched, chunk=spec.chunk)
+            mismatched = (mine, _reference(spec, reference_model, batch.mismatched))
     return {
-        str(i): objective.measure(recipe.terms[i], policy, reference, batch, mismatched)
-        for i in recipe.measured
+        str(i): objective.measure(spec.terms[i], policy, reference, batch, mismatched)
+        for i in spec.measured
     }
 
 
-def _summarize(recipe: Recipe, measured: Tree, weights: Tree, carry: Tree) -> tuple[Tree, Tree]:
+def _summarize(spec: StepSpec, measured: Tree, weights: Tree, carry: Tree) -> tuple[Tree, Tree]:
     """Turn what was measured, [M, b] arrays over the global batch, into statistics and the next
     carry."""
     stats, carried = {}, {}
-    for i in map(str, recipe.measured):
+    for i in map(str, spec.measured):
         stats[i], carried[i] = objective.summarize(
-            recipe.terms[int(i)], measured[i], weights[int(i)], carry[i]
+            spec.terms[int(i)], measured[i], weights[int(i)], carry[i]
         )
     return stats, carried
 
 
-def _weights(recipe: Recipe, batch: Batch) -> list[jax.Array]:
+def _weights(spec: StepSpec, batch: Batch) -> list[jax.Array]:
     """Return every term's weights [b], which depend on the batch alone."""
-    return [objective.group_weights(term, batch) for term in recipe.terms]
+    return [objective.group_weights(term, batch) for term in spec.terms]
 
 
 def _own_statistics(
-    recipe: Recipe,
+    spec: StepSpec,
     trainable: Tree,
     frozen: Tree,
     reference_model: tuple[Model, Tree],
@@ -262,16 +261,16 @@ def _own_statistics(
     carry: Tree,
 ) -> tuple[Tree, Tree]:
     """Make the statistics of a batch that is a single part."""
-    if not recipe.measured:
+    if not spec.measured:
         return {}, carry
-    measured = _measure(recipe, trainable, frozen, reference_model, policy, reference, batch)
-    measured, weights = jax.tree.map(lambda x: x[None], (measured, _weights(recipe, batch)))
-    stats, carry = _summarize(recipe, measured, weights, carry)
+    measured = _measure(spec, trainable, frozen, reference_model, policy, reference, batch)
+    measured, weights = jax.tree.map(lambda x: x[None], (measured, _weights(spec, batch)))
+    stats, carry = _summarize(spec, measured, weights, carry)
     return part(stats, 0), carry
 
 
 def _total(
-    recipe: Recipe,
+    spec: StepSpec,
     policy: Outputs,
     reference: Outputs | None,
     batch: Batch,
@@ -280,12 +279,12 @@ def _total(
 ) -> tuple[jax.Array, Sums]:
     """This microbatch's share of the loss, and its metrics."""
     total, metrics = jnp.zeros((), jnp.float32), {}
-    for i, term in enumerate(recipe.terms):
+    for i, term in enumerate(spec.terms):
         losses, weights, more = objective.apply(term, policy, reference, batch, stats.get(str(i)))
         summed = jnp.sum(losses * weights)
         denominator = jnp.sum(weights) if denominators is None else denominators[i]
         total += term.weight * summed / jnp.maximum(denominator, 1e-8)
-        if len(recipe.terms) > 1:
+        if len(spec.terms) > 1:
             more = {**more, f"loss/{term.name}": (summed, jnp.sum(weights))}
         # where two terms report the same quantity, the first one's stands
         metrics = {**more, **metrics}
@@ -332,12 +331,12 @@ def part(tree: Tree, index: int) -> Tree:
 
 
 def train_step(
-    recipe: Recipe, state: Tree, frozen: Tree, batch: Batch
+    spec: StepSpec, state: Tree, frozen: Tree, batch: Batch
 ) -> tuple[Tree, dict[str, jax.Array]]:
     """Take one optimizer step.
 
     Args:
-        recipe: static; everything else is arrays.
+        spec: static; everything else is arrays.
         state: what is trained (donated).
         frozen: weights that are not.
         batch: the global batch of this step.
@@ -347,10 +346,10 @@ def train_step(
         average.  Where the loss or the gradient's norm is not finite the state is returned
         unchanged but for its step, so that nothing is spoiled; the caller stops the run.
     """
-    parts = recipe.microbatches
+    parts = spec.microbatches
     batches = split(batch, parts)
-    keys = jax.random.split(jax.random.fold_in(jax.random.key(recipe.seed), state["step"]), parts)
-    reference_model = _reference_model(recipe, state, frozen)
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(spec.seed), state["step"]), parts)
+    reference_model = _reference_model(spec, state, frozen)
 
     def part_loss(
         trainable: Tree,
@@ -361,17 +360,17 @@ def train_step(
         denominators: list[jax.Array] | None,
     ) -> tuple[jax.Array, tuple[Sums, Tree]]:
         if reference is None:
-            reference = _reference(recipe, reference_model, batch)
-        policy, aux = _policy(recipe, trainable, frozen, batch, reference_model, key)
+            reference = _reference(spec, reference_model, batch)
+        policy, aux = _policy(spec, trainable, frozen, batch, reference_model, key)
         carry = state["carry"]
         if stats is None:
             stats, carry = _own_statistics(
-                recipe, trainable, frozen, reference_model, policy, reference, batch, carry
+                spec, trainable, frozen, reference_model, policy, reference, batch, carry
             )
         with jax.named_scope("loss"):
-            total, metrics = _total(recipe, policy, reference, batch, stats, denominators)
+            total, metrics = _total(spec, policy, reference, batch, stats, denominators)
         for name, value in aux.items():
-            total += recipe.load_balancing * value / parts
+            total += spec.load_balancing * value / parts
             metrics[f"loss/{name}"] = (jax.lax.stop_gradient(value), jnp.ones(()))
         return total, (metrics, carry)
 
@@ -382,14 +381,14 @@ def train_step(
         )
     else:
         loss, metrics, carry, grads = _accumulate(
-            recipe, state, frozen, batches, keys, reference_model, grad
+            spec, state, frozen, batches, keys, reference_model, grad
         )
 
     with jax.named_scope("optimizer"):
         norm = optax.global_norm(grads)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes integer counts with floats
-            updates, opt_state = recipe.optimizer.update(grads, state["opt_state"], state["params"])
-            rate = jnp.asarray(recipe.schedule(state["step"]), jnp.float32)
+            updates, opt_state = spec.optimizer.update(grads, state["opt_state"], state["params"])
+            rate = jnp.asarray(spec.schedule(state["step"]), jnp.float32)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         changed = {
             "params": optax.apply_updates(state["params"], updates),
@@ -397,8 +396,8 @@ def train_step(
             "carry": carry,
         }
         step = state["step"] + 1
-        if recipe.sync_every_steps:
-            changed["reference"] = _sync(recipe, step, state["reference"], changed["params"])
+        if spec.sync_every_steps:
+            changed["reference"] = _sync(spec, step, state["reference"], changed["params"])
         kept = {name: state[name] for name in changed}
         new_state = {
             "step": step,
@@ -423,15 +422,15 @@ def train_step(
     }
 
 
-def _sync(recipe: Recipe, step: jax.Array, reference: Tree, params: Tree) -> Tree:
+def _sync(spec: StepSpec, step: jax.Array, reference: Tree, params: Tree) -> Tree:
     """TR-DPO (arXiv 2404.09656): every k steps, reference <- mix * policy + (1 - mix) *
     reference."""
-    mix = jnp.where(step % recipe.sync_every_steps == 0, recipe.mix, 0.0)
+    mix = jnp.where(step % spec.sync_every_steps == 0, spec.mix, 0.0)
     return jax.tree.map(lambda r, p: (mix * p + (1.0 - mix) * r).astype(r.dtype), reference, params)
 
 
 def _accumulate(
-    recipe: Recipe,
+    spec: StepSpec,
     state: Tree,
     frozen: Tree,
     batches: Batch,
@@ -441,21 +440,21 @@ def _accumulate(
 ) -> tuple[jax.Array, Sums, Tree, Tree]:
     """Sum loss, metrics and gradients over the microbatches."""
     references, stats, carry = None, {}, state["carry"]
-    _, weights = jax.lax.scan(lambda _, batch: (None, _weights(recipe, batch)), None, batches)
+    _, weights = jax.lax.scan(lambda _, batch: (None, _weights(spec, batch)), None, batches)
     denominators = [jnp.sum(x) for x in weights]
-    if recipe.measured:
+    if spec.measured:
 
         def first_pass(_, xs: tuple[Batch, jax.Array]) -> tuple[None, tuple[Tree, Outputs | None]]:
             batch, key = xs
-            reference = _reference(recipe, reference_model, batch)
-            policy, _aux = _policy(recipe, state["params"], frozen, batch, reference_model, key)
+            reference = _reference(spec, reference_model, batch)
+            policy, _aux = _policy(spec, state["params"], frozen, batch, reference_model, key)
             measured = _measure(
-                recipe, state["params"], frozen, reference_model, policy, reference, batch
+                spec, state["params"], frozen, reference_model, policy, reference, batch
             )
             return None, (measured, reference)
 
         _, (measured, references) = jax.lax.scan(first_pass, None, (batches, keys))
-        stats, carry = _summarize(recipe, measured, weights, carry)
+        stats, carry = _summarize(spec, measured, weights, carry)
     batches = batches._replace(mismatched=None)  # only the first pass looks at them
 
     def second_pass(grads: Tree, xs: tuple) -> tuple[Tree, tuple[jax.Array, Sums]]:
@@ -470,25 +469,25 @@ def _accumulate(
     return jnp.sum(losses), jax.tree.map(lambda x: jnp.sum(x, axis=0), metrics), carry, grads
 
 
-def eval_step(recipe: Recipe, state: Tree, frozen: Tree, batch: Batch) -> Sums:
+def eval_step(spec: StepSpec, state: Tree, frozen: Tree, batch: Batch) -> Sums:
     """Measure the loss and the metrics of a batch, without dropout and without a gradient.
 
     Returns:
         (sum, weight) pairs, to be added up over the evaluation set; ``loss`` weighted by the
         batch's real groups.
     """
-    reference_model = _reference_model(recipe, state, frozen)
-    reference = _reference(recipe, reference_model, batch)
-    policy, _ = _policy(recipe, state["params"], frozen, batch, reference_model, None)
+    reference_model = _reference_model(spec, state, frozen)
+    reference = _reference(spec, reference_model, batch)
+    policy, _ = _policy(spec, state["params"], frozen, batch, reference_model, None)
     stats, _ = _own_statistics(
-        recipe, state["params"], frozen, reference_model, policy, reference, batch, state["carry"]
+        spec, state["params"], frozen, reference_model, policy, reference, batch, state["carry"]
     )
-    total, metrics = _total(recipe, policy, reference, batch, stats, None)
+    total, metrics = _total(spec, policy, reference, batch, stats, None)
     groups = jnp.sum(batch.weight)
     return {"loss": (total * groups, groups), **metrics}
 
 
-def reference_step(recipe: Recipe, frozen: Tree, batch: Batch) -> jax.Array:
+def reference_step(spec: StepSpec, frozen: Tree, batch: Batch) -> jax.Array:
     """Return the reference's token log-probabilities [N, T], for the cache."""
-    model, params = recipe.base, frozen.get("reference", frozen["base"])
-    return forward(model, params, batch, needs=(), chunk=recipe.chunk)[0].token_logps
+    model, params = spec.base, frozen.get("reference", frozen["base"])
+    return forward(model, params, batch, needs=(), chunk=spec.chunk)[0].token_logps

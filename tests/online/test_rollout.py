@@ -16,7 +16,7 @@ from align_jax.inference.engines import Local
 from align_jax.inference.generate import Generator, Request
 from align_jax.models.config import ModelConfig, Rope
 from align_jax.models.model import build
-from align_jax.online.config import make_plan
+from align_jax.online.config import make_rollout_config
 from align_jax.online.prompts import Prompts
 from align_jax.online.rollout import Rollouts, Weights
 from align_jax.online.weighted import WeightedRewards
@@ -76,21 +76,21 @@ def make(
 ):
     tokenizer = load_tokenizer("byte")
     mesh = mesh or make_mesh({"data": 1}, jax.devices()[:1])
-    plan = make_plan(
+    config = make_rollout_config(
         losses.resolve(name, objective or {}),
         batch_size=batch_size,
         responses=responses,
         max_new_tokens=6,
         **keywords,
     )
-    prompts = Prompts(examples, tokenizer, max_length=24, max_new_tokens=6, seed=plan.seed)
+    prompts = Prompts(examples, tokenizer, max_length=24, max_new_tokens=6, seed=config.seed)
     held_out = Prompts(
-        HELD_OUT, tokenizer, max_length=24, max_new_tokens=6, seed=plan.seed, shuffle=False
+        HELD_OUT, tokenizer, max_length=24, max_new_tokens=6, seed=config.seed, shuffle=False
     )
     policy, reference, weights = models
     generator = Generator(policy, tokenizer, rows=8, max_length=24, mesh=mesh, prompt_bucket=18)
     return Rollouts(
-        plan,
+        config,
         prompts,
         Local(generator, weights.policy),
         REWARDS,
@@ -139,16 +139,16 @@ def test_grpo_batch_has_group_advantages_of_its_scores_and_the_policys_own_logps
 
 
 def test_a_server_may_be_asked_for_in_the_options():
-    plan = make_plan(
+    config = make_rollout_config(
         losses.resolve("grpo", {}),
         batch_size=2,
         responses=4,
         max_new_tokens=6,
         options={"server": {"url": "http://localhost:8000", "model": "policy"}},
     )
-    assert plan.server["model"] == "policy"
+    assert config.server["model"] == "policy"
     with pytest.raises(ValueError, match="rollout.tensor = 2"):
-        dataclasses.replace(plan, tensor=2)
+        dataclasses.replace(config, tensor=2)
 
 
 def test_rows_that_the_mesh_does_not_divide_are_refused(models):

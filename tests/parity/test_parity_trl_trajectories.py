@@ -108,10 +108,10 @@ def test_losses_of_twenty_steps_equal_trl(method):
         b2=with_adam["adam_beta2"],
         eps=with_adam["adam_epsilon"],
     )
-    recipe = steps.Recipe(policy, base, terms, optimizer, schedule)
-    state = steps.init_state(recipe, params)
+    spec = steps.StepSpec(policy, base, terms, optimizer, schedule)
+    state = steps.init_state(spec, params)
     frozen = {"base": {} if method == "reward" else params}
-    step = jax.jit(lambda state, frozen, batch: steps.train_step(recipe, state, frozen, batch))
+    step = jax.jit(lambda state, frozen, batch: steps.train_step(spec, state, frozen, batch))
     found = []
     for i in range(len(ARRAYS[f"{method}/loss"])):
         state, metrics = step(state, frozen, batch_of(method, i))

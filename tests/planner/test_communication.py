@@ -11,7 +11,7 @@ from align_jax.models.lora import LoraConfig
 from align_jax.parallel.mesh import make_mesh
 from align_jax.planner import communication
 from align_jax.training import initialize, optim
-from align_jax.training.steps import Recipe
+from align_jax.training.steps import StepSpec
 
 L, D, H, K, h, F, V = 3, 64, 8, 4, 8, 128, 256
 N, T, P = 16, 32, 16
@@ -44,7 +44,7 @@ def least(name="dpo", sizes=None, *, model=MODEL, rank=0, parts=1, remat="full",
         lora=lora,
     )
     schedule = optim.make_schedule(learning_rate=1e-3, schedule="constant", total_steps=10)
-    recipe = Recipe(
+    spec = StepSpec(
         models.policy,
         models.base,
         terms,
@@ -53,15 +53,15 @@ def least(name="dpo", sizes=None, *, model=MODEL, rank=0, parts=1, remat="full",
         microbatches=parts,
     )
     mesh = make_mesh(sizes)
-    plan = initialize.make_plan(recipe, mesh, param_dtype="float32", frozen_dtype="bfloat16")
+    specs = initialize.make_state_specs(spec, mesh, param_dtype="float32", frozen_dtype="bfloat16")
     by_token = np.zeros((N, T), np.int32)
     batch = Batch(*[by_token] * len(Batch._fields))._replace(
         loss_index=np.zeros((N, P), np.int32), reference_token_logps=None, mismatched=None
     )
     found = communication.least(
-        communication.passes(recipe, plan, batch, train=train),
+        communication.passes(spec, specs, batch, train=train),
         mesh.shape,
-        plan.trained if train else (),
+        specs.trained if train else (),
         parts,
     )
     return {axes: pytest.approx(size) for axes, size in found.items()}

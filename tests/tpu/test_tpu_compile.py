@@ -93,7 +93,7 @@ def _no_whole_rows_of_logits(step, found) -> None:
         sizes[axis] for axis in ("data", "fsdp", "expert")
     )
     tokens = rows * step.batch.tokens.shape[1] // sizes["sequence"] // step.config.microbatches
-    vocab = {step.recipe.policy.config.vocab_rows // split for split in (1, sizes["tensor"])}
+    vocab = {step.step_spec.policy.config.vocab_rows // split for split in (1, sizes["tensor"])}
     beside = {
         shape: math.prod(shape) // max(vocab & set(shape))
         for _, shape, _ in found.largest
@@ -102,7 +102,7 @@ def _no_whole_rows_of_logits(step, found) -> None:
     wrong = [
         shape
         for shape, count in beside.items()
-        if count >= tokens and count != step.recipe.policy.config.hidden_size
+        if count >= tokens and count != step.step_spec.policy.config.hidden_size
     ]
     assert not wrong, wrong
 
@@ -129,7 +129,7 @@ def test_a_small_model_moves_what_its_mesh_must_move_and_no_more():
 def test_slices_exchange_gradients_only_and_shards_of_them():
     step, found = _forecast(_small(mesh__data=2, mesh__fsdp=4), "2*v5e:2x2")
     between = _moved(found, "all-reduce", axes="data")
-    gradients = tree_bytes(step.plan.trained)  # of one device, float32
+    gradients = tree_bytes(step.state_specs.trained)  # of one device, float32
     assert 0.4 * gradients < between < 1.3 * gradients, (between, gradients, found.collectives)
     assert found.seconds["network"] > 0
 
@@ -151,7 +151,7 @@ def test_dpo_of_7b_fits_v5e_in_less_than_the_prototype():
     assert found.memory.used < 5.3 * GIB, found.memory
     _no_whole_rows_of_logits(step, found)
     assert not _moved(found, "all-to-all"), found.collectives
-    weights = 2 * (layer_weights(step.recipe.policy.config) + 2 * 4096 * 32000)  # bfloat16
+    weights = 2 * (layer_weights(step.step_spec.policy.config) + 2 * 4096 * 32000)  # bfloat16
     # gathered three times, reduced once
     assert found.least["fsdp"] == pytest.approx(4 * weights * 31 / 32, rel=1e-3)
     assert found.moved < 1.25 * found.least["fsdp"], found.collectives

@@ -70,7 +70,7 @@ def test_an_online_run_samples_scores_and_rescores_beside_all_that_it_holds(rewa
         assert {"parameters", "optimizer", "reference", "rewards"} <= program.held.keys()
     # bfloat16, half of each on two of four devices
     weights = tree_bytes(programs["decode"].held["generation"])
-    assert weights == pytest.approx(4 * tree_bytes(step.plan.trained) / 2 / 2, rel=0.02)
+    assert weights == pytest.approx(4 * tree_bytes(step.state_specs.trained) / 2 / 2, rel=0.02)
     assert {name: program.runs for name, program in programs.items()} == {
         "prefill": 1,
         "decode": 16,
@@ -90,7 +90,7 @@ def test_an_online_run_samples_scores_and_rescores_beside_all_that_it_holds(rewa
 def test_generation_as_training_lies_gathers_weights_for_every_token(reward_model):
     _, step, programs = _online(reward_model, 0)
     assert "generation" not in programs["decode"].held
-    weights = tree_bytes(step.plan.trained) / 2  # a quarter of each, in bfloat16
+    weights = tree_bytes(step.state_specs.trained) / 2  # a quarter of each, in bfloat16
     assert programs["decode"].least["fsdp"] == pytest.approx(3 * weights, rel=0.02)
 
 

@@ -21,7 +21,7 @@ from align_jax.models.lora import ATTENTION_AND_MLP, LoraConfig
 from align_jax.parallel.mesh import make_mesh
 from align_jax.parallel.sharding import put_batch
 from align_jax.training import initialize, optim, partitioning
-from align_jax.training.steps import Recipe
+from align_jax.training.steps import StepSpec
 
 SIZES = dict(
     vocab_size=96,
@@ -78,16 +78,16 @@ def random_batch(
     )
 
 
-def recipe_of(
+def step_spec_of(
     name: str,
     model: str = "dense",
     rank: int = 0,
     microbatches: int = 1,
     options: tuple = (),
     chunk: int = 4,
-    **recipe_options,
-) -> Recipe:
-    """Make the recipe of an objective on one of the models; rank 0 trains all of it."""
+    **spec_options,
+) -> StepSpec:
+    """Make the step spec of an objective on one of the models; rank 0 trains all of it."""
     terms = losses.resolve(name, dict(options))
     lora = LoraConfig(rank, targets=TARGETS[model]) if rank else None
     models = initialize.make_models(
@@ -95,7 +95,7 @@ def recipe_of(
     )
     schedule = optim.make_schedule(learning_rate=1e-2, schedule="constant", total_steps=10)
     optimizer = optim.make_optimizer(schedule, name="adamw", clip_norm=1.0, eps=1e-3)
-    return Recipe(
+    return StepSpec(
         models.policy,
         models.base,
         terms,
@@ -104,25 +104,25 @@ def recipe_of(
         microbatches=microbatches,
         chunk=chunk,
         load_balancing=0.02 if model == "experts" else 0.0,
-        **recipe_options,
+        **spec_options,
     )
 
 
-def plan_of(recipe: Recipe, mesh: jax.sharding.Mesh) -> initialize.Plan:
+def state_specs_of(spec: StepSpec, mesh: jax.sharding.Mesh) -> initialize.StateSpecs:
     """Say what lies where, all in float32."""
-    return initialize.make_plan(recipe, mesh, param_dtype="float32", frozen_dtype="float32")
+    return initialize.make_state_specs(spec, mesh, param_dtype="float32", frozen_dtype="float32")
 
 
 @functools.cache
 def weights_of(*arguments, **options):
-    """Draw the starting weights of ``recipe_of(...)`` on one device; return (frozen, trained),
+    """Draw the starting weights of ``step_spec_of(...)`` on one device; return (frozen, trained),
     numpy."""
-    recipe, mesh = recipe_of(*arguments, **options), make_mesh({"data": 1}, jax.devices()[:1])
+    spec, mesh = step_spec_of(*arguments, **options), make_mesh({"data": 1}, jax.devices()[:1])
     with jax.set_mesh(mesh):
-        plan = plan_of(recipe, mesh)
-        frozen = initialize.load_frozen(recipe, plan, path="", seed=0)
+        specs = state_specs_of(spec, mesh)
+        frozen = initialize.load_frozen(spec, specs, path="", seed=0)
         return jax.device_get(
-            (frozen, initialize.load_trained(recipe, plan, frozen, path="", seed=0))
+            (frozen, initialize.load_trained(spec, specs, frozen, path="", seed=0))
         )
 
 
@@ -137,26 +137,26 @@ def steps_of(
     model: str = "dense",
     options: tuple = (),
     ahead: bool = False,
-    **recipe_options,
+    **spec_options,
 ):
     """Train for a few steps; return (each step's metrics, the trained parameters, the compiled
     step, its parts).
 
     ``ahead`` compiles the step before it is called, for its text to be read.
     """
-    recipe = recipe_of(name, model, rank, microbatches, options, **recipe_options)
+    spec = step_spec_of(name, model, rank, microbatches, options, **spec_options)
     device_mesh = make_mesh(dict(mesh) or {"data": 1}, jax.devices()[:devices])
-    kind = recipe.terms[0].objective.data
+    kind = spec.terms[0].objective.data
     batches = [
         random_batch(number, responses=1 if kind == "unpaired" else 2, kind=kind)
         for number in range(steps)
     ]
     with jax.set_mesh(device_mesh):
-        plan = plan_of(recipe, device_mesh)
-        frozen, trained = weights_of(name, model, rank, options=options, **recipe_options)
-        frozen = partitioning.place(frozen, plan.frozen)
-        state = initialize.first_state(recipe, plan, partitioning.place(trained, plan.trained))
-        step = partitioning.jit_train_step(recipe, plan.state, device_mesh)
+        specs = state_specs_of(spec, device_mesh)
+        frozen, trained = weights_of(name, model, rank, options=options, **spec_options)
+        frozen = partitioning.place(frozen, specs.frozen)
+        state = initialize.first_state(spec, specs, partitioning.place(trained, specs.trained))
+        step = partitioning.jit_train_step(spec, specs.state, device_mesh)
         if ahead:
             step = step.lower(state, frozen, put_batch(device_mesh, batches[0])).compile()
         metrics = []
@@ -165,7 +165,7 @@ def steps_of(
             with jax.transfer_guard("disallow"):
                 state, values = step(state, frozen, batch)
             metrics.append({key: float(value) for key, value in values.items()})
-        return metrics, jax.device_get(state["params"]), step, (plan, recipe, device_mesh, batch)
+        return metrics, jax.device_get(state["params"]), step, (specs, spec, device_mesh, batch)
 
 
 @pytest.fixture(scope="session")

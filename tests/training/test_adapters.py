@@ -17,7 +17,7 @@ from align_jax.models.quantize import Quantized, quantize
 from align_jax.parallel.mesh import make_mesh
 from align_jax.parallel.sharding import put_batch
 from align_jax.training import initialize, optim, partitioning
-from align_jax.training.steps import Recipe
+from align_jax.training.steps import StepSpec
 
 CONFIG = hf.config_from(
     dict(
@@ -55,7 +55,7 @@ def prepared(name, lora, mesh=None, **plan_options):
         CONFIG, terms, compute_dtype="float32", remat="full", attention="xla", lora=lora, **value
     )
     schedule = optim.make_schedule(learning_rate=1e-2, schedule="constant", total_steps=10)
-    recipe = Recipe(
+    spec = StepSpec(
         models.policy,
         models.base,
         terms,
@@ -66,10 +66,10 @@ def prepared(name, lora, mesh=None, **plan_options):
     )
     mesh = make_mesh(mesh or {"data": 1}, jax.devices()[: math.prod((mesh or {}).values())])
     return (
-        recipe,
+        spec,
         mesh,
-        initialize.make_plan(
-            recipe, mesh, param_dtype="float32", frozen_dtype="float32", **plan_options
+        initialize.make_state_specs(
+            spec, mesh, param_dtype="float32", frozen_dtype="float32", **plan_options
         ),
     )
 
@@ -77,18 +77,18 @@ def prepared(name, lora, mesh=None, **plan_options):
 @functools.cache
 def stepped(checkpoint, make_batch, quantization, sharded):
     """Take two steps of DPO; return their metrics and the frozen weights."""
-    recipe, mesh, plan = prepared(
+    spec, mesh, specs = prepared(
         "dpo", LoraConfig(2), SHARDED if sharded else None, quantization=quantization
     )
     with jax.set_mesh(mesh):
-        frozen = initialize.load_frozen(recipe, plan, path=checkpoint)
+        frozen = initialize.load_frozen(spec, specs, path=checkpoint)
         assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), frozen) == jax.tree.map(
-            lambda x: (x.shape, x.dtype, x.sharding), plan.frozen
+            lambda x: (x.shape, x.dtype, x.sharding), specs.frozen
         )
         state = initialize.first_state(
-            recipe, plan, initialize.load_trained(recipe, plan, frozen, path=checkpoint)
+            spec, specs, initialize.load_trained(spec, specs, frozen, path=checkpoint)
         )
-        step = partitioning.jit_train_step(recipe, plan.state, mesh)
+        step = partitioning.jit_train_step(spec, specs.state, mesh)
         metrics = []
         for number in range(2):
             state, values = step(state, frozen, put_batch(mesh, make_batch(number)))
@@ -126,9 +126,9 @@ def test_a_quantized_base_is_the_same_over_a_mesh(checkpoint, make_batch):
 
 @pytest.mark.parametrize("method", ["int8", "nf4"])
 def test_random_weights_are_quantized_too(method):
-    recipe, _, plan = prepared("dpo", LoraConfig(2), quantization=method)
-    frozen = initialize.load_frozen(recipe, plan, path="")
-    assert jax.tree.structure(frozen) == jax.tree.structure(plan.frozen)
+    spec, _, specs = prepared("dpo", LoraConfig(2), quantization=method)
+    frozen = initialize.load_frozen(spec, specs, path="")
+    assert jax.tree.structure(frozen) == jax.tree.structure(specs.frozen)
     kernel = frozen["base"]["layers"]["mlp"]["up"]["kernel"]
     assert kernel.method == method and float(np.std(kernel.astype("float32"))) == pytest.approx(
         0.02, rel=0.05
@@ -148,26 +148,28 @@ def test_a_run_starts_from_a_peft_adapter(checkpoint, tmp_path):
         path: draw.normal(size=leaf.shape).astype(np.float32) for path, leaf in shapes.items()
     }
     peft.save(str(tmp_path), CONFIG, lora, hf.unflatten(adapter), base_name=checkpoint)
-    recipe, _, plan = prepared("reward", peft.load(str(tmp_path), CONFIG)[0], SHARDED)
-    frozen = initialize.load_frozen(recipe, plan, path=checkpoint)
+    spec, _, specs = prepared("reward", peft.load(str(tmp_path), CONFIG)[0], SHARDED)
+    frozen = initialize.load_frozen(spec, specs, path=checkpoint)
     trained = flatten(
-        initialize.load_trained(recipe, plan, frozen, path=checkpoint, adapter_path=str(tmp_path))
+        initialize.load_trained(spec, specs, frozen, path=checkpoint, adapter_path=str(tmp_path))
     )
     # the head, which the file lacks, is drawn
     assert trained.keys() == adapter.keys() | {"score/out/kernel"}
     for path, leaf in adapter.items():
         np.testing.assert_array_equal(trained[path], leaf)
-        assert trained[path].sharding == flatten(plan.trained)[path].sharding
+        assert trained[path].sharding == flatten(specs.trained)[path].sharding
 
 
 @pytest.mark.parametrize(
     "objective, head", [("reward", "score"), ("ppo", "value"), ("ppo", "value_mlp")]
 )
 def test_heads_are_trained_beside_an_adapter(objective, head):
-    plan = prepared(objective, LoraConfig(2), value_head=head if objective == "ppo" else "value")[2]
-    assert {path.split("/")[0] for path in flatten(plan.trained)} == {"layers", head}
+    specs = prepared(objective, LoraConfig(2), value_head=head if objective == "ppo" else "value")[
+        2
+    ]
+    assert {path.split("/")[0] for path in flatten(specs.trained)} == {"layers", head}
     assert all(
         path.split("/")[-1] in ("lora_a", "lora_b")
-        for path in flatten(plan.trained)
+        for path in flatten(specs.trained)
         if path[:6] == "layers"
     )

@@ -14,7 +14,7 @@ from align_jax.interop import hf
 from align_jax.models.lora import LoraConfig
 from align_jax.training import initialize, optim
 from align_jax.training.flops import forward_flops, layer_weights, step_flops
-from align_jax.training.steps import Recipe
+from align_jax.training.steps import StepSpec
 
 LLAMA_7B = dict(
     model_type="llama",
@@ -38,14 +38,14 @@ TINY = dict(
 )
 
 
-def _recipe(
+def _step_spec(
     hf_config: dict,
     objective: str,
     *,
     remat: str = "full",
     lora: LoraConfig | None = None,
     microbatches: int = 1,
-) -> Recipe:
+) -> StepSpec:
     terms = losses.resolve(objective, {}, None)
     models = initialize.make_models(
         hf.config_from(hf_config),
@@ -56,7 +56,7 @@ def _recipe(
         lora=lora,
     )
     schedule = optim.make_schedule(learning_rate=1e-6, schedule="constant", total_steps=10)
-    return Recipe(
+    return StepSpec(
         models.policy,
         models.base,
         terms,
@@ -78,7 +78,7 @@ def _batch(rows: int, length: int, positions: int, responses: int, kind: str):
 
 
 def test_a_7b_dpo_step_agrees_with_the_hand_count():
-    flops = step_flops(_recipe(LLAMA_7B, "dpo"), _batch(64, 1024, 512, 2, "pairs"))
+    flops = step_flops(_step_spec(LLAMA_7B, "dpo"), _batch(64, 1024, 512, 2, "pairs"))
     assert (
         layer_weights(hf.config_from(LLAMA_7B))
         == 32 * (4 * 4096**2 + 3 * 4096 * 11008)
@@ -96,11 +96,11 @@ def test_a_7b_dpo_step_agrees_with_the_hand_count():
 
 
 def test_a_matrix_product_is_counted_as_the_compiler_counts_it():
-    recipe = _recipe(TINY, "sft", remat="none")
+    spec = _step_spec(TINY, "sft", remat="none")
     # the compiler counts a scanned layer once
     config = hf.config_from(TINY | {"num_hidden_layers": 1})
     model = initialize.make_models(
-        config, recipe.terms, compute_dtype="float32", remat="none", attention="xla"
+        config, spec.terms, compute_dtype="float32", remat="none", attention="xla"
     ).policy
     ids = jnp.zeros((4, 32), jnp.int32)
 
@@ -128,7 +128,7 @@ def test_attention_counts_what_the_mask_shows(window, pairs):
 
 
 def test_packed_rows_attend_within_segments_only():
-    model = _recipe(TINY, "sft").policy
+    model = _step_spec(TINY, "sft").policy
     plain, packed = (
         forward_flops(model, rows=1, length=64, positions=0, segment_length=part)
         for part in (None, 16)
@@ -138,7 +138,7 @@ def test_packed_rows_attend_within_segments_only():
 
 def test_an_adapter_saves_the_gradients_of_the_weights():
     full, adapted = (
-        step_flops(_recipe(LLAMA_7B, "dpo", lora=lora), _batch(2, 1024, 512, 2, "pairs"))
+        step_flops(_step_spec(LLAMA_7B, "dpo", lora=lora), _batch(2, 1024, 512, 2, "pairs"))
         for lora in (None, LoraConfig(16))
     )
     assert adapted.policy / full.policy == pytest.approx(2 / 3, rel=0.03)
@@ -152,7 +152,7 @@ def test_statistics_of_the_whole_batch_cost_a_forward_only_where_there_are_micro
         planning.mismatched_shape(shape, 32, 32), kind="mismatched", layout="plain"
     )
     batch = batch._replace(mismatched=mismatched)
-    one, four = (step_flops(_recipe(TINY, "kto", microbatches=parts), batch) for parts in (1, 4))
+    one, four = (step_flops(_step_spec(TINY, "kto", microbatches=parts), batch) for parts in (1, 4))
     # mismatched rows always; the rows themselves again for four
     assert four.statistics > one.statistics > 0
     np.testing.assert_allclose(four.statistics - one.statistics, one.policy / 3)
@@ -161,6 +161,8 @@ def test_statistics_of_the_whole_batch_cost_a_forward_only_where_there_are_micro
 @pytest.mark.parametrize("remat", ["none", "dots", "attention", "full"])
 def test_rematerialization_is_not_the_models_work(remat):
     batch = _batch(8, 32, 16, 2, "pairs")
-    base, other = (step_flops(_recipe(TINY, "dpo", remat=name), batch) for name in ("none", remat))
+    base, other = (
+        step_flops(_step_spec(TINY, "dpo", remat=name), batch) for name in ("none", remat)
+    )
     assert base.model == other.model
     assert base.recomputed <= other.recomputed

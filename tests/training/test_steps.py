@@ -46,11 +46,11 @@ def test_eight_devices_equal_one(train_steps, objective, model, rank, mesh):
 
 
 def test_weights_drawn_over_a_mesh_are_those_of_one_device(train_steps, drawn_weights):
-    plan, recipe, mesh, _ = train_steps(*MESHES[-1][::3], model="experts", rank=2, devices=8)[3]
+    specs, spec, mesh, _ = train_steps(*MESHES[-1][::3], model="experts", rank=2, devices=8)[3]
     expected = drawn_weights("dpo", "experts", 2, options=())
     with jax.set_mesh(mesh):
-        frozen = initialize.load_frozen(recipe, plan, path="", seed=0)
-        found = frozen, initialize.load_trained(recipe, plan, frozen, path="", seed=0)
+        frozen = initialize.load_frozen(spec, specs, path="", seed=0)
+        found = frozen, initialize.load_trained(spec, specs, frozen, path="", seed=0)
     jax.tree.map(
         lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-7),
         jax.device_get(found),
@@ -82,15 +82,15 @@ def test_dpo_at_the_reference_is_log_2(train_steps):
 
 
 def test_no_array_of_all_logits_is_alive(train_steps):
-    _, _, _, (plan, recipe, mesh, batch) = train_steps("dpo")
+    _, _, _, (specs, spec, mesh, batch) = train_steps("dpo")
     abstract = partitioning.abstract_batch(mesh, batch)
     text = (
-        partitioning.lower_train_step(recipe, plan.state, plan.frozen, abstract, mesh)
+        partitioning.lower_train_step(spec, specs.state, specs.frozen, abstract, mesh)
         .compile()
         .as_text()
     )
     rows, length = batch.tokens.shape
-    vocabulary = recipe.policy.config.vocab_size
+    vocabulary = spec.policy.config.vocab_size
     assert f"f32[{rows},4,{vocabulary}]" in text  # a chunk of 4 positions is
     for positions in (length, batch.loss_index.shape[1]):
         assert not re.search(rf"\[({rows},{positions}|{rows * positions}),{vocabulary}\]", text)
@@ -103,12 +103,12 @@ def test_a_copied_output_head_gives_the_same_step(train_steps):
 
 
 def test_chunks_of_the_loss_move_the_output_head_but_once(train_steps):
-    _, _, _, (plan, recipe, mesh, batch) = train_steps("dpo", SPLIT, devices=8)
+    _, _, _, (specs, spec, mesh, batch) = train_steps("dpo", SPLIT, devices=8)
     abstract, moved = partitioning.abstract_batch(mesh, batch), []
     for chunk in (1, batch.loss_index.shape[1]):
-        step = recipe._replace(chunk=chunk)
+        step = spec._replace(chunk=chunk)
         text = (
-            partitioning.lower_train_step(step, plan.state, plan.frozen, abstract, mesh)
+            partitioning.lower_train_step(step, specs.state, specs.frozen, abstract, mesh)
             .compile()
             .as_text()
         )
@@ -134,13 +134,13 @@ def test_an_indivisible_batch_is_an_error(make_batch):
 
 
 def test_a_step_that_is_not_finite_leaves_the_state_as_it_was(train_steps, make_batch):
-    _, _, step, (plan, recipe, mesh, batch) = train_steps("dpo", steps=1)
+    _, _, step, (specs, spec, mesh, batch) = train_steps("dpo", steps=1)
     with jax.set_mesh(mesh):
-        frozen = initialize.load_frozen(recipe, plan, path="", seed=0)
-        trained = initialize.load_trained(recipe, plan, frozen, path="", seed=0)
+        frozen = initialize.load_frozen(spec, specs, path="", seed=0)
+        trained = initialize.load_trained(spec, specs, frozen, path="", seed=0)
         trained["final_norm"]["scale"] = trained["final_norm"]["scale"] * jnp.nan
         before = jax.device_get(trained)
-        state, metrics = step(initialize.first_state(recipe, plan, trained), frozen, batch)
+        state, metrics = step(initialize.first_state(spec, specs, trained), frozen, batch)
     assert not np.isfinite(float(metrics["loss"]))
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(state["params"]), before)
     assert int(state["step"]) == 1
@@ -154,11 +154,11 @@ def test_the_reference_follows_the_policy_every_few_steps(train_steps):
 
 
 def test_an_adapter_s_reference_is_its_base_without_a_second_copy(train_steps):
-    _, params, _, (plan, *_rest) = train_steps("dpo", rank=2)
+    _, params, _, (specs, *_rest) = train_steps("dpo", rank=2)
     assert all("lora" in name for name in flatten(params))
-    assert plan.reference is None and not any("lora" in name for name in flatten(plan.base))
+    assert specs.reference is None and not any("lora" in name for name in flatten(specs.base))
 
 
 def test_an_objective_without_reference_holds_none(train_steps):
-    plan = train_steps("simpo")[3][0]
-    assert plan.base == {} and plan.reference is None
+    specs = train_steps("simpo")[3][0]
+    assert specs.base == {} and specs.reference is None
