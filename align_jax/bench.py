@@ -197,14 +197,14 @@ class Variant:
 
     def __init__(self, preset: Preset, changes: Mapping[str, Any], examples: Examples, mesh: Mesh):
         config = make_config(preset, changes)
-        setting = setup.settle(config, mesh.size)
-        step_spec = setup.make_step_spec(config, setting, total_steps=1000)
+        resolved = setup.resolve_config(config, mesh.size)
+        step_spec = setup.make_step_spec(config, resolved, total_steps=1000)
         self.step_spec, self.state_specs, self.seed = (
             step_spec,
-            setup.make_state_specs(config, setting, step_spec, mesh),
+            setup.make_state_specs(config, resolved, step_spec, mesh),
             config.seed,
         )
-        pipeline = setup.make_pipeline(config, setting, mesh, examples, once=False)
+        pipeline = setup.make_pipeline(config, resolved, mesh, examples, once=False)
         batch = pipeline.batch(0)
         if config.reference.mode == "cached":
             batch = batch._replace(reference_token_logps=np.zeros(batch.tokens.shape, np.float32))

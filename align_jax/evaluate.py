@@ -70,13 +70,13 @@ def run_subject(workdir: str, which: str = "latest", reference: str = "") -> Sub
         FileNotFoundError: no such run or checkpoint.
     """
     trained = setup.restore(workdir, which)
-    config, models = trained.config, trained.setting.models
+    config, models = trained.config, trained.resolved.models
     path = reference or config.reference.path or config.model.path
     other = load(path, trained.mesh, config.model.compute_dtype) if path else (None, None)
     return Subject(
         models.policy,
         trained.params,
-        trained.setting.tokenizer,
+        trained.resolved.tokenizer,
         trained.mesh,
         *other,
         name=f"{workdir}@{trained.step}",

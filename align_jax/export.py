@@ -46,7 +46,7 @@ def export_run(
         ValueError: ``adapter`` of a run without one.
     """
     trained = restore(workdir, step)
-    policy, config = trained.setting.models.policy, trained.setting.model_config
+    policy, config = trained.resolved.models.policy, trained.resolved.model_config
     lora = policy.options.lora
     if adapter:
         if lora is None:
@@ -67,7 +67,7 @@ def export_run(
             heads=policy.options.heads,
             unembed=policy.options.unembed,
         )
-    trained.setting.tokenizer.save_pretrained(output)
+    trained.resolved.tokenizer.save_pretrained(output)
     return trained.step
 
 

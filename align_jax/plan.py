@@ -59,7 +59,7 @@ class Step(NamedTuple):
     """A run on a topology: everything is shapes."""
 
     config: ConfigDict
-    setting: setup.Setting
+    resolved: setup.ResolvedConfig
     step_spec: Any
     state_specs: Any
     batch: Batch
@@ -98,7 +98,7 @@ def for_planning(config: ConfigDict) -> ConfigDict:
 
 def abstract_batch(
     config: ConfigDict,
-    setting: setup.Setting,
+    resolved: setup.ResolvedConfig,
     mesh: Mesh,
     loss_positions: int = 0,
     *,
@@ -108,14 +108,14 @@ def abstract_batch(
 
     Args:
         config: the config.
-        setting: what it means.
+        resolved: what it means.
         mesh: the mesh.
         loss_positions: P; 0 = what ``data.max_prompt_length`` leaves of a row, else the whole row.
         train: false: a batch to evaluate.
     """
-    if setting.rollouts is not None:
-        return partitioning.abstract_batch(mesh, _rollout_batch(config, setting.rollouts))
-    d, layout, kind = config.data, config.data.layout, setting.kind
+    if resolved.rollouts is not None:
+        return partitioning.abstract_batch(mesh, _rollout_batch(config, resolved.rollouts))
+    d, layout, kind = config.data, config.data.layout, resolved.kind
     if not loss_positions and layout == "plain" and d.max_prompt_length:
         loss_positions = config.max_length - d.max_prompt_length
     shape = planning.plan_shape(
@@ -129,7 +129,7 @@ def abstract_batch(
         row_multiple=row_shards(mesh) * (config.microbatches if train else 1),
     )
     mismatched = None
-    if any(term.objective.mismatched for term in setting.terms):
+    if any(term.objective.mismatched for term in resolved.terms):
         mismatched = planning.mismatched_shape(shape, config.max_length, shape.positions)
     batch = planning.batch_shapes(shape, kind=kind, layout=layout, mismatched=mismatched)
     if config.reference.mode == "cached":
@@ -159,19 +159,19 @@ def make_step(config: ConfigDict, topology: Topology, loss_positions: int = 0) -
         ValueError: what the run itself would refuse: sizes that do not divide, a mesh that is not
             the topology's.
     """
-    setting = setup.settle(config, len(topology.devices))
+    resolved = setup.resolve_config(config, len(topology.devices))
     mesh = make_mesh(config.mesh.to_dict(), topology.devices)
-    step_spec = setup.make_step_spec(config, setting, total_steps=1000)
-    specs = setup.make_state_specs(config, setting, step_spec, mesh)
-    batch = abstract_batch(config, setting, mesh, loss_positions)
+    step_spec = setup.make_step_spec(config, resolved, total_steps=1000)
+    specs = setup.make_state_specs(config, resolved, step_spec, mesh)
+    batch = abstract_batch(config, resolved, mesh, loss_positions)
     rewards = (
         {}
-        if setting.rollouts is None
+        if resolved.rollouts is None
         else rollout_programs.reward_programs(
-            config.rewards.to_dict(), setting.model_config, mesh, config.model.attention
+            config.rewards.to_dict(), resolved.model_config, mesh, config.model.attention
         )
     )
-    return Step(config, setting, step_spec, specs, batch, mesh, rewards, loss_positions)
+    return Step(config, resolved, step_spec, specs, batch, mesh, rewards, loss_positions)
 
 
 def train_program(step: Step) -> Program:
@@ -180,7 +180,7 @@ def train_program(step: Step) -> Program:
         step.step_spec,
         step.state_specs,
         step.mesh,
-        step.setting.rollouts,
+        step.resolved.rollouts,
     )
     lowered = partitioning.lower_train_step(
         step_spec, specs.state, specs.frozen, step.batch, mesh, "tpu"
@@ -202,13 +202,13 @@ def train_program(step: Step) -> Program:
 def other_programs(step: Step) -> list[Program]:
     """Return what the run compiles beside its train step."""
     config, step_spec, specs, mesh = step.config, step.step_spec, step.state_specs, step.mesh
-    if step.setting.rollouts is not None:
+    if step.resolved.rollouts is not None:
         return rollout_programs.programs(
-            step.setting.rollouts,
-            step.setting.models,
+            step.resolved.rollouts,
+            step.resolved.models,
             specs,
-            step.setting.tokenizer,
-            _rollout_batch(config, step.setting.rollouts),
+            step.resolved.tokenizer,
+            _rollout_batch(config, step.resolved.rollouts),
             mesh,
             held=step.held,
             rewards=step.rewards,
@@ -216,7 +216,7 @@ def other_programs(step: Step) -> list[Program]:
             platform="tpu",
         )
     found = []
-    batch = abstract_batch(config, step.setting, mesh, step.loss_positions, train=False)
+    batch = abstract_batch(config, step.resolved, mesh, step.loss_positions, train=False)
     if config.data.eval or config.data.eval_fraction:
         flops = step_flops(step_spec, batch, segment_length=step.segment, train=False)
         arguments = (specs.state, specs.frozen, batch)
@@ -242,7 +242,7 @@ def _reference_program(step: Step, batch: Batch) -> Program:
     """Return the program that fills the cache of the reference's log-probabilities, its weights
     beside the run's."""
     step_spec, mesh = step.step_spec, step.mesh
-    frozen = setup.make_reference_specs(step.config, step.setting, step_spec, mesh).frozen
+    frozen = setup.make_reference_specs(step.config, step.resolved, step_spec, mesh).frozen
     lowered = lower(partitioning.jit_reference_step(step_spec), mesh, frozen, batch, platform="tpu")
     flops = step_flops(step_spec, batch, segment_length=step.segment, train=False)
     only = next(
@@ -302,14 +302,14 @@ def search(
     Returns:
         Those that compiled and fit, the fastest first.
     """
-    setting = setup.settle(config, len(topology.devices))
+    resolved = setup.resolve_config(config, len(topology.devices))
     found: list[tuple[Candidate, Forecast]] = []
     tried = 0
     shape = abstract_batch(
-        config, setting, make_mesh(config.mesh.to_dict(), topology.devices)
+        config, resolved, make_mesh(config.mesh.to_dict(), topology.devices)
     ).tokens.shape
     for candidate in candidates(
-        setting.model_config,
+        resolved.model_config,
         topology,
         slices=topology.slices,
         remat=config.model.remat,
@@ -378,7 +378,7 @@ def examine(
     for one in step.rewards.values():
         if one.note:
             print(f"  {one.note}")
-    rollouts = step.setting.rollouts
+    rollouts = step.resolved.rollouts
     if rollouts is not None and not wanted and all(one.fits for one in found):
         print(rollout_line(found, rollouts.prompts * rollouts.responses))
     return found, {

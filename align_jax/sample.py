@@ -91,15 +91,15 @@ def load_run(
     """
     trained = setup.restore(workdir, which)
     generator = Generator(
-        trained.setting.models.policy,
-        trained.setting.tokenizer,
+        trained.resolved.models.policy,
+        trained.resolved.tokenizer,
         mesh=trained.mesh,
         rows=round_up(rows, row_shards(trained.mesh)),
         max_length=max_length,
     )
     return Speaker(
         ENGINES["local"](generator, trained.params),
-        trained.setting.tokenizer,
+        trained.resolved.tokenizer,
         f"{workdir}@{trained.step}",
     )
 

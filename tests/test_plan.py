@@ -84,11 +84,11 @@ def test_the_planned_batch_is_the_data_layers_own(objective, layout):
     config.data.layout, config.data.trim = layout, False
     if layout != "plain":
         config.row_length, config.data.groups_per_row = 256, 2
-    setting = setup.settle(config, 8)
+    resolved = setup.resolve_config(config, 8)
     mesh = make_mesh({"fsdp": -1})
-    examples, _ = setup.read_data(config, setting)
-    real = setup.make_pipeline(config, setting, mesh, examples, once=False).abstract()
-    planned = plan.abstract_batch(config, setting, mesh, loss_positions=real.loss_index.shape[1])
+    examples, _ = setup.read_data(config, resolved)
+    real = setup.make_pipeline(config, resolved, mesh, examples, once=False).abstract()
+    planned = plan.abstract_batch(config, resolved, mesh, loss_positions=real.loss_index.shape[1])
     assert jax.tree.structure(real) == jax.tree.structure(planned)
     shapes = [jax.tree.map(lambda x: (x.shape, str(x.dtype)), batch) for batch in (real, planned)]
     # its budget of loss positions is the data's, the plan's the most it can be
@@ -179,12 +179,12 @@ def test_a_ring_uses_the_links_of_the_torus_axes_that_it_spans():
 def test_a_real_models_config_is_planned_without_the_hub():
     config = plan.for_planning(_config("dpo_7b"))
     assert (config.model.path, config.model.attention) == ("", "splash")
-    setting = setup.settle(config, 64)
-    assert setting.model_config.num_layers == 32
+    resolved = setup.resolve_config(config, 64)
+    assert resolved.model_config.num_layers == 32
 
 
 def test_candidates_divide_the_model_the_rows_and_the_devices():
-    model = setup.settle(plan.for_planning(_config("dpo_7b")), 64).model_config
+    model = setup.resolve_config(plan.for_planning(_config("dpo_7b")), 64).model_config
     found = list(
         candidates(
             model,

@@ -116,7 +116,7 @@ def test_the_exported_model_speaks_in_transformers_as_here(finished, tmp_path):
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
     ids = jnp.asarray([tokenizer.encode("How do I paint a door?")], jnp.int32)
     trained = setup.restore(str(finished))
-    model = trained.setting.models.policy
+    model = trained.resolved.models.policy
     hidden, _ = model.hidden(
         trained.params, ids, jnp.ones_like(ids), jnp.arange(ids.shape[1])[None]
     )

@@ -62,10 +62,10 @@ def held(kind: str, path: str, frozen: str) -> dict[str, object]:
     config.model.lora.rank, config.model.quantize = KINDS[kind]
     config.objective = ConfigDict(losses.options("dpo"))
     config.data.train, config.total_steps, config.max_length = "builtin:preferences:train", 1, 128
-    setting = setup.settle(config, 1)
-    step_spec = setup.make_step_spec(config, setting, 1)
+    resolved = setup.resolve_config(config, 1)
+    step_spec = setup.make_step_spec(config, resolved, 1)
     specs = setup.make_state_specs(
-        config, setting, step_spec, make_mesh({"data": 1}, jax.devices()[:1])
+        config, resolved, step_spec, make_mesh({"data": 1}, jax.devices()[:1])
     )
     sizes = {
         "trained": size(specs.trained),

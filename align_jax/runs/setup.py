@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run, from its config: what ``train``, ``plan``, ``export``, ``sample`` and ``evaluate`` share.
 
-config ─ settle ─► terms, tokenizer, models ─ prepare ─► data, step_spec, specs of the parameters ─► Run
+config ─ resolve_config ─► terms, tokenizer, models ─ prepare ─► data, step_spec, specs of the parameters ─► Run
                                             └─ restore ─► what a run has trained
 """
 
@@ -46,7 +46,7 @@ from align_jax.training.steps import StepSpec
 VOCABULARY_MULTIPLE = 16
 
 
-class Setting(NamedTuple):
+class ResolvedConfig(NamedTuple):
     """What a config means before any weight or example is read."""
 
     terms: tuple[Term, ...]
@@ -96,7 +96,7 @@ def adapter(config: ConfigDict, model_config: ModelConfig) -> LoraConfig | None:
     return dataclasses.replace(lora, dropout=options.dropout)
 
 
-def settle(config: ConfigDict, devices: int) -> Setting:
+def resolve_config(config: ConfigDict, devices: int) -> ResolvedConfig:
     """Turn a config into terms, tokenizer and models; every mistake that needs no data is found
     here.
 
@@ -179,10 +179,10 @@ def settle(config: ConfigDict, devices: int) -> Setting:
         if config.rewards
         else None
     )
-    return Setting(terms, tokenizer, model_config, models, kind, rollouts)
+    return ResolvedConfig(terms, tokenizer, model_config, models, kind, rollouts)
 
 
-def make_step_spec(config: ConfigDict, setting: Setting, total_steps: int) -> StepSpec:
+def make_step_spec(config: ConfigDict, resolved: ResolvedConfig, total_steps: int) -> StepSpec:
     """Put together what the steps are compiled from."""
     o = config.optimizer
     schedule = optim.make_schedule(
@@ -204,27 +204,27 @@ def make_step_spec(config: ConfigDict, setting: Setting, total_steps: int) -> St
         moment_dtype=o.moment_dtype,
     )
     return StepSpec(
-        setting.models.policy,
-        setting.models.base,
-        setting.terms,
+        resolved.models.policy,
+        resolved.models.base,
+        resolved.terms,
         optimizer,
         schedule,
         microbatches=config.microbatches,
         seed=config.seed,
         value_head=config.model.value_head,
         load_balancing=config.model.load_balancing,
-        temperature=1.0 if setting.rollouts is None else setting.rollouts.temperature,
+        temperature=1.0 if resolved.rollouts is None else resolved.rollouts.temperature,
         sync_every_steps=config.reference.sync_every_steps,
         mix=config.reference.mix,
     )
 
 
 def make_state_specs(
-    config: ConfigDict, setting: Setting, step_spec: StepSpec, mesh: Mesh
+    config: ConfigDict, resolved: ResolvedConfig, step_spec: StepSpec, mesh: Mesh
 ) -> initialize.StateSpecs:
     """Say what lies where on the mesh."""
     in_step = step_spec.wants_reference and config.reference.mode == "in_graph"
-    in_rollout = setting.rollouts is not None and setting.rollouts.needs_reference
+    in_rollout = resolved.rollouts is not None and resolved.rollouts.needs_reference
     return initialize.make_state_specs(
         step_spec,
         mesh,
@@ -238,14 +238,14 @@ def make_state_specs(
 
 
 def make_reference_specs(
-    config: ConfigDict, setting: Setting, step_spec: StepSpec, mesh: Mesh
+    config: ConfigDict, resolved: ResolvedConfig, step_spec: StepSpec, mesh: Mesh
 ) -> initialize.StateSpecs:
     """Say what lies where while the reference's log-probabilities are computed that the run will
     find cached."""
     with config.unlocked():
         in_graph = config.copy_and_resolve_references()
     in_graph.reference.mode = "in_graph"
-    return make_state_specs(in_graph, setting, step_spec, mesh)
+    return make_state_specs(in_graph, resolved, step_spec, mesh)
 
 
 class Run(NamedTuple):
@@ -254,7 +254,7 @@ class Run(NamedTuple):
     config: ConfigDict
     workdir: str
     mesh: Mesh
-    setting: Setting
+    resolved: ResolvedConfig
     step_spec: StepSpec
     state_specs: initialize.StateSpecs
     train: Pipeline | Rollouts
@@ -264,14 +264,14 @@ class Run(NamedTuple):
     total_steps: int
 
 
-def read_data(config: ConfigDict, setting: Setting) -> tuple[Examples, Examples | None]:
+def read_data(config: ConfigDict, resolved: ResolvedConfig) -> tuple[Examples, Examples | None]:
     """Read the training and the held-out examples; every malformed row is found here."""
     d = config.data
     load = functools.partial(
         datasets.load,
-        kind=setting.kind if setting.rollouts is None else "prompts",
+        kind=resolved.kind if resolved.rollouts is None else "prompts",
         seed=config.seed,
-        chat=bool(setting.tokenizer.chat_template),
+        chat=bool(resolved.tokenizer.chat_template),
         format=None if d.format == "auto" else d.format,
         columns=d.columns.to_dict(),
         **d.options.to_dict(),
@@ -285,14 +285,14 @@ def read_data(config: ConfigDict, setting: Setting) -> tuple[Examples, Examples 
 
 
 def make_pipeline(
-    config: ConfigDict, setting: Setting, mesh: Mesh, examples: Examples, *, once: bool
+    config: ConfigDict, resolved: ResolvedConfig, mesh: Mesh, examples: Examples, *, once: bool
 ) -> Pipeline:
     """Tokenize and pack examples: for training (shuffled, endless), or once in fixed order
     (evaluation)."""
     d, shards = config.data, row_shards(mesh)
     return pipeline.make_pipeline(
         examples,
-        setting.tokenizer,
+        resolved.tokenizer,
         layout=d.layout,
         max_length=config.max_length,
         row_length=config.row_length or None,
@@ -304,7 +304,7 @@ def make_pipeline(
         prefetch=d.prefetch,
         control=tuple(d.control_tokens) or None,
         cache_dir=d.cache or None,
-        mismatched=any(term.objective.mismatched for term in setting.terms),
+        mismatched=any(term.objective.mismatched for term in resolved.terms),
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         shuffle=d.shuffle and not once,
@@ -321,23 +321,23 @@ def prepare(config: ConfigDict, workdir: str) -> Run:
     Raises:
         ValueError, KeyError, FileNotFoundError: a mistake in the config, the data or the workdir.
     """
-    setting = settle(config, jax.device_count())
+    resolved = resolve_config(config, jax.device_count())
     record.check(workdir, config.to_dict())
     mesh = make_mesh(config.mesh.to_dict())
-    examples, held_out = read_data(config, setting)
+    examples, held_out = read_data(config, resolved)
     held: Pipeline | None = None
-    if setting.rollouts is None:
-        train: Pipeline | Rollouts = make_pipeline(config, setting, mesh, examples, once=False)
+    if resolved.rollouts is None:
+        train: Pipeline | Rollouts = make_pipeline(config, resolved, mesh, examples, once=False)
         held = (
-            None if held_out is None else make_pipeline(config, setting, mesh, held_out, once=True)
+            None if held_out is None else make_pipeline(config, resolved, mesh, held_out, once=True)
         )
     else:
         train = source.make_rollouts(
-            setting.rollouts,
+            resolved.rollouts,
             examples.items,
-            setting.tokenizer,
-            policy=setting.models.policy,
-            reference=setting.models.base,
+            resolved.tokenizer,
+            policy=resolved.models.policy,
+            reference=resolved.models.base,
             reward_weights=config.rewards.to_dict(),
             mesh=mesh,
             max_length=config.max_length,
@@ -347,10 +347,10 @@ def prepare(config: ConfigDict, workdir: str) -> Run:
             held_out=() if held_out is None else held_out.items,
         )
     total = configs.resolve_steps(config, train.steps_per_epoch)
-    step_spec = make_step_spec(config, setting, total)
-    specs = make_state_specs(config, setting, step_spec, mesh)
+    step_spec = make_step_spec(config, resolved, total)
+    specs = make_state_specs(config, resolved, step_spec, mesh)
     return Run(
-        config, workdir, mesh, setting, step_spec, specs, train, held, examples, held_out, total
+        config, workdir, mesh, resolved, step_spec, specs, train, held, examples, held_out, total
     )
 
 
@@ -361,7 +361,7 @@ def cached_reference(run: Run, examples: Examples) -> reference.Cache:
     path = r.path or config.model.path
     identity = {
         "examples": examples.identity,
-        "tokenizer": fingerprint(run.setting.tokenizer),
+        "tokenizer": fingerprint(run.resolved.tokenizer),
         "max_length": config.max_length,
         "truncation": [
             config.data.truncation,
@@ -369,7 +369,7 @@ def cached_reference(run: Run, examples: Examples) -> reference.Cache:
             list(config.data.control_tokens),
         ],
         "weights": reference.weights_identity(hf.locate(path) if path else None, config.seed),
-        "model": repr(run.setting.model_config),
+        "model": repr(run.resolved.model_config),
         "types": [r.dtype, config.model.compute_dtype, "" if r.path else config.model.quantize],
     }
     file = (
@@ -378,12 +378,12 @@ def cached_reference(run: Run, examples: Examples) -> reference.Cache:
     )
     if (found := reference.load(file, identity)) is not None:
         return found
-    specs = make_reference_specs(config, run.setting, run.step_spec, run.mesh)
+    specs = make_reference_specs(config, run.resolved, run.step_spec, run.mesh)
     frozen = initialize.load_frozen(
         run.step_spec, specs, path=config.model.path, seed=config.seed, reference_path=r.path
     )
     step = partitioning.jit_reference_step(run.step_spec)
-    batches = make_pipeline(config, run.setting, run.mesh, examples, once=True).iterator()
+    batches = make_pipeline(config, run.resolved, run.mesh, examples, once=True).iterator()
     cache = reference.compute(
         iter(tqdm.tqdm(batches, desc="reference", disable=None)),
         lambda batch: step(frozen, put_batch(run.mesh, batch)),
@@ -426,7 +426,7 @@ class Offline:
 
 def make_source(run: Run, first: int, saved: dict[str, Any]) -> Offline | Rollouts:
     """Return where the loop's batches come from, going on after ``first`` steps."""
-    if run.setting.rollouts is None:
+    if run.resolved.rollouts is None:
         return Offline(batches_of(run, run.train, run.examples)(first))
     if saved:
         run.train.restore(run.workdir, saved)
@@ -460,7 +460,7 @@ class Trained(NamedTuple):
     """A run's policy, read back."""
 
     config: ConfigDict
-    setting: Setting
+    resolved: ResolvedConfig
     mesh: Mesh
     params: Any  # the whole policy: base, adapters and heads
     step: int
@@ -482,10 +482,10 @@ def restore(workdir: str, which: str = "latest") -> Trained:
     config = configs.from_dict(json.loads(path.read_text())["config"])
     config.mesh.update(dict.fromkeys(AXES, 1) | {"fsdp": -1})
     config.checkpoint.local = ""  # the trainer's hosts' own
-    setting = settle(config, jax.device_count())
+    resolved = resolve_config(config, jax.device_count())
     mesh = make_mesh(config.mesh.to_dict())
-    step_spec = make_step_spec(config, setting, total_steps=1 + config.optimizer.warmup_steps)
-    specs = make_state_specs(config, setting, step_spec, mesh)
+    step_spec = make_step_spec(config, resolved, total_steps=1 + config.optimizer.warmup_steps)
+    specs = make_state_specs(config, resolved, step_spec, mesh)
     with jax.set_mesh(mesh), open_checkpoints(config, workdir) as checkpoints:
         restored = checkpoints.restore(specs.state, which)
         if restored is None:
@@ -498,5 +498,5 @@ def restore(workdir: str, which: str = "latest") -> Trained:
             reference_path=config.reference.path,
         )
         return Trained(
-            config, setting, mesh, merge(frozen["base"], restored.state["params"]), restored.step
+            config, resolved, mesh, merge(frozen["base"], restored.state["params"]), restored.step
         )
