@@ -29,7 +29,7 @@ class Examples:
         items: the examples, source after source.
         ends: where each source's examples end.
         weights: each source's share of the training examples; None: as many as it has.
-        identity: changes when the examples do; part of cache keys.
+        digest: changes when the examples do; part of cache keys.
         report: counts of what was read and dropped, by reason.
     """
 
@@ -37,7 +37,7 @@ class Examples:
     items: tuple[Example, ...]
     ends: tuple[int, ...]
     weights: tuple[float, ...] | None
-    identity: str
+    digest: str
     report: Mapping[str, Any]
 
     def __len__(self) -> int:
@@ -105,11 +105,9 @@ def load(
     _check(specs, weights, kind=kind, invalid=invalid, labels=labels, strings=strings, turns=turns)
     counts: collections.Counter[str] = collections.Counter()
     items: list[Example] = []
-    ends, identities = [], []
+    ends, digests = [], []
     for spec in specs:
-        read, found, identity = _read(
-            spec, limit, format, columns or {}, chat, invalid, seed, counts
-        )
+        read, found, digest = _read(spec, limit, format, columns or {}, chat, invalid, seed, counts)
         read = [_reshape(example, strings, turns) for example in read]
         made = conversions.convert(
             read,
@@ -130,9 +128,9 @@ def load(
             raise ValueError(f"{spec}: no {kind} are left of {len(read)} {found}: {dict(counts)}")
         items += made
         ends.append(len(items))
-        identities.append(identity)
+        digests.append(digest)
     options = [
-        identities,
+        digests,
         kind,
         chat,
         format,
@@ -148,14 +146,14 @@ def load(
         limit,
         seed,
     ]
-    identity = hashlib.sha256(json.dumps(options).encode()).hexdigest()[:24]
+    digest = hashlib.sha256(json.dumps(options).encode()).hexdigest()[:24]
     report = {"examples": len(items), **{name: count for name, count in counts.items() if count}}
     return Examples(
         kind,
         tuple(items),
         tuple(ends),
         None if weights is None else tuple(map(float, weights)),
-        identity,
+        digest,
         report,
     )
 
@@ -200,7 +198,7 @@ def hold_out(
     def part(name, inside):
         return dataclasses.replace(
             examples,
-            identity=f"{examples.identity}-{name}-{fraction}-{most}-{seed}",
+            digest=f"{examples.digest}-{name}-{fraction}-{most}-{seed}",
             items=tuple(
                 example for i, example in enumerate(examples.items) if (i in held) == inside
             ),
@@ -286,7 +284,7 @@ def _read(
     if named is not None and named.keep is not None:
         before, examples = len(examples), list(named.keep(examples, training, seed))
         counts["dropped: the data set's own filter"] += before - len(examples)
-    return examples, formats.FORMATS[name].kind, f"{spec}={source.identity}"
+    return examples, formats.FORMATS[name].kind, f"{spec}={source.digest}"
 
 
 def _detect(source: Source, columns: Mapping[str, str]) -> str:

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from align_jax.core.schema import Example
 from align_jax.data import chat
-from align_jax.data.tokenizer import fingerprint
+from align_jax.data.tokenizer import tokenizer_digest
 
 VERSION = 1
 _CHUNK = 1024  # examples tokenized at once
@@ -86,7 +86,7 @@ def encode_all(
     responses: int,
     control: Sequence[str] | None = None,
     cache_dir: str | None = None,
-    identity: str = "",
+    digest: str = "",
     processes: int | None = None,
 ) -> Encoded:
     """Tokenize all examples.
@@ -98,7 +98,7 @@ def encode_all(
         control: for conditional fine-tuning, R texts (or special tokens), put without loss before
             each response; or two for unpaired data: before desirable and before undesirable ones.
         cache_dir: a folder in which the result is kept; None keeps nothing.
-        identity: what the examples are made of (``Examples.identity``); part of the cache's key.
+        digest: what the examples are made of (``Examples.digest``); part of the cache's key.
         processes: how many tokenize at once; None: one for every 20,000 examples, at most one a
             CPU.
 
@@ -113,8 +113,8 @@ def encode_all(
         key = json.dumps(
             [
                 VERSION,
-                identity,
-                fingerprint(tokenizer),
+                digest,
+                tokenizer_digest(tokenizer),
                 responses,
                 list(control or ()),
                 len(examples),

@@ -276,7 +276,7 @@ def make_pipeline(
         responses=responses,
         control=control,
         cache_dir=cache_dir,
-        identity=examples.identity,
+        digest=examples.digest,
     )
     limits = Limits(max_length, truncation, max_prompt_length, tokenizer.bos_token_id)
     cuts = planning.cut_all(encoded, limits)

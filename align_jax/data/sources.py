@@ -38,7 +38,7 @@ class Source:
 
     Attributes:
         spec: what the user wrote.
-        identity: changes when the data does (path, size and time of change; or name and version):
+        digest: changes when the data does (path, size and time of change; or name and version):
             part of cache keys.
         rows: the number of rows.
         read: row number -> row; raises ValueError with file and line if the row is malformed.
@@ -46,7 +46,7 @@ class Source:
     """
 
     spec: str
-    identity: str
+    digest: str
     rows: int
     read: Callable[[int], Row]
     where: Callable[[int], str]
@@ -127,7 +127,7 @@ def _open_file(path: str) -> Source:
     return _open_json_lines(path, data)
 
 
-def _identity(path: str) -> str:
+def _digest(path: str) -> str:
     stat = epath.Path(path).stat()
     return f"{path}:{stat.length}:{stat.mtime}"
 
@@ -146,7 +146,7 @@ def _open_json_lines(path: str, data: bytes) -> Source:
         return _check_row(row, f"{path}:{number}")
 
     return Source(
-        path, _identity(path), len(numbered), read, lambda index: f"{path}:{numbered[index][0]}"
+        path, _digest(path), len(numbered), read, lambda index: f"{path}:{numbered[index][0]}"
     )
 
 
@@ -159,7 +159,7 @@ def _open_json_array(path: str, data: bytes) -> Source:
         ) from error
     return Source(
         path,
-        _identity(path),
+        _digest(path),
         len(rows),
         lambda index: _check_row(rows[index], f"{path}[{index}]"),
         lambda index: f"{path}[{index}]",
@@ -185,7 +185,7 @@ def _open_parquet(path: str) -> Source:
         raise ValueError(f"{path}: not a readable Parquet file: {error}") from error
     return Source(
         path,
-        _identity(path),
+        _digest(path),
         table.num_rows,
         lambda index: table.slice(index, 1).to_pylist()[0],
         lambda index: f"{path}[{index}]",
@@ -209,7 +209,7 @@ def _concatenate(spec: str, parts: Sequence[Source]) -> Source:
         part, offset = locate(index)
         return part.where(offset)
 
-    return Source(spec, "|".join(part.identity for part in parts), ends[-1], read, where)
+    return Source(spec, "|".join(part.digest for part in parts), ends[-1], read, where)
 
 
 def _open_builtin(spec: str) -> Source:
@@ -295,7 +295,7 @@ def _open_hub(spec: str) -> Source:
     if not chosen:
         raise ValueError(f"{spec}: no file of split {split!r} among {found[:20]}")
     source = _concatenate(spec, [_open_file(str(base / path)) for path in chosen])
-    return dataclasses.replace(source, identity=f"{spec}@{pathlib.Path(root).name}")
+    return dataclasses.replace(source, digest=f"{spec}@{pathlib.Path(root).name}")
 
 
 SCHEMES: Mapping[str, Callable[[str], Source]] = {

@@ -157,7 +157,7 @@ def bos_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [bos] if bos is not None and ids[:1] == [bos] else []
 
 
-def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return a digest of all that decides how texts become tokens: model, special tokens, chat
     template."""
     parts = (

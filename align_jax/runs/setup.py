@@ -25,7 +25,7 @@ from align_jax.core import config as configs
 from align_jax.data import datasets, pipeline, synthetic
 from align_jax.data.datasets import Examples
 from align_jax.data.pipeline import Pipeline
-from align_jax.data.tokenizer import fingerprint, load_tokenizer
+from align_jax.data.tokenizer import load_tokenizer, tokenizer_digest
 from align_jax.interop import hf, peft
 from align_jax.losses.objective import Term, data_kind
 from align_jax.models.config import ModelConfig
@@ -359,24 +359,24 @@ def cached_reference(run: Run, examples: Examples) -> reference.Cache:
     them."""
     config, r = run.config, run.config.reference
     path = r.path or config.model.path
-    identity = {
-        "examples": examples.identity,
-        "tokenizer": fingerprint(run.resolved.tokenizer),
+    inputs = {
+        "examples": examples.digest,
+        "tokenizer": tokenizer_digest(run.resolved.tokenizer),
         "max_length": config.max_length,
         "truncation": [
             config.data.truncation,
             config.data.max_prompt_length,
             list(config.data.control_tokens),
         ],
-        "weights": reference.weights_identity(hf.locate(path) if path else None, config.seed),
+        "weights": reference.weights_digest(hf.locate(path) if path else None, config.seed),
         "model": repr(run.resolved.model_config),
         "types": [r.dtype, config.model.compute_dtype, "" if r.path else config.model.quantize],
     }
     file = (
         epath.Path(r.cache or epath.Path(run.workdir) / "reference")
-        / f"{reference.name_of(identity)}.npz"
+        / f"{reference.digest_of(inputs)}.npz"
     )
-    if (found := reference.load(file, identity)) is not None:
+    if (found := reference.load(file, inputs)) is not None:
         return found
     specs = make_reference_specs(config, run.resolved, run.step_spec, run.mesh)
     frozen = initialize.load_frozen(
@@ -390,7 +390,7 @@ def cached_reference(run: Run, examples: Examples) -> reference.Cache:
         len(examples),
     )
     if distributed.is_main():
-        reference.save(file, cache, identity)
+        reference.save(file, cache, inputs)
     return cache
 
 
@@ -452,7 +452,7 @@ def open_checkpoints(config: ConfigDict, workdir: str) -> Checkpoints:
         best_mode="min" if c.best_metric.startswith("-") else "max",
         local=c.local,
         local_every_steps=c.local_every_steps,
-        identity=record.identity(config.to_dict()),
+        digest=record.digest(config.to_dict()),
     )
 
 

@@ -80,7 +80,7 @@ class Checkpoints:
         timeout_seconds: how long the processes wait for each other in a save.
         local: a folder on each host's own storage for more frequent checkpoints; "" for none.
         local_every_steps: steps between those.
-        identity: of the configuration: what another one has left in ``local`` is not read.
+        digest: of the configuration: what another one has left in ``local`` is not read.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class Checkpoints:
         timeout_seconds: int = 1200,
         local: str = "",
         local_every_steps: int = 1,
-        identity: str = "",
+        digest: str = "",
     ):
         if keep < 1:
             raise ValueError(f"checkpoint.keep must be at least 1, got {keep}")
@@ -129,7 +129,7 @@ class Checkpoints:
             ),
         )
         self._manager = self._open()
-        self._identity, self._local = identity, None
+        self._digest, self._local = digest, None
         if local:
             place = f"{_absolute(workdir).name}-{zlib.crc32(str(_absolute(workdir)).encode()):08x}"
             self._local = LocalCheckpoints(
@@ -456,7 +456,7 @@ class Checkpoints:
         path = self._folder / PAST
         self._once(lambda: path.exists() or path.write_text(secrets.token_hex(8)))
         told = tell_all({"past": path.read_text() if jax.process_index() == 0 else ""})
-        return f"{self._identity}/{told[0]['past']}"
+        return f"{self._digest}/{told[0]['past']}"
 
     def _rewound_to(self) -> str | None:
         path = self._folder / REWOUND

@@ -86,10 +86,10 @@ def differing(
     }
 
 
-def identity(config: Mapping[str, Any], may_change: Sequence[str] = MAY_CHANGE) -> str:
+def digest(config: Mapping[str, Any], may_change: Sequence[str] = MAY_CHANGE) -> str:
     """Name a configuration by all that a resumed run may not change in it.
 
-    >>> identity({"seed": 0, "log": {"every_steps": 1}}) == identity({"seed": 0, "log": {"every_steps": 5}})
+    >>> digest({"seed": 0, "log": {"every_steps": 1}}) == digest({"seed": 0, "log": {"every_steps": 5}})
     True
     """
     fixed = {key: value for key, (_, value) in differing(config, {}, may_change).items()}

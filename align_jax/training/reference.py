@@ -24,7 +24,7 @@ from jax.experimental import multihost_utils
 from align_jax.core.schema import Batch
 
 
-def weights_identity(folder: str | None, seed: int) -> list[Any]:
+def weights_digest(folder: str | None, seed: int) -> list[Any]:
     """Tell a checkpoint's weights apart: file names, sizes, times and safetensors headers; random
     weights by seed.
 
@@ -45,11 +45,9 @@ def weights_identity(folder: str | None, seed: int) -> list[Any]:
     return found
 
 
-def name_of(identity: Any) -> str:
+def digest_of(inputs: Any) -> str:
     """Hash what a cache depends on."""
-    return hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()[
-        :32
-    ]
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
 class Cache:
@@ -125,14 +123,14 @@ def compute(batches: Iterable[Batch], step: Callable[[Batch], jax.Array], exampl
     )
 
 
-def save(path: epath.Path, cache: Cache, identity: Mapping[str, Any]) -> None:
+def save(path: epath.Path, cache: Cache, inputs: Mapping[str, Any]) -> None:
     """Write a cache; complete or not at all."""
     buffer = io.BytesIO()
     np.savez(
         buffer,
         token_logps=cache.token_logps,
         ends=cache.ends,
-        identity=name_of(identity),
+        digest=digest_of(inputs),
         digest=hashlib.sha256(cache.token_logps.tobytes()).hexdigest(),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -141,7 +139,7 @@ def save(path: epath.Path, cache: Cache, identity: Mapping[str, Any]) -> None:
     partial.rename(path)
 
 
-def load(path: epath.Path, identity: Mapping[str, Any]) -> Cache | None:
+def load(path: epath.Path, inputs: Mapping[str, Any]) -> Cache | None:
     """Read a cache; None if there is none.
 
     Raises:
@@ -153,7 +151,7 @@ def load(path: epath.Path, identity: Mapping[str, Any]) -> Cache | None:
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
             cache = Cache(file["token_logps"], file["ends"])
             sound = str(file["digest"]) == hashlib.sha256(cache.token_logps.tobytes()).hexdigest()
-            same = str(file["identity"]) == name_of(identity)
+            same = str(file["digest"]) == digest_of(inputs)
     except (OSError, ValueError, KeyError, EOFError) as error:
         raise ValueError(
             f"the reference cache {path} cannot be read ({error}): delete it, it will be made anew"

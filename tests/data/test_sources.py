@@ -69,9 +69,9 @@ def test_a_glob_is_one_source_in_the_order_of_names(tmp_path):
     assert source.where(3) == f"{tmp_path}/b.jsonl:1"
 
 
-def test_a_change_of_the_file_changes_its_identity(tmp_path):
-    first = sources.open_source(write(tmp_path / "a.jsonl", lines(ROWS))).identity
-    assert sources.open_source(write(tmp_path / "a.jsonl", lines(ROWS[:4]))).identity != first
+def test_a_change_of_the_file_changes_its_digest(tmp_path):
+    first = sources.open_source(write(tmp_path / "a.jsonl", lines(ROWS))).digest
+    assert sources.open_source(write(tmp_path / "a.jsonl", lines(ROWS[:4]))).digest != first
 
 
 def broken_gzip(folder):

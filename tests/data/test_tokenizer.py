@@ -24,13 +24,15 @@ def test_the_byte_tokenizer_saves_and_loads_as_any_other(tmp_path):
         assert (again.pad_token_id, again.bos_token_id, again.eos_token_id) == (256, 257, 258)
         messages = [{"role": "user", "content": "ä"}]
         assert again.apply_chat_template(messages, tokenize=False) == "<|bos|><|user|>ä<|end|>"
-        assert tokenizer.fingerprint(again) == tokenizer.fingerprint(
+        assert tokenizer.tokenizer_digest(again) == tokenizer.tokenizer_digest(
             tokenizer.load_tokenizer(str(tmp_path))
         )
 
 
 def test_the_fingerprint_sees_the_template():
-    assert tokenizer.fingerprint(tokenizer.load_tokenizer("byte")) != tokenizer.fingerprint(
+    assert tokenizer.tokenizer_digest(
+        tokenizer.load_tokenizer("byte")
+    ) != tokenizer.tokenizer_digest(
         tokenizer.load_tokenizer("byte", chat_template="{{ messages }}")
     )
 

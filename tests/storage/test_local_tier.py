@@ -60,13 +60,13 @@ def mesh():
 
 @pytest.fixture
 def opened(tmp_path):
-    def open_(identity="a", **options):
+    def open_(digest="a", **options):
         return Checkpoints(
             tmp_path / "run",
             every_steps=4,
             local=str(tmp_path / "local"),
             local_every_steps=2,
-            identity=identity,
+            digest=digest,
             **options,
         )
 
@@ -162,7 +162,7 @@ def test_a_damaged_persistent_checkpoint_leaves_the_local_one_before_it(opened, 
 @pytest.mark.parametrize(
     "other, message",
     [
-        (dict(identity="b"), "another run, configuration or past"),
+        (dict(digest="b"), "another run, configuration or past"),
         (dict(mesh=dict(fsdp=8)), "saved on the mesh"),
         (dict(leaf="more"), "other arrays"),
     ],
@@ -180,7 +180,7 @@ def test_what_another_configuration_or_mesh_has_left_is_named_and_not_used(
         ):
             checkpoints.restore(wanted | {"more": wanted["step"]})
     else:
-        with opened(identity=other.get("identity", "a")) as checkpoints:
+        with opened(digest=other.get("digest", "a")) as checkpoints:
             assert checkpoints.restore(wanted).step == 8
     assert message in caplog.text and not _steps(tmp_path)
 
