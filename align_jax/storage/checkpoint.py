@@ -7,7 +7,7 @@ back.
     WORKDIR/checkpoints/superseded-140/ set aside: later than the step that the run was told to go
     back to
 
-A save holds a fingerprint of every array, an integer sum over its bits that does not depend on how
+A save holds a checksum of every array, an integer sum over its bits that does not depend on how
 the array was split; a restore computes it again on the devices, so a flipped bit is found as surely
 as a missing file.
 
@@ -31,7 +31,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
-from align_jax.storage.checksums import differences, fingerprints
+from align_jax.storage.checksums import checksums, differences
 from align_jax.storage.local_tier import LocalCheckpoints
 from align_jax.storage.multihost import (
     GOOD,
@@ -39,12 +39,12 @@ from align_jax.storage.multihost import (
     Damaged,
     Mismatch,
     StorageError,
+    allgather_messages,
     brief,
     make_shared_folder,
-    once,
+    on_first_process,
     read_together,
-    tell_all,
-    worst,
+    worst_verdict,
 )
 
 FOLDER = "checkpoints"
@@ -232,9 +232,7 @@ class Checkpoints:
         )
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
-            extra=ocp.args.JsonSave(
-                {"extra": dict(extra or {}), "fingerprints": fingerprints(state)}
-            ),
+            extra=ocp.args.JsonSave({"extra": dict(extra or {}), "checksums": checksums(state)}),
         )
         while True:
             error = None
@@ -366,8 +364,8 @@ class Checkpoints:
         record, state = read_together(
             lambda: _read_here(path, abstract_state), path, self._attempts, self._pause
         )
-        found = fingerprints(state)  # all processes together, so only when all have read their part
-        wrong = [name for name in found if found[name] != record["fingerprints"].get(name)]
+        found = checksums(state)  # all processes together, so only when all have read their part
+        wrong = [name for name in found if found[name] != record["checksums"].get(name)]
         if wrong:
             raise Damaged(f"the contents of {wrong[:5]} are not what was saved")
         return Restored(int(path.name), state, record["extra"], str(path))
@@ -386,7 +384,7 @@ class Checkpoints:
         return self._succeeded(step, error, done=True)
 
     def _succeeded(self, step: int, error: Exception | None, *, done: bool = False) -> bool:
-        if worst(GOOD if error is None else TRANSIENT) == GOOD:
+        if worst_verdict(GOOD if error is None else TRANSIENT) == GOOD:
             self._failures = 0 if done else self._failures
             return True
         self._pending_step, self._failures = None, self._failures + 1
@@ -455,7 +453,7 @@ class Checkpoints:
         another config."""
         path = self._folder / PAST
         self._once(lambda: path.exists() or path.write_text(secrets.token_hex(8)))
-        told = tell_all({"past": path.read_text() if jax.process_index() == 0 else ""})
+        told = allgather_messages({"past": path.read_text() if jax.process_index() == 0 else ""})
         return f"{self._digest}/{told[0]['past']}"
 
     def _rewound_to(self) -> str | None:
@@ -475,7 +473,7 @@ class Checkpoints:
         return target
 
     def _once(self, act: Callable[[], Any]) -> None:
-        once(act, self._folder)
+        on_first_process(act, self._folder)
 
 
 def _read_here(path: epath.Path, abstract_state: Any) -> tuple[dict[str, Any], Any]:

@@ -26,7 +26,7 @@ TRANSIENT = (
 )
 
 
-def fingerprints(tree: Any) -> dict[str, int]:
+def checksums(tree: Any) -> dict[str, int]:
     """Sum every array's bits, weighted by place, modulo 2^32; the same for any sharding of the same
     values.
 
@@ -56,8 +56,8 @@ def _bit_sums(sharding: jax.sharding.Sharding | None) -> Callable[..., jax.Array
     )
 
 
-def shard_fingerprints(arrays: Sequence[jax.Array]) -> dict[jax.Device, list[int]]:
-    """Sum the bits of each device's own part of the arrays, as `fingerprints` does those of whole
+def shard_checksums(arrays: Sequence[jax.Array]) -> dict[jax.Device, list[int]]:
+    """Sum the bits of each device's own part of the arrays, as `checksums` does those of whole
     arrays.
 
     Every process makes the same call; nothing travels between the devices.

@@ -35,8 +35,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from align_jax.storage.checksums import bits_of, fingerprints, leaf_name, shard_fingerprints
-from align_jax.storage.multihost import DAMAGED, GOOD, brief, tell_all, worst
+from align_jax.storage.checksums import bits_of, checksums, leaf_name, shard_checksums
+from align_jax.storage.multihost import DAMAGED, GOOD, allgather_messages, brief, worst_verdict
 
 KEEP = 2  # the newest may be damaged, or not yet committed on every host
 MOST_FAILURES = 3  # running; then this tier is off
@@ -77,7 +77,7 @@ class LocalCheckpoints:
         every_steps: int,
         timeout_seconds: int = 120,
     ):
-        hosts = [message["host"] for message in tell_all({"host": socket.gethostname()})]
+        hosts = [message["host"] for message in allgather_messages({"host": socket.gethostname()})]
         place = hosts[: jax.process_index()].count(hosts[jax.process_index()])
         self.folder = epath.Path(os.path.abspath(folder)) / str(place)
         self._run, self._every, self._timeout = run, every_steps, timeout_seconds
@@ -108,14 +108,14 @@ class LocalCheckpoints:
         if self._failures >= MOST_FAILURES or step == self._saved_step:
             return
         names, arrays = _flat(state)
-        mesh, sums = arrays[0].sharding.mesh, shard_fingerprints(arrays)
+        mesh, sums = arrays[0].sharding.mesh, shard_checksums(arrays)
         places = _places(mesh)
         record = {
             "run": self._run,
             "mesh": dict(mesh.shape),
             "processes": jax.process_count(),
             "extra": dict(extra),
-            "fingerprints": fingerprints(dict(zip(names, arrays))),
+            "checksums": checksums(dict(zip(names, arrays))),
             "places": list(places.values()),
             "sums": [sums[device] for device in places],
         }
@@ -141,7 +141,7 @@ class LocalCheckpoints:
         except Exception as caught:  # whatever a disk throws
             error = error or caught
         step, self._pending_step = self._pending_step, None
-        if worst(GOOD if error is None else DAMAGED) == GOOD:
+        if worst_verdict(GOOD if error is None else DAMAGED) == GOOD:
             self._failures = 0
             return
         self._failures += 1
@@ -167,7 +167,7 @@ class LocalCheckpoints:
         mesh = wanted[0].sharding.mesh
         records = self._usable(mesh, names)
         while True:
-            offers = tell_all(
+            offers = allgather_messages(
                 {
                     step: {"key": _key(record), "places": record["places"]}
                     for step, record in records.items()
@@ -182,7 +182,7 @@ class LocalCheckpoints:
             mine = records[step] if jax.process_index() in holders else None
             with jax.set_mesh(old_mesh):
                 arrays, problem = self._read(step, mine, wanted, old_mesh)
-                told = tell_all({"record": None if problem else mine})
+                told = allgather_messages({"record": None if problem else mine})
                 sound = tuple(process for process, message in enumerate(told) if message["record"])
                 whole = _covered(wanted, old_mesh, sound)
                 if whole and len(sound) < jax.process_count():
@@ -192,7 +192,7 @@ class LocalCheckpoints:
                     jax.device_put(array, leaf.sharding) for array, leaf in zip(arrays, wanted)
                 ]
                 common = told[sound[0]]["record"]
-                if fingerprints(dict(zip(names, arrays))) == common["fingerprints"]:
+                if checksums(dict(zip(names, arrays))) == common["checksums"]:
                     break
                 problem = problem or "the parts do not belong together"
             if mine and problem:
@@ -270,7 +270,7 @@ class LocalCheckpoints:
                         "processes, this run has "
                         f"{dict(mesh.shape)} and {jax.process_count()}"
                     )
-                if list(record["fingerprints"]) != list(names):
+                if list(record["checksums"]) != list(names):
                     raise ValueError("it holds other arrays than this run's state")
                 usable[step] = record
             # what a damaged file makes a reader throw is anybody's guess
@@ -308,7 +308,7 @@ class LocalCheckpoints:
                 )
                 for leaf in targets
             ]
-        sums = shard_fingerprints(arrays)  # all processes together
+        sums = shard_checksums(arrays)  # all processes together
         if record and not problem and [sums[device] for device in _places(mesh)] != record["sums"]:
             problem = "the contents are not what was saved"
         return arrays, problem
@@ -357,7 +357,7 @@ def _claim(folder: epath.Path) -> None:
         (folder / "owner").write_text(token)
     except OSError as caught:
         error = caught
-    if worst(GOOD if error is None else DAMAGED) != GOOD:
+    if worst_verdict(GOOD if error is None else DAMAGED) != GOOD:
         raise ValueError(
             "checkpoint.local: expected a folder on every host that its processes "
             "can write to; "
@@ -365,7 +365,7 @@ def _claim(folder: epath.Path) -> None:
             f"{'on another process' if error is None else brief(error)}"
         ) from error
     shared = (folder / "owner").read_text() != token
-    if worst(DAMAGED if shared else GOOD) != GOOD:
+    if worst_verdict(DAMAGED if shared else GOOD) != GOOD:
         raise ValueError(
             f"checkpoint.local: {folder} is one folder that several hosts share; "
             "expected one of each "
@@ -388,7 +388,7 @@ def _zeros(leaf: Any, index: tuple[slice, ...]) -> np.ndarray:
 def _key(record: Mapping[str, Any]) -> str:
     """Name the state that a process's part belongs to: parts of the same step from two attempts may
     differ in bits."""
-    return hashlib.sha256(json.dumps(record["fingerprints"]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(record["checksums"]).encode()).hexdigest()
 
 
 def _places(mesh: Mesh) -> dict[jax.Device, int]:

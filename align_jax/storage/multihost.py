@@ -33,14 +33,14 @@ class StorageError(OSError):
     """The store failed again and again: the run stops rather than train on without a net."""
 
 
-def worst(verdict: int) -> int:
+def worst_verdict(verdict: int) -> int:
     """Return the worst verdict of all processes."""
     if jax.process_count() == 1:
         return verdict
     return int(multihost_utils.process_allgather(np.int32(verdict)).max())
 
 
-def tell_all(message: Mapping[str, Any]) -> list[dict[str, Any]]:
+def allgather_messages(message: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Give every process's message (JSON) to all; in the order of the processes."""
     # In numpy: Orbax's own exchange (`emergency.path.sync_global_data`) fails under jax.set_mesh.
     text = np.frombuffer(json.dumps(message).encode(), np.uint8)
@@ -50,7 +50,7 @@ def tell_all(message: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [json.loads(text[:size].tobytes()) for text, size in zip(texts, sizes)]
 
 
-def once(act: Callable[[], Any], folder: epath.Path) -> None:
+def on_first_process(act: Callable[[], Any], folder: epath.Path) -> None:
     """Do something to the folder on the first process alone; the others wait for it.
 
     Raises:
@@ -62,7 +62,7 @@ def once(act: Callable[[], Any], folder: epath.Path) -> None:
             act()
     except Exception as caught:  # kept until the others have been told: they would wait for ever
         error = caught
-    if worst(GOOD if error is None else TRANSIENT) != GOOD:
+    if worst_verdict(GOOD if error is None else TRANSIENT) != GOOD:
         raise StorageError(
             f"{folder}: {'the first process could not write' if error is None else brief(error)}"
         ) from error
@@ -77,10 +77,12 @@ def make_shared_folder(folder: epath.Path) -> None:
     # In a folder of its own: a bucket's client may remember what it has listed before.
     number = int(multihost_utils.broadcast_one_to_all(np.int32(time.time() % 1e9)))
     token = folder / f"seen-{number}" / "token"
-    once(lambda: (token.parent.mkdir(parents=True, exist_ok=True), token.write_text("")), folder)
+    on_first_process(
+        lambda: (token.parent.mkdir(parents=True, exist_ok=True), token.write_text("")), folder
+    )
     seen = token.exists()
-    alone = worst(GOOD if seen else DAMAGED) != GOOD
-    once(token.parent.rmtree, folder)
+    alone = worst_verdict(GOOD if seen else DAMAGED) != GOOD
+    on_first_process(token.parent.rmtree, folder)
     if alone:
         raise ValueError(
             f"workdir {folder.parent}: not all processes see the same folder"
@@ -114,7 +116,7 @@ def read_together(
             verdict, error = MISMATCH, caught
         except Exception as caught:  # what a damaged file makes a reader throw is anybody's guess
             verdict, error = TRANSIENT if is_transient(caught) else DAMAGED, caught
-        verdict = worst(verdict)
+        verdict = worst_verdict(verdict)
         reason = "seen by another process" if error is None else brief(error)
         if verdict == GOOD:
             return result

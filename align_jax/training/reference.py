@@ -130,7 +130,7 @@ def save(path: epath.Path, cache: Cache, inputs: Mapping[str, Any]) -> None:
         buffer,
         token_logps=cache.token_logps,
         ends=cache.ends,
-        digest=digest_of(inputs),
+        inputs=digest_of(inputs),
         digest=hashlib.sha256(cache.token_logps.tobytes()).hexdigest(),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -151,7 +151,7 @@ def load(path: epath.Path, inputs: Mapping[str, Any]) -> Cache | None:
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
             cache = Cache(file["token_logps"], file["ends"])
             sound = str(file["digest"]) == hashlib.sha256(cache.token_logps.tobytes()).hexdigest()
-            same = str(file["digest"]) == digest_of(inputs)
+            same = str(file["inputs"]) == digest_of(inputs)
     except (OSError, ValueError, KeyError, EOFError) as error:
         raise ValueError(
             f"the reference cache {path} cannot be read ({error}): delete it, it will be made anew"

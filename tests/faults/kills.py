@@ -75,10 +75,10 @@ def newest(workdir: pathlib.Path) -> int:
     return max((int(path.name) for path in folder.glob("*") if path.name.isdigit()), default=0)
 
 
-def fingerprints(workdir: pathlib.Path) -> dict[str, int]:
+def checksums(workdir: pathlib.Path) -> dict[str, int]:
     """Return the bit sums of every array in the newest checkpoint."""
     return json.loads((workdir / f"checkpoints/{newest(workdir)}/extra/metadata").read_text())[
-        "fingerprints"
+        "checksums"
     ]
 
 
@@ -144,7 +144,7 @@ def compare(reference: pathlib.Path, other: pathlib.Path) -> None:
         AssertionError: naming what differs.
     """
     assert newest(reference) == newest(other), f"last steps {newest(reference)} and {newest(other)}"
-    expected, found = fingerprints(reference), fingerprints(other)
+    expected, found = checksums(reference), checksums(other)
     wrong = [name for name in expected | found if expected.get(name) != found.get(name)]
     assert not wrong, f"arrays that differ: {wrong}"
     expected, found = losses(reference), losses(other)

@@ -309,7 +309,7 @@ def test_saving_twice_at_a_step_is_once(tmp_path, mesh):
         assert checkpoints.last_good() == 2
 
 
-def test_fingerprints_see_any_bit_and_no_sharding():
+def test_checksums_see_any_bit_and_no_sharding():
     mesh = _mesh(fsdp=2, tensor=2)
     tree = {
         "a": jax.random.normal(jax.random.key(0), (4, 6)),
@@ -321,20 +321,19 @@ def test_fingerprints_see_any_bit_and_no_sharding():
         ),
         "b": tree["b"],
     }
-    first = checksums.fingerprints(tree)
+    first = checksums.checksums(tree)
     assert list(first) == ["a", "b/0", "b/1"]
-    assert checksums.fingerprints({"a": split["a"]})["a"] == first["a"]
+    assert checksums.checksums({"a": split["a"]})["a"] == first["a"]
     bits = np.asarray(tree["a"]).view(np.uint32)
     for place in ((0, 0), (3, 5), (2, 1)):
         for bit in (0, 17, 31):
             changed = bits.copy()
             changed[place] ^= np.uint32(1 << bit)
             assert (
-                checksums.fingerprints({"a": jnp.asarray(changed.view(np.float32))})["a"]
-                != first["a"]
+                checksums.checksums({"a": jnp.asarray(changed.view(np.float32))})["a"] != first["a"]
             )
     swapped = tree["a"][::-1]
-    assert checksums.fingerprints({"a": swapped})["a"] != first["a"]
+    assert checksums.checksums({"a": swapped})["a"] != first["a"]
 
 
 @pytest.mark.parametrize(
@@ -345,8 +344,8 @@ def test_impossible_options_are_refused(tmp_path, options, message):
         Checkpoints(tmp_path, **options)
 
 
-def test_the_fingerprints_lie_beside_the_state(tmp_path, mesh):
+def test_the_checksums_lie_beside_the_state(tmp_path, mesh):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, _state(mesh, 1), {"note": "x"}, wait=True)
     record = json.loads((tmp_path / "checkpoints/1/extra/metadata").read_text())
-    assert record["extra"] == {"note": "x"} and "params/layer/kernel" in record["fingerprints"]
+    assert record["extra"] == {"note": "x"} and "params/layer/kernel" in record["checksums"]
