@@ -90,6 +90,25 @@ def test_attention_by_blocks_equals_plain_attention(shared):
         np.testing.assert_allclose(expected, got, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", attention.ATTENTION)
+def test_a_window_counts_positions_where_responses_share_a_prompt(name):
+    arrays, fields, positions = _inputs(40, shared=True)
+    function = attention.ATTENTION[name]
+    if name == "blocks":
+        function = functools.partial(function, block=16)
+    got = function(*arrays, **fields, positions=positions, window=9)
+    # the prompt with its second response, which stands behind the first in the row, and alone
+    segments = fields["segment_ids"][0]
+    order = np.nonzero((segments == 1) | (segments == 3))[0]
+    alone = attention.xla(
+        *(x[:, order] for x in arrays),
+        segment_ids=jnp.ones((ROWS, order.size), jnp.int32),
+        positions=jnp.broadcast_to(jnp.arange(order.size), (ROWS, order.size)),
+        window=9,
+    )
+    np.testing.assert_allclose(got[:, order], alone, atol=1e-5)
+
+
 def test_what_a_kernel_lacks_goes_by_blocks():
     arrays, fields, positions = _inputs(40, True)
     numbers = {"scale": 0.1, "positions": positions}
