@@ -117,6 +117,26 @@ def test_the_layer_is_the_papers_formula(name):
     )
 
 
+def test_no_gradient_flows_through_doras_norm():
+    module, leaves = linear(VARIANTS["dora"])
+    x = jnp.asarray(np.random.default_rng(4).normal(size=(3, 32)), jnp.float32)
+    adapter = {name: leaf for name, leaf in leaves.items() if name != "kernel"}
+
+    def merged(adapter):
+        return leaves["kernel"] + VARIANTS["dora"].scale * adapter["lora_a"] @ adapter["lora_b"]
+
+    norm = jnp.linalg.norm(merged(adapter), axis=0)  # a constant: of the adapter as it stands
+
+    def formula(adapter):
+        return jnp.sum(jnp.sin(x @ merged(adapter) * (adapter["lora_m"] / norm)[None]))
+
+    def layer(adapter):
+        return jnp.sum(jnp.sin(module.apply({"params": leaves | adapter}, x)))
+
+    expected, got = jax.grad(formula)(adapter), jax.grad(layer)(adapter)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4), got, expected)
+
+
 @pytest.mark.parametrize("name", ["plain", "dora"])
 def test_no_product_as_large_as_the_kernel_is_made(name):
     module, leaves = linear(VARIANTS[name])
