@@ -234,3 +234,7 @@ def test_ppo_ptx_counts_text_rows_apart():
         / np.asarray(problem.batch.loss_mask)[rows].sum()
     )
     np.testing.assert_allclose(text, expected, rtol=1e-5)
+    without = problem.batch._replace(label=None, weight=label.astype(jnp.float32))
+    np.testing.assert_allclose(
+        alone, cases.total(losses.resolve("ppo"), problem._replace(batch=without)), rtol=1e-6
+    )
