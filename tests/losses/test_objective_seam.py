@@ -137,6 +137,16 @@ def test_humanline_has_no_gradient_outside_its_range():
     assert grads["token_logps"][~outside & problem.batch.loss_mask].all()
 
 
+def test_humanline_clamps_the_mismatched_pairs_that_z0_comes_from_too():
+    problem = cases.make_problem("kto")  # log-ratios of 0.3 nats a token in the mismatched pairs
+    (term,) = losses.resolve("kto", {"humanline": True, "log_eps_r": 0.1})
+    measured = objective.measure(
+        term, problem.policy, problem.reference, problem.batch, problem.mismatched
+    )
+    lengths = np.asarray(problem.batch.mismatched.lengths)[:, 0]
+    np.testing.assert_allclose(measured["x"], 0.1 * lengths, rtol=1e-5)
+
+
 def test_ld_alpha_in_a_packed_row_equals_the_plain_layout():
     plain = cases.make_problem("dpo")
     rows, length = plain.batch.tokens.shape
