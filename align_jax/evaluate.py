@@ -32,8 +32,7 @@ from align_jax.inference.engines import Client
 from align_jax.inference.samplers import Sampling
 from align_jax.interop import hf
 from align_jax.models.model import Model, build
-from align_jax.online import REWARDS
-from align_jax.online.weighted import WeightedRewards, resolve
+from align_jax.online.rewards import WeightedRewards, resolve
 from align_jax.parallel import distributed
 from align_jax.parallel.mesh import make_mesh
 from align_jax.parallel.sharding import tree_shardings
@@ -194,7 +193,7 @@ def main(argv: Sequence[str]) -> None:
             if os.path.isfile(values.rewards)
             else values.rewards
         )
-        rewards = resolve(json.loads(text), REWARDS)
+        rewards = resolve(json.loads(text))
     compare = by_judge(Client(values.judge), values.judge_model) if values.judge else None
     if values.workdir:
         subject = run_subject(values.workdir, values.step, values.reference)

@@ -6,7 +6,7 @@
         --round=1 --seed=0]
 
 ``--rewards`` takes what ``config.rewards`` takes, as JSON or as a file of it: names of
-``align_jax.online.REWARDS`` with weights and options, reward models among them; without it the
+``align_jax.online.rewards.REWARDS`` with weights and options, reward models among them; without it the
 samples' own ``reward`` counts.  The records have HALOs' fields and are training data of
 ``align_jax.train`` as they are.
 """
@@ -23,8 +23,8 @@ import tqdm
 from absl import app, flags, logging
 
 from align_jax.data.sources import open_source
-from align_jax.online import REWARDS, feedback
-from align_jax.online.weighted import WeightedRewards, resolve
+from align_jax.online import feedback
+from align_jax.online.rewards import WeightedRewards, resolve
 from align_jax.parallel import distributed
 
 KINDS = ("binary", "pairwise", "scalar")
@@ -175,7 +175,7 @@ def main(argv: Sequence[str]) -> None:
             if os.path.isfile(values.rewards)
             else values.rewards
         )
-        samples = score(samples, resolve(json.loads(text), REWARDS))
+        samples = score(samples, resolve(json.loads(text)))
     records = make_feedback(
         samples,
         values.feedback,

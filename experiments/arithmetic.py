@@ -23,7 +23,7 @@ from align_jax import evaluate, losses, train
 from align_jax.core.config import ConfigDict, defaults
 from align_jax.data import datasets
 from align_jax.evals.generation import generation
-from align_jax.online import REWARDS, weighted
+from align_jax.online import rewards
 
 NEW_TOKENS = 2  # a digit and the end of the answer
 SAMPLES = 64  # of each question, in the measurement
@@ -95,7 +95,7 @@ def main(argv: Sequence[str]) -> None:
         found = generation(
             subject,
             examples,
-            weighted.resolve({"exact": 1.0}, REWARDS),
+            rewards.resolve({"exact": 1.0}),
             samples=SAMPLES,
             max_new_tokens=NEW_TOKENS,
             max_length=64,

@@ -26,7 +26,7 @@ from align_jax.core.config import ConfigDict, defaults
 from align_jax.data import datasets
 from align_jax.evals.generation import generation
 from align_jax.evals.subject import Subject
-from align_jax.online import REWARDS, weighted
+from align_jax.online import rewards
 
 NEW_TOKENS = 24
 # Method -> (objective, its options, groups in a step, samples a prompt, learning rate).
@@ -80,7 +80,7 @@ def split(prompts: str, folder: pathlib.Path) -> tuple[str, str]:
 def measure(subject: Subject, held_out: str, lexicon: str) -> dict[str, float]:
     """Sample the held-out prompts."""
     examples = datasets.load(held_out, kind="prompts", chat=False)
-    scored = weighted.resolve({"lexicon": {"path": lexicon}}, REWARDS)
+    scored = rewards.resolve({"lexicon": {"path": lexicon}})
     return generation(
         subject, examples, scored, samples=8, max_new_tokens=NEW_TOKENS, rows=128, seed=1000
     )

@@ -87,8 +87,7 @@ def test_feedback_of_samples_is_training_data(speaker, prompts, tmp_path, testda
         {
             "lexicon": {"path": str(testdata / "reward" / "vader_lexicon.txt")},
             "length": {"target": 8, "weight": 0.1},
-        },
-        label.REWARDS,
+        }
     )
     samples = label.score(label.read_samples(str(tmp_path / "samples.jsonl")), rewards, show=False)
     assert samples[0]["reward"] == pytest.approx(

@@ -562,7 +562,7 @@ class Config(Checked):
     rewards: Mapping[str, Any] = option(
         {},
         "online: reward -> its weight, or a dict with weight and that reward's own options",
-        table="align_jax.online:REWARDS",
+        table="align_jax.online.rewards:REWARDS",
     )
     debug: DebugOptions = group(DebugOptions, resume=True)
 

@@ -21,7 +21,7 @@ from align_jax.online import batches, selection
 from align_jax.online import sampling as online_sampling
 from align_jax.online.config import RolloutConfig
 from align_jax.online.prompts import Prompts
-from align_jax.online.weighted import WeightedRewards
+from align_jax.online.rewards import WeightedRewards
 from align_jax.parallel.mesh import row_shards
 from align_jax.parallel.sharding import put_batch
 

@@ -15,8 +15,8 @@ from align_jax.data.datasets import Examples
 from align_jax.evals.generation import sample
 from align_jax.evals.subject import Subject, standard_error
 from align_jax.inference.engines import Client
+from align_jax.online.rewards import WeightedRewards
 from align_jax.online.sampling import columns, prompt_text
-from align_jax.online.weighted import WeightedRewards
 
 Compare = Callable[
     [Sequence[str], Sequence[str], Sequence[str], Sequence[Mapping[str, Any]]], Sequence[float]

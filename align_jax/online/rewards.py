@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rewards: what a completion is worth, by rules on its text or by a model.
+"""Rewards: what a completion is worth, by rules on its text or by a model, and their weighted sum.
 
-Each public function up to `judge` is a row of ``REWARDS``: it takes options and returns a *reward
-function*
+    {"numeric": 1.0, "model": {"weight": 0.5, "path": ...}} ─ resolve ─► WeightedRewards
+
+A row of ``REWARDS`` takes options and returns a *reward function*
 
     (prompts, completions, extras) -> one number for each completion
 
@@ -14,17 +15,21 @@ completions were batched.
 from __future__ import annotations
 
 import concurrent.futures
-import difflib
+import dataclasses
 import functools
 import importlib
+import inspect
 import math
 import pathlib
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Float
 
+from align_jax.core.choose import choose
 from align_jax.core.schema import Example
 from align_jax.inference.engines import Client
 from align_jax.inference.score import RewardModel
@@ -43,19 +48,14 @@ _VADER_ALPHA = 15.0
 
 
 def _each(score: Callable[[str, str, Mapping[str, Any]], float]) -> RewardFunction:
-    return lambda prompts, completions, extras: [
-        float(score(*one)) for one in zip(prompts, completions, extras, strict=True)
-    ]
+    """Make a reward function of what scores one completion."""
 
+    def score_all(
+        prompts: Sequence[str], completions: Sequence[str], extras: Extras
+    ) -> Sequence[float]:
+        return [float(score(*one)) for one in zip(prompts, completions, extras, strict=True)]
 
-def _column(extras: Mapping[str, Any], column: str) -> Any:
-    if column not in extras:
-        near = difflib.get_close_matches(column, extras, 1)
-        raise KeyError(
-            f"the reward needs the column {column!r}; the row has {sorted(extras)}"
-            + (f"; did you mean {near[0]!r}?" if near else "")
-        )
-    return extras[column]
+    return score_all
 
 
 def exact(column: str = "answer", ignore_case: bool = False, extract: str = "") -> RewardFunction:
@@ -75,7 +75,7 @@ def exact(column: str = "answer", ignore_case: bool = False, extract: str = "") 
             if not found:
                 return 0.0
             completion = found[-1] if isinstance(found[-1], str) else found[-1][0]
-        left, right = completion.strip(), str(_column(extras, column)).strip()
+        left, right = completion.strip(), str(choose(extras, column, "the reward's column")).strip()
         return float(left.lower() == right.lower() if ignore_case else left == right)
 
     return _each(score)
@@ -92,8 +92,9 @@ def find_number(text: str, anywhere: bool = True) -> float | None:
         text: the text.
         anywhere: also accept a number that is not marked.
 
-    >>> find_number("She makes 9 * 2 = $18 a day. #### 1,018"), find_number("so 3 or 4"), find_number("none")
-    (1018.0, 4.0, None)
+    >>> find_number("She makes 9 * 2 = $18 a day. #### 1,018"), find_number("so 3 or 4")
+    (1018.0, 4.0)
+    >>> find_number("none")
     """
     for pattern in _MARKED + ((rf"({_NUMBER})",) if anywhere else ()):
         found = re.findall(pattern, text)
@@ -121,7 +122,7 @@ def numeric(
     """
 
     def score(prompt: str, completion: str, extras: Mapping[str, Any]) -> float:
-        answer = _column(extras, column)
+        answer = choose(extras, column, "the reward's column")
         gold = float(answer) if isinstance(answer, (int, float)) else find_number(str(answer))
         if gold is None:
             raise ValueError(f"column {column!r} holds no number: {str(answer)[:80]!r}")
@@ -149,12 +150,14 @@ def regex(
     return _each(score)
 
 
-def layout(pattern: str = r"\s*<think>.*?</think>\s*<answer>.*?</answer>\s*") -> RewardFunction:
-    """Give 1 where the whole completion has the form of the pattern, else 0."""
+def has_format(pattern: str = r"\s*<think>.*?</think>\s*<answer>.*?</answer>\s*") -> RewardFunction:
+    """Give 1 where the whole completion matches the pattern, else 0."""
     compiled = re.compile(pattern, re.DOTALL)
-    return _each(
-        lambda prompt, completion, extras: float(compiled.fullmatch(completion) is not None)
-    )
+
+    def score(prompt: str, completion: str, extras: Mapping[str, Any]) -> float:
+        return float(compiled.fullmatch(completion) is not None)
+
+    return _each(score)
 
 
 def length(target: int, unit: str = "words", form: str = "distance") -> RewardFunction:
@@ -171,8 +174,7 @@ def length(target: int, unit: str = "words", form: str = "distance") -> RewardFu
     """
     if unit not in ("words", "characters") or form not in ("distance", "excess") or target < 1:
         raise ValueError(
-            "length wants unit 'words' or 'characters', form 'distance' or "
-            "'excess', target >= 1; "
+            "length wants unit 'words' or 'characters', form 'distance' or 'excess', target >= 1; "
             f"got {unit!r}, {form!r}, {target}"
         )
 
@@ -317,7 +319,8 @@ def model(
     return score
 
 
-RATING = """Rate the answer to the request from 0 (useless) to 10 (perfect) for help, correctness and clarity.
+RATING = """Rate the answer to the request from 0 (useless) to 10 (perfect) for help, correctness \
+and clarity.
 
 Request:
 {prompt}
@@ -372,3 +375,131 @@ def judge(
             return list(pool.map(rate, zip(prompts, completions, strict=True)))
 
     return score
+
+
+REWARDS: Mapping[str, Callable[..., RewardFunction]] = {
+    "exact": exact,
+    "numeric": numeric,
+    "regex": regex,
+    "format": has_format,
+    "length": length,
+    "lexicon": lexicon,
+    "function": function,
+    "model": model,
+    "judge": judge,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightedRewards:
+    """A weighted sum of reward functions.
+
+    Attributes:
+        terms: (name, weight, function) of each.
+    """
+
+    terms: tuple[tuple[str, float, RewardFunction], ...]
+
+    def __call__(
+        self, prompts: Sequence[str], completions: Sequence[str], extras: Extras | None = None
+    ) -> tuple[Float[np.ndarray, "n"], dict[str, Float[np.ndarray, "n"]]]:
+        """Score completions.
+
+        Args:
+            prompts: the prompts as text.
+            completions: as many completions.
+            extras: the columns of their rows.
+
+        Returns:
+            The weighted sum, float32 [n], and each reward by itself, unweighted.
+
+        Raises:
+            ValueError: a function that returns another number of scores, or one that is not a
+                finite number.
+        """
+        extras = [{}] * len(prompts) if extras is None else extras
+        total, parts = np.zeros(len(completions), np.float32), {}
+        for name, weight, fn in self.terms:
+            scores = np.asarray(fn(prompts, completions, extras), np.float32)
+            if scores.shape != total.shape:
+                raise ValueError(
+                    f"reward {name!r} gave scores of shape {scores.shape} for {len(completions)} "
+                    "completions; it must return one number for each"
+                )
+            if not np.isfinite(scores).all():
+                bad = int(np.flatnonzero(~np.isfinite(scores))[0])
+                raise ValueError(
+                    f"reward {name!r} gave {scores[bad]} for the completion "
+                    f"{completions[bad][:80]!r}"
+                )
+            parts[name] = scores
+            total = total + np.float32(weight) * scores
+        return total, parts
+
+
+class RewardTerm(NamedTuple):
+    """One reward as a config names it; nothing of it is loaded."""
+
+    name: str
+    weight: float
+    kind: str  # row of ``REWARDS``
+    options: dict[str, Any]
+
+
+def read(rewards: Mapping[str, Any]) -> list[RewardTerm]:
+    """Read the weighted sum that a config's ``rewards`` describes.
+
+    Args:
+        rewards: name -> weight, or options; of the options ``weight`` (default 1) and ``kind`` (a
+            row of the table; default: the name) are read here, the rest goes to the row's function.
+
+    Raises:
+        ValueError: no reward at all, an unknown kind, an option that the row does not take, or one
+            missing.
+    """
+    if not rewards:
+        raise ValueError(f"no reward was named; known: {', '.join(REWARDS)}")
+    terms = []
+    for name, given in rewards.items():
+        options = {"weight": given} if isinstance(given, (int, float)) else dict(given)
+        weight, kind = float(options.pop("weight", 1.0)), options.pop("kind", name)
+        choose(REWARDS, kind, "reward")
+        _bind(name, kind, options)
+        terms.append(RewardTerm(name, weight, kind, options))
+    return terms
+
+
+def resolve(rewards: Mapping[str, Any], *, mesh: Mesh | None = None) -> WeightedRewards:
+    """Build the weighted sum that a config's ``rewards`` describes.
+
+    Args:
+        rewards: as `read` takes them.
+        mesh: given to the rows that run a model; None: the default device.
+
+    Raises:
+        ValueError: as `read`, or a value that the row refuses.
+    """
+    terms = read(rewards)
+    return WeightedRewards(
+        tuple(
+            (one.name, one.weight, _bind(one.name, one.kind, one.options, mesh=mesh)())
+            for one in terms
+        )
+    )
+
+
+def _bind(
+    name: str, kind: str, options: Mapping[str, Any], **resources: Any
+) -> Callable[[], RewardFunction]:
+    """Check a row's options, and give it those of the run's resources that it takes.
+
+    A row may be any function, with options that are said nowhere but in its signature; this is the
+    one place that asks it.
+    """
+    signature = inspect.signature(REWARDS[kind])
+    taken = {key: value for key, value in resources.items() if key in signature.parameters}
+    try:
+        signature.bind(**options, **taken)
+    except TypeError as error:
+        raise ValueError(f"reward {name!r}: {error}; {kind} takes {signature}") from None
+    return functools.partial(REWARDS[kind], **options, **taken)

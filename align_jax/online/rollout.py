@@ -40,8 +40,8 @@ from align_jax.models.model import Model
 from align_jax.online import batches, sampling
 from align_jax.online.config import RolloutConfig
 from align_jax.online.prompts import Prompts
+from align_jax.online.rewards import WeightedRewards
 from align_jax.online.selection import SELECTIONS
-from align_jax.online.weighted import WeightedRewards
 from align_jax.parallel.mesh import row_shards
 from align_jax.parallel.sharding import put_batch
 

@@ -19,7 +19,7 @@ from align_jax.inference.generate import Completion, Request, everywhere
 from align_jax.losses import advantages as estimators
 from align_jax.online.config import RolloutConfig
 from align_jax.online.prompts import Prompts
-from align_jax.online.weighted import WeightedRewards
+from align_jax.online.rewards import WeightedRewards
 
 # running moments of all scores; see losses.advantages.normalize_scores
 Moments = Mapping[str, float]

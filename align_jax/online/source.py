@@ -19,8 +19,8 @@ from align_jax.interop import hf
 from align_jax.losses.objective import Term
 from align_jax.models.lora import fold
 from align_jax.models.model import Model
-from align_jax.online import REWARDS, weighted
 from align_jax.online import config as rollout_config
+from align_jax.online import rewards
 from align_jax.online.config import RolloutConfig
 from align_jax.online.prompts import Prompts
 from align_jax.online.rollout import Rollouts
@@ -131,7 +131,7 @@ def make_rollouts(
         config,
         prompts,
         engine,
-        weighted.resolve(reward_weights, REWARDS, mesh),
+        rewards.resolve(reward_weights, mesh=mesh),
         tokenizer,
         policy=policy,
         reference=reference,

@@ -24,7 +24,8 @@ from align_jax.interop import hf
 from align_jax.models.config import ModelConfig
 from align_jax.models.lora import merge
 from align_jax.models.model import Model
-from align_jax.online import REWARDS, batches, weighted
+from align_jax.online import batches
+from align_jax.online import rewards as reward_table
 from align_jax.online.config import RolloutConfig
 from align_jax.online.source import generation_mesh, make_generator
 from align_jax.parallel.lowering import lower
@@ -103,9 +104,9 @@ def reward_programs(
 ) -> dict[str, RewardProgram]:
     """Return the reward models that a config's ``rewards`` names, by name."""
     return {
-        name: RewardProgram(options, policy, mesh, attention)
-        for name, _, kind, options in weighted.read(rewards, REWARDS)
-        if kind == "model"
+        term.name: RewardProgram(term.options, policy, mesh, attention)
+        for term in reward_table.read(rewards)
+        if term.kind == "model"
     }
 
 

@@ -15,7 +15,7 @@ from align_jax.evals import EVALS
 from align_jax.evals.subject import Subject
 from align_jax.evals.win_rate import by_judge, by_rewards, tally
 from align_jax.inference.engines import Client
-from align_jax.online import weighted
+from align_jax.online import rewards
 from align_jax.parallel.mesh import make_mesh
 
 PAIRS = [
@@ -31,7 +31,7 @@ def letters(prompts, completions, extras):
     return [float(len(text)) for text in completions]
 
 
-REWARD = weighted.WeightedRewards((("letters", 1.0, letters),))
+REWARD = rewards.WeightedRewards((("letters", 1.0, letters),))
 
 
 @pytest.fixture(scope="module")

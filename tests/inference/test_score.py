@@ -9,7 +9,7 @@ import transformers
 from align_jax.core.schema import Example
 from align_jax.data.tokenizer import load_tokenizer
 from align_jax.inference.score import RewardModel
-from align_jax.online import REWARDS, rewards, weighted
+from align_jax.online import rewards
 from align_jax.parallel.mesh import make_mesh
 
 TEXTS = [
@@ -63,7 +63,7 @@ def test_rewards_equal_transformers_sequence_classifier(classifier, mesh):
 
 def test_a_reward_model_is_a_row_of_the_rewards(classifier):
     path, model, tokenizer = classifier
-    fn = REWARDS["model"](path=str(path), rows=2)
+    fn = rewards.REWARDS["model"](path=str(path), rows=2)
     got = fn([p for p, _ in TEXTS], [c for _, c in TEXTS], [{}] * 4)
     np.testing.assert_allclose(got, expected(model, tokenizer, TEXTS), atol=1e-4)
 
@@ -79,9 +79,7 @@ def test_an_online_run_s_reward_model_lies_over_its_mesh(classifier, monkeypatch
     monkeypatch.setattr(rewards, "RewardModel", Recorded)
     path, model, tokenizer = classifier
     mesh = make_mesh({"fsdp": 8})
-    total, _ = weighted.resolve({"model": {"path": str(path), "rows": 8}}, REWARDS, mesh)(
-        *zip(*TEXTS)
-    )
+    total, _ = rewards.resolve({"model": {"path": str(path), "rows": 8}}, mesh=mesh)(*zip(*TEXTS))
     np.testing.assert_allclose(total, expected(model, tokenizer, TEXTS), atol=1e-4)
     kernel = made[0]._params["layers"]["mlp"]["up"]["kernel"]
     assert (

@@ -6,7 +6,8 @@ import json
 import numpy as np
 import pytest
 
-from align_jax.online import REWARDS, rewards, weighted
+from align_jax.online import rewards
+from align_jax.online.rewards import REWARDS
 
 CASES = [
     ("exact", {}, "  Paris\n", {"answer": "Paris"}, 1.0),
@@ -79,7 +80,7 @@ def test_every_gold_answer_of_gsm8k_scores_one_against_itself(testdata):
 
 
 def test_a_bare_number_is_a_weight():
-    total, _ = weighted.resolve({"format": 3}, REWARDS)(["p"], ["<think></think><answer></answer>"])
+    total, _ = rewards.resolve({"format": 3})(["p"], ["<think></think><answer></answer>"])
     assert list(total) == [3.0]
 
 
@@ -88,12 +89,11 @@ def shout(prompts, completions, extras, factor=1.0):
 
 
 def test_weighted_sum_of_named_kinds_and_of_the_users_own_function():
-    total, parts = weighted.resolve(
+    total, parts = rewards.resolve(
         {
             "short": {"kind": "length", "target": 2, "weight": 2.0},
             "function": {"path": f"{__name__}:shout", "factor": 0.5},
-        },
-        REWARDS,
+        }
     )(["p", "p"], ["A b", "A B c"], None)
     np.testing.assert_array_equal(parts["short"], np.float32([0.0, -0.5]))
     np.testing.assert_array_equal(parts["function"], np.float32([0.5, 1.0]))
@@ -132,28 +132,28 @@ def test_a_judge_without_a_number_is_named(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "given,error,message",
+    "given,message",
     [
-        ({}, ValueError, "no reward"),
-        ({"lexikon": {}}, KeyError, "did you mean 'lexicon'"),
-        ({"length": {}}, TypeError, "target"),
-        ({"length": {"target": 3, "from": 3}}, TypeError, "from"),
-        ({"length": {"target": 3, "unit": "pages"}}, ValueError, "pages"),
-        ({"function": {"path": "shout"}}, ValueError, "module:function"),
+        ({}, "no reward"),
+        ({"lexikon": {}}, "did you mean 'lexicon'"),
+        ({"length": {}}, "target"),
+        ({"length": {"target": 3, "from": 3}}, "from"),
+        ({"length": {"target": 3, "unit": "pages"}}, "pages"),
+        ({"function": {"path": "shout"}}, "module:function"),
     ],
 )
-def test_mistakes_in_the_config_are_named(given, error, message):
-    with pytest.raises(error, match=message):
-        weighted.resolve(given, REWARDS)
+def test_mistakes_in_the_config_are_named(given, message):
+    with pytest.raises(ValueError, match=message):
+        rewards.resolve(given)
 
 
 @pytest.mark.parametrize("scores,message", [([1.0], "shape"), ([1.0, float("nan")], "nan")])
 def test_a_broken_reward_function_is_named(scores, message):
-    broken = weighted.WeightedRewards((("mine", 1.0, lambda *_: scores),))
+    broken = rewards.WeightedRewards((("mine", 1.0, lambda *_: scores),))
     with pytest.raises(ValueError, match=f"'mine'.*{message}"):
         broken(["p", "p"], ["a", "b"])
 
 
 def test_a_missing_column_is_named_with_the_nearest():
-    with pytest.raises(KeyError, match="did you mean 'answers'"):
+    with pytest.raises(ValueError, match="did you mean 'answers'"):
         rewards.exact()(["p"], ["a"], [{"answers": "a"}])

@@ -18,8 +18,8 @@ from align_jax.models.config import ModelConfig, Rope
 from align_jax.models.model import build
 from align_jax.online.config import make_rollout_config
 from align_jax.online.prompts import Prompts
+from align_jax.online.rewards import WeightedRewards
 from align_jax.online.rollout import Rollouts, Weights
-from align_jax.online.weighted import WeightedRewards
 from align_jax.parallel.mesh import make_mesh
 
 CONFIG = ModelConfig(
