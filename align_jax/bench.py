@@ -26,6 +26,7 @@ from ml_collections import ConfigDict
 
 from align_jax import losses
 from align_jax.core import config as configs
+from align_jax.core.choose import choose
 from align_jax.core.schema import Example
 from align_jax.core.tree import flatten
 from align_jax.data.datasets import Examples
@@ -196,7 +197,7 @@ class Variant:
     """One variant of the step, compiled: it takes a state and gives one back."""
 
     def __init__(self, preset: Preset, changes: Mapping[str, Any], examples: Examples, mesh: Mesh):
-        config = make_config(preset, changes)
+        config = configs.read(make_config(preset, changes))
         resolved = setup.resolve_config(config, mesh.size)
         step_spec = setup.make_step_spec(config, resolved, total_steps=1000)
         self.step_spec, self.state_specs, self.seed = (
@@ -369,12 +370,12 @@ def main(argv: Sequence[str]) -> None:
         )
     options = flags.FLAGS
     name = options.preset or DEFAULT.get(jax.default_backend(), "llama_1b_dpo")
-    preset = configs.choose(PRESETS, name, "--preset")
+    preset = choose(PRESETS, name, "--preset")
     if options.batch_size:
         preset = dataclasses.replace(preset, batch_size=options.batch_size)
     names = tuple(options.variants) or preset.variants
     for one in names:
-        configs.choose(VARIANTS, one, "--variants")
+        choose(VARIANTS, one, "--variants")
     mesh = make_mesh({"fsdp": -1})
     rows = measure(preset, names, mesh, rounds=options.rounds, steps=options.steps)
     rows = {one: rows[one] for one in names}

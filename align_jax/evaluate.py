@@ -22,7 +22,7 @@ from typing import Any
 import jax
 from absl import app, flags, logging
 
-from align_jax.core.config import nearest
+from align_jax.core.choose import nearest
 from align_jax.data import datasets
 from align_jax.data.tokenizer import load_tokenizer
 from align_jax.evals import EVALS

@@ -36,6 +36,8 @@ from absl import app, flags, logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict, config_flags
 
+from align_jax.core import config as configs
+from align_jax.core.options import Config
 from align_jax.core.schema import Batch
 from align_jax.data import planning
 from align_jax.online import batches
@@ -58,7 +60,7 @@ RESPONSES = {"completions": 1, "unpaired": 1, "pairs": 2, "ranked": 4}
 class Step(NamedTuple):
     """A run on a topology: everything is shapes."""
 
-    config: ConfigDict
+    config: Config
     resolved: setup.ResolvedConfig
     step_spec: Any
     state_specs: Any
@@ -83,21 +85,20 @@ class Step(NamedTuple):
         return self.config.max_length if self.config.data.layout != "plain" else None
 
 
-def for_planning(config: ConfigDict) -> ConfigDict:
+def for_planning(config: ConfigDict | Config) -> Config:
     """Return the config with what only a run on the spot needs replaced: TPU attention, no
     tokenizer from the hub."""
-    with config.unlocked():
-        config = config.copy_and_resolve_references()
-    with config.unlocked():
-        if config.model.attention == "auto":
-            config.model.attention = "splash"
-        if config.model.config and config.model.path:
-            config.model.path, config.tokenizer = "", "byte"
-    return config
+    config = configs.read(config) if isinstance(config, ConfigDict) else config
+    model, tokenizer = config.model, config.tokenizer
+    if model.attention == "auto":
+        model = dataclasses.replace(model, attention="splash")
+    if model.config and model.path:
+        model, tokenizer = dataclasses.replace(model, path=""), "byte"
+    return dataclasses.replace(config, model=model, tokenizer=tokenizer)
 
 
 def abstract_batch(
-    config: ConfigDict,
+    config: Config,
     resolved: setup.ResolvedConfig,
     mesh: Mesh,
     loss_positions: int = 0,
@@ -139,7 +140,7 @@ def abstract_batch(
     return partitioning.abstract_batch(mesh, batch)
 
 
-def _rollout_batch(config: ConfigDict, rollouts: Any) -> Batch:
+def _rollout_batch(config: Config, rollouts: Any) -> Batch:
     """Return the shapes of a step on rollouts whose longest prompt fills what the completions
     leave."""
     shape = batches.plan_shape(
@@ -152,7 +153,7 @@ def _rollout_batch(config: ConfigDict, rollouts: Any) -> Batch:
     return batches.batch_shapes(shape, rollouts)
 
 
-def make_step(config: ConfigDict, topology: Topology, loss_positions: int = 0) -> Step:
+def make_step(config: Config, topology: Topology, loss_positions: int = 0) -> Step:
     """Put together a run on a topology.
 
     Raises:
@@ -160,7 +161,7 @@ def make_step(config: ConfigDict, topology: Topology, loss_positions: int = 0) -
             the topology's.
     """
     resolved = setup.resolve_config(config, len(topology.devices))
-    mesh = make_mesh(config.mesh.to_dict(), topology.devices)
+    mesh = make_mesh(dataclasses.asdict(config.mesh), topology.devices)
     step_spec = setup.make_step_spec(config, resolved, total_steps=1000)
     specs = setup.make_state_specs(config, resolved, step_spec, mesh)
     batch = abstract_batch(config, resolved, mesh, loss_positions)
@@ -168,7 +169,7 @@ def make_step(config: ConfigDict, topology: Topology, loss_positions: int = 0) -
         {}
         if resolved.rollouts is None
         else rollout_programs.reward_programs(
-            config.rewards.to_dict(), resolved.model_config, mesh, config.model.attention
+            config.rewards, resolved.model_config, mesh, config.model.attention
         )
     )
     return Step(config, resolved, step_spec, specs, batch, mesh, rewards, loss_positions)
@@ -289,7 +290,7 @@ def advise(step: Step, found: Forecast) -> list[str]:
 
 
 def search(
-    config: ConfigDict, topology: Topology, count: int, loss_positions: int = 0
+    config: Config, topology: Topology, count: int, loss_positions: int = 0
 ) -> list[tuple[Candidate, Forecast]]:
     """Compile the most promising meshes, microbatches and remat policies.
 
@@ -306,7 +307,7 @@ def search(
     found: list[tuple[Candidate, Forecast]] = []
     tried = 0
     shape = abstract_batch(
-        config, resolved, make_mesh(config.mesh.to_dict(), topology.devices)
+        config, resolved, make_mesh(dataclasses.asdict(config.mesh), topology.devices)
     ).tokens.shape
     for candidate in candidates(
         resolved.model_config,
@@ -319,9 +320,7 @@ def search(
     ):
         if tried == count:
             break
-        with config.unlocked():
-            other = config.copy_and_resolve_references()
-        candidate.write(other)
+        other = candidate.apply(config)
         try:
             step = make_step(other, topology, loss_positions)
         except ValueError as error:
@@ -342,7 +341,7 @@ def search(
 
 
 def examine(
-    config: ConfigDict, name: str, *, wanted: Sequence[str] = (), loss_positions: int = 0
+    config: Config, name: str, *, wanted: Sequence[str] = (), loss_positions: int = 0
 ) -> tuple[list[Forecast], dict[str, Any]]:
     """Compile a run's programs for a topology and print what they need.
 

@@ -18,7 +18,9 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
+from align_jax.core import config as configs
 from align_jax.core import metrics
+from align_jax.core.options import Config
 from align_jax.core.progress import Progress
 from align_jax.models.lora import merge
 from align_jax.online.rollout import Rollouts, Weights
@@ -105,23 +107,24 @@ def rows_of(run: Run, batch: Any) -> str:
     return ", ".join(places[:8]) + (f" and {len(places) - 8} more" if len(places) > 8 else "")
 
 
-def train(config: ConfigDict, workdir: str) -> dict[str, float]:
+def train(config: ConfigDict | Config, workdir: str) -> dict[str, float]:
     """Train; resume if the workdir holds a run of the same config.
 
     Args:
-        config: see ``core.config.defaults``.
+        config: see ``core.options``.
         workdir: local path or gs://...
 
     Returns:
         The last evaluation's metrics, {} without one.
     """
+    config = configs.read(config) if isinstance(config, ConfigDict) else config
     distributed.start()
     if config.debug.compile_cache:
         jax.config.update("jax_compilation_cache_dir", config.debug.compile_cache)
     run = prepare(config, workdir)
     main_process = distributed.is_main()
     if main_process:
-        record.write_record(workdir, config.to_dict())
+        record.write_record(workdir, configs.to_dict(config))
     with (
         jax.set_mesh(run.mesh),
         open_checkpoints(config, workdir) as checkpoints,
@@ -134,7 +137,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
                 start_step=first,
                 tensorboard=config.log.tensorboard,
                 wandb=config.log.wandb,
-                config=config.to_dict(),
+                config=configs.to_dict(config),
             )
             if main_process
             else []

@@ -50,7 +50,7 @@ def get_config() -> ConfigDict:
     config.rollout.tensor = 4
     config.rollout.rows = 256
     config.rollout.temperature = 0.9
-    config.rollout.options = ConfigDict({"missing_eos_penalty": 1.0})
+    config.rollout.missing_eos_penalty = 1.0
     config.rewards = ConfigDict(
         {
             "model": {

@@ -113,7 +113,7 @@ def test_a_recipe_says_how_to_run_it_on_what_and_where_it_is_from(name):
 @pytest.mark.parametrize("spec", SPECS)
 def test_a_recipe_is_valid_and_its_objective_resolves(spec):
     config = load(spec)
-    configs.validate(config)
+    configs.read(config)
     terms = setup.objective_terms(config)
     assert terms[0].objective is losses.OBJECTIVES[config.objective.name]
     assert config.model.path and config.model.family
@@ -174,8 +174,8 @@ def test_a_shrunk_recipe_trains_two_steps(spec, tmp_path, quick_compiles):
 )
 def test_the_tiny_config_is_valid_for_every_objective(name):
     config = module("tiny").get_config(name)
-    configs.validate(config)
-    resolved = setup.resolve_config(config, 1)
+    configs.read(config)
+    resolved = setup.resolve_config(configs.read(config), 1)
     assert resolved.kind == data_kind(setup.objective_terms(config))
     assert (resolved.rollouts is not None) == (
         resolved.kind == "rollout" or name.startswith("online_")
@@ -188,7 +188,7 @@ def test_the_vocabulary_has_the_same_rows_on_every_mesh(vocabulary):
     config.model.config.vocab_size = vocabulary
     for tensor, decoding in ((1, 0), (2, 0), (1, 2), (2, 8)):
         config.mesh.tensor, config.rollout.tensor = tensor, decoding
-        rows.add(setup.resolve_config(config, 8).model_config.vocab_rows)
+        rows.add(setup.resolve_config(configs.read(config), 8).model_config.vocab_rows)
     # else a checkpoint of one mesh would be another model's on the next
     assert rows == {-(-vocabulary // 16) * 16}
 

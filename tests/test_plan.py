@@ -15,6 +15,7 @@ import jax
 import pytest
 
 from align_jax import plan
+from align_jax.core import config as configs
 from align_jax.parallel.chips import CHIPS, GIB, Topology
 from align_jax.parallel.mesh import make_mesh
 from align_jax.planner import charts
@@ -84,6 +85,7 @@ def test_the_planned_batch_is_the_data_layers_own(objective, layout):
     config.data.layout, config.data.trim = layout, False
     if layout != "plain":
         config.row_length, config.data.groups_per_row = 256, 2
+    config = configs.read(config)
     resolved = setup.resolve_config(config, 8)
     mesh = make_mesh({"fsdp": -1})
     examples, _ = setup.read_data(config, resolved)

@@ -7,6 +7,7 @@ import functools
 import gzip
 import importlib
 import json
+import operator
 import os
 import pathlib
 import subprocess
@@ -42,7 +43,8 @@ def tiny(objective="dpo", **overrides):
     )
     for key, value in {**settings, **overrides}.items():
         group, _, name = key.replace("__", ".").rpartition(".")
-        setattr(configs.get(config, group) if group else config, name, value)
+        parts = filter(None, group.split("."))
+        setattr(functools.reduce(operator.getitem, parts, config), name, value)
     return config
 
 
@@ -192,12 +194,12 @@ def test_a_mistake_is_found_before_anything_compiles(name, tmp_path, monkeypatch
         overrides = dict(data__train=pairs_file(tmp_path, *overrides))
     monkeypatch.setattr(jax, "jit", lambda *_, **__: pytest.fail("compiled"))
     with pytest.raises((ValueError, KeyError, FileNotFoundError), match=f"(?s){said}"):
-        setup.prepare(tiny(**overrides), str(tmp_path))
+        setup.prepare(configs.read(tiny(**overrides)), str(tmp_path))
 
 
 def test_another_config_s_workdir_is_refused_and_the_difference_named(finished):
     with pytest.raises(ValueError, match="objective.beta: 0.1 there, 0.5 here"):
-        setup.prepare(tiny(objective__beta=0.5), str(finished))
+        setup.prepare(configs.read(tiny(objective__beta=0.5)), str(finished))
 
 
 def test_real_pairs_train_a_real_model(testdata, tmp_path):

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from align_jax import losses
+from align_jax.core import config as configs
 from align_jax.core.config import ConfigDict, defaults
 from align_jax.data.tokenizer import load_tokenizer
 from align_jax.interop import hf
@@ -62,10 +63,11 @@ def held(kind: str, path: str, frozen: str) -> dict[str, object]:
     config.model.lora.rank, config.model.quantize = KINDS[kind]
     config.objective = ConfigDict(losses.options("dpo"))
     config.data.train, config.total_steps, config.max_length = "builtin:preferences:train", 1, 128
-    resolved = setup.resolve_config(config, 1)
-    step_spec = setup.make_step_spec(config, resolved, 1)
+    options = configs.read(config)
+    resolved = setup.resolve_config(options, 1)
+    step_spec = setup.make_step_spec(options, resolved, 1)
     specs = setup.make_state_specs(
-        config, resolved, step_spec, make_mesh({"data": 1}, jax.devices()[:1])
+        options, resolved, step_spec, make_mesh({"data": 1}, jax.devices()[:1])
     )
     sizes = {
         "trained": size(specs.trained),

@@ -23,9 +23,9 @@ def option(
     unit: str = "",
     choices: tuple[Any, ...] = (),
     table: str = "",
-    low: float | None = None,
-    high: float | None = None,
-    above: float | None = None,
+    low: int | float | None = None,
+    high: int | float | None = None,
+    above: int | float | None = None,
     resume: bool = False,
 ) -> Any:
     """Declare a key: a dataclass field that knows what it means.
@@ -586,7 +586,7 @@ class Config(Checked):
         if 0 < self.row_length < self.max_length:
             yield f"row_length = {self.row_length} is shorter than max_length = {self.max_length}"
 
-    def total_steps_of(self, steps_per_epoch: float) -> int:
+    def total_steps_of(self, steps_per_epoch: int | float) -> int:
         """Return the run's length in optimizer steps, whichever of the three totals gives it.
 
         Args:

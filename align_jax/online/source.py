@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import jax
 from transformers import PreTrainedTokenizerBase
 
+from align_jax.core.options import Config, RolloutOptions
 from align_jax.core.schema import Example
 from align_jax.inference.engines import Engine, Local, Server
 from align_jax.inference.generate import Generator, bucket
@@ -27,39 +29,53 @@ from align_jax.online.rollout import Rollouts
 from align_jax.parallel.mesh import row_shards
 from align_jax.training.partitioning import abstract_params, check_divisible
 
+# keys of the config's ``rollout`` group that are fields of RolloutConfig, where they are set
+_FIELDS = (
+    "epochs",
+    "rescore",
+    "keep_unfinished",
+    "missing_eos_penalty",
+    "overlong_buffer",
+    "normalize_scores",
+    "score_clip",
+    "tries",
+    "stop_kl",
+    "overlap",
+    "pairing",
+    "min_difference",
+    "threshold",
+)
 
-def make_rollout_config(
-    terms: Sequence[Term],
-    rollout: Mapping[str, Any],
-    *,
-    batch_size: int,
-    microbatches: int,
-    layout: str,
-    value_head: str,
-    seed: int,
-) -> RolloutConfig:
+
+def make_rollout_config(terms: Sequence[Term], config: Config) -> RolloutConfig:
     """Say how rollouts are made, from the config's ``rollout`` group.
 
     Raises:
         KeyError, ValueError: an unknown option, or sizes that do not divide.
     """
+    rollout, unset = config.rollout, RolloutOptions()
+    options = {
+        name: getattr(rollout, name)
+        for name in _FIELDS
+        if getattr(rollout, name) != getattr(unset, name)
+    }
+    if rollout.server.url:
+        options["server"] = dataclasses.asdict(rollout.server)
     return rollout_config.make_rollout_config(
         terms,
-        batch_size=batch_size,
-        microbatches=microbatches,
-        prompts=rollout["prompts"],
-        responses=rollout["responses_per_prompt"],
-        max_new_tokens=rollout["max_new_tokens"],
-        rows=rollout["rows"],
-        tensor=rollout["tensor"],
-        stop=tuple(rollout["stop"]),
-        layout=layout,
-        value_head=value_head,
-        seed=seed,
-        sampling=Sampling(
-            rollout["temperature"], rollout["top_k"], rollout["top_p"], rollout["min_p"]
-        ),
-        options=rollout["options"],
+        batch_size=config.batch_size,
+        microbatches=config.microbatches,
+        prompts=rollout.prompts,
+        responses=rollout.responses_per_prompt,
+        max_new_tokens=rollout.max_new_tokens,
+        rows=rollout.rows,
+        tensor=rollout.tensor,
+        stop=rollout.stop,
+        layout=config.data.layout,
+        value_head=config.model.value_head,
+        seed=config.seed,
+        sampling=Sampling(rollout.temperature, rollout.top_k, rollout.top_p, rollout.min_p),
+        options=options,
     )
 
 

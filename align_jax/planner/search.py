@@ -11,8 +11,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterator
-from typing import Any
 
+from align_jax.core.options import Config, MeshOptions
 from align_jax.models.config import ModelConfig
 from align_jax.parallel.chips import Topology
 from align_jax.training.flops import layer_weights
@@ -41,11 +41,14 @@ class Candidate:
         )
         return f"{mesh} --config.microbatches={self.microbatches} --config.model.remat={self.remat}"
 
-    def write(self, config: Any) -> None:
-        """Set the config's keys."""
-        for axis in ("data", "fsdp", "expert", "sequence", "tensor"):
-            config.mesh[axis] = getattr(self, axis)
-        config.microbatches, config.model.remat = self.microbatches, self.remat
+    def apply(self, config: Config) -> Config:
+        """Return the config laid out so."""
+        return dataclasses.replace(
+            config,
+            mesh=MeshOptions(self.data, self.fsdp, self.expert, self.sequence, self.tensor),
+            microbatches=self.microbatches,
+            model=dataclasses.replace(config.model, remat=self.remat),
+        )
 
 
 def candidates(

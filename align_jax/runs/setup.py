@@ -18,10 +18,10 @@ import jax
 import tqdm
 from etils import epath
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
 from align_jax import losses
 from align_jax.core import config as configs
+from align_jax.core.options import Config, MeshOptions
 from align_jax.data import datasets, pipeline, synthetic
 from align_jax.data.datasets import Examples
 from align_jax.data.pipeline import Pipeline
@@ -57,15 +57,14 @@ class ResolvedConfig(NamedTuple):
     rollouts: RolloutConfig | None  # how an online run generates; None of an offline one
 
 
-def objective_terms(config: ConfigDict) -> tuple[Term, ...]:
+def objective_terms(config: Config) -> tuple[Term, ...]:
     """Resolve the objective and its options."""
-    options = {
-        key: value for key, value in config.objective.items() if key not in ("name", "weights")
-    }
-    return losses.resolve(config.objective.name, options, config.objective.weights or None)
+    return losses.resolve(
+        config.objective.name, config.objective.options, config.objective.weights or None
+    )
 
 
-def adapter(config: ConfigDict, model_config: ModelConfig) -> LoraConfig | None:
+def adapter(config: Config, model_config: ModelConfig) -> LoraConfig | None:
     """Return the policy's adapter: as the config says, or as the PEFT adapter is that it starts
     from.
 
@@ -96,7 +95,7 @@ def adapter(config: ConfigDict, model_config: ModelConfig) -> LoraConfig | None:
     return dataclasses.replace(lora, dropout=options.dropout)
 
 
-def resolve_config(config: ConfigDict, devices: int) -> ResolvedConfig:
+def resolve_config(config: Config, devices: int) -> ResolvedConfig:
     """Turn a config into terms, tokenizer and models; every mistake that needs no data is found
     here.
 
@@ -107,7 +106,6 @@ def resolve_config(config: ConfigDict, devices: int) -> ResolvedConfig:
     Raises:
         ValueError, KeyError, FileNotFoundError: what was expected, what was got, the nearest fix.
     """
-    configs.validate(config)
     terms = objective_terms(config)
     tokenizer = load_tokenizer(
         config.tokenizer or config.model.path or "byte",
@@ -116,9 +114,9 @@ def resolve_config(config: ConfigDict, devices: int) -> ResolvedConfig:
     if config.model.path:
         model_config = hf.load_config(config.model.path)
     else:
-        fields = {"vocab_size": len(tokenizer), **config.model.config.to_dict()}
+        fields = {"vocab_size": len(tokenizer), **config.model.config}
         model_config = hf.config_from({"model_type": config.model.family, **fields})
-    tensor = mesh_shape(config.mesh.to_dict(), devices)[AXES.index("tensor")]
+    tensor = mesh_shape(dataclasses.asdict(config.mesh), devices)[AXES.index("tensor")]
     model_config = model_config.padded(
         math.lcm(VOCABULARY_MULTIPLE, tensor, config.rollout.tensor or 1)
     )
@@ -166,23 +164,11 @@ def resolve_config(config: ConfigDict, devices: int) -> ResolvedConfig:
             "samples: "
             "config.rewards must name at least one reward, such as {'length': 1.0}"
         )
-    rollouts = (
-        source.plan_rollouts(
-            terms,
-            config.rollout.to_dict(),
-            batch_size=config.batch_size,
-            microbatches=config.microbatches,
-            layout=config.data.layout,
-            value_head=config.model.value_head,
-            seed=config.seed,
-        )
-        if config.rewards
-        else None
-    )
+    rollouts = source.make_rollout_config(terms, config) if config.rewards else None
     return ResolvedConfig(terms, tokenizer, model_config, models, kind, rollouts)
 
 
-def make_step_spec(config: ConfigDict, resolved: ResolvedConfig, total_steps: int) -> StepSpec:
+def make_step_spec(config: Config, resolved: ResolvedConfig, total_steps: int) -> StepSpec:
     """Put together what the steps are compiled from."""
     o = config.optimizer
     schedule = optim.make_schedule(
@@ -220,7 +206,7 @@ def make_step_spec(config: ConfigDict, resolved: ResolvedConfig, total_steps: in
 
 
 def make_state_specs(
-    config: ConfigDict, resolved: ResolvedConfig, step_spec: StepSpec, mesh: Mesh
+    config: Config, resolved: ResolvedConfig, step_spec: StepSpec, mesh: Mesh
 ) -> initialize.StateSpecs:
     """Say what lies where on the mesh."""
     in_step = step_spec.wants_reference and config.reference.mode == "in_graph"
@@ -238,20 +224,20 @@ def make_state_specs(
 
 
 def make_reference_specs(
-    config: ConfigDict, resolved: ResolvedConfig, step_spec: StepSpec, mesh: Mesh
+    config: Config, resolved: ResolvedConfig, step_spec: StepSpec, mesh: Mesh
 ) -> initialize.StateSpecs:
     """Say what lies where while the reference's log-probabilities are computed that the run will
     find cached."""
-    with config.unlocked():
-        in_graph = config.copy_and_resolve_references()
-    in_graph.reference.mode = "in_graph"
+    in_graph = dataclasses.replace(
+        config, reference=dataclasses.replace(config.reference, mode="in_graph")
+    )
     return make_state_specs(in_graph, resolved, step_spec, mesh)
 
 
 class Run(NamedTuple):
     """A run ready to step: everything the loop touches."""
 
-    config: ConfigDict
+    config: Config
     workdir: str
     mesh: Mesh
     resolved: ResolvedConfig
@@ -264,7 +250,7 @@ class Run(NamedTuple):
     total_steps: int
 
 
-def read_data(config: ConfigDict, resolved: ResolvedConfig) -> tuple[Examples, Examples | None]:
+def read_data(config: Config, resolved: ResolvedConfig) -> tuple[Examples, Examples | None]:
     """Read the training and the held-out examples; every malformed row is found here."""
     d = config.data
     load = functools.partial(
@@ -273,8 +259,15 @@ def read_data(config: ConfigDict, resolved: ResolvedConfig) -> tuple[Examples, E
         seed=config.seed,
         chat=bool(resolved.tokenizer.chat_template),
         format=None if d.format == "auto" else d.format,
-        columns=d.columns.to_dict(),
-        **d.options.to_dict(),
+        columns=d.columns,
+        invalid=d.invalid,
+        responses=d.responses or None,
+        pairing=d.pairing,
+        min_difference=d.min_difference,
+        threshold=d.threshold,
+        labels=d.labels,
+        strings=d.strings,
+        turns=d.turns,
     )
     examples = load(d.train.split(","), weights=tuple(d.weights) or None)
     if held_out := d.eval or (synthetic.eval_split(d.train) if d.eval_fraction else ""):
@@ -285,7 +278,7 @@ def read_data(config: ConfigDict, resolved: ResolvedConfig) -> tuple[Examples, E
 
 
 def make_pipeline(
-    config: ConfigDict, resolved: ResolvedConfig, mesh: Mesh, examples: Examples, *, once: bool
+    config: Config, resolved: ResolvedConfig, mesh: Mesh, examples: Examples, *, once: bool
 ) -> Pipeline:
     """Tokenize and pack examples: for training (shuffled, endless), or once in fixed order
     (evaluation)."""
@@ -314,7 +307,7 @@ def make_pipeline(
     )
 
 
-def prepare(config: ConfigDict, workdir: str) -> Run:
+def prepare(config: Config, workdir: str) -> Run:
     """Check the config, index the data, lay out the parameters; nothing is compiled and no weight
     is read.
 
@@ -322,8 +315,8 @@ def prepare(config: ConfigDict, workdir: str) -> Run:
         ValueError, KeyError, FileNotFoundError: a mistake in the config, the data or the workdir.
     """
     resolved = resolve_config(config, jax.device_count())
-    record.check(workdir, config.to_dict())
-    mesh = make_mesh(config.mesh.to_dict())
+    record.check(workdir, configs.to_dict(config))
+    mesh = make_mesh(dataclasses.asdict(config.mesh))
     examples, held_out = read_data(config, resolved)
     held: Pipeline | None = None
     if resolved.rollouts is None:
@@ -338,7 +331,7 @@ def prepare(config: ConfigDict, workdir: str) -> Run:
             resolved.tokenizer,
             policy=resolved.models.policy,
             reference=resolved.models.base,
-            reward_weights=config.rewards.to_dict(),
+            reward_weights=config.rewards,
             mesh=mesh,
             max_length=config.max_length,
             truncation=config.data.truncation,
@@ -346,7 +339,7 @@ def prepare(config: ConfigDict, workdir: str) -> Run:
             seed=config.seed,
             held_out=() if held_out is None else held_out.items,
         )
-    total = configs.resolve_steps(config, train.steps_per_epoch)
+    total = config.total_steps_of(train.steps_per_epoch)
     step_spec = make_step_spec(config, resolved, total)
     specs = make_state_specs(config, resolved, step_spec, mesh)
     return Run(
@@ -441,7 +434,7 @@ def lower(run: Run) -> jax.stages.Lowered:
     )
 
 
-def open_checkpoints(config: ConfigDict, workdir: str) -> Checkpoints:
+def open_checkpoints(config: Config, workdir: str) -> Checkpoints:
     """Open a run's checkpoints as its config says."""
     c = config.checkpoint
     return Checkpoints(
@@ -452,14 +445,14 @@ def open_checkpoints(config: ConfigDict, workdir: str) -> Checkpoints:
         best_mode="min" if c.best_metric.startswith("-") else "max",
         local=c.local,
         local_every_steps=c.local_every_steps,
-        digest=record.digest(config.to_dict()),
+        digest=record.digest(configs.to_dict(config)),
     )
 
 
 class Trained(NamedTuple):
     """A run's policy, read back."""
 
-    config: ConfigDict
+    config: Config
     resolved: ResolvedConfig
     mesh: Mesh
     params: Any  # the whole policy: base, adapters and heads
@@ -479,11 +472,13 @@ def restore(workdir: str, which: str = "latest") -> Trained:
     path = epath.Path(workdir) / "config.json"
     if not path.exists():
         raise FileNotFoundError(f"{workdir} is not a run's folder: it has no config.json")
-    config = configs.from_dict(json.loads(path.read_text())["config"])
-    config.mesh.update(dict.fromkeys(AXES, 1) | {"fsdp": -1})
-    config.checkpoint.local = ""  # the trainer's hosts' own
+    config = configs.read(configs.from_dict(json.loads(path.read_text())["config"]))
+    # whatever devices there are; the local tier is the trainer's hosts' own
+    config = dataclasses.replace(
+        config, mesh=MeshOptions(), checkpoint=dataclasses.replace(config.checkpoint, local="")
+    )
     resolved = resolve_config(config, jax.device_count())
-    mesh = make_mesh(config.mesh.to_dict())
+    mesh = make_mesh(dataclasses.asdict(config.mesh))
     step_spec = make_step_spec(config, resolved, total_steps=1 + config.optimizer.warmup_steps)
     specs = make_state_specs(config, resolved, step_spec, mesh)
     with jax.set_mesh(mesh), open_checkpoints(config, workdir) as checkpoints:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from align_jax.core.config import choose
+from align_jax.core.choose import choose
 
 Schedule = Callable[[Any], Any]
 # Every parameter's own name is in exactly one of these: matrices decay, what scales or shifts a
@@ -122,7 +122,7 @@ def make_schedule(
     Raises:
         ValueError: an unknown schedule, or a warm-up longer than the run.
     """
-    decay = choose(_DECAYS, schedule, "optimizer.schedule")
+    decay = choose(_DECAYS, schedule, "config.optimizer.schedule")
     warmup = warmup_steps or round(warmup_fraction * total_steps)
     if warmup > total_steps:
         raise ValueError(
@@ -153,7 +153,7 @@ def make_optimizer(
         ValueError: an unknown name, with the nearest known one; or a setting that this optimizer
             does not have.
     """
-    make = choose(OPTIMIZERS, name, "optimizer.name")
+    make = choose(OPTIMIZERS, name, "config.optimizer.name")
     options = dict(weight_decay=weight_decay, b1=b1, b2=b2, eps=eps, moment_dtype=moment_dtype)
     known, mine = inspect.signature(make_optimizer).parameters, inspect.signature(make).parameters
     foreign = [

@@ -4,6 +4,13 @@ import pytest
 from align_jax.core import config as configs
 
 
+def of(config, group):
+    """Return the group of a dotted name."""
+    for part in filter(None, group.split(".")):
+        config = config[part]
+    return config
+
+
 def good():
     config = configs.defaults()
     config.total_steps, config.data.train, config.model.path = (
@@ -15,7 +22,7 @@ def good():
 
 
 def test_a_complete_config_is_valid():
-    configs.validate(good())
+    configs.read(good())
 
 
 def test_a_misspelled_key_is_an_error():
@@ -34,7 +41,7 @@ def test_a_misspelled_key_is_an_error():
         ("model.path", "", "model.config"),
         ("model.quantize", "int8", "needs model.lora.rank"),
         ("model.quantize", "int4", "expected one of"),
-        ("reference.mix", 1.5, "from 0 to 1"),
+        ("reference.mix", 1.5, "at most 1"),
         ("optimizer.learning_rate", -1.0, "at least 0"),
         ("optimizer.warmup_fraction", 1.5, "at most 1"),
         ("debug.profile_steps", (1,), "expected (first, last)"),
@@ -43,9 +50,9 @@ def test_a_misspelled_key_is_an_error():
 def test_a_mistake_is_found_and_named(key, value, said):
     config = good()
     group, _, name = key.rpartition(".")
-    setattr(configs.get(config, group) if group else config, name, value)
+    setattr(of(config, group), name, value)
     with pytest.raises(ValueError, match="config has mistakes") as error:
-        configs.validate(config)
+        configs.read(config)
     assert said in str(error.value)
 
 
@@ -53,7 +60,7 @@ def test_all_mistakes_are_told_at_once():
     config = good()
     config.batch_size, config.reference.dtype = 0, "float8"
     with pytest.raises(ValueError) as error:
-        configs.validate(config)
+        configs.read(config)
     assert "batch_size = 0" in str(error.value) and "reference.dtype = 'float8'" in str(error.value)
 
 
@@ -65,7 +72,7 @@ def test_the_run_s_length_is_resolved_by_one_function(total, expected):
     config = good()
     config.total_steps = 0
     setattr(config, *total)
-    assert configs.resolve_steps(config, steps_per_epoch=10) == expected
+    assert configs.read(config).total_steps_of(steps_per_epoch=10) == expected
 
 
 def test_a_saved_config_comes_back_equal():
@@ -75,8 +82,3 @@ def test_a_saved_config_comes_back_equal():
         config.objective.beta = 0.3
     again = configs.from_dict(__import__("json").loads(config.to_json_best_effort()))
     assert again == config
-
-
-def test_an_unknown_name_is_told_the_nearest():
-    with pytest.raises(ValueError, match="did you mean 'adamw'"):
-        configs.choose({"adamw": 1, "lion": 2}, "adamww", "optimizer.name")

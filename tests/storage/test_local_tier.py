@@ -286,7 +286,7 @@ def test_a_folder_that_cannot_be_written_and_a_bucket_are_refused(tmp_path):
         "local_every_steps = 500: expected less than "
         "checkpoint.every_steps = 500",
     ):
-        configs.validate(config)
+        configs.read(config)
 
 
 @pytest.fixture(autouse=True)
