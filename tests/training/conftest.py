@@ -85,11 +85,12 @@ def step_spec_of(
     microbatches: int = 1,
     options: tuple = (),
     chunk: int = 4,
+    dropout: float = 0.0,
     **spec_options,
 ) -> StepSpec:
     """Make the step spec of an objective on one of the models; rank 0 trains all of it."""
     terms = losses.resolve(name, dict(options))
-    lora = LoraConfig(rank, targets=TARGETS[model]) if rank else None
+    lora = LoraConfig(rank, dropout=dropout, targets=TARGETS[model]) if rank else None
     models = initialize.make_models(
         MODELS[model], terms, compute_dtype="float32", remat="full", attention="xla", lora=lora
     )
@@ -166,6 +167,11 @@ def steps_of(
                 state, values = step(state, frozen, batch)
             metrics.append({key: float(value) for key, value in values.items()})
         return metrics, jax.device_get(state["params"]), step, (specs, spec, device_mesh, batch)
+
+
+@pytest.fixture(scope="session")
+def make_step_spec():
+    return step_spec_of
 
 
 @pytest.fixture(scope="session")
