@@ -33,8 +33,8 @@ from align_jax.data.datasets import Examples
 from align_jax.parallel.chips import GIB, peak_flops
 from align_jax.parallel.mesh import make_mesh
 from align_jax.parallel.sharding import put_batch
-from align_jax.runs import setup
-from align_jax.training import initialize, partitioning
+from align_jax.runs import setup, weights
+from align_jax.training import partitioning
 from align_jax.training.flops import step_flops
 from align_jax.training.steps import init_state
 
@@ -235,8 +235,8 @@ class Variant:
 
     def start(self) -> tuple[Any, Any]:
         """Return a first state and the frozen weights, drawn at random."""
-        frozen = initialize.load_frozen(self.step_spec, self.state_specs, path="", seed=self.seed)
-        trained = initialize.load_trained(
+        frozen = weights.load_frozen(self.step_spec, self.state_specs, path="", seed=self.seed)
+        trained = weights.load_trained(
             self.step_spec, self.state_specs, frozen, path="", seed=self.seed
         )
         shardings = jax.tree.map(lambda x: x.sharding, self.state_specs.state)

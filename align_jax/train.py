@@ -27,6 +27,7 @@ from align_jax.online.rollout import Rollouts, Weights
 from align_jax.parallel import distributed
 from align_jax.parallel.chips import peak_flops
 from align_jax.parallel.sharding import put_batch
+from align_jax.runs import weights
 from align_jax.runs.setup import (
     Offline,
     Run,
@@ -49,7 +50,7 @@ def start(run: Run, checkpoints: Checkpoints) -> tuple[int, Any, Any, dict[str, 
         (finished steps, state, frozen, what was saved beside the state).
     """
     config, which = run.config, str(run.config.checkpoint.restore)
-    frozen = initialize.load_frozen(
+    frozen = weights.load_frozen(
         run.step_spec,
         run.state_specs,
         path=config.model.path,
@@ -58,7 +59,7 @@ def start(run: Run, checkpoints: Checkpoints) -> tuple[int, Any, Any, dict[str, 
     )
     restored = checkpoints.restore(run.state_specs.state, which, rewind=True)
     if restored is None:
-        trained = initialize.load_trained(
+        trained = weights.load_trained(
             run.step_spec,
             run.state_specs,
             frozen,

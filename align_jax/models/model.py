@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -215,6 +215,18 @@ class Model:
         if self.options.lora is None:
             raise ValueError("the model was built without lora=LoraConfig(...)")
         return loras.fresh(key, self.shapes(dtype), base)
+
+
+class LoadedModel(NamedTuple):
+    """A model with its parameters, as a checkpoint gives them."""
+
+    model: Model
+    params: Params
+
+    @property
+    def config(self) -> ModelConfig:
+        """What the model is."""
+        return self.model.config
 
 
 def build(

@@ -36,6 +36,7 @@ from align_jax.online.rollout import Rollouts
 from align_jax.parallel import distributed
 from align_jax.parallel.mesh import AXES, make_mesh, mesh_shape, row_shards
 from align_jax.parallel.sharding import put_batch
+from align_jax.runs import weights
 from align_jax.storage import workdir as record
 from align_jax.storage.checkpoint import Checkpoints
 from align_jax.training import initialize, optim, partitioning, reference
@@ -372,7 +373,7 @@ def cached_reference(run: Run, examples: Examples) -> reference.Cache:
     if (found := reference.load(file, inputs)) is not None:
         return found
     specs = make_reference_specs(config, run.resolved, run.step_spec, run.mesh)
-    frozen = initialize.load_frozen(
+    frozen = weights.load_frozen(
         run.step_spec, specs, path=config.model.path, seed=config.seed, reference_path=r.path
     )
     step = partitioning.jit_reference_step(run.step_spec)
@@ -485,7 +486,7 @@ def restore(workdir: str, which: str = "latest") -> Trained:
         restored = checkpoints.restore(specs.state, which)
         if restored is None:
             raise FileNotFoundError(f"{workdir} has no checkpoint")
-        frozen = initialize.load_frozen(
+        frozen = weights.load_frozen(
             step_spec,
             specs,
             path=config.model.path,

@@ -20,6 +20,7 @@ from align_jax.interop import hf
 from align_jax.models.lora import ATTENTION_AND_MLP, LoraConfig
 from align_jax.parallel.mesh import make_mesh
 from align_jax.parallel.sharding import put_batch
+from align_jax.runs import weights
 from align_jax.training import initialize, optim, partitioning
 from align_jax.training.steps import StepSpec
 
@@ -121,10 +122,8 @@ def weights_of(*arguments, **options):
     spec, mesh = step_spec_of(*arguments, **options), make_mesh({"data": 1}, jax.devices()[:1])
     with jax.set_mesh(mesh):
         specs = state_specs_of(spec, mesh)
-        frozen = initialize.load_frozen(spec, specs, path="", seed=0)
-        return jax.device_get(
-            (frozen, initialize.load_trained(spec, specs, frozen, path="", seed=0))
-        )
+        frozen = weights.load_frozen(spec, specs, path="", seed=0)
+        return jax.device_get((frozen, weights.load_trained(spec, specs, frozen, path="", seed=0)))
 
 
 @functools.cache

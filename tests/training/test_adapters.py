@@ -16,6 +16,7 @@ from align_jax.models.model import build
 from align_jax.models.quantize import Quantized, quantize
 from align_jax.parallel.mesh import make_mesh
 from align_jax.parallel.sharding import put_batch
+from align_jax.runs import weights
 from align_jax.training import initialize, optim, partitioning
 from align_jax.training.steps import StepSpec
 
@@ -81,12 +82,12 @@ def stepped(checkpoint, make_batch, quantization, sharded):
         "dpo", LoraConfig(2), SHARDED if sharded else None, quantization=quantization
     )
     with jax.set_mesh(mesh):
-        frozen = initialize.load_frozen(spec, specs, path=checkpoint)
+        frozen = weights.load_frozen(spec, specs, path=checkpoint)
         assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), frozen) == jax.tree.map(
             lambda x: (x.shape, x.dtype, x.sharding), specs.frozen
         )
         state = initialize.first_state(
-            spec, specs, initialize.load_trained(spec, specs, frozen, path=checkpoint)
+            spec, specs, weights.load_trained(spec, specs, frozen, path=checkpoint)
         )
         step = partitioning.jit_train_step(spec, specs.state, mesh)
         metrics = []
@@ -127,7 +128,7 @@ def test_a_quantized_base_is_the_same_over_a_mesh(checkpoint, make_batch):
 @pytest.mark.parametrize("method", ["int8", "nf4"])
 def test_random_weights_are_quantized_too(method):
     spec, _, specs = prepared("dpo", LoraConfig(2), quantization=method)
-    frozen = initialize.load_frozen(spec, specs, path="")
+    frozen = weights.load_frozen(spec, specs, path="")
     assert jax.tree.structure(frozen) == jax.tree.structure(specs.frozen)
     kernel = frozen["base"]["layers"]["mlp"]["up"]["kernel"]
     assert kernel.method == method and float(np.std(kernel.astype("float32"))) == pytest.approx(
@@ -149,9 +150,9 @@ def test_a_run_starts_from_a_peft_adapter(checkpoint, tmp_path):
     }
     peft.save(str(tmp_path), CONFIG, lora, hf.unflatten(adapter), base_name=checkpoint)
     spec, _, specs = prepared("reward", peft.load(str(tmp_path), CONFIG)[0], SHARDED)
-    frozen = initialize.load_frozen(spec, specs, path=checkpoint)
+    frozen = weights.load_frozen(spec, specs, path=checkpoint)
     trained = flatten(
-        initialize.load_trained(spec, specs, frozen, path=checkpoint, adapter_path=str(tmp_path))
+        weights.load_trained(spec, specs, frozen, path=checkpoint, adapter_path=str(tmp_path))
     )
     # the head, which the file lacks, is drawn
     assert trained.keys() == adapter.keys() | {"score/out/kernel"}

@@ -11,6 +11,7 @@ import pytest
 from align_jax.core.tree import flatten
 from align_jax.planner import hlo
 from align_jax.planner.collectives import read_collectives
+from align_jax.runs import weights
 from align_jax.training import initialize, partitioning, steps
 
 SPLIT = (("data", 2), ("fsdp", 2), ("tensor", 2))
@@ -49,8 +50,8 @@ def test_weights_drawn_over_a_mesh_are_those_of_one_device(train_steps, drawn_we
     specs, spec, mesh, _ = train_steps(*MESHES[-1][::3], model="experts", rank=2, devices=8)[3]
     expected = drawn_weights("dpo", "experts", 2, options=())
     with jax.set_mesh(mesh):
-        frozen = initialize.load_frozen(spec, specs, path="", seed=0)
-        found = frozen, initialize.load_trained(spec, specs, frozen, path="", seed=0)
+        frozen = weights.load_frozen(spec, specs, path="", seed=0)
+        found = frozen, weights.load_trained(spec, specs, frozen, path="", seed=0)
     jax.tree.map(
         lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-7),
         jax.device_get(found),
@@ -136,8 +137,8 @@ def test_an_indivisible_batch_is_an_error(make_batch):
 def test_a_step_that_is_not_finite_leaves_the_state_as_it_was(train_steps, make_batch):
     _, _, step, (specs, spec, mesh, batch) = train_steps("dpo", steps=1)
     with jax.set_mesh(mesh):
-        frozen = initialize.load_frozen(spec, specs, path="", seed=0)
-        trained = initialize.load_trained(spec, specs, frozen, path="", seed=0)
+        frozen = weights.load_frozen(spec, specs, path="", seed=0)
+        trained = weights.load_trained(spec, specs, frozen, path="", seed=0)
         trained["final_norm"]["scale"] = trained["final_norm"]["scale"] * jnp.nan
         before = jax.device_get(trained)
         state, metrics = step(initialize.first_state(spec, specs, trained), frozen, batch)
