@@ -7,12 +7,14 @@
 Recipe: Zephyr (Tunstall et al. 2023, arXiv 2310.16944, section 4), with the figures of the
 alignment-handbook's recipes/zephyr-7b-beta/dpo/config_full.yaml: beta 0.01 (the paper: 0.1),
 learning rate 5e-7, batch 2 * 8 * 8 = 128 pairs (the paper: 32), cosine, 10 % warm-up, one epoch,
-1,024 tokens of which 512 prompt. Difference: the handbook adds most of test_prefs to the training
-set; here it stays held out. Topology: v5e:8x8.  Not yet run.
+1,024 tokens of which 512 prompt.
+Difference: the handbook adds most of test_prefs to the training set; here it stays held out.
+Topology: v5e:8x8.  Not yet run.
 """
 
 from align_jax import losses
 from align_jax.core.config import ConfigDict, defaults
+from align_jax.models.shapes import MISTRAL_7B
 
 
 def get_config() -> ConfigDict:
@@ -22,21 +24,8 @@ def get_config() -> ConfigDict:
     config.max_length = 1024
 
     config.model.path = "alignment-handbook/zephyr-7b-sft-full"
-    # with the fields below: what align_jax.plan compiles without the checkpoint
-    config.model.family = "mistral"
-    config.model.config = ConfigDict(
-        dict(
-            vocab_size=32000,
-            hidden_size=4096,
-            intermediate_size=14336,
-            num_hidden_layers=32,
-            num_attention_heads=32,
-            num_key_value_heads=8,
-            max_position_embeddings=32768,
-            sliding_window=4096,
-            rms_norm_eps=1e-5,
-        )
-    )
+    # what align_jax.plan compiles without the checkpoint
+    config.model.family, config.model.config = "mistral", ConfigDict(MISTRAL_7B)
 
     config.data.train = "set:ultrafeedback:train"
     config.data.eval = "set:ultrafeedback:test"

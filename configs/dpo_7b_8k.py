@@ -12,6 +12,7 @@ Topology: v5e:16x16.  Not yet run.
 
 from align_jax import losses
 from align_jax.core.config import ConfigDict, defaults
+from align_jax.models.shapes import LLAMA_3_8B
 
 
 def get_config() -> ConfigDict:
@@ -22,21 +23,8 @@ def get_config() -> ConfigDict:
     config.max_length = 8192
 
     config.model.path = "OpenRLHF/Llama-3-8b-sft-mixture"
-    # with the fields below: what align_jax.plan compiles without the checkpoint
-    config.model.family = "llama"
-    config.model.config = ConfigDict(
-        dict(
-            vocab_size=128256,
-            hidden_size=4096,
-            intermediate_size=14336,
-            num_hidden_layers=32,
-            num_attention_heads=32,
-            num_key_value_heads=8,
-            max_position_embeddings=8192,
-            rope_theta=500000.0,
-            rms_norm_eps=1e-5,
-        )
-    )
+    # what align_jax.plan compiles without the checkpoint
+    config.model.family, config.model.config = "llama", ConfigDict(LLAMA_3_8B)
 
     config.data.train = "hf:OpenRLHF/preference_dataset_mixture2_and_safe_pku:train"
     config.data.eval_fraction = 0.005

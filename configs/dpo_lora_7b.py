@@ -15,6 +15,7 @@ Topology: v5e:2x4.  Not yet run.
 
 from align_jax import losses
 from align_jax.core.config import ConfigDict, defaults
+from align_jax.models.shapes import MISTRAL_7B
 
 
 def get_config() -> ConfigDict:
@@ -25,21 +26,8 @@ def get_config() -> ConfigDict:
     config.max_length = 1024
 
     config.model.path = "alignment-handbook/zephyr-7b-sft-full"
-    # with the fields below: what align_jax.plan compiles without the checkpoint
-    config.model.family = "mistral"
-    config.model.config = ConfigDict(
-        dict(
-            vocab_size=32000,
-            hidden_size=4096,
-            intermediate_size=14336,
-            num_hidden_layers=32,
-            num_attention_heads=32,
-            num_key_value_heads=8,
-            max_position_embeddings=32768,
-            sliding_window=4096,
-            rms_norm_eps=1e-5,
-        )
-    )
+    # what align_jax.plan compiles without the checkpoint
+    config.model.family, config.model.config = "mistral", ConfigDict(MISTRAL_7B)
     config.model.lora.rank = 16
     config.model.lora.alpha = 16.0
     config.model.lora.dropout = 0.05

@@ -8,7 +8,8 @@ Recipe: Mistral made Mixtral-Instruct by SFT and DPO and gives no figures (Jiang
 2401.04088, section 4); these are Zephyr's (arXiv 2310.16944, section 4, and the
 alignment-handbook's batch): beta 0.1, learning rate 5e-7, batch 128 pairs, 10 % warm-up, one epoch,
 1,024 tokens of which 512 prompt.  The load-balancing coefficient is the checkpoint's own
-(router_aux_loss_coef 0.02). Topology: v5p:4x4x4.  Not yet run.
+(router_aux_loss_coef 0.02).
+Topology: v5p:4x4x4.  Not yet run.
 """
 
 from align_jax import losses

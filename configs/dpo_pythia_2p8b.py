@@ -10,7 +10,8 @@ DPO from it.
 Recipe: eric-mitchell/direct-preference-optimization, README ("a complete example") and
 config/config.yaml: beta 0.1, batch 64, RMSprop, learning rate 5e-7, 150 steps of warm-up and then
 constant, gradients clipped at 10, one epoch, 512 tokens of which 256 prompt; the same figures for
-both stages. Difference: the reference is held in bfloat16 (there: float16).
+both stages.
+Difference: the reference is held in bfloat16 (there: float16).
 Topology: v5e:4x4.  Not yet run (the authors: 2 h 45 min for DPO on four A100).
 """
 

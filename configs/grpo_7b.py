@@ -8,13 +8,16 @@ Recipe: GRPO (Shao et al. 2024, arXiv 2402.03300) with the figures of volcengine
 examples/grpo_trainer/ run_qwen2_5-7b_math.sh: Qwen2.5 7B Instruct, 1,024 questions a rollout with 5
 solutions each, steps of 256 questions, learning rate 1e-6, KL 0.001 in the loss (k3), no entropy
 term, 1,024 tokens of solution, 15 epochs; the loss is a mean over the step's tokens, clipped at 0.2
-on both sides. Differences: GSM8K alone (there: MATH too); the question is asked as it is, and the
-reward reads the number from "\\boxed{...}", "#### ...", "the answer is ..." or, failing these, the
-last number (there: the prompt asks for "####"). Topology: v5e:8x8.  Not yet run.
+on both sides.
+Differences: GSM8K alone (there: MATH too); the question is asked as it is, and the reward reads the
+number from "\boxed{...}", "#### ...", "the answer is ..." or, failing these, the last number
+(there: the prompt asks for "####").
+Topology: v5e:8x8.  Not yet run.
 """
 
 from align_jax import losses
 from align_jax.core.config import ConfigDict, defaults
+from align_jax.models.shapes import QWEN_2_5_7B
 
 
 def get_config() -> ConfigDict:
@@ -25,21 +28,8 @@ def get_config() -> ConfigDict:
     config.max_length = 1536
 
     config.model.path = "Qwen/Qwen2.5-7B-Instruct"
-    # with the fields below: what align_jax.plan compiles without the checkpoint
-    config.model.family = "qwen2"
-    config.model.config = ConfigDict(
-        dict(
-            vocab_size=152064,
-            hidden_size=3584,
-            intermediate_size=18944,
-            num_hidden_layers=28,
-            num_attention_heads=28,
-            num_key_value_heads=4,
-            max_position_embeddings=32768,
-            rope_theta=1e6,
-            rms_norm_eps=1e-6,
-        )
-    )
+    # what align_jax.plan compiles without the checkpoint
+    config.model.family, config.model.config = "qwen2", ConfigDict(QWEN_2_5_7B)
 
     config.data.train = "set:gsm8k:train"
     config.data.eval = "set:gsm8k:test"

@@ -8,13 +8,16 @@ bad answer.
 Recipe: KTO (Ethayarajh et al. 2024, arXiv 2402.01306) with the defaults of ContextualAI/HALOs
 (config/config.yaml, config/loss/kto.yaml, config/model/base_model.yaml): beta 0.1, both weights 1,
 AdamW, learning rate 5e-6, batch 32 answers, 150 steps of warm-up and then constant, gradients
-clipped at 5, one epoch, 1,024 tokens of which 512 prompt. Differences: parameters and moments are
-float32 (HALOs: bfloat16); the KL term is over the whole global batch, with one pairing that never
-meets its own prompt (HALOs: over each device's microbatch). Topology: v5e:4x8.  Not yet run.
+clipped at 5, one epoch, 1,024 tokens of which 512 prompt.
+Differences: parameters and moments are float32 (HALOs: bfloat16); the KL term is over the whole
+global batch, with one pairing that never meets its own prompt (HALOs: over each device's
+microbatch).
+Topology: v5e:4x8.  Not yet run.
 """
 
 from align_jax import losses
 from align_jax.core.config import ConfigDict, defaults
+from align_jax.models.shapes import MISTRAL_7B
 
 
 def get_config() -> ConfigDict:
@@ -24,21 +27,8 @@ def get_config() -> ConfigDict:
     config.max_length = 1024
 
     config.model.path = "alignment-handbook/zephyr-7b-sft-full"
-    # with the fields below: what align_jax.plan compiles without the checkpoint
-    config.model.family = "mistral"
-    config.model.config = ConfigDict(
-        dict(
-            vocab_size=32000,
-            hidden_size=4096,
-            intermediate_size=14336,
-            num_hidden_layers=32,
-            num_attention_heads=32,
-            num_key_value_heads=8,
-            max_position_embeddings=32768,
-            sliding_window=4096,
-            rms_norm_eps=1e-5,
-        )
-    )
+    # what align_jax.plan compiles without the checkpoint
+    config.model.family, config.model.config = "mistral", ConfigDict(MISTRAL_7B)
 
     config.data.train = "set:ultrafeedback:train"
     config.data.eval = "set:ultrafeedback:test"

@@ -7,13 +7,15 @@
 Recipe: ContextualAI/HALOs, README ("loss=kto model=llama datasets=[ultrabin]" on
 meta-llama/Meta-Llama-3-8B, with ++lr=5e-6 and ++loss.beta=0.1) and its defaults: batch 32 answers,
 150 steps of warm-up and then constant, gradients clipped at 5, one epoch, 1,024 tokens of which 512
-prompt. Differences: HALOs makes the SFT checkpoint itself; this starts from a public one (Llama 3
-8B on UltraChat, of the SimPO authors).  Parameters and moments are float32.
+prompt.
+Differences: HALOs makes the SFT checkpoint itself; this starts from a public one (Llama 3 8B on
+UltraChat, of the SimPO authors).  Parameters and moments are float32.
 Topology: v5e:4x8.  Not yet run.
 """
 
 from align_jax import losses
 from align_jax.core.config import ConfigDict, defaults
+from align_jax.models.shapes import LLAMA_3_8B
 
 
 def get_config() -> ConfigDict:
@@ -23,21 +25,8 @@ def get_config() -> ConfigDict:
     config.max_length = 1024
 
     config.model.path = "princeton-nlp/Llama-3-Base-8B-SFT"
-    # with the fields below: what align_jax.plan compiles without the checkpoint
-    config.model.family = "llama"
-    config.model.config = ConfigDict(
-        dict(
-            vocab_size=128256,
-            hidden_size=4096,
-            intermediate_size=14336,
-            num_hidden_layers=32,
-            num_attention_heads=32,
-            num_key_value_heads=8,
-            max_position_embeddings=8192,
-            rope_theta=500000.0,
-            rms_norm_eps=1e-5,
-        )
-    )
+    # what align_jax.plan compiles without the checkpoint
+    config.model.family, config.model.config = "llama", ConfigDict(LLAMA_3_8B)
 
     config.data.train = "set:ultrafeedback:train"
     config.data.eval = "set:ultrafeedback:test"

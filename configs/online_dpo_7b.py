@@ -15,6 +15,7 @@ mini).
 
 from align_jax import losses
 from align_jax.core.config import ConfigDict, defaults
+from align_jax.models.shapes import PYTHIA_6_9B
 
 
 def get_config() -> ConfigDict:
@@ -24,22 +25,8 @@ def get_config() -> ConfigDict:
     config.max_length = 640
 
     config.model.path = "trl-lib/pythia-6.9b-deduped-tldr-sft"
-    # with the fields below: what align_jax.plan compiles without the checkpoint
-    config.model.family = "gpt_neox"
-    config.model.config = ConfigDict(
-        dict(
-            vocab_size=50432,
-            hidden_size=4096,
-            intermediate_size=16384,
-            num_hidden_layers=32,
-            num_attention_heads=32,
-            max_position_embeddings=2048,
-            rotary_pct=0.25,
-            rotary_emb_base=10000,
-            use_parallel_residual=True,
-            layer_norm_eps=1e-5,
-        )
-    )
+    # what align_jax.plan compiles without the checkpoint
+    config.model.family, config.model.config = "gpt_neox", ConfigDict(PYTHIA_6_9B)
 
     config.data.train = "hf:trl-lib/tldr:train"
     config.data.eval = "hf:trl-lib/tldr:validation"

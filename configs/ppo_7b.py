@@ -9,14 +9,16 @@ Recipe: "The N+ implementation details of RLHF with PPO" (Huang et al. 2024, arX
 the figures of vwxyzjn/summarize_from_feedback_details (sbatches/ppo_left_padding6b.sbatch,
 new/ppo_left_padding.py): learning rate 3e-6 with cosine decay, Adam epsilon 1e-5, batch 64 * 8 =
 512 posts, 4 passes, KL 0.05, clips 0.2, value loss 0.1, gamma 1, lambda 0.95, rewards whitened, 53
-new tokens, 1,000,000 episodes = 1,953 rollouts = 7,812 steps. Differences: the values come from a
-head on the policy (there: a model of its own, started from the reward model); samples are drawn at
-temperature 1, the policy that is trained (there: 0.7, in the loss too); a summary that does not end
-loses 1 (there: gets -1). Topology: v5e:8x8.  Not yet run.
+new tokens, 1,000,000 episodes = 1,953 rollouts = 7,812 steps.
+Differences: the values come from a head on the policy (there: a model of its own, started from the
+reward model); samples are drawn at temperature 1, the policy that is trained (there: 0.7, in the
+loss too); a summary that does not end loses 1 (there: gets -1).
+Topology: v5e:8x8.  Not yet run.
 """
 
 from align_jax import losses
 from align_jax.core.config import ConfigDict, defaults
+from align_jax.models.shapes import PYTHIA_6_9B
 
 
 def get_config() -> ConfigDict:
@@ -27,22 +29,8 @@ def get_config() -> ConfigDict:
     config.max_length = 640
 
     config.model.path = "trl-lib/pythia-6.9b-deduped-tldr-sft"
-    # with the fields below: what align_jax.plan compiles without the checkpoint
-    config.model.family = "gpt_neox"
-    config.model.config = ConfigDict(
-        dict(
-            vocab_size=50432,
-            hidden_size=4096,
-            intermediate_size=16384,
-            num_hidden_layers=32,
-            num_attention_heads=32,
-            max_position_embeddings=2048,
-            rotary_pct=0.25,
-            rotary_emb_base=10000,
-            use_parallel_residual=True,
-            layer_norm_eps=1e-5,
-        )
-    )
+    # what align_jax.plan compiles without the checkpoint
+    config.model.family, config.model.config = "gpt_neox", ConfigDict(PYTHIA_6_9B)
 
     config.data.train = "hf:trl-lib/tldr:train"
     config.data.eval = "hf:trl-lib/tldr:validation"

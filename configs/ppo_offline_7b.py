@@ -2,21 +2,22 @@
 """Offline PPO of a 7B model, as HALOs has it: fixed answers, rewards +1 and -1, the reference as
 the old policy.
 
-    python -m align_jax.train --config=configs/ppo_offline_7b.py
-    --workdir=gs://BUCKET/ppo_offline_7b python -m align_jax.plan --config=configs/ppo_offline_7b.py
-    --topology=v5e:4x8
+    python -m align_jax.train --config=configs/ppo_offline_7b.py --workdir=gs://BUCKET/ppo_offline_7b
+    python -m align_jax.plan --config=configs/ppo_offline_7b.py --topology=v5e:4x8
 
 Recipe: the offline PPO of the KTO paper (arXiv 2402.01306, section 4.1) with the figures of
 ContextualAI/HALOs (config/loss/ppo.yaml and the defaults): ratio clipped to [0.5, 1 / 0.5], lambda
 0.95, gamma 0.99, value loss 0.01, KL 0.1, one pass over each batch of 32 answers, learning rate
 5e-6, 150 steps of warm-up and then constant, gradients clipped at 5, one epoch, 1,024 tokens of
-which 512 prompt; values from a three-layer head on detached states. Differences: parameters and
-moments are float32; one clip for all gradients (HALOs clips the value head's at 0.1). Topology:
-v5e:4x8.  Not yet run.
+which 512 prompt; values from a three-layer head on detached states.
+Differences: parameters and moments are float32; one clip for all gradients (HALOs clips the value
+head's at 0.1).
+Topology: v5e:4x8.  Not yet run.
 """
 
 from align_jax import losses
 from align_jax.core.config import ConfigDict, defaults
+from align_jax.models.shapes import MISTRAL_7B
 
 
 def get_config() -> ConfigDict:
@@ -26,21 +27,8 @@ def get_config() -> ConfigDict:
     config.max_length = 1024
 
     config.model.path = "alignment-handbook/zephyr-7b-sft-full"
-    # with the fields below: what align_jax.plan compiles without the checkpoint
-    config.model.family = "mistral"
-    config.model.config = ConfigDict(
-        dict(
-            vocab_size=32000,
-            hidden_size=4096,
-            intermediate_size=14336,
-            num_hidden_layers=32,
-            num_attention_heads=32,
-            num_key_value_heads=8,
-            max_position_embeddings=32768,
-            sliding_window=4096,
-            rms_norm_eps=1e-5,
-        )
-    )
+    # what align_jax.plan compiles without the checkpoint
+    config.model.family, config.model.config = "mistral", ConfigDict(MISTRAL_7B)
     config.model.value_head = "value_mlp"
 
     config.data.train = "set:ultrafeedback:train"

@@ -10,11 +10,13 @@ bradley-terry-rm/mistral_7B_rm.py): learning rate 5e-6, batch 64 * 8 = 512 pairs
 0.001, cosine, 3 % warm-up, one epoch, 4,096 tokens.
 Differences: weights and AdamW's moments are float32, not bfloat16 and 32-bit paged; embeddings keep
 their size (no padding token is needed); 500 prompts are held out instead of evaluated after being
-trained on. Topology: v5e:8x8.  Not yet run.
+trained on.
+Topology: v5e:8x8.  Not yet run.
 """
 
 from align_jax import losses
 from align_jax.core.config import ConfigDict, defaults
+from align_jax.models.shapes import MISTRAL_7B
 
 
 def get_config() -> ConfigDict:
@@ -25,22 +27,9 @@ def get_config() -> ConfigDict:
     config.max_length = 4096
 
     config.model.path = "mistralai/Mistral-7B-Instruct-v0.2"
-    # with the fields below: what align_jax.plan compiles without the checkpoint
+    # what align_jax.plan compiles without the checkpoint: v0.2 attends to all, from 1e6
     config.model.family = "mistral"
-    config.model.config = ConfigDict(
-        dict(
-            vocab_size=32000,
-            hidden_size=4096,
-            intermediate_size=14336,
-            num_hidden_layers=32,
-            num_attention_heads=32,
-            num_key_value_heads=8,
-            max_position_embeddings=32768,
-            sliding_window=None,
-            rope_theta=1e6,
-            rms_norm_eps=1e-5,
-        )
-    )
+    config.model.config = ConfigDict({**MISTRAL_7B, "sliding_window": None, "rope_theta": 1e6})
 
     config.data.train = "hf:hendrydong/preference_700K:train"
     config.data.eval_fraction = 0.001

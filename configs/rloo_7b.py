@@ -9,12 +9,14 @@ Recipe: RLOO (Ahmadian et al. 2024, arXiv 2402.14740, section 4: Pythia 6.9B on 
 the figures of TRL's benchmark (docs/source/rloo_trainer.md, "Benchmark experiments"; there Pythia
 1B): learning rate 3e-6 with linear decay, KL 0.03 inside the reward, 2 passes of 2 minibatches, 53
 new tokens, a penalty of 1 for a summary that does not end, 1,000,000 episodes.  512 samples a step
-= 128 posts; 256 posts a rollout; 976 rollouts = 3,904 steps. Difference: samples are drawn at
-temperature 1 (TRL: 0.7, in the loss too). Topology: v5e:8x8.  Not yet run.
+= 128 posts; 256 posts a rollout; 976 rollouts = 3,904 steps.
+Difference: samples are drawn at temperature 1 (TRL: 0.7, in the loss too).
+Topology: v5e:8x8.  Not yet run.
 """
 
 from align_jax import losses
 from align_jax.core.config import ConfigDict, defaults
+from align_jax.models.shapes import PYTHIA_6_9B
 
 
 def get_config() -> ConfigDict:
@@ -25,22 +27,8 @@ def get_config() -> ConfigDict:
     config.max_length = 640
 
     config.model.path = "trl-lib/pythia-6.9b-deduped-tldr-sft"
-    # with the fields below: what align_jax.plan compiles without the checkpoint
-    config.model.family = "gpt_neox"
-    config.model.config = ConfigDict(
-        dict(
-            vocab_size=50432,
-            hidden_size=4096,
-            intermediate_size=16384,
-            num_hidden_layers=32,
-            num_attention_heads=32,
-            max_position_embeddings=2048,
-            rotary_pct=0.25,
-            rotary_emb_base=10000,
-            use_parallel_residual=True,
-            layer_norm_eps=1e-5,
-        )
-    )
+    # what align_jax.plan compiles without the checkpoint
+    config.model.family, config.model.config = "gpt_neox", ConfigDict(PYTHIA_6_9B)
 
     config.data.train = "hf:trl-lib/tldr:train"
     config.data.eval = "hf:trl-lib/tldr:validation"

@@ -6,13 +6,15 @@
 
 Recipe: the alignment-handbook's recipes/zephyr-7b-beta/sft/config_full.yaml: learning rate 2e-5,
 batch 16 * 8 = 128 rows of 2,048 tokens, cosine, 10 % warm-up, one epoch, every answer of a
-conversation learned. Differences: whole conversations are packed into rows, two to a row, where the
-handbook cuts a stream of tokens; the chat template comes with Zephyr's tokenizer, since Mistral's
-has none. Topology: v5e:8x8.  Not yet run.
+conversation learned.
+Differences: whole conversations are packed into rows, two to a row, where the handbook cuts a
+stream of tokens; the chat template comes with Zephyr's tokenizer, since Mistral's has none.
+Topology: v5e:8x8.  Not yet run.
 """
 
 from align_jax import losses
 from align_jax.core.config import ConfigDict, defaults
+from align_jax.models.shapes import MISTRAL_7B
 
 
 def get_config() -> ConfigDict:
@@ -24,21 +26,8 @@ def get_config() -> ConfigDict:
     config.tokenizer = "alignment-handbook/zephyr-7b-sft-full"
 
     config.model.path = "mistralai/Mistral-7B-v0.1"
-    # with the fields below: what align_jax.plan compiles without the checkpoint
-    config.model.family = "mistral"
-    config.model.config = ConfigDict(
-        dict(
-            vocab_size=32000,
-            hidden_size=4096,
-            intermediate_size=14336,
-            num_hidden_layers=32,
-            num_attention_heads=32,
-            num_key_value_heads=8,
-            max_position_embeddings=32768,
-            sliding_window=4096,
-            rms_norm_eps=1e-5,
-        )
-    )
+    # what align_jax.plan compiles without the checkpoint
+    config.model.family, config.model.config = "mistral", ConfigDict(MISTRAL_7B)
 
     config.data.train = "set:ultrachat:train"
     config.data.eval = "set:ultrachat:test"

@@ -7,11 +7,13 @@
 Recipe: SimPO (Meng et al. 2024, arXiv 2405.14734), setting Mistral-Base of the repository's README
 and of its training_configs/mistral-7b-base-simpo.yaml: beta 2.0, gamma 1.6 (gamma / beta 0.8),
 learning rate 3e-7, batch 2 * 8 * 8 = 128 pairs, cosine, 10 % warm-up, one epoch, 1,024 tokens of
-which 512 prompt. Topology: v5e:8x8.  Not yet run.
+which 512 prompt.
+Topology: v5e:8x8.  Not yet run.
 """
 
 from align_jax import losses
 from align_jax.core.config import ConfigDict, defaults
+from align_jax.models.shapes import MISTRAL_7B
 
 
 def get_config() -> ConfigDict:
@@ -21,21 +23,8 @@ def get_config() -> ConfigDict:
     config.max_length = 1024
 
     config.model.path = "alignment-handbook/zephyr-7b-sft-full"
-    # with the fields below: what align_jax.plan compiles without the checkpoint
-    config.model.family = "mistral"
-    config.model.config = ConfigDict(
-        dict(
-            vocab_size=32000,
-            hidden_size=4096,
-            intermediate_size=14336,
-            num_hidden_layers=32,
-            num_attention_heads=32,
-            num_key_value_heads=8,
-            max_position_embeddings=32768,
-            sliding_window=4096,
-            rms_norm_eps=1e-5,
-        )
-    )
+    # what align_jax.plan compiles without the checkpoint
+    config.model.family, config.model.config = "mistral", ConfigDict(MISTRAL_7B)
 
     config.data.train = "set:ultrafeedback:train"
     config.data.eval = "set:ultrafeedback:test"
