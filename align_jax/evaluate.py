@@ -23,6 +23,7 @@ import jax
 from absl import app, flags, logging
 
 from align_jax.core.choose import nearest
+from align_jax.core.options import DataOptions
 from align_jax.data import datasets
 from align_jax.data.tokenizer import load_tokenizer
 from align_jax.evals import EVALS
@@ -125,7 +126,11 @@ def evaluate(
             "compare": (compare or by_rewards(rewards),) if row.takes else (),
         }
         examples = datasets.load(
-            source, kind=row.kind, chat=bool(subject.tokenizer.chat_template), limit=limit
+            source,
+            row.kind,
+            DataOptions(),
+            chat=bool(subject.tokenizer.chat_template),
+            limit=limit,
         )
         found[item] = row.fn(
             subject, examples, *more[row.takes], **dict((options or {}).get(name, {}))

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import tqdm
 from absl import app, flags, logging
 
+from align_jax.core.options import DataOptions
 from align_jax.core.schema import Example
 from align_jax.data import chat, datasets
 from align_jax.data.tokenizer import load_tokenizer
@@ -200,7 +201,7 @@ def sample_file(
         Records written now.
     """
     examples = datasets.load(
-        prompts, kind="prompts", chat=bool(speaker.tokenizer.chat_template), limit=limit
+        prompts, "prompts", DataOptions(), chat=bool(speaker.tokenizer.chat_template), limit=limit
     )
     how = settings(
         sampling,

@@ -21,6 +21,7 @@ from absl import app, flags, logging
 
 from align_jax import evaluate, losses, train
 from align_jax.core.config import ConfigDict, defaults
+from align_jax.core.options import DataOptions
 from align_jax.data import datasets
 from align_jax.evals.generation import generation
 from align_jax.online import rewards
@@ -90,7 +91,7 @@ def main(argv: Sequence[str]) -> None:
         if not subject.name.endswith(f"@{config.total_steps}"):
             raise SystemExit(f"{workdir} was stopped early; the same command goes on")
         examples = datasets.load(
-            questions, kind="prompts", chat=bool(subject.tokenizer.chat_template)
+            questions, "prompts", DataOptions(), chat=bool(subject.tokenizer.chat_template)
         )
         found = generation(
             subject,

@@ -23,6 +23,7 @@ from absl import app, flags, logging
 
 from align_jax import evaluate, losses, train
 from align_jax.core.config import ConfigDict, defaults
+from align_jax.core.options import DataOptions
 from align_jax.data import datasets
 from align_jax.evals.generation import generation
 from align_jax.evals.subject import Subject
@@ -79,7 +80,7 @@ def split(prompts: str, folder: pathlib.Path) -> tuple[str, str]:
 
 def measure(subject: Subject, held_out: str, lexicon: str) -> dict[str, float]:
     """Sample the held-out prompts."""
-    examples = datasets.load(held_out, kind="prompts", chat=False)
+    examples = datasets.load(held_out, "prompts", DataOptions(), chat=False)
     scored = rewards.resolve({"lexicon": {"path": lexicon}})
     return generation(
         subject, examples, scored, samples=8, max_new_tokens=NEW_TOKENS, rows=128, seed=1000

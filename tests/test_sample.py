@@ -7,6 +7,7 @@ import json
 import pytest
 
 from align_jax import label, sample
+from align_jax.core.options import DataOptions
 from align_jax.data import datasets
 from align_jax.inference.generate import stop_tokens
 from align_jax.inference.samplers import Sampling
@@ -101,7 +102,7 @@ def test_feedback_of_samples_is_training_data(speaker, prompts, tmp_path, testda
         for suffix in (".jsonl", ".json"):
             path = str(tmp_path / (kind + suffix))
             label.write(path, label.make_feedback(samples, kind, round_number=2, **options))
-            examples = datasets.load(path, kind=data_kind, chat=False)
+            examples = datasets.load(path, data_kind, DataOptions(), chat=False)
             assert len(examples) == {"pairwise": 4, "scalar": 4, "binary": 12}[kind]
         if kind == "pairwise":
             best = max(

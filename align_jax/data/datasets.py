@@ -6,18 +6,23 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import difflib
 import hashlib
+import itertools
 import json
 import random
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
+from jaxtyping import Bool
+
+from align_jax.core.choose import choose, nearest
+from align_jax.core.options import DataOptions
 from align_jax.core.schema import Example
-from align_jax.data import conversions, formats
-from align_jax.data import named as named_sets
+from align_jax.data import conversions, formats, named
+from align_jax.data.rows import Row
 from align_jax.data.sources import Source, open_source
-from align_jax.data.transcripts import Flawed, Unusable
+from align_jax.data.transcripts import RowError, TranscriptError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,115 +52,93 @@ class Examples:
         return self.items[index]
 
 
+# what of the options decides which examples there are; the digest is made of it
+_READ = (
+    "format",
+    "columns",
+    "invalid",
+    "strings",
+    "turns",
+    "responses",
+    "pairing",
+    "min_difference",
+    "threshold",
+    "labels",
+)
+
+
 def load(
     specs: str | Sequence[str],
-    *,
     kind: str,
+    options: DataOptions,
+    *,
     chat: bool,
-    weights: Sequence[float | int] | None = None,
-    format: str | None = None,
-    columns: Mapping[str, str] | None = None,
-    invalid: str = "error",
-    responses: int | None = None,
-    pairing: str = "best_worst",
-    min_difference: float = 0.0,
-    threshold: float | str = "median",
-    labels: str = "natural",
-    strings: str = "plain",
-    turns: str = "all",
-    limit: int | None = None,
     seed: int = 0,
+    limit: int | None = None,
+    weights: Sequence[float] | None = None,
 ) -> Examples:
     """Load examples of the kind an objective needs.
 
     Args:
         specs: one source or several (see ``data.sources``), or named data sets (``set:...``, see
             ``data.named``).
-        kind: ``completions``, ``pairs``, ``ranked``, ``unpaired`` or ``prompts``; other kinds of
-            data are converted.
+        kind: one of ``conversions.KINDS``; data of other kinds are converted.
+        options: how rows are read and converted.  Anthropic transcripts of which no example can be
+            made are dropped and counted whatever ``invalid`` says: the public files hold some.
         chat: whether the tokenizer has a chat template; transcripts and instructions then become
             messages.
-        weights: each source's share of the training examples.
-        format: a key of ``FORMATS``, or of ``DATASETS`` (its format and its filter); found from
-            each source's first row where None.
-        columns: the format's field name -> the data's column name.
-        invalid: what to do with a row of which no example can be made: ``error``, or ``drop`` and
-            count it; Anthropic transcripts, whose public files hold some, are always dropped and
-            counted.
-        responses: R, where kind is ``ranked``: rankings with more are thinned, those with fewer
-            left out.
-        pairing, min_difference, threshold, seed: see ``conversions.convert``.
-        labels: ``natural``, or ``balanced``: as many desirable as undesirable examples.
-        strings: what a prompt that is a mere text means: ``plain`` text, or (``messages``) one turn
-            of a user.
-        turns: of a conversation with several answers, learn ``all`` or only the ``last`` (the
-            others are context).
+        seed: of random choices among the data's pairs and labels.
         limit: at most so many rows of each source.
-
-    Returns:
-        The examples.
+        weights: each source's share of the training examples; None: as many as it has.
 
     Raises:
         FileNotFoundError: a missing file.
-        KeyError: an unknown format.
-        ValueError: a malformed or unusable row (with file and line), an impossible conversion, or
-            nothing left.
+        ValueError: an unknown format, a malformed or unusable row (with file and line), an
+            impossible conversion, or nothing left.
     """
     specs = [specs] if isinstance(specs, str) else list(specs)
-    _check(specs, weights, kind=kind, invalid=invalid, labels=labels, strings=strings, turns=turns)
+    _check(specs, kind, options, weights)
     counts: collections.Counter[str] = collections.Counter()
     items: list[Example] = []
     ends, digests = [], []
     for spec in specs:
-        read, found, digest = _read(spec, limit, format, columns or {}, chat, invalid, seed, counts)
-        read = [_reshape(example, strings, turns) for example in read]
-        made = conversions.convert(
-            read,
-            found,
-            kind,
-            pairing=pairing,
-            min_difference=min_difference,
-            threshold=threshold,
-            seed=seed,
-        )
-        if kind == "ranked" and responses is not None:
-            made, few = conversions.take_responses(made, responses)
-            counts["dropped: too few responses"] += few
-        if kind == "unpaired" and labels == "balanced":
-            before, made = len(made), conversions.balance(made, seed)
-            counts["dropped: balanced labels"] += before - len(made)
+        rows = _read(spec, options, chat=chat, seed=seed, limit=limit, counts=counts)
+        made = _of_kind(rows, kind, options, seed, counts)
         if not made:
-            raise ValueError(f"{spec}: no {kind} are left of {len(read)} {found}: {dict(counts)}")
+            raise ValueError(
+                f"{spec}: no {kind} are left of {len(rows.examples)} {rows.kind}: {dict(counts)}"
+            )
         items += made
         ends.append(len(items))
-        digests.append(digest)
-    options = [
-        digests,
-        kind,
-        chat,
-        format,
-        sorted((columns or {}).items()),
-        invalid,
-        responses,
-        pairing,
-        min_difference,
-        threshold,
-        labels,
-        strings,
-        turns,
-        limit,
-        seed,
-    ]
-    digest = hashlib.sha256(json.dumps(options).encode()).hexdigest()[:24]
-    report = {"examples": len(items), **{name: count for name, count in counts.items() if count}}
+        digests.append(rows.digest)
+    inputs = [digests, kind, chat, seed, limit, [getattr(options, name) for name in _READ]]
     return Examples(
         kind,
         tuple(items),
         tuple(ends),
-        None if weights is None else tuple(map(float, weights)),
-        digest,
-        report,
+        tuple(map(float, weights)) if weights else None,
+        hashlib.sha256(json.dumps(inputs, default=dict).encode()).hexdigest()[:24],
+        {"examples": len(items), **_positive(counts)},
     )
+
+
+def _positive(counts: Mapping[str, int]) -> dict[str, int]:
+    return {name: count for name, count in counts.items() if count}
+
+
+def _of_kind(
+    rows: _Rows, kind: str, options: DataOptions, seed: int, counts: collections.Counter[str]
+) -> list[Example]:
+    """Convert one source's examples to the kind wanted, counting those left out."""
+    made = [_reshape(example, options) for example in rows.examples]
+    made = conversions.convert(made, rows.kind, kind, options, seed=seed)
+    if kind == "ranked" and options.responses:
+        made, few = conversions.take_responses(made, options.responses)
+        counts["dropped: too few responses"] += few
+    if kind == "unpaired" and options.labels == "balanced":
+        before, made = len(made), conversions.balance(made, seed)
+        counts["dropped: balanced labels"] += before - len(made)
+    return made
 
 
 def hold_out(
@@ -176,7 +159,7 @@ def hold_out(
         ValueError: a fraction outside [0, 1), or a single prompt.
     """
     if not 0 <= fraction < 1:
-        raise ValueError(f"data.eval_fraction = {fraction}: expected from 0 to below 1")
+        raise ValueError(f"config.data.eval_fraction = {fraction}: expected from 0 to below 1")
     wanted = min(round(fraction * len(examples)), most or len(examples))
     if not wanted:
         return examples, None
@@ -185,146 +168,140 @@ def hold_out(
         of_prompt[json.dumps(example.prompt, default=str)].append(index)
     if len(of_prompt) < 2:
         raise ValueError(
-            f"data.eval_fraction = {fraction}: all {len(examples)} examples have "
-            "the same prompt, so none "
-            "can be held out; set it to 0, or name data.eval"
+            f"config.data.eval_fraction = {fraction}: all {len(examples)} examples have the same "
+            "prompt, so none can be held out; set it to 0, or name data.eval"
         )
-    held: set[int] = set()
+    held = np.zeros(len(examples), np.bool_)
     for prompt in random.Random(seed).sample(sorted(of_prompt), len(of_prompt) - 1):
-        if len(held) >= wanted:
+        if held.sum() >= wanted:
             break
-        held.update(of_prompt[prompt])
-
-    def part(name, inside):
-        return dataclasses.replace(
-            examples,
-            digest=f"{examples.digest}-{name}-{fraction}-{most}-{seed}",
-            items=tuple(
-                example for i, example in enumerate(examples.items) if (i in held) == inside
-            ),
-            ends=tuple(
-                end - sum(i < end for i in held) if not inside else sum(i < end for i in held)
-                for end in examples.ends
-            ),
-            weights=None if inside else examples.weights,
-        )
-
-    return part("train", False), part("held_out", True)
+        held[of_prompt[prompt]] = True
+    suffix = f"{fraction}-{most}-{seed}"
+    train = _part(examples, ~held, f"train-{suffix}")
+    held_out = _part(examples, held, f"held_out-{suffix}")
+    return train, dataclasses.replace(held_out, weights=None)
 
 
-_CHOICES = {
-    "kind": conversions.KINDS,
-    "invalid": ("error", "drop"),
-    "labels": ("natural", "balanced"),
-    "strings": ("plain", "messages"),
-    "turns": ("all", "last"),
-}
+def _part(examples: Examples, chosen: Bool[np.ndarray, "n"], name: str) -> Examples:
+    """Return the chosen examples, still source after source."""
+    before = np.concatenate([[0], np.cumsum(chosen)])
+    return dataclasses.replace(
+        examples,
+        digest=f"{examples.digest}-{name}",
+        items=tuple(itertools.compress(examples.items, chosen)),
+        ends=tuple(before[list(examples.ends)].tolist()),
+    )
 
 
-def _check(specs: Sequence[str], weights: Sequence[float | int] | None, **choices: str) -> None:
-    for name, value in choices.items():
-        if value not in _CHOICES[name]:
-            near = difflib.get_close_matches(str(value), _CHOICES[name], n=1)
+def _check(
+    specs: Sequence[str], kind: str, options: DataOptions, weights: Sequence[float] | None
+) -> None:
+    if kind not in conversions.KINDS:
+        raise ValueError(f"kind = {kind!r} is unknown{nearest(kind, conversions.KINDS)}")
+    for field in dataclasses.fields(options):
+        value, choices = getattr(options, field.name), field.metadata["choices"]
+        if choices and value not in choices:
             raise ValueError(
-                f"unknown {name} {value!r}"
-                + (f" (did you mean {near[0]!r}?)" if near else "")
-                + f"; known: {list(_CHOICES[name])}"
+                f"config.data.{field.name} = {value!r} is unknown{nearest(value, choices)}"
             )
     if not specs:
-        raise ValueError("no data source given; set data.train")
-    if weights is not None and (len(weights) != len(specs) or min(weights) <= 0):
+        raise ValueError("no data source given; set --config.data.train")
+    if weights and (len(weights) != len(specs) or min(weights) <= 0):
         raise ValueError(
-            f"data weights: expected {len(specs)} positive numbers, one a source, "
-            f"got {list(weights)}"
+            f"config.data.weights = {tuple(weights)}: expected {len(specs)} positive numbers, one "
+            "a source"
         )
+
+
+class _Rows(NamedTuple):
+    """What was read of one source."""
+
+    examples: list[Example]
+    kind: str
+    digest: str
 
 
 def _read(
     spec: str,
-    limit: int | None,
-    format: str | None,
-    columns: Mapping[str, str],
+    options: DataOptions,
+    *,
     chat: bool,
-    invalid: str,
     seed: int,
+    limit: int | None,
     counts: collections.Counter[str],
-) -> tuple[list[Example], str, str]:
-    """Read one source: its examples, their kind, and what identifies the data."""
-    if format in named_sets.DATASETS:
-        spec, format = f"set:{format}:{spec}", None
-    named, location, training = (
-        named_sets.resolve(spec) if spec.startswith("set:") else (None, spec, True)
-    )
+) -> _Rows:
+    """Read one source, counting the rows left out."""
+    format = options.format
+    if format in named.DATASETS:
+        spec, format = f"set:{format}:{spec}", "auto"
+    dataset, location, training = None, spec, True
+    if spec.startswith("set:"):
+        dataset, location, training = named.resolve(spec)
     source = open_source(location)
     size = len(source) if limit is None else min(limit, len(source))
-    rows: Iterable[tuple[str, Mapping[str, Any]]] = (
-        (source.where(index), _rename(source[index], columns, source.where(index)))
+    rows: Iterable[tuple[str, Row]] = (
+        (source.where(index), _rename(source[index], options.columns, source.where(index)))
         for index in range(size)
     )
-    if named is not None and named.gather is not None:
-        rows = [
-            (f"{spec}[{index}]", row)
-            for index, row in enumerate(named.gather([row for _, row in rows]))
-        ]
-    name = format or (named.format if named is not None else _detect(source, columns))
+    if dataset is not None and dataset.gather is not None:
+        gathered = dataset.gather([row for _, row in rows])
+        rows = ((f"{spec}[{index}]", row) for index, row in enumerate(gathered))
+    if format == "auto":
+        format = _detect(source, options.columns) if dataset is None else dataset.format
+    kind = choose(formats.FORMATS, format, "config.data.format").kind
     examples: list[Example] = []
     for where, row in rows:
         try:
-            found = formats.read(row, name, chat=chat)
-        except Unusable as error:
-            if invalid == "error" and not isinstance(error, Flawed):
+            found = formats.read(row, format, chat=chat)
+        except RowError as error:
+            if options.invalid == "error" and not isinstance(error, TranscriptError):
                 raise ValueError(
-                    f"{where}: {error}; data.invalid='drop' leaves such rows out"
+                    f"{where}: {error}; --config.data.invalid=drop leaves such rows out"
                 ) from error
             counts[f"dropped: {error}"] += 1
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{where}: {error}") from error
         else:
             examples += [dataclasses.replace(example, source=where) for example in found]
-    if named is not None and named.keep is not None:
-        before, examples = len(examples), list(named.keep(examples, training, seed))
+    if dataset is not None and dataset.keep is not None:
+        before, examples = len(examples), list(dataset.keep(examples, training, seed))
         counts["dropped: the data set's own filter"] += before - len(examples)
-    return examples, formats.FORMATS[name].kind, f"{spec}={source.digest}"
+    return _Rows(examples, kind, f"{spec}={source.digest}")
 
 
 def _detect(source: Source, columns: Mapping[str, str]) -> str:
+    where = source.where(0)
+    row = _rename(source[0], columns, where)
     try:
-        return formats.detect(_rename(source[0], columns, source.where(0)))
+        return formats.detect(row)
     except ValueError as error:
-        where = source.where(0)
-        raise ValueError(
-            str(error) if str(error).startswith(where) else f"{where}: {error}"
-        ) from error
+        raise ValueError(f"{where}: {error}") from error
 
 
-def _reshape(example: Example, strings: str, turns: str) -> Example:
-    if strings == "messages" and isinstance(example.prompt, str) and example.prompt:
-        example = dataclasses.replace(
-            example, prompt=({"role": "user", "content": example.prompt},)
-        )
-    if (
-        turns == "last"
-        and len(example.responses) == 1
-        and not isinstance(example.responses[0], str)
-    ):
-        whole = (*example.prompt, *example.responses[0])
-        while whole[-1]["role"] != "assistant":
-            whole = whole[:-1]
-        example = dataclasses.replace(example, prompt=whole[:-1], responses=(whole[-1]["content"],))
-    return example
+def _reshape(example: Example, options: DataOptions) -> Example:
+    """Make what ``strings`` and ``turns`` ask for of an example as it was read."""
+    prompt, responses = example.prompt, example.responses
+    if options.strings == "messages" and isinstance(prompt, str) and prompt:
+        prompt = ({"role": "user", "content": prompt},)
+    response = responses[0] if len(responses) == 1 else ""
+    if options.turns == "last" and isinstance(prompt, tuple) and isinstance(response, tuple):
+        # the answers before the last become context; what follows the last is left out
+        conversation = [*prompt, *response]
+        while conversation[-1]["role"] != "assistant":
+            conversation.pop()
+        prompt, responses = tuple(conversation[:-1]), (conversation[-1]["content"],)
+    return dataclasses.replace(example, prompt=prompt, responses=responses)
 
 
-def _rename(row: Mapping[str, Any], columns: Mapping[str, str], where: str) -> Mapping[str, Any]:
+def _rename(row: Row, columns: Mapping[str, str], where: str) -> Row:
     if not columns:
         return row
     missing = sorted(set(columns.values()) - set(row))
     if missing:
         raise ValueError(
-            f"{where}: data.columns names the columns {missing}; the row has {sorted(row)}"
+            f"{where}: config.data.columns names the columns {missing}; the row has {sorted(row)}"
         )
-    renamed = {
-        key: value
-        for key, value in row.items()
-        if key not in columns.values() and key not in columns
-    }
-    return {**renamed, **{field: row[column] for field, column in columns.items()}}
+    # a column that is renamed, and one whose name the format would take for another's, go
+    gone = {*columns, *columns.values()}
+    renamed = {field: row[column] for field, column in columns.items()}
+    return {**{key: value for key, value in row.items() if key not in gone}, **renamed}

@@ -182,11 +182,9 @@ def _tokens(
     for example in examples:
         if len(example.responses) != responses:
             raise ValueError(
-                f"{example.source}: {len(example.responses)} responses, expected "
-                f"{responses} as in the "
-                "first example; data.options = {'responses': 2} gives every ranking "
-                "two (the best, the "
-                "worst) and leaves those with fewer out"
+                f"{example.source}: {len(example.responses)} responses, expected {responses} as in "
+                "the first example; --config.data.responses=2 gives every ranking two (the best, "
+                "the worst) and leaves those with fewer out"
             )
     chunks = [examples[start : start + _CHUNK] for start in range(0, len(examples), _CHUNK)]
     if processes < 2:

@@ -11,15 +11,13 @@ template.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
-from align_jax.core.schema import Example
+from align_jax.core.choose import choose
+from align_jax.core.schema import Example, Message
 from align_jax.data import published, rows
-from align_jax.data.transcripts import Unusable
-
-Row = Mapping[str, Any]
+from align_jax.data.rows import Row
+from align_jax.data.transcripts import RowError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,9 +36,11 @@ class Format:
     fields: tuple[str, ...]
     read: Callable[[Row, bool], Sequence[Example]]
 
-    def matches(self, row: Row) -> bool:
-        """Tell whether the row has this format's fields."""
-        return all(any(_has(row, name) for name in field.split("|")) for field in self.fields)
+    def missing(self, row: Row) -> list[str]:
+        """Return which of this format's fields the row lacks."""
+        return [
+            field for field in self.fields if not any(_has(row, name) for name in field.split("|"))
+        ]
 
 
 def _has(row: Row, name: str) -> bool:
@@ -55,12 +55,11 @@ def detect(row: Row) -> str:
         ValueError: none; the row's fields and the known formats' are listed.
     """
     for name, form in FORMATS.items():
-        if form.matches(row):
+        if not form.missing(row):
             return name
     known = "; ".join(f"{name}: {', '.join(form.fields)}" for name, form in FORMATS.items())
     raise ValueError(
-        f"no known format has only the fields {sorted(row)}; rename them by "
-        "data.columns, "
+        f"no known format has only the fields {sorted(row)}; rename them by --config.data.columns, "
         f"or use one of {known}"
     )
 
@@ -74,40 +73,30 @@ def read(row: Row, name: str, *, chat: bool) -> list[Example]:
         chat: whether the tokenizer has a chat template.
 
     Raises:
-        KeyError: an unknown format.
-        ValueError: a needed field is missing.
-        Unusable: a response is empty, or the row contradicts itself.
+        ValueError: an unknown format, or a needed field is missing.
+        RowError: a response is empty, or the row contradicts itself.
     """
-    if name not in FORMATS:
-        near = difflib.get_close_matches(name, FORMATS, n=1)
-        raise KeyError(
-            f"unknown data format {name!r}"
-            + (f" (did you mean {near[0]!r}?)" if near else "")
-            + f"; known: {sorted(FORMATS)}"
-        )
-    form = FORMATS[name]
-    missing = [
-        field for field in form.fields if not any(_has(row, part) for part in field.split("|"))
-    ]
-    if missing:
+    form = choose(FORMATS, name, "config.data.format")
+    if missing := form.missing(row):
         raise ValueError(
-            f"format {name!r} needs {', '.join(form.fields)}; the row has no "
-            f"{', '.join(missing)}, "
-            f"only {sorted(row)}; name the columns by data.columns"
+            f"format {name!r} needs {', '.join(form.fields)}; the row has no {', '.join(missing)}, "
+            f"only {sorted(row)}; name the columns by --config.data.columns"
         )
     examples = list(form.read(row, chat))
     for example in examples:
-        for response in example.responses:
-            texts = (
-                [response]
-                if isinstance(response, str)
-                else [message["content"] for message in response if message["role"] == "assistant"]
-            )
-            if not texts or not all(text.strip() for text in texts):
-                raise Unusable("empty response")
-        if isinstance(example.prompt, tuple) and not example.prompt:
-            raise Unusable("empty prompt")
+        if any(_is_empty(response) for response in example.responses):
+            raise RowError("empty response")
+        if example.prompt == ():
+            raise RowError("empty prompt")
     return examples
+
+
+def _is_empty(response: str | tuple[Message, ...]) -> bool:
+    """Tell whether a response, or one of its turns of the assistant, says nothing."""
+    if isinstance(response, str):
+        return not response.strip()
+    turns = [message["content"] for message in response if message["role"] == "assistant"]
+    return not turns or not all(turn.strip() for turn in turns)
 
 
 FORMATS: Mapping[str, Format] = {

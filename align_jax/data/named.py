@@ -9,22 +9,20 @@ anywhere else (a path, a glob, ``tfds:...``, ``hf:...``).  Filters are those of 
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
+from align_jax.core.choose import choose
 from align_jax.core.schema import Example
 from align_jax.data.conversions import prompt_key
 from align_jax.data.published import grow_trees
-
-Row = Mapping[str, Any]
+from align_jax.data.rows import Row
 
 
 @dataclasses.dataclass(frozen=True)
-class Named:
+class PublicDataset:
     """A public data set.
 
     Attributes:
@@ -40,7 +38,7 @@ class Named:
     keep: Callable[[Sequence[Example], bool, int], Sequence[Example]] | None = None
 
 
-def resolve(spec: str) -> tuple[Named, str, bool]:
+def resolve(spec: str) -> tuple[PublicDataset, str, bool]:
     """Resolve ``set:NAME:SPLIT_OR_SOURCE``.
 
     Returns:
@@ -51,19 +49,11 @@ def resolve(spec: str) -> tuple[Named, str, bool]:
         ValueError: not of that form, or an unknown name.
     """
     name, _, rest = spec.removeprefix("set:").partition(":")
-    if name not in DATASETS or not rest:
-        near = difflib.get_close_matches(name, DATASETS, n=1)
-        raise ValueError(
-            f"{spec!r}: expected set:NAME:SPLIT or set:NAME:SOURCE"
-            + (f"; did you mean {near[0]!r}?" if near and near[0] != name else "")
-            + f"; known names: {sorted(DATASETS)}"
-        )
-    named = DATASETS[name]
-    return (
-        named,
-        named.splits.get(rest, rest),
-        re.search("test|eval|valid", rest.rpartition("/")[2]) is None,
-    )
+    dataset = choose(DATASETS, name, "data set")
+    if not rest:
+        raise ValueError(f"{spec!r}: expected set:{name}:SPLIT or set:{name}:SOURCE")
+    held_out = re.search("test|eval|valid", rest.rpartition("/")[2])
+    return dataset, dataset.splits.get(rest, rest), held_out is None
 
 
 def keep_shp(examples: Sequence[Example], training: bool, seed: int) -> Sequence[Example]:
@@ -96,45 +86,49 @@ def _hub(repository: str, *splits: str) -> dict[str, str]:
     return {split: f"hf:{repository}:{split}" for split in splits}
 
 
-DATASETS: Mapping[str, Named] = {
-    "hh": Named(_hub("Anthropic/hh-rlhf", "train", "test"), "implicit_pairs"),
-    "hh_helpful": Named(_hub("Anthropic/hh-rlhf/helpful-base", "train", "test"), "implicit_pairs"),
-    "hh_harmless": Named(
+DATASETS: Mapping[str, PublicDataset] = {
+    "hh": PublicDataset(_hub("Anthropic/hh-rlhf", "train", "test"), "implicit_pairs"),
+    "hh_helpful": PublicDataset(
+        _hub("Anthropic/hh-rlhf/helpful-base", "train", "test"), "implicit_pairs"
+    ),
+    "hh_harmless": PublicDataset(
         _hub("Anthropic/hh-rlhf/harmless-base", "train", "test"), "implicit_pairs"
     ),
-    "shp": Named(_hub("stanfordnlp/SHP", "train", "validation", "test"), "shp", keep=keep_shp),
-    "oasst": Named(
+    "shp": PublicDataset(
+        _hub("stanfordnlp/SHP", "train", "validation", "test"), "shp", keep=keep_shp
+    ),
+    "oasst": PublicDataset(
         _hub("OpenAssistant/oasst1", "train", "validation"), "oasst_tree", gather=grow_english_trees
     ),
-    "oasst_trees": Named({}, "oasst_tree"),
-    "ultrafeedback": Named(
+    "oasst_trees": PublicDataset({}, "oasst_tree"),
+    "ultrafeedback": PublicDataset(
         {
             "train": "hf:HuggingFaceH4/ultrafeedback_binarized:train_prefs",
             "test": "hf:HuggingFaceH4/ultrafeedback_binarized:test_prefs",
         },
         "pairs",
     ),
-    "ultrafeedback_armorm": Named(
+    "ultrafeedback_armorm": PublicDataset(
         _hub("princeton-nlp/llama3-ultrafeedback-armorm", "train", "test"), "pairs"
     ),
-    "ultrachat": Named(
+    "ultrachat": PublicDataset(
         {
             "train": "hf:HuggingFaceH4/ultrachat_200k:train_sft",
             "test": "hf:HuggingFaceH4/ultrachat_200k:test_sft",
         },
         "messages",
     ),
-    "alpaca": Named(_hub("tatsu-lab/alpaca", "train"), "alpaca"),
-    "tldr": Named(
+    "alpaca": PublicDataset(_hub("tatsu-lab/alpaca", "train"), "alpaca"),
+    "tldr": PublicDataset(
         {
             **_hub("CarperAI/openai_summarize_comparisons", "train", "test"),
             "validation": "hf:CarperAI/openai_summarize_comparisons:valid1",
         },
         "pairs",
     ),
-    "tldr_comparisons": Named({}, "comparisons"),
-    "safe_rlhf": Named(
+    "tldr_comparisons": PublicDataset({}, "comparisons"),
+    "safe_rlhf": PublicDataset(
         _hub("PKU-Alignment/PKU-SafeRLHF-single-dimension", "train", "test"), "safe_rlhf"
     ),
-    "gsm8k": Named(_hub("openai/gsm8k/main", "train", "test"), "question"),
+    "gsm8k": PublicDataset(_hub("openai/gsm8k/main", "train", "test"), "question"),
 }

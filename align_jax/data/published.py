@@ -11,10 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from align_jax.core.schema import Example, Message
-from align_jax.data.rows import about, label_of, prompt_of, response_of
-from align_jax.data.transcripts import Unusable, asking
-
-Row = Mapping[str, Any]
+from align_jax.data.rows import Row, about, label_of, prompt_of, response_of
+from align_jax.data.transcripts import RowError, asking
 
 
 def _asked(row: Row) -> tuple[Message, ...] | str:
@@ -144,7 +142,7 @@ def read_safe_rlhf(row: Row, chat: bool) -> list[Example]:
     """Read PKU-SafeRLHF: two responses, and which of them is better."""
     better = int(row["better_response_id"])
     if better not in (0, 1):
-        raise Unusable(f"better_response_id: expected 0 or 1, got {better}")
+        raise RowError(f"better_response_id: expected 0 or 1, got {better}")
     responses = (row[f"response_{better}"], row[f"response_{1 - better}"])
     return [
         Example(
@@ -181,7 +179,7 @@ def read_scored_completions(row: Row, chat: bool) -> list[Example]:
     ]
     scored.sort(key=lambda pair: -pair[0])
     if not scored:
-        raise Unusable("no scored completion")
+        raise RowError("no scored completion")
     return [
         Example(
             *asking(_user(row["instruction"]), [text for _, text in scored], chat=chat),

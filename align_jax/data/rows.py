@@ -15,7 +15,7 @@ from typing import Any
 
 from align_jax.core.schema import Example, Message
 from align_jax.data import transcripts
-from align_jax.data.transcripts import Unusable
+from align_jax.data.transcripts import RowError
 
 Row = Mapping[str, Any]
 ROLES = {
@@ -38,14 +38,14 @@ def messages(value: Any, what: str) -> tuple[Message, ...]:
     """Read a list of messages: ``role``/``content``, or ShareGPT's ``from``/``value``.
 
     Raises:
-        Unusable: not a list of such messages, or an unknown role.
+        RowError: not a list of such messages, or an unknown role.
     """
     if isinstance(value, str) and value.lstrip().startswith("["):
         value = json.loads(value)
     if isinstance(value, Mapping):
         value = [value]
     if not isinstance(value, (list, tuple)):
-        raise Unusable(f"{what}: expected a list of messages, got {type(value).__name__}")
+        raise RowError(f"{what}: expected a list of messages, got {type(value).__name__}")
     found = []
     for message in value:
         role, content = (
@@ -53,7 +53,7 @@ def messages(value: Any, what: str) -> tuple[Message, ...]:
             message.get("content", message.get("value")),
         )
         if role not in ROLES or not isinstance(content, str):
-            raise Unusable(
+            raise RowError(
                 f"{what}: expected messages with a known role and a text, got "
                 f"{dict(message)!r:.200}"
             )
@@ -167,7 +167,7 @@ def read_conversation_completion(row: Row, chat: bool) -> list[Example]:
     turns = system_of(row) + messages(row[name], name)
     first = next((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), None)
     if first is None:
-        raise Unusable("no turn of the assistant")
+        raise RowError("no turn of the assistant")
     return [Example(turns[:first], (response_of(turns[first:], (), name),), **about(row, name))]
 
 
@@ -177,7 +177,7 @@ def read_conversation_label(row: Row, chat: bool) -> list[Example]:
     given = "label" if row.get("label") is not None else "kto_tag"
     turns = system_of(row) + messages(row[name], name)
     if not turns or turns[-1]["role"] != "assistant":
-        raise Unusable("the labeled conversation does not end with the assistant")
+        raise RowError("the labeled conversation does not end with the assistant")
     return [
         Example(
             turns[:-1],
@@ -203,7 +203,7 @@ def label_of(value: Any) -> bool:
     }
     name = str(value).strip().lower().removesuffix(".0")
     if name not in words:
-        raise Unusable(f"label: expected true or false, got {value!r}")
+        raise RowError(f"label: expected true or false, got {value!r}")
     return words[name]
 
 
@@ -329,7 +329,7 @@ def order(example: Example, row: Row) -> Example:
         row["scores"] if row.get("scores") is not None else [-float(rank) for rank in row["ranks"]]
     )
     if len(values) != len(example.responses):
-        raise Unusable(f"{len(example.responses)} responses, but {len(values)} ranks or scores")
+        raise RowError(f"{len(example.responses)} responses, but {len(values)} ranks or scores")
     best_first = sorted(range(len(values)), key=lambda i: -float(values[i]))
     scores = tuple(float(values[i]) for i in best_first) if row.get("scores") is not None else None
     return dataclasses.replace(

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-import difflib
 import glob
 import gzip
 import io
@@ -26,9 +25,10 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from align_jax.core.choose import nearest
 from align_jax.data import synthetic
+from align_jax.data.rows import Row
 
-Row = Mapping[str, Any]
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
 
 
@@ -103,11 +103,9 @@ def _expand(spec: str) -> list[str]:
             f"{spec!r} is a directory: name its files, for example {spec.rstrip('/')}/*.jsonl"
         )
     if not path.exists():
-        siblings = (
-            [str(p) for p in path.parent.iterdir()] if not remote and path.parent.is_dir() else []
-        )
-        near = difflib.get_close_matches(spec, siblings, n=3)
-        raise FileNotFoundError(f"no such file: {spec!r}" + (f"; near: {near}" if near else ""))
+        beside = [] if remote or not path.parent.is_dir() else sorted(path.parent.iterdir())
+        known = [str(other) for other in beside if other.name.endswith(SUFFIXES)][:100]
+        raise FileNotFoundError(f"no such file: {spec!r}" + (nearest(spec, known) if known else ""))
     return [spec]
 
 

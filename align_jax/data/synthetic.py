@@ -11,12 +11,13 @@ sums whose answers can be checked.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+
+from align_jax.core.choose import choose
 
 VERSION = 1
 VERBS = ("fix", "clean", "paint", "move", "open", "store", "sharpen", "measure")
@@ -58,20 +59,21 @@ CLOSINGS = {
     0: ("That is it.", "The end.", "No more."),
     -1: ("Go away.", "You fool.", "Shame!"),
 }
-SPLITS = ("train", "eval")
-_SIZES = {"train": 2048, "eval": 256}
+SPLITS = {"train": 2048, "eval": 256}  # rows by default
 _EVAL_EVERY = 8  # every eighth question is held out
 
 
 @dataclasses.dataclass(frozen=True)
-class Made:
+class SyntheticDataset:
     """A data set made by code: row ``i`` is a pure function of (name, split, seed, i)."""
 
     size: int
     row: Callable[[int], Mapping[str, Any]]
 
 
-def make(name: str, split: str = "train", *, seed: int = 0, size: int | None = None) -> Made:
+def make(
+    name: str, split: str = "train", *, seed: int = 0, size: int | None = None
+) -> SyntheticDataset:
     """Make a data set by code.
 
     Args:
@@ -83,21 +85,14 @@ def make(name: str, split: str = "train", *, seed: int = 0, size: int | None = N
     Raises:
         ValueError: an unknown name or split, or a size below 1.
     """
-    if name not in BUILTINS:
-        near = difflib.get_close_matches(name, BUILTINS, n=1)
-        raise ValueError(
-            f"unknown builtin data set {name!r}"
-            + (f" (did you mean {near[0]!r}?)" if near else "")
-            + f"; known: {sorted(BUILTINS)}"
-        )
-    if split not in SPLITS:
-        raise ValueError(f"builtin:{name}: unknown split {split!r}; known: {list(SPLITS)}")
-    size = _SIZES[split] if size is None else size
+    make_row = choose(BUILTINS, name, "builtin data set")
+    default = choose(SPLITS, split, f"split of builtin:{name}")
+    size = default if size is None else size
     if size < 1:
         raise ValueError(f"builtin:{name}:{split}: size must be at least 1, got {size}")
-    stream = (sorted(BUILTINS).index(name), SPLITS.index(split), seed)
-    return Made(
-        size, lambda index: BUILTINS[name](np.random.default_rng([*stream, index]), split == "eval")
+    stream = (sorted(BUILTINS).index(name), list(SPLITS).index(split), seed)
+    return SyntheticDataset(
+        size, lambda index: make_row(np.random.default_rng([*stream, index]), split == "eval")
     )
 
 
@@ -126,13 +121,17 @@ def kindness(answer: str) -> int:
 
 
 def _question(rng: np.random.Generator, held_out: bool) -> tuple[str, str]:
-    # held out where verb and noun sum to 7 modulo 8: every verb and every noun occurs in both
-    # splits
+    """Draw a question and the job it asks about.
+
+    Held out are those whose verb and noun sum to 7 modulo 8: so every verb and every noun occurs in
+    both splits.
+    """
     verb, noun = int(rng.integers(len(VERBS))), int(rng.integers(len(NOUNS)))
-    if held_out or (verb + noun) % _EVAL_EVERY == _EVAL_EVERY - 1:
-        noun = (
-            _EVAL_EVERY - 1 - verb + (0 if held_out else int(rng.integers(1, _EVAL_EVERY)))
-        ) % _EVAL_EVERY
+    last = _EVAL_EVERY - 1
+    if held_out or (verb + noun) % _EVAL_EVERY == last:
+        # another noun of the split wanted: its remainder is fixed, or one of the seven others
+        shift = 0 if held_out else int(rng.integers(1, _EVAL_EVERY))
+        noun = (last - verb + shift) % _EVAL_EVERY
         noun += _EVAL_EVERY * int(rng.integers(len(NOUNS) // _EVAL_EVERY))
     job = f"{VERBS[verb]} a {NOUNS[noun]}"
     return f"How do I {job}?", job

@@ -14,14 +14,14 @@ _TURN = re.compile(r"\n\n(Human|Assistant):")
 _ROLE = {"Human": "user", "Assistant": "assistant"}
 
 
-class Unusable(ValueError):
+class RowError(ValueError):
     """A row that no example can be made of; its text is the reason, by which dropped rows are
     counted."""
 
 
-class Flawed(Unusable):
-    """A row of a kind of public data that is known to hold a few unusable ones: dropped and
-    counted, not refused."""
+class TranscriptError(RowError):
+    """Such a row of Anthropic transcripts, whose public files hold a few: always dropped and
+    counted."""
 
 
 def is_transcript(text: str) -> bool:
@@ -82,7 +82,7 @@ def split_messages(
     The prompt is the longest run of equal turns after which both go on with the assistant.
 
     Raises:
-        Unusable: they share no such turns.
+        RowError: they share no such turns.
     """
     shared = 0
     while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
@@ -92,7 +92,7 @@ def split_messages(
     ):
         shared -= 1
     if not shared:
-        raise Unusable("chosen and rejected share no prompt")
+        raise RowError("chosen and rejected share no prompt")
     return chosen[:shared], chosen[shared:], rejected[shared:]
 
 
@@ -106,16 +106,16 @@ def split_pair(
     they share, so that a word with which both answers begin is not cut.
 
     Raises:
-        Unusable: they share no prompt, or an answer is empty; Flawed if they are transcripts.
+        RowError: they share no prompt, or an answer is empty (transcripts: TranscriptError).
     """
     if is_transcript(chosen) and is_transcript(rejected):
         return _split_transcripts(chosen, rejected, chat)
     common = os.path.commonprefix([chosen, rejected])
     cut = max((match.end() for match in re.finditer(r"\s+", common)), default=0)
     if not cut:
-        raise Unusable("chosen and rejected share no prompt")
+        raise RowError("chosen and rejected share no prompt")
     if not chosen[cut:].strip() or not rejected[cut:].strip():
-        raise Unusable("empty response")  # one text is the whole of what they share
+        raise RowError("empty response")  # one text is the whole of what they share
     return chosen[:cut], (chosen[cut:], rejected[cut:])
 
 
@@ -124,17 +124,17 @@ def _split_transcripts(
 ) -> tuple[tuple[Message, ...] | str, tuple[str | tuple[Message, ...], ...]]:
     try:
         prompt, *rests = split_messages(turns(chosen), turns(rejected))
-    except Unusable as error:
-        raise Flawed(str(error)) from error
+    except RowError as error:
+        raise TranscriptError(str(error)) from error
     cut = _shared_turns_end(chosen, rejected)
     if not all(
         message["content"] for rest in rests for message in rest if message["role"] == "assistant"
     ):
-        raise Flawed("empty response")
+        raise TranscriptError("empty response")
     if chat:
         return prompt, tuple(rest[0]["content"] if len(rest) == 1 else rest for rest in rests)
     if not cut:
-        raise Flawed("chosen and rejected share no prompt")
+        raise TranscriptError("chosen and rejected share no prompt")
     return chosen[:cut], (chosen[cut:], rejected[cut:])
 
 

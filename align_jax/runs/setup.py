@@ -257,20 +257,11 @@ def read_data(config: Config, resolved: ResolvedConfig) -> tuple[Examples, Examp
     load = functools.partial(
         datasets.load,
         kind=resolved.kind if resolved.rollouts is None else "prompts",
+        options=d,
         seed=config.seed,
         chat=bool(resolved.tokenizer.chat_template),
-        format=None if d.format == "auto" else d.format,
-        columns=d.columns,
-        invalid=d.invalid,
-        responses=d.responses or None,
-        pairing=d.pairing,
-        min_difference=d.min_difference,
-        threshold=d.threshold,
-        labels=d.labels,
-        strings=d.strings,
-        turns=d.turns,
     )
-    examples = load(d.train.split(","), weights=tuple(d.weights) or None)
+    examples = load(d.train.split(","), weights=d.weights)
     if held_out := d.eval or (synthetic.eval_split(d.train) if d.eval_fraction else ""):
         return examples, load(held_out.split(","), limit=config.eval.max_examples or None)
     return datasets.hold_out(

@@ -8,6 +8,7 @@ import itertools
 import pytest
 
 from align_jax.core.schema import Example
+from align_jax.core.options import DataOptions
 from align_jax.data import chat, datasets, tokenizer
 
 CHATML = (
@@ -99,12 +100,17 @@ def test_real_conversations_are_masked_exactly(testdata, name):
     tok = load(testdata, name)
     hh = datasets.load(
         str(testdata / "preference/hh_rlhf_harmless_test.jsonl.gz"),
-        kind="pairs",
+        "pairs",
+        DataOptions(),
         chat=True,
         limit=60,
     )
     kto = datasets.load(
-        str(testdata / "preference/lf_kto_en_demo.json"), kind="unpaired", chat=True, limit=60
+        str(testdata / "preference/lf_kto_en_demo.json"),
+        "unpaired",
+        DataOptions(),
+        chat=True,
+        limit=60,
     )
     for example in itertools.chain(hh.items, kto.items):
         tokens = chat.encode(example, tok)

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from align_jax.core.options import DataOptions
 from align_jax.data import conversions, datasets, formats, named, published, transcripts
 
 
@@ -385,13 +386,13 @@ MISTAKES = [
         "empty response",
         [GOOD, {**GOOD, "rejected": " "}],
         {},
-        r"data\.jsonl:2: empty response; data\.invalid='drop'",
+        r"data\.jsonl:2: empty response; --config\.data\.invalid=drop",
     ),
     (
         "unknown fields",
         [{"a": 1, "b": 2}],
         {},
-        r"data\.jsonl:1: no known format.*\['a', 'b'\].*data\.columns",
+        r"data\.jsonl:1: no known format.*\['a', 'b'\].*--config\.data\.columns",
     ),
     ("unknown format", [GOOD], {"format": "pair"}, "did you mean 'pairs'"),
     (
@@ -432,9 +433,19 @@ MISTAKES = [
         "known role",
     ),
     ("no way", [{"text": "t"}], {}, "no conversion from completions to pairs"),
-    ("unknown kind", [GOOD], {"kind": "pair"}, "unknown kind 'pair' .did you mean 'pairs'"),
-    ("weights", [GOOD], {"weights": [1.0, 2.0]}, "data weights: expected 1 positive numbers"),
+    ("unknown kind", [GOOD], {"kind": "pair"}, "kind = 'pair' is unknown; did you mean 'pairs'"),
+    (
+        "unknown choice",
+        [GOOD],
+        {"invalid": "drp"},
+        "config.data.invalid = 'drp' is unknown; did you mean 'drop'",
+    ),
+    ("weights", [GOOD], {"weights": [1.0, 2.0]}, "expected 1 positive numbers, one a source"),
 ]
+
+
+def load(path, kind="pairs", weights=None, **options):
+    return datasets.load(path, kind, DataOptions(**options), chat=True, weights=weights)
 
 
 @pytest.mark.parametrize(
@@ -442,33 +453,31 @@ MISTAKES = [
 )
 def test_mistakes_are_told_with_their_place(tmp_path, lines, options, message):
     path = write(tmp_path / "data.jsonl", *lines)
-    with pytest.raises((ValueError, KeyError), match=message):
-        datasets.load(path, **{"kind": "pairs", "chat": True, **options})
+    with pytest.raises(ValueError, match=message):
+        load(path, **options)
 
 
 def test_invalid_rows_are_dropped_and_counted_on_request(tmp_path):
     path = write(tmp_path / "data.jsonl", GOOD, {**GOOD, "chosen": ""})
-    examples = datasets.load(path, kind="pairs", chat=True, invalid="drop")
+    examples = load(path, invalid="drop")
     assert len(examples) == 1 and examples.report == {"examples": 1, "dropped: empty response": 1}
     assert examples[0].source == f"{path}:1"
 
 
 def test_columns_are_renamed(tmp_path):
     path = write(tmp_path / "data.jsonl", {"q": "p", "good": "c", "bad": "r", "prompt": "other"})
-    (example,) = datasets.load(
-        path, kind="pairs", chat=True, columns={"prompt": "q", "chosen": "good", "rejected": "bad"}
-    ).items
+    (example,) = load(path, columns={"prompt": "q", "chosen": "good", "rejected": "bad"}).items
     assert (example.prompt, example.responses) == ("p", ("c", "r"))
 
 
 def test_a_text_prompt_becomes_a_users_turn_on_request(tmp_path):
     path = write(tmp_path / "data.jsonl", GOOD)
-    assert datasets.load(path, kind="pairs", chat=True, strings="messages")[0].prompt == (U("p"),)
+    assert load(path, strings="messages")[0].prompt == (U("p"),)
 
 
 def test_only_the_last_turn_is_learned_on_request(tmp_path):
     path = write(tmp_path / "data.jsonl", {"messages": [U("p"), A("c"), U("q"), A("d")]})
-    (example,) = datasets.load(path, kind="completions", chat=True, turns="last").items
+    (example,) = load(path, "completions", turns="last").items
     assert (example.prompt, example.responses) == ((U("p"), A("c"), U("q")), ("d",))
 
 
@@ -537,7 +546,7 @@ CONVERSIONS = [
         "scored",
         "unpaired",
         [one("x", scores=(1.0,)), one("y", scores=(4.0,))],
-        {"threshold": 0.5},
+        {"threshold": "0.5"},
         [(("x",), True, (1.0,)), (("y",), True, (4.0,))],
     ),
     (
@@ -564,13 +573,15 @@ CONVERSIONS = [
     ids=[f"{case[0]}-to-{case[1]}-{i}" for i, case in enumerate(CONVERSIONS)],
 )
 def test_kinds_are_converted(source, target, examples, options, expected):
-    made = conversions.convert(examples, source, target, **options)
+    made = conversions.convert(examples, source, target, DataOptions(**options))
     assert [(example.responses, example.label, example.scores) for example in made] == expected
 
 
 def test_a_random_pairing_is_fixed_by_its_seed():
     made = [
-        conversions.convert([RANKED] * 20, "ranked", "pairs", pairing="random", seed=seed)
+        conversions.convert(
+            [RANKED] * 20, "ranked", "pairs", DataOptions(pairing="random"), seed=seed
+        )
         for seed in (0, 0, 1)
     ]
     assert made[0] == made[1] != made[2]
@@ -607,13 +618,13 @@ def test_a_named_set_reads_local_files_with_its_filter(tmp_path):
         "score_B": 2,
     }
     path = write(tmp_path / "data.jsonl", row, {**row, "score_A": 9})
-    examples = datasets.load(f"set:shp:{path}", kind="pairs", chat=True)
+    examples = load(f"set:shp:{path}")
     assert len(examples) == 1 and examples.report["dropped: the data set's own filter"] == 1
-    assert len(datasets.load(path, kind="pairs", chat=True, format="shp")) == 1
+    assert len(load(path, format="shp")) == 1
     # found from the fields: no filter
-    assert len(datasets.load(path, kind="pairs", chat=True)) == 2
+    assert len(load(path)) == 2
     with pytest.raises(ValueError, match="did you mean 'shp'"):
-        datasets.load("set:ship:train", kind="pairs", chat=True)
+        load("set:ship:train")
 
 
 def test_every_named_set_has_a_known_format():
@@ -645,7 +656,7 @@ def test_transcripts_split_where_both_go_on_with_the_assistant(chosen, rejected,
 
 
 def test_transcripts_without_a_shared_prompt_are_refused():
-    with pytest.raises(transcripts.Flawed, match="share no prompt"):
+    with pytest.raises(transcripts.TranscriptError, match="share no prompt"):
         transcripts.split_pair(
             "\n\nHuman: a\n\nAssistant: b", "\n\nHuman: c\n\nAssistant: d", chat=True
         )

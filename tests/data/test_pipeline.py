@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from align_jax.core.options import DataOptions
 from align_jax.core.schema import Batch, Example
 from align_jax.data import chat, datasets, encoding, pipeline, planning, tokenizer
 
@@ -18,8 +19,9 @@ def byte():
     return tokenizer.load_tokenizer("byte")
 
 
-def load(name, kind, size=44, **options):
-    return datasets.load(f"builtin:{name}:train?size={size}", kind=kind, chat=True, **options)
+def load(name, kind, size=44, seed=0):
+    spec = f"builtin:{name}:train?size={size}"
+    return datasets.load(spec, kind, DataOptions(), chat=True, seed=seed)
 
 
 @pytest.fixture(scope="module")
@@ -341,7 +343,7 @@ def test_control_tokens_stand_before_responses_and_are_not_learned(byte):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_sources_are_mixed_by_weight(byte, layout):
     specs = ["builtin:preferences:train?size=64", "builtin:preferences:eval?size=16"]
-    examples = datasets.load(specs, kind="pairs", chat=True, weights=(1, 3))
+    examples = datasets.load(specs, "pairs", DataOptions(), chat=True, weights=(1.0, 3.0))
     pipe = make(examples, byte, layout=layout, groups_per_row=None if layout == "plain" else 1)
     seen = [number for step in range(40) for number in pipe.examples_of(step)]
     assert abs(np.mean(np.array(seen) >= 64) - 0.75) < 0.02
@@ -371,7 +373,7 @@ def test_a_source_of_which_nothing_is_left_is_an_error_if_it_has_a_weight(byte):
 def test_rankings_of_unlike_lengths_are_refused_with_the_option_that_evens_them(byte):
     examples = of_texts(("p:", " a", " b", " c"), ("p:", " a", " b"), kind="ranked")
     with pytest.raises(
-        ValueError, match="t:1: 2 responses, expected 3 .*data.options = {'responses': 2}"
+        ValueError, match="t:1: 2 responses, expected 3 .*--config.data.responses=2"
     ):
         make(examples, byte, batch_size=1)
 

@@ -7,13 +7,14 @@ import json
 
 import pytest
 
+from align_jax.core.options import DataOptions
 from align_jax.data import datasets, pipeline, tokenizer, transcripts
 
 HH = "preference/hh_rlhf_harmless_test.jsonl.gz"
 
 
-def load(testdata, name, kind, chat=True, **options):
-    return datasets.load(str(testdata / name), kind=kind, chat=chat, **options)
+def load(testdata, name, kind, chat=True, limit=None, **options):
+    return datasets.load(str(testdata / name), kind, DataOptions(**options), chat=chat, limit=limit)
 
 
 FILES = [  # file, kind, options, examples, responses of each
@@ -94,13 +95,12 @@ def test_reviews_with_scores_make_pairs_and_labels(testdata, tmp_path):
         for side in (0, 1)
         if review["score"][0] > 0
     ]  # -1 where the judge gave none
-    path = tmp_path / "feedback.json"
-    path.write_text(json.dumps(rows))
-    pairs = datasets.load(str(path), kind="pairs", chat=True, min_difference=1.0)
+    (tmp_path / "feedback.json").write_text(json.dumps(rows))
+    pairs = load(tmp_path, "feedback.json", "pairs", min_difference=1.0)
     assert 0 < len(pairs) <= 80 and all(
         pair.scores[0] > pair.scores[1] + 1.0 for pair in pairs.items
     )
-    labeled = datasets.load(str(path), kind="unpaired", chat=True, threshold=8.0)
+    labeled = load(tmp_path, "feedback.json", "unpaired", threshold="8.0")
     assert len(labeled) == len(rows) > 2000
     assert all(example.label == (example.scores[0] > 8.0) for example in labeled.items)
 

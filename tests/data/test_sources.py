@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from etils import epath
 
+from align_jax.core.options import DataOptions
 from align_jax.data import datasets, sources
 
 ROWS = [{"prompt": f"p{i}", "chosen": "c", "rejected": "r"} for i in range(5)]
@@ -88,7 +89,7 @@ MISTAKES = [
     (
         lambda folder: str(folder / "train.jsnl"),
         FileNotFoundError,
-        r"no such file: .*near: \['.*train\.jsonl'\]",
+        r"no such file: .*did you mean '.*train\.jsonl'",
     ),
     (lambda folder: str(folder / "*.csv"), FileNotFoundError, r"no file matches .*\*\.csv"),
     (lambda folder: str(folder), ValueError, "is a directory: name its files"),
@@ -104,12 +105,12 @@ MISTAKES = [
     (
         lambda folder: "builtin:preference:train",
         ValueError,
-        "unknown builtin.*did you mean 'preferences'",
+        "builtin data set = 'preference' is unknown; did you mean 'preferences'",
     ),
     (
         lambda folder: "builtin:preferences:test",
         ValueError,
-        r"unknown split 'test'; known: \['train', 'eval'\]",
+        "split of builtin:preferences = 'test' is unknown; known: eval, train",
     ),
     (lambda folder: "builtin:preferences:train?sed=1", ValueError, r"got options \['sed'\]"),
     (lambda folder: "builtin:preferences:train?size=0", ValueError, "size must be at least 1"),
@@ -197,7 +198,7 @@ def test_tfds_is_read_without_tensorflow(tmp_path):
 
     builder = Pairs(data_dir=tmp_path, file_format="array_record")
     builder.download_and_prepare()
-    examples = datasets.load(f"tfds:{builder.data_dir}:train", kind="pairs", chat=False)
+    examples = datasets.load(f"tfds:{builder.data_dir}:train", "pairs", DataOptions(), chat=False)
     assert sorted((example.prompt, example.margin) for example in examples.items) == [
         ("é0", 0),
         ("é1", 1),
@@ -208,4 +209,4 @@ def test_tfds_is_read_without_tensorflow(tmp_path):
         and "tensorflow" not in sys.modules
     )
     with pytest.raises(ValueError, match="no split 'test'; there are .*train"):
-        datasets.load(f"tfds:{builder.data_dir}:test", kind="pairs", chat=False)
+        datasets.load(f"tfds:{builder.data_dir}:test", "pairs", DataOptions(), chat=False)

@@ -3,6 +3,7 @@
 
 import pytest
 
+from align_jax.core.options import DataOptions
 from align_jax.data import datasets, synthetic
 
 
@@ -60,7 +61,7 @@ def test_rows_are_a_function_of_their_number_and_the_seed():
 )
 @pytest.mark.parametrize("chat", [True, False])
 def test_builtin_sources_load_with_and_without_a_template(name, kind, responses, chat):
-    examples = datasets.load(f"builtin:{name}:eval?size=20&seed=2", kind=kind, chat=chat)
+    examples = datasets.load(f"builtin:{name}:eval?size=20&seed=2", kind, DataOptions(), chat=chat)
     assert len(examples) <= 20 and {len(example.responses) for example in examples.items} == {
         responses
     }

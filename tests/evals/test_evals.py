@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from align_jax import evaluate
+from align_jax.core.options import DataOptions
 from align_jax.data import datasets
 from align_jax.evals import EVALS
 from align_jax.evals.subject import Subject
@@ -77,7 +78,7 @@ def expected_logps(folder, tokenizer, scale):
 
 def test_preference_and_perplexity_equal_transformers(subject, folder, pairs):
     found = EVALS["preference"].fn(
-        subject, datasets.load(pairs, kind="pairs", chat=False), batch_size=4
+        subject, datasets.load(pairs, "pairs", DataOptions(), chat=False), batch_size=4
     )
     mine, other = (expected_logps(folder, subject.tokenizer, scale) for scale in (1.05, 1.0))
     rewards_ = 0.1 * (mine - other)
@@ -89,14 +90,14 @@ def test_preference_and_perplexity_equal_transformers(subject, folder, pairs):
     assert found["rewards/accuracies"] == pytest.approx((rewards_[:, 0] > rewards_[:, 1]).mean())
     assert found["examples"] == 5
     found = EVALS["perplexity"].fn(
-        subject, datasets.load(pairs, kind="completions", chat=False), batch_size=4
+        subject, datasets.load(pairs, "completions", DataOptions(), chat=False), batch_size=4
     )
     assert found["nll"] == pytest.approx(-mine[:, 0].sum() / found["tokens"], abs=1e-4)
     assert found["reference_nll"] == pytest.approx(-other[:, 0].sum() / found["tokens"], abs=1e-4)
 
 
 def test_generation_reports_rewards_and_the_kl_of_its_own_samples(subject, pairs):
-    examples = datasets.load(pairs, kind="prompts", chat=False)
+    examples = datasets.load(pairs, "prompts", DataOptions(), chat=False)
     found = EVALS["generation"].fn(subject, examples, REWARD, samples=4, max_new_tokens=8, rows=8)
     assert found["prompts"] == 5 and 0 < found["completions/mean_length"] <= 8
     assert found["best_of_n"] > found["reward"] > 0 and found["objective/kl"] > 0
@@ -106,7 +107,7 @@ def test_generation_reports_rewards_and_the_kl_of_its_own_samples(subject, pairs
 
 
 def test_win_rate_against_itself_is_half_and_against_empty_answers_one(subject, pairs, tmp_path):
-    examples = datasets.load(pairs, kind="prompts", chat=False)
+    examples = datasets.load(pairs, "prompts", DataOptions(), chat=False)
     same = subject._replace(params=subject.reference_params)
     by_length = by_rewards(REWARD)
     found = EVALS["win_rate"].fn(same, examples, by_length, max_new_tokens=8, rows=8)
@@ -116,7 +117,7 @@ def test_win_rate_against_itself_is_half_and_against_empty_answers_one(subject, 
     alone = subject._replace(reference=None, reference_params=None)
     found = EVALS["win_rate"].fn(
         alone,
-        datasets.load(str(path), kind="prompts", chat=False),
+        datasets.load(str(path), "prompts", DataOptions(), chat=False),
         by_length,
         max_new_tokens=8,
         rows=8,
@@ -125,7 +126,7 @@ def test_win_rate_against_itself_is_half_and_against_empty_answers_one(subject, 
     with pytest.raises(ValueError, match="reference"):
         EVALS["win_rate"].fn(
             alone,
-            datasets.load(pairs, kind="prompts", chat=False),
+            datasets.load(pairs, "prompts", DataOptions(), chat=False),
             by_length,
             max_new_tokens=8,
             rows=8,

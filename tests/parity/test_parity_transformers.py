@@ -9,6 +9,7 @@ import torch
 import transformers
 
 from align_jax import losses
+from align_jax.core.options import DataOptions
 from align_jax.data import datasets, pipeline, tokenizer
 from align_jax.interop import hf
 from align_jax.losses import objective
@@ -37,7 +38,8 @@ def test_dpo_on_real_pairs_equals_numpy_from_transformers_logits(testdata, tmp_p
     words = tokenizer.load_tokenizer(folder)
     pairs = datasets.load(
         str(testdata / "preference" / "hh_rlhf_harmless_test.jsonl.gz"),
-        kind="pairs",
+        "pairs",
+        DataOptions(),
         chat=False,
         limit=16,
     )
