@@ -37,7 +37,7 @@ from align_jax.online.rewards import WeightedRewards, resolve
 from align_jax.parallel import distributed
 from align_jax.parallel.mesh import make_mesh
 from align_jax.parallel.sharding import tree_shardings
-from align_jax.runs import setup
+from align_jax.runs import trained as trained_runs
 
 
 def load(path: str, mesh: jax.sharding.Mesh, dtype: str) -> tuple[Model, Any]:
@@ -69,7 +69,7 @@ def run_subject(workdir: str, which: str = "latest", reference: str = "") -> Sub
     Raises:
         FileNotFoundError: no such run or checkpoint.
     """
-    trained = setup.restore(workdir, which)
+    trained = trained_runs.restore(workdir, which)
     config, models = trained.config, trained.resolved.models
     path = reference or config.reference.path or config.model.path
     other = load(path, trained.mesh, config.model.compute_dtype) if path else (None, None)

@@ -17,7 +17,7 @@ from align_jax.data.tokenizer import load_tokenizer
 from align_jax.interop import hf, peft
 from align_jax.models.lora import fold
 from align_jax.parallel import distributed
-from align_jax.runs.setup import restore
+from align_jax.runs.trained import restore
 from align_jax.training.partitioning import ADAPTER
 
 

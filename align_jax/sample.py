@@ -34,7 +34,7 @@ from align_jax.models.model import build
 from align_jax.parallel import distributed
 from align_jax.parallel.mesh import make_mesh, row_shards
 from align_jax.parallel.sharding import tree_shardings
-from align_jax.runs import setup
+from align_jax.runs import trained as trained_runs
 
 
 class Speaker(NamedTuple):
@@ -90,7 +90,7 @@ def load_run(
         which: "latest", "best" or a step.
         max_length: tokens of a prompt with its completion; None: the model's positions.
     """
-    trained = setup.restore(workdir, which)
+    trained = trained_runs.restore(workdir, which)
     generator = Generator(
         trained.resolved.models.policy,
         trained.resolved.tokenizer,

@@ -28,15 +28,9 @@ from align_jax.parallel import distributed
 from align_jax.parallel.chips import peak_flops
 from align_jax.parallel.sharding import put_batch
 from align_jax.runs import weights
-from align_jax.runs.setup import (
-    Offline,
-    Run,
-    batches_of,
-    lower,
-    make_source,
-    open_checkpoints,
-    prepare,
-)
+from align_jax.runs.setup import Run, lower, prepare
+from align_jax.runs.source import Offline, batches_of, make_source
+from align_jax.runs.trained import open_checkpoints
 from align_jax.storage import workdir as record
 from align_jax.storage.checkpoint import Checkpoints
 from align_jax.training import debug, initialize, partitioning

@@ -20,7 +20,7 @@ import pytest
 
 from align_jax import export, train
 from align_jax.core import config as configs
-from align_jax.runs import setup
+from align_jax.runs import setup, trained
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 
@@ -56,7 +56,7 @@ def rows(workdir):
 
 
 def params(workdir):
-    return jax.device_get(setup.restore(str(workdir)).params)
+    return jax.device_get(trained.restore(str(workdir)).params)
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def test_stopped_and_resumed_equals_uninterrupted_to_the_bit(finished, tmp_path,
     with monkeypatch.context() as patch:
         patch.setattr(train.distributed, "stop_signal", stop_after_three)
         train.train(tiny(), str(tmp_path))
-    assert setup.restore(str(tmp_path)).step == 3
+    assert trained.restore(str(tmp_path)).step == 3
     train.train(tiny(), str(tmp_path))
     whole = {row["step"]: row for row in rows(finished) if "loss" in row}
     halves = {row["step"]: row for row in rows(tmp_path) if "loss" in row}
@@ -117,12 +117,12 @@ def test_the_exported_model_speaks_in_transformers_as_here(finished, tmp_path):
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
     ids = jnp.asarray([tokenizer.encode("How do I paint a door?")], jnp.int32)
-    trained = setup.restore(str(finished))
-    model = trained.resolved.models.policy
+    restored = trained.restore(str(finished))
+    model = restored.resolved.models.policy
     hidden, _ = model.hidden(
-        trained.params, ids, jnp.ones_like(ids), jnp.arange(ids.shape[1])[None]
+        restored.params, ids, jnp.ones_like(ids), jnp.arange(ids.shape[1])[None]
     )
-    ours = model.unembed(trained.params, hidden)
+    ours = model.unembed(restored.params, hidden)
     with torch.no_grad():
         np.testing.assert_allclose(
             ours, theirs(torch.tensor(np.asarray(ids), dtype=torch.long)).logits, atol=1e-4

@@ -56,27 +56,41 @@ def from_dict(values: Mapping[str, Any]) -> ConfigDict:
     return config.lock()
 
 
+def parse(config: ConfigDict) -> Config:
+    """Turn a config into frozen options, each key's type and range checked by itself.
+
+    Raises:
+        ValueError: listing each key, what was expected, what was got and the nearest fix.
+    """
+    wrong: list[str] = []
+    options = _parse(Config, config.to_dict(), "", wrong)
+    _raise(wrong)
+    return options
+
+
 def read(config: ConfigDict) -> Config:
     """Turn a config into frozen options; everything that the config alone can tell is checked.
 
     Raises:
         ValueError: listing each key, what was expected, what was got and the nearest fix.
     """
-    wrong: list[str] = []
-    options = _read(Config, config.to_dict(), "", wrong)
-    if not wrong:
-        wrong = list(_group_mistakes(options, ""))
-    if wrong:
-        raise ValueError(
-            "the config has mistakes:\n" + "\n".join(f"  config.{line}" for line in wrong)
-        )
+    options = parse(config)
+    _raise(list(_group_mistakes(options, "")))
     return options
+
+
+def _raise(wrong: list[str]) -> None:
+    if wrong:
+        lines = "\n".join(f"  config.{line}" for line in wrong)
+        raise ValueError(f"the config has mistakes:\n{lines}")
 
 
 Options = typing.TypeVar("Options", bound=Checked)
 
 
-def _read(kind: type[Options], values: Mapping[str, Any], prefix: str, wrong: list[str]) -> Options:
+def _parse(
+    kind: type[Options], values: Mapping[str, Any], prefix: str, wrong: list[str]
+) -> Options:
     """Make one class of options, adding each key's mistakes to ``wrong``."""
     types: dict[str, Any] = typing.get_type_hints(kind)
     fields = {field.name: field for field in dataclasses.fields(kind)}
@@ -93,7 +107,7 @@ def _read(kind: type[Options], values: Mapping[str, Any], prefix: str, wrong: li
         value: Any = given[name]
         expected: Any = types[name]
         if isinstance(expected, type) and issubclass(expected, Checked):
-            made[name] = _read(expected, value, f"{prefix}{name}.", wrong)
+            made[name] = _parse(expected, value, f"{prefix}{name}.", wrong)
             continue
         value = tuple(value) if isinstance(value, list) else value
         problem = _type_mistake(value, expected) or _range_mistake(value, field.metadata)

@@ -9,37 +9,29 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import math
-from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import tqdm
-from etils import epath
 from jax.sharding import Mesh
 
 from align_jax import losses
 from align_jax.core import config as configs
-from align_jax.core.options import Config, MeshOptions
+from align_jax.core.options import Config
 from align_jax.data import datasets, pipeline, synthetic
 from align_jax.data.datasets import Examples
 from align_jax.data.pipeline import Pipeline
-from align_jax.data.tokenizer import load_tokenizer, tokenizer_digest
+from align_jax.data.tokenizer import load_tokenizer
 from align_jax.interop import hf, peft
 from align_jax.losses.objective import Term, data_kind
 from align_jax.models.config import ModelConfig
-from align_jax.models.lora import LoraConfig, merge
+from align_jax.models.lora import LoraConfig
 from align_jax.online import source
 from align_jax.online.config import RolloutConfig
 from align_jax.online.rollout import Rollouts
-from align_jax.parallel import distributed
 from align_jax.parallel.mesh import AXES, make_mesh, mesh_shape, row_shards
-from align_jax.parallel.sharding import put_batch
-from align_jax.runs import weights
 from align_jax.storage import workdir as record
-from align_jax.storage.checkpoint import Checkpoints
-from align_jax.training import initialize, optim, partitioning, reference
+from align_jax.training import initialize, optim, partitioning
 from align_jax.training.steps import StepSpec
 
 # The embedding's rows are padded to this whatever the mesh, so that a checkpoint of one tensor axis
@@ -339,151 +331,9 @@ def prepare(config: Config, workdir: str) -> Run:
     )
 
 
-def cached_reference(run: Run, examples: Examples) -> reference.Cache:
-    """Read the reference's token log-probabilities of a data set from disk, or compute and keep
-    them."""
-    config, r = run.config, run.config.reference
-    path = r.path or config.model.path
-    inputs = {
-        "examples": examples.digest,
-        "tokenizer": tokenizer_digest(run.resolved.tokenizer),
-        "max_length": config.max_length,
-        "truncation": [
-            config.data.truncation,
-            config.data.max_prompt_length,
-            list(config.data.control_tokens),
-        ],
-        "weights": reference.weights_digest(hf.locate(path) if path else None, config.seed),
-        "model": repr(run.resolved.model_config),
-        "types": [r.dtype, config.model.compute_dtype, "" if r.path else config.model.quantize],
-    }
-    file = (
-        epath.Path(r.cache or epath.Path(run.workdir) / "reference")
-        / f"{reference.digest_of(inputs)}.npz"
-    )
-    if (found := reference.load(file, inputs)) is not None:
-        return found
-    specs = make_reference_specs(config, run.resolved, run.step_spec, run.mesh)
-    frozen = weights.load_frozen(
-        run.step_spec, specs, path=config.model.path, seed=config.seed, reference_path=r.path
-    )
-    step = partitioning.jit_reference_step(run.step_spec)
-    batches = make_pipeline(config, run.resolved, run.mesh, examples, once=True).iterator()
-    cache = reference.compute(
-        iter(tqdm.tqdm(batches, desc="reference", disable=None)),
-        lambda batch: step(frozen, put_batch(run.mesh, batch)),
-        len(examples),
-    )
-    if distributed.is_main():
-        reference.save(file, cache, inputs)
-    return cache
-
-
-def batches_of(run: Run, source: Pipeline, examples: Examples) -> Callable[[int], Iterator[Any]]:
-    """Return a function from a step to this process's batches from there on, the cached reference
-    filled in."""
-    if run.config.reference.mode != "cached" or not run.step_spec.wants_reference:
-        return source.iterator
-    cache = cached_reference(run, examples)
-    return lambda step: map(cache.fill, source.iterator(step))
-
-
-class Offline:
-    """Batches of a fixed data set with the face of an online source: the loop sees no
-    difference."""
-
-    metrics: dict[str, float] = {}
-
-    def __init__(self, batches: Iterator[Any]):
-        self._batches = batches
-
-    def next(self, weights: Callable[[], Any]) -> Any:
-        """Return this process's next batch, whatever the weights."""
-        return next(self._batches)
-
-    def save(self, workdir: Any, step: int, kept: Sequence[int] = ()) -> dict[str, Any]:
-        """Return what a checkpoint has to hold beside the step: nothing."""
-        return {}
-
-    def log_samples(self, workdir: Any, step: int) -> None:
-        """Write the samples: there are none."""
-
-
-def make_source(run: Run, first: int, saved: dict[str, Any]) -> Offline | Rollouts:
-    """Return where the loop's batches come from, going on after ``first`` steps."""
-    if run.resolved.rollouts is None:
-        return Offline(batches_of(run, run.train, run.examples)(first))
-    if saved:
-        run.train.restore(run.workdir, saved)
-    return run.train
-
-
 def lower(run: Run) -> jax.stages.Lowered:
     """Lower the run's very train step."""
     batch = partitioning.abstract_batch(run.mesh, run.train.abstract())
     return partitioning.lower_train_step(
         run.step_spec, run.state_specs.state, run.state_specs.frozen, batch, run.mesh
     )
-
-
-def open_checkpoints(config: Config, workdir: str) -> Checkpoints:
-    """Open a run's checkpoints as its config says."""
-    c = config.checkpoint
-    return Checkpoints(
-        workdir,
-        every_steps=c.every_steps,
-        keep=c.keep,
-        best_metric=c.best_metric.lstrip("-"),
-        best_mode="min" if c.best_metric.startswith("-") else "max",
-        local=c.local,
-        local_every_steps=c.local_every_steps,
-        digest=record.digest(configs.to_dict(config)),
-    )
-
-
-class Trained(NamedTuple):
-    """A run's policy, read back."""
-
-    config: Config
-    resolved: ResolvedConfig
-    mesh: Mesh
-    params: Any  # the whole policy: base, adapters and heads
-    step: int
-
-
-def restore(workdir: str, which: str = "latest") -> Trained:
-    """Read back the policy that a run has trained, onto whatever devices there are.
-
-    Args:
-        workdir: the run's folder.
-        which: "latest", "best" or a step.
-
-    Raises:
-        FileNotFoundError: no run, or no such checkpoint, in the folder.
-    """
-    path = epath.Path(workdir) / "config.json"
-    if not path.exists():
-        raise FileNotFoundError(f"{workdir} is not a run's folder: it has no config.json")
-    config = configs.read(configs.from_dict(json.loads(path.read_text())["config"]))
-    # whatever devices there are; the local tier is the trainer's hosts' own
-    config = dataclasses.replace(
-        config, mesh=MeshOptions(), checkpoint=dataclasses.replace(config.checkpoint, local="")
-    )
-    resolved = resolve_config(config, jax.device_count())
-    mesh = make_mesh(dataclasses.asdict(config.mesh))
-    step_spec = make_step_spec(config, resolved, total_steps=1 + config.optimizer.warmup_steps)
-    specs = make_state_specs(config, resolved, step_spec, mesh)
-    with jax.set_mesh(mesh), open_checkpoints(config, workdir) as checkpoints:
-        restored = checkpoints.restore(specs.state, which)
-        if restored is None:
-            raise FileNotFoundError(f"{workdir} has no checkpoint")
-        frozen = weights.load_frozen(
-            step_spec,
-            specs,
-            path=config.model.path,
-            seed=config.seed,
-            reference_path=config.reference.path,
-        )
-        return Trained(
-            config, resolved, mesh, merge(frozen["base"], restored.state["params"]), restored.step
-        )

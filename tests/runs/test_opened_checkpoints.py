@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from align_jax.core import config as configs
-from align_jax.runs import setup
+from align_jax.runs import trained
 
 
 @pytest.mark.parametrize("metric, best", [("eval/loss", 1), ("-eval/loss", 2)])
@@ -14,7 +14,7 @@ def test_a_minus_keeps_the_checkpoint_of_the_smallest_metric(tmp_path, metric, b
     config = configs.defaults()
     config.checkpoint.update(every_steps=1, keep=1, best_metric=metric)
     state = {"step": jax.device_put(jnp.int32(0), jax.devices()[0])}
-    with setup.open_checkpoints(config, str(tmp_path)) as checkpoints:
+    with trained.open_checkpoints(configs.parse(config), str(tmp_path)) as checkpoints:
         for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0)):
             assert checkpoints.save(step, state, metrics={"eval/loss": loss})
         checkpoints.wait()

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where the loop's batches come from: a fixed data set, or the policy's own samples.
+
+data set ─ (reference's log-probabilities, cached) ─ Offline ─┐
+                                                              ├─ next(weights) ─► Batch
+prompts ─ rollouts of the policy ───────────────── Rollouts ──┘
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import tqdm
+from etils import epath
+
+from align_jax.data.datasets import Examples
+from align_jax.data.pipeline import Pipeline
+from align_jax.data.tokenizer import tokenizer_digest
+from align_jax.interop import hf
+from align_jax.online.rollout import Rollouts
+from align_jax.parallel import distributed
+from align_jax.parallel.sharding import put_batch
+from align_jax.runs import weights
+from align_jax.runs.setup import Run, make_pipeline, make_reference_specs
+from align_jax.training import partitioning, reference
+
+
+def cached_reference(run: Run, examples: Examples) -> reference.Cache:
+    """Read the reference's token log-probabilities of a data set from disk, or compute and keep
+    them."""
+    config, r = run.config, run.config.reference
+    path = r.path or config.model.path
+    inputs = {
+        "examples": examples.digest,
+        "tokenizer": tokenizer_digest(run.resolved.tokenizer),
+        "max_length": config.max_length,
+        "truncation": [
+            config.data.truncation,
+            config.data.max_prompt_length,
+            list(config.data.control_tokens),
+        ],
+        "weights": reference.weights_digest(hf.locate(path) if path else None, config.seed),
+        "model": repr(run.resolved.model_config),
+        "types": [r.dtype, config.model.compute_dtype, "" if r.path else config.model.quantize],
+    }
+    file = (
+        epath.Path(r.cache or epath.Path(run.workdir) / "reference")
+        / f"{reference.digest_of(inputs)}.npz"
+    )
+    if (found := reference.load(file, inputs)) is not None:
+        return found
+    specs = make_reference_specs(config, run.resolved, run.step_spec, run.mesh)
+    frozen = weights.load_frozen(
+        run.step_spec, specs, path=config.model.path, seed=config.seed, reference_path=r.path
+    )
+    step = partitioning.jit_reference_step(run.step_spec)
+    batches = make_pipeline(config, run.resolved, run.mesh, examples, once=True).iterator()
+    cache = reference.compute(
+        iter(tqdm.tqdm(batches, desc="reference", disable=None)),
+        lambda batch: step(frozen, put_batch(run.mesh, batch)),
+        len(examples),
+    )
+    if distributed.is_main():
+        reference.save(file, cache, inputs)
+    return cache
+
+
+def batches_of(run: Run, source: Pipeline, examples: Examples) -> Callable[[int], Iterator[Any]]:
+    """Return a function from a step to this process's batches from there on, the cached reference
+    filled in."""
+    if run.config.reference.mode != "cached" or not run.step_spec.wants_reference:
+        return source.iterator
+    cache = cached_reference(run, examples)
+    return lambda step: map(cache.fill, source.iterator(step))
+
+
+class Offline:
+    """Batches of a fixed data set with the face of an online source: the loop sees no
+    difference."""
+
+    metrics: dict[str, float] = {}
+
+    def __init__(self, batches: Iterator[Any]):
+        self._batches = batches
+
+    def next(self, weights: Callable[[], Any]) -> Any:
+        """Return this process's next batch, whatever the weights."""
+        return next(self._batches)
+
+    def save(self, workdir: Any, step: int, kept: Sequence[int] = ()) -> dict[str, Any]:
+        """Return what a checkpoint has to hold beside the step: nothing."""
+        return {}
+
+    def log_samples(self, workdir: Any, step: int) -> None:
+        """Write the samples: there are none."""
+
+
+def make_source(run: Run, first: int, saved: dict[str, Any]) -> Offline | Rollouts:
+    """Return where the loop's batches come from, going on after ``first`` steps."""
+    if run.resolved.rollouts is None:
+        return Offline(batches_of(run, run.train, run.examples)(first))
+    if saved:
+        run.train.restore(run.workdir, saved)
+    return run.train

@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run has trained: its checkpoints opened, its policy read back."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any, NamedTuple
+
+import jax
+from etils import epath
+from jax.sharding import Mesh
+
+from align_jax.core import config as configs
+from align_jax.core.options import Config, MeshOptions
+from align_jax.models.lora import merge
+from align_jax.parallel.mesh import make_mesh
+from align_jax.runs import weights
+from align_jax.runs.setup import ResolvedConfig, make_state_specs, make_step_spec, resolve_config
+from align_jax.storage import workdir as record
+from align_jax.storage.checkpoint import Checkpoints
+
+
+def open_checkpoints(config: Config, workdir: str) -> Checkpoints:
+    """Open a run's checkpoints as its config says."""
+    c = config.checkpoint
+    return Checkpoints(
+        workdir,
+        every_steps=c.every_steps,
+        keep=c.keep,
+        best_metric=c.best_metric.lstrip("-"),
+        best_mode="min" if c.best_metric.startswith("-") else "max",
+        local=c.local,
+        local_every_steps=c.local_every_steps,
+        digest=record.digest(configs.to_dict(config)),
+    )
+
+
+class Trained(NamedTuple):
+    """A run's policy, read back."""
+
+    config: Config
+    resolved: ResolvedConfig
+    mesh: Mesh
+    params: Any  # the whole policy: base, adapters and heads
+    step: int
+
+
+def restore(workdir: str, which: str = "latest") -> Trained:
+    """Read back the policy that a run has trained, onto whatever devices there are.
+
+    Args:
+        workdir: the run's folder.
+        which: "latest", "best" or a step.
+
+    Raises:
+        FileNotFoundError: no run, or no such checkpoint, in the folder.
+    """
+    path = epath.Path(workdir) / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{workdir} is not a run's folder: it has no config.json")
+    config = configs.read(configs.from_dict(json.loads(path.read_text())["config"]))
+    # whatever devices there are; the local tier is the trainer's hosts' own
+    config = dataclasses.replace(
+        config, mesh=MeshOptions(), checkpoint=dataclasses.replace(config.checkpoint, local="")
+    )
+    resolved = resolve_config(config, jax.device_count())
+    mesh = make_mesh(dataclasses.asdict(config.mesh))
+    step_spec = make_step_spec(config, resolved, total_steps=1 + config.optimizer.warmup_steps)
+    specs = make_state_specs(config, resolved, step_spec, mesh)
+    with jax.set_mesh(mesh), open_checkpoints(config, workdir) as checkpoints:
+        restored = checkpoints.restore(specs.state, which)
+        if restored is None:
+            raise FileNotFoundError(f"{workdir} has no checkpoint")
+        frozen = weights.load_frozen(
+            step_spec,
+            specs,
+            path=config.model.path,
+            seed=config.seed,
+            reference_path=config.reference.path,
+        )
+        return Trained(
+            config, resolved, mesh, merge(frozen["base"], restored.state["params"]), restored.step
+        )
