@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
 import math
 import os
 import re
@@ -191,12 +192,8 @@ def describe_topology(name: str) -> Topology:
             f"CHIP one of {', '.join(known)}; for instance v5e:8x8, v5p:2x2x2, "
             "2*v6e:16x16"
         )
-    try:
-        import libtpu
-    except ImportError as error:
-        raise ModuleNotFoundError(
-            "compiling for TPUs needs libtpu: pip install 'align_jax[plan]'"
-        ) from error
+    if importlib.util.find_spec("libtpu") is None:
+        raise ModuleNotFoundError("compiling for TPUs needs libtpu: pip install 'align_jax[plan]'")
     from jax.experimental import topologies
 
     slices, generation = int(match[1] or 1), match[2]

@@ -6,13 +6,13 @@ command runs on a laptop, on one chip, and on every host of a pod:
 
     explicit    JAX_COORDINATOR_ADDRESS=host:port  JAX_NUM_PROCESSES=n  JAX_PROCESS_ID=i
     Slurm       srun (SLURM_PROCID and SLURM_NTASKS)
-    TPU, GKE    the metadata of the TPU virtual machine; TPU_WORKER_HOSTNAMES and TPU_WORKER_ID; MEGASCALE_* for slices
+    TPU, GKE    the metadata of the TPU virtual machine; TPU_WORKER_HOSTNAMES and TPU_WORKER_ID;
+                MEGASCALE_* for slices
     else        one process
 """
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import importlib.util
 import os
@@ -35,8 +35,6 @@ _ON_A_TPU = (
     "TPU_NAME",
     "COLAB_TPU_ADDR",
 )
-# a barrier's key may be used once: name and count
-_passed: collections.Counter[str] = collections.Counter()
 
 
 class Processes(NamedTuple):
@@ -214,40 +212,6 @@ def deadline(message: str, seconds: float | int) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
-
-
-def barrier(name: str, timeout_seconds: float | int = 600) -> None:
-    """Wait until every process is here.
-
-    Args:
-        name: what for; shown when it fails.
-        timeout_seconds: how long to wait for the others.
-
-    Raises:
-        TimeoutError: not all came; the message names those that did not, as the coordinator knows
-            them.
-    """
-    if jax.process_count() == 1:
-        return
-    # here: half a second that single processes need not spend
-    from orbax.checkpoint import multihost
-
-    _passed[name] += 1
-    try:
-        multihost.get_barrier_sync_fn()(
-            key=f"align_jax/{name}/{_passed[name]}", timeout_ms=int(timeout_seconds * 1000)
-        )
-    except Exception as error:  # the runtime's own class is not public
-        missing = " ".join(
-            str(error).partition("timed out task names:")[2].partition("RPC:")[0].split()
-        )
-        raise TimeoutError(
-            f"barrier {name!r}: not all {jax.process_count()} processes came within "
-            f"{timeout_seconds} s; missing: "
-            f"{missing or 'unknown'}; this is process {jax.process_index()}. Look at the logs of "
-            "the missing ones. "
-            f"{str(error).splitlines()[0]}"
-        ) from error
 
 
 @contextlib.contextmanager

@@ -299,7 +299,7 @@ def prepare(config: Config, workdir: str) -> Run:
         ValueError, KeyError, FileNotFoundError: a mistake in the config, the data or the workdir.
     """
     resolved = resolve_config(config, jax.device_count())
-    record.check(workdir, configs.to_dict(config))
+    record.check(workdir, configs.to_dict(config), configs.may_change())
     mesh = make_mesh(dataclasses.asdict(config.mesh))
     examples, held_out = read_data(config, resolved)
     held: Pipeline | None = None

@@ -23,17 +23,8 @@ from align_jax.storage.checkpoint import Checkpoints
 
 def open_checkpoints(config: Config, workdir: str) -> Checkpoints:
     """Open a run's checkpoints as its config says."""
-    c = config.checkpoint
-    return Checkpoints(
-        workdir,
-        every_steps=c.every_steps,
-        keep=c.keep,
-        best_metric=c.best_metric.lstrip("-"),
-        best_mode="min" if c.best_metric.startswith("-") else "max",
-        local=c.local,
-        local_every_steps=c.local_every_steps,
-        digest=record.digest(configs.to_dict(config)),
-    )
+    digest = record.digest(configs.to_dict(config), configs.may_change())
+    return Checkpoints(workdir, config.checkpoint, digest=digest)
 
 
 class Trained(NamedTuple):

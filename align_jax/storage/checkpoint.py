@@ -2,17 +2,19 @@
 """Checkpoints through Orbax: written in the background, committed atomically, checked when read
 back.
 
-    WORKDIR/checkpoints/120/            one step: state (arrays), extra (JSON), metrics (JSON, where there are any)
-    WORKDIR/checkpoints/damaged-120/    set aside: it could not be read, or its arrays are not what was saved
+    WORKDIR/checkpoints/120/            one step: state (arrays), extra (JSON), metrics (JSON,
+                                        where there are any)
+    WORKDIR/checkpoints/corrupt-120/    set aside: it could not be read, or its arrays are not what
+                                        was saved
     WORKDIR/checkpoints/superseded-140/ set aside: later than the step that the run was told to go
-    back to
+                                        back to
 
 A save holds a checksum of every array, an integer sum over its bits that does not depend on how
 the array was split; a restore computes it again on the devices, so a flipped bit is found as surely
 as a missing file.
 
-With a folder on each host's own storage, `local_checkpoint` saves there more often; the newest of
-both is gone on from.
+With a folder on each host's own storage, `local_tier` saves there more often; the newest of both
+is gone on from.
 """
 
 from __future__ import annotations
@@ -31,25 +33,24 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
+from align_jax.core.options import CheckpointOptions
 from align_jax.storage.checksums import checksums, differences
 from align_jax.storage.local_tier import LocalCheckpoints
 from align_jax.storage.multihost import (
-    GOOD,
-    TRANSIENT,
-    Damaged,
-    Mismatch,
+    CorruptError,
+    MismatchError,
     StorageError,
     allgather_messages,
-    brief,
+    any_process,
     make_shared_folder,
     on_first_process,
-    read_together,
-    worst_verdict,
+    one_line,
+    read_on_all,
 )
 
 FOLDER = "checkpoints"
-REWOUND = "rewound.json"
-PAST = "past"
+REWOUND = "rewound.json"  # the step that the run was told to go back to, and has
+LINEAGE = "lineage"  # names the run's history; begun anew or set back, it has another
 LONGEST_WAIT_SECONDS = 60.0
 _log = logging.getLogger(__name__)
 
@@ -69,59 +70,43 @@ class Checkpoints:
 
     Args:
         workdir: a folder that all processes see: a local path, a shared mount, or ``gs://...``.
-        every_steps: steps between saves; 0: only those asked for.
-        keep: how many of the newest to keep.
-        best_metric: keep the best by this metric too, whatever its age
-            (``eval/rewards/accuracies``); "" for none.
-        best_mode: "max" or "min": which end of ``best_metric`` is good.
+        options: what is saved, how often, how much of it is kept, and whether locally too.
+        digest: of the configuration: what another one has left in ``options.local`` is not read.
         attempts: how often a failing store is tried before the run stops.
         backoff_seconds: the wait after the first failure; doubled at each further one, up to a
             minute.
         timeout_seconds: how long the processes wait for each other in a save.
-        local: a folder on each host's own storage for more frequent checkpoints; "" for none.
-        local_every_steps: steps between those.
-        digest: of the configuration: what another one has left in ``local`` is not read.
     """
 
     def __init__(
         self,
-        workdir: str | epath.PathLike,
+        workdir: epath.PathLike,
+        options: CheckpointOptions,
         *,
-        every_steps: int = 0,
-        keep: int = 3,
-        best_metric: str = "",
-        best_mode: str = "max",
+        digest: str = "",
         attempts: int = 5,
         backoff_seconds: float = 1.0,
         timeout_seconds: int = 1200,
-        local: str = "",
-        local_every_steps: int = 1,
-        digest: str = "",
     ):
-        if keep < 1:
-            raise ValueError(f"checkpoint.keep must be at least 1, got {keep}")
-        if best_mode not in ("max", "min"):
-            raise ValueError(f"checkpoint.best_mode must be 'max' or 'min', got {best_mode!r}")
         self._folder = _absolute(workdir) / FOLDER
-        self._every, self._best_metric, self._sign = (
-            every_steps,
-            best_metric,
-            1.0 if best_mode == "max" else -1.0,
-        )
+        self._every = options.every_steps
+        self._best_metric = options.best_metric.removeprefix("-")
+        self._sign = -1.0 if options.best_metric.startswith("-") else 1.0
         self._attempts, self._backoff = attempts, backoff_seconds
-        self._failures, self._pending_step = 0, None
+        self._failures = 0
+        self._pending_step: int | None = None
         make_shared_folder(self._folder)
-        policies = [checkpoint_managers.LatestN(keep)]
-        if best_metric:
+        policies: list[Any] = [checkpoint_managers.LatestN(options.keep)]
+        if self._best_metric:
             policies.append(
                 checkpoint_managers.BestN(
                     get_metric_fn=self._goodness, n=1, keep_checkpoints_without_metrics=False
                 )
             )
-        self._options = ocp.CheckpointManagerOptions(
+        self._manager_options = ocp.CheckpointManagerOptions(
             create=False,
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
-            best_fn=self._goodness if best_metric else None,
+            best_fn=self._goodness if self._best_metric else None,
             cleanup_tmp_directories=True,
             async_options=ocp.AsyncOptions(timeout_secs=timeout_seconds),
             multiprocessing_options=ocp.options.MultiprocessingOptions(
@@ -129,11 +114,15 @@ class Checkpoints:
             ),
         )
         self._manager = self._open()
-        self._digest, self._local = digest, None
-        if local:
-            place = f"{_absolute(workdir).name}-{zlib.crc32(str(_absolute(workdir)).encode()):08x}"
+        self._digest = digest
+        self._local: LocalCheckpoints | None = None
+        if options.local:
+            path = _absolute(workdir)  # two runs of the same name may share a host
+            name = f"{path.name}-{zlib.crc32(str(path).encode()):08x}"
             self._local = LocalCheckpoints(
-                epath.Path(local) / place, self._past(), every_steps=local_every_steps
+                epath.Path(options.local) / name,
+                self._lineage(),
+                every_steps=options.local_every_steps,
             )
 
     def __enter__(self) -> Checkpoints:
@@ -177,7 +166,7 @@ class Checkpoints:
             and self._pending_step is not None
             and not self._manager.is_saving_in_progress()
         ):
-            self._settle()
+            self._await_save()
         if jax.process_count() == 1 and self._failures > 0:
             return "persistent"
         return "local" if self._local and self._local.due(step) else ""
@@ -213,37 +202,32 @@ class Checkpoints:
         """
         if metrics is not None and self._best_metric and self._best_metric not in metrics:
             raise KeyError(
-                f"checkpoint.best_metric {self._best_metric!r} is not among the "
-                "evaluation's metrics "
-                f"{sorted(metrics)}"
+                f"checkpoint.best_metric {self._best_metric!r} is not among the evaluation's "
+                f"metrics {sorted(metrics)}"
             )
         if self._local:
             # there in seconds, the other perhaps not in time
             self._local.save(step, state, extra or {})
         if tier == "local":
             return True
-        self._settle()
+        self._await_save()
         if step in self.steps():
             return False
-        numbers = (
-            {name: float(value) for name, value in (metrics or {}).items()}
-            if self._best_metric
-            else None
-        )
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
             extra=ocp.args.JsonSave({"extra": dict(extra or {}), "checksums": checksums(state)}),
         )
+        scores = {}
+        if metrics and self._best_metric:
+            scores = {name: float(value) for name, value in metrics.items()}
         while True:
             error = None
             try:
                 self._pending_step = step
-                self._manager.save(step, args=items, metrics=numbers or None, force=True)
+                self._manager.save(step, args=items, metrics=scores or None, force=True)
             except Exception as caught:  # whatever a store throws: the count below decides
                 error = caught
-            if not self._succeeded(step, error):
-                continue
-            if not wait or self._settle():
+            if self._succeeded(step, error) and (not wait or self._await_save()):
                 return True
 
     def wait(self) -> None:
@@ -252,13 +236,13 @@ class Checkpoints:
         Raises:
             StorageError: it failed, as the ones before it.
         """
-        self._settle()
+        self._await_save()
 
     def close(self) -> None:
         """Wait for the saves in the background and let go of the threads."""
         if self._local:
             self._local.close()
-        self._settle()
+        self._await_save()
         self._manager.close()
 
     def restore(
@@ -282,11 +266,11 @@ class Checkpoints:
 
         Raises:
             ValueError: the checkpoint is of another model or optimizer (the differing arrays are
-                named); one that was asked for by step or path is damaged, or all of them are.
+                named); one that was asked for by step or path is corrupt, or all of them are.
             FileNotFoundError: there is no such checkpoint.
             StorageError: the store cannot be read.
         """
-        self._settle()
+        self._await_save()
         which = str(which)
         if which not in ("latest", "best") and not which.isdigit():
             own = self._restore_latest(abstract_state)
@@ -300,14 +284,19 @@ class Checkpoints:
             )
         restored = self._read_or_stop(self._path(step), abstract_state)
         if rewind:
-            for later in self.steps():
-                if later > step:
-                    self._set_aside(later, "superseded")
-            self._once(lambda: (self._folder / PAST).unlink(missing_ok=True))
-            if self._local:
-                self._local.begin_anew(self._past())
-            self._once(lambda: (self._folder / REWOUND).write_text(which))
+            self._rewind(step, which)
         return restored
+
+    def _rewind(self, step: int, which: str) -> None:
+        """Set the later steps aside and begin another history, in this order: a kill between two of
+        these leaves a run that does all of it once more."""
+        for later in self.steps():
+            if later > step:
+                self._set_aside(later, "superseded")
+        self._on_first(lambda: (self._folder / LINEAGE).unlink(missing_ok=True))
+        if self._local:
+            self._local.reset(self._lineage())
+        self._on_first(lambda: (self._folder / REWOUND).write_text(which))
 
     def _goodness(self, metrics: Mapping[str, float]) -> float:
         return self._sign * metrics[self._best_metric]
@@ -326,53 +315,60 @@ class Checkpoints:
     def _read_or_stop(self, path: epath.Path, abstract_state: Any) -> Restored:
         try:
             return self._read(path, abstract_state)
-        except Damaged as error:
-            raise ValueError(f"checkpoint {path} is damaged: {error}") from error
+        except CorruptError as error:
+            raise ValueError(f"checkpoint {path} is corrupt: {error}") from error
 
     def _restore_latest(self, abstract_state: Any) -> Restored | None:
         any_here = bool(self.steps())
         while True:
             step = max(self.steps(), default=None)
-            found = self._local.restore(abstract_state, at_least=step or 0) if self._local else None
-            if found is not None:
-                return Restored(*found, f"{self._local.folder}/{found.step}")
-            if step is None:
+            found = self._restore_local(abstract_state, step or 0)
+            if found is not None or step is None:
                 break
             try:
                 return self._read(self._path(step), abstract_state)
-            except Damaged as error:
-                aside = self._set_aside(step, "damaged")
+            except CorruptError as error:
+                aside = self._set_aside(step, "corrupt")
                 _log.warning(
-                    "checkpoint of step %d is damaged (%s): moved to %s; going back to step %s",
+                    "checkpoint of step %d is corrupt (%s): moved to %s; going back to step %s",
                     step,
                     error,
                     aside,
                     self.last_good(),
                 )
-        if not any_here:
+        if found is None and any_here:
+            raise ValueError(
+                f"every checkpoint in {self._folder} is corrupt (see corrupt-* there). To begin "
+                "again from step 0, restart the same command; to begin elsewhere, set "
+                "checkpoint.restore to a path"
+            )
+        return found
+
+    def _restore_local(self, abstract_state: Any, at_least: int) -> Restored | None:
+        if self._local is None:
             return None
-        raise ValueError(
-            f"every checkpoint in {self._folder} is damaged (see damaged-* there). "
-            "To begin again from "
-            "step 0, restart the same command; to begin elsewhere, set "
-            "checkpoint.restore to a path"
-        )
+        found = self._local.restore(abstract_state, at_least=at_least)
+        return None if found is None else Restored(*found, f"{self._local.folder}/{found.step}")
 
     def _read(self, path: epath.Path, abstract_state: Any) -> Restored:
-        """Read one step; every process comes to the same verdict, though only one may have met the
-        trouble."""
-        record, state = read_together(
-            lambda: _read_here(path, abstract_state), path, self._attempts, self._pause
-        )
-        found = checksums(state)  # all processes together, so only when all have read their part
+        """Read one step; every process ends alike, though only one may have met the trouble."""
+
+        def read() -> tuple[dict[str, Any], Any]:
+            return _read_here(path, abstract_state)
+
+        record, state = read_on_all(read, path, self._attempts, self._pause)
+        found = checksums(state)  # all processes together, so only when all have read their shards
         wrong = [name for name in found if found[name] != record["checksums"].get(name)]
         if wrong:
-            raise Damaged(f"the contents of {wrong[:5]} are not what was saved")
+            raise CorruptError(f"the contents of {wrong[:5]} are not what was saved")
         return Restored(int(path.name), state, record["extra"], str(path))
 
-    def _settle(self) -> bool:
-        """Wait for the save in the background; false if it failed (and the count of failures allows
-        another)."""
+    def _await_save(self) -> bool:
+        """Wait for the save in the background.
+
+        Returns:
+            False if it failed, and the count of failures allows another attempt.
+        """
         if self._pending_step is None:
             return True
         error = None
@@ -381,29 +377,29 @@ class Checkpoints:
         except Exception as caught:  # whatever a store throws: the count of failures decides
             error = caught
         step, self._pending_step = self._pending_step, None
-        return self._succeeded(step, error, done=True)
+        done = self._succeeded(step, error)
+        if done:
+            self._failures = 0
+        return done
 
-    def _succeeded(self, step: int, error: Exception | None, *, done: bool = False) -> bool:
-        if worst_verdict(GOOD if error is None else TRANSIENT) == GOOD:
-            self._failures = 0 if done else self._failures
+    def _succeeded(self, step: int, error: Exception | None) -> bool:
+        """Tell whether a save went well on all processes; count it, and stop the run, if not."""
+        if not any_process(error is not None):
             return True
         self._pending_step, self._failures = None, self._failures + 1
-        reason = "seen by another process" if error is None else brief(error)
         with contextlib.suppress(Exception):  # its own threads' errors, reported above
             self._manager.close()
         self._manager = self._open()  # forget what was half done
         if self._failures >= self._attempts:
             raise StorageError(
                 f"step {step} could not be saved to {self._folder} in {self._failures} attempts: "
-                f"{reason}. Last good "
-                f"checkpoint: step {self.last_good()}. Free space or permissions there, then "
-                "restart the same "
-                "command"
+                f"{one_line(error)}. Last good checkpoint: step {self.last_good()}. Free space or "
+                "permissions there, then restart the same command"
             ) from error
         _log.warning(
             "saving step %d failed (%s): attempt %d of %d",
             step,
-            reason,
+            one_line(error),
             self._failures,
             self._attempts,
         )
@@ -414,8 +410,8 @@ class Checkpoints:
         time.sleep(min(self._backoff * 2**attempt, LONGEST_WAIT_SECONDS))
 
     def _open(self) -> ocp.CheckpointManager:
-        self._once(self._drop_broken_metrics)
-        return ocp.CheckpointManager(self._folder, options=self._options)
+        self._on_first(self._drop_broken_metrics)
+        return ocp.CheckpointManager(self._folder, options=self._manager_options)
 
     def _drop_broken_metrics(self) -> None:
         """Take away metrics that cannot be read (the manager would not open); the state beside them
@@ -448,13 +444,12 @@ class Checkpoints:
             )
         return _absolute(folder) / str(max(steps))
 
-    def _past(self) -> str:
-        """Name what the run has behind it; begun anew or set back, it has another past, and so has
-        another config."""
-        path = self._folder / PAST
-        self._once(lambda: path.exists() or path.write_text(secrets.token_hex(8)))
-        told = allgather_messages({"past": path.read_text() if jax.process_index() == 0 else ""})
-        return f"{self._digest}/{told[0]['past']}"
+    def _lineage(self) -> str:
+        """Name the run's configuration and history, the latter by a random token in the workdir."""
+        path = self._folder / LINEAGE
+        self._on_first(lambda: path.exists() or path.write_text(secrets.token_hex(8)))
+        first = {"token": path.read_text() if jax.process_index() == 0 else ""}
+        return f"{self._digest}/{allgather_messages(first)[0]['token']}"
 
     def _rewound_to(self) -> str | None:
         path = self._folder / REWOUND
@@ -468,12 +463,12 @@ class Checkpoints:
                 target.rmtree()
             self._path(step).rename(target)
 
-        self._once(move)
+        self._on_first(move)
         self._manager.reload()
         return target
 
-    def _once(self, act: Callable[[], Any]) -> None:
-        on_first_process(act, self._folder)
+    def _on_first(self, action: Callable[[], Any]) -> None:
+        on_first_process(action, self._folder)
 
 
 def _read_here(path: epath.Path, abstract_state: Any) -> tuple[dict[str, Any], Any]:
@@ -482,7 +477,7 @@ def _read_here(path: epath.Path, abstract_state: Any) -> tuple[dict[str, Any], A
     problems = differences(handler.metadata(path / "state").tree, abstract_state)
     if problems:
         more = f" and {len(problems) - 20} more" if len(problems) > 20 else ""
-        raise Mismatch(
+        raise MismatchError(
             f"checkpoint {path} is of another model or optimizer: "
             f"{'; '.join(problems[:20])}{more}. "
             "Use the configuration that wrote it, or another workdir"

@@ -2,12 +2,13 @@
 """Checkpoints on each host's own storage (a RAM disk, a local SSD): frequent, cheap, and gone with
 the host.
 
-    LOCAL/RUN/0/120/    one step of a process (0: its host's first): state (its parts of every array), record (JSON)
+    LOCAL/RUN/0/120/    one step of a process (0: its host's first): state (its shards of every
+                        array), record (JSON)
 
 Orbax writes them: in the background, committed on all processes or on none.  A killed process finds
-its own again. One that lost them, or whose own are damaged, is given its part by a process that
-holds the same part (mesh axis data > 1: another replica).  Hosts may have changed places: what a
-process has saved, not its number, says where it stood.
+its own again.  One that lost them, or whose own are corrupt, is given its shards by a process that
+holds the same ones (mesh axis data > 1: another replica).  Hosts may have changed places: what a
+process has saved, not its number, says where on the mesh it stood.
 
 Orbax 0.12 has managers for two tiers (`experimental.emergency`), and this file uses the parts of
 them that hold: its `CheckpointManager` keeps nothing locally with one replica, nor on the first of
@@ -25,7 +26,7 @@ import logging
 import math
 import os
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -35,15 +36,16 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from align_jax.storage.checksums import bits_of, checksums, leaf_name, shard_checksums
-from align_jax.storage.multihost import DAMAGED, GOOD, allgather_messages, brief, worst_verdict
+from align_jax.storage.checksums import bits_of, checksums, named_leaves, shard_checksums
+from align_jax.storage.multihost import allgather_messages, any_process, one_line
 
-KEEP = 2  # the newest may be damaged, or not yet committed on every host
-MOST_FAILURES = 3  # running; then this tier is off
+KEEP = 2  # the newest may be corrupt, or not yet committed on every host
+MAX_FAILURES = 3  # running; then this tier is off
 _log = logging.getLogger(__name__)
+Record = Mapping[str, Any]  # the JSON beside a process's shards
 
 
-class Found(NamedTuple):
+class LocalRestored(NamedTuple):
     """A local checkpoint read back."""
 
     step: int
@@ -52,16 +54,16 @@ class Found(NamedTuple):
 
 
 class LocalCheckpoints:
-    """A run's checkpoints on the hosts' own storage.  Every process makes the same calls with the
-    same arguments.
+    """A run's checkpoints on the hosts' own storage; every process makes the same calls.
 
     Trouble with this tier never stops a run: it is named in a warning, and the persistent tier
     stays.
 
     Args:
-        folder: a path that is another folder on each host; every process of a host gets a place of
-            its own in it.
-        run: names the run, its configuration and its history; what another has left is not read.
+        folder: a path that is another folder on each host; every process of a host gets a
+            subfolder of its own.
+        lineage: names the run, its configuration and its history; what another has left is not
+            read.
         every_steps: steps between saves.
         timeout_seconds: how long the processes wait for each other in a save.
 
@@ -70,68 +72,63 @@ class LocalCheckpoints:
     """
 
     def __init__(
-        self,
-        folder: str | epath.PathLike,
-        run: str,
-        *,
-        every_steps: int,
-        timeout_seconds: int = 120,
+        self, folder: epath.PathLike, lineage: str, *, every_steps: int, timeout_seconds: int = 120
     ):
         hosts = [message["host"] for message in allgather_messages({"host": socket.gethostname()})]
-        place = hosts[: jax.process_index()].count(hosts[jax.process_index()])
-        self.folder = epath.Path(os.path.abspath(folder)) / str(place)
-        self._run, self._every, self._timeout = run, every_steps, timeout_seconds
-        self._failures, self._pending_step, self._saved_step, self._restored_step = (
-            0,
-            None,
-            None,
-            None,
-        )
+        local_index = hosts[: jax.process_index()].count(hosts[jax.process_index()])
+        self.folder = epath.Path(os.path.abspath(folder)) / str(local_index)
+        self._lineage, self._every, self._timeout = lineage, every_steps, timeout_seconds
+        self._failures = 0
+        self._pending_step: int | None = None
+        self._saved_step: int | None = None
+        self._restored_step: int | None = None
         self._error: Exception | None = None
-        _claim(self.folder)
-        logging.getLogger("absl").addFilter(_worth_saying)
+        _claim_folder(self.folder)
+        logging.getLogger("absl").addFilter(_not_a_size_notice)
         self._manager = self._open()
 
     def steps(self) -> list[int]:
         """Return the steps that this process can go back to, oldest first."""
-        own = {step for step in self._manager.all_steps() if step != self._pending_step}
-        return sorted(own | ({self._restored_step} - {None}))
+        steps = {step for step in self._manager.all_steps() if step != self._pending_step}
+        if self._restored_step is not None:  # another process may have given it
+            steps.add(self._restored_step)
+        return sorted(steps)
 
     def due(self, step: int) -> bool:
         """Tell whether this step is one to save at."""
-        return self._failures < MOST_FAILURES and step % self._every == 0
+        return self._failures < MAX_FAILURES and step % self._every == 0
 
     def save(self, step: int, state: Any, extra: Mapping[str, Any]) -> None:
-        """Save in the background, unless this step is saved; the state may be donated as soon as
-        this returns."""
-        self.settle()
-        if self._failures >= MOST_FAILURES or step == self._saved_step:
+        """Save in the background; the state may be donated as soon as this returns.
+
+        A step that is saved already is not saved again.
+        """
+        self.wait()
+        if self._failures >= MAX_FAILURES or step == self._saved_step:
             return
-        names, arrays = _flat(state)
+        leaves = named_leaves(state)
+        arrays = list(leaves.values())
         mesh, sums = arrays[0].sharding.mesh, shard_checksums(arrays)
-        places = _places(mesh)
+        positions = _positions(mesh)
         record = {
-            "run": self._run,
+            "lineage": self._lineage,
             "mesh": dict(mesh.shape),
             "processes": jax.process_count(),
             "extra": dict(extra),
-            "checksums": checksums(dict(zip(names, arrays))),
-            "places": list(places.values()),
-            "sums": [sums[device] for device in places],
+            "checksums": checksums(leaves),
+            "positions": list(positions.values()),
+            "shard_checksums": [sums[device] for device in positions],
         }
         self._pending_step = self._saved_step = step
+        items = ocp.args.Composite(
+            state=ocp.args.PyTreeSave(arrays), record=ocp.args.JsonSave(record)
+        )
         try:
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.PyTreeSave(arrays), record=ocp.args.JsonSave(record)
-                ),
-                force=True,
-            )
-        except Exception as error:  # a full or broken disk: settle tells the other processes
+            self._manager.save(step, args=items, force=True)
+        except Exception as error:  # a full or broken disk: wait() tells the other processes
             self._error = error
 
-    def settle(self) -> None:
+    def wait(self) -> None:
         """Wait for the save in the background; a failed one is only named."""
         if self._pending_step is None:
             return
@@ -141,7 +138,7 @@ class LocalCheckpoints:
         except Exception as caught:  # whatever a disk throws
             error = error or caught
         step, self._pending_step = self._pending_step, None
-        if worst_verdict(GOOD if error is None else DAMAGED) == GOOD:
+        if not any_process(error is not None):
             self._failures = 0
             return
         self._failures += 1
@@ -149,76 +146,56 @@ class LocalCheckpoints:
             "local checkpoint of step %d could not be saved to %s (%s)%s",
             step,
             self.folder,
-            "seen by another process" if error is None else brief(error),
-            "; no more are tried" if self._failures == MOST_FAILURES else "",
+            one_line(error),
+            "; no more are tried" if self._failures == MAX_FAILURES else "",
         )
         with contextlib.suppress(Exception):  # its own threads' errors, reported above
             self._manager.close()
         self._manager = self._open()  # forget what was half done
 
-    def restore(self, abstract_state: Any, *, at_least: int) -> Found | None:
-        """Read the newest step that the processes have together; None if there is none from step
-        ``at_least`` on.
+    def restore(self, abstract_state: Any, *, at_least: int) -> LocalRestored | None:
+        """Read the newest step that the processes have together, from step ``at_least`` on.
 
-        What turns out to be damaged is deleted, and the next best tried.
+        What turns out to be corrupt is deleted, and the next best tried.
+
+        Returns:
+            The checkpoint; None if there is none.
         """
-        self.settle()
-        names, wanted = _flat(abstract_state)
-        mesh = wanted[0].sharding.mesh
-        records = self._usable(mesh, names)
+        self.wait()
+        wanted = named_leaves(abstract_state)
+        mesh = next(iter(wanted.values())).sharding.mesh
+        records = self._usable_records(mesh, list(wanted))
+        # Ends: every round that fails deletes a process's copy of a step.
         while True:
-            offers = allgather_messages(
-                {
-                    step: {"key": _key(record), "places": record["places"]}
-                    for step, record in records.items()
-                    if int(step) >= at_least
-                }
-            )
-            choice = _newest(offers, mesh, wanted)
+            choice = _newest_complete(_offers(records, at_least), mesh, list(wanted.values()))
             if choice is None:
                 self.clear(after=at_least)
                 return None
-            step, old_mesh, holders = choice
-            mine = records[step] if jax.process_index() in holders else None
-            with jax.set_mesh(old_mesh):
-                arrays, problem = self._read(step, mine, wanted, old_mesh)
-                told = allgather_messages({"record": None if problem else mine})
-                sound = tuple(process for process, message in enumerate(told) if message["record"])
-                whole = _covered(wanted, old_mesh, sound)
-                if whole and len(sound) < jax.process_count():
-                    arrays = [_given(array, sound) for array in arrays]
-            if whole:
-                arrays = [
-                    jax.device_put(array, leaf.sharding) for array, leaf in zip(arrays, wanted)
-                ]
-                common = told[sound[0]]["record"]
-                if checksums(dict(zip(names, arrays))) == common["checksums"]:
-                    break
-                problem = problem or "the parts do not belong together"
-            if mine and problem:
-                del records[step]
-                self._drop(step, problem)
-        _say_who_lost(step, sound)
-        self.clear(after=int(step))
-        self._restored_step = self._saved_step = int(step)
-        return Found(
-            int(step),
-            jax.tree.unflatten(jax.tree.structure(abstract_state), arrays),
-            common["extra"],
+            record = records[choice.step] if jax.process_index() in choice.holders else None
+            arrays, extra, problem = self._read(choice, record, wanted)
+            if arrays is not None:
+                break
+            if record is not None and problem:
+                del records[choice.step]
+                self._delete(choice.step, problem)
+        step = int(choice.step)
+        self.clear(after=step)
+        self._restored_step = self._saved_step = step
+        return LocalRestored(
+            step, jax.tree.unflatten(jax.tree.structure(abstract_state), arrays), extra
         )
 
     def clear(self, *, after: int = -1) -> None:
-        """Delete this process's steps later than ``after``: not the past of what is trained from
-        here on."""
+        """Delete this process's steps later than ``after``: the run's history ends there."""
         for step in self._manager.all_steps():
             if step > after:
                 (self.folder / str(step)).rmtree()
         self._manager.reload()
 
-    def begin_anew(self, run: str) -> None:
+    def reset(self, lineage: str) -> None:
         """Delete all steps, and go on under another name: copies that turn up later are not
         read."""
-        self._run, self._restored_step = run, None
+        self._lineage, self._restored_step = lineage, None
         self.clear()
 
     def wait_until_finished(self) -> None:
@@ -227,7 +204,7 @@ class LocalCheckpoints:
 
     def close(self) -> None:
         """Wait for the save in the background and let go of the threads."""
-        self.settle()
+        self.wait()
         self._manager.close()
 
     def _open(self) -> ocp.CheckpointManager:
@@ -239,81 +216,114 @@ class LocalCheckpoints:
             primary_host=None, barrier_sync_key_prefix="local"
         )
         handlers = {
-            "state": _handler(everyone),
+            "state": _make_handler(everyone),
             "record": ocp.JsonCheckpointHandler(multiprocessing_options=everyone),
         }
-        return ocp.CheckpointManager(
-            self.folder,
-            item_handlers=handlers,
-            options=ocp.CheckpointManagerOptions(
-                create=False,
-                max_to_keep=KEEP,
-                multiprocessing_options=everyone,
-                enable_per_process_directory_creation=True,
-                save_root_metadata=False,
-                async_options=ocp.AsyncOptions(timeout_secs=self._timeout),
-            ),
+        options = ocp.CheckpointManagerOptions(
+            create=False,
+            max_to_keep=KEEP,
+            multiprocessing_options=everyone,
+            enable_per_process_directory_creation=True,
+            save_root_metadata=False,
+            async_options=ocp.AsyncOptions(timeout_secs=self._timeout),
         )
+        return ocp.CheckpointManager(self.folder, item_handlers=handlers, options=options)
 
-    def _usable(self, mesh: Mesh, names: Sequence[str]) -> dict[str, dict[str, Any]]:
-        """Read this process's records; delete what this run cannot go on from."""
+    def _usable_records(self, mesh: Mesh, names: list[str]) -> dict[str, Record]:
+        """Read this process's records; delete the steps that this run cannot go on from."""
         usable = {}
         for step in map(str, sorted(self._manager.all_steps())):
             try:
                 record = json.loads((self.folder / step / "record" / "metadata").read_text())
-                saved_on = (record["mesh"], record["processes"])
-                if record["run"] != self._run:
-                    raise ValueError("it is of another run, configuration or past")
-                if saved_on != (dict(mesh.shape), jax.process_count()):
-                    raise ValueError(
-                        f"saved on the mesh {saved_on[0]} by {saved_on[1]} "
-                        "processes, this run has "
-                        f"{dict(mesh.shape)} and {jax.process_count()}"
-                    )
-                if list(record["checksums"]) != list(names):
-                    raise ValueError("it holds other arrays than this run's state")
+                problem = self._unusable(record, mesh, names)
+            except (
+                Exception
+            ) as error:  # what a corrupt file makes a reader throw is anybody's guess
+                problem = one_line(error)
+            if problem:
+                self._delete(step, problem)
+            else:
                 usable[step] = record
-            # what a damaged file makes a reader throw is anybody's guess
-            except Exception as error:
-                self._drop(step, brief(error))
         return usable
 
+    def _unusable(self, record: Record, mesh: Mesh, names: list[str]) -> str:
+        """Say why this run cannot go on from what a record describes; "" if it can."""
+        if record["lineage"] != self._lineage:
+            return "it is of another run, configuration or past"
+        if (record["mesh"], record["processes"]) != (dict(mesh.shape), jax.process_count()):
+            return (
+                f"saved on the mesh {record['mesh']} by {record['processes']} processes, this run "
+                f"has {dict(mesh.shape)} and {jax.process_count()}"
+            )
+        if list(record["checksums"]) != names:
+            return "it holds other arrays than this run's state"
+        return ""
+
     def _read(
-        self, step: str, record: Mapping[str, Any] | None, wanted: Sequence[Any], mesh: Mesh
+        self, choice: _Choice, record: Record | None, wanted: Mapping[str, Any]
+    ) -> tuple[list[jax.Array] | None, dict[str, Any], str]:
+        """Read a step together: each process its own shards, and those it lacks from others.
+
+        Returns:
+            The arrays on this run's mesh (None if they are not whole and sound), what was saved
+            beside them, and what is wrong with this process's shards ("" if nothing is).
+        """
+        leaves = list(wanted.values())
+        # On the mesh as it was saved: this process's devices own the shards that its files hold,
+        # wherever on this run's mesh they stand.
+        with jax.set_mesh(choice.mesh):
+            arrays, problem = self._read_own(choice, record, leaves)
+            messages = allgather_messages({"record": None if problem else record})
+            sound = tuple(i for i, message in enumerate(messages) if message["record"])
+            if not _complete(leaves, choice.mesh, sound):
+                return None, {}, problem
+            if len(sound) < jax.process_count():
+                arrays = [_share_shards(array, sound) for array in arrays]
+        arrays = [jax.device_put(array, leaf.sharding) for array, leaf in zip(arrays, leaves)]
+        common = messages[sound[0]]["record"]
+        if checksums(dict(zip(wanted, arrays))) != common["checksums"]:
+            return None, {}, problem or "the shards do not belong together"
+        lost = [i for i in range(jax.process_count()) if i not in sound]
+        if lost and jax.process_index() == 0:
+            _log.warning(
+                "local checkpoint of step %s: processes %s had no sound one; others gave them "
+                "theirs",
+                choice.step,
+                lost,
+            )
+        return arrays, common["extra"], problem
+
+    def _read_own(
+        self, choice: _Choice, record: Record | None, leaves: Sequence[Any]
     ) -> tuple[list[jax.Array], str]:
-        """Read this process's parts, zeros where it has none; and say what is wrong with them, ""
-        if nothing is."""
+        """Read this process's shards, zeros where it has none; and say what is wrong with them."""
         targets = [
             jax.ShapeDtypeStruct(
-                leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, leaf.sharding.spec)
+                leaf.shape, leaf.dtype, sharding=NamedSharding(choice.mesh, leaf.sharding.spec)
             )
-            for leaf in wanted
+            for leaf in leaves
         ]
         arrays, problem = None, "" if record else "lost"
         try:
             if record:
-                arrays = _handler(ocp.options.MultiprocessingOptions(primary_host=None)).restore(
-                    self.folder / step / "state",
-                    args=ocp.args.PyTreeRestore(
-                        item=targets,
-                        restore_args=ocp.checkpoint_utils.construct_restore_args(targets),
-                    ),
+                arguments = ocp.args.PyTreeRestore(
+                    item=targets, restore_args=ocp.checkpoint_utils.construct_restore_args(targets)
                 )
+                handler = _make_handler(ocp.options.MultiprocessingOptions(primary_host=None))
+                arrays = handler.restore(self.folder / choice.step / "state", args=arguments)
         except Exception as error:  # as above
-            problem = brief(error)
+            problem = one_line(error)
         if arrays is None:
-            arrays = [
-                jax.make_array_from_callback(
-                    leaf.shape, leaf.sharding, functools.partial(_zeros, leaf)
-                )
-                for leaf in targets
-            ]
-        sums = shard_checksums(arrays)  # all processes together
-        if record and not problem and [sums[device] for device in _places(mesh)] != record["sums"]:
-            problem = "the contents are not what was saved"
+            arrays = [jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding) for leaf in targets]
+        sums = shard_checksums(arrays)  # all processes together, those without a sound copy too
+        if record and not problem:
+            found = [sums[device] for device in _positions(choice.mesh)]
+            problem = (
+                "" if found == record["shard_checksums"] else "the contents are not what was saved"
+            )
         return arrays, problem
 
-    def _drop(self, step: str, why: str) -> None:
+    def _delete(self, step: str, why: str) -> None:
         _log.warning(
             "local checkpoint of step %s in %s on process %d is not used (%s): deleted",
             step,
@@ -325,9 +335,8 @@ class LocalCheckpoints:
         self._manager.reload()
 
 
-def _handler(everyone: ocp.options.MultiprocessingOptions) -> ocp.PyTreeCheckpointHandler:
-    """Return a handler with which each process writes and reads all that it holds, not one replica
-    of it."""
+def _make_handler(everyone: ocp.options.MultiprocessingOptions) -> ocp.PyTreeCheckpointHandler:
+    """Make a handler with which each process writes and reads all its shards, not one replica."""
     registry = ocp.type_handlers.create_type_handler_registry(
         (
             jax.Array,
@@ -344,12 +353,12 @@ def _handler(everyone: ocp.options.MultiprocessingOptions) -> ocp.PyTreeCheckpoi
     )
 
 
-def _worth_saying(record: logging.LogRecord) -> bool:
+def _not_a_size_notice(record: logging.LogRecord) -> bool:
     # Orbax says it at every save of this kind
     return "Global object size logging disabled" not in str(record.msg)
 
 
-def _claim(folder: epath.Path) -> None:
+def _claim_folder(folder: epath.Path) -> None:
     """Make the folder, and see that no other process has the same one."""
     error, token = None, str(jax.process_index())
     try:
@@ -357,144 +366,148 @@ def _claim(folder: epath.Path) -> None:
         (folder / "owner").write_text(token)
     except OSError as caught:
         error = caught
-    if worst_verdict(GOOD if error is None else DAMAGED) != GOOD:
+    if any_process(error is not None):
         raise ValueError(
-            "checkpoint.local: expected a folder on every host that its processes "
-            "can write to; "
-            f"{folder} is not: "
-            f"{'on another process' if error is None else brief(error)}"
+            "checkpoint.local: expected a folder on every host that its processes can write to; "
+            f"{folder} is not: {one_line(error)}"
         ) from error
-    shared = (folder / "owner").read_text() != token
-    if worst_verdict(DAMAGED if shared else GOOD) != GOOD:
+    # All have written: where two share the folder, one of them reads the other's number.
+    if any_process((folder / "owner").read_text() != token):
         raise ValueError(
-            f"checkpoint.local: {folder} is one folder that several hosts share; "
-            "expected one of each "
-            "host's own, such as /dev/shm/align_jax (what all hosts share is "
-            "--workdir)"
+            f"checkpoint.local: {folder} is one folder that several hosts share; expected one of "
+            "each host's own, such as /dev/shm/align_jax (what all hosts share is --workdir)"
         )
 
 
-def _flat(tree: Any) -> tuple[list[str], list[Any]]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return [leaf_name(path) for path, _ in leaves], [leaf for _, leaf in leaves]
+def _positions(mesh: Mesh) -> dict[jax.Device, int]:
+    """Return where on the mesh this process's devices stand, in the order of their ids."""
+    flat = list(mesh.devices.flat)
+    own = [device for device in flat if device.process_index == jax.process_index()]
+    return {device: flat.index(device) for device in sorted(own, key=lambda device: device.id)}
 
 
-def _zeros(leaf: Any, index: tuple[slice, ...]) -> np.ndarray:
-    return np.zeros(
-        [len(range(*part.indices(size))) for part, size in zip(index, leaf.shape)], leaf.dtype
-    )
+class _Choice(NamedTuple):
+    """A step that the processes hold together."""
+
+    step: str
+    mesh: Mesh  # each holder's devices where they stood when it saved
+    holders: tuple[int, ...]  # processes that hold shards of it
 
 
-def _key(record: Mapping[str, Any]) -> str:
-    """Name the state that a process's part belongs to: parts of the same step from two attempts may
-    differ in bits."""
-    return hashlib.sha256(json.dumps(record["checksums"]).encode()).hexdigest()
+def _offers(records: Mapping[str, Record], at_least: int) -> list[dict[str, Any]]:
+    """Tell all processes which steps each holds, of what state, and where its devices stood.
+
+    Shards of the same step from two attempts may differ in bits: the state's name is a digest of
+    its checksums.
+    """
+    offer = {}
+    for step, record in records.items():
+        if int(step) >= at_least:
+            state = hashlib.sha256(json.dumps(record["checksums"]).encode()).hexdigest()
+            offer[step] = {"state": state, "positions": record["positions"]}
+    return allgather_messages(offer)
 
 
-def _places(mesh: Mesh) -> dict[jax.Device, int]:
-    """Say where on the mesh this process's devices stand, in the order of their numbers."""
-    places = {
-        device: place
-        for place, device in enumerate(mesh.devices.flat)
-        if device.process_index == jax.process_index()
-    }
-    return dict(sorted(places.items(), key=lambda item: item[0].id))
-
-
-def _newest(
-    offers: Sequence[Mapping[str, Any]], mesh: Mesh, wanted: Sequence[Any]
-) -> tuple[str, Mesh, tuple[int, ...]] | None:
-    """Choose the newest step of which the offers hold every part: (step, mesh it stands on, who
-    holds parts of it)."""
-    for step in sorted({step for offer in offers for step in offer}, key=int, reverse=True):
-        for key in sorted({offer[step]["key"] for offer in offers if step in offer}):
-            places = {
-                process: offer[step]["places"]
-                for process, offer in enumerate(offers)
-                if step in offer and offer[step]["key"] == key
+def _newest_complete(
+    offers: Sequence[Mapping[str, Any]], mesh: Mesh, leaves: Sequence[Any]
+) -> _Choice | None:
+    """Choose the newest step of which the processes hold every shard."""
+    steps = {step for offer in offers for step in offer}
+    for step in sorted(steps, key=int, reverse=True):
+        found = {process: offer[step] for process, offer in enumerate(offers) if step in offer}
+        for state in sorted({one["state"] for one in found.values()}):
+            positions = {
+                process: one["positions"] for process, one in found.items() if one["state"] == state
             }
-            old_mesh, holders = _mesh_at(mesh, places)
-            if _covered(wanted, old_mesh, holders):
-                return step, old_mesh, holders
+            saved_mesh, holders = _mesh_as_saved(mesh, positions)
+            if _complete(leaves, saved_mesh, holders):
+                return _Choice(step, saved_mesh, holders)
         if jax.process_index() == 0:
             _log.warning(
-                "local checkpoint of step %s is not used: processes %s have lost their "
-                "parts, and no other "
-                "replica holds them",
+                "local checkpoint of step %s is not used: processes %s have lost their shards, "
+                "and no other replica holds them",
                 step,
-                [i for i, offer in enumerate(offers) if step not in offer],
+                [process for process in range(len(offers)) if process not in found],
             )
     return None
 
 
-def _mesh_at(mesh: Mesh, places: Mapping[int, Sequence[int]]) -> tuple[Mesh, tuple[int, ...]]:
-    """Put each process's devices where they stood when it saved, the others on what is left."""
-    devices: dict[int, list[jax.Device]] = {}
+def _mesh_as_saved(
+    mesh: Mesh, positions: Mapping[int, Sequence[int]]
+) -> tuple[Mesh, tuple[int, ...]]:
+    """Put each process's devices where they stood when it saved, the others on what is left.
+
+    Returns:
+        That mesh, and the processes whose devices could be put there.
+    """
+    own: dict[int, list[jax.Device]] = {}
     for device in sorted(mesh.devices.flat, key=lambda device: device.id):
-        devices.setdefault(device.process_index, []).append(device)
-    seats: list[jax.Device | None] = [None] * mesh.size
+        own.setdefault(device.process_index, []).append(device)
+    taken: dict[int, jax.Device] = {}
     holders = []
-    for process, own in sorted(places.items()):
-        if len(own) == len(devices[process]) and all(seats[place] is None for place in own):
+    for process, wanted in sorted(positions.items()):
+        # two hosts may both hold a shard's files, copied there by hand: the first is taken
+        if len(wanted) == len(own[process]) and not taken.keys() & set(wanted):
             holders.append(process)
-            for place, device in zip(own, devices[process]):
-                seats[place] = device
-    rest = iter([device for device in mesh.devices.flat if device not in seats])
-    array = np.array([next(rest) if seat is None else seat for seat in seats]).reshape(
-        mesh.devices.shape
-    )
+            taken.update(zip(wanted, own[process]))
+    rest = iter([device for device in mesh.devices.flat if device not in taken.values()])
+    devices = [taken[i] if i in taken else next(rest) for i in range(mesh.size)]
+    array = np.array(devices).reshape(mesh.devices.shape)
     return Mesh(array, mesh.axis_names, axis_types=mesh.axis_types), tuple(holders)
 
 
-def _covered(wanted: Sequence[Any], mesh: Mesh, holders: tuple[int, ...]) -> bool:
-    return all(
-        _givers(NamedSharding(mesh, spec), shape, holders)
-        for spec, shape in {(leaf.sharding.spec, leaf.shape) for leaf in wanted}
-    )
+def _complete(leaves: Sequence[Any], mesh: Mesh, holders: tuple[int, ...]) -> bool:
+    """Tell whether the holders have every shard of every array between them."""
+    forms = {(leaf.sharding.spec, leaf.shape) for leaf in leaves}
+    return all(_source_devices(NamedSharding(mesh, spec), shape, holders) for spec, shape in forms)
 
 
 @functools.lru_cache
-def _givers(
+def _source_devices(
     sharding: NamedSharding, shape: tuple[int, ...], holders: tuple[int, ...]
 ) -> frozenset[jax.Device]:
-    """Choose for every part of an array one device that has it; none at all if a part is
-    nowhere."""
-    parts: dict[tuple[Any, ...], jax.Device | None] = {}
+    """Choose for every shard of an array one device that has it; none at all if one is nowhere."""
+    sources: dict[Any, Any] = {}  # shard -> device; None: nowhere so far
     for device, index in sharding.devices_indices_map(shape).items():
-        part = tuple((axis.start, axis.stop) for axis in index)
-        if parts.get(part) is None:
-            parts[part] = device if device.process_index in holders else None
-    return frozenset() if None in parts.values() else frozenset(parts.values())
+        shard = tuple((axis.start, axis.stop) for axis in index)
+        if sources.get(shard) is None:
+            sources[shard] = device if device.process_index in holders else None
+    return frozenset() if None in sources.values() else frozenset(sources.values())
 
 
-def _given(array: jax.Array, holders: tuple[int, ...]) -> jax.Array:
-    """Give each part of an array, bit for bit, from the device that has it to all that should."""
-    mesh, spec = array.sharding.mesh, array.sharding.spec
-    used = {
-        axis
-        for part in spec
-        if part is not None
-        for axis in ((part,) if isinstance(part, str) else part)
-    }
-    spare = tuple(axis for axis in mesh.axis_names if axis not in used)  # along them lie copies
-    givers = _givers(array.sharding, array.shape, holders)
-    copies = [
-        jax.device_put(
-            (np.asarray if shard.device in givers else np.zeros_like)(shard.data)[None],
-            shard.device,
-        )
-        for shard in array.addressable_shards
-    ]
+def _share_shards(array: jax.Array, holders: tuple[int, ...]) -> jax.Array:
+    """Give each shard of an array, bit for bit, from the device that has it to its replicas.
+
+    The replicas of a shard lie along the mesh axes that its spec leaves out.  Stacked along these,
+    all but the source zeros, their bits sum to the source's.
+    """
+    sharding: Any = array.sharding  # a NamedSharding
+    mesh, spec = sharding.mesh, sharding.spec
+    replicated = tuple(axis for axis in mesh.axis_names if axis not in _axes_of(spec))
+    sources = _source_devices(sharding, array.shape, holders)
+    copies = []
+    for shard in array.addressable_shards:
+        values = np.asarray(shard.data) if shard.device in sources else np.zeros_like(shard.data)
+        copies.append(jax.device_put(values[None], shard.device))
     stacked = jax.make_array_from_single_device_arrays(
-        (math.prod(mesh.shape[axis] for axis in spare), *array.shape),
-        NamedSharding(mesh, PartitionSpec(spare, *spec)),
+        (math.prod(mesh.shape[axis] for axis in replicated), *array.shape),
+        NamedSharding(mesh, PartitionSpec(replicated, *spec)),
         copies,
     )
-    return _sum_of_bits(array.sharding)(stacked)
+    return _sum_of_bits(sharding)(stacked)
+
+
+def _axes_of(spec: PartitionSpec) -> set[str]:
+    axes: set[str] = set()
+    for entry in spec:
+        if entry is not None:
+            axes |= {entry} if isinstance(entry, str) else set(entry)
+    return axes
 
 
 @functools.lru_cache
-def _sum_of_bits(sharding: NamedSharding) -> Any:
+def _sum_of_bits(sharding: NamedSharding) -> Callable[[jax.Array], jax.Array]:
+    # As integers: a floating-point sum with zeros would turn -0.0 into 0.0.
     def add(stacked: jax.Array) -> jax.Array:
         bits = bits_of(stacked)
         total = jnp.sum(bits, axis=0, dtype=jnp.uint32).astype(bits.dtype)
@@ -503,13 +516,3 @@ def _sum_of_bits(sharding: NamedSharding) -> Any:
         return jax.lax.bitcast_convert_type(total, stacked.dtype)
 
     return jax.jit(add, out_shardings=sharding)
-
-
-def _say_who_lost(step: str, sound: Sequence[int]) -> None:
-    lost = [process for process in range(jax.process_count()) if process not in sound]
-    if lost and jax.process_index() == 0:
-        _log.warning(
-            "local checkpoint of step %s: processes %s had no sound one; others gave them theirs",
-            step,
-            lost,
-        )

@@ -11,34 +11,12 @@ import pathlib
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
 from etils import epath
 
-# A run may go on with another value of these: they change where and how fast it runs, how long, and
-# what is said of it, not what a step computes.  "group." stands for the whole group.
-MAY_CHANGE = (
-    "mesh.",
-    "checkpoint.",
-    "log.",
-    "debug.",
-    "total_steps",
-    "total_epochs",
-    "total_examples",
-    "microbatches",
-    "model.remat",
-    "model.attention",
-    "eval.every_steps",
-    "eval.batch_size",
-    "data.prefetch",
-    "data.cache",
-    "reference.cache",
-    "rollout.log_samples_every_steps",
-    "rollout.rows",
-    "rollout.tensor",
-)
 PACKAGES = (
     "align_jax",
     "jax",
@@ -70,7 +48,7 @@ def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def differing(
-    config: Mapping[str, Any], recorded: Mapping[str, Any], may_change: Sequence[str] = MAY_CHANGE
+    config: Mapping[str, Any], recorded: Mapping[str, Any], may_change: Collection[str]
 ) -> dict[str, tuple[Any, Any]]:
     """List the keys whose values differ and may not: key -> (recorded value, this run's value).
 
@@ -78,33 +56,31 @@ def differing(
     new keys.
     """
     old, new = flat(recorded), flat(config)
-    free = tuple(name for name in may_change if name.endswith("."))
     return {
         key: (old.get(key), new.get(key))
         for key in sorted(old.keys() | new.keys())
-        if old.get(key) != new.get(key) and key not in may_change and not key.startswith(free)
+        if old.get(key) != new.get(key) and key not in may_change
     }
 
 
-def digest(config: Mapping[str, Any], may_change: Sequence[str] = MAY_CHANGE) -> str:
+def digest(config: Mapping[str, Any], may_change: Collection[str]) -> str:
     """Name a configuration by all that a resumed run may not change in it.
 
-    >>> digest({"seed": 0, "log": {"every_steps": 1}}) == digest({"seed": 0, "log": {"every_steps": 5}})
+    >>> runs = [{"seed": 0, "log": {"every_steps": n}} for n in (1, 5)]
+    >>> digest(runs[0], {"log.every_steps"}) == digest(runs[1], {"log.every_steps"})
     True
     """
     fixed = {key: value for key, (_, value) in differing(config, {}, may_change).items()}
     return hashlib.sha256(json.dumps(fixed, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def check(
-    workdir: str | epath.PathLike, config: Mapping[str, Any], may_change: Sequence[str] = MAY_CHANGE
-) -> None:
+def check(workdir: epath.PathLike, config: Mapping[str, Any], may_change: Collection[str]) -> None:
     """Refuse a workdir that holds another configuration's checkpoints; before anything is compiled.
 
     Args:
         workdir: local path or ``gs://...``; it need not exist.
         config: the resolved configuration as nested mappings.
-        may_change: keys, or groups ending in a dot, in which a resumed run may differ.
+        may_change: dotted keys in which a resumed run may differ.
 
     Raises:
         ValueError: there are checkpoints, and ``config.json`` beside them differs; every differing
@@ -124,15 +100,13 @@ def check(
             f"  {key}: {was!r} there, {now!r} here" for key, (was, now) in changes.items()
         )
         raise ValueError(
-            f"workdir {workdir} holds the checkpoints of another "
-            f"configuration:\n{lines}\n"
-            "Use another --workdir, or the values that it was started with (to "
-            "begin from its weights: "
-            "--config.checkpoint.restore=PATH in a new workdir)"
+            f"workdir {workdir} holds the checkpoints of another configuration:\n{lines}\n"
+            "Use another --workdir, or the values that it was started with (to begin from its "
+            "weights: --config.checkpoint.restore=PATH in a new workdir)"
         )
 
 
-def write_record(workdir: str | epath.PathLike, config: Mapping[str, Any]) -> dict[str, Any]:
+def write_record(workdir: epath.PathLike, config: Mapping[str, Any]) -> dict[str, Any]:
     """Write ``config.json``: the resolved configuration, versions, devices, git commit and command.
 
     Only the first process of a pod should.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One process of the tests of checkpoints and signals: ``library_worker.py ACT WORKDIR``."""
+"""One process of the tests of checkpoints and signals: ``library_worker.py ACTION WORKDIR``."""
 
 import logging
 import os
@@ -17,10 +17,14 @@ distributed.start()
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
+from align_jax.core.options import CheckpointOptions
 from align_jax.parallel.mesh import make_mesh
 from align_jax.storage import checkpoint
 from align_jax.storage.checkpoint import Checkpoints
+
+OPTIONS = CheckpointOptions(every_steps=0)
 
 
 def _sharding():
@@ -48,14 +52,14 @@ def _abstract():
 
 def save(workdir):
     """Save two steps."""
-    with Checkpoints(workdir) as checkpoints:
+    with Checkpoints(workdir, OPTIONS) as checkpoints:
         for step in (1, 2):
             checkpoints.save(step, _state(step), {"from": jax.process_count()})
 
 
 def restore(workdir):
     """Restore the newest; print its step, who wrote it and whether every value is right."""
-    with Checkpoints(workdir, backoff_seconds=0.0) as checkpoints:
+    with Checkpoints(workdir, OPTIONS, backoff_seconds=0.0) as checkpoints:
         restored = checkpoints.restore(_abstract())
         kernels = [state["params"]["kernel"] for state in (restored.state, _state(restored.step))]
         same = jax.jit(lambda x, y: jnp.all(x == y))(*kernels)
@@ -75,7 +79,7 @@ def save_and_lose_one(workdir):
 
     checkpoint._read_here = fail
     restore(workdir)
-    with Checkpoints(workdir) as checkpoints:
+    with Checkpoints(workdir, OPTIONS) as checkpoints:
         checkpoints.save(2, _state(2), {"from": jax.process_count()})
 
 
@@ -98,7 +102,8 @@ def _replicated(step):
 
 
 def _local(workdir):
-    return Checkpoints(workdir, local=f"{workdir}/local", local_every_steps=1)
+    options = CheckpointOptions(every_steps=0, local=f"{workdir}/local", local_every_steps=1)
+    return Checkpoints(workdir, options)
 
 
 def _restore_locally(workdir):
@@ -115,12 +120,12 @@ def _restore_locally(workdir):
         print("restored", restored.step, restored.extra["count"], bool(same))
 
 
-def _meanwhile(act):
+def _meanwhile(action):
     """Let the first process do something while the others wait."""
-    distributed.barrier("before")
+    multihost_utils.sync_global_devices("before")
     if jax.process_index() == 0:
-        act()
-    distributed.barrier("after")
+        action()
+    multihost_utils.sync_global_devices("after")
 
 
 def lose_local_storage(workdir):
@@ -147,10 +152,9 @@ def lose_local_storage(workdir):
 
 
 def mistakes(workdir):
-    """Open a workdir that is another folder for each process, and a local one that is not; miss a
-    barrier."""
+    """Open a workdir that is another folder for each process, and a local one that is not."""
     try:
-        Checkpoints(f"{workdir}/{jax.process_index()}")
+        Checkpoints(f"{workdir}/{jax.process_index()}", OPTIONS)
     except ValueError as error:
         print(error)
     socket.gethostname = lambda: f"host{jax.process_index()}"
@@ -158,17 +162,11 @@ def mistakes(workdir):
         _local(workdir)
     except ValueError as error:
         print(error)
-    try:
-        if jax.process_index() == 0:
-            distributed.barrier("meeting", timeout_seconds=1)
-    except TimeoutError as error:
-        print(error)
-    distributed.barrier("end", timeout_seconds=20)
 
 
 def _loop(workdir, stop):
     add = jax.jit(lambda x: (x + 1.0, jnp.sum(x)))
-    with distributed.stop_signal() as stopping, Checkpoints(workdir) as checkpoints:
+    with distributed.stop_signal() as stopping, Checkpoints(workdir, OPTIONS) as checkpoints:
         state = _state(0)
         for step in range(1, 10_000):
             state["params"]["kernel"], total = add(state["params"]["kernel"])

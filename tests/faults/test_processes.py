@@ -10,23 +10,23 @@ import processes
 WORKER = str(processes.ROOT / "tests/faults/library_worker.py")
 
 
-def _run(act, workdir, count, log, **options):
+def _run(action, workdir, count, log, **options):
     return processes.wait(
-        processes.start([WORKER, act, str(workdir)], count, log=log), log, **options
+        processes.start([WORKER, action, str(workdir)], count, log=log), log, **options
     )
 
 
-def test_a_checkpoint_of_two_processes_is_read_by_four_and_damage_that_one_sees_sends_all_back(
+def test_a_checkpoint_of_two_processes_is_read_by_four_and_corruption_that_one_sees_sends_all_back(
     tmp_path,
 ):
     for output in _run("save_and_lose_one", tmp_path / "run", 2, tmp_path / "log"):
-        assert "restored 1 2 True" in output and "step 2 is damaged" in output
-    assert (tmp_path / "run/checkpoints/damaged-2").is_dir()
+        assert "restored 1 2 True" in output and "step 2 is corrupt" in output
+    assert (tmp_path / "run/checkpoints/corrupt-2").is_dir()
     for output in _run("restore", tmp_path / "run", 4, tmp_path / "log"):
         assert "restored 2 2 True" in output
 
 
-def test_hosts_that_changed_places_or_lost_their_storage_get_their_parts_from_those_that_hold_them(
+def test_hosts_that_changed_places_or_lost_their_storage_get_their_shards_from_those_that_hold_them(
     tmp_path,
 ):
     outputs = _run("lose_local_storage", tmp_path, 4, tmp_path / "log")
@@ -35,20 +35,13 @@ def test_hosts_that_changed_places_or_lost_their_storage_get_their_parts_from_th
             f"restored {step} {step} True" for step in (3, 2, 1)
         ]
     assert "step 3: processes [1] had no sound one; others gave them theirs" in outputs[0]
-    assert "step 3 is not used: processes [0, 1] have lost their parts" in outputs[0]
+    assert "step 3 is not used: processes [0, 1] have lost their shards" in outputs[0]
 
 
-def test_a_workdir_that_is_not_shared_a_local_folder_that_is_and_a_missed_barrier_are_named(
-    tmp_path,
-):
-    first, second = _run("mistakes", tmp_path, 2, tmp_path / "log")
-    for output in (first, second):
+def test_a_workdir_that_is_not_shared_and_a_local_folder_that_is_are_named(tmp_path):
+    for output in _run("mistakes", tmp_path, 2, tmp_path / "log"):
         assert "not all processes see the same folder" in output
         assert "is one folder that several hosts share" in output
-    assert re.search(
-        "barrier 'meeting': not all 2 processes came within 1 s; missing: 1; this is process 0",
-        first,
-    )
 
 
 def test_ctrl_c_in_one_process_makes_all_save_the_same_step_and_exit_0(tmp_path):

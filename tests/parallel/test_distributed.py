@@ -151,11 +151,6 @@ def test_a_second_interrupt_stops_at_once():
             time.sleep(1)
 
 
-def test_one_process_waits_for_nobody():
-    distributed.barrier("alone", timeout_seconds=0.1)
-    assert distributed.is_main()
-
-
 def test_a_deadline_that_is_kept_does_nothing():
     with distributed.deadline("late", 0.2):
         pass

@@ -11,11 +11,15 @@ import numpy as np
 import optax
 import pytest
 
+from align_jax.core import config as configs
+from align_jax.core.options import CheckpointOptions
 from align_jax.parallel.mesh import make_mesh
 from align_jax.storage import checksums
 from align_jax.storage.checkpoint import Checkpoints
 from align_jax.storage.multihost import StorageError
 
+OPTIONS = CheckpointOptions(every_steps=0, keep=3)
+SCORED = CheckpointOptions(every_steps=0, keep=3, best_metric="eval/loss")
 SPECS = {"kernel": ("fsdp", "tensor"), "bias": ("tensor",)}
 
 
@@ -74,10 +78,10 @@ def mesh():
 
 def test_a_state_comes_back_bit_for_bit_on_another_mesh(tmp_path, mesh):
     state = _state(mesh, 7)
-    with Checkpoints(tmp_path) as checkpoints:
+    with Checkpoints(tmp_path, OPTIONS) as checkpoints:
         assert checkpoints.save(7, state, {"data_step": 7, "num_tokens": 123})
     wanted = _abstract(_mesh(fsdp=2, tensor=2), state)
-    with Checkpoints(tmp_path) as checkpoints:
+    with Checkpoints(tmp_path, OPTIONS) as checkpoints:
         restored = checkpoints.restore(wanted)
     assert (restored.step, restored.extra) == (7, {"data_step": 7, "num_tokens": 123})
     _equal(state, restored.state)
@@ -89,7 +93,7 @@ def test_a_state_comes_back_bit_for_bit_on_another_mesh(tmp_path, mesh):
 def test_a_save_in_the_background_reads_the_state_before_it_is_donated(tmp_path, mesh):
     state = _state(mesh, 3)
     kept = jax.tree.map(np.array, state)
-    with Checkpoints(tmp_path) as checkpoints:
+    with Checkpoints(tmp_path, OPTIONS) as checkpoints:
         checkpoints.save(3, state)
         state = jax.jit(lambda s: jax.tree.map(lambda x: x * x.dtype.type(0), s), donate_argnums=0)(
             state
@@ -100,14 +104,16 @@ def test_a_save_in_the_background_reads_the_state_before_it_is_donated(tmp_path,
 
 
 def test_an_empty_workdir_restores_nothing(tmp_path, mesh):
-    with Checkpoints(tmp_path) as checkpoints:
+    with Checkpoints(tmp_path, OPTIONS) as checkpoints:
         assert checkpoints.restore(_abstract(mesh, _state(mesh))) is None
         assert checkpoints.last_good() is None
 
 
 def test_the_newest_and_the_best_are_kept(tmp_path, mesh):
     scores = {1: 0.1, 2: 0.9, 3: 0.3, 4: None, 5: 0.5, 6: None}
-    with Checkpoints(tmp_path, keep=2, best_metric="eval/accuracy") as checkpoints:
+    with Checkpoints(
+        tmp_path, CheckpointOptions(keep=2, best_metric="eval/accuracy")
+    ) as checkpoints:
         for step, score in scores.items():
             checkpoints.save(
                 step,
@@ -123,7 +129,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path, mesh):
 
 
 def test_the_best_may_be_the_smallest(tmp_path, mesh):
-    with Checkpoints(tmp_path, keep=1, best_metric="eval/loss", best_mode="min") as checkpoints:
+    with Checkpoints(tmp_path, CheckpointOptions(keep=1, best_metric="-eval/loss")) as checkpoints:
         for step, loss in ((1, 3.0), (2, 1.0), (3, 2.0)):
             checkpoints.save(step, _state(mesh, step), metrics={"eval/loss": loss})
         checkpoints.wait()
@@ -148,7 +154,7 @@ def _flip_a_bit(step):
     largest.write_bytes(bytes(data))
 
 
-DAMAGE = {
+CORRUPTIONS = {
     "truncated": _truncate,
     "flipped bit": _flip_a_bit,
     "no arrays": lambda step: shutil.rmtree(step / "state"),
@@ -165,42 +171,42 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("kind", DAMAGE)
-def test_a_damaged_newest_checkpoint_is_set_aside_and_the_one_before_used(
+@pytest.mark.parametrize("kind", CORRUPTIONS)
+def test_a_corrupt_newest_checkpoint_is_set_aside_and_the_one_before_used(
     tmp_path, mesh, caplog, kind
 ):
-    with Checkpoints(tmp_path, best_metric="eval/loss", backoff_seconds=0.0) as checkpoints:
+    with Checkpoints(tmp_path, SCORED, backoff_seconds=0.0) as checkpoints:
         for step in (1, 2):
             checkpoints.save(step, _state(mesh, step), metrics={"eval/loss": 1.0})
-    DAMAGE[kind](tmp_path / "checkpoints/2")
-    with Checkpoints(tmp_path, best_metric="eval/loss", backoff_seconds=0.0) as checkpoints:
+    CORRUPTIONS[kind](tmp_path / "checkpoints/2")
+    with Checkpoints(tmp_path, SCORED, backoff_seconds=0.0) as checkpoints:
         restored = checkpoints.restore(_abstract(mesh, _state(mesh)))
-        if restored.step == 2:  # what was damaged is not needed: the state itself is proved sound
+        if restored.step == 2:  # what was corrupted is not needed: the state itself is proved sound
             assert kind in ("no metadata", "no metrics", "broken metrics")
             _equal(restored.state, _state(mesh, 2))
             return
         assert restored.step == 1
         _equal(restored.state, _state(mesh, 1))
-        assert "step 2 is damaged" in caplog.text
-        assert (tmp_path / "checkpoints/damaged-2").is_dir() and checkpoints.steps() == [1]
+        assert "step 2 is corrupt" in caplog.text
+        assert (tmp_path / "checkpoints/corrupt-2").is_dir() and checkpoints.steps() == [1]
         assert checkpoints.save(2, _state(mesh, 2), metrics={"eval/loss": 1.0}, wait=True)
 
 
-def test_a_damaged_checkpoint_asked_for_by_name_is_an_error(tmp_path, mesh):
-    with Checkpoints(tmp_path) as checkpoints:
+def test_a_corrupt_checkpoint_asked_for_by_name_is_an_error(tmp_path, mesh):
+    with Checkpoints(tmp_path, OPTIONS) as checkpoints:
         checkpoints.save(1, _state(mesh, 1), wait=True)
         checkpoints.save(2, _state(mesh, 2), wait=True)
         _flip_a_bit(tmp_path / "checkpoints/1")
-        with pytest.raises(ValueError, match="checkpoints/1 is damaged"):
+        with pytest.raises(ValueError, match="checkpoints/1 is corrupt"):
             checkpoints.restore(_abstract(mesh, _state(mesh)), 1)
         _flip_a_bit(tmp_path / "checkpoints/2")
-        with pytest.raises(ValueError, match="every checkpoint in .* is damaged"):
+        with pytest.raises(ValueError, match="every checkpoint in .* is corrupt"):
             checkpoints.restore(_abstract(mesh, _state(mesh)))
 
 
 def test_another_models_checkpoint_is_refused_with_the_arrays_named(tmp_path, mesh):
     state = _state(mesh)
-    with Checkpoints(tmp_path) as checkpoints:
+    with Checkpoints(tmp_path, OPTIONS) as checkpoints:
         checkpoints.save(1, state, wait=True)
         other = _abstract(mesh, state)
         other["params"]["layer"]["kernel"] = jax.ShapeDtypeStruct((64, 65), jnp.float32)
@@ -215,16 +221,16 @@ def test_another_models_checkpoint_is_refused_with_the_arrays_named(tmp_path, me
 
 
 def test_a_run_can_start_from_another_runs_checkpoint(tmp_path, mesh):
-    with Checkpoints(tmp_path / "first") as checkpoints:
+    with Checkpoints(tmp_path / "first", OPTIONS) as checkpoints:
         for step in (4, 12):
             checkpoints.save(step, _state(mesh, step), wait=True)
     for path, step in (("first", 12), ("first/checkpoints", 12), ("first/checkpoints/4", 4)):
-        with Checkpoints(tmp_path / f"second{step}") as checkpoints:
+        with Checkpoints(tmp_path / f"second{step}", OPTIONS) as checkpoints:
             assert (
                 checkpoints.restore(_abstract(mesh, _state(mesh)), str(tmp_path / path)).step
                 == step
             )
-    with Checkpoints(tmp_path / "third") as checkpoints:
+    with Checkpoints(tmp_path / "third", OPTIONS) as checkpoints:
         with pytest.raises(FileNotFoundError, match="no such path"):
             checkpoints.restore(_abstract(mesh, _state(mesh)), str(tmp_path / "nowhere"))
         # once it has its own, a restart goes on from there
@@ -234,7 +240,7 @@ def test_a_run_can_start_from_another_runs_checkpoint(tmp_path, mesh):
 
 def test_going_back_sets_the_later_steps_aside_once(tmp_path, mesh):
     abstract = _abstract(mesh, _state(mesh))
-    with Checkpoints(tmp_path) as checkpoints:
+    with Checkpoints(tmp_path, OPTIONS) as checkpoints:
         for step in (1, 2, 3):
             checkpoints.save(step, _state(mesh, step), wait=True)
         assert checkpoints.restore(abstract, 1).step == 1
@@ -251,11 +257,11 @@ def test_going_back_sets_the_later_steps_aside_once(tmp_path, mesh):
 
 
 def test_a_save_cut_short_is_not_a_checkpoint(tmp_path, mesh):
-    with Checkpoints(tmp_path) as checkpoints:
+    with Checkpoints(tmp_path, OPTIONS) as checkpoints:
         checkpoints.save(1, _state(mesh, 1), wait=True)
     half = next((tmp_path / "checkpoints").glob("1"))
     shutil.copytree(half, tmp_path / "checkpoints/2.orbax-checkpoint-tmp-0")
-    with Checkpoints(tmp_path) as checkpoints:
+    with Checkpoints(tmp_path, OPTIONS) as checkpoints:
         assert checkpoints.restore(_abstract(mesh, _state(mesh))).step == 1
         assert checkpoints.save(2, _state(mesh, 2), wait=True)
 
@@ -269,7 +275,7 @@ def test_a_failing_store_is_tried_again_and_then_the_run_stops(tmp_path, mesh, m
             raise OSError("UNAVAILABLE: try again")
         return real(source, target)
 
-    with Checkpoints(tmp_path, attempts=3, backoff_seconds=0.0) as checkpoints:
+    with Checkpoints(tmp_path, OPTIONS, attempts=3, backoff_seconds=0.0) as checkpoints:
         monkeypatch.setattr("os.rename", rename)
         assert checkpoints.save(1, _state(mesh, 1), wait=True)
         assert failures == [0] and checkpoints.steps() == [1] and "attempt 2 of 3" in caplog.text
@@ -288,8 +294,8 @@ def test_a_failing_store_is_tried_again_and_then_the_run_stops(tmp_path, mesh, m
         failures[0] = 0
 
 
-def test_a_store_that_cannot_be_read_now_is_not_called_damaged(tmp_path, mesh, monkeypatch):
-    with Checkpoints(tmp_path, attempts=2, backoff_seconds=0.0) as checkpoints:
+def test_a_store_that_cannot_be_read_now_is_not_called_corrupt(tmp_path, mesh, monkeypatch):
+    with Checkpoints(tmp_path, OPTIONS, attempts=2, backoff_seconds=0.0) as checkpoints:
         checkpoints.save(1, _state(mesh, 1), wait=True)
 
         def fail(*_, **__):
@@ -302,7 +308,7 @@ def test_a_store_that_cannot_be_read_now_is_not_called_damaged(tmp_path, mesh, m
 
 
 def test_saving_twice_at_a_step_is_once(tmp_path, mesh):
-    with Checkpoints(tmp_path, every_steps=2) as checkpoints:
+    with Checkpoints(tmp_path, CheckpointOptions(every_steps=2)) as checkpoints:
         assert [step for step in range(5) if step and checkpoints.due(step)] == [2, 4]
         assert checkpoints.save(2, _state(mesh, 2))
         assert not checkpoints.save(2, _state(mesh, 3), wait=True)
@@ -336,16 +342,15 @@ def test_checksums_see_any_bit_and_no_sharding():
     assert checksums.checksums({"a": swapped})["a"] != first["a"]
 
 
-@pytest.mark.parametrize(
-    "options, message", [({"keep": 0}, "at least 1"), ({"best_mode": "most"}, "'max' or 'min'")]
-)
-def test_impossible_options_are_refused(tmp_path, options, message):
-    with pytest.raises(ValueError, match=message):
-        Checkpoints(tmp_path, **options)
+def test_to_keep_no_checkpoint_is_refused():
+    config = configs.defaults()
+    config.checkpoint.keep = 0
+    with pytest.raises(ValueError, match="checkpoint.keep = 0: expected at least 1"):
+        configs.read(config)
 
 
 def test_the_checksums_lie_beside_the_state(tmp_path, mesh):
-    with Checkpoints(tmp_path) as checkpoints:
+    with Checkpoints(tmp_path, OPTIONS) as checkpoints:
         checkpoints.save(1, _state(mesh, 1), {"note": "x"}, wait=True)
     record = json.loads((tmp_path / "checkpoints/1/extra/metadata").read_text())
     assert record["extra"] == {"note": "x"} and "params/layer/kernel" in record["checksums"]

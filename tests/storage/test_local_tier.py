@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from align_jax.core import config as configs
+from align_jax.core.options import CheckpointOptions
 from align_jax.parallel.mesh import make_mesh
 from align_jax.storage import checksums, local_tier
 from align_jax.storage.checkpoint import Checkpoints
@@ -60,15 +61,11 @@ def mesh():
 
 @pytest.fixture
 def opened(tmp_path):
-    def open_(digest="a", **options):
-        return Checkpoints(
-            tmp_path / "run",
-            every_steps=4,
-            local=str(tmp_path / "local"),
-            local_every_steps=2,
-            digest=digest,
-            **options,
+    def open_(digest="a"):
+        options = CheckpointOptions(
+            every_steps=4, keep=3, local=str(tmp_path / "local"), local_every_steps=2
         )
+        return Checkpoints(tmp_path / "run", options, digest=digest)
 
     return open_
 
@@ -129,7 +126,7 @@ def test_the_state_may_be_donated_as_soon_as_a_local_save_returns(opened, mesh):
         _equal(checkpoints.restore(_abstract(mesh)).state, _state(mesh, 3))
 
 
-DAMAGE = {
+CORRUPTIONS = {
     "flipped bit": _flip_a_bit,
     "no record": lambda step: (step / "record/metadata").unlink(),
     "broken record": lambda step: (step / "record/metadata").write_text("{"),
@@ -137,19 +134,19 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("kind", DAMAGE)
-def test_a_damaged_newest_local_checkpoint_is_named_and_the_one_before_used(
+@pytest.mark.parametrize("kind", CORRUPTIONS)
+def test_a_corrupt_newest_local_checkpoint_is_named_and_the_one_before_used(
     opened, mesh, tmp_path, caplog, kind
 ):
     _fill(opened, mesh, last=11)
-    DAMAGE[kind](_steps(tmp_path)[10])
+    CORRUPTIONS[kind](_steps(tmp_path)[10])
     with opened() as checkpoints:
         assert checkpoints.restore(_abstract(mesh)).step == 8
     assert "local checkpoint of step 10" in caplog.text and "not used" in caplog.text
     assert sorted(_steps(tmp_path)) == [8]
 
 
-def test_a_damaged_persistent_checkpoint_leaves_the_local_one_before_it(opened, mesh, tmp_path):
+def test_a_corrupt_persistent_checkpoint_leaves_the_local_one_before_it(opened, mesh, tmp_path):
     _fill(opened, mesh, last=8)
     _flip_a_bit(_steps(tmp_path)[8])
     _flip_a_bit(tmp_path / "run/checkpoints/8")
@@ -216,7 +213,7 @@ def test_going_back_leaves_the_local_steps_behind_even_those_of_a_host_that_was_
 def test_a_run_begun_from_anothers_checkpoint_goes_on_from_its_own_local_one(
     opened, mesh, tmp_path
 ):
-    with Checkpoints(tmp_path / "first") as checkpoints:
+    with Checkpoints(tmp_path / "first", CheckpointOptions(every_steps=0)) as checkpoints:
         checkpoints.save(12, _state(mesh, 12), wait=True)
     with opened() as checkpoints:
         restored = checkpoints.restore(_abstract(mesh), str(tmp_path / "first"))
@@ -243,7 +240,7 @@ def test_a_failing_local_disk_is_named_then_left_alone_and_the_run_goes_on(
             for step in (1, 2, 3):
                 assert checkpoints._local.due(2)
                 checkpoints.save(step, _state(mesh, step), tier="local")
-            checkpoints._local.settle()
+            checkpoints._local.wait()
         assert caplog.text.count("No space left") >= 3 and "no more are tried" in caplog.text
         assert not any("tmp" in path.name for path in tmp_path.glob("local/run-*/0/*"))
         assert not checkpoints._local.due(2) and checkpoints.due(4) == "persistent"
@@ -251,20 +248,20 @@ def test_a_failing_local_disk_is_named_then_left_alone_and_the_run_goes_on(
         assert checkpoints.restore(_abstract(mesh)).step == 4 and not _steps(tmp_path)
 
 
-def test_each_part_is_given_by_whoever_holds_it_bit_for_bit(mesh):
+def test_each_shard_is_given_by_whoever_holds_it_bit_for_bit(mesh):
     state = _state(mesh, 1)
-    for name, array in state.items():
-        given = jax.jit(lambda x: x, out_shardings=array.sharding)(array)
-        _equal(local_tier._given(given, (0,)), array)
+    for array in state.values():
+        shared = jax.jit(lambda x: x, out_shardings=array.sharding)(array)
+        _equal(local_tier._share_shards(shared, (0,)), array)
     sharding = state["kernel"].sharding
-    givers = local_tier._givers(sharding, (64, 32), (0,))
-    assert len(givers) == 4 and not local_tier._givers(sharding, (64, 32), (1,))
+    sources = local_tier._source_devices(sharding, (64, 32), (0,))
+    assert len(sources) == 4 and not local_tier._source_devices(sharding, (64, 32), (1,))
 
 
 def test_the_record_says_where_each_device_stood_and_what_it_held(opened, mesh, tmp_path):
     _fill(opened, mesh, last=2)
     record = json.loads((_steps(tmp_path)[2] / "record/metadata").read_text())
-    assert record["places"] == list(range(8)) and np.shape(record["sums"]) == (8, 4)
+    assert record["positions"] == list(range(8)) and np.shape(record["shard_checksums"]) == (8, 4)
     assert (
         record["mesh"]["fsdp"] == 2
         and record["processes"] == 1
@@ -275,7 +272,7 @@ def test_the_record_says_where_each_device_stood_and_what_it_held(opened, mesh, 
 def test_a_folder_that_cannot_be_written_and_a_bucket_are_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="checkpoint.local: expected a folder on every host"):
-        Checkpoints(tmp_path / "run", local=str(tmp_path / "file"))
+        Checkpoints(tmp_path / "run", CheckpointOptions(local=str(tmp_path / "file")))
     config = configs.defaults()
     config.checkpoint.local = "gs://bucket/local"
     config.checkpoint.local_every_steps = 500
