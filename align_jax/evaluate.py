@@ -5,8 +5,10 @@
     [--eval=NAME=SOURCE ...]
         [--reference=HF_DIR --rewards=JSON_OR_FILE --judge=URL --judge_model=NAME --json=FILE]
 
-    preference=pairs.jsonl     accuracy and margins on pairs          generation=prompts.jsonl   reward, length, KL
-    perplexity=answers.jsonl   nats a token on completions            win_rate=prompts.jsonl     against the reference
+    preference=pairs.jsonl     accuracy and margins on pairs
+    perplexity=answers.jsonl   nats a token on completions
+    generation=prompts.jsonl   reward, length, KL
+    win_rate=prompts.jsonl     against the reference
 
 A run's reference is what it was trained against; a model's is what ``--reference`` names, or none.
 """
@@ -14,55 +16,36 @@ A run's reference is what it was trained against; a model's is what ``--referenc
 from __future__ import annotations
 
 import json
-import os
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 from absl import app, flags, logging
 
-from align_jax.core.choose import nearest
-from align_jax.core.options import DataOptions
+from align_jax.core.choose import choose
+from align_jax.core.options import DataOptions, RolloutOptions
 from align_jax.data import datasets
 from align_jax.data.tokenizer import load_tokenizer
 from align_jax.evals import EVALS
-from align_jax.evals.subject import Subject
-from align_jax.evals.win_rate import by_judge, by_rewards
+from align_jax.evals.policy import EvaluatedPolicy
+from align_jax.evals.win_rate import Compare, by_judge, by_rewards
 from align_jax.inference.engines import Client
-from align_jax.inference.samplers import Sampling
-from align_jax.interop import hf
-from align_jax.models.model import Model, build
-from align_jax.online.rewards import WeightedRewards, resolve
+from align_jax.online.rewards import WeightedRewards, from_json, resolve
 from align_jax.parallel import distributed
 from align_jax.parallel.mesh import make_mesh
-from align_jax.parallel.sharding import tree_shardings
 from align_jax.runs import trained as trained_runs
+from align_jax.runs.weights import load_model
 
 
-def load(path: str, mesh: jax.sharding.Mesh, dtype: str) -> tuple[Model, Any]:
-    """Load a Hugging Face checkpoint onto a mesh."""
-    config = hf.load_config(path)
-    model = build(config, compute_dtype=dtype, remat="none")
-    _, params = hf.load(
-        path, config=config, dtype=dtype, shardings=tree_shardings(mesh, model.axes())
-    )
-    return model, params
-
-
-def model_subject(
-    path: str, reference: str = "", dtype: str = "float32", chat_template: str | None = None
-) -> Subject:
+def model_policy(path: str, reference: str = "", dtype: str = "float32") -> EvaluatedPolicy:
     """Return a checkpoint as the policy, another as its reference."""
     mesh = make_mesh({"fsdp": -1})
-    model, params = load(path, mesh, dtype)
-    other = load(reference, mesh, dtype) if reference else (None, None)
-    return Subject(
-        model, params, load_tokenizer(path, chat_template=chat_template), mesh, *other, name=path
-    )
+    loaded = load_model(path, mesh=mesh, compute_dtype=dtype)
+    other = load_model(reference, mesh=mesh, compute_dtype=dtype) if reference else None
+    return EvaluatedPolicy(*loaded, load_tokenizer(path), mesh, other, name=path)
 
 
-def run_subject(workdir: str, which: str = "latest", reference: str = "") -> Subject:
+def run_policy(workdir: str, which: str = "latest", reference: str = "") -> EvaluatedPolicy:
     """Return a run's policy; its reference is the one it was trained against, unless another is
     named.
 
@@ -70,32 +53,29 @@ def run_subject(workdir: str, which: str = "latest", reference: str = "") -> Sub
         FileNotFoundError: no such run or checkpoint.
     """
     trained = trained_runs.restore(workdir, which)
-    config, models = trained.config, trained.resolved.models
-    path = reference or config.reference.path or config.model.path
-    other = load(path, trained.mesh, config.model.compute_dtype) if path else (None, None)
-    return Subject(
-        models.policy,
-        trained.params,
-        trained.resolved.tokenizer,
-        trained.mesh,
-        *other,
-        name=f"{workdir}@{trained.step}",
+    config, resolved, mesh = trained.config, trained.resolved, trained.mesh
+    other = None
+    if path := reference or config.reference.path or config.model.path:
+        other = load_model(path, mesh=mesh, compute_dtype=config.model.compute_dtype)
+    name = f"{workdir}@{trained.step}"
+    return EvaluatedPolicy(
+        resolved.models.policy, trained.params, resolved.tokenizer, mesh, other, name
     )
 
 
 def evaluate(
-    subject: Subject,
+    policy: EvaluatedPolicy,
     wanted: Sequence[str],
     *,
     rewards: WeightedRewards | None = None,
-    compare: Any = None,
+    compare: Compare | None = None,
     limit: int | None = None,
     options: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, dict[str, float]]:
     """Run evaluations.
 
     Args:
-        subject: the policy.
+        policy: the policy.
         wanted: of each ``name=source``.
         rewards: for evaluations that take them; also the comparison where ``compare`` is None.
         compare: for win rates.
@@ -111,30 +91,21 @@ def evaluate(
     found = {}
     for item in wanted:
         name, _, source = item.partition("=")
-        if name not in EVALS:
-            raise ValueError(f"unknown evaluation {name!r}{nearest(name, EVALS)}")
+        row = choose(EVALS, name, "--eval")
         if not source:
             raise ValueError(f"--eval={item}: expected NAME=SOURCE, such as {name}=data.jsonl")
-        row = EVALS[name]
-        if row.takes and rewards is None and not (row.takes == "compare" and compare is not None):
-            raise ValueError(
-                f"{name} needs --rewards" + (" or --judge" if row.takes == "compare" else "")
-            )
-        more = {
-            "": (),
-            "rewards": (rewards,),
-            "compare": (compare or by_rewards(rewards),) if row.takes else (),
-        }
+        takes: list[Any] = []
+        if row.takes == "compare" and compare is not None:
+            takes = [compare]
+        elif row.takes:
+            if rewards is None:
+                also = " or --judge" if row.takes == "compare" else ""
+                raise ValueError(f"{name} needs --rewards{also}")
+            takes = [by_rewards(rewards) if row.takes == "compare" else rewards]
         examples = datasets.load(
-            source,
-            row.kind,
-            DataOptions(),
-            chat=bool(subject.tokenizer.chat_template),
-            limit=limit,
+            source, row.kind, DataOptions(), chat=bool(policy.tokenizer.chat_template), limit=limit
         )
-        found[item] = row.fn(
-            subject, examples, *more[row.takes], **dict((options or {}).get(name, {}))
-        )
+        found[item] = row.fn(policy, examples, *takes, **(options or {}).get(name, {}))
     return found
 
 
@@ -193,26 +164,23 @@ def main(argv: Sequence[str]) -> None:
     distributed.start()
     rewards = None
     if values.rewards:
-        text = (
-            pathlib.Path(values.rewards).read_text()
-            if os.path.isfile(values.rewards)
-            else values.rewards
-        )
-        rewards = resolve(json.loads(text))
+        rewards = resolve(from_json(values.rewards), load_model=load_model)
     compare = by_judge(Client(values.judge), values.judge_model) if values.judge else None
     if values.workdir:
-        subject = run_subject(values.workdir, values.step, values.reference)
+        policy = run_policy(values.workdir, values.step, values.reference)
     else:
-        subject = model_subject(values.model, values.reference, values.dtype)
+        policy = model_policy(values.model, values.reference, values.dtype)
     scored = {"batch_size": values.batch_size, "max_length": values.max_length}
-    sampled = {
-        "max_new_tokens": values.max_new_tokens,
-        "max_length": values.max_length,
-        "seed": values.seed,
-        "sampling": Sampling(values.temperature, top_p=values.top_p),
-    }
+    drawn = RolloutOptions(
+        responses_per_prompt=values.samples_per_prompt,
+        max_new_tokens=values.max_new_tokens,
+        rows=64,
+        temperature=values.temperature,
+        top_p=values.top_p,
+    )
+    sampled = {"options": drawn, "max_length": values.max_length, "seed": values.seed}
     results = evaluate(
-        subject,
+        policy,
         values.eval,
         rewards=rewards,
         compare=compare,
@@ -221,13 +189,13 @@ def main(argv: Sequence[str]) -> None:
             "preference": scored | {"beta": values.beta},
             "perplexity": scored,
             "win_rate": sampled,
-            "generation": sampled | {"samples": values.samples_per_prompt},
+            "generation": sampled,
         },
     )
     print(table(results))
     if values.json:
         pathlib.Path(values.json).write_text(
-            json.dumps({"subject": subject.name, "results": results}, indent=1) + "\n"
+            json.dumps({"policy": policy.name, "results": results}, indent=1) + "\n"
         )
 
 

@@ -6,29 +6,194 @@
         --round=1 --seed=0]
 
 ``--rewards`` takes what ``config.rewards`` takes, as JSON or as a file of it: names of
-``align_jax.online.rewards.REWARDS`` with weights and options, reward models among them; without it the
-samples' own ``reward`` counts.  The records have HALOs' fields and are training data of
-``align_jax.train`` as they are.
+``align_jax.online.rewards.REWARDS`` with weights and options, reward models among them; without it
+the samples' own ``reward`` counts.  The records have HALOs' field names, so they train there, and
+they are training data of ``align_jax.train`` as they are.  They are a function of the samples and
+the seed: the order of the samples in the file changes nothing.
+
+References:
+    HALOs, github.com/ContextualAI/HALOs, ``train/label.py``.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
-import os
+import operator
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import tqdm
 from absl import app, flags, logging
 
+from align_jax.core.choose import nearest
 from align_jax.data.sources import open_source
-from align_jax.online import feedback
-from align_jax.online.rewards import WeightedRewards, resolve
+from align_jax.online.rewards import WeightedRewards, from_json, resolve
+from align_jax.online.selection import resolve_threshold
 from align_jax.parallel import distributed
+from align_jax.runs.weights import load_model
+
+_CHUNK = 256  # samples scored between two steps of the bar
+Sample = Mapping[str, Any]  # {prompt, output, prompt_id, sample_id, reward, ...}
 
 KINDS = ("binary", "pairwise", "scalar")
-_CHUNK = 256  # samples scored between two steps of the bar
+PAIRINGS = ("max", "random", "min")
+ROUND_STRIDE = 10**9  # prompt_id of round r starts at r times this, so rounds can be concatenated
+
+
+def round_id(prompt_id: int, round_number: int) -> int:
+    """Return an id that is unique over the rounds of sampling and labeling.
+
+    Raises:
+        ValueError: an id that is not an integer from 0 below 10^9, or a negative round.
+    """
+    if not isinstance(prompt_id, int) or not 0 <= prompt_id < ROUND_STRIDE or round_number < 0:
+        raise ValueError(
+            f"expected an integer prompt_id from 0 below {ROUND_STRIDE} and a round from 0; got "
+            f"prompt_id {prompt_id!r}, round {round_number}"
+        )
+    return round_number * ROUND_STRIDE + prompt_id
+
+
+def _answer(sample: Sample) -> Any:
+    """Give the output the form of the prompt: messages where that has turns, else text."""
+    output = sample["output"]
+    if isinstance(output, str) and not isinstance(sample["prompt"], str):
+        return [{"role": "assistant", "content": output}]
+    return output
+
+
+_prompt_id = operator.itemgetter("prompt_id")
+_ids = operator.itemgetter("prompt_id", "sample_id")
+
+
+def _ordered(samples: Iterable[Sample]) -> list[Sample]:
+    ordered = sorted(samples, key=_ids)
+    for before, after in itertools.pairwise(ordered):
+        if _ids(before) == _ids(after):
+            raise ValueError(
+                f"two samples have prompt_id {after['prompt_id']} and sample_id "
+                f"{after['sample_id']}; label one round's samples at a time"
+            )
+    return ordered
+
+
+def scalar(samples: Iterable[Sample], round_number: int = 0) -> list[dict[str, Any]]:
+    """Return each sample with its reward as ``scalar_feedback``.
+
+    Raises:
+        ValueError: two samples with the same ids.
+    """
+    return [
+        {
+            **one,
+            "prompt_id": round_id(one["prompt_id"], round_number),
+            "output": _answer(one),
+            "type": "scalar_feedback",
+        }
+        for one in _ordered(samples)
+    ]
+
+
+def binary(
+    samples: Iterable[Sample], threshold: float | str = 0.0, round_number: int = 0
+) -> list[dict[str, Any]]:
+    """Return each sample labeled desirable (1) where its reward is at least the threshold, as
+    ``binary_feedback``.
+
+    Args:
+        samples: with rewards.
+        threshold: a number, or "mean" or "median" of all the samples' rewards.
+        round_number: which round of sampling this is.
+
+    Raises:
+        ValueError: two samples with the same ids, or an unknown threshold.
+    """
+    ordered = _ordered(samples)
+    border = resolve_threshold(threshold, [one["reward"] for one in ordered]) if ordered else 0.0
+    return [
+        {
+            "prompt_id": round_id(one["prompt_id"], round_number),
+            "sample_id": one["sample_id"],
+            "prompt": one["prompt"],
+            "output": _answer(one),
+            "label": int(one["reward"] >= border),
+            "reward": one["reward"],
+            "type": "binary_feedback",
+        }
+        for one in ordered
+    ]
+
+
+def _pairs(
+    rewards: Sequence[float], pairing: str, threshold: float, rng: np.random.Generator
+) -> list[tuple[int, int]]:
+    """Choose index pairs whose rewards differ by more than the threshold."""
+    order = np.argsort(-np.asarray(rewards), kind="stable").tolist()
+    if pairing == "random":
+        chosen = rng.permutation(len(rewards)).tolist()
+        candidates = list(zip(chosen[::2], chosen[1::2]))
+    elif pairing == "max":
+        candidates = [(order[0], order[-1])]
+    else:
+        candidates = list(itertools.combinations(order, 2))
+    gaps = {pair: abs(rewards[pair[0]] - rewards[pair[1]]) for pair in candidates}
+    kept = [pair for pair in candidates if gaps[pair] > threshold]
+    if pairing == "min" and kept:
+        least = min(gaps[pair] for pair in kept)
+        kept = [pair for pair in kept if gaps[pair] <= least + 1e-12]
+    return kept
+
+
+def pairwise(
+    samples: Iterable[Sample],
+    pairing: str = "random",
+    threshold: float = 0.0,
+    seed: int = 0,
+    round_number: int = 0,
+) -> list[dict[str, Any]]:
+    """Pair each prompt's samples, as ``pairwise_feedback``; label 1 says that A is better.
+
+    Args:
+        samples: with rewards.
+        pairing: "max": the best with the worst; "random": a random matching; "min": all pairs of
+            the least difference above the threshold.
+        threshold: pairs must differ by more than this; equal rewards never make a pair.
+        seed: of the matching and of which sample is A; a prompt's pairs depend on it and the
+            prompt's id alone.
+        round_number: which round of sampling this is.
+
+    Raises:
+        ValueError: an unknown pairing, a negative threshold, or two samples with the same ids.
+    """
+    if pairing not in PAIRINGS or threshold < 0:
+        raise ValueError(
+            f"expected a pairing of {PAIRINGS} and a threshold from 0; got {pairing!r}, {threshold}"
+        )
+    feedback = []
+    for prompt_id, found in itertools.groupby(_ordered(samples), key=_prompt_id):
+        own, new_id = list(found), round_id(prompt_id, round_number)
+        if len(own) < 2:
+            continue
+        rng = np.random.default_rng((seed, new_id))
+        for pair in _pairs([one["reward"] for one in own], pairing, threshold, rng):
+            a, b = (own[i] for i in (pair if rng.random() < 0.5 else pair[::-1]))
+            feedback.append(
+                {
+                    "prompt_id": new_id,
+                    "prompt": a["prompt"],
+                    "output_A": _answer(a),
+                    "output_B": _answer(b),
+                    "label": int(a["reward"] > b["reward"]),
+                    "reward_A": a["reward"],
+                    "reward_B": b["reward"],
+                    "reward_difference": abs(a["reward"] - b["reward"]),
+                    "type": "pairwise_feedback",
+                }
+            )
+    return feedback
 
 
 def read_samples(path: str) -> list[dict[str, Any]]:
@@ -47,9 +212,8 @@ def read_samples(path: str) -> list[dict[str, Any]]:
         ]
         if missing:
             raise ValueError(
-                f"{source.where(i)}: a sample needs prompt, output, prompt_id and "
-                "sample_id; "
-                f"this has no {', '.join(missing)}"
+                f"{source.where(i)}: a sample needs prompt, output, prompt_id and sample_id; this "
+                f"has no {', '.join(missing)}"
             )
         found.append(row)
     return found
@@ -64,22 +228,16 @@ def score(
     with tqdm.tqdm(total=len(samples), unit="sample", disable=not show) as bar:
         for begin in range(0, len(samples), _CHUNK):
             part = samples[begin : begin + _CHUNK]
-            prompts = [
-                one["prompt"] if isinstance(one["prompt"], str) else one["prompt"][-1]["content"]
-                for one in part
-            ]
-            extras = [
-                dict(one) | ({} if isinstance(one["prompt"], str) else {"messages": one["prompt"]})
-                for one in part
-            ]
-            total, parts = rewards(prompts, [one["output"] for one in part], extras)
+            prompts, extras = [], []
+            for one in part:
+                prompt = one["prompt"]
+                prompts.append(prompt if isinstance(prompt, str) else prompt[-1]["content"])
+                extras.append(one if isinstance(prompt, str) else {**one, "messages": prompt})
+            total, each = rewards(prompts, [one["output"] for one in part], extras)
             for i, one in enumerate(part):
-                more = (
-                    {"rewards": {name: float(values[i]) for name, values in parts.items()}}
-                    if len(parts) > 1
-                    else {}
-                )
-                scored.append({**one, "reward": float(total[i]), **more})
+                scored.append({**one, "reward": float(total[i])})
+                if len(each) > 1:
+                    scored[-1]["rewards"] = {name: float(x[i]) for name, x in each.items()}
             bar.update(len(part))
     return scored
 
@@ -100,21 +258,18 @@ def make_feedback(
             take.
     """
     if kind not in KINDS:
-        raise ValueError(f"unknown feedback {kind!r}; known: {KINDS}")
+        raise ValueError(f"--feedback = {kind!r} is unknown{nearest(kind, KINDS)}")
     unscored = next((one for one in samples if "reward" not in one), None)
     if unscored is not None:
         raise ValueError(
             f"the sample with prompt_id {unscored['prompt_id']}, sample_id "
-            f"{unscored['sample_id']} has no "
-            "reward; give --rewards"
+            f"{unscored['sample_id']} has no reward; give --rewards"
         )
     if kind == "scalar":
-        return feedback.scalar(samples, round_number)
+        return scalar(samples, round_number)
     if kind == "binary":
-        return feedback.binary(samples, threshold, round_number)
-    return feedback.pairwise(
-        samples, pairing, feedback.resolve_threshold(threshold, [0.0]), seed, round_number
-    )
+        return binary(samples, threshold, round_number)
+    return pairwise(samples, pairing, resolve_threshold(threshold, [0.0]), seed, round_number)
 
 
 def write(path: str, records: Sequence[Mapping[str, Any]]) -> None:
@@ -147,13 +302,10 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "threshold",
         "0",
-        "binary: desirable from this reward on, a number, mean "
-        "or median; "
-        "pairwise: pairs differ by more than this number.",
+        "binary: desirable from this reward on, a number, mean or median; pairwise: pairs differ "
+        "by more than this number.",
     )
-    flags.DEFINE_enum(
-        "pairing", "random", feedback.PAIRINGS, "pairwise: which samples of a prompt meet."
-    )
+    flags.DEFINE_enum("pairing", "random", PAIRINGS, "pairwise: which samples of a prompt meet.")
     flags.DEFINE_integer(
         "round", 0, "Round of sampling: prompt ids of different rounds never meet.", 0
     )
@@ -170,12 +322,8 @@ def main(argv: Sequence[str]) -> None:
     distributed.start()
     samples = read_samples(values.samples)
     if values.rewards:
-        text = (
-            pathlib.Path(values.rewards).read_text()
-            if os.path.isfile(values.rewards)
-            else values.rewards
-        )
-        samples = score(samples, resolve(json.loads(text)))
+        rewards = resolve(from_json(values.rewards), load_model=load_model)
+        samples = score(samples, rewards)
     records = make_feedback(
         samples,
         values.feedback,

@@ -146,8 +146,8 @@ def _rollout_batch(config: Config, rollouts: Any) -> Batch:
     shape = batches.plan_shape(
         groups=rollouts.batch_size,
         responses=rollouts.groups[1],
-        prompt=config.max_length - rollouts.max_new_tokens,
-        response=rollouts.max_new_tokens,
+        prompt=config.max_length - rollouts.options.max_new_tokens,
+        response=rollouts.options.max_new_tokens,
         layout=rollouts.layout,
     )
     return batches.batch_shapes(shape, rollouts)
@@ -196,7 +196,7 @@ def train_program(step: Step) -> Program:
         {**step.held, "batch": step.batch},
         step_flops(step_spec, step.batch, segment_length=step.segment),
         bound,
-        runs=1 if rollouts is None else rollouts.slices * rollouts.epochs,
+        runs=1 if rollouts is None else rollouts.steps,
     )
 
 
@@ -379,7 +379,7 @@ def examine(
             print(f"  {one.note}")
     rollouts = step.resolved.rollouts
     if rollouts is not None and not wanted and all(one.fits for one in found):
-        print(rollout_line(found, rollouts.prompts * rollouts.responses))
+        print(rollout_line(found, rollouts.samples))
     return found, {
         "topology": name,
         "chips": topology.chips,

@@ -13,6 +13,7 @@ The same command goes on where an interrupted one stopped.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 import sys
@@ -21,38 +22,37 @@ from typing import Any, NamedTuple
 
 import tqdm
 from absl import app, flags, logging
+from transformers import PreTrainedTokenizerBase
 
-from align_jax.core.options import DataOptions
+from align_jax.core.options import DataOptions, ServerOptions
 from align_jax.core.schema import Example
 from align_jax.data import chat, datasets
 from align_jax.data.tokenizer import load_tokenizer
-from align_jax.inference import ENGINES, engines
+from align_jax.inference import engines
 from align_jax.inference.generate import Completion, Generator, Request, stop_tokens
 from align_jax.inference.samplers import Sampling
-from align_jax.interop import hf
-from align_jax.models.model import build
 from align_jax.parallel import distributed
 from align_jax.parallel.mesh import make_mesh, row_shards
-from align_jax.parallel.sharding import tree_shardings
 from align_jax.runs import trained as trained_runs
+from align_jax.runs.weights import load_model
 
 
-class Speaker(NamedTuple):
-    """What answers: an engine, its tokenizer, and its name in the records."""
+class SamplingPolicy(NamedTuple):
+    """A policy to sample from: an engine, its tokenizer, and its name in the records."""
 
     engine: engines.Engine
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     name: str
 
 
-def load_model(
+def load_checkpoint(
     path: str,
     *,
     rows: int,
     max_length: int | None = None,
     compute_dtype: str = "bfloat16",
     chat_template: str | None = None,
-) -> Speaker:
+) -> SamplingPolicy:
     """Load a Hugging Face checkpoint over all devices, for generation.
 
     Args:
@@ -62,12 +62,8 @@ def load_model(
         compute_dtype: of weights and activations.
         chat_template: replaces the tokenizer's own.
     """
-    tokenizer = load_tokenizer(path, chat_template=chat_template)
-    config, mesh = hf.load_config(path), make_mesh({"fsdp": -1})
-    model = build(config, compute_dtype=compute_dtype, remat="none")
-    _, params = hf.load(
-        path, config=config, dtype=compute_dtype, shardings=tree_shardings(mesh, model.axes())
-    )
+    tokenizer, mesh = load_tokenizer(path, chat_template=chat_template), make_mesh({"fsdp": -1})
+    model, params = load_model(path, mesh=mesh, compute_dtype=compute_dtype)
     generator = Generator(
         model,
         tokenizer,
@@ -76,12 +72,12 @@ def load_model(
         max_length=max_length,
         stop_ids=stop_tokens(tokenizer, path),
     )
-    return Speaker(ENGINES["local"](generator, params), tokenizer, path)
+    return SamplingPolicy(engines.Local(generator, params), tokenizer, path)
 
 
 def load_run(
     workdir: str, *, rows: int, which: str = "latest", max_length: int | None = None
-) -> Speaker:
+) -> SamplingPolicy:
     """Load a run's policy from its checkpoint; adapters stay unmerged.
 
     Args:
@@ -91,18 +87,16 @@ def load_run(
         max_length: tokens of a prompt with its completion; None: the model's positions.
     """
     trained = trained_runs.restore(workdir, which)
+    tokenizer = trained.resolved.tokenizer
     generator = Generator(
         trained.resolved.models.policy,
-        trained.resolved.tokenizer,
+        tokenizer,
         mesh=trained.mesh,
         rows=round_up(rows, row_shards(trained.mesh)),
         max_length=max_length,
     )
-    return Speaker(
-        ENGINES["local"](generator, trained.params),
-        trained.resolved.tokenizer,
-        f"{workdir}@{trained.step}",
-    )
+    engine = engines.Local(generator, trained.params)
+    return SamplingPolicy(engine, tokenizer, f"{workdir}@{trained.step}")
 
 
 def round_up(rows: int, multiple: int) -> int:
@@ -110,19 +104,7 @@ def round_up(rows: int, multiple: int) -> int:
     return -(-rows // multiple) * multiple
 
 
-def settings(sampling: Sampling, **more: Any) -> dict[str, Any]:
-    """Return how samples are made, as it stands in each record and is compared on resuming."""
-    return {
-        "temperature": sampling.temperature,
-        "top_k": sampling.top_k,
-        "top_p": sampling.top_p,
-        "min_p": sampling.min_p,
-        "repetition_penalty": sampling.repetition_penalty,
-        **more,
-    }
-
-
-def finished(path: pathlib.Path, how: dict[str, Any]) -> int:
+def count_records(path: pathlib.Path, settings: dict[str, Any]) -> int:
     """Return how many records a file already has, after cutting off a half-written last line.
 
     Raises:
@@ -131,15 +113,14 @@ def finished(path: pathlib.Path, how: dict[str, Any]) -> int:
     if not path.exists():
         return 0
     text = path.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        path.write_text(whole, encoding="utf-8")
-    lines = whole.splitlines()
-    if lines and json.loads(lines[0])["sampling"] != how:
+    complete = text[: text.rfind("\n") + 1]
+    if complete != text:
+        path.write_text(complete, encoding="utf-8")
+    lines = complete.splitlines()
+    if lines and (before := json.loads(lines[0])["sampling"]) != settings:
         raise ValueError(
-            f"{path} holds samples made with {json.loads(lines[0])['sampling']}, "
-            f"not with {how}; "
-            "choose another --output, or delete it"
+            f"{path} holds samples made with {before}, not with {settings}; choose another "
+            "--output, or delete it"
         )
     return len(lines)
 
@@ -150,7 +131,7 @@ def make_records(
     *,
     name: str,
     dataset: str,
-    how: dict[str, Any],
+    settings: dict[str, Any],
 ) -> Iterator[dict[str, Any]]:
     """Return a record for each completion."""
     for (number, example), several in zip(examples, completions):
@@ -167,20 +148,16 @@ def make_records(
                 "type": "sample",
                 "finish": one.finish,
                 "tokens": len(one.tokens),
-                "sampling": how,
+                "sampling": settings,
             }
 
 
 def sample_file(
-    speaker: Speaker,
+    policy: SamplingPolicy,
     prompts: str,
     output: str,
+    request: Request,
     *,
-    sampling: Sampling,
-    samples: int,
-    max_new_tokens: int,
-    seed: int = 0,
-    stop: Sequence[str] = (),
     limit: int | None = None,
     chunk: int = 64,
     show: bool = True,
@@ -188,11 +165,10 @@ def sample_file(
     """Sample every prompt of a source into a file of JSON lines.
 
     Args:
-        speaker: what answers.
+        policy: what answers.
         prompts: a data source; answers that it has are kept as columns.
         output: file; records that it has are not sampled again.
-        sampling, samples, max_new_tokens, stop: of each prompt.
-        seed: prompt number i is sampled with seed + i.
+        request: how each prompt is sampled: prompt number i with the request's seed + i.
         limit: at most so many prompts.
         chunk: prompts generated and written at once.
         show: show a progress bar.
@@ -200,69 +176,49 @@ def sample_file(
     Returns:
         Records written now.
     """
+    tokenizer, samples = policy.tokenizer, request.samples
     examples = datasets.load(
-        prompts, "prompts", DataOptions(), chat=bool(speaker.tokenizer.chat_template), limit=limit
+        prompts, "prompts", DataOptions(), chat=bool(tokenizer.chat_template), limit=limit
     )
-    how = settings(
-        sampling,
-        samples_per_prompt=samples,
-        max_new_tokens=max_new_tokens,
-        seed=seed,
-        stop=list(stop),
-        generator=speaker.name,
-        prompts=prompts,
-    )
+    settings = dataclasses.asdict(request.sampling) | {
+        "samples_per_prompt": samples,
+        "max_new_tokens": request.max_new_tokens,
+        "seed": request.seed,
+        "stop": list(request.stop),
+        "generator": policy.name,
+        "prompts": prompts,
+    }
     path = pathlib.Path(output)
     path.parent.mkdir(parents=True, exist_ok=True)
-    done = finished(path, how)
+    done = count_records(path, settings)
     numbered = list(enumerate(examples.items))[done // samples :]
-    skip, written = done % samples, 0
-    bar = tqdm.tqdm(
-        total=len(examples) * samples,
-        initial=done,
-        unit="sample",
-        file=sys.stderr,
-        disable=not show,
-    )
+    skip, written, total = done % samples, 0, len(examples) * samples
+    bar = tqdm.tqdm(total=total, initial=done, unit="sample", file=sys.stderr, disable=not show)
     with bar, path.open("a", encoding="utf-8") as file:
         for begin in range(0, len(numbered), chunk):
             part = numbered[begin : begin + chunk]
-            encoded = chat.encode_many([example for _, example in part], speaker.tokenizer)
+            encoded = chat.encode_many([example for _, example in part], tokenizer)
             requests = [
-                Request(
-                    tuple(tokens.prompt),
-                    samples,
-                    max_new_tokens,
-                    sampling,
-                    seed + number,
-                    tuple(stop),
-                )
-                for (number, _), tokens in zip(part, encoded)
+                dataclasses.replace(request, prompt=tuple(one.prompt), seed=request.seed + number)
+                for (number, _), one in zip(part, encoded)
             ]
+            completions = policy.engine(requests, bar.update)
             records = list(
                 make_records(
-                    part,
-                    speaker.engine(requests, bar.update),
-                    name=speaker.name,
-                    dataset=prompts,
-                    how=how,
+                    part, completions, name=policy.name, dataset=prompts, settings=settings
                 )
             )
-            file.writelines(
-                json.dumps(record, ensure_ascii=False) + "\n" for record in records[skip:]
-            )
+            for record in records[skip:]:
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
             file.flush()
             written, skip = written + len(records) - skip, 0
     return written
 
 
 def converse(
-    speaker: Speaker,
+    policy: SamplingPolicy,
+    request: Request,
     *,
-    sampling: Sampling,
-    max_new_tokens: int,
-    seed: int,
-    stop: Sequence[str] = (),
     ask: Callable[[str], str] = input,
     say: Callable[[str], None] = print,
 ) -> None:
@@ -277,13 +233,12 @@ def converse(
         if not words:
             return
         turns.append({"role": "user", "content": words})
-        prompt = tuple(turns) if speaker.tokenizer.chat_template else words
-        ids = chat.encode(Example(prompt, (), source="the conversation"), speaker.tokenizer).prompt
-        one = speaker.engine(
-            [Request(tuple(ids), 1, max_new_tokens, sampling, seed + len(turns), tuple(stop))]
-        )[0][0]
-        say(one.text)
-        turns.append({"role": "assistant", "content": one.text})
+        prompt = tuple(turns) if policy.tokenizer.chat_template else words
+        ids = chat.encode(Example(prompt, (), source="the conversation"), policy.tokenizer).prompt
+        seed = request.seed + len(turns)
+        [[answer]] = policy.engine([dataclasses.replace(request, prompt=tuple(ids), seed=seed)])
+        say(answer.text)
+        turns.append({"role": "assistant", "content": answer.text})
 
 
 def define_flags() -> None:
@@ -331,42 +286,36 @@ def main(argv: Sequence[str]) -> None:
     distributed.start()
     rows = 1 if values.chat else values.rows
     template = values.chat_template or None
+    max_length = values.max_length or None
     if values.url:
         tokenizer = load_tokenizer(values.model, chat_template=template)
-        speaker = Speaker(
-            ENGINES["openai"](values.url, values.model, tokenizer), tokenizer, values.model
-        )
+        server = engines.Server(ServerOptions(values.url, values.model), tokenizer)
+        policy = SamplingPolicy(server, tokenizer, values.model)
     elif values.workdir:
-        speaker = load_run(
-            values.workdir, rows=rows, which=values.step, max_length=values.max_length or None
-        )
+        policy = load_run(values.workdir, rows=rows, which=values.step, max_length=max_length)
     else:
-        speaker = load_model(
+        policy = load_checkpoint(
             values.model,
             rows=rows,
-            max_length=values.max_length or None,
+            max_length=max_length,
             compute_dtype=values.dtype,
             chat_template=template,
         )
-    shared = dict(
-        sampling=Sampling(
-            values.temperature, values.top_k, values.top_p, values.min_p, values.repetition_penalty
-        ),
-        max_new_tokens=values.max_new_tokens,
-        seed=values.seed,
-        stop=tuple(values.stop),
+    sampling = Sampling(
+        values.temperature, values.top_k, values.top_p, values.min_p, values.repetition_penalty
+    )
+    request = Request(
+        (),
+        1 if values.chat else values.samples_per_prompt,
+        values.max_new_tokens,
+        sampling,
+        values.seed,
+        tuple(values.stop),
     )
     if values.chat:
-        converse(speaker, **shared)
+        converse(policy, request)
     else:
-        sample_file(
-            speaker,
-            values.prompts,
-            values.output,
-            samples=values.samples_per_prompt,
-            limit=values.limit or None,
-            **shared,
-        )
+        sample_file(policy, values.prompts, values.output, request, limit=values.limit or None)
 
 
 if __name__ == "__main__":

@@ -21,10 +21,11 @@ from absl import app, flags, logging
 
 from align_jax import evaluate, losses, train
 from align_jax.core.config import ConfigDict, defaults
-from align_jax.core.options import DataOptions
+from align_jax.core.options import DataOptions, RolloutOptions
 from align_jax.data import datasets
 from align_jax.evals.generation import generation
 from align_jax.online import rewards
+from align_jax.runs.weights import load_model
 
 NEW_TOKENS = 2  # a digit and the end of the answer
 SAMPLES = 64  # of each question, in the measurement
@@ -87,20 +88,18 @@ def main(argv: Sequence[str]) -> None:
         config = make_config(seed, values.steps, questions)
         train.train(config, workdir)
         minutes = (time.monotonic() - began) / 60
-        subject = evaluate.run_subject(workdir)
-        if not subject.name.endswith(f"@{config.total_steps}"):
+        policy = evaluate.run_policy(workdir)
+        if not policy.name.endswith(f"@{config.total_steps}"):
             raise SystemExit(f"{workdir} was stopped early; the same command goes on")
         examples = datasets.load(
-            questions, "prompts", DataOptions(), chat=bool(subject.tokenizer.chat_template)
+            questions, "prompts", DataOptions(), chat=bool(policy.tokenizer.chat_template)
         )
         found = generation(
-            subject,
+            policy,
             examples,
-            rewards.resolve({"exact": 1.0}),
-            samples=SAMPLES,
-            max_new_tokens=NEW_TOKENS,
+            rewards.resolve({"exact": 1.0}, load_model=load_model),
+            RolloutOptions(responses_per_prompt=SAMPLES, max_new_tokens=NEW_TOKENS, rows=1600),
             max_length=64,
-            rows=1600,
             seed=1000,
         )
         lines.append(f"| {seed} | {found['reward']:.4f} | {values.steps} | {minutes:.1f} |")

@@ -23,11 +23,12 @@ from absl import app, flags, logging
 
 from align_jax import evaluate, losses, train
 from align_jax.core.config import ConfigDict, defaults
-from align_jax.core.options import DataOptions
+from align_jax.core.options import DataOptions, RolloutOptions
 from align_jax.data import datasets
 from align_jax.evals.generation import generation
-from align_jax.evals.subject import Subject
+from align_jax.evals.policy import EvaluatedPolicy
 from align_jax.online import rewards
+from align_jax.runs.weights import load_model
 
 NEW_TOKENS = 24
 # Method -> (objective, its options, groups in a step, samples a prompt, learning rate).
@@ -78,13 +79,12 @@ def split(prompts: str, folder: pathlib.Path) -> tuple[str, str]:
     return names[0], names[1]
 
 
-def measure(subject: Subject, held_out: str, lexicon: str) -> dict[str, float]:
+def measure(policy: EvaluatedPolicy, held_out: str, lexicon: str) -> dict[str, float]:
     """Sample the held-out prompts."""
     examples = datasets.load(held_out, "prompts", DataOptions(), chat=False)
-    scored = rewards.resolve({"lexicon": {"path": lexicon}})
-    return generation(
-        subject, examples, scored, samples=8, max_new_tokens=NEW_TOKENS, rows=128, seed=1000
-    )
+    scored = rewards.resolve({"lexicon": {"path": lexicon}}, load_model=load_model)
+    options = RolloutOptions(responses_per_prompt=8, max_new_tokens=NEW_TOKENS, rows=128)
+    return generation(policy, examples, scored, options, seed=1000)
 
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:
@@ -139,18 +139,18 @@ def main(argv: Sequence[str]) -> None:
         if any((one["method"], one["seed"]) == (method, seed) for one in results):
             continue
         if method == "start":
-            subject = evaluate.model_subject(values.model, values.model)
+            policy = evaluate.model_policy(values.model, values.model)
         else:
             workdir = str(folder / f"{method.replace(' ', '_')}_{seed}")
             config = make_config(
                 method, seed, values.steps, values.model, train_prompts, values.lexicon
             )
             train.train(config, workdir)
-            subject = evaluate.run_subject(workdir)
-            if not subject.name.endswith(f"@{config.total_steps}"):
+            policy = evaluate.run_policy(workdir)
+            if not policy.name.endswith(f"@{config.total_steps}"):
                 raise SystemExit(f"{workdir} was stopped early; the same command goes on")
         results.append(
-            {"method": method, "seed": seed, **measure(subject, held_out, values.lexicon)}
+            {"method": method, "seed": seed, **measure(policy, held_out, values.lexicon)}
         )
         file.write_text(json.dumps(results, indent=1) + "\n")
         print(table(results), flush=True)

@@ -9,16 +9,17 @@ import pytest
 from align_jax import label, sample
 from align_jax.core.options import DataOptions
 from align_jax.data import datasets
-from align_jax.inference.generate import stop_tokens
+from align_jax.inference.generate import Request, stop_tokens
 from align_jax.inference.samplers import Sampling
+from align_jax.runs.weights import load_model
 
 SAMPLING = Sampling(temperature=0.9, top_p=0.9)
 
 
 @pytest.fixture(scope="module")
-def speaker(testdata):
+def policy(testdata):
     path = testdata / "models" / "TinyStories-656K"
-    return sample.load_model(str(path), rows=8, max_length=64, compute_dtype="float32")
+    return sample.load_checkpoint(str(path), rows=8, max_length=64, compute_dtype="float32")
 
 
 @pytest.fixture(scope="module")
@@ -36,25 +37,18 @@ def prompts(tmp_path_factory):
     return str(path)
 
 
-def run(speaker, prompts, path, **options):
-    keywords = {
-        "sampling": SAMPLING,
-        "samples": 3,
-        "max_new_tokens": 16,
-        "seed": 5,
-        "chunk": 2,
-        "show": False,
-    }
-    return sample.sample_file(speaker, prompts, str(path), **(keywords | options))
+def run(policy, prompts, path, seed=5, **options):
+    request = Request((), samples=3, max_new_tokens=16, sampling=SAMPLING, seed=seed)
+    return sample.sample_file(policy, prompts, str(path), request, chunk=2, show=False, **options)
 
 
 def records(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def test_samples_have_halos_fields_and_an_interrupted_file_is_completed(speaker, prompts, tmp_path):
+def test_samples_have_halos_fields_and_an_interrupted_file_is_completed(policy, prompts, tmp_path):
     whole, part = tmp_path / "whole.jsonl", tmp_path / "part.jsonl"
-    assert run(speaker, prompts, whole) == 12
+    assert run(policy, prompts, whole) == 12
     found = records(whole)
     assert [(one["prompt_id"], one["sample_id"]) for one in found] == [
         (p, s) for p in range(4) for s in range(3)
@@ -63,7 +57,7 @@ def test_samples_have_halos_fields_and_an_interrupted_file_is_completed(speaker,
         "prompt": "One day, a boy named Tim ",
         "level": 1,
         "output": "",
-        "generator": speaker.name,
+        "generator": policy.name,
         "dataset": prompts,
         "prompt_id": 1,
         "sample_id": 1,
@@ -75,20 +69,21 @@ def test_samples_have_halos_fields_and_an_interrupted_file_is_completed(speaker,
     assert len({one["output"] for one in found}) == 12
     lines = whole.read_text().splitlines(keepends=True)
     part.write_text("".join(lines[:7]) + lines[7][:30])  # killed in the middle of a line
-    assert run(speaker, prompts, part) == 5
+    assert run(policy, prompts, part) == 5
     assert part.read_text() == whole.read_text()
-    assert run(speaker, prompts, part) == 0
+    assert run(policy, prompts, part) == 0
     with pytest.raises(ValueError, match="another --output"):
-        run(speaker, prompts, part, seed=6)
+        run(policy, prompts, part, seed=6)
 
 
-def test_feedback_of_samples_is_training_data(speaker, prompts, tmp_path, testdata):
-    run(speaker, prompts, tmp_path / "samples.jsonl")
+def test_feedback_of_samples_is_training_data(policy, prompts, tmp_path, testdata):
+    run(policy, prompts, tmp_path / "samples.jsonl")
     rewards = label.resolve(
         {
             "lexicon": {"path": str(testdata / "reward" / "vader_lexicon.txt")},
             "length": {"target": 8, "weight": 0.1},
-        }
+        },
+        load_model=load_model,
     )
     samples = label.score(label.read_samples(str(tmp_path / "samples.jsonl")), rewards, show=False)
     assert samples[0]["reward"] == pytest.approx(
@@ -111,8 +106,8 @@ def test_feedback_of_samples_is_training_data(speaker, prompts, tmp_path, testda
             assert examples[0].responses[0] == best["output"]
 
 
-def test_unscored_samples_and_broken_records_are_named(speaker, prompts, tmp_path):
-    run(speaker, prompts, tmp_path / "samples.jsonl", limit=1)
+def test_unscored_samples_and_broken_records_are_named(policy, prompts, tmp_path):
+    run(policy, prompts, tmp_path / "samples.jsonl", limit=1)
     samples = label.read_samples(str(tmp_path / "samples.jsonl"))
     with pytest.raises(ValueError, match="--rewards"):
         label.make_feedback(samples, "binary")
@@ -121,21 +116,19 @@ def test_unscored_samples_and_broken_records_are_named(speaker, prompts, tmp_pat
         label.read_samples(str(tmp_path / "broken.jsonl"))
 
 
-def test_a_conversation_goes_on_until_an_empty_line(speaker):
+def test_a_conversation_goes_on_until_an_empty_line(policy):
     words, said = iter(["Once upon a time, ", "The end of ", ""]), []
     sample.converse(
-        speaker,
-        sampling=Sampling(0.0),
-        max_new_tokens=8,
-        seed=0,
+        policy,
+        Request((), max_new_tokens=8, sampling=Sampling(0.0)),
         ask=lambda _: next(words),
         say=said.append,
     )
     assert len(said) == 2 and all(said)
 
 
-def test_stop_tokens_are_the_ends_of_text_and_turn(speaker, testdata):
-    assert stop_tokens(speaker.tokenizer, str(testdata / "models" / "TinyStories-656K")) == (2,)
+def test_stop_tokens_are_the_ends_of_text_and_turn(policy, testdata):
+    assert stop_tokens(policy.tokenizer, str(testdata / "models" / "TinyStories-656K")) == (2,)
     from align_jax.data.tokenizer import load_tokenizer
 
     minimind = load_tokenizer(str(testdata / "tokenizers" / "minimind"))

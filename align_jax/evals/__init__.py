@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Evaluations of a policy: each a function from a Subject and examples to numbers."""
+"""Evaluations of a policy: each a function from an EvaluatedPolicy and examples to numbers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Eval:
     """A row of the table.
 
     Attributes:
-        fn: (subject, examples, [what it ``takes``], **options) -> metric -> number.
+        fn: (policy, examples, [what it ``takes``], **options) -> metric -> number.
         kind: of examples.
         takes: "" nothing more, "rewards" a weighted sum of rewards, "compare" a comparison of two
             answers.

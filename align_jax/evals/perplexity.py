@@ -8,26 +8,26 @@ from typing import Any
 import numpy as np
 
 from align_jax.data.datasets import Examples
-from align_jax.evals.subject import Subject, sequences
+from align_jax.evals.policy import EvaluatedPolicy, response_logps
 
 
-def perplexity(subject: Subject, examples: Examples, **options: Any) -> dict[str, float]:
+def perplexity(policy: EvaluatedPolicy, examples: Examples, **options: Any) -> dict[str, float]:
     """Measure exp of the mean negative log-likelihood of the responses' tokens.
 
     Args:
-        subject: the policy.
+        policy: the policy.
         examples: of kind "completions" (prompts are conditioned on, not scored).
-        options: of ``subject.sequences``.
+        options: of ``policy.response_logps``.
 
     Returns:
         ``nll`` (nats a token), ``perplexity``, ``tokens``, ``examples``; with a reference also
         ``reference_nll``.
     """
-    found = sequences(subject, examples, **options)
+    found = response_logps(policy, examples, **options)
     tokens = float(found.lengths.sum())
-    nll = -float(found.logps.sum(dtype=np.float64)) / max(tokens, 1.0)
+    nll = -float(found.policy.sum(dtype=np.float64)) / max(tokens, 1.0)
     values = {
-        "examples": float(len(found.logps)),
+        "examples": float(len(found.policy)),
         "tokens": tokens,
         "nll": nll,
         "perplexity": float(np.exp(nll)),

@@ -8,41 +8,41 @@ from typing import Any
 import numpy as np
 
 from align_jax.data.datasets import Examples
-from align_jax.evals.subject import Subject, sequences, standard_error
+from align_jax.evals.policy import EvaluatedPolicy, response_logps, standard_error
 
 
 def preference(
-    subject: Subject, examples: Examples, *, beta: float = 0.1, **options: Any
+    policy: EvaluatedPolicy, examples: Examples, *, beta: float = 0.1, **options: Any
 ) -> dict[str, float]:
     """Compare chosen with rejected responses.
 
     Args:
-        subject: the policy; with a reference, implicit rewards beta · (log π - log π_ref) are
+        policy: the policy; with a reference, implicit rewards beta · (log π - log π_ref) are
             compared too.
         examples: of kind "pairs".
         beta: units of reward per nat.
-        options: of ``subject.sequences``.
+        options: of ``policy.response_logps``.
 
     Returns:
         ``logps/{chosen,rejected,accuracies}`` (sums), ``logps/mean_accuracies`` (per token) and,
         with a reference, ``rewards/{chosen,rejected,margins,accuracies}``; ``examples``;
         ``.../stderr`` of accuracies.  Accuracy counts strictly greater.
     """
-    found = sequences(subject, examples, **options)
-    per_token = found.logps / np.maximum(found.lengths, 1.0)
+    found = response_logps(policy, examples, **options)
+    per_token = found.policy / np.maximum(found.lengths, 1.0)
 
-    def greater(x):
+    def greater(x: np.ndarray) -> np.ndarray:
         return (x[:, 0] > x[:, 1]).astype(np.float32)
 
     values = {
-        "examples": float(len(found.logps)),
-        "logps/chosen": float(found.logps[:, 0].mean()),
-        "logps/rejected": float(found.logps[:, 1].mean()),
+        "examples": float(len(found.policy)),
+        "logps/chosen": float(found.policy[:, 0].mean()),
+        "logps/rejected": float(found.policy[:, 1].mean()),
     }
-    for name, x in (("logps/accuracies", found.logps), ("logps/mean_accuracies", per_token)):
+    for name, x in (("logps/accuracies", found.policy), ("logps/mean_accuracies", per_token)):
         values |= {name: float(greater(x).mean()), f"{name}/stderr": standard_error(greater(x))}
     if found.reference is not None:
-        rewards = beta * (found.logps - found.reference)
+        rewards = beta * (found.policy - found.reference)
         values |= {
             "rewards/chosen": float(rewards[:, 0].mean()),
             "rewards/rejected": float(rewards[:, 1].mean()),

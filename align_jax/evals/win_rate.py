@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import dataclasses
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -11,9 +12,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
+from align_jax.core.options import RolloutOptions
 from align_jax.data.datasets import Examples
-from align_jax.evals.generation import sample
-from align_jax.evals.subject import Subject, standard_error
+from align_jax.evals.generation import ONE_SAMPLE, sample
+from align_jax.evals.policy import EvaluatedPolicy, standard_error
 from align_jax.inference.engines import Client
 from align_jax.online.rewards import WeightedRewards
 from align_jax.online.sampling import columns, prompt_text
@@ -22,7 +24,8 @@ Compare = Callable[
     [Sequence[str], Sequence[str], Sequence[str], Sequence[Mapping[str, Any]]], Sequence[float]
 ]
 
-QUESTION = """Which of two answers to the same request is better? Judge help, correctness and clarity, not length.
+QUESTION = """Which of two answers to the same request is better? Judge help, correctness and \
+clarity, not length.
 
 Request:
 {prompt}
@@ -33,7 +36,8 @@ Answer A:
 Answer B:
 {b}
 
-Reply with a single letter: A if answer A is better, B if answer B is better, C if they are equally good."""
+Reply with a single letter: A if answer A is better, B if answer B is better, C if they are \
+equally good."""
 
 
 def by_rewards(rewards: WeightedRewards) -> Compare:
@@ -110,28 +114,34 @@ def tally(wins: Float[np.ndarray, "n"]) -> dict[str, float]:
 
 
 def win_rate(
-    subject: Subject, examples: Examples, compare: Compare, **options: Any
+    policy: EvaluatedPolicy,
+    examples: Examples,
+    compare: Compare,
+    options: RolloutOptions = ONE_SAMPLE,
+    **more: Any,
 ) -> dict[str, float]:
     """Compare the policy's samples with the reference's samples, or with the data's own (chosen)
     answers.
 
     Args:
-        subject: the policy; its reference answers the same prompts with the same seeds.
+        policy: the policy; its reference answers the same prompts with the same seeds.
         examples: of kind "prompts"; without a reference each must bring its ``answer``.
         compare: `by_rewards` or `by_judge`.
-        options: of ``generation.sample``; one sample a prompt.
+        options: how samples are drawn; of each prompt one.
+        more: further options of ``generation.sample``.
 
     Raises:
         ValueError: neither a reference nor answers.
     """
-    free = WeightedRewards(())
-    asked = sample(subject, examples, free, samples=1, **options)
-    extras = [columns(one.example) for one in asked]
-    if subject.reference is not None:
-        rival = subject._replace(model=subject.reference, params=subject.reference_params)
-        second = [
-            one.completions[0].text for one in sample(rival, examples, free, samples=1, **options)
-        ]
+    options = dataclasses.replace(options, responses_per_prompt=1)
+    unscored = WeightedRewards(())
+    samples = sample(policy, examples, unscored, options, **more)
+    extras = [columns(one.example) for one in samples]
+    if policy.reference is not None:
+        model, params = policy.reference
+        rival = policy._replace(model=model, params=params)
+        others = sample(rival, examples, unscored, options, **more)
+        second = [one.completions[0].text for one in others]
     elif all("answer" in one for one in extras):
         second = [str(one["answer"]) for one in extras]
     else:
@@ -139,8 +149,8 @@ def win_rate(
             "win_rate needs a reference to compare with, or prompts that bring an answer"
         )
     wins = compare(
-        [prompt_text(one.example) for one in asked],
-        [one.completions[0].text for one in asked],
+        [prompt_text(one.example) for one in samples],
+        [one.completions[0].text for one in samples],
         second,
         extras,
     )

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The device's half of generation: prefill once, then a while loop that draws and decodes.
 
-    prompts [G, T] ──prefill──► cache ──repeat──► N = G * samples rows ──► draw ─► decode ─► draw ─► ... until all done
+    prompts [G, T] ──prefill──► cache ──repeat──► N = G * samples rows
+        ──► draw ─► decode ─► draw ─► ... until all done
 
-Two compiled functions, `start` and `advance`; their shapes are set by (G, T, samples, M) alone, and
-everything that differs between requests (settings, keys, limits, stop tokens) is an array, so
+Two compiled functions, `prefill` and `decode`; their shapes are set by (G, T, samples, M) alone,
+and everything that differs between requests (settings, keys, limits, stop tokens) is an array, so
 nothing recompiles.
 """
 
@@ -20,12 +21,11 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from align_jax.inference.samplers import Settings, draw
 from align_jax.models import cache as caches
-from align_jax.models.cache import Cache
 from align_jax.models.model import Model
 from align_jax.parallel.sharding import tree_shardings
 
 
-class Rows(NamedTuple):
+class RowRequests(NamedTuple):
     """What the N rows were asked for."""
 
     keys: Key[Array, "N"]
@@ -34,13 +34,13 @@ class Rows(NamedTuple):
     stop_ids: Int[Array, "K"]  # end a completion and belong to it; -1 pads
 
 
-class Progress(NamedTuple):
+class DecodeState(NamedTuple):
     """What the N rows have so far; M token slots a row."""
 
     tokens: Int[Array, "N M"]
     token_logps: Float[Array, "N M"]  # nats, under the model
     drawn_logps: Float[Array, "N M"]  # nats, under the distribution that was sampled from
-    count: Int[Array, "N"]
+    counts: Int[Array, "N"]  # tokens drawn
     done: Bool[Array, "N"]
     stopped: Bool[Array, "N"]  # by a stop token
     token: Int[Array, "N"]  # the last one drawn
@@ -50,69 +50,67 @@ class Progress(NamedTuple):
     cache: Any
 
 
-def _take(
-    logits: Float[Array, "N V"], rows: Rows, filters: frozenset[str], progress: Progress
-) -> Progress:
+def _append_token(
+    logits: Float[Array, "N V"], requests: RowRequests, filters: frozenset[str], state: DecodeState
+) -> DecodeState:
     """Draw a token for every row that is not done."""
     token, logps, drawn = draw(
-        rows.keys, progress.count, logits, rows.settings, filters, progress.seen
+        requests.keys, state.counts, logits, requests.settings, filters, state.seen
     )
     index = jnp.arange(token.shape[0])
     # out of range: dropped
-    column = jnp.where(progress.done, progress.tokens.shape[1], progress.count)
-    count = jnp.where(progress.done, progress.count, progress.count + 1)
-    stopped = ~progress.done & jnp.any(token[:, None] == rows.stop_ids[None, :], axis=1)
-    seen = progress.seen if progress.seen is None else progress.seen.at[index, token].set(True)
-    return progress._replace(
-        tokens=progress.tokens.at[index, column].set(token, mode="drop"),
-        token_logps=progress.token_logps.at[index, column].set(logps, mode="drop"),
-        drawn_logps=progress.drawn_logps.at[index, column].set(drawn, mode="drop"),
-        count=count,
-        done=progress.done | stopped | (count >= rows.limits),
-        stopped=progress.stopped | stopped,
+    column = jnp.where(state.done, state.tokens.shape[1], state.counts)
+    counts = jnp.where(state.done, state.counts, state.counts + 1)
+    stopped = ~state.done & jnp.any(token[:, None] == requests.stop_ids[None, :], axis=1)
+    seen = state.seen if state.seen is None else state.seen.at[index, token].set(True)
+    return state._replace(
+        tokens=state.tokens.at[index, column].set(token, mode="drop"),
+        token_logps=state.token_logps.at[index, column].set(logps, mode="drop"),
+        drawn_logps=state.drawn_logps.at[index, column].set(drawn, mode="drop"),
+        counts=counts,
+        done=state.done | stopped | (counts >= requests.limits),
+        stopped=state.stopped | stopped,
         token=token,
-        step=progress.step + 1,
+        step=state.step + 1,
         seen=seen,
     )
 
 
-def shardings(mesh: Mesh | AbstractMesh, progress: Progress) -> Progress:
-    """Return where each array of a Progress lies: rows over the mesh's row axes, the cache's heads
-    over ``tensor``.
+def shardings(mesh: Mesh | AbstractMesh, state: DecodeState) -> DecodeState:
+    """Return where each array lies: rows over the mesh's row axes, the cache's heads over
+    ``tensor``.
 
     Args:
         mesh: the mesh.
-        progress: arrays or shapes.
+        state: arrays or shapes.
     """
-    # else each device holds them all
-    heads = progress.cache.keys.shape[3] % mesh.shape["tensor"] == 0
-    axes = Cache(
-        *(
-            tuple(None if name == "kv_heads" and not heads else name for name in names)
-            for names in caches.AXES
-        )
+    # each device holds all heads where the tensor axis does not divide them
+    divides = state.cache.keys.shape[3] % mesh.shape["tensor"] == 0
+    axes = state.cache._make(
+        tuple(None if name == "kv_heads" and not divides else name for name in names)
+        for names in caches.AXES
     )
 
-    def rows(x):
+    def rows(x: Any) -> tuple[str | None, ...]:
         return ("rows", *(None,) * (x.ndim - 1)) if x.ndim else ()
 
-    names = jax.tree.map(rows, progress._replace(cache=None))._replace(cache=axes)
+    names = jax.tree.map(rows, state._replace(cache=None))._replace(cache=axes)
     return tree_shardings(mesh, names)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "samples", "slots", "filters", "dtype"))
-def start(
+def prefill(
     model: Model,
     params: Any,
     tokens: Int[Array, "G T"],
     lengths: Int[Array, "G"],
-    rows: Rows,
+    requests: RowRequests,
     *,
     samples: int,
     slots: int,
     filters: frozenset[str],
     dtype: Any,
-) -> Progress:
+) -> DecodeState:
     """Prefill the prompts, give each its samples' rows, and draw the first token.
 
     Args:
@@ -120,7 +118,7 @@ def start(
         params: its parameters.
         tokens: prompts, padded on the right.
         lengths: real tokens of each, at least 1.
-        rows: what the N = G * samples rows were asked for; a prompt's samples are consecutive.
+        requests: what the N = G * samples rows were asked for; a prompt's samples are consecutive.
         samples: rows that share a prompt's prefill.
         slots: M, room for new tokens in a row.
         filters: sampling settings in use by any row.
@@ -140,15 +138,15 @@ def start(
         seen = jnp.repeat(seen, samples, axis=0)
     n = tokens.shape[0] * samples
 
-    def empty(dtype):
+    def empty(dtype: Any) -> Array:
         return jnp.zeros((n, slots), dtype)
 
-    progress = Progress(
+    state = DecodeState(
         tokens=empty(jnp.int32),
         token_logps=empty(jnp.float32),
         drawn_logps=empty(jnp.float32),
-        count=jnp.zeros(n, jnp.int32),
-        done=rows.limits <= 0,
+        counts=jnp.zeros(n, jnp.int32),
+        done=requests.limits <= 0,
         stopped=jnp.zeros(n, bool),
         token=jnp.zeros(n, jnp.int32),
         starts=jnp.repeat(lengths, samples),
@@ -156,39 +154,41 @@ def start(
         seen=seen,
         cache=caches.repeat(cache, samples),
     )
-    return _placed(_take(jnp.repeat(logits, samples, axis=0), rows, filters, progress))
+    return _pinned(_append_token(jnp.repeat(logits, samples, axis=0), requests, filters, state))
 
 
-def _placed(progress: Progress) -> Progress:
-    """Pin where everything lies, under an ambient mesh: what `advance` is compiled for, and
+def _pinned(state: DecodeState) -> DecodeState:
+    """Pin where everything lies, under a context mesh: what `decode` is compiled for, and
     keeps."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        return progress
-    return jax.lax.with_sharding_constraint(progress, shardings(mesh, progress))
+        return state
+    return jax.lax.with_sharding_constraint(state, shardings(mesh, state))
 
 
-@functools.partial(jax.jit, static_argnames=("model", "filters"), donate_argnames=("progress",))
-def advance(
+@functools.partial(jax.jit, static_argnames=("model", "filters"), donate_argnames=("state",))
+def decode(
     model: Model,
     params: Any,
-    rows: Rows,
-    progress: Progress,
+    requests: RowRequests,
+    state: DecodeState,
     until: Int[Array, ""],
     *,
     filters: frozenset[str],
-) -> Progress:
+) -> DecodeState:
     """Decode until every row is done or ``until`` tokens were drawn."""
 
-    def running(progress: Progress) -> Bool[Array, ""]:
-        return ~jnp.all(progress.done) & (progress.step < until)
+    def running(state: DecodeState) -> Bool[Array, ""]:
+        return ~jnp.all(state.done) & (state.step < until)
 
-    def body(progress: Progress) -> Progress:
+    def body(state: DecodeState) -> DecodeState:
         hidden, cache = model.decode(
-            params, progress.token, progress.starts + progress.count - 1, progress.cache
+            params, state.token, state.starts + state.counts - 1, state.cache
         )
-        return _placed(
-            _take(model.unembed(params, hidden), rows, filters, progress._replace(cache=cache))
+        return _pinned(
+            _append_token(
+                model.unembed(params, hidden), requests, filters, state._replace(cache=cache)
+            )
         )
 
-    return jax.lax.while_loop(running, body, progress)
+    return jax.lax.while_loop(running, body, state)

@@ -21,18 +21,34 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from align_jax.inference.generate import Completion, Generator, Request, completion_text
+from align_jax.core.choose import choose
+from align_jax.core.options import ServerOptions
+from align_jax.inference.generate import (
+    Completion,
+    Generator,
+    Request,
+    before_stop,
+    completion_text,
+)
 
 _TOKEN_PREFIX = "token_id:"  # how vLLM writes tokens under return_tokens_as_token_ids
 _RETRY_SECONDS = (1.0, 5.0, 20.0)
 
-# Server -> how it reads weights anew after they were written to a folder: path of a POST, and its
-# body.
+
+def _push_vllm(folder: str) -> tuple[str, dict[str, Any]]:
+    return "/collective_rpc", {"method": "reload_weights"}  # VLLM_SERVER_DEV_MODE=1
+
+
+def _push_sglang(folder: str) -> tuple[str, dict[str, Any]]:
+    return "/update_weights_from_disk", {"model_path": folder}
+
+
+# kind of server -> the POST (its path and body) after which it reads the weights of a folder anew
 PUSHES: Mapping[str, Callable[[str], tuple[str, dict[str, Any]]]] = {
-    # VLLM_SERVER_DEV_MODE=1
-    "vllm": lambda folder: ("/collective_rpc", {"method": "reload_weights"}),
-    "sglang": lambda folder: ("/update_weights_from_disk", {"model_path": folder}),
+    "vllm": _push_vllm,
+    "sglang": _push_sglang,
 }
+Report = Callable[[int], None]  # is told how many completions are done
 
 
 @runtime_checkable
@@ -40,7 +56,7 @@ class Engine(Protocol):
     """What generates."""
 
     def __call__(
-        self, requests: Sequence[Request], report: Callable[[int], None] = ...
+        self, requests: Sequence[Request], report: Report | None = ...
     ) -> list[list[Completion]]:
         """Return each request's completions."""
 
@@ -57,24 +73,24 @@ class Local:
     Args:
         generator: the compiled generation.
         params: the model's parameters.
-        place: brings newer ones to where generation wants them (``layout.placer``); default: they
-            stay where they lie.
+        reshard: brings newer ones to where generation wants them
+            (``resharding.make_resharder``); None: they stay where they lie.
     """
 
     def __init__(
-        self, generator: Generator, params: Any, place: Callable[[Any], Any] = lambda params: params
+        self, generator: Generator, params: Any = None, reshard: Callable[[Any], Any] | None = None
     ) -> None:
-        self._generator, self._params, self._place = generator, params, place
+        self._generator, self._params, self._reshard = generator, params, reshard
 
     def __call__(
-        self, requests: Sequence[Request], report: Callable[[int], None] = lambda done: None
+        self, requests: Sequence[Request], report: Report | None = None
     ) -> list[list[Completion]]:
         """Return each request's completions."""
         return self._generator(self._params, requests, report)
 
     def update(self, params: Any) -> None:
         """Take the newest parameters."""
-        self._params = self._place(params)
+        self._params = params if self._reshard is None else self._reshard(params)
 
     def release(self) -> None:
         """Let go of them, and of the copy that they may be."""
@@ -102,9 +118,9 @@ class Client:
         self.url = url.rstrip("/").removesuffix("/v1")
         self._timeout, self._retries = timeout_seconds, tuple(retry_seconds)
         key = os.environ.get(key_variable, "") if key_variable else ""
-        self._headers = {"Content-Type": "application/json"} | (
-            {"Authorization": f"Bearer {key}"} if key else {}
-        )
+        self._headers = {"Content-Type": "application/json"}
+        if key:
+            self._headers["Authorization"] = f"Bearer {key}"
 
     def post(self, route: str, body: Mapping[str, Any]) -> Any:
         """Post JSON and return the JSON of the answer (None for an empty one).
@@ -144,14 +160,10 @@ class Server:
     as NaN.
 
     Args:
-        url: of the server.
-        model: the name that it serves.
+        options: where it is and what it serves.
         tokenizer: the model's.
-        concurrency: requests under way at once.
-        weights: folder, seen by both, into which `update` writes a Hugging Face checkpoint.
-        export: writes parameters to a folder as a Hugging Face checkpoint.
-        push: the kind of server, a key of ``PUSHES``: how it is told to read the weights.
-        client: options of `Client`.
+        export: writes parameters to a folder as a Hugging Face checkpoint, for `update`.
+        retry_seconds: as `Client` takes them.
 
     Raises:
         ValueError: an unknown kind of server.
@@ -159,28 +171,23 @@ class Server:
 
     def __init__(
         self,
-        url: str,
-        model: str,
+        options: ServerOptions,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        concurrency: int = 32,
-        weights: str = "",
         export: Callable[[str, Any], None] | None = None,
-        push: str = "vllm",
-        **client: Any,
+        retry_seconds: Sequence[float] = _RETRY_SECONDS,
     ) -> None:
-        if push not in PUSHES:
-            raise ValueError(f"unknown kind of server {push!r}; known: {sorted(PUSHES)}")
-        self._client, self._model, self._tokenizer = Client(url, **client), model, tokenizer
-        self._concurrency, self._weights, self._export, self._push = (
-            concurrency,
-            weights,
-            export,
-            push,
+        self._push = choose(PUSHES, options.push, "config.rollout.server.push")
+        self._client = Client(
+            options.url,
+            key_variable=options.key_variable,
+            timeout_seconds=options.timeout_seconds,
+            retry_seconds=retry_seconds,
         )
+        self._options, self._tokenizer, self._export = options, tokenizer, export
 
     def __call__(
-        self, requests: Sequence[Request], report: Callable[[int], None] = lambda done: None
+        self, requests: Sequence[Request], report: Report | None = None
     ) -> list[list[Completion]]:
         """Return each request's completions.
 
@@ -189,16 +196,17 @@ class Server:
             ValueError: an answer without token ids, or with fewer completions than asked for.
         """
         found = []
-        with concurrent.futures.ThreadPoolExecutor(self._concurrency) as pool:
+        with concurrent.futures.ThreadPoolExecutor(self._options.concurrency) as pool:
             for completions in pool.map(self._complete, requests):
-                report(len(completions))
+                if report is not None:
+                    report(len(completions))
                 found.append(completions)
         return found
 
     def _complete(self, request: Request) -> list[Completion]:
         sampling = request.sampling
         body = {
-            "model": self._model,
+            "model": self._options.model,
             "prompt": list(request.prompt),
             "n": request.samples,
             "max_tokens": request.max_new_tokens,
@@ -217,8 +225,8 @@ class Server:
         )
         if len(choices) != request.samples:
             raise ValueError(
-                f"{self._client.url} gave {len(choices)} completions for a request "
-                f"of {request.samples}"
+                f"{self._client.url} gave {len(choices)} completions for a request of "
+                f"{request.samples}"
             )
         return [self._read(request, choice) for choice in choices]
 
@@ -227,18 +235,17 @@ class Server:
         tokens = logprobs.get("tokens") or []
         if not tokens or not all(token.startswith(_TOKEN_PREFIX) for token in tokens):
             raise ValueError(
-                f"{self._client.url} gave no token ids ({tokens[:3]}); expected a "
-                "server that knows "
-                "return_tokens_as_token_ids, such as vLLM"
+                f"{self._client.url} gave no token ids ({tokens[:3]}); expected a server that "
+                "knows return_tokens_as_token_ids, such as vLLM"
             )
         ids = np.array([int(token.removeprefix(_TOKEN_PREFIX)) for token in tokens], np.int32)
         text = completion_text(self._tokenizer, request.prompt, ids.tolist())
-        places = [place for place in map(text.find, request.stop) if place >= 0]
+        stopped = before_stop(text, request.stop)
         return Completion(
             ids,
             np.array(logprobs["token_logprobs"], np.float32),
             np.full(len(ids), np.nan, np.float32),
-            text[: min(places)] if places else text,
+            text if stopped is None else stopped,
             "stop" if choice["finish_reason"] == "stop" else "length",
         )
 
@@ -246,16 +253,17 @@ class Server:
         """Write the parameters as a Hugging Face checkpoint and have the server read it.
 
         Raises:
-            ValueError: no ``weights`` folder or no ``export`` was given.
+            ValueError: no folder for them, or no ``export`` was given.
             ConnectionError: as `Client.post`.
         """
-        if not self._weights or self._export is None:
+        if not self._options.weights or self._export is None:
             raise ValueError(
-                "pushing weights to a server needs `weights`, a folder that it sees, and `export`"
+                "config.rollout.server.weights is empty: pushing weights to a server needs a "
+                "folder that it sees"
             )
-        folder = str(pathlib.Path(self._weights).absolute())
+        folder = str(pathlib.Path(self._options.weights).absolute())
         self._export(folder, params)
-        self._client.post(*PUSHES[self._push](folder))
+        self._client.post(*self._push(folder))
 
     def release(self) -> None:
         """Do nothing: the server's weights are its own."""

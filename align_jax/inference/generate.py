@@ -79,6 +79,13 @@ class _Call(NamedTuple):
     bucket: int
 
 
+class RowSample(NamedTuple):
+    """What a row holds: one of a request's samples."""
+
+    request: Request
+    number: int  # among the request's samples
+
+
 class _Arrays(NamedTuple):
     """A call as this process's arrays, and what they mean."""
 
@@ -87,8 +94,7 @@ class _Arrays(NamedTuple):
     settings: Settings
     limits: Int[np.ndarray, "N"]
     keys: Any  # uint32 [N, 2]
-    # of each row that is no filler: its request, and which of its samples it is
-    each: list[tuple[Request, int]]
+    rows: list[RowSample]  # those that are no fillers
     slots: int
     filters: frozenset[str]
 
@@ -98,7 +104,7 @@ class Lowered(NamedTuple):
 
     prefill: jax.stages.Lowered
     decode: jax.stages.Lowered  # its loop's body draws one token in each row
-    progress: Any  # what goes from one to the other, shapes with shardings: the cache most of all
+    state: Any  # what goes from one to the other, shapes with shardings: the cache most of all
     prompts: tuple[int, int]  # how many a call prefills, and their padded length
     calls: int  # that the requests take
 
@@ -132,6 +138,12 @@ def completion_text(
     return whole[len(before) :] if whole.startswith(before) else decode(list(tokens))
 
 
+def before_stop(text: str, stop: Sequence[str]) -> str | None:
+    """Return the text before the first stop string; None where there is none."""
+    found = [position for position in map(text.find, stop) if position >= 0]
+    return text[: min(found)] if found else None
+
+
 def find_stop(
     tokenizer: PreTrainedTokenizerBase,
     prompt: Sequence[int],
@@ -143,16 +155,15 @@ def find_stop(
     Returns:
         The fewest tokens whose text holds it, and the text before it; None where there is none.
     """
-    text = completion_text(tokenizer, prompt, tokens)
-    places = [place for place in map(text.find, stop) if place >= 0]
-    if not places:
+    before = before_stop(completion_text(tokenizer, prompt, tokens), stop)
+    if before is None:
         return None
     low, high = 1, len(tokens)
     while low < high:  # the text grows with the tokens, so "holds a stop string" is monotonic
         middle = (low + high) // 2
         part = completion_text(tokenizer, prompt, tokens[:middle])
         low, high = (low, middle) if any(one in part for one in stop) else (middle + 1, high)
-    return low, text[: min(places)]
+    return low, before
 
 
 def stop_tokens(tokenizer: PreTrainedTokenizerBase, path: str = "") -> tuple[int, ...]:
@@ -230,10 +241,7 @@ class Generator:
         self._stop_ids[: len(ids)] = ids
 
     def __call__(
-        self,
-        params: Any,
-        requests: Sequence[Request],
-        report: Callable[[int], None] = lambda done: None,
+        self, params: Any, requests: Sequence[Request], report: Callable[[int], None] | None = None
     ) -> list[list[Completion]]:
         """Generate.
 
@@ -251,16 +259,16 @@ class Generator:
         for i, request in enumerate(requests):
             if not 0 < len(request.prompt) < self._max_length:
                 raise ValueError(
-                    f"request {i}: its prompt has {len(request.prompt)} tokens; "
-                    "expected from 1 to "
-                    f"{self._max_length - 1}, so that one new token fits"
+                    f"request {i}: its prompt has {len(request.prompt)} tokens; expected from 1 "
+                    f"to {self._max_length - 1}, so that one new token fits"
                 )
         found: list[list[Completion]] = [[] for _ in requests]
         for call in self._plan(requests):
             completions = self._run(params, [requests[i] for i in call.indices], call)
             for i, several in zip(call.indices, completions):
                 found[i].extend(several)
-            report(sum(map(len, completions)))
+            if report is not None:
+                report(sum(map(len, completions)))
         return found
 
     def _plan(self, requests: Sequence[Request]) -> Iterator[_Call]:
@@ -286,50 +294,52 @@ class Generator:
         tokens, lengths = np.zeros((prompts, call.bucket), np.int32), np.ones(prompts, np.int32)
         for g, request in enumerate(requests):
             tokens[g, : len(request.prompt)], lengths[g] = request.prompt, len(request.prompt)
-        each = [(request, call.first + s) for request in requests for s in range(call.samples)]
-        fill = prompts * call.samples - len(each)
-        limits = [
-            min(request.max_new_tokens, self._max_length - len(request.prompt))
-            if s < request.samples
-            else 0
-            for request, s in each
-        ] + [0] * fill
-        settings, filters = stack([request.sampling for request, _ in each] + [Sampling()] * fill)
-        seeds = np.array([request.seed for request, _ in each] + [0] * fill)
-        numbers = np.array([s for _, s in each] + [0] * fill)
+        filled = [
+            RowSample(request, call.first + s) for request in requests for s in range(call.samples)
+        ]
+        fill = [0] * (prompts * call.samples - len(filled))
+        limits = np.array([self._limit(row) for row in filled] + fill, np.int32)
+        settings, filters = stack(
+            [row.request.sampling for row in filled] + [Sampling()] * len(fill)
+        )
+        seeds = np.array([row.request.seed for row in filled] + fill)
+        numbers = np.array([row.number for row in filled] + fill)
         slots = bucket(max(request.max_new_tokens for request in requests), self._max_length)
         keys = np.asarray(jax.random.key_data(row_keys(seeds, numbers)))
-        return _Arrays(
-            tokens, lengths, settings, np.array(limits, np.int32), keys, each, slots, filters
-        )
+        return _Arrays(tokens, lengths, settings, limits, keys, filled, slots, filters)
+
+    def _limit(self, row: RowSample) -> int:
+        """Return how many tokens a row may get; 0 of a sample that was not asked for."""
+        request = row.request
+        if row.number >= request.samples:
+            return 0
+        return min(request.max_new_tokens, self._max_length - len(request.prompt))
+
+    def _put(self, tree: Any) -> Any:
+        if self._mesh is None:
+            return jax.tree.map(jnp.asarray, tree)
+        return put_batch(self._mesh, tree)
 
     def _run(self, params: Any, requests: Sequence[Request], call: _Call) -> list[list[Completion]]:
         arrays = self._arrays(requests, call)
-        put = (
-            (lambda tree: jax.tree.map(jnp.asarray, tree))
-            if self._mesh is None
-            else (lambda tree: put_batch(self._mesh, tree))
-        )
-        tokens, lengths, settings, limits, keys = put(arrays[:5])
-        asked = decoding.Rows(
+        tokens, lengths, settings, limits, keys = self._put(arrays[:5])
+        row_requests = decoding.RowRequests(
             jax.random.wrap_key_data(keys), settings, limits, jnp.asarray(self._stop_ids)
         )
-        with ambient(self._mesh):
-            progress = decoding.start(
+        with context_mesh(self._mesh):
+            state = decoding.prefill(
                 self._model,
                 params,
                 tokens,
                 lengths,
-                asked,
+                row_requests,
                 samples=call.samples,
                 slots=arrays.slots,
                 filters=arrays.filters,
                 dtype=self._dtype,
             )
-            progress, cuts = self._finish(
-                params, asked, progress, arrays.each, arrays.slots, arrays.filters
-            )
-        return self._collect(progress, arrays.each, call.samples, cuts)
+            state, stops = self._decode(params, row_requests, state, arrays)
+        return self._collect(state, arrays.rows, call.samples, stops)
 
     def lower(
         self, params: Any, requests: Sequence[Request], platform: str | None = None
@@ -338,12 +348,14 @@ class Generator:
 
         Args:
             params: the model's parameters, shapes with shardings.
-            requests: what would be asked for; only the sizes matter.
+            requests: only their sizes matter.
             platform: "tpu" for a topology's devices; None: the devices' own.
 
         Raises:
-            ValueError: the requests take calls of several shapes.
+            ValueError: the requests take calls of several shapes, or there is no mesh.
         """
+        if self._mesh is None:
+            raise ValueError("lowering needs a mesh: it says where everything lies")
         calls = list(self._plan(requests))
         if len({(call.samples, call.bucket) for call in calls}) > 1:
             raise ValueError("expected requests of one shape, so that two programs serve them all")
@@ -355,136 +367,134 @@ class Generator:
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
         tokens, lengths, settings, limits, keys = jax.tree.map(shape, arrays[:5])
-        everywhere = NamedSharding(self._mesh, PartitionSpec())
-        asked = decoding.Rows(
+        replicated = NamedSharding(self._mesh, PartitionSpec())
+        row_requests = decoding.RowRequests(
             shape(jax.eval_shape(jax.random.wrap_key_data, keys)),
             settings,
             limits,
-            shape(self._stop_ids, everywhere),
+            shape(self._stop_ids, replicated),
         )
         prefill = lower(
-            decoding.start,
+            decoding.prefill,
             self._mesh,
             self._model,
             params,
             tokens,
             lengths,
-            asked,
+            row_requests,
             samples=call.samples,
             slots=arrays.slots,
             filters=arrays.filters,
             dtype=self._dtype,
             platform=platform,
         )
-        progress = jax.tree.map(
+        state = jax.tree.map(
             shape, prefill.out_info, decoding.shardings(self._mesh, prefill.out_info)
         )
-        until = jax.ShapeDtypeStruct((), np.int32, sharding=everywhere)
+        until = jax.ShapeDtypeStruct((), np.int32, sharding=replicated)
         decode = lower(
-            decoding.advance,
+            decoding.decode,
             self._mesh,
             self._model,
             params,
-            asked,
-            progress,
+            row_requests,
+            state,
             until,
             filters=arrays.filters,
             platform=platform,
         )
-        return Lowered(prefill, decode, progress, tokens.shape, len(calls))
+        return Lowered(prefill, decode, state, tokens.shape, len(calls))
 
-    def _finish(
+    def _decode(
         self,
         params: Any,
-        asked: decoding.Rows,
-        progress: decoding.Progress,
-        each: Sequence,
-        slots: int,
-        filters: frozenset[str],
-    ) -> tuple[decoding.Progress, Mapping[int, tuple[int, str]]]:
-        """Advance to the end, looking for stop strings in between where any row has one."""
-        if not any(request.stop for request, _ in each) and jax.process_count() == 1:
-            return decoding.advance(
-                self._model, params, asked, progress, np.int32(slots), filters=filters
-            ), {}
-        cuts: dict[int, tuple[int, str]] = {}
+        row_requests: decoding.RowRequests,
+        state: decoding.DecodeState,
+        arrays: _Arrays,
+    ) -> tuple[decoding.DecodeState, Mapping[int, tuple[int, str]]]:
+        """Decode to the end, looking for stop strings in between where any row has one.
+
+        Returns:
+            The last state, and row -> what `find_stop` found in it.
+        """
+        slots, filters = arrays.slots, arrays.filters
+        if not any(row.request.stop for row in arrays.rows) and jax.process_count() == 1:
+            until = np.int32(slots)
+            state = decoding.decode(
+                self._model, params, row_requests, state, until, filters=filters
+            )
+            return state, {}
+        stops: dict[int, tuple[int, str]] = {}
         while True:
-            self._cut(progress, each, cuts)
-            done = local(progress.done).copy()
-            done[list(cuts)] = True
-            if int(local(progress.step)) >= slots or everywhere(bool(done.all())):
-                return progress, cuts
-            flags = put_batch(self._mesh, done) if self._mesh is not None else jnp.asarray(done)
-            until = np.int32(min(slots, int(local(progress.step)) + _STOP_CHECK_TOKENS))
-            progress = decoding.advance(
-                self._model, params, asked, progress._replace(done=flags), until, filters=filters
+            self._find_stops(state, arrays.rows, stops)
+            done = local_rows(state.done).copy()
+            done[list(stops)] = True
+            step = int(local_rows(state.step))
+            if step >= slots or true_on_all_processes(bool(done.all())):
+                return state, stops
+            state = decoding.decode(
+                self._model,
+                params,
+                row_requests,
+                state._replace(done=self._put(done)),
+                np.int32(min(slots, step + _STOP_CHECK_TOKENS)),
+                filters=filters,
             )
 
-    def _cut(
-        self, progress: decoding.Progress, each: Sequence, cuts: dict[int, tuple[int, str]]
+    def _find_stops(
+        self,
+        state: decoding.DecodeState,
+        rows: Sequence[RowSample],
+        stops: dict[int, tuple[int, str]],
     ) -> None:
-        tokens, count = local(progress.tokens), local(progress.count)
-        for row, (request, _) in enumerate(each):
-            if request.stop and row not in cuts:
-                cut = find_stop(
-                    self._tokenizer,
-                    request.prompt,
-                    tokens[row, : count[row]].tolist(),
-                    request.stop,
-                )
-                if cut is not None:
-                    cuts[row] = cut
+        tokens, counts = local_rows(state.tokens), local_rows(state.counts)
+        for row, (request, _) in enumerate(rows):
+            if request.stop and row not in stops:
+                ids = tokens[row, : counts[row]].tolist()
+                found = find_stop(self._tokenizer, request.prompt, ids, request.stop)
+                if found is not None:
+                    stops[row] = found
 
     def _collect(
         self,
-        progress: decoding.Progress,
-        each: Sequence,
+        state: decoding.DecodeState,
+        rows: Sequence[RowSample],
         samples: int,
-        cuts: Mapping[int, tuple[int, str]],
+        stops: Mapping[int, tuple[int, str]],
     ) -> list[list[Completion]]:
-        tokens, count, stopped = (
-            local(progress.tokens),
-            local(progress.count),
-            local(progress.stopped),
-        )
-        logps, drawn = local(progress.token_logps), local(progress.drawn_logps)
+        tokens, counts = local_rows(state.tokens), local_rows(state.counts)
+        logps, drawn = local_rows(state.token_logps), local_rows(state.drawn_logps)
+        stopped = local_rows(state.stopped)
         found: list[list[Completion]] = []
-        for row, (request, number) in enumerate(each):
+        for row, (request, number) in enumerate(rows):
             if row % samples == 0:
                 found.append([])
             if number >= request.samples:
                 continue
-            n = int(count[row])
-            if row in cuts:
-                n, text = cuts[row]
+            n = int(counts[row])
+            if row in stops:
+                n, text = stops[row]
             else:
                 text = completion_text(self._tokenizer, request.prompt, tokens[row, :n].tolist())
-            finish = "stop" if row in cuts or stopped[row] else "length"
-            found[-1].append(
-                Completion(
-                    tokens[row, :n].copy(),
-                    logps[row, :n].copy(),
-                    drawn[row, :n].copy(),
-                    text,
-                    finish,
-                )
-            )
+            finish = "stop" if row in stops or stopped[row] else "length"
+            own, own_logps, own_drawn = (x[row, :n].copy() for x in (tokens, logps, drawn))
+            found[-1].append(Completion(own, own_logps, own_drawn, text, finish))
         return found
 
 
-def ambient(mesh: jax.sharding.Mesh | None) -> Any:
-    """Return a context in which this mesh, if it is one, is the ambient one."""
+def context_mesh(mesh: jax.sharding.Mesh | None) -> contextlib.AbstractContextManager[Any]:
+    """Return a context in which this mesh, if it is one, is JAX's context mesh."""
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
-def everywhere(flag: bool) -> bool:
+def true_on_all_processes(flag: bool) -> bool:
     """Tell whether a flag is true in every process."""
     if jax.process_count() == 1:
         return flag
     return bool(np.all(multihost_utils.process_allgather(np.array(flag))))
 
 
-def local(x: jax.Array) -> np.ndarray:
+def local_rows(x: jax.Array) -> np.ndarray:
     """Fetch this process's rows of an array that is sharded over the rows (all of it with one
     process)."""
     if x.is_fully_addressable or x.is_fully_replicated:

@@ -6,13 +6,14 @@ Training splits each weight over the whole mesh and gathers it where it is used,
 of many tokens.  A decoded token is one for each row: gathering for it would move all weights for
 every token (15 GB a token of a 7B model, on every chip).  So the devices are dealt out anew:
 
-    training     fsdp=64                   a weight over 64 devices, each with its own rows
-    generating   data=16  tensor=4         a weight over 4 devices of one host, which share their rows
+    training     fsdp=64             a weight over 64 devices, each with its own rows
+    generating   data=16  tensor=4   a weight over 4 devices of one host, which share their rows
 """
 
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -52,7 +53,7 @@ def decode_mesh(mesh: Mesh, tensor: int) -> Mesh:
     return Mesh(array, AXES, axis_types=mesh.axis_types)
 
 
-def _held(model: Model, params: Tree) -> Tree:
+def _decode_params(model: Model, params: Tree) -> Tree:
     """Leave the scalar heads out, and cast what is cast to the compute type wherever it is used.
 
     Norms' scales are not, nor what DoRA takes float32 norms of; quantized maps stay as they are:
@@ -76,36 +77,35 @@ def _held(model: Model, params: Tree) -> Tree:
     )
 
 
-def for_decoding(model: Model, params: Tree, mesh: Mesh) -> Tree:
-    """Return the shapes, types and places of a policy's weights while it generates.
+def decode_specs(model: Model, params: Tree, mesh: Mesh) -> Tree:
+    """Return the shapes, types and shardings of a policy's weights while it generates.
 
     Args:
         model: the policy.
         params: its parameters on the training mesh: arrays, or shapes with shardings.
         mesh: from ``decode_mesh``.
     """
-    shapes = jax.eval_shape(functools.partial(_held, model), params)
-    leaves = flatten(params)
-    places = unflatten({path: leaves[path] for path in flatten(shapes)})
-    return jax.tree.map(
-        lambda x, like: jax.ShapeDtypeStruct(
-            x.shape, x.dtype, sharding=NamedSharding(mesh, like.sharding.spec)
-        ),
-        shapes,
-        places,
-    )
+    shapes = jax.eval_shape(functools.partial(_decode_params, model), params)
+    trained = flatten(params)
+    like = unflatten({path: trained[path] for path in flatten(shapes)})
+
+    def spec(shape: jax.ShapeDtypeStruct, leaf: Any) -> jax.ShapeDtypeStruct:
+        sharding = NamedSharding(mesh, leaf.sharding.spec)
+        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
+
+    return jax.tree.map(spec, shapes, like)
 
 
-def placer(model: Model, mesh: Mesh) -> Callable[[Tree], Tree]:
-    """Return a function that copies the policy's newest weights to where ``for_decoding`` wants
+def make_resharder(model: Model, mesh: Mesh) -> Callable[[Tree], Tree]:
+    """Return a function that copies the policy's newest weights to where ``decode_specs`` wants
     them.
 
     They are cast where they lie, then dealt out.
     """
-    cast = jax.jit(functools.partial(_held, model))
+    cast = jax.jit(functools.partial(_decode_params, model))
 
-    def place(params: Tree) -> Tree:
-        wanted = for_decoding(model, params, mesh)
-        return jax.device_put(cast(params), jax.tree.map(lambda x: x.sharding, wanted))
+    def reshard(params: Tree) -> Tree:
+        specs = decode_specs(model, params, mesh)
+        return jax.device_put(cast(params), jax.tree.map(operator.attrgetter("sharding"), specs))
 
-    return place
+    return reshard

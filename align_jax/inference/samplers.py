@@ -11,6 +11,7 @@ plain temperature never sorts the vocabulary.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -19,6 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
+
+from align_jax.core.options import RolloutOptions
 
 _EXCLUDED = -1e30  # finite, so that a softmax over a row of excluded tokens is not NaN
 
@@ -56,10 +59,14 @@ class Sampling:
         wrong = {name: getattr(self, name) for name, fits in ranges.items() if not fits}
         if wrong:
             raise ValueError(
-                f"sampling settings out of range: {wrong}; expected temperature >= "
-                "0, top_k >= 0, "
+                f"sampling settings out of range: {wrong}; expected temperature >= 0, top_k >= 0, "
                 "0 < top_p <= 1, 0 <= min_p <= 1, repetition_penalty > 0"
             )
+
+    @classmethod
+    def of(cls, options: RolloutOptions) -> Sampling:
+        """Return how a rollout's samples are drawn."""
+        return cls(options.temperature, options.top_k, options.top_p, options.min_p)
 
     @property
     def filters(self) -> frozenset[str]:
@@ -160,8 +167,8 @@ def adjust(
     if "repetition_penalty" in filters:
         if seen is None:
             raise ValueError(
-                "a repetition penalty needs `seen`, the tokens of the prompt and "
-                "the completion so far"
+                "a repetition penalty needs `seen`, the tokens of the prompt and the completion "
+                "so far"
             )
         logits = penalize(logits, seen, settings.repetition_penalty)
     greedy = (settings.temperature == 0)[:, None]
@@ -193,7 +200,7 @@ def categorical(keys: Key[Array, "N"], logits: Float[Array, "N V"]) -> Int[Array
     block = math.isqrt(vocabulary - 1) + 1
     weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
     weights = jnp.pad(weights, ((0, 0), (0, -vocabulary % block))).reshape(rows, -1, block)
-    uniform = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys)
+    uniform = jax.vmap(functools.partial(jax.random.uniform, shape=(2,)))(keys)
     chosen = _invert(uniform[:, 0], weights.sum(axis=-1))
     inside = _invert(
         uniform[:, 1], jnp.take_along_axis(weights, chosen[:, None, None], axis=1)[:, 0]

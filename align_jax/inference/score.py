@@ -5,7 +5,6 @@ reward model."""
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,14 +16,11 @@ from transformers import PreTrainedTokenizerBase
 
 from align_jax.core.schema import Batch, Example
 from align_jax.data import chat
-from align_jax.data.tokenizer import load_tokenizer
-from align_jax.inference.generate import ambient, bucket, local
-from align_jax.interop import hf
+from align_jax.inference.generate import bucket, context_mesh, local_rows
 from align_jax.losses.logprobs import at_sources, token_outputs
-from align_jax.models.config import ModelConfig
-from align_jax.models.model import Model, build
+from align_jax.models.model import LoadedModel, Model
 from align_jax.parallel.mesh import row_shards
-from align_jax.parallel.sharding import put_batch, tree_shardings
+from align_jax.parallel.sharding import put_batch
 
 
 @functools.partial(jax.jit, static_argnames=("model", "value_head", "chunk", "temperature"))
@@ -62,14 +58,6 @@ def rescore(
     return outputs.token_logps, values
 
 
-def scorer(config: ModelConfig, compute_dtype: str, attention: str = "auto") -> Model:
-    """Return the model of a reward model's checkpoint: a score head on the last hidden state, no
-    vocabulary."""
-    return build(
-        config, compute_dtype=compute_dtype, remat="none", attention=attention, heads=("score",)
-    )
-
-
 @functools.partial(jax.jit, static_argnames="model")
 def scores(
     model: Model, params: Any, tokens: Int[Array, "N T"], lengths: Int[Array, "N"]
@@ -77,7 +65,7 @@ def scores(
     """Return what a score head says of each row's last token.
 
     Args:
-        model: static; from ``scorer``.
+        model: static; with a score head.
         params: its parameters.
         tokens: padded on the right.
         lengths: real tokens of each row, at least 1.
@@ -98,24 +86,24 @@ class RewardModel:
     template or the end-of-sequence rule puts there.
 
     Args:
-        path: directory or hub id of the checkpoint.
+        loaded: the model and its parameters, on the mesh.
+        tokenizer: its tokenizer.
         rows: texts scored at once (a multiple of the mesh's row shards).
         max_length: tokens of prompt and completion, longer ones lose the prompt's beginning;
             default: the model's positions.
-        compute_dtype: of the forward; the head is always float32.
         mesh: where to run; None: the default device.
 
     Raises:
-        ValueError: rows that the mesh does not divide, or a checkpoint without a score head.
+        ValueError: rows that the mesh does not divide.
     """
 
     def __init__(
         self,
-        path: str,
+        loaded: LoadedModel,
+        tokenizer: PreTrainedTokenizerBase,
         *,
         rows: int = 16,
         max_length: int | None = None,
-        compute_dtype: str = "float32",
         mesh: jax.sharding.Mesh | None = None,
     ) -> None:
         shards = 1 if mesh is None else row_shards(mesh)
@@ -123,23 +111,10 @@ class RewardModel:
             raise ValueError(
                 f"reward model rows = {rows} must be a positive multiple of the {shards} row shards"
             )
-        config = hf.load_config(path)
-        kinds = json.loads(config.hf).get("architectures") or []
-        if not any("SequenceClassification" in kind for kind in kinds):
-            raise ValueError(
-                f"{path} is a checkpoint of {kinds}; expected a sequence classifier "
-                "with one label, which "
-                "has a score head (ours are exported as such)"
-            )
-        config = config.padded(1 if mesh is None else mesh.shape["tensor"])
-        self._model = scorer(config, compute_dtype)
-        shardings = None if mesh is None else tree_shardings(mesh, self._model.axes())
-        _, self._params = hf.load(
-            path, config=config, dtype=compute_dtype, heads=("score",), shardings=shardings
-        )
-        self._tokenizer: PreTrainedTokenizerBase = load_tokenizer(path)
-        self._rows, self._mesh = rows, mesh
-        self._max_length = min(max_length or config.max_positions, config.max_positions)
+        self._model, self._params = loaded
+        self._tokenizer, self._rows, self._mesh = tokenizer, rows, mesh
+        limit = loaded.config.max_positions
+        self._max_length = min(max_length or limit, limit)
 
     @property
     def chat(self) -> bool:
@@ -150,12 +125,12 @@ class RewardModel:
         """Return the reward of each example's first response, float32 [n]."""
         texts = []
         for example in examples:
-            tokens = chat.encode(example, self._tokenizer)
-            texts.append([*tokens.prompt, *tokens.responses[0]][-self._max_length :])
+            encoded = chat.encode(example, self._tokenizer)
+            texts.append([*encoded.prompt, *encoded.responses[0]][-self._max_length :])
         found = np.zeros(len(texts), np.float32)
         # processes must run the same programs
         fixed = self._max_length if jax.process_count() > 1 else 0
-        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        order = np.argsort([len(text) for text in texts], kind="stable").tolist()
         rows = self._rows // jax.process_count()
         for begin in range(0, len(order), rows):
             chosen = order[begin : begin + rows]
@@ -163,11 +138,10 @@ class RewardModel:
             tokens, lengths = np.zeros((rows, size), np.int32), np.ones(rows, np.int32)
             for row, i in enumerate(chosen):
                 tokens[row, : len(texts[i])], lengths[row] = texts[i], len(texts[i])
-            arrays = (
-                (tokens, lengths)
-                if self._mesh is None
-                else put_batch(self._mesh, (tokens, lengths))
-            )
-            with ambient(self._mesh):  # attention kernels and mixtures of experts look at it
-                found[chosen] = local(scores(self._model, self._params, *arrays))[: len(chosen)]
+            arrays = (tokens, lengths)
+            if self._mesh is not None:
+                arrays = put_batch(self._mesh, arrays)
+            with context_mesh(self._mesh):  # attention kernels and mixtures of experts look at it
+                own = local_rows(scores(self._model, self._params, *arrays))
+            found[chosen] = own[: len(chosen)]
         return found

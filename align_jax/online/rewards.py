@@ -19,7 +19,9 @@ import dataclasses
 import functools
 import importlib
 import inspect
+import json
 import math
+import os
 import pathlib
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -31,11 +33,14 @@ from jaxtyping import Float
 
 from align_jax.core.choose import choose
 from align_jax.core.schema import Example
+from align_jax.data.tokenizer import load_tokenizer
 from align_jax.inference.engines import Client
 from align_jax.inference.score import RewardModel
+from align_jax.models.model import LoadedModel
 
 Extras = Sequence[Mapping[str, Any]]
 RewardFunction = Callable[[Sequence[str], Sequence[str], Extras], Sequence[float]]
+LoadModel = Callable[..., LoadedModel]  # runs.weights.load_model
 
 _NUMBER = r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?|-?\.\d+"
 _MARKED = (
@@ -284,6 +289,8 @@ def model(
     rows: int = 16,
     max_length: int = 0,
     compute_dtype: str = "float32",
+    *,
+    load_model: LoadModel,
     mesh: Mesh | None = None,
 ) -> RewardFunction:
     """Score by a reward model: a checkpoint with a score head, ours or a Hugging Face sequence
@@ -294,12 +301,18 @@ def model(
 
     Args:
         path: directory or hub id.
-        rows, max_length, compute_dtype: see `align_jax.inference.score.RewardModel`; 0 = the
-            model's positions.
-        mesh: where its weights lie and its forwards run; of an online run, the run's own.
+        rows: texts scored at once.
+        max_length: tokens of a prompt with its completion; 0 = the model's positions.
+        compute_dtype: of weights and activations; the head is always float32.
+        load_model: reads the checkpoint; given by the program.
+        mesh: where its weights lie and its forwards run; given by the program.
     """
     scorer = RewardModel(
-        path, rows=rows, max_length=max_length or None, compute_dtype=compute_dtype, mesh=mesh
+        load_model(path, mesh=mesh, compute_dtype=compute_dtype, heads=("score",)),
+        load_tokenizer(path),
+        rows=rows,
+        max_length=max_length or None,
+        mesh=mesh,
     )
 
     def score(
@@ -446,6 +459,11 @@ class RewardTerm(NamedTuple):
     options: dict[str, Any]
 
 
+def from_json(text: str) -> dict[str, Any]:
+    """Return what a command line's ``--rewards`` says: JSON, or a file of it."""
+    return json.loads(pathlib.Path(text).read_text() if os.path.isfile(text) else text)
+
+
 def read(rewards: Mapping[str, Any]) -> list[RewardTerm]:
     """Read the weighted sum that a config's ``rewards`` describes.
 
@@ -461,20 +479,25 @@ def read(rewards: Mapping[str, Any]) -> list[RewardTerm]:
         raise ValueError(f"no reward was named; known: {', '.join(REWARDS)}")
     terms = []
     for name, given in rewards.items():
-        options = {"weight": given} if isinstance(given, (int, float)) else dict(given)
+        options: dict[str, Any] = (
+            {"weight": given} if isinstance(given, (int, float)) else dict(given)
+        )
         weight, kind = float(options.pop("weight", 1.0)), options.pop("kind", name)
         choose(REWARDS, kind, "reward")
-        _bind(name, kind, options)
         terms.append(RewardTerm(name, weight, kind, options))
+        _bind(terms[-1], load_model=None, mesh=None)
     return terms
 
 
-def resolve(rewards: Mapping[str, Any], *, mesh: Mesh | None = None) -> WeightedRewards:
+def resolve(
+    rewards: Mapping[str, Any], *, load_model: LoadModel, mesh: Mesh | None = None
+) -> WeightedRewards:
     """Build the weighted sum that a config's ``rewards`` describes.
 
     Args:
         rewards: as `read` takes them.
-        mesh: given to the rows that run a model; None: the default device.
+        load_model: reads the checkpoints of rows that run a model.
+        mesh: where these models run; None: the default device.
 
     Raises:
         ValueError: as `read`, or a value that the row refuses.
@@ -482,24 +505,23 @@ def resolve(rewards: Mapping[str, Any], *, mesh: Mesh | None = None) -> Weighted
     terms = read(rewards)
     return WeightedRewards(
         tuple(
-            (one.name, one.weight, _bind(one.name, one.kind, one.options, mesh=mesh)())
-            for one in terms
+            (term.name, term.weight, _bind(term, load_model=load_model, mesh=mesh)())
+            for term in terms
         )
     )
 
 
-def _bind(
-    name: str, kind: str, options: Mapping[str, Any], **resources: Any
-) -> Callable[[], RewardFunction]:
-    """Check a row's options, and give it those of the run's resources that it takes.
+def _bind(term: RewardTerm, **resources: Any) -> Callable[[], RewardFunction]:
+    """Check a row's options, and give it those of the program's resources that it takes.
 
     A row may be any function, with options that are said nowhere but in its signature; this is the
     one place that asks it.
     """
-    signature = inspect.signature(REWARDS[kind])
+    row = REWARDS[term.kind]
+    signature = inspect.signature(row)
     taken = {key: value for key, value in resources.items() if key in signature.parameters}
     try:
-        signature.bind(**options, **taken)
+        signature.bind(**term.options, **taken)
     except TypeError as error:
-        raise ValueError(f"reward {name!r}: {error}; {kind} takes {signature}") from None
-    return functools.partial(REWARDS[kind], **options, **taken)
+        raise ValueError(f"reward {term.name!r}: {error}; {term.kind} takes {signature}") from None
+    return functools.partial(row, **term.options, **taken)

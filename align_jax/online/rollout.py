@@ -2,17 +2,19 @@
 """The online batch source: generate with the current policy, score, and hand out batches of the
 usual form.
 
-    prompts ─ engine ─ rewards ─ selection ─ rows ─ old and reference log-probabilities, values ─ targets
-                                                └──────► slices, ``epochs`` times over ──► train steps
+    prompts ─ engine ─ rewards ─ selection ─ rows ─ old and reference log-probabilities ─ targets
+       └──── RolloutMaker: a rollout from (weights, state) ────────────────────────────────┘ │
+                            train steps ◄── Rollouts: slices, ``epochs`` times over ◄────────┘
 
 The training loop sees ``next(weights) -> Batch`` and nothing of this.  A rollout is a function of
-(seed, place in the stream of prompts, weights), so a resumed run goes on exactly; a rollout in the
-middle of its slices is saved beside the checkpoint, since the weights that made it are gone.
+(seed, position in the stream of prompts, weights), so a resumed run goes on exactly; a rollout in
+the middle of its slices is saved beside the checkpoint, since the weights that made it are gone.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
+import dataclasses
 import functools
 import io
 import json
@@ -25,40 +27,46 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh
 from jaxtyping import Float
 from transformers import PreTrainedTokenizerBase
 
-from align_jax.core.schema import Batch
+from align_jax.core.options import Config
+from align_jax.core.schema import Batch, Example
 from align_jax.data.batching import Shape
 from align_jax.data.tokenizer import pad_id
-from align_jax.inference.engines import Engine
-from align_jax.inference.generate import local
+from align_jax.inference.engines import Engine, Local, Server
+from align_jax.inference.generate import Generator, bucket, local_rows
+from align_jax.inference.resharding import decode_mesh, make_resharder
 from align_jax.inference.score import rescore
 from align_jax.losses import advantages as estimators
 from align_jax.losses.targets import make_targets
 from align_jax.models.model import Model
-from align_jax.online import batches, sampling
+from align_jax.online import batches, rewards, sampling
 from align_jax.online.config import RolloutConfig
-from align_jax.online.prompts import Prompts
-from align_jax.online.rewards import WeightedRewards
+from align_jax.online.sampling import Prompts, PromptSampler, PromptSamples, SampledRollout
 from align_jax.online.selection import SELECTIONS
 from align_jax.parallel.mesh import row_shards
 from align_jax.parallel.sharding import put_batch
+from align_jax.training.partitioning import abstract_params, check_divisible
 
 FOLDER = "rollouts"  # in the workdir: rollouts that a checkpoint was taken in the middle of
+
+Tree = Any
+Export = Callable[[str, Tree], None]  # writes the policy's weights to a server's folder
 
 
 class Weights(NamedTuple):
     """What generates and what it is held against: whole parameter trees."""
 
-    policy: Any
-    reference: Any = None
+    policy: Tree
+    reference: Tree = None
 
 
-class Control(NamedTuple):
+class RolloutState(NamedTuple):
     """What moves from rollout to rollout beside the weights."""
 
-    place: int  # in the stream of prompts, of all processes together
+    position: int  # in the stream of prompts, of all processes together
     kl_coef: float
     moments: sampling.Moments
 
@@ -69,7 +77,7 @@ class Rollout(NamedTuple):
     batch: Batch
     metrics: dict[str, float]
     samples: list[dict[str, Any]]
-    control: Control
+    state: RolloutState
 
 
 @functools.partial(jax.jit, static_argnames="options")
@@ -78,78 +86,223 @@ def _targets(
     reference: jax.Array | None,
     kl_coef: jax.Array,
     options: tuple[tuple[str, Any], ...],
-) -> tuple[jax.Array, jax.Array | None, dict[str, Any]]:
+) -> tuple[jax.Array, jax.Array | None, dict[str, tuple[jax.Array, jax.Array]]]:
     keywords = dict(options)
     if keywords.get("kl_coef"):
         keywords["kl_coef"] = kl_coef
     filled, metrics = make_targets(batch, reference_token_logps=reference, **keywords)
+    assert filled.advantages is not None  # it fills them always
     return filled.advantages, filled.returns, metrics
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutMaker:
+    """Makes rollouts; holds nothing that changes but the engine's weights.
+
+    Attributes:
+        config: how.
+        prompts: the stream of prompts.
+        sampler: samples and scores them.
+        pad: the token that fills rows.
+        policy, reference: the models of the weights that are given.
+        mesh: where the forwards run.
+
+    Raises:
+        ValueError: a microbatch's rows do not divide over the devices.
+    """
+
+    config: RolloutConfig
+    prompts: Prompts
+    sampler: PromptSampler
+    pad: int
+    policy: Model
+    reference: Model
+    mesh: Mesh
+
+    def __post_init__(self) -> None:
+        config, shards = self.config, row_shards(self.mesh)
+        rows = self.shape.rows // config.microbatches
+        if rows % shards:
+            raise ValueError(
+                f"a microbatch of {config.batch_size // config.microbatches} groups has {rows} "
+                f"rows, which do not divide over {shards} devices: choose another batch_size, "
+                "microbatches or mesh"
+            )
+
+    @functools.cached_property
+    def shape(self) -> Shape:
+        """A step's sizes on the whole mesh."""
+        return batches.plan_shape(
+            groups=self.config.batch_size,
+            responses=self.config.groups[1],
+            prompt=self.prompts.longest,
+            response=self.config.options.max_new_tokens,
+            layout=self.config.layout,
+        )
+
+    def make(self, weights: Weights, state: RolloutState) -> Rollout:
+        """Generate, score and write one rollout."""
+        began, engine = time.monotonic(), self.sampler.engine
+        with jax.set_mesh(self.mesh):
+            engine.update(weights.policy)
+            sampled = self.sampler.sample_rollout(self.prompts, state.position, state.moments)
+            engine.release()
+            batch, metrics, kl_coef = self._write(sampled.prompts, weights, state.kl_coef)
+        metrics |= sampling.describe(sampled)
+        metrics["rollout/seconds"] = time.monotonic() - began
+        position = state.position + sampled.tries * self.config.options.prompts
+        following = RolloutState(position, kl_coef, sampled.moments)
+        return Rollout(batch, metrics, sampling.records(sampled), following)
+
+    def evaluate(
+        self, held_out: Prompts, weights: Weights, moments: sampling.Moments
+    ) -> dict[str, float]:
+        """Sample the held-out prompts as training's are sampled, always with the same draws.
+
+        Several processes take equal shares; what is left over of the prompts stays out.
+
+        Returns:
+            What ``describe`` says of a rollout but for its speed.
+        """
+        share, engine = len(held_out) // jax.process_count(), self.sampler.engine
+        first = jax.process_index() * share
+        with jax.set_mesh(self.mesh):
+            engine.update(weights.policy)
+            found, moments, seconds = self.sampler.sample(
+                held_out, range(first, first + share), moments
+            )
+            engine.release()
+        values = sampling.describe(SampledRollout(found, 1, moments, seconds, tokens=0))
+        return {name: value for name, value in values.items() if not name.startswith("rollout/")}
+
+    def divergence(self, params: Tree, batch: Batch) -> float:
+        """Estimate how far the policy has moved since the rollout: mean of (log π - log π_old)² /
+        2 over a microbatch, nats a token."""
+        share = self.config.batch_size // self.config.microbatches // jax.process_count()
+        part = batches.take(batch, np.arange(share))
+        with jax.set_mesh(self.mesh):
+            now, _ = self._rescore(self.policy, params, part, "")
+        gap = np.square(now - part.old_token_logps)[part.loss_mask]
+        sums = sampling.gather(np.array([gap.sum() / 2, gap.size], np.float32)).reshape(-1, 2)
+        total, count = sums.sum(axis=0)
+        return float(total / max(count, 1.0))
+
+    def _write(
+        self, samples: Sequence[PromptSamples], weights: Weights, kl_coef: float
+    ) -> tuple[Batch, dict[str, float], float]:
+        """Write scored samples into rows, and fill in what the objective needs of them."""
+        config = self.config
+        scores = np.stack([one.scores for one in samples])
+        all_scores = sampling.gather(scores.reshape(-1))
+        groups = SELECTIONS[config.kind].fn(scores, all_scores, config.options)
+        prompts, completions = [one.prompt for one in samples], [one.completions for one in samples]
+        batch = batches.write(
+            groups,
+            prompts,
+            completions,
+            scores,
+            self.shape,
+            layout=config.layout,
+            pad=self.pad,
+            keep_unfinished=config.options.keep_unfinished,
+        )
+        indices = [self.prompts.index(samples[p].position) for p in groups.prompts]
+        batch = batch._replace(example_index=np.array(indices, np.int32))
+        if config.mismatched:
+            mismatched = batches.mismatch(groups, prompts, completions, self.shape, pad=self.pad)
+            batch = batch._replace(mismatched=mismatched)
+        if config.targets is None:
+            return batch, {}, kl_coef
+        old = None
+        if not config.options.rescore:
+            old = batches.token_field(batch, groups, completions, "token_logps")
+        if config.options.rescore or config.value_head:
+            logps, values = self._rescore(self.policy, weights.policy, batch, config.value_head)
+            old, batch = logps if old is None else old, batch._replace(old_values=values)
+        reference = None
+        if config.needs_reference:
+            reference, _ = self._rescore(self.reference, weights.reference, batch, "")
+        return self._with_targets(batch._replace(old_token_logps=old), reference, kl_coef)
+
+    def _rescore(
+        self, model: Model, params: Tree, batch: Batch, value_head: str
+    ) -> tuple[Float[np.ndarray, "N T"], Float[np.ndarray, "N T"] | None]:
+        """Run forwards over rows in parts of a microbatch's size; fetch this process's rows."""
+        config = self.config
+        size = config.batch_size // config.microbatches // jax.process_count()
+        logps, values = [], []
+        for begin in range(0, len(batch.weight), size):
+            part = batches.take(batch._replace(mismatched=None), np.arange(begin, begin + size))
+            part_logps, part_values = rescore(
+                model,
+                params,
+                put_batch(self.mesh, part),
+                value_head=value_head,
+                temperature=config.temperature,
+            )
+            logps.append(local_rows(part_logps))
+            if part_values is not None:
+                values.append(local_rows(part_values))
+        return np.concatenate(logps), np.concatenate(values) if values else None
+
+    def _with_targets(
+        self, batch: Batch, reference: Float[np.ndarray, "N T"] | None, kl_coef: float
+    ) -> tuple[Batch, dict[str, float], float]:
+        """Fill in advantages and returns, whose statistics are over the whole rollout, and move the
+        KL coefficient."""
+        config = self.config
+        assert config.targets is not None  # the caller has looked
+        placed = put_batch(self.mesh, batch._replace(mismatched=None))
+        held = None if reference is None else put_batch(self.mesh, reference)
+        advantages, returns, sums = _targets(
+            placed, held, jnp.float32(kl_coef), tuple(sorted(config.targets.items()))
+        )
+        batch = batch._replace(
+            advantages=local_rows(advantages),
+            returns=None if returns is None else local_rows(returns),
+        )
+        metrics = {
+            name: float(top) / max(float(bottom), 1e-8) for name, (top, bottom) in sums.items()
+        }
+        if not config.needs_reference:
+            return batch, metrics, kl_coef
+        metrics["objective/kl_coef"] = kl_coef
+        if config.kl_target is not None:
+            moved = estimators.adaptive_kl_coef(
+                jnp.float32(kl_coef),
+                jnp.float32(metrics["objective/kl"]),
+                config.samples,
+                target=config.kl_target,
+                horizon=config.kl_horizon,
+            )
+            kl_coef = float(moved)
+        return batch, metrics, kl_coef
 
 
 class Rollouts:
     """Batches from the policy itself.
 
     Args:
-        config: how.
-        prompts: the stream of prompts.
-        engine: what generates.
-        rewards: what a completion is worth.
-        tokenizer: the policy's.
-        policy, reference: the models of the weights that `next` is given.
-        mesh: where the forwards run.
+        maker: makes the rollouts.
         held_out: prompts that are never trained on, for ``evaluate``.
 
     Attributes:
         shape: a step's sizes on the whole mesh.
     """
 
-    def __init__(
-        self,
-        config: RolloutConfig,
-        prompts: Prompts,
-        engine: Engine,
-        rewards: WeightedRewards,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        policy: Model,
-        reference: Model,
-        mesh: jax.sharding.Mesh,
-        held_out: Prompts | None = None,
-    ) -> None:
-        self._config, self._prompts, self._held_out = config, prompts, held_out
-        self._engine, self._rewards = engine, rewards
-        self._pad, self._policy, self._reference, self._mesh = (
-            pad_id(tokenizer),
-            policy,
-            reference,
-            mesh,
-        )
-        self.shape: Shape = batches.plan_shape(
-            groups=config.batch_size,
-            responses=config.groups[1],
-            prompt=prompts.longest,
-            response=config.max_new_tokens,
-            layout=config.layout,
-        )
-        rows, shards = self.shape.rows // config.microbatches, row_shards(mesh)
-        if rows % shards:
-            raise ValueError(
-                f"a microbatch of {config.batch_size // config.microbatches} groups has "
-                f"{rows} rows, which do "
-                f"not divide over {shards} devices: choose another batch_size, "
-                "microbatches or mesh"
-            )
-        self._next = Control(
-            0, float((config.targets or {}).get("kl_coef", 0.0)), dict(estimators.SCORE_CARRY)
-        )
+    def __init__(self, maker: RolloutMaker, held_out: Prompts | None = None) -> None:
+        self._maker, self._config, self._held_out = maker, maker.config, held_out
+        self.shape = maker.shape
+        kl_coef = float((maker.config.targets or {}).get("kl_coef", 0.0))
+        self._next = RolloutState(0, kl_coef, dict(estimators.SCORE_CARRY))
         self._now: Rollout | None = None
         self._slice = 0  # the next one of the rollout now
         # when the rollout now was asked for, on the monotonic clock
         self._renewed: float | None = None
-        self._ahead: concurrent.futures.Future | None = None
-        self._pool = concurrent.futures.ThreadPoolExecutor(1) if config.overlap else None
-
-    # ---------------------------------------------------------------------------------- what train sees
+        self._ahead: concurrent.futures.Future[Rollout] | None = None
+        self._pool = (
+            concurrent.futures.ThreadPoolExecutor(1) if maker.config.options.overlap else None
+        )
 
     def abstract(self) -> Batch:
         """Return the whole mesh's batch as arrays of the right shape and dtype that take no
@@ -159,20 +312,17 @@ class Rollouts:
     @property
     def num_examples(self) -> int:
         """Prompts."""
-        return len(self._prompts)
+        return len(self._maker.prompts)
 
     @property
     def steps_per_epoch(self) -> int:
         """Optimizer steps after which every prompt was drawn once (rounded down, at least 1)."""
-        return max(
-            1,
-            len(self._prompts) * self._config.slices * self._config.epochs // self._config.prompts,
-        )
+        return max(1, self.num_examples * self._config.steps // self._config.options.prompts)
 
     @property
     def report(self) -> dict[str, Any]:
         """Counts of what was read and truncated."""
-        return dict(self._prompts.report)
+        return dict(self._maker.prompts.report)
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -185,207 +335,58 @@ class Rollouts:
         Args:
             weights: gives the current weights; called where a new rollout is due.
         """
-        slices, last = self._config.slices, self._config.slices * self._config.epochs
-        if (
-            self._now is not None
-            and 0 < self._slice < last
-            and self._slice % slices == 0
-            and self._config.stop_kl
-        ):
-            if self._divergence(weights().policy) > self._config.stop_kl:
-                self._slice = last
-        if self._now is None or self._slice >= last:
-            self._renew(weights)
-        epoch, index = divmod(self._slice, slices)
+        now, stop_kl = self._now, self._config.options.stop_kl
+        if now is not None and 0 < self._slice < self._config.steps and stop_kl:
+            if self._slice % self._config.slices == 0:
+                if self._maker.divergence(weights().policy, now.batch) > stop_kl:
+                    self._slice = self._config.steps
+        if now is None or self._slice >= self._config.steps:
+            now = self._renew(weights)
+        epoch, index = divmod(self._slice, self._config.slices)
         self._slice += 1
-        return batches.take(self._now.batch, self._chosen(epoch, index))
+        return batches.take(now.batch, self._chosen(len(now.batch.weight), epoch, index))
 
-    def _chosen(self, epoch: int, index: int) -> np.ndarray:
+    def _chosen(self, groups: int, epoch: int, index: int) -> np.ndarray:
         """Return which groups a slice has, in this process: the first epoch in order, the others
         shuffled."""
-        share, groups = self._config.batch_size // jax.process_count(), len(self._now.batch.weight)
+        share = self._config.batch_size // jax.process_count()
         order = np.arange(groups)
         if epoch:
-            order = np.random.default_rng((self._config.seed, self._next.place, epoch)).permutation(
-                groups
-            )
+            seed = (self._config.seed, self._next.position, epoch)
+            order = np.random.default_rng(seed).permutation(groups)
         return order[index * share : (index + 1) * share]
 
-    def _renew(self, weights: Callable[[], Weights]) -> None:
+    def _renew(self, weights: Callable[[], Weights]) -> Rollout:
         newest = jax.block_until_ready(weights())  # the last step's time is not the generation's
         before, began, self._renewed = self._now, self._renewed, time.monotonic()
-        self._now = self._make(newest, self._next) if self._ahead is None else self._ahead.result()
-        # else this is the first rollout, or the first after resuming
-        known = before is not None and began is not None
-        self._now.metrics["rollout/share"] = (
-            before.metrics["rollout/generation_seconds"] / (self._renewed - began)
-            if known
-            else math.nan
-        )
-        self._next, self._slice = self._now.control, 0
+        if self._ahead is None:
+            now = self._maker.make(newest, self._next)
+        else:
+            now = self._ahead.result()
+        share = math.nan  # of the first rollout, or the first after resuming
+        if before is not None and began is not None:
+            share = before.metrics["rollout/generation_seconds"] / (self._renewed - began)
+        now.metrics["rollout/share"] = share
+        self._now, self._next, self._slice = now, now.state, 0
         if self._pool is not None:
             copy = jax.tree.map(jnp.copy, newest)  # the train step donates what it is given
-            self._ahead = self._pool.submit(self._make, copy, self._next)
+            self._ahead = self._pool.submit(self._maker.make, copy, self._next)
+        return now
 
     def evaluate(self, weights: Weights) -> dict[str, float]:
-        """Sample the held-out prompts as training's are sampled, always with the same draws.
-
-        Several processes take equal shares; what is left over of the prompts stays out.
+        """Sample the held-out prompts; see ``RolloutMaker.evaluate``.
 
         Returns:
-            What ``describe`` says of a rollout but for its speed: ``reward``, ``rewards/...``,
-            ``completions/...``.
+            ``reward``, ``rewards/...``, ``completions/...``.
+
+        Raises:
+            ValueError: nothing is held out.
         """
+        if self._held_out is None:
+            raise ValueError("no prompts are held out to evaluate on")
         if self._ahead is not None:
             concurrent.futures.wait([self._ahead])  # the engine holds one set of weights
-        share = len(self._held_out) // jax.process_count()
-        first = jax.process_index() * share
-        with jax.set_mesh(self._mesh):
-            self._engine.update(weights.policy)
-            asked, moments, seconds = sampling.sample(
-                range(first, first + share),
-                self._config,
-                self._held_out,
-                self._engine,
-                self._rewards,
-                self._next.moments,
-            )
-            self._engine.release()
-        found = sampling.describe(
-            sampling.Drawn(asked, 1, moments, seconds, tokens=0), self._config
-        )
-        return {name: value for name, value in found.items() if not name.startswith("rollout/")}
-
-    # --------------------------------------------------------------------------------- making a rollout
-
-    def _make(self, weights: Weights, control: Control) -> Rollout:
-        """Generate, score and write one rollout."""
-        started = time.monotonic()
-        with jax.set_mesh(self._mesh):
-            self._engine.update(weights.policy)
-            drawn = sampling.draw(
-                control.place,
-                self._config,
-                self._prompts,
-                self._engine,
-                self._rewards,
-                control.moments,
-            )
-            self._engine.release()
-            batch, metrics, kl_coef = self._write(drawn.asked, weights, control.kl_coef)
-        metrics |= sampling.describe(drawn, self._config)
-        metrics["rollout/seconds"] = time.monotonic() - started
-        place = control.place + drawn.tries * self._config.prompts
-        return Rollout(
-            batch, metrics, sampling.records(drawn), Control(place, kl_coef, drawn.moments)
-        )
-
-    def _write(
-        self, asked: Sequence[sampling.Asked], weights: Weights, kl_coef: float
-    ) -> tuple[Batch, dict[str, float], float]:
-        config = self._config
-        scores = np.stack([one.scores for one in asked])
-        groups = SELECTIONS[config.kind](
-            scores, sampling.gather(scores.reshape(-1)), **config.selection
-        )
-        prompts, completions = [one.ids for one in asked], [one.completions for one in asked]
-        batch = batches.write(
-            groups,
-            prompts,
-            completions,
-            scores,
-            self.shape,
-            layout=config.layout,
-            pad=self._pad,
-            keep_unfinished=config.keep_unfinished,
-        )
-        numbers = np.array([self._prompts.number(asked[p].place) for p in groups.prompts], np.int32)
-        batch = batch._replace(example_index=numbers)
-        if config.mismatched:
-            batch = batch._replace(
-                mismatched=batches.mismatch(groups, prompts, completions, self.shape, pad=self._pad)
-            )
-        if config.targets is None:
-            return batch, {}, kl_coef
-        old = (
-            None
-            if config.rescore
-            else batches.token_field(batch, groups, completions, "token_logps")
-        )
-        if config.rescore or config.value_head:
-            logps, values = self._rescore(self._policy, weights.policy, batch, config.value_head)
-            old, batch = logps if old is None else old, batch._replace(old_values=values)
-        reference = None
-        if config.needs_reference:
-            reference, _ = self._rescore(self._reference, weights.reference, batch, "")
-        return self._with_targets(batch._replace(old_token_logps=old), reference, kl_coef)
-
-    def _rescore(
-        self, model: Model, params: Any, batch: Batch, value_head: str
-    ) -> tuple[Float[np.ndarray, "N T"], Float[np.ndarray, "N T"] | None]:
-        """Run forwards over rows in parts of a microbatch's size; fetch this process's rows."""
-        size = self._config.batch_size // self._config.microbatches // jax.process_count()
-        logps, values = [], []
-        for begin in range(0, len(batch.weight), size):
-            part = batches.take(batch._replace(mismatched=None), np.arange(begin, begin + size))
-            token_logps, found = rescore(
-                model,
-                params,
-                put_batch(self._mesh, part),
-                value_head=value_head,
-                temperature=self._config.temperature,
-            )
-            logps.append(local(token_logps))
-            values.append(found if found is None else local(found))
-        return np.concatenate(logps), np.concatenate(values) if value_head else None
-
-    def _with_targets(
-        self, batch: Batch, reference: Float[np.ndarray, "N T"] | None, kl_coef: float
-    ) -> tuple[Batch, dict[str, float], float]:
-        """Fill in advantages and returns, whose statistics are over the whole rollout, and move the
-        KL coefficient."""
-        config = self._config
-        whole = put_batch(self._mesh, batch._replace(mismatched=None))
-        held = None if reference is None else put_batch(self._mesh, reference)
-        advantages, returns, sums = _targets(
-            whole, held, jnp.float32(kl_coef), tuple(sorted(config.targets.items()))
-        )
-        batch = batch._replace(
-            advantages=local(advantages), returns=None if returns is None else local(returns)
-        )
-        metrics = {
-            name: float(top) / max(float(bottom), 1e-8) for name, (top, bottom) in sums.items()
-        }
-        if config.needs_reference:
-            metrics["objective/kl_coef"] = kl_coef
-            if config.kl_target is not None:
-                kl_coef = float(
-                    estimators.adaptive_kl_coef(
-                        jnp.float32(kl_coef),
-                        jnp.float32(metrics["objective/kl"]),
-                        config.prompts * config.responses,
-                        target=config.kl_target,
-                        horizon=config.kl_horizon,
-                    )
-                )
-        return batch, metrics, kl_coef
-
-    def _divergence(self, params: Any) -> float:
-        """Estimate how far the policy has moved since the rollout: mean of (log π - log π_old)² /
-        2, nats a token."""
-        share = self._config.batch_size // self._config.microbatches // jax.process_count()
-        part = batches.take(self._now.batch, np.arange(share))
-        with jax.set_mesh(self._mesh):
-            now, _ = self._rescore(self._policy, params, part, "")
-        gap = np.square(now - part.old_token_logps)[part.loss_mask]
-        sums = (
-            sampling.gather(np.array([gap.sum() / 2, gap.size], np.float32))
-            .reshape(-1, 2)
-            .sum(axis=0)
-        )
-        return float(sums[0] / max(sums[1], 1.0))
-
-    # -------------------------------------------------------------------------------- saving, reporting
+        return self._maker.evaluate(self._held_out, weights, self._next.moments)
 
     def save(
         self, workdir: str | epath.PathLike, step: int, kept: Sequence[int] = ()
@@ -399,7 +400,7 @@ class Rollouts:
             kept: steps whose checkpoints still exist; the rollouts of others are deleted.
         """
         state = {
-            "place": self._next.place,
+            "position": self._next.position,
             "kl_coef": self._next.kl_coef,
             "moments": dict(self._next.moments),
             "slice": self._slice,
@@ -408,11 +409,12 @@ class Rollouts:
             "file": "",
         }
         folder = epath.Path(workdir) / FOLDER
-        if self._now is None or self._slice >= self._config.slices * self._config.epochs:
+        if self._now is None or self._slice >= self._config.steps:
             return state
         folder.mkdir(parents=True, exist_ok=True)
         buffer = io.BytesIO()
-        np.savez(buffer, **_flat(self._now.batch))
+        fields: dict[str, Any] = _flatten_batch(self._now.batch)
+        np.savez(buffer, **fields)
         (folder / f"{step}-{jax.process_index()}.npz").write_bytes(buffer.getvalue())
         if jax.process_index() == 0:
             for old in folder.iterdir():
@@ -426,21 +428,19 @@ class Rollouts:
         Raises:
             FileNotFoundError: the rollout beside the checkpoint is gone.
         """
-        self._next = Control(state["place"], state["kl_coef"], state["moments"])
+        self._next = RolloutState(state["position"], state["kl_coef"], state["moments"])
         self._slice, self._now = state["slice"], None
-        if state["file"]:
-            paths = [
-                epath.Path(workdir) / f"{state['file']}-{p}.npz" for p in range(state["processes"])
-            ]
-            parts = [np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) for path in paths]
-            fields = {
-                name: np.concatenate([part[name] for part in parts]) for name in parts[0].files
-            }
-            share = len(fields["weight"]) // jax.process_count()
-            mine = np.arange(jax.process_index() * share, (jax.process_index() + 1) * share)
-            self._now = Rollout(
-                batches.take(_deep(fields), mine), dict(state["metrics"]), [], self._next
-            )
+        if not state["file"]:
+            return
+        parts = []
+        for process in range(state["processes"]):
+            path = epath.Path(workdir) / f"{state['file']}-{process}.npz"
+            parts.append(np.load(io.BytesIO(path.read_bytes()), allow_pickle=False))
+        fields = {name: np.concatenate([part[name] for part in parts]) for name in parts[0].files}
+        share = len(fields["weight"]) // jax.process_count()
+        own = np.arange(jax.process_index() * share, (jax.process_index() + 1) * share)
+        batch = batches.take(_unflatten_batch(fields), own)
+        self._now = Rollout(batch, dict(state["metrics"]), [], self._next)
 
     def log_samples(self, workdir: str | epath.PathLike, step: int) -> None:
         """Append the newest rollout's samples, with their rewards, to ``samples.jsonl``; for
@@ -448,23 +448,127 @@ class Rollouts:
         if self._now is not None:
             path = epath.Path(workdir) / "samples.jsonl"
             before = path.read_text() if path.exists() else ""
-            path.write_text(
-                before
-                + "".join(json.dumps({"step": step, **one}) + "\n" for one in self._now.samples)
-            )
+            lines = [json.dumps({"step": step, **one}) + "\n" for one in self._now.samples]
+            path.write_text(before + "".join(lines))
 
 
-def _flat(batch: Batch, prefix: str = "") -> dict[str, np.ndarray]:
-    found = {}
+def _flatten_batch(batch: Batch, prefix: str = "") -> dict[str, np.ndarray]:
+    found: dict[str, np.ndarray] = {}
     for name, value in batch._asdict().items():
         if isinstance(value, Batch):
-            found |= _flat(value, f"{prefix}{name}.")
+            found |= _flatten_batch(value, f"{prefix}{name}.")
         elif value is not None:
             found[prefix + name] = np.asarray(value)
     return found
 
 
-def _deep(fields: Mapping[str, np.ndarray]) -> Batch:
-    inner = {name.partition(".")[2]: value for name, value in fields.items() if "." in name}
-    outer = {name: value for name, value in fields.items() if "." not in name}
+def _unflatten_batch(fields: Mapping[str, np.ndarray]) -> Batch:
+    inner: dict[str, Any] = {
+        name.partition(".")[2]: value for name, value in fields.items() if "." in name
+    }
+    outer: dict[str, Any] = {name: value for name, value in fields.items() if "." not in name}
     return Batch(**outer, mismatched=Batch(**inner) if inner else None)
+
+
+def make_rollouts(
+    rollouts: RolloutConfig,
+    config: Config,
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    policy: Model,
+    reference: Model,
+    mesh: Mesh,
+    load_model: rewards.LoadModel,
+    export: Export,
+    held_out: Sequence[Example] = (),
+) -> Rollouts:
+    """Make the source of an online run.
+
+    Args:
+        rollouts: from ``make_rollout_config``.
+        config: the run's.
+        examples: prompts, with what the rewards compare with in their extras.
+        tokenizer: the policy's.
+        policy, reference: models of the weights that will be given.
+        mesh: where generation and training run.
+        load_model: loads reward models.
+        export: writes the policy's weights for a server.
+        held_out: prompts to evaluate on; none: no evaluation.
+
+    Raises:
+        ValueError: no prompts are left, or fewer held-out ones than processes.
+    """
+    read = functools.partial(
+        Prompts,
+        tokenizer=tokenizer,
+        max_length=config.max_length,
+        max_new_tokens=rollouts.options.max_new_tokens,
+        truncation=config.data.truncation,
+        seed=config.seed,
+    )
+    prompts = read(examples, shuffle=config.data.shuffle)
+    others = read(held_out, shuffle=False) if held_out else None
+    if others is not None and len(others) < jax.process_count():
+        raise ValueError(
+            f"{len(others)} held-out prompts for {jax.process_count()} processes: each needs one "
+            "at least"
+        )
+    longest = max(prompts.longest, 0 if others is None else others.longest)
+    if rollouts.options.server.url:
+        engine: Engine = Server(rollouts.options.server, tokenizer, export=export)
+    else:
+        where = generation_mesh(rollouts, policy, mesh)
+        generator = make_generator(rollouts, policy, tokenizer, where, config.max_length, longest)
+        reshard = make_resharder(policy, where) if rollouts.options.tensor else None
+        engine = Local(generator, reshard=reshard)
+    scored = rewards.resolve(config.rewards, mesh=mesh, load_model=load_model)
+    sampler = PromptSampler(rollouts.options, engine, scored)
+    maker = RolloutMaker(rollouts, prompts, sampler, pad_id(tokenizer), policy, reference, mesh)
+    return Rollouts(maker, others)
+
+
+def generation_mesh(rollouts: RolloutConfig, policy: Model, mesh: Mesh) -> Mesh:
+    """Return the mesh that generates: the training mesh, or another over its devices
+    (``rollout.tensor``).
+
+    Raises:
+        ValueError: ``rollout.tensor`` does not divide a host's devices, or the model.
+    """
+    tensor = rollouts.options.tensor
+    if not tensor:
+        return mesh
+    where = decode_mesh(mesh, tensor)
+    try:
+        check_divisible(abstract_params(where, policy.shapes(), policy.axes()))
+    except ValueError as error:
+        raise ValueError(f"config.rollout.tensor = {tensor}: {error}") from None
+    return where
+
+
+def make_generator(
+    rollouts: RolloutConfig,
+    policy: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    mesh: Mesh,
+    max_length: int,
+    longest: int,
+) -> Generator:
+    """Make what samples on the run's own mesh.
+
+    Args:
+        rollouts, policy, tokenizer: as ``make_rollouts`` takes them.
+        mesh: from ``generation_mesh``.
+        max_length: tokens of a prompt with its completion.
+        longest: tokens of the longest prompt.
+    """
+    shards = row_shards(mesh)
+    rows = -(-min(rollouts.samples, rollouts.options.rows) // shards) * shards
+    return Generator(
+        policy,
+        tokenizer,
+        rows=rows,
+        max_length=max_length,
+        mesh=mesh,
+        prompt_bucket=bucket(longest, max_length - 1),
+    )

@@ -1,8 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts in, scored samples out: the part of a rollout that deals in text."""
+"""Prompts in, scored samples out: the part of a rollout that deals in text.
+
+Prompts are tokenized once and come in an endless seeded stream; a *position* is a place in it.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -12,35 +17,129 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Float, Int
+from transformers import PreTrainedTokenizerBase
 
+from align_jax.core.options import RolloutOptions
 from align_jax.core.schema import Example
+from align_jax.data import batching, chat
 from align_jax.inference.engines import Engine
-from align_jax.inference.generate import Completion, Request, everywhere
+from align_jax.inference.generate import Completion, Request, true_on_all_processes
+from align_jax.inference.samplers import Sampling
 from align_jax.losses import advantages as estimators
-from align_jax.online.config import RolloutConfig
-from align_jax.online.prompts import Prompts
 from align_jax.online.rewards import WeightedRewards
 
 # running moments of all scores; see losses.advantages.normalize_scores
 Moments = Mapping[str, float]
 
 
-class Asked(NamedTuple):
+@functools.lru_cache(maxsize=2)
+def _order(seed: int, epoch: int, size: int) -> Int[np.ndarray, "n"]:
+    return np.random.default_rng((seed, epoch)).permutation(size)
+
+
+class Prompts:
+    """Prompts by their position in an endless stream; each epoch has an order of its own.
+
+    Args:
+        examples: of kind "prompts".
+        tokenizer: the policy's.
+        max_length: tokens of a prompt with its completion.
+        max_new_tokens: tokens kept free for the completion.
+        truncation: of prompts that are too long: "keep_start", "keep_end", or "drop" the prompt.
+        seed: of the order and of the draws.
+        shuffle: a new order each epoch; else the data's own.
+
+    Attributes:
+        report: counts of truncated and dropped prompts.
+        longest: tokens of the longest prompt.
+
+    Raises:
+        ValueError: no room for a prompt, or none left.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_length: int,
+        max_new_tokens: int,
+        truncation: str = "keep_end",
+        seed: int = 0,
+        shuffle: bool = True,
+    ) -> None:
+        if max_new_tokens >= max_length:
+            raise ValueError(
+                f"rollout.max_new_tokens = {max_new_tokens} leaves no room for a prompt in "
+                f"max_length = {max_length} tokens"
+            )
+        self._seed, self._shuffle = seed, shuffle
+        self._kept: list[tuple[Example, Int[np.ndarray, "p"]]] = []
+        truncated = 0
+        for example, tokens in zip(examples, chat.encode_many(examples, tokenizer)):
+            ids = np.asarray(tokens.prompt, np.int32)
+            cut = batching.truncate(
+                len(ids),
+                [max_new_tokens],
+                turn=tokens.turn,
+                tail=tokens.tail,
+                max_length=max_length,
+                bos=bool(len(ids)) and int(ids[0]) == tokenizer.bos_token_id,
+                policy=truncation,
+                max_prompt_length=max_length - max_new_tokens,
+            )
+            if cut.reason or not len(ids):
+                continue
+            kept = batching.cut_prompt(ids, cut)
+            truncated += len(kept) < len(ids)
+            self._kept.append((example, kept))
+        if not self._kept:
+            raise ValueError(
+                f"no prompts left of {len(examples)}: all are empty or longer than max_length - "
+                f"max_new_tokens = {max_length - max_new_tokens} tokens"
+            )
+        self.report = {
+            "prompts": len(self._kept),
+            "truncated prompts": int(truncated),
+            "dropped prompts": len(examples) - len(self._kept),
+        }
+        self.longest = max(len(ids) for _, ids in self._kept)
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def index(self, position: int) -> int:
+        """Return which prompt stands at a position of the stream."""
+        epoch, index = divmod(position, len(self._kept))
+        if not self._shuffle:
+            return index
+        return int(_order(self._seed, epoch, len(self._kept))[index])
+
+    def __getitem__(self, position: int) -> tuple[Example, Int[np.ndarray, "p"]]:
+        """Return the prompt at a position of the stream, as an example and as token ids."""
+        return self._kept[self.index(position)]
+
+    def seed(self, position: int) -> int:
+        """Return the seed of the draws at a position of the stream."""
+        return int(np.random.SeedSequence((self._seed, position)).generate_state(1)[0])
+
+
+class PromptSamples(NamedTuple):
     """One prompt with its samples and what they are worth."""
 
-    place: int  # in the stream of prompts
+    position: int  # in the stream of prompts
     example: Example
-    ids: Int[np.ndarray, "p"]
+    prompt: Int[np.ndarray, "p"]  # token ids
     completions: list[Completion]
     scores: Float[np.ndarray, "n"]  # after shaping: what is trained on
-    raw: Float[np.ndarray, "n"]  # the weighted sum of the rewards
-    parts: dict[str, Float[np.ndarray, "n"]]  # each reward by itself
+    rewards: Float[np.ndarray, "n"]  # the weighted sum
+    each_reward: dict[str, Float[np.ndarray, "n"]]  # by name, unweighted
 
 
-class Drawn(NamedTuple):
-    """This process's share of a rollout."""
+class SampledRollout(NamedTuple):
+    """This process's share of a rollout, in text."""
 
-    asked: list[Asked]
+    prompts: list[PromptSamples]
     tries: int  # times that a whole rollout's prompts were taken from the stream
     moments: Moments
     seconds: float  # spent generating, all tries together
@@ -54,9 +153,8 @@ def prompt_text(example: Example) -> str:
 
 def columns(example: Example) -> dict[str, Any]:
     """Return the row's columns for reward functions; ``messages`` holds the prompt's turns."""
-    return dict(example.extras) | (
-        {} if isinstance(example.prompt, str) else {"messages": list(example.prompt)}
-    )
+    found = dict(example.extras)
+    return found if isinstance(example.prompt, str) else found | {"messages": list(example.prompt)}
 
 
 def gather(x: Float[np.ndarray, "n"]) -> Float[np.ndarray, "m"]:
@@ -67,161 +165,156 @@ def gather(x: Float[np.ndarray, "n"]) -> Float[np.ndarray, "m"]:
 
 
 def shape_scores(
-    scores: Float[np.ndarray, "q n"],
+    rewards: Float[np.ndarray, "q n"],
     completions: Sequence[Sequence[Completion]],
-    config: RolloutConfig,
+    options: RolloutOptions,
     moments: Moments,
 ) -> tuple[Float[np.ndarray, "q n"], Moments]:
-    """Normalize, clip, and take off the penalties for completions that are cut off or overlong; as
-    the config says."""
-    shaped = jnp.asarray(scores)
-    if config.normalize_scores:
-        shaped, found = estimators.normalize_scores(shaped, dict(moments), clip=config.score_clip)
+    """Turn rewards into scores: normalize, clip, take off the penalties for completions that are
+    cut off or overlong, as the options say."""
+    shaped, clip = jnp.asarray(rewards), options.score_clip or None
+    if options.normalize_scores:
+        shaped, found = estimators.normalize_scores(shaped, dict(moments), clip=clip)
         moments = {name: float(value) for name, value in found.items()}
-    elif config.score_clip is not None:
-        shaped = jnp.clip(shaped, -config.score_clip, config.score_clip)
-    if config.missing_eos_penalty:
+    elif clip is not None:
+        shaped = jnp.clip(shaped, -clip, clip)
+    if options.missing_eos_penalty:
         finished = np.array([[one.finish == "stop" for one in several] for several in completions])
         shaped = estimators.missing_eos_penalty(
-            shaped, jnp.asarray(finished), config.missing_eos_penalty
+            shaped, jnp.asarray(finished), options.missing_eos_penalty
         )
-    if config.overlong_buffer:
+    if options.overlong_buffer:
         lengths = np.array(
             [[len(one.tokens) for one in several] for several in completions], np.int32
         )
         shaped = shaped + estimators.overlong_penalty(
-            jnp.asarray(lengths), max_length=config.max_new_tokens, buffer=config.overlong_buffer
+            jnp.asarray(lengths), max_length=options.max_new_tokens, buffer=options.overlong_buffer
         )
     return np.asarray(shaped, np.float32), moments
 
 
-def sample(
-    places: Sequence[int],
-    config: RolloutConfig,
-    prompts: Prompts,
-    engine: Engine,
-    rewards: WeightedRewards,
-    moments: Moments,
-) -> tuple[list[Asked], Moments, float]:
-    """Sample the prompts at these places of the stream, and score the samples.
+@dataclasses.dataclass(frozen=True)
+class PromptSampler:
+    """Samples prompts and scores the samples.
 
-    Returns:
-        The samples, the running moments of all scores, and the seconds spent generating.
+    Attributes:
+        options: how.
+        engine: what generates.
+        rewards: what a completion is worth.
     """
-    asked, n = [prompts[place] for place in places], config.responses
-    began = time.monotonic()
-    completions = engine(
-        [
+
+    options: RolloutOptions
+    engine: Engine
+    rewards: WeightedRewards
+
+    def sample(
+        self, prompts: Prompts, positions: Sequence[int], moments: Moments
+    ) -> tuple[list[PromptSamples], Moments, float]:
+        """Sample the prompts at these positions of the stream, and score the samples.
+
+        Returns:
+            The samples, the running moments of all scores, and the seconds spent generating.
+        """
+        options, n = self.options, self.options.responses_per_prompt
+        sampling = Sampling.of(options)
+        chosen = [prompts[position] for position in positions]
+        requests = [
             Request(
                 tuple(ids.tolist()),
                 n,
-                config.max_new_tokens,
-                config.sampling,
-                prompts.seed(place),
-                config.stop,
+                options.max_new_tokens,
+                sampling,
+                prompts.seed(position),
+                options.stop,
             )
-            for place, (_, ids) in zip(places, asked)
+            for position, (_, ids) in zip(positions, chosen)
         ]
-    )
-    seconds = time.monotonic() - began
-    raw, parts = rewards(
-        [prompt_text(example) for example, _ in asked for _ in range(n)],
-        [one.text for several in completions for one in several],
-        [columns(example) for example, _ in asked for _ in range(n)],
-    )
-    scores, moments = shape_scores(raw.reshape(-1, n), completions, config, moments)
-
-    def own(x: Float[np.ndarray, "m"], i: int) -> Float[np.ndarray, "n"]:
-        return x[i * n : (i + 1) * n]
-
-    return (
-        [
-            Asked(
-                place,
-                example,
-                ids,
-                several,
-                scores[i],
-                own(raw, i),
-                {k: own(v, i) for k, v in parts.items()},
-            )
-            for i, (place, (example, ids), several) in enumerate(zip(places, asked, completions))
-        ],
-        moments,
-        seconds,
-    )
-
-
-def draw(
-    place: int,
-    config: RolloutConfig,
-    prompts: Prompts,
-    engine: Engine,
-    rewards: WeightedRewards,
-    moments: Moments,
-) -> Drawn:
-    """Sample a rollout; with dynamic sampling again and again until every group's scores differ.
-
-    References:
-        Dynamic sampling: Yu et al. 2025 (DAPO), arXiv 2503.14476, section 3.2.
-    """
-    share = config.prompts // jax.process_count()
-    kept: list[Asked] = []
-    spare: list[Asked] = []  # groups without a difference: used only where the tries do not suffice
-    tries, seconds, tokens = 0, 0.0, 0
-    while tries < config.tries and (tries == 0 or not everywhere(len(kept) >= share)):
-        first = place + tries * config.prompts + jax.process_index() * share
-        found, moments, taken = sample(
-            range(first, first + share), config, prompts, engine, rewards, moments
+        began = time.monotonic()
+        completions = self.engine(requests)
+        seconds = time.monotonic() - began
+        total, each = self.rewards(
+            [prompt_text(example) for example, _ in chosen for _ in range(n)],
+            [one.text for several in completions for one in several],
+            [columns(example) for example, _ in chosen for _ in range(n)],
         )
-        seconds += taken
-        tokens += sum(len(one.tokens) for each in found for one in each.completions)
-        for one in found:
-            (kept if config.tries == 1 or np.ptp(one.scores) > 0 else spare).append(one)
-        tries += 1
-    return Drawn((kept + spare)[:share], tries, moments, seconds, tokens)
+        rewards = total.reshape(-1, n)
+        scores, moments = shape_scores(rewards, completions, options, moments)
+        found = []
+        for i, (position, (example, ids)) in enumerate(zip(positions, chosen)):
+            own = {name: values.reshape(-1, n)[i] for name, values in each.items()}
+            found.append(
+                PromptSamples(position, example, ids, completions[i], scores[i], rewards[i], own)
+            )
+        return found, moments, seconds
+
+    def sample_rollout(self, prompts: Prompts, position: int, moments: Moments) -> SampledRollout:
+        """Sample a rollout's prompts from a position of the stream on; with dynamic sampling again
+        and again until every group's scores differ.
+
+        References:
+            Dynamic sampling: Yu et al. 2025 (DAPO), arXiv 2503.14476, section 3.2.
+        """
+        options = self.options
+        share = options.prompts // jax.process_count()
+        kept: list[PromptSamples] = []
+        # groups without a difference: used only where the tries do not suffice
+        spare: list[PromptSamples] = []
+        tries, seconds, tokens = 0, 0.0, 0
+        while tries < options.tries and (
+            tries == 0 or not true_on_all_processes(len(kept) >= share)
+        ):
+            first = position + tries * options.prompts + jax.process_index() * share
+            found, moments, taken = self.sample(prompts, range(first, first + share), moments)
+            seconds += taken
+            tokens += sum(len(one.tokens) for each in found for one in each.completions)
+            for one in found:
+                (kept if options.tries == 1 or np.ptp(one.scores) > 0 else spare).append(one)
+            tries += 1
+        return SampledRollout((kept + spare)[:share], tries, moments, seconds, tokens)
 
 
-def describe(drawn: Drawn, config: RolloutConfig) -> dict[str, float]:
+def describe(rollout: SampledRollout) -> dict[str, float]:
     """Return a rollout's metrics over all processes, by the names that dashboards know."""
-    raw = gather(np.concatenate([one.raw for one in drawn.asked])).reshape(-1, config.responses)
-    completions = [one for asked in drawn.asked for one in asked.completions]
+    responses = len(rollout.prompts[0].rewards)
+    rewards = gather(np.concatenate([one.rewards for one in rollout.prompts]))
+    rewards = rewards.reshape(-1, responses)
+    completions = [one for several in rollout.prompts for one in several.completions]
     lengths = gather(np.array([len(one.tokens) for one in completions], np.float32))
     cut_off = gather(np.array([one.finish == "length" for one in completions], np.float32))
-    tokens = float(gather(np.array([drawn.tokens], np.float32)).sum())
+    tokens = float(gather(np.array([rollout.tokens], np.float32)).sum())
     metrics = {
-        "reward": float(raw.mean()),
-        "reward_std": float(raw.std(axis=1, ddof=1).mean()) if config.responses > 1 else 0.0,
-        "frac_reward_zero_std": float((np.ptp(raw, axis=1) == 0).mean()),
+        "reward": float(rewards.mean()),
+        "reward_std": float(rewards.std(axis=1, ddof=1).mean()) if responses > 1 else 0.0,
+        "frac_reward_zero_std": float((np.ptp(rewards, axis=1) == 0).mean()),
         "completions/mean_length": float(lengths.mean()),
         "completions/min_length": float(lengths.min()),
         "completions/max_length": float(lengths.max()),
         "completions/clipped_ratio": float(cut_off.mean()),
-        "rollout/tries": float(drawn.tries),
-        "rollout/generation_seconds": drawn.seconds,
-        "rollout/tokens_per_second": tokens / drawn.seconds,
+        "rollout/tries": float(rollout.tries),
+        "rollout/generation_seconds": rollout.seconds,
+        "rollout/tokens_per_second": tokens / rollout.seconds,
     }
-    for name in drawn.asked[0].parts:
-        metrics[f"rewards/{name}"] = float(
-            gather(np.concatenate([one.parts[name] for one in drawn.asked])).mean()
-        )
+    for name in rollout.prompts[0].each_reward:
+        own = gather(np.concatenate([one.each_reward[name] for one in rollout.prompts]))
+        metrics[f"rewards/{name}"] = float(own.mean())
     return metrics
 
 
-def records(drawn: Drawn, prompts: int = 4) -> list[dict[str, Any]]:
+def records(rollout: SampledRollout, prompts: int = 4) -> list[dict[str, Any]]:
     """Return some samples as JSON-able records, for people to read."""
-    return [
-        {
-            "prompt": asked.example.prompt
-            if isinstance(asked.example.prompt, str)
-            else list(asked.example.prompt),
-            "output": one.text,
-            "reward": float(asked.raw[i]),
-            "score": float(asked.scores[i]),
-            "rewards": {name: float(values[i]) for name, values in asked.parts.items()},
-            "tokens": len(one.tokens),
-            "finish": one.finish,
-        }
-        for asked in drawn.asked[:prompts]
-        for i, one in enumerate(asked.completions)
-    ]
+    found = []
+    for several in rollout.prompts[:prompts]:
+        prompt = several.example.prompt
+        for i, one in enumerate(several.completions):
+            found.append(
+                {
+                    "prompt": prompt if isinstance(prompt, str) else list(prompt),
+                    "output": one.text,
+                    "reward": float(several.rewards[i]),
+                    "score": float(several.scores[i]),
+                    "rewards": {name: float(x[i]) for name, x in several.each_reward.items()},
+                    "tokens": len(one.tokens),
+                    "finish": one.finish,
+                }
+            )
+    return found

@@ -1,25 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a rollout's scores to the groups that an objective trains on.
 
-    rollout      all n samples of a prompt are one group                                     R = n
-    pairs        the best and the worst sample of a prompt, chosen first                     R = 2
-    unpaired     every sample by itself, desirable if its score reaches a threshold          R = 1
-    ranked       all n samples, best first                                                   R = n
-    completions  the best sample of a prompt                                                 R = 1
+    rollout      all n samples of a prompt are one group                                   R = n
+    pairs        the best and the worst sample of a prompt, chosen first                   R = 2
+    unpaired     every sample by itself, desirable if its score reaches a threshold        R = 1
+    ranked       all n samples, best first                                                 R = n
+    completions  the best sample of a prompt                                               R = 1
 
 The number of groups is fixed by (prompts, samples); a group that says nothing (two equal scores)
-gets weight 0.
+gets weight 0.  A row of ``SELECTIONS`` is a function of this process's scores [Q, n], of the scores
+of all processes, and of the rollout's options, of which it names those that it reads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
-from align_jax.online.feedback import resolve_threshold
+from align_jax.core.options import RolloutOptions
 
 PAIRINGS = ("best_worst", "random")
 
@@ -33,70 +35,72 @@ class Groups(NamedTuple):
     label: Bool[np.ndarray, "G"] | None = None
 
 
-def _first(prompts: int, samples: Int[np.ndarray, "G R"], weight: Float[np.ndarray, "G"]) -> Groups:
-    return Groups(np.arange(prompts), samples, weight)
+def resolve_threshold(threshold: float | str, rewards: Sequence[float]) -> float:
+    """Return the number that a threshold means: itself, or the rewards' mean or median.
+
+    Raises:
+        ValueError: neither a number nor "mean" nor "median".
+    """
+    if threshold == "mean":
+        return float(np.mean(rewards))
+    if threshold == "median":
+        return float(np.median(rewards))
+    try:
+        return float(threshold)
+    except ValueError:
+        raise ValueError(
+            f"threshold must be a number, 'mean' or 'median'; got {threshold!r}"
+        ) from None
 
 
-def whole(scores: Float[np.ndarray, "Q n"], everyones: Float[np.ndarray, "m"]) -> Groups:
+def _one_per_prompt(samples: Int[np.ndarray, "G R"], counts: Bool[np.ndarray, "G"]) -> Groups:
+    return Groups(np.arange(len(samples)), samples, counts.astype(np.float32))
+
+
+def all_samples(
+    scores: Float[np.ndarray, "Q n"], all_scores: Float[np.ndarray, "m"], options: RolloutOptions
+) -> Groups:
     """Make one group of each prompt's samples."""
     prompts, n = scores.shape
-    return _first(prompts, np.tile(np.arange(n), (prompts, 1)), np.ones(prompts, np.float32))
+    return _one_per_prompt(np.tile(np.arange(n), (prompts, 1)), np.ones(prompts, bool))
 
 
 def pairs(
-    scores: Float[np.ndarray, "Q n"],
-    everyones: Float[np.ndarray, "m"],
-    *,
-    pairing: str = "best_worst",
-    min_difference: float = 0.0,
+    scores: Float[np.ndarray, "Q n"], all_scores: Float[np.ndarray, "m"], options: RolloutOptions
 ) -> Groups:
     """Make one pair of each prompt's samples, the better one first.
 
-    Args:
-        scores: of the samples.
-        everyones: not used.
-        pairing: "best_worst", or "random": the first two samples, which are as good as any two.
-        min_difference: pairs whose scores differ by no more than this get weight 0, units of
-            reward.
+    The pair is the best and the worst sample, or of ``pairing`` = "random" the first two, which are
+    as good as any two.  Pairs whose scores differ by no more than ``min_difference`` get weight 0.
 
     Raises:
         ValueError: an unknown pairing, or one sample a prompt.
     """
-    if pairing not in PAIRINGS or scores.shape[1] < 2:
+    if options.pairing not in PAIRINGS or scores.shape[1] < 2:
         raise ValueError(
             f"pairs need a pairing of {PAIRINGS} and 2 responses a prompt; got "
-            f"{pairing!r}, "
-            f"{scores.shape[1]}"
+            f"{options.pairing!r}, {scores.shape[1]}"
         )
-    order = np.argsort(
-        -(scores if pairing == "best_worst" else scores[:, :2]), axis=1, kind="stable"
-    )
+    candidates = scores if options.pairing == "best_worst" else scores[:, :2]
+    order = np.argsort(-candidates, axis=1, kind="stable")
     samples = order[:, [0, -1]]
     found = np.take_along_axis(scores, samples, axis=1)
-    return _first(
-        len(scores), samples, (found[:, 0] - found[:, 1] > min_difference).astype(np.float32)
-    )
+    return _one_per_prompt(samples, found[:, 0] - found[:, 1] > options.min_difference)
 
 
 def unpaired(
-    scores: Float[np.ndarray, "Q n"],
-    everyones: Float[np.ndarray, "m"],
-    *,
-    threshold: float | int | str = "mean",
+    scores: Float[np.ndarray, "Q n"], all_scores: Float[np.ndarray, "m"], options: RolloutOptions
 ) -> Groups:
     """Label each sample: desirable where its score is at least the threshold.
 
-    Args:
-        scores: of the samples.
-        everyones: the scores of all processes' samples.
-        threshold: a number; "mean" or "median" of everyone's scores; or "prompt": the mean of the
-            prompt's own samples.
+    The ``threshold`` is a number, the "mean" or "median" of the scores of all processes, or
+    "prompt": the mean of the prompt's own samples.
     """
     prompts, n = scores.shape
-    if threshold == "prompt":
+    if options.threshold == "prompt":
         border = scores.mean(axis=1, keepdims=True)
     else:
-        border = np.float32(resolve_threshold(threshold, everyones.tolist()))
+        border = np.float32(resolve_threshold(options.threshold, all_scores.tolist()))
     return Groups(
         np.repeat(np.arange(prompts), n),
         np.tile(np.arange(n), prompts)[:, None],
@@ -105,31 +109,66 @@ def unpaired(
     )
 
 
-def ranked(scores: Float[np.ndarray, "Q n"], everyones: Float[np.ndarray, "m"]) -> Groups:
+def ranked(
+    scores: Float[np.ndarray, "Q n"], all_scores: Float[np.ndarray, "m"], options: RolloutOptions
+) -> Groups:
     """Make a ranking of each prompt's samples, best first; weight 0 where all are equal."""
     order = np.argsort(-scores, axis=1, kind="stable")
-    return _first(len(scores), order, (np.ptp(scores, axis=1) > 0).astype(np.float32))
+    return _one_per_prompt(order, np.ptp(scores, axis=1) > 0)
 
 
-def best(scores: Float[np.ndarray, "Q n"], everyones: Float[np.ndarray, "m"]) -> Groups:
+def best(
+    scores: Float[np.ndarray, "Q n"], all_scores: Float[np.ndarray, "m"], options: RolloutOptions
+) -> Groups:
     """Take each prompt's best sample: rejection sampling, or best of n."""
-    return _first(len(scores), scores.argmax(axis=1)[:, None], np.ones(len(scores), np.float32))
+    return _one_per_prompt(scores.argmax(axis=1)[:, None], np.ones(len(scores), bool))
 
 
-SELECTIONS: Mapping[str, Callable[..., Groups]] = {
-    "rollout": whole,
-    "pairs": pairs,
-    "unpaired": unpaired,
-    "ranked": ranked,
-    "completions": best,
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """A row of the table.
+
+    Attributes:
+        fn: (scores, scores of all processes, options) -> groups.
+        reads: the keys of ``config.rollout`` that only selections of this kind read.
+    """
+
+    fn: Callable[..., Groups]
+    reads: tuple[str, ...] = ()
+
+
+SELECTIONS: Mapping[str, Selection] = {
+    "rollout": Selection(all_samples),
+    "pairs": Selection(pairs, reads=("pairing", "min_difference")),
+    "unpaired": Selection(unpaired, reads=("threshold",)),
+    "ranked": Selection(ranked),
+    "completions": Selection(best),
 }
 
 
-def group_count(kind: str, prompts: int, samples: int) -> tuple[int, int]:
-    """Return how many groups a rollout gives, and R.
+def check_unread(kind: str, options: RolloutOptions) -> None:
+    """Refuse options of other selections than this kind's.
 
-    >>> group_count("pairs", 8, 4), group_count("unpaired", 8, 4), group_count("rollout", 8, 4)
-    ((8, 2), (32, 1), (8, 4))
+    Raises:
+        ValueError: one that is not at its default.
     """
-    found = SELECTIONS[kind](np.zeros((prompts, samples), np.float32), np.zeros(1, np.float32))
-    return found.samples.shape
+    default = RolloutOptions()
+    for other, row in SELECTIONS.items():
+        for key in row.reads:
+            value = getattr(options, key)
+            if key not in SELECTIONS[kind].reads and value != getattr(default, key):
+                raise ValueError(
+                    f"config.rollout.{key} = {value!r} is of objectives on {other}; this one "
+                    f"learns from {kind}, which does not read it"
+                )
+
+
+def group_count(kind: str, options: RolloutOptions) -> tuple[int, int]:
+    """Return how many groups a rollout of ``options.prompts`` gives, and R.
+
+    >>> options = RolloutOptions(prompts=8, responses_per_prompt=4)
+    >>> group_count("pairs", options), group_count("unpaired", options)
+    ((8, 2), (32, 1))
+    """
+    scores = np.zeros((options.prompts, options.responses_per_prompt), np.float32)
+    return SELECTIONS[kind].fn(scores, np.zeros(1, np.float32), options).samples.shape

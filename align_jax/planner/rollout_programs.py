@@ -19,15 +19,16 @@ from transformers import PreTrainedTokenizerBase
 from align_jax.core.schema import Batch
 from align_jax.inference import score
 from align_jax.inference.generate import Request
-from align_jax.inference.resharding import for_decoding
+from align_jax.inference.resharding import decode_specs
+from align_jax.inference.samplers import Sampling
 from align_jax.interop import hf
 from align_jax.models.config import ModelConfig
 from align_jax.models.lora import merge
-from align_jax.models.model import Model
+from align_jax.models.model import Model, build
 from align_jax.online import batches
 from align_jax.online import rewards as reward_table
 from align_jax.online.config import RolloutConfig
-from align_jax.online.source import generation_mesh, make_generator
+from align_jax.online.rollout import generation_mesh, make_generator
 from align_jax.parallel.lowering import lower
 from align_jax.parallel.sharding import row_sharding
 from align_jax.planner.communication import Pass, least
@@ -63,7 +64,9 @@ class RewardProgram:
             self.note = (
                 f"the reward model {path} cannot be read here: taken to be of the policy's shape"
             )
-        self.model: Model = score.scorer(config, dtype, attention)
+        self.model: Model = build(
+            config, compute_dtype=dtype, remat="none", attention=attention, heads=("score",)
+        )
         self.params = abstract_params(mesh, self.model.shapes(jnp.dtype(dtype)), self.model.axes())
         self._rows = options.get("rows", 16)
         self._length = options.get("max_length") or config.max_positions
@@ -138,12 +141,12 @@ def programs(
         platform: "tpu" for a topology's devices; None: the devices' own.
     """
     policy, found = merge(weights.base, weights.trained), []
-    if config.server is None:
+    if not config.options.server.url:
         found += _generation(
             config, models.policy, policy, tokenizer, mesh, held, max_length, platform
         )
     found += [
-        one.program(f"reward {name}", held, config.prompts * config.responses, platform)
+        one.program(f"reward {name}", held, config.samples, platform)
         for name, one in rewards.items()
     ]
     if config.targets is None:
@@ -152,7 +155,7 @@ def programs(
     part = abstract_batch(mesh, batches.take(batch._replace(mismatched=None), np.arange(groups)))
     wanted = (
         [("rescore", models.policy, policy, config.value_head)]
-        if config.rescore or config.value_head
+        if config.options.rescore or config.value_head
         else []
     )
     if config.needs_reference:
@@ -195,21 +198,26 @@ def _generation(
     max_length: int,
     platform: str | None,
 ) -> list[Program]:
-    longest = max_length - config.max_new_tokens
+    options = config.options
+    longest = max_length - options.max_new_tokens
     where = generation_mesh(config, model, mesh)
-    if config.tensor:
-        params = for_decoding(model, params, where)
+    if options.tensor:
+        params = decode_specs(model, params, where)
         held = {**held, "generation": params}
     generator = make_generator(config, model, tokenizer, where, max_length, longest)
     request = Request(
-        (1,) * longest, config.responses, config.max_new_tokens, config.sampling, stop=config.stop
+        (1,) * longest,
+        options.responses_per_prompt,
+        options.max_new_tokens,
+        Sampling.of(options),
+        stop=options.stop,
     )
-    lowered = generator.lower(params, [request] * config.prompts, platform)
+    lowered = generator.lower(params, [request] * options.prompts, platform)
     prompts, length = lowered.prompts
-    rows = lowered.progress.tokens.shape[0]
-    held = {**held, "cache": lowered.progress}
+    rows = lowered.state.tokens.shape[0]
+    held = {**held, "cache": lowered.state}
     prefill = forward_flops(model, rows=prompts, length=length, positions=1)
-    decode = decode_flops(model, rows=rows, context=longest + config.max_new_tokens // 2)
+    decode = decode_flops(model, rows=rows, context=longest + options.max_new_tokens // 2)
     return [
         Program(
             "prefill",
@@ -218,19 +226,19 @@ def _generation(
             held,
             _only(prefill, prompts * length),
             least([Pass(model, params, prompts, length, 1)], where.shape),
-            lowered.progress,
+            lowered.state,
             lowered.calls,
             where,
         ),
         Program(
             "decode",
             lowered.decode,
-            (params, lowered.progress),
+            (params, lowered.state),
             held,
             _only(decode, rows),
             least([Pass(model, params, rows, 1, 1)], where.shape),
             (),
-            lowered.calls * config.max_new_tokens,
+            lowered.calls * options.max_new_tokens,
             where,
         ),
     ]

@@ -26,10 +26,10 @@ from align_jax.interop import hf, peft
 from align_jax.losses.objective import Term, data_kind
 from align_jax.models.config import ModelConfig
 from align_jax.models.lora import LoraConfig
-from align_jax.online import source
-from align_jax.online.config import RolloutConfig
-from align_jax.online.rollout import Rollouts
+from align_jax.online.config import RolloutConfig, make_rollout_config
+from align_jax.online.rollout import Rollouts, make_rollouts
 from align_jax.parallel.mesh import AXES, make_mesh, mesh_shape, row_shards
+from align_jax.runs import weights
 from align_jax.storage import workdir as record
 from align_jax.training import initialize, optim, partitioning
 from align_jax.training.steps import StepSpec
@@ -157,7 +157,7 @@ def resolve_config(config: Config, devices: int) -> ResolvedConfig:
             "samples: "
             "config.rewards must name at least one reward, such as {'length': 1.0}"
         )
-    rollouts = source.make_rollout_config(terms, config) if config.rewards else None
+    rollouts = make_rollout_config(terms, config) if config.rewards else None
     return ResolvedConfig(terms, tokenizer, model_config, models, kind, rollouts)
 
 
@@ -309,18 +309,16 @@ def prepare(config: Config, workdir: str) -> Run:
             None if held_out is None else make_pipeline(config, resolved, mesh, held_out, once=True)
         )
     else:
-        train = source.make_rollouts(
+        train = make_rollouts(
             resolved.rollouts,
+            config,
             examples.items,
             resolved.tokenizer,
             policy=resolved.models.policy,
             reference=resolved.models.base,
-            reward_weights=config.rewards,
             mesh=mesh,
-            max_length=config.max_length,
-            truncation=config.data.truncation,
-            shuffle=config.data.shuffle,
-            seed=config.seed,
+            load_model=weights.load_model,
+            export=functools.partial(weights.save_policy, resolved.models.policy),
             held_out=() if held_out is None else held_out.items,
         )
     total = config.total_steps_of(train.steps_per_epoch)

@@ -3,6 +3,7 @@
 
 load_model                       a checkpoint over a mesh: to sample, evaluate, judge with
 load_frozen, load_trained        what ``training.initialize`` says that a run holds
+save_policy                      a policy's newest weights, for a server to read
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from jax.sharding import Mesh
 
 from align_jax.core.tree import flatten, unflatten
 from align_jax.interop import hf, peft
-from align_jax.models.lora import merge
+from align_jax.models.lora import fold, merge
 from align_jax.models.model import LoadedModel, Model, build
 from align_jax.models.quantize import Quantized, quantize
 from align_jax.parallel.sharding import tree_shardings
@@ -202,3 +203,11 @@ def _spread(value: np.ndarray, leaf: Any) -> jax.Array:
     return jax.make_array_from_callback(
         leaf.shape, leaf.sharding, lambda index: value[index].astype(leaf.dtype)
     )
+
+
+def save_policy(policy: Model, folder: str, params: Tree) -> None:
+    """Write a policy's weights for a server: adapters merged, scalar heads left out; the tokenizer
+    stays as it is."""
+    merged = fold(params, policy.options.lora) if policy.options.lora is not None else params
+    headless = {name: leaf for name, leaf in merged.items() if name not in policy.options.heads}
+    hf.save(folder, policy.config, headless)

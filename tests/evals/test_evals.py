@@ -10,14 +10,16 @@ import torch
 import transformers
 
 from align_jax import evaluate
-from align_jax.core.options import DataOptions
+from align_jax.core.options import DataOptions, RolloutOptions
 from align_jax.data import datasets
+from align_jax.data.tokenizer import load_tokenizer
 from align_jax.evals import EVALS
-from align_jax.evals.subject import Subject
+from align_jax.evals.policy import EvaluatedPolicy
 from align_jax.evals.win_rate import by_judge, by_rewards, tally
 from align_jax.inference.engines import Client
 from align_jax.online import rewards
 from align_jax.parallel.mesh import make_mesh
+from align_jax.runs.weights import load_model
 
 PAIRS = [
     ("What? ", "good answer", "bad"),
@@ -41,11 +43,11 @@ def folder(testdata):
 
 
 @pytest.fixture(scope="module")
-def subject(folder):
+def policy(folder):
     mesh = make_mesh({"fsdp": 2}, jax.devices()[:2])
-    model, params = evaluate.load(folder, mesh, "float32")
-    noisy = jax.tree.map(lambda x: x * 1.05, params)
-    return Subject(model, noisy, evaluate.load_tokenizer(folder), mesh, model, params, "noisy")
+    loaded = load_model(folder, mesh=mesh, compute_dtype="float32")
+    noisy = jax.tree.map(lambda x: x * 1.05, loaded.params)
+    return EvaluatedPolicy(loaded.model, noisy, load_tokenizer(folder), mesh, loaded, "noisy")
 
 
 @pytest.fixture()
@@ -55,6 +57,10 @@ def pairs(tmp_path):
         "".join(json.dumps({"prompt": p, "chosen": c, "rejected": r}) + "\n" for p, c, r in PAIRS)
     )
     return str(path)
+
+
+def options(samples):
+    return RolloutOptions(responses_per_prompt=samples, max_new_tokens=8, rows=8)
 
 
 def expected_logps(folder, tokenizer, scale):
@@ -76,11 +82,11 @@ def expected_logps(folder, tokenizer, scale):
     return np.array(sums).reshape(-1, 2)
 
 
-def test_preference_and_perplexity_equal_transformers(subject, folder, pairs):
+def test_preference_and_perplexity_equal_transformers(policy, folder, pairs):
     found = EVALS["preference"].fn(
-        subject, datasets.load(pairs, "pairs", DataOptions(), chat=False), batch_size=4
+        policy, datasets.load(pairs, "pairs", DataOptions(), chat=False), batch_size=4
     )
-    mine, other = (expected_logps(folder, subject.tokenizer, scale) for scale in (1.05, 1.0))
+    mine, other = (expected_logps(folder, policy.tokenizer, scale) for scale in (1.05, 1.0))
     rewards_ = 0.1 * (mine - other)
     assert found["logps/chosen"] == pytest.approx(mine[:, 0].mean(), abs=1e-3)
     assert found["logps/accuracies"] == pytest.approx((mine[:, 0] > mine[:, 1]).mean())
@@ -90,37 +96,36 @@ def test_preference_and_perplexity_equal_transformers(subject, folder, pairs):
     assert found["rewards/accuracies"] == pytest.approx((rewards_[:, 0] > rewards_[:, 1]).mean())
     assert found["examples"] == 5
     found = EVALS["perplexity"].fn(
-        subject, datasets.load(pairs, "completions", DataOptions(), chat=False), batch_size=4
+        policy, datasets.load(pairs, "completions", DataOptions(), chat=False), batch_size=4
     )
     assert found["nll"] == pytest.approx(-mine[:, 0].sum() / found["tokens"], abs=1e-4)
     assert found["reference_nll"] == pytest.approx(-other[:, 0].sum() / found["tokens"], abs=1e-4)
 
 
-def test_generation_reports_rewards_and_the_kl_of_its_own_samples(subject, pairs):
+def test_generation_reports_rewards_and_the_kl_of_its_own_samples(policy, pairs):
     examples = datasets.load(pairs, "prompts", DataOptions(), chat=False)
-    found = EVALS["generation"].fn(subject, examples, REWARD, samples=4, max_new_tokens=8, rows=8)
+    found = EVALS["generation"].fn(policy, examples, REWARD, options(4))
     assert found["prompts"] == 5 and 0 < found["completions/mean_length"] <= 8
     assert found["best_of_n"] > found["reward"] > 0 and found["objective/kl"] > 0
-    same = subject._replace(params=subject.reference_params)
-    found = EVALS["generation"].fn(same, examples, REWARD, samples=1, max_new_tokens=8, rows=8)
+    same = policy._replace(params=policy.reference.params)
+    found = EVALS["generation"].fn(same, examples, REWARD, options(1))
     assert found["objective/kl"] == pytest.approx(0.0, abs=1e-5) and "best_of_n" not in found
 
 
-def test_win_rate_against_itself_is_half_and_against_empty_answers_one(subject, pairs, tmp_path):
+def test_win_rate_against_itself_is_half_and_against_empty_answers_one(policy, pairs, tmp_path):
     examples = datasets.load(pairs, "prompts", DataOptions(), chat=False)
-    same = subject._replace(params=subject.reference_params)
+    same = policy._replace(params=policy.reference.params)
     by_length = by_rewards(REWARD)
-    found = EVALS["win_rate"].fn(same, examples, by_length, max_new_tokens=8, rows=8)
+    found = EVALS["win_rate"].fn(same, examples, by_length, options=options(1))
     assert found["win_rate"] == 0.5 and found["ties"] == 1.0
     path = tmp_path / "answers.jsonl"
     path.write_text("".join(json.dumps({"prompt": p, "answer": ""}) + "\n" for p, *_ in PAIRS))
-    alone = subject._replace(reference=None, reference_params=None)
+    alone = policy._replace(reference=None)
     found = EVALS["win_rate"].fn(
         alone,
         datasets.load(str(path), "prompts", DataOptions(), chat=False),
         by_length,
-        max_new_tokens=8,
-        rows=8,
+        options=options(1),
     )
     assert found["win_rate"] == 1.0 and found["comparisons"] == 5
     with pytest.raises(ValueError, match="reference"):
@@ -128,8 +133,7 @@ def test_win_rate_against_itself_is_half_and_against_empty_answers_one(subject, 
             alone,
             datasets.load(pairs, "prompts", DataOptions(), chat=False),
             by_length,
-            max_new_tokens=8,
-            rows=8,
+            options=options(1),
         )
 
 
@@ -153,7 +157,7 @@ def test_a_judge_is_asked_in_both_orders():
         by_judge(Judge(lambda text: "well"), "m")(["p"], ["x"], ["y"], [{}])
 
 
-def test_the_program_names_mistakes_and_writes_an_aligned_table(subject, pairs):
+def test_the_program_names_mistakes_and_writes_an_aligned_table(policy, pairs):
     for item, message in (
         ("preferences=x", "did you mean 'preference'"),
         ("preference", "NAME=SOURCE"),
@@ -161,7 +165,7 @@ def test_the_program_names_mistakes_and_writes_an_aligned_table(subject, pairs):
         ("win_rate=x", "--judge"),
     ):
         with pytest.raises(ValueError, match=message):
-            evaluate.evaluate(subject, [item])
-    results = evaluate.evaluate(subject, [f"preference={pairs}"], limit=3)
+            evaluate.evaluate(policy, [item])
+    results = evaluate.evaluate(policy, [f"preference={pairs}"], limit=3)
     text = evaluate.table(results)
     assert "examples" in text and "3.0000" in text and "±" in text

@@ -8,9 +8,9 @@ import threading
 import numpy as np
 import pytest
 
+from align_jax.core.options import ServerOptions
 from align_jax.data.tokenizer import load_tokenizer
-from align_jax.inference import ENGINES
-from align_jax.inference.engines import Client
+from align_jax.inference.engines import Client, Server
 from align_jax.inference.generate import Request
 from align_jax.inference.samplers import Sampling
 
@@ -67,14 +67,10 @@ def server():
     server.server_close()
 
 
-def make(server, **options):
-    return ENGINES["openai"](
-        f"http://127.0.0.1:{server.server_port}/v1",
-        options.pop("model", "m"),
-        load_tokenizer("byte"),
-        retry_seconds=(0.01,),
-        **options,
-    )
+def make(server, export=None, **options):
+    url = f"http://127.0.0.1:{server.server_port}/v1"
+    given = ServerOptions(url=url, **{"model": "m", **options})
+    return Server(given, load_tokenizer("byte"), export=export, retry_seconds=(0.01,))
 
 
 def test_completions_come_back_as_tokens_with_log_probabilities(server):
@@ -131,7 +127,7 @@ def test_errors_quote_the_server_and_name_what_is_missing(server):
         Client(f"http://127.0.0.1:{server.server_port}", retry_seconds=()).post("/missing", {})
     with pytest.raises(ValueError, match="weights"):
         make(server).update({})
-    with pytest.raises(ValueError, match="'sglang'"):
+    with pytest.raises(ValueError, match="did you mean 'vllm'"):
         make(server, push="vlm")
 
 

@@ -142,9 +142,9 @@ def test_nothing_recompiles_for_other_settings_prompts_and_limits(tiny):
         )
 
     run(9, 0.5, 0), run(9, 0.7, 3)
-    before = decoding.start._cache_size(), decoding.advance._cache_size()
+    before = decoding.prefill._cache_size(), decoding.decode._cache_size()
     run(9, 0.5, 1), run(16, 0.7, 2), run(12, 1.4, 5)
-    assert (decoding.start._cache_size(), decoding.advance._cache_size()) == before
+    assert (decoding.prefill._cache_size(), decoding.decode._cache_size()) == before
 
 
 def test_stop_tokens_end_a_completion_and_belong_to_it(tiny):

@@ -60,13 +60,13 @@ def test_neighbors_share_the_weights_and_the_rows(training):
     where = resharding.decode_mesh(mesh, 2)
     assert dict(where.shape) == {"data": 4, "fsdp": 1, "expert": 1, "sequence": 1, "tensor": 2}
     assert [device.id for device in where.devices.flat] == list(range(8))
-    placed = flatten(resharding.placer(model, where)(params))
+    placed = flatten(resharding.make_resharder(model, where)(params))
     assert not any(path.startswith("value/") for path in placed)
     up = placed["layers/mlp/up/kernel"]
     assert (str(up.dtype), up.sharding.shard_shape(up.shape)) == ("bfloat16", (2, 32, 16))
     scale = placed["layers/mlp_norm/scale"]  # multiplied in float32
     assert (str(scale.dtype), scale.sharding.shard_shape(scale.shape)) == ("float32", (2, 32))
-    wanted = flatten(resharding.for_decoding(model, params, where))
+    wanted = flatten(resharding.decode_specs(model, params, where))
     for path, leaf in placed.items():
         assert (leaf.shape, leaf.dtype, leaf.sharding) == (
             wanted[path].shape,
@@ -92,9 +92,9 @@ def test_completions_are_those_of_the_training_layout(training):
 
     expected = make(mesh)(params, REQUESTS)
     where = resharding.decode_mesh(mesh, 2)
-    engine = Local(make(where), None, resharding.placer(model, where))
+    engine = Local(make(where), None, resharding.make_resharder(model, where))
     engine.update(params)
-    before = decoding.advance._cache_size()
+    before = decoding.decode._cache_size()
     found = engine(REQUESTS)
     for several, others in zip(expected, found, strict=True):
         for one, other in zip(several, others, strict=True):
@@ -104,4 +104,4 @@ def test_completions_are_those_of_the_training_layout(training):
     engine.release()
     engine.update(jax.tree.map(lambda x: x + 0, params))
     engine(REQUESTS)
-    assert decoding.advance._cache_size() == before + 1
+    assert decoding.decode._cache_size() == before + 1

@@ -11,6 +11,7 @@ from align_jax.data.tokenizer import load_tokenizer
 from align_jax.inference.score import RewardModel
 from align_jax.online import rewards
 from align_jax.parallel.mesh import make_mesh
+from align_jax.runs.weights import load_model
 
 TEXTS = [
     ("Hi", "hello"),
@@ -56,14 +57,16 @@ def expected(model, tokenizer, texts):
 @pytest.mark.parametrize("mesh", [None, {"fsdp": 4, "tensor": 2}])
 def test_rewards_equal_transformers_sequence_classifier(classifier, mesh):
     path, model, tokenizer = classifier
-    scorer = RewardModel(str(path), rows=4, mesh=mesh and make_mesh(mesh))
+    mesh = mesh and make_mesh(mesh)
+    loaded = load_model(str(path), mesh=mesh, compute_dtype="float32", heads=("score",))
+    scorer = RewardModel(loaded, load_tokenizer(str(path)), rows=4, mesh=mesh)
     got = scorer([Example(prompt, (completion,)) for prompt, completion in TEXTS + TEXTS[:1]])
     np.testing.assert_allclose(got, expected(model, tokenizer, TEXTS + TEXTS[:1]), atol=1e-4)
 
 
 def test_a_reward_model_is_a_row_of_the_rewards(classifier):
     path, model, tokenizer = classifier
-    fn = rewards.REWARDS["model"](path=str(path), rows=2)
+    fn = rewards.REWARDS["model"](path=str(path), rows=2, load_model=load_model)
     got = fn([p for p, _ in TEXTS], [c for _, c in TEXTS], [{}] * 4)
     np.testing.assert_allclose(got, expected(model, tokenizer, TEXTS), atol=1e-4)
 
@@ -79,7 +82,8 @@ def test_an_online_run_s_reward_model_lies_over_its_mesh(classifier, monkeypatch
     monkeypatch.setattr(rewards, "RewardModel", Recorded)
     path, model, tokenizer = classifier
     mesh = make_mesh({"fsdp": 8})
-    total, _ = rewards.resolve({"model": {"path": str(path), "rows": 8}}, mesh=mesh)(*zip(*TEXTS))
+    given = {"model": {"path": str(path), "rows": 8}}
+    total, _ = rewards.resolve(given, mesh=mesh, load_model=load_model)(*zip(*TEXTS))
     np.testing.assert_allclose(total, expected(model, tokenizer, TEXTS), atol=1e-4)
     kernel = made[0]._params["layers"]["mlp"]["up"]["kernel"]
     assert (
@@ -100,4 +104,4 @@ def test_a_checkpoint_without_a_score_head_is_refused(tmp_path):
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path)
     load_tokenizer("byte").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="score"):
-        RewardModel(str(tmp_path))
+        rewards.REWARDS["model"](str(tmp_path), load_model=load_model)

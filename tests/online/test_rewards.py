@@ -8,6 +8,7 @@ import pytest
 
 from align_jax.online import rewards
 from align_jax.online.rewards import REWARDS
+from align_jax.runs.weights import load_model
 
 CASES = [
     ("exact", {}, "  Paris\n", {"answer": "Paris"}, 1.0),
@@ -80,7 +81,9 @@ def test_every_gold_answer_of_gsm8k_scores_one_against_itself(testdata):
 
 
 def test_a_bare_number_is_a_weight():
-    total, _ = rewards.resolve({"format": 3})(["p"], ["<think></think><answer></answer>"])
+    total, _ = rewards.resolve({"format": 3}, load_model=load_model)(
+        ["p"], ["<think></think><answer></answer>"]
+    )
     assert list(total) == [3.0]
 
 
@@ -93,7 +96,8 @@ def test_weighted_sum_of_named_kinds_and_of_the_users_own_function():
         {
             "short": {"kind": "length", "target": 2, "weight": 2.0},
             "function": {"path": f"{__name__}:shout", "factor": 0.5},
-        }
+        },
+        load_model=load_model,
     )(["p", "p"], ["A b", "A B c"], None)
     np.testing.assert_array_equal(parts["short"], np.float32([0.0, -0.5]))
     np.testing.assert_array_equal(parts["function"], np.float32([0.5, 1.0]))
@@ -144,7 +148,7 @@ def test_a_judge_without_a_number_is_named(monkeypatch):
 )
 def test_mistakes_in_the_config_are_named(given, message):
     with pytest.raises(ValueError, match=message):
-        rewards.resolve(given)
+        rewards.resolve(given, load_model=load_model)
 
 
 @pytest.mark.parametrize("scores,message", [([1.0], "shape"), ([1.0, float("nan")], "nan")])

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rollouts: batches of the right form, exact on resuming, the same numbers as by hand."""
 
-import dataclasses
 import json
 
 import jax
@@ -10,16 +9,17 @@ import numpy as np
 import pytest
 
 from align_jax import losses
+from align_jax.core.options import Config, DataOptions, RolloutOptions, ServerOptions
 from align_jax.core.schema import Example
-from align_jax.data.tokenizer import load_tokenizer
+from align_jax.data.tokenizer import load_tokenizer, pad_id
 from align_jax.inference.engines import Local
 from align_jax.inference.generate import Generator, Request
 from align_jax.models.config import ModelConfig, Rope
 from align_jax.models.model import build
 from align_jax.online.config import make_rollout_config
-from align_jax.online.prompts import Prompts
 from align_jax.online.rewards import WeightedRewards
-from align_jax.online.rollout import Rollouts, Weights
+from align_jax.online.rollout import RolloutMaker, Rollouts, Weights
+from align_jax.online.sampling import Prompts, PromptSampler
 from align_jax.parallel.mesh import make_mesh
 
 CONFIG = ModelConfig(
@@ -63,43 +63,33 @@ def models():
 HELD_OUT = [Example(f"other {i}", (), source=f"held_out[{i}]") for i in range(3)]
 
 
-def make(
-    models,
-    name,
-    *,
-    batch_size=2,
-    responses=4,
-    mesh=None,
-    examples=EXAMPLES,
-    objective=None,
-    **keywords,
+def make_config(
+    name, *, objective=None, batch_size=2, microbatches=1, layout="plain", seed=0, **rollout
 ):
+    options = {"responses_per_prompt": 4, "max_new_tokens": 6} | rollout
+    config = Config(
+        batch_size=batch_size,
+        microbatches=microbatches,
+        seed=seed,
+        data=DataOptions(layout=layout),
+        rollout=RolloutOptions(**options),
+    )
+    return make_rollout_config(losses.resolve(name, objective or {}), config)
+
+
+def make(models, name, *, mesh=None, rewards=REWARDS, **keywords):
     tokenizer = load_tokenizer("byte")
     mesh = mesh or make_mesh({"data": 1}, jax.devices()[:1])
-    config = make_rollout_config(
-        losses.resolve(name, objective or {}),
-        batch_size=batch_size,
-        responses=responses,
-        max_new_tokens=6,
-        **keywords,
-    )
-    prompts = Prompts(examples, tokenizer, max_length=24, max_new_tokens=6, seed=config.seed)
+    config = make_config(name, **keywords)
+    prompts = Prompts(EXAMPLES, tokenizer, max_length=24, max_new_tokens=6, seed=config.seed)
     held_out = Prompts(
         HELD_OUT, tokenizer, max_length=24, max_new_tokens=6, seed=config.seed, shuffle=False
     )
     policy, reference, weights = models
     generator = Generator(policy, tokenizer, rows=8, max_length=24, mesh=mesh, prompt_bucket=18)
-    return Rollouts(
-        config,
-        prompts,
-        Local(generator, weights.policy),
-        REWARDS,
-        tokenizer,
-        policy=policy,
-        reference=reference,
-        mesh=mesh,
-        held_out=held_out,
-    )
+    sampler = PromptSampler(config.options, Local(generator, weights.policy), rewards)
+    pad = pad_id(tokenizer)
+    return Rollouts(RolloutMaker(config, prompts, sampler, pad, policy, reference, mesh), held_out)
 
 
 def equal(a, b):
@@ -130,25 +120,17 @@ def test_grpo_batch_has_group_advantages_of_its_scores_and_the_policys_own_logps
 
     means = np.asarray(sum_by_slot(jnp.asarray(batch.advantages), batch)) / batch.lengths
     np.testing.assert_allclose(means, expected, rtol=1e-4)
-    generated = make(models, "grpo", layout=layout, options={"rescore": False}).next(
-        lambda: models[2]
-    )
+    generated = make(models, "grpo", layout=layout, rescore=False).next(lambda: models[2])
     assert equal(batch._replace(old_token_logps=None), generated._replace(old_token_logps=None))
     np.testing.assert_allclose(batch.old_token_logps, generated.old_token_logps, atol=1e-4)
     assert (batch.old_token_logps[batch.loss_mask] < 0).all()
 
 
-def test_a_server_may_be_asked_for_in_the_options():
-    config = make_rollout_config(
-        losses.resolve("grpo", {}),
-        batch_size=2,
-        responses=4,
-        max_new_tokens=6,
-        options={"server": {"url": "http://localhost:8000", "model": "policy"}},
-    )
-    assert config.server["model"] == "policy"
+def test_a_server_takes_no_devices_of_the_mesh():
+    server = ServerOptions("http://localhost:8000", "policy")
+    assert make_config("grpo", server=server).options.server.model == "policy"
     with pytest.raises(ValueError, match="rollout.tensor = 2"):
-        dataclasses.replace(config, tensor=2)
+        make_config("grpo", server=server, tensor=2)
 
 
 def test_rows_that_the_mesh_does_not_divide_are_refused(models):
@@ -173,7 +155,7 @@ def test_ppo_batch_has_returns_and_a_kl_in_the_reward(models):
         models,
         "ppo",
         batch_size=4,
-        responses=1,
+        responses_per_prompt=1,
         objective={"whiten_advantages": False, "lam": 1.0, "kl_coef": 0.5},
     )
     batch = source.next(lambda: models[2])
@@ -197,7 +179,10 @@ def test_ppo_batch_has_returns_and_a_kl_in_the_reward(models):
 
 def test_epochs_hand_out_the_same_rollout_in_other_slices_then_a_new_one(models):
     source = make(
-        models, "ppo", responses=1, objective={"epochs": 2, "minibatches": 2, "kl_coef": 0.0}
+        models,
+        "ppo",
+        responses_per_prompt=1,
+        objective={"epochs": 2, "minibatches": 2, "kl_coef": 0.0},
     )
     calls = []
     batches = [source.next(lambda: calls.append(1) or models[2]) for _ in range(5)]
@@ -224,10 +209,10 @@ def test_online_dpo_pairs_are_best_and_worst_and_kto_has_labels_and_mismatched_r
 
 def test_resuming_in_mid_rollout_is_exact(models, tmp_path):
     options = dict(
-        responses=1,
+        responses_per_prompt=1,
         objective={"epochs": 2, "minibatches": 2, "kl_target": 3.0},
         seed=3,
-        options={"normalize_scores": True},
+        normalize_scores=True,
     )
     source, weights = make(models, "ppo", **options), lambda: models[2]
     through = [source.next(weights) for _ in range(10)]
@@ -260,18 +245,17 @@ def test_dynamic_sampling_keeps_groups_with_unequal_scores(models):
     flat = WeightedRewards(
         (("parity", 1.0, lambda p, c, e: [float(len(text.encode()) % 2) for text in c]),)
     )
-    source = make(models, "grpo", responses=2, options={"tries": 8}, seed=1)
-    source._rewards = flat
+    source = make(models, "grpo", responses_per_prompt=2, tries=8, seed=1, rewards=flat)
     batch = source.next(lambda: models[2])
     assert (batch.scores[:, 0] != batch.scores[:, 1]).all() and source.metrics["rollout/tries"] > 1
-    assert source.save("/nonexistent", 1)["place"] == 2 * source.metrics["rollout/tries"]
+    assert source.save("/nonexistent", 1)["position"] == 2 * source.metrics["rollout/tries"]
 
 
 def test_overlapped_rollouts_are_those_of_the_weights_before(models):
     fresh = Weights(jax.jit(models[0].init)(jax.random.key(5)), models[2].reference)
     plain = make(models, "grpo")
     first, second = plain.next(lambda: models[2]), plain.next(lambda: models[2])
-    ahead = make(models, "grpo", options={"overlap": True})
+    ahead = make(models, "grpo", overlap=True)
     assert equal(ahead.next(lambda: models[2]), first)
     assert equal(ahead.next(lambda: fresh), second)  # made with the first weights
     assert not equal(ahead.next(lambda: fresh), plain.next(lambda: models[2]))
@@ -281,19 +265,24 @@ def test_overlapped_rollouts_are_those_of_the_weights_before(models):
 def test_evaluation_samples_the_held_out_prompts_and_leaves_the_rollouts_as_they_were(
     models, overlap
 ):
-    undisturbed, source = (make(models, "grpo", options={"overlap": overlap}) for _ in range(2))
     seen = []
-    source._rewards = WeightedRewards(
-        (("vowels", 1.0, lambda p, c, e: seen.append(p) or vowels(p, c, e)),)
-    )
+
+    def watched(prompts, completions, extras):
+        seen.append(prompts)
+        return vowels(prompts, completions, extras)
+
+    undisturbed = make(models, "grpo", overlap=overlap)
+    rewards = WeightedRewards((("vowels", 1.0, watched),))
+    source = make(models, "grpo", overlap=overlap, rewards=rewards)
     before = source.evaluate(models[2])
     assert sorted(set(seen[0])) == [example.prompt for example in HELD_OUT] and len(seen[0]) == 12
     request = [
         Request(tuple(source._held_out[i][1].tolist()), 4, 6, seed=source._held_out.seed(i))
         for i in range(3)
     ]
-    source._engine.update(models[2].policy)  # let go of after each use
-    texts = [one.text for several in source._engine(request) for one in several]
+    engine = source._maker.sampler.engine
+    engine.update(models[2].policy)  # let go of after each use
+    texts = [one.text for several in engine(request) for one in several]
     assert before["reward"] == pytest.approx(np.mean(vowels(None, texts, None)), rel=1e-6)
     for _ in range(3):
         assert equal(undisturbed.next(lambda: models[2]), source.next(lambda: models[2]))
@@ -301,9 +290,9 @@ def test_evaluation_samples_the_held_out_prompts_and_leaves_the_rollouts_as_they
 
 
 def test_divergence_ends_a_rollout_early(models):
-    options = dict(responses=1, objective={"epochs": 4, "kl_coef": 0.0}, batch_size=4)
+    options = dict(responses_per_prompt=1, objective={"epochs": 4, "kl_coef": 0.0}, batch_size=4)
     fresh = Weights(jax.jit(models[0].init)(jax.random.key(5)), None)
-    source = make(models, "ppo", options={"stop_kl": 1e-3}, **options)
+    source = make(models, "ppo", stop_kl=1e-3, **options)
     first = source.next(lambda: models[2])
     assert sorted(map(bytes, source.next(lambda: models[2]).tokens)) == sorted(
         map(bytes, first.tokens)
@@ -312,9 +301,11 @@ def test_divergence_ends_a_rollout_early(models):
 
 
 def test_over_a_mesh_the_rollout_is_the_same(models):
-    alone = make(models, "grpo", batch_size=4, responses=2).next(lambda: models[2])
+    alone = make(models, "grpo", batch_size=4, responses_per_prompt=2).next(lambda: models[2])
     mesh = make_mesh({"data": 2, "fsdp": 2}, jax.devices()[:4])
-    batch = make(models, "grpo", batch_size=4, responses=2, mesh=mesh).next(lambda: models[2])
+    batch = make(models, "grpo", batch_size=4, responses_per_prompt=2, mesh=mesh).next(
+        lambda: models[2]
+    )
     np.testing.assert_array_equal(alone.tokens, batch.tokens)
     np.testing.assert_allclose(alone.advantages, batch.advantages, atol=1e-4)
     np.testing.assert_allclose(alone.old_token_logps, batch.old_token_logps, atol=1e-4)
@@ -340,18 +331,31 @@ def test_samples_are_logged_for_people(models, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name,keywords,error,message",
+    "name,keywords,message",
     [
-        ("grpo", {"options": {"overlapp": True}}, KeyError, "did you mean 'overlap'"),
-        ("dpo", {"options": {"pairing": "bets"}}, ValueError, "'bets'"),
-        ("grpo", {"prompts": 3}, ValueError, "3 groups"),
-        ("kto", {"batch_size": 6}, ValueError, "multiple of"),
-        ("grpo", {"layout": "packed"}, ValueError, "packed"),
+        (
+            "grpo",
+            {"threshold": "prompt"},
+            "rollout.threshold = 'prompt' is of objectives on unpaired",
+        ),
+        ("kto", {"pairing": "random", "batch_size": 4}, "rollout.pairing = .* on pairs"),
+        ("ppo", {"epochs": 2}, "rollout.epochs = 2.*config.objective.epochs"),
+        ("rloo", {"missing_eos_penalty": 1.0}, "config.objective.missing_eos_penalty"),
+        ("dpo", {"pairing": "bets"}, "'bets'"),
+        ("grpo", {"prompts": 3}, "3 groups"),
+        ("kto", {"batch_size": 6}, "multiple of"),
+        ("grpo", {"layout": "packed"}, "packed"),
     ],
 )
-def test_mistakes_are_named(models, name, keywords, error, message):
-    with pytest.raises(error, match=message):
+def test_mistakes_are_named(models, name, keywords, message):
+    with pytest.raises(ValueError, match=message):
         make(models, name, **keywords)
+
+
+def test_passes_are_the_objective_s_or_else_the_rollout_s():
+    assert make_config("ppo").options.epochs == 4
+    assert make_config("dpo", epochs=2, missing_eos_penalty=1.0).steps == 2
+    assert make_config("dpo").options.epochs == 1
 
 
 def test_generation_speed_and_share_are_measured(models):

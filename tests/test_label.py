@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from align_jax.online import feedback
+from align_jax import label
 
 
 def make(rewards_by_prompt, chat=True):
@@ -29,7 +29,7 @@ def make(rewards_by_prompt, chat=True):
     [(0.5, [0, 1, 1, 1]), ("0.75", [0, 0, 1, 1]), ("mean", [0, 0, 0, 1]), ("median", [0, 0, 1, 1])],
 )
 def test_binary_label_is_the_reward_at_least_the_threshold(threshold, labels):
-    records = feedback.binary(make([[0.0, 0.5], [1.0, 7.0]]), threshold)
+    records = label.binary(make([[0.0, 0.5], [1.0, 7.0]]), threshold)
     assert [one["label"] for one in records] == labels
     assert records[0] == {
         "prompt_id": 0,
@@ -53,7 +53,7 @@ def test_binary_label_is_the_reward_at_least_the_threshold(threshold, labels):
     ],
 )
 def test_pairs_differ_as_the_pairing_says(pairing, threshold, differences):
-    records = feedback.pairwise(make([[0.0, 4.0, 1.0, 5.0], [2.0], [3.0, 3.0]]), pairing, threshold)
+    records = label.pairwise(make([[0.0, 4.0, 1.0, 5.0], [2.0], [3.0, 3.0]]), pairing, threshold)
     assert [one["reward_difference"] for one in records] == differences
     for one in records:
         assert one["label"] == int(one["reward_A"] > one["reward_B"])
@@ -61,7 +61,7 @@ def test_pairs_differ_as_the_pairing_says(pairing, threshold, differences):
 
 
 def test_random_pairing_uses_each_sample_at_most_once_and_both_orders_occur():
-    records = feedback.pairwise(make([[float(i) for i in range(6)]] * 40), "random")
+    records = label.pairwise(make([[float(i) for i in range(6)]] * 40), "random")
     assert len(records) == 120
     for prompt in range(40):
         used = [r[k] for r in records if r["prompt_id"] == prompt for k in ("reward_A", "reward_B")]
@@ -72,18 +72,14 @@ def test_random_pairing_uses_each_sample_at_most_once_and_both_orders_occur():
 def test_feedback_depends_on_the_seed_but_not_on_the_files_order():
     samples = make([[1.0, 2.0, 3.0, 4.0]] * 8)
     shuffled = random.Random(0).sample(samples, len(samples))
-    assert feedback.pairwise(samples, "random", seed=1) == feedback.pairwise(
-        shuffled, "random", seed=1
-    )
-    assert feedback.pairwise(samples, "random", seed=1) != feedback.pairwise(
-        samples, "random", seed=2
-    )
-    assert feedback.scalar(samples) == feedback.scalar(shuffled)
+    assert label.pairwise(samples, "random", seed=1) == label.pairwise(shuffled, "random", seed=1)
+    assert label.pairwise(samples, "random", seed=1) != label.pairwise(samples, "random", seed=2)
+    assert label.scalar(samples) == label.scalar(shuffled)
 
 
 def test_ids_of_two_rounds_never_meet_and_scalar_keeps_all_fields():
     samples = make([[1.0, 0.0]] * 3, chat=False)
-    rounds = [feedback.scalar(samples, n) for n in (0, 1)]
+    rounds = [label.scalar(samples, n) for n in (0, 1)]
     assert not {one["prompt_id"] for one in rounds[0]} & {one["prompt_id"] for one in rounds[1]}
     assert rounds[1][0] == {**samples[0], "prompt_id": 10**9, "type": "scalar_feedback"}
 
@@ -91,11 +87,11 @@ def test_ids_of_two_rounds_never_meet_and_scalar_keeps_all_fields():
 @pytest.mark.parametrize(
     "call,message",
     [
-        (lambda s: feedback.binary(s, "mode"), "'mean' or 'median'"),
-        (lambda s: feedback.pairwise(s, "best"), "'best'"),
-        (lambda s: feedback.pairwise(s, "max", -1.0), "-1"),
-        (lambda s: feedback.scalar(s + s), "one round"),
-        (lambda s: feedback.scalar(s, -1), "round"),
+        (lambda s: label.binary(s, "mode"), "'mean' or 'median'"),
+        (lambda s: label.pairwise(s, "best"), "'best'"),
+        (lambda s: label.pairwise(s, "max", -1.0), "-1"),
+        (lambda s: label.scalar(s + s), "one round"),
+        (lambda s: label.scalar(s, -1), "round"),
     ],
 )
 def test_mistakes_are_named(call, message):

@@ -1,106 +1,101 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who is evaluated: a policy with its tokenizer, and what it may be compared with."""
+"""What is evaluated: a policy with its tokenizer, and what it may be compared with."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
+from transformers import PreTrainedTokenizerBase
 
 from align_jax.core.schema import Batch
 from align_jax.data.datasets import Examples
 from align_jax.data.pipeline import make_pipeline
-from align_jax.inference.generate import local
+from align_jax.inference.generate import local_rows
 from align_jax.inference.score import rescore
 from align_jax.losses.logprobs import sum_by_slot
-from align_jax.models.model import Model
+from align_jax.models.model import LoadedModel, Model
 from align_jax.parallel.mesh import row_shards
 from align_jax.parallel.sharding import put_batch
 
 
-class Subject(NamedTuple):
+class EvaluatedPolicy(NamedTuple):
     """A policy under evaluation.
 
     Attributes:
         model, params: the policy.
         tokenizer: its tokenizer.
         mesh: where it lies.
-        reference, reference_params: what it is compared with; None where there is nothing.
+        reference: what it is compared with; None where there is nothing.
         name: for reports.
     """
 
     model: Model
     params: Any
-    tokenizer: Any
+    tokenizer: PreTrainedTokenizerBase
     mesh: jax.sharding.Mesh
-    reference: Model | None = None
-    reference_params: Any = None
+    reference: LoadedModel | None = None
     name: str = ""
 
 
-class Sequences(NamedTuple):
+class ResponseLogps(NamedTuple):
     """Log-probabilities of responses, in the order of the examples."""
 
-    logps: Float[np.ndarray, "n R"]  # nats
+    policy: Float[np.ndarray, "n R"]  # nats
     reference: Float[np.ndarray, "n R"] | None
     lengths: Float[np.ndarray, "n R"]  # tokens
 
 
-def sequences(
-    subject: Subject,
+def response_logps(
+    policy: EvaluatedPolicy,
     examples: Examples,
     *,
     batch_size: int = 16,
     max_length: int = 1024,
     truncation: str = "keep_end",
-) -> Sequences:
+) -> ResponseLogps:
     """Score every example's responses by the policy, and by the reference where there is one.
 
     Args:
-        subject: the policy.
+        policy: the policy.
         examples: of any kind with responses.
         batch_size: groups at once; rounded up to what the mesh divides.
         max_length: tokens of prompt and response.
         truncation: see ``data.batching.truncate``; dropped examples are left out.
     """
-    multiple = row_shards(subject.mesh)
-    limit = min(max_length, subject.model.config.max_positions)
+    multiple = row_shards(policy.mesh)
     pipeline = make_pipeline(
         examples,
-        subject.tokenizer,
+        policy.tokenizer,
         batch_size=-(-batch_size // multiple) * multiple,
-        max_length=limit,
+        max_length=min(max_length, policy.model.config.max_positions),
         truncation=truncation,
         trim=True,
         shuffle=False,
         repeat=False,
         row_multiple=multiple,
     )
-    parts = [_score(subject, batch) for batch in pipeline.iterator()]
-    logps, reference, lengths = zip(*parts)
-    return Sequences(
-        np.concatenate(logps),
-        None if reference[0] is None else np.concatenate(reference),
+    own, reference, lengths = [], [], []
+    with jax.set_mesh(policy.mesh):
+        for batch in pipeline.iterator():
+            placed, real = put_batch(policy.mesh, batch), np.asarray(batch.example_index) >= 0
+            own.append(_sums(policy.model, policy.params, placed, batch)[real])
+            if policy.reference is not None:
+                reference.append(_sums(*policy.reference, placed, batch)[real])
+            lengths.append(batch.lengths[real].astype(np.float32))
+    return ResponseLogps(
+        np.concatenate(own),
+        np.concatenate(reference) if reference else None,
         np.concatenate(lengths),
     )
 
 
-def _score(subject: Subject, batch: Batch) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
-    with jax.set_mesh(subject.mesh):
-        placed = put_batch(subject.mesh, batch)
-        real = batch.example_index >= 0
-
-        def sums(model: Model, params: Any) -> np.ndarray:
-            token_logps, _ = rescore(model, params, placed)
-            return np.asarray(sum_by_slot(jax.numpy.asarray(local(token_logps)), batch))[real]
-
-        mine = sums(subject.model, subject.params)
-        other = (
-            None if subject.reference is None else sums(subject.reference, subject.reference_params)
-        )
-    return mine, other, batch.lengths[real].astype(np.float32)
+def _sums(model: Model, params: Any, placed: Batch, batch: Batch) -> Float[np.ndarray, "B R"]:
+    token_logps, _ = rescore(model, params, placed)
+    return np.asarray(sum_by_slot(jnp.asarray(local_rows(token_logps)), batch))
 
 
 def standard_error(x: Float[np.ndarray, "n"]) -> float:
