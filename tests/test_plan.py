@@ -16,12 +16,14 @@ import pytest
 
 from align_jax import plan
 from align_jax.core import config as configs
+from align_jax.core.options import Config, EvalOptions, ModelOptions
 from align_jax.parallel.chips import CHIPS, GIB, Topology
 from align_jax.parallel.mesh import make_mesh
-from align_jax.planner import charts
-from align_jax.planner import cost_model as forecasts
+from align_jax.planner import charts, cost_model
+from align_jax.planner.abstract_run import offline_batch
+from align_jax.planner.advice import advise
 from align_jax.planner.collectives import Collective
-from align_jax.planner.cost_model import Forecast, Memory
+from align_jax.planner.cost_model import CostEstimate, Memory
 from align_jax.planner.search import candidates
 from align_jax.runs import setup
 from align_jax.training.flops import StepFlops
@@ -48,7 +50,7 @@ def _topology(chip="v5e", shape=(2, 4), slices=1) -> Topology:
     )
 
 
-def _forecast(temporaries=1 * GIB, **changes) -> Forecast:
+def _estimate(temporaries=1 * GIB, **changes) -> CostEstimate:
     kinds = {
         "parameters": 3 * GIB,
         "optimizer": 6 * GIB,
@@ -60,7 +62,7 @@ def _forecast(temporaries=1 * GIB, **changes) -> Forecast:
     flops = StepFlops(3e15, 1e15, 0.0, 1e15, 65536)
     seconds = {"compute": 3.0, "memory": 1.0, "interconnect": 2.0, "network": 0.5}
     rows = [{"kind": "all-gather", "axes": "fsdp", "count": 7, "bytes": 2e9, "dtypes": {"bf16": 7}}]
-    whole = Forecast(
+    whole = CostEstimate(
         "train",
         1,
         _topology(),
@@ -90,7 +92,13 @@ def test_the_planned_batch_is_the_data_layers_own(objective, layout):
     mesh = make_mesh({"fsdp": -1})
     examples, _ = setup.read_data(config, resolved)
     real = setup.make_pipeline(config, resolved, mesh, examples, once=False).abstract()
-    planned = plan.abstract_batch(config, resolved, mesh, loss_positions=real.loss_index.shape[1])
+    planned = offline_batch(
+        config,
+        resolved.kind,
+        mesh,
+        mismatched=any(term.objective.mismatched for term in resolved.terms),
+        loss_positions=real.loss_index.shape[1],
+    )
     assert jax.tree.structure(real) == jax.tree.structure(planned)
     shapes = [jax.tree.map(lambda x: (x.shape, str(x.dtype)), batch) for batch in (real, planned)]
     # its budget of loss positions is the data's, the plan's the most it can be
@@ -103,13 +111,13 @@ def test_the_planned_batch_is_the_data_layers_own(objective, layout):
 
 
 def test_the_time_lies_between_all_hidden_and_all_exposed():
-    found = _forecast()
+    found = _estimate()
     assert (found.overlapped, found.exposed) == (3.0, 5.5)
     assert found.mfu(3.0) == pytest.approx(4e15 / (3 * 8 * 197e12))
 
 
 def test_the_table_says_what_fills_the_memory_and_what_moves():
-    text = charts.table(_forecast())
+    text = charts.table(_estimate())
     for part in (
         "fits",
         "12.00 GiB of 15.75",
@@ -125,29 +133,32 @@ def test_the_table_says_what_fills_the_memory_and_what_moves():
 
 
 @pytest.mark.parametrize(
-    "changes, expected",
+    "name, rows, remat, expected",
     [
-        ({"rows_a_device": 4, "remat": "none"}, ("microbatches=4", "remat=full")),
-        ({"rows_a_device": 1}, ("mesh.sequence",)),
-        ({"name": "eval", "eval_batch_size": 64}, ("config.eval.batch_size=32",)),
-        ({"name": "decode"}, ("config.rollout.rows",)),
-        ({"name": "reward model"}, ("config.rewards.model.rows",)),
+        ("train", 4, "none", ("microbatches=4", "remat=full")),
+        ("train", 1, "full", ("mesh.sequence",)),
+        ("eval", 4, "full", ("config.eval.batch_size=32",)),
+        ("decode", 4, "full", ("config.rollout.rows",)),
+        ("reward model", 4, "full", ("config.rewards.model.rows",)),
     ],
 )
-def test_a_step_that_does_not_fit_is_told_by_how_much_and_what_to_change(changes, expected):
-    arguments = {"microbatches": 2, "remat": "full", "rows_a_device": 4, "adapter": False} | changes
-    found = _forecast(temporaries=9 * GIB, name=arguments.pop("name", "train"))
-    lines = forecasts.advice(found, **arguments)
+def test_a_step_that_does_not_fit_is_told_by_how_much_and_what_to_change(
+    name, rows, remat, expected
+):
+    config = Config(
+        microbatches=2, model=ModelOptions(remat=remat), eval=EvalOptions(batch_size=64)
+    )
+    found = _estimate(temporaries=9 * GIB, name=name)
+    lines = advise(found, config, rows)
     assert f"{found.name} needs 20.00 GiB of 15.75 GiB: 4.25 GiB too much" == lines[0]
     for part in expected:
         assert any(part in line for line in lines), lines
-    assert "DOES NOT FIT" in charts.table(found, lines) and "DOES NOT FIT" in charts.summary(
-        found, lines
-    )
+    assert "DOES NOT FIT" in charts.table(found, lines)
+    assert "DOES NOT FIT" in charts.summary(found, lines)
 
 
-def test_a_forecast_survives_json_and_draws_as_svg():
-    found = _forecast()
+def test_an_estimate_survives_json_and_draws_as_svg():
+    found = _estimate()
     row = json.loads(json.dumps(found.to_dict()))
     assert row["hbm"]["used"] + row["hbm"]["free"] == row["hbm"]["capacity"]
     assert row["tokens_per_second"][0] < row["tokens_per_second"][1]
@@ -156,7 +167,7 @@ def test_a_forecast_survives_json_and_draws_as_svg():
 
 
 def test_a_rollouts_time_is_divided_among_its_programs():
-    found = [_forecast(), _forecast(name="decode", runs=10), _forecast(name="rescore", runs=3)]
+    found = [_estimate(), _estimate(name="decode", runs=10), _estimate(name="rescore", runs=3)]
     line = charts.rollout_line(found, 128)
     assert "128 completions" in line and "77.0 s" in line
     assert "generating 55.0 s (71%), scoring 16.5 s (21%), training 5.5 s (7%)" in line
@@ -170,12 +181,12 @@ def test_a_ring_uses_the_links_of_the_torus_axes_that_it_spans():
         "closed": tuple(range(16)),
         "both": tuple(range(64)),
     }.items():
-        rates[name] = forecasts.bandwidth(
+        rates[name] = cost_model.bandwidth(
             Collective("all-gather", group, 1, 1, ""), topology, topology.devices
         )
     assert rates == {"open": 50e9, "closed": 100e9, "both": 150e9}
     between = Collective("all-reduce", (0, 16), 1, 1, "", network=True)
-    assert forecasts.bandwidth(between, topology, topology.devices) == CHIPS["v5e"].network
+    assert cost_model.bandwidth(between, topology, topology.devices) == CHIPS["v5e"].network
 
 
 def test_a_real_models_config_is_planned_without_the_hub():
@@ -189,13 +200,7 @@ def test_candidates_divide_the_model_the_rows_and_the_devices():
     model = setup.resolve_config(plan.for_planning(_config("dpo_7b")), 64).model_config
     found = list(
         candidates(
-            model,
-            _topology("v5e", (8, 8)),
-            slices=1,
-            remat="full",
-            rows=256,
-            length=1024,
-            trained_bytes=16,
+            model, _topology("v5e", (8, 8)), remat="full", rows=256, length=1024, trained_bytes=16
         )
     )
     assert len(found) > 10 and len(set(found)) == len(found)

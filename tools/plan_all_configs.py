@@ -4,7 +4,7 @@ docs/plan.md.
 
     python tools/plan_all_configs.py [--only=dpo_7b,kto_7b] [--extra=dpo_7b@v5p:2x2x2]
 
-One to five minutes a config on two free cores.  Each forecast is kept as JSON in docs/plan/, so
+One to five minutes a config on two free cores.  Each estimate is kept as JSON in docs/plan/, so
 that one config can be done anew; the tables are written from all of them.
 """
 
@@ -33,7 +33,7 @@ Every program of each config, compiled with the TPU compiler for the topology th
 `python tools/plan_all_configs.py` (JAX {jax}, libtpu {libtpu}); nothing here ran on a TPU.  HBM is the compiler's own
 figure for one device, with all that the run holds meanwhile.  Times are a roofline, every unit at its peak: *exposed*
 waits for all communication, *overlapped* hides all of it; real steps are slower than both by what matrix products miss
-of their peak.  Collectives are bytes that one chip receives in a step; *least* is what the mesh cannot do without
+of their peak.  Collectives are bytes that one chip receives in a step; the *lower bound* is what the mesh cannot do without
 (`align_jax/planner/communication.py`): weights gathered for each forward and each backward pass of each microbatch,
 gradients scattered or summed, states summed over `tensor`, keys and values gathered over `sequence`, tokens over
 `expert`.  No step has an all-to-all.
@@ -60,7 +60,7 @@ TRAIN = (
     "parameters, optimizer, reference, temporaries",
     "model PFLOP a step",
     "collectives, GB",
-    "least, GB",
+    "lower bound, GB",
     "step, s: overlapped to exposed",
     "tokens/s",
     "MFU",
@@ -72,7 +72,7 @@ OTHERS = (
     "HBM used of usable, GiB",
     "temporaries, cache, GiB",
     "collectives, GB",
-    "least, GB",
+    "lower bound, GB",
     "exposed, s",
     "runs a rollout",
 )
@@ -113,7 +113,7 @@ def by_size(sizes: dict[str, float]) -> str:
 
 
 def head(row: dict[str, Any]) -> tuple[str, str, str]:
-    """Return a program's HBM, what it moves, and the least that it must."""
+    """Return a program's HBM, what it moves, and the lower bound of that."""
     gib, hbm = 2**30, row["hbm"]
     moved = {f"{one['kind']} ({one['axes']})": one["bytes"] for one in row["collectives"]}
     fits = "" if row["fits"] else " **does not fit**"

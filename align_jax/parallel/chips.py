@@ -131,7 +131,8 @@ def chip_of(device: Any) -> Chip | None:
 def peak_flops(devices: Sequence[Any]) -> float:
     """Return the peak bfloat16 FLOP/s of all these devices together; 0 where it is not known."""
     chips = [chip_of(device) for device in devices]
-    return sum(chip.flops for chip in chips) if all(chips) else 0.0
+    known = [chip.flops for chip in chips if chip is not None]
+    return sum(known) if len(known) == len(chips) else 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,7 +199,7 @@ def describe_topology(name: str) -> Topology:
 
     slices, generation = int(match[1] or 1), match[2]
     # one device a chip, as Cloud has it
-    options = {"chip_config_name": "megacore"} if generation == "v4" else {}
+    options: dict[str, Any] = {"chip_config_name": "megacore"} if generation == "v4" else {}
     if slices > 1:
         options["num_slices"] = slices
     try:

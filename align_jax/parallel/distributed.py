@@ -42,8 +42,8 @@ class Processes(NamedTuple):
 
     how: str  # "explicit", "slurm", "tpu" or "single"
     coordinator: str | None = None
-    count: int | None = None
-    index: int | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
 
 
 def detect(environment: Mapping[str, str], tpu: bool) -> Processes:
@@ -78,7 +78,7 @@ def detect(environment: Mapping[str, str], tpu: bool) -> Processes:
         and int(environment.get("SLURM_NTASKS", "1")) > 1
     ):
         return Processes(
-            "slurm", count=int(environment["SLURM_NTASKS"]), index=int(environment["SLURM_PROCID"])
+            "slurm", None, int(environment["SLURM_NTASKS"]), int(environment["SLURM_PROCID"])
         )
     hosts = (
         environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES") or ""
@@ -145,13 +145,15 @@ def start(*, wait_seconds: int | None = None, heartbeat_seconds: int | None = No
     if jax.distributed.is_initialized():
         return Processes("explicit", None, jax.process_count(), jax.process_index())
     found = detect(os.environ, tpu)
-    if found.how == "single" or found.count == 1:
+    if found.how == "single" or found.num_processes == 1:
         return Processes("single", None, 1, 0)
     wait = wait_seconds or int(os.environ.get("ALIGN_JAX_WAIT_SECONDS", 300))
     heartbeat = heartbeat_seconds or int(os.environ.get("ALIGN_JAX_HEARTBEAT_SECONDS", 100))
-    who = f"process {found.index} of {found.count}" if found.count else "this process"
+    this = "this process"
+    if found.num_processes:
+        this = f"process {found.process_id} of {found.num_processes}"
     with deadline(
-        f"{who} waited {wait} s for its peers at the coordinator "
+        f"{this} waited {wait} s for its peers at the coordinator "
         f"{found.coordinator or '(found by JAX)'} in "
         "vain: are all processes started, with the same address, and is the port open "
         "between the hosts?",
@@ -161,8 +163,8 @@ def start(*, wait_seconds: int | None = None, heartbeat_seconds: int | None = No
             # JAX's own time-out aborts without a word of use, so it is set later than ours.
             jax.distributed.initialize(
                 found.coordinator,
-                found.count,
-                found.index,
+                found.num_processes,
+                found.process_id,
                 initialization_timeout=wait + 60,
                 heartbeat_timeout_seconds=heartbeat,
             )

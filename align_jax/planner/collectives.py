@@ -14,6 +14,7 @@ import collections
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from align_jax.planner.hlo import ARRAY, Operation, Program, array_bytes
 
@@ -55,9 +56,8 @@ class Collective:
         """Bytes that each chip receives when it runs once, by the bandwidth-optimal ring
         algorithm."""
         share = (len(self.group) - 1) / len(self.group)
-        return {"all-reduce": 2 * share, "collective-permute": 1.0}.get(
-            self.kind, share
-        ) * self.payload
+        shares = {"all-reduce": 2 * share, "collective-permute": 1.0}
+        return shares.get(self.kind, share) * self.payload
 
     def axes(self, mesh: Mapping[str, int]) -> tuple[str, ...]:
         """Name the mesh axes that the group spans.
@@ -66,8 +66,8 @@ class Collective:
             mesh: axis -> size, in the mesh's order (``jax.sharding.Mesh.shape``).
         """
         sizes = list(mesh.values())
-        places = [_unravel(device, sizes) for device in self.group]
-        return tuple(axis for i, axis in enumerate(mesh) if len({place[i] for place in places}) > 1)
+        by_axis = zip(*[_unravel(device, sizes) for device in self.group])
+        return tuple(axis for axis, indices in zip(mesh, by_axis) if len(set(indices)) > 1)
 
 
 def read_collectives(program: Program) -> list[Collective]:
@@ -87,11 +87,11 @@ def read_collectives(program: Program) -> list[Collective]:
         if not program.counts[computation] or _carries_on(computation, operations):
             continue
         for operation in operations:
-            kind = operation.opcode.removesuffix("-start")
-            between = operation.opcode == "recv" and "xla_megascale_runtime" in operation.rest
-            if kind in KINDS or between:
-                make = _between_slices if between else _collective
-                found.append(make(kind, computation, operation, program.counts[computation]))
+            count = program.counts[computation]
+            if operation.opcode == "recv" and "xla_megascale_runtime" in operation.rest:
+                found.append(_between_slices(computation, operation, count))
+            elif operation.opcode.removesuffix("-start") in KINDS:
+                found.append(_within_slice(computation, operation, count))
     return [collective for collective in found if len(collective.group) > 1]
 
 
@@ -102,70 +102,64 @@ def _carries_on(computation: str, operations: Sequence[Operation]) -> bool:
     )
 
 
-def summarize(collectives: Sequence[Collective], mesh: Mapping[str, int]) -> list[dict]:
+def summarize(collectives: Sequence[Collective], mesh: Mapping[str, int]) -> list[dict[str, Any]]:
     """Sum the collectives by kind and mesh axes.
 
     Returns:
         Rows ``{"kind", "axes", "count", "bytes", "dtypes"}``, the most bytes first; ``bytes`` is
         what one chip receives in a step.
     """
-    rows: dict[tuple[str, str], dict] = {}
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
     for collective in collectives:
         axes = "+".join(collective.axes(mesh))
-        row = rows.setdefault(
-            (collective.kind, axes),
-            {
-                "kind": collective.kind,
-                "axes": axes,
-                "count": 0,
-                "bytes": 0.0,
-                "dtypes": collections.Counter(),
-            },
-        )
+        key = (collective.kind, axes)
+        if key not in rows:
+            rows[key] = {"kind": collective.kind, "axes": axes, "count": 0, "bytes": 0.0}
+            rows[key]["dtypes"] = collections.Counter()
+        row = rows[key]
         row["count"] += collective.count
         row["bytes"] += collective.count * collective.traffic
         row["dtypes"][collective.dtype] += collective.count
     return sorted(rows.values(), key=lambda row: -row["bytes"])
 
 
-def _collective(kind: str, computation: str, operation: Operation, count: int) -> Collective:
+def _within_slice(computation: str, operation: Operation, count: int) -> Collective:
+    kind = operation.opcode.removesuffix("-start")
     arrays = ARRAY.findall(operation.shape)
     sizes = [array_bytes(f"{dtype}[{dims}]") for dtype, dims, _ in arrays]
-    group = _group(operation.rest)
-    payload = sum(sizes)
+    group, payload = _group(operation.rest), sum(sizes)
     if operation.opcode.endswith("-start") and operation.shape.startswith("("):
-        # (operands, results)
+        # The shape lists operands and results: of a gather and a permute the largest is the whole,
+        # of the others both halves are equal.
         payload = max(sizes) if kind in ("all-gather", "collective-permute") else payload // 2
     if kind == "all-reduce" and "all-reduce-scatter" in computation:
         kind = "reduce-scatter"  # how the TPU compiler writes one: an all-reduce and a slice, fused
     elif kind == "reduce-scatter":
         payload *= len(group)  # the text has the result's shape; the whole is what goes in
     name = re.search(r'op_name="([^"]*)"', operation.rest)
-    return Collective(
-        kind, group, payload, count, name[1] if name else "", arrays[0][0] if arrays else ""
-    )
+    dtype = arrays[0][0] if arrays else ""
+    return Collective(kind, group, payload, count, name[1] if name else "", dtype)
 
 
-def _between_slices(_: str, computation: str, operation: Operation, count: int) -> Collective:
+def _between_slices(computation: str, operation: Operation, count: int) -> Collective:
     """Read a collective between slices: the program hands the host an array and says what is to be
     done."""
     kind = re.search(r'_xla_host_transfer_rendezvous="([a-z\-]+)', operation.rest)
     target = re.search(r'_xla_megascale_target="\{([\d,:]+)\}x\{([\d,:]+)\}', operation.rest)
-    if not kind or not target:
+    dtype = ARRAY.search(operation.shape)
+    if not kind or not target or not dtype:
         raise ValueError(
             "a transfer between slices in a form that this reader does not know: "
             f"{operation.rest[:300]!r}"
         )
     slices, devices = (_span(part) for part in target.groups())
-    group = tuple(place * devices for place in range(slices))
-    dtype = ARRAY.search(operation.shape)[1]
     return Collective(
         kind[1].rstrip("-"),
-        group,
-        array_bytes(operation.shape.split("u32[]")[0]),
+        tuple(index * devices for index in range(slices)),  # the first device of each slice
+        array_bytes(operation.shape.split("u32[]")[0]),  # what follows is the transfer's handle
         count,
         f"between slices in {computation}",
-        dtype,
+        dtype[1],
         network=True,
     )
 
@@ -176,8 +170,17 @@ def _span(text: str) -> int:
 
 
 def _group(attributes: str) -> tuple[int, ...]:
-    """Return the first replica group; its four spellings are explained in XLA's operation
-    semantics."""
+    """Return the first replica group, in whichever of XLA's spellings.
+
+    XLA's operation semantics explains them:
+
+        source_target_pairs={{0,1},{1,0}}                        pairs
+        replica_groups={{0,2},{1,3}}                             lists
+        replica_groups=[2,4]<=[4,2]T(1,0)                        2 groups of 4, cut from the devices
+                                                                 reshaped to [4,2] and transposed
+        replica_groups=mesh['a'=4,'b'=2] {'a'}                   over named axes of a mesh
+        replica_groups=mesh['a'=2,'b'=2], device_ids=(...) {'b'} the same, its devices in this order
+    """
     pairs = re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", attributes)
     if pairs:
         return (int(pairs[1]), int(pairs[2])) if pairs[1] != pairs[2] else (int(pairs[1]),)
@@ -186,13 +189,13 @@ def _group(attributes: str) -> tuple[int, ...]:
         return tuple(int(device) for device in listed[1].split(","))
     iota = re.search(r"replica_groups=\[(\d+),(\d+)\]<=(\[[\d,]+\](?:T\([\d,]+\))?)", attributes)
     if iota:
-        return tuple(_reordered(index, iota[3]) for index in range(int(iota[2])))
+        return tuple(_device_at(index, iota[3]) for index in range(int(iota[2])))
     named = re.search(
         r"replica_groups=@?mesh\w*\[([^\]]*)\](?:, device_ids=\((.*?\)?)\))?\s*\{([^}]*)\}",
         attributes,
     )
     if named:
-        return tuple(_reordered(index, named[2]) for index in _named_group(named[1], named[3]))
+        return tuple(_device_at(index, named[2]) for index in _named_group(named[1], named[3]))
     if "replica_groups={}" in attributes:
         raise ValueError("replica_groups={} (all devices): compile for a mesh, not for replicas")
     raise ValueError(
@@ -201,31 +204,42 @@ def _group(attributes: str) -> tuple[int, ...]:
 
 
 def _named_group(mesh: str, axes: str) -> tuple[int, ...]:
+    """Return the positions of the group that holds the first device: all steps along the axes.
+
+    Args:
+        mesh: ``'a'=4,'b'=2``, row-major.
+        axes: ``'b'``, or a factor of an axis, ``'a':(2)2``: of a = 2 x 2 the second.
+    """
     sizes = {name: int(size) for name, size in re.findall(r"'?([\w.\-]+)'?=(\d+)", mesh)}
-    # axis, or axis:(sizes before it)size
-    spanned = re.findall(r"'?([\w.\-]+)'?(?::\((\d+)\)(\d+))?", axes)
     strides, stride = {}, 1
     for name in reversed(sizes):
         strides[name], stride = stride, stride * sizes[name]
     members = [0]
-    for name, before, part in spanned:
+    for name, before, part in re.findall(r"'?([\w.\-]+)'?(?::\((\d+)\)(\d+))?", axes):
         size = int(part) if part else sizes[name]
+        # the factors behind this one are passed over in each step
         step = strides[name] * (sizes[name] // (int(before) * size) if part else 1)
         members = [member + step * i for member in members for i in range(size)]
     return tuple(members)
 
 
 def _unravel(index: int, sizes: Sequence[int]) -> tuple[int, ...]:
-    place = []
+    """Return the index along each axis of a row-major index."""
+    indices = []
     for size in reversed(sizes):
         index, remainder = divmod(index, size)
-        place.append(remainder)
-    return tuple(reversed(place))
+        indices.append(remainder)
+    return tuple(reversed(indices))
 
 
-def _reordered(index: int, order: str | None) -> int:
-    """Return the device at a place of a list written ``[2,4]T(1,0)`` or ``0,2,1,3`` (None: the
-    places themselves)."""
+def _device_at(index: int, order: str | None) -> int:
+    """Return the device at an index of a list of devices.
+
+    Args:
+        index: in the list.
+        order: the list: ``0,2,1,3``; or ``[2,4]T(1,0)``, all devices in a row, reshaped to [2,4]
+            and transposed; None: the devices in a row.
+    """
     if not order:
         return index
     match = re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", order)
@@ -233,10 +247,9 @@ def _reordered(index: int, order: str | None) -> int:
         return int(order.split(",")[index])
     sizes = [int(size) for size in match[1].split(",")]
     axes = [int(axis) for axis in match[2].split(",")] if match[2] else list(range(len(sizes)))
-    original = [0] * len(sizes)
-    for axis, at in zip(axes, _unravel(index, [sizes[axis] for axis in axes])):
-        original[axis] = at
+    # Back through the transposition: the index along transposed axis i is that along axes[i].
+    original = dict(zip(axes, _unravel(index, [sizes[axis] for axis in axes])))
     flat = 0
-    for size, at in zip(sizes, original):
-        flat = flat * size + at
+    for axis, size in enumerate(sizes):
+        flat = flat * size + original[axis]
     return flat

@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The least that sharding must move: bytes that each device receives in a step, counted from shapes
-alone.
+"""The communication lower bound: bytes that each device must receive in a step, whatever the
+compiler does, counted from shapes alone.
 
-    fsdp       gathers each weight for each forward and each backward pass, and scatters its gradient
-    data       (and expert, sequence, for weights that they do not split) reduces what is left of the gradients
-    tensor     sums the partial results of attention and of the feed-forward part, and their gradients
+    fsdp       gathers each weight for each forward and each backward pass, and scatters its
+               gradient
+    data       (and expert, sequence, for weights that they do not split) reduces what is left of
+               the gradients
+    tensor     sums the partial results of attention and of the feed-forward part, and their
+               gradients
     sequence   gathers keys and values, and scatters their gradients
     expert     gathers the tokens of its rows, and scatters what the experts add to them
 
@@ -17,7 +20,7 @@ from __future__ import annotations
 
 import collections
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -33,8 +36,8 @@ from align_jax.training.steps import StepSpec
 Tree = Any
 
 
-class Pass(NamedTuple):
-    """One model's run over rows.
+class ModelCall(NamedTuple):
+    """One model applied to rows: a forward pass, perhaps a backward pass too.
 
     Attributes:
         model: the model.
@@ -42,7 +45,7 @@ class Pass(NamedTuple):
         rows, length: N and T, of the whole mesh.
         positions: P, loss positions of a row; their gradient flows into the hidden states.
         backward: gradients are taken.
-        parts: microbatches: each sees all weights once.
+        microbatches: each sees all weights once.
     """
 
     model: Model
@@ -51,11 +54,18 @@ class Pass(NamedTuple):
     length: int
     positions: int
     backward: bool = False
-    parts: int = 1
+    microbatches: int = 1
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an element of the compute type."""
+        return np.dtype(self.model.options.dtype).itemsize
 
 
-def passes(spec: StepSpec, specs: StateSpecs, batch: Batch, *, train: bool = True) -> list[Pass]:
-    """List the runs over rows that a step has.
+def model_calls(
+    spec: StepSpec, specs: StateSpecs, batch: Batch, *, train: bool = True
+) -> Iterator[ModelCall]:
+    """Yield the model calls of a step.
 
     Args:
         spec: what the step is compiled from.
@@ -63,108 +73,116 @@ def passes(spec: StepSpec, specs: StateSpecs, batch: Batch, *, train: bool = Tru
         batch: the global batch, or its shapes.
         train: false: the eval step, which has no gradients and no microbatches.
     """
-    policy, parts = merge(specs.base, specs.trained), spec.microbatches if train else 1
+    microbatches = spec.microbatches if train else 1
+    policy = merge(specs.base, specs.trained)
     reference = specs.base if specs.reference is None else specs.reference
     if spec.sync_every_steps:
         reference = policy
 
-    def run(model: Model, params: Tree, part: Batch, backward: bool = False) -> Pass:
-        return Pass(model, params, *part.tokens.shape, part.loss_index.shape[1], backward, parts)
+    def call(model: Model, params: Tree, part: Batch, backward: bool = False) -> ModelCall:
+        rows, length = part.tokens.shape
+        positions = part.loss_index.shape[1]
+        return ModelCall(model, params, rows, length, positions, backward, microbatches)
 
-    found = [run(spec.policy, policy, batch, train)]
+    yield call(spec.policy, policy, batch, train)
     if spec.wants_reference and batch.reference_token_logps is None:
-        found.append(run(spec.base, reference, batch))
-    if spec.measured and parts > 1:
-        found.append(run(spec.policy, policy, batch))
+        yield call(spec.base, reference, batch)
+    if spec.measured and microbatches > 1:
+        yield call(spec.policy, policy, batch)
     if spec.measured and batch.mismatched is not None:
-        found.append(run(spec.policy, policy, batch.mismatched))
-        found += [run(spec.base, reference, batch.mismatched)] if spec.wants_reference else []
-    return found
+        yield call(spec.policy, policy, batch.mismatched)
+        if spec.wants_reference:
+            yield call(spec.base, reference, batch.mismatched)
 
 
-def least(
-    runs: Sequence[Pass], mesh: Mapping[str, int], trained: Tree = (), parts: int = 1
+def lower_bound(
+    calls: Iterable[ModelCall], mesh: Mapping[str, int], trained: Tree = (), microbatches: int = 1
 ) -> dict[str, float]:
     """Return the least bytes that a device receives, by mesh axes as ``collectives.summarize``
     names them.
 
     Args:
-        runs: over which rows each model runs.
+        calls: over which rows each model runs.
         mesh: axis -> size.
         trained: the parameters that get gradients, shapes with shardings.
-        parts: microbatches that each scatter them.
+        microbatches: each scatters the gradients.
     """
-    total: collections.Counter[str] = collections.Counter()
-    for run in runs:
-        for axis, size in _activations(run, mesh).items():
+    calls = list(calls)
+    total: dict[str, float] = collections.defaultdict(float)
+    for call in calls:
+        for axis, size in _activations(call, mesh).items():
             total[axis] += size
-        again = run.backward and run.model.options.remat != "none"  # else what was gathered is kept
-        total["fsdp"] += run.parts * (2 if again else 1) * _gathered(run, mesh)
-    if runs:
-        itemsize = np.dtype(runs[0].model.options.dtype).itemsize
-        for axes, size in _gradients(trained, mesh, itemsize, parts).items():
+        # without rematerialization the backward pass has kept what the forward pass gathered
+        again = call.backward and call.model.options.remat != "none"
+        total["fsdp"] += call.microbatches * (2 if again else 1) * _gathered_weights(call, mesh)
+    if calls:
+        for axes, size in _gradients(trained, mesh, calls[0].itemsize, microbatches).items():
             total[axes] += size
-    return {axes: float(size) for axes, size in total.items() if size}
+    return {axes: size for axes, size in total.items() if size}
 
 
-def _split(leaf: Any) -> set[str]:
+def _split_axes(leaf: Any) -> set[str]:
     """Return the mesh axes that split an array."""
     axes: set[str] = set()
     for entry in leaf.sharding.spec:
-        axes |= set() if entry is None else {entry} if isinstance(entry, str) else set(entry)
+        if entry is not None:
+            axes |= {entry} if isinstance(entry, str) else set(entry)
     return axes
 
 
-def _local(leaf: Any) -> int:
+def _local_size(leaf: Any) -> int:
     return math.prod(leaf.sharding.shard_shape(leaf.shape))
 
 
-def _gathered(run: Pass, mesh: Mapping[str, int]) -> int:
+def _gathered_weights(call: ModelCall, mesh: Mapping[str, int]) -> int:
     """Bytes of weights that a device lacks, once."""
-    itemsize = np.dtype(run.model.options.dtype).itemsize
     return (mesh["fsdp"] - 1) * sum(
-        _local(leaf) * min(itemsize, np.dtype(leaf.dtype).itemsize)
-        for leaf in jax.tree.leaves(run.params)
-        if "fsdp" in _split(leaf)
+        _local_size(leaf) * min(call.itemsize, np.dtype(leaf.dtype).itemsize)
+        for leaf in jax.tree.leaves(call.params)
+        if "fsdp" in _split_axes(leaf)
     )
 
 
 def _gradients(
-    trained: Tree, mesh: Mapping[str, int], itemsize: int, parts: int
-) -> dict[str, float | int]:
-    """Scatter over fsdp in each microbatch; reduce over the other axes that split the tokens,
-    once."""
-    total: collections.Counter[str] = collections.Counter()
+    trained: Tree, mesh: Mapping[str, int], itemsize: int, microbatches: int
+) -> dict[str, float]:
+    """Scatter over fsdp in each microbatch; reduce once over the other axes that split tokens."""
+    total: dict[str, float] = collections.defaultdict(float)
     for leaf in jax.tree.leaves(trained):
-        split = _split(leaf)
+        split, size = _split_axes(leaf), _local_size(leaf) * itemsize
         if "fsdp" in split:
-            total["fsdp"] += parts * (mesh["fsdp"] - 1) * _local(leaf) * itemsize
+            total["fsdp"] += microbatches * (mesh["fsdp"] - 1) * size
         others = [axis for axis in (*ROWS, "sequence") if axis not in split and mesh[axis] > 1]
-        shared = math.prod(mesh[axis] for axis in others)
-        total["+".join(axis for axis in mesh if axis in others)] += (
-            2 * (1 - 1 / shared) * _local(leaf) * itemsize
-        )
+        replicas = math.prod(mesh[axis] for axis in others)
+        # an all-reduce's ring passes everything twice, less the device's own share
+        axes = "+".join(axis for axis in mesh if axis in others)
+        total[axes] += 2 * (1 - 1 / replicas) * size
     return total
 
 
-def _activations(run: Pass, mesh: Mapping[str, int]) -> dict[str, float | int]:
+def _activations(call: ModelCall, mesh: Mapping[str, int]) -> dict[str, float]:
     """Count what moves with the tokens: over tensor, sequence and expert."""
-    config, remat, backward = run.model.config, run.model.options.remat, run.backward
-    itemsize = np.dtype(run.model.options.dtype).itemsize
-    shards, length = math.prod(mesh[axis] for axis in ROWS), run.length / mesh["sequence"]
-    rows, L, tensor = run.rows / shards, config.num_layers, mesh["tensor"]
-    states = rows * length * config.hidden_size * itemsize  # of one layer, on one device
-    # forward; what the backward pass computes anew and does not find saved; backward
-    again = int(backward and remat in ("full", "attention"))
+    config, remat, backward = call.model.config, call.model.options.remat, call.backward
+    length, rows = call.length / mesh["sequence"], call.rows / math.prod(mesh[a] for a in ROWS)
+    layers, tensor, sequence = config.num_layers, mesh["tensor"], mesh["sequence"]
+    states = rows * length * config.hidden_size * call.itemsize  # of a layer, on one device
+
+    # Each layer's forward pass sums partial results behind attention and behind the feed-forward
+    # part (one sum where they are parallel); its backward pass sums as many gradients.  Under remat
+    # it first computes the former sum anew, to have the feed-forward part's input.
+    recomputed = int(backward and remat in ("full", "attention"))
     sums = 1 if config.parallel_residual else 2
-    reduced = states * (L * (sums + (sums - 1) * again + sums * backward) + 1)
-    reduced += rows * run.positions / mesh["sequence"] * config.hidden_size * itemsize * backward
+    reduced = states * (layers * (sums + (sums - 1) * recomputed + sums * backward) + 1)
+    at_loss = rows * call.positions / sequence * config.hidden_size * call.itemsize
+    reduced += at_loss * backward
+
     heads = max(1.0, config.num_kv_heads / tensor)
-    keys = 2 * rows * run.length * heads * config.head_dim * itemsize * L
-    kept = int(backward and remat != "none")
-    tokens = states * L * (mesh["expert"] - 1) if config.num_experts else 0.0
+    keys_and_values = 2 * rows * call.length * heads * config.head_dim * call.itemsize * layers
+    gathers = 1 + int(backward and remat != "none") + backward
+
+    tokens = states * layers * (mesh["expert"] - 1) if config.num_experts else 0.0
     return {
         "tensor": 2 * (1 - 1 / tensor) * reduced,
-        "sequence": (1 - 1 / mesh["sequence"]) * keys * (1 + kept + backward),
-        "expert": tokens * (2 + again + 2 * backward),
+        "sequence": (1 - 1 / sequence) * keys_and_values * gathers,
+        "expert": tokens * (2 + recomputed + 2 * backward),
     }

@@ -15,55 +15,26 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-BITS = {
-    "pred": 8,
-    "s4": 4,
-    "u4": 4,
-    "s8": 8,
-    "u8": 8,
-    "f8e4m3fn": 8,
-    "f8e5m2": 8,
-    "bf16": 16,
-    "f16": 16,
-    "s16": 16,
-    "u16": 16,
-    "f32": 32,
-    "s32": 32,
-    "u32": 32,
-    "f64": 64,
-    "s64": 64,
-    "u64": 64,
-    "c64": 64,
-}
-ARRAY = re.compile(r"\b(%s)\[([\d,]*)\](\{[^}]*\})?" % "|".join(BITS))
+_BITS = {"pred": 8, "bf16": 16, "c64": 64, "f8e4m3fn": 8, "f8e5m2": 8}
+_BITS |= {f"f{bits}": bits for bits in (16, 32, 64)}
+_BITS |= {f"{sign}{bits}": bits for sign in "su" for bits in (4, 8, 16, 32, 64)}
+# bf16[2,3]{1,0:T(8,128)S(1)}: type, sizes, and the layout with its memory space
+ARRAY = re.compile(rf"\b({'|'.join(_BITS)})\[([\d,]*)\](\{{[^}}]*\}})?")
+# ENTRY %main.42 (p: f32[4]) -> f32[8] {
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+# ROOT %add.1 = f32[4]{0} add(%a, %b), metadata={...}
 _OPERATION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\((.*)$")
 _CALLED = re.compile(
     r"\b(calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)"
 )
 _CALLED_LIST = re.compile(r"\b(?:called_computations|branch_computations)=\{([^}]*)\}")
 _TRIPS = re.compile(r"known_trip_count\W+n\W+(\d+)")
-_FREE = frozenset(
-    {
-        "parameter",
-        "constant",
-        "tuple",
-        "get-tuple-element",
-        "bitcast",
-        "while",
-        "conditional",
-        "call",
-        "after-all",
-        "partition-id",
-        "replica-id",
-        "iota",
-        "opt-barrier",
-        "async-start",
-        "async-update",
-        "async-done",
-        "copy-done",
-    }
-)  # no traffic of their own
+# Names for what others produce, control flow whose computations are counted themselves, and halves
+# of an asynchronous operation whose other half is counted.
+_NO_TRAFFIC = frozenset(
+    "parameter constant tuple get-tuple-element bitcast while conditional call after-all "
+    "partition-id replica-id iota opt-barrier async-start async-update async-done copy-done".split()
+)
 _IN_PLACE = {"dynamic-update-slice": 1, "scatter": 2}  # -> which operand is written into the first
 
 
@@ -78,11 +49,11 @@ class Operation(NamedTuple):
     @property
     def operands(self) -> list[str]:
         """The operands' names."""
-        depth, end = 1, len(self.rest)
-        for end, letter in enumerate(self.rest):
-            depth += (letter == "(") - (letter == ")")
-            if not depth:
-                break
+        # up to the parenthesis that closes the list: attributes behind it name computations
+        depth, end = 1, 0
+        while depth and end < len(self.rest):
+            depth += (self.rest[end] == "(") - (self.rest[end] == ")")
+            end += 1
         return re.findall(r"%([\w.\-]+)", self.rest[:end])
 
     def calls(self) -> Iterator[tuple[str, str]]:
@@ -161,15 +132,12 @@ def memory_traffic(program: Program) -> float:
     slice counts.  Kernels written by hand count their operands once, however often their blocks are
     read again.
     """
-    fused = {
-        name
-        for operations in program.computations.values()
-        for operation in operations
-        for role, name in operation.calls()
-        if role in ("calls", "to_apply")
-        and operation.opcode != "call"
-        and not operation.opcode.startswith("async")
-    }
+    # The operations inside a fusion, or a reduction's scalar function, move nothing themselves.
+    fused = set()
+    for operations in program.computations.values():
+        for operation in operations:
+            if operation.opcode != "call" and not operation.opcode.startswith("async"):
+                fused |= {n for role, n in operation.calls() if role in ("calls", "to_apply")}
     total = 0.0
     for name, operations in program.computations.items():
         if name in fused or not program.counts.get(name):
@@ -178,13 +146,13 @@ def memory_traffic(program: Program) -> float:
         total += program.counts[name] * sum(
             _traffic(operation, shapes, program)
             for operation in operations
-            if operation.opcode not in _FREE
+            if operation.opcode not in _NO_TRAFFIC
         )
     return total
 
 
 def _size(dtype: str, dims: str) -> int:
-    return (math.prod(map(int, dims.split(","))) if dims else 1) * BITS[dtype] // 8
+    return (math.prod(map(int, dims.split(","))) if dims else 1) * _BITS[dtype] // 8
 
 
 def _hbm_bytes(shape: str) -> int:
@@ -198,16 +166,16 @@ def _traffic(operation: Operation, shapes: Mapping[str, str], program: Program) 
     read = [_hbm_bytes(shapes.get(name, "")) for name in operands]
     written = _hbm_bytes(operation.shape)
     if operation.opcode == "dynamic-slice":
-        return 2 * written
+        return 2 * written  # the slice is read and written, whatever it is a slice of
     if operation.opcode in _IN_PLACE:
         return 2 * read[_IN_PLACE[operation.opcode]] if len(read) > 1 else written
     body = _body(operation, program.computations)
     if operation.opcode != "fusion" or not body:
         return sum(read) + written
-    for place, size in _sliced(body, program.computations).items():
-        if place < len(read):
-            read[place] = min(read[place], size)
-    return sum(read) + max(0, written - sum(whole - part for whole, part in _updates(body)))
+    for position, size in _sliced(body, program.computations).items():
+        if position < len(read):
+            read[position] = min(read[position], size)
+    return sum(read) + max(0, written - _not_written(body))
 
 
 def _body(
@@ -219,47 +187,52 @@ def _body(
 
 
 def _sliced(body: list[Operation], computations: Mapping[str, list[Operation]]) -> dict[int, int]:
-    """Find a fusion's parameters of which parts alone are read or written over: place -> bytes of
-    these parts.
+    """Find a fusion's parameters of which only slices are read, or which are written over.
 
-    A fusion within it may be what slices.
+    A scanned layer's weights are such: the fusion takes the stacked array of all layers, and
+    slices it.  A fusion within it may be what slices.
+
+    Returns:
+        The parameter's number -> bytes of these slices.
     """
     uses: dict[str, list[Operation]] = collections.defaultdict(list)
     for operation in body:
         for name in operation.operands:
             uses[name].append(operation)
 
-    def part(use: Operation, name: str) -> int | None:
+    def slice_bytes(use: Operation, name: str) -> int | None:
         if use.opcode == "dynamic-slice":
             return array_bytes(use.shape)
-        place = use.operands.index(name)
-        if use.opcode in _IN_PLACE and place == 0:
+        position = use.operands.index(name)
+        if use.opcode in _IN_PLACE and position == 0:
             return 0
         inner = _body(use, computations) if use.opcode == "fusion" else None
-        return _sliced(inner, computations).get(place) if inner else None
+        return _sliced(inner, computations).get(position) if inner else None
 
     found = {}
     for operation in body:
-        parts = [part(use, operation.name) for use in uses[operation.name]]
-        if operation.opcode == "parameter" and parts and None not in parts:
-            found[int(re.match(r"(\d+)", operation.rest)[1])] = sum(parts)
+        sizes = [slice_bytes(use, operation.name) for use in uses[operation.name]]
+        number = re.match(r"(\d+)", operation.rest)
+        if operation.opcode == "parameter" and number and sizes and None not in sizes:
+            found[int(number[1])] = sum(size or 0 for size in sizes)
     return found
 
 
-def _updates(body: list[Operation]) -> list[tuple[int, int]]:
-    """List a fusion's updates in place: bytes of the whole array, and of what is written into
-    it."""
+def _not_written(body: list[Operation]) -> int:
+    """Count the bytes of a fusion's results that stay as they were: updates in place write only a
+    part."""
     named = {operation.name: operation for operation in body}
-    found = []
+    total = 0
     for operation in body:
-        place = _IN_PLACE.get(operation.opcode)
-        if place is not None and len(operation.operands) > place:
-            part = named.get(operation.operands[place])
-            found.append((array_bytes(operation.shape), array_bytes(part.shape) if part else 0))
-    return found
+        position = _IN_PLACE.get(operation.opcode)
+        if position is not None and len(operation.operands) > position:
+            part = named.get(operation.operands[position])
+            total += array_bytes(operation.shape) - (array_bytes(part.shape) if part else 0)
+    return total
 
 
-def _counts(computations: Mapping[str, list[Operation]], entry: str) -> collections.Counter:
+def _counts(computations: Mapping[str, list[Operation]], entry: str) -> dict[str, int]:
+    """Count how often one run of the program runs each computation."""
     callers: dict[str, list[tuple[str, int]]] = collections.defaultdict(list)
     for computation, operations in computations.items():
         for operation in operations:
@@ -268,7 +241,7 @@ def _counts(computations: Mapping[str, list[Operation]], entry: str) -> collecti
             trips = _trips(operation, computations) if operation.opcode == "while" else 1
             for role, called in operation.calls():
                 callers[called].append((computation, trips if role == "body" else 1))
-    counts: collections.Counter = collections.Counter({entry: 1})
+    counts = {entry: 1}
 
     def count(name: str) -> int:
         if name not in counts:
@@ -281,8 +254,11 @@ def _counts(computations: Mapping[str, list[Operation]], entry: str) -> collecti
 
 
 def _trips(loop: Operation, computations: Mapping[str, list[Operation]]) -> int:
-    """Read how often a loop's body runs: limit over step of the counter; 1 where the data
-    decides."""
+    """Read how often a loop's body runs; 1 where the data decides.
+
+    The compiler says it of most loops.  Of the others the condition compares a counter, an element
+    of the loop's tuple, with a constant, and the body adds a constant to it.
+    """
     known = _TRIPS.search(loop.rest)
     if known:
         return int(known[1])
@@ -291,35 +267,25 @@ def _trips(loop: Operation, computations: Mapping[str, list[Operation]]) -> int:
         for role, name in loop.calls()
     }
     condition = called.get("condition", {})
-    compare = next(
-        (operation for operation in condition.values() if operation.opcode == "compare"), None
-    )
+    compare = next((one for one in condition.values() if one.opcode == "compare"), None)
     if compare is None or "direction=LT" not in compare.rest:
         return 1
     counter, limit = (condition.get(name) for name in compare.operands[:2])
-    place = re.search(r"index=(\d+)", counter.rest if counter else "")
-    if place is None or limit is None or limit.opcode != "constant":
+    index = re.search(r"index=(\d+)", counter.rest if counter else "")
+    if index is None or limit is None or limit.opcode != "constant":
         return 1
-    return -(-_constant(limit) // _step(called.get("body", {}), int(place[1])))
+    return -(-_constant(limit) // _increment(called.get("body", {}), int(index[1])))
 
 
-def _step(body: Mapping[str, Operation], place: int) -> int:
+def _increment(body: Mapping[str, Operation], index: int) -> int:
     """Return by how much a loop's body raises its counter (an unrolled loop's by more than one)."""
-    result = next(
-        (operation for operation in reversed(body.values()) if operation.opcode == "tuple"), None
-    )
+    result = next((one for one in reversed(list(body.values())) if one.opcode == "tuple"), None)
     names = result.operands if result else []
-    update = body.get(names[place]) if place < len(names) else None
+    update = body.get(names[index]) if index < len(names) else None
     if update is None or update.opcode != "add":
         return 1
-    return next(
-        (
-            _constant(body[name])
-            for name in update.operands
-            if name in body and body[name].opcode == "constant"
-        ),
-        1,
-    )
+    operands = [body[name] for name in update.operands if name in body]
+    return next((_constant(one) for one in operands if one.opcode == "constant"), 1)
 
 
 def _constant(operation: Operation) -> int:

@@ -468,7 +468,8 @@ def _source_devices(
 ) -> frozenset[jax.Device]:
     """Choose for every shard of an array one device that has it; none at all if one is nowhere."""
     sources: dict[Any, Any] = {}  # shard -> device; None: nowhere so far
-    for device, index in sharding.devices_indices_map(shape).items():
+    indices: Mapping[Any, Any] = sharding.devices_indices_map(shape)
+    for device, index in indices.items():
         shard = tuple((axis.start, axis.stop) for axis in index)
         if sources.get(shard) is None:
             sources[shard] = device if device.process_index in holders else None

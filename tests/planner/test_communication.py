@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The least that sharding must move, against counts by hand."""
+"""The communication lower bound, against counts by hand."""
 
 import numpy as np
 import pytest
@@ -32,7 +32,7 @@ NORMS = (2 * L + 1) * D
 MIXTURE = dict(MODEL, model_type="mixtral", num_local_experts=4, num_experts_per_tok=2)
 
 
-def least(name="dpo", sizes=None, *, model=MODEL, rank=0, parts=1, remat="full", train=True):
+def bound(name="dpo", sizes=None, *, model=MODEL, rank=0, parts=1, remat="full", train=True):
     terms = losses.resolve(name, {})
     lora = LoraConfig(rank) if rank else None
     models = initialize.make_models(
@@ -58,8 +58,8 @@ def least(name="dpo", sizes=None, *, model=MODEL, rank=0, parts=1, remat="full",
     batch = Batch(*[by_token] * len(Batch._fields))._replace(
         loss_index=np.zeros((N, P), np.int32), reference_token_logps=None, mismatched=None
     )
-    found = communication.least(
-        communication.passes(spec, specs, batch, train=train),
+    found = communication.lower_bound(
+        communication.model_calls(spec, specs, batch, train=train),
         mesh.shape,
         specs.trained if train else (),
         parts,
@@ -71,17 +71,17 @@ def test_fsdp_gathers_weights_for_each_pass_and_scatters_gradients():
     weights = 2 * (LAYERS + HEADS) * 7 / 8  # bytes of them, less what is here
     norms = {"fsdp": 2 * 7 / 8 * 2 * NORMS}  # replicated, so their gradients are summed
     # policy twice, reference, gradient
-    assert least(sizes={"fsdp": 8}) == {"fsdp": 4 * weights + norms["fsdp"]}
-    assert least("simpo", {"fsdp": 8}) == {"fsdp": 3 * weights + norms["fsdp"]}
-    assert least("simpo", {"fsdp": 8}, remat="none") == {"fsdp": 2 * weights + norms["fsdp"]}
-    assert least(sizes={"fsdp": 8}, parts=4) == {"fsdp": 16 * weights + norms["fsdp"]}
-    assert least(sizes={"fsdp": 8}, train=False) == {"fsdp": 2 * weights}
+    assert bound(sizes={"fsdp": 8}) == {"fsdp": 4 * weights + norms["fsdp"]}
+    assert bound("simpo", {"fsdp": 8}) == {"fsdp": 3 * weights + norms["fsdp"]}
+    assert bound("simpo", {"fsdp": 8}, remat="none") == {"fsdp": 2 * weights + norms["fsdp"]}
+    assert bound(sizes={"fsdp": 8}, parts=4) == {"fsdp": 16 * weights + norms["fsdp"]}
+    assert bound(sizes={"fsdp": 8}, train=False) == {"fsdp": 2 * weights}
 
 
 def test_copies_of_the_weights_sum_their_gradients_once():
     size = 2 * (LAYERS + HEADS + NORMS)
-    assert least("simpo", {"data": 8}, parts=2) == {"data": 2 * 7 / 8 * size}
-    found = least("simpo", {"data": 2, "fsdp": 4})
+    assert bound("simpo", {"data": 8}, parts=2) == {"data": 2 * 7 / 8 * size}
+    found = bound("simpo", {"data": 2, "fsdp": 4})
     assert found == {
         "fsdp": 3 * 2 * (LAYERS + HEADS) * 3 / 4,
         "data": (2 * 1 / 2) * 2 * (LAYERS + HEADS) / 4,
@@ -95,20 +95,20 @@ def test_tensor_sums_states_twice_a_layer_and_pass():
     sums = {"full": 2 + 1 + 2, "dots": 2 + 2}
     for remat, count in sums.items():
         moved = states * (L * count + 1) + positions
-        found = least("simpo", {"tensor": 4, "data": 2}, remat=remat)
+        found = bound("simpo", {"tensor": 4, "data": 2}, remat=remat)
         assert found["tensor"] == 2 * 3 / 4 * moved / 2  # half of the rows
 
 
 def test_sequence_gathers_keys_and_values_and_scatters_their_gradients():
     keys = 2 * N * T * K * h * 2 * L
-    found = least("dpo", {"sequence": 4, "data": 2})
+    found = bound("dpo", {"sequence": 4, "data": 2})
     assert found["sequence"] == 3 / 4 * keys / 2 * (3 + 1)  # policy, again, backward; reference
     assert found["data+sequence"] == 2 * 7 / 8 * 2 * (LAYERS + HEADS + NORMS)
 
 
 def test_experts_gather_tokens_and_scatter_what_they_add():
     states = N * T * D * 2 / 8
-    found = least("simpo", {"expert": 4, "fsdp": 2}, model=MIXTURE)
+    found = bound("simpo", {"expert": 4, "fsdp": 2}, model=MIXTURE)
     # bytes of what experts share, the router with it
     others = 2 * (LAYERS - L * 3 * D * F + HEADS + L * D * 4) / 2
     assert found["expert"] == states * L * 3 * (2 + 1 + 2) + 2 * 3 / 4 * others
@@ -117,5 +117,5 @@ def test_experts_gather_tokens_and_scatter_what_they_add():
 
 def test_an_adapter_s_gradient_alone_is_scattered():
     weights = 2 * (LAYERS + HEADS) * 7 / 8
-    found = least(sizes={"fsdp": 8}, rank=2)["fsdp"]
+    found = bound(sizes={"fsdp": 8}, rank=2)["fsdp"]
     assert found.expected == pytest.approx(3 * weights, rel=0.05) and found.expected > 3 * weights

@@ -16,7 +16,9 @@ pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu")
 from align_jax import plan
 from align_jax.models.attention import ATTENTION
 from align_jax.parallel.chips import GIB, describe_topology
-from align_jax.planner.cost_model import tree_bytes
+from align_jax.planner.advice import advise
+from align_jax.planner.cost_model import estimate, tree_bytes
+from align_jax.planner.programs import train_program
 from align_jax.training.flops import layer_weights
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
@@ -71,10 +73,10 @@ def _small(**changes):
     )
 
 
-def _forecast(config, name: str):
+def _estimate(config, name: str):
     topology = describe_topology(name)
-    step = plan.make_step(config, topology)
-    return step, plan.compile_train(step, topology)
+    run = plan.make_run(config, topology)
+    return run, estimate(train_program(run), topology, run.mesh)
 
 
 def _moved(found, *kinds: str, axes: str | None = None) -> float:
@@ -85,15 +87,15 @@ def _moved(found, *kinds: str, axes: str | None = None) -> float:
     )
 
 
-def _no_whole_rows_of_logits(step, found) -> None:
+def _no_whole_rows_of_logits(run, found) -> None:
     """No array but the head has a vocabulary axis and as many elements beside it as the device's
     rows have tokens."""
-    sizes = step.mesh.shape
-    rows = step.batch.tokens.shape[0] // math.prod(
+    sizes = run.mesh.shape
+    rows = run.batch().tokens.shape[0] // math.prod(
         sizes[axis] for axis in ("data", "fsdp", "expert")
     )
-    tokens = rows * step.batch.tokens.shape[1] // sizes["sequence"] // step.config.microbatches
-    vocab = {step.step_spec.policy.config.vocab_rows // split for split in (1, sizes["tensor"])}
+    tokens = rows * run.batch().tokens.shape[1] // sizes["sequence"] // run.config.microbatches
+    vocab = {run.spec.policy.config.vocab_rows // split for split in (1, sizes["tensor"])}
     beside = {
         shape: math.prod(shape) // max(vocab & set(shape))
         for _, shape, _ in found.largest
@@ -102,43 +104,43 @@ def _no_whole_rows_of_logits(step, found) -> None:
     wrong = [
         shape
         for shape, count in beside.items()
-        if count >= tokens and count != step.step_spec.policy.config.hidden_size
+        if count >= tokens and count != run.spec.policy.config.hidden_size
     ]
     assert not wrong, wrong
 
 
 def test_a_small_model_moves_what_its_mesh_must_move_and_no_more():
     config = _small(mesh__fsdp=2, mesh__sequence=2, mesh__tensor=2)
-    step, found = _forecast(config, "v5e:2x4")
-    assert found.fits and step.config.model.attention == "splash" in ATTENTION
+    run, found = _estimate(config, "v5e:2x4")
+    assert found.fits and run.config.model.attention == "splash" in ATTENTION
     assert not _moved(found, "all-to-all", "ragged-all-to-all"), found.collectives
     assert {row["axes"] for row in found.collectives} & {"fsdp", "tensor"}
-    _no_whole_rows_of_logits(step, found)
-    assert found.least.keys() == {"fsdp", "tensor", "sequence", "fsdp+sequence"}
+    _no_whole_rows_of_logits(run, found)
+    assert found.lower_bound.keys() == {"fsdp", "tensor", "sequence", "fsdp+sequence"}
     # sequence: gradients that are not scattered yet are summed over it, and hidden states at loss
     # positions gathered
     for axes, most in (("tensor", 1.1), ("fsdp", 1.3), ("sequence", 2.0)):
         moved = sum(row["bytes"] for row in found.collectives if row["axes"] == axes)
-        assert 0.9 * found.least[axes] < moved < most * found.least[axes], (
+        assert 0.9 * found.lower_bound[axes] < moved < most * found.lower_bound[axes], (
             axes,
-            found.least,
+            found.lower_bound,
             found.collectives,
         )
 
 
 def test_slices_exchange_gradients_only_and_shards_of_them():
-    step, found = _forecast(_small(mesh__data=2, mesh__fsdp=4), "2*v5e:2x2")
+    run, found = _estimate(_small(mesh__data=2, mesh__fsdp=4), "2*v5e:2x2")
     between = _moved(found, "all-reduce", axes="data")
-    gradients = tree_bytes(step.state_specs.trained)  # of one device, float32
+    gradients = tree_bytes(run.specs.trained)  # of one device, float32
     assert 0.4 * gradients < between < 1.3 * gradients, (between, gradients, found.collectives)
     assert found.seconds["network"] > 0
 
 
 def test_a_step_that_does_not_fit_says_by_how_much():
     config = _small(batch_size=16384, model__remat="none", mesh__fsdp=1)
-    step, found = _forecast(config, "v5e:1x1")
+    run, found = _estimate(config, "v5e:1x1")
     assert not found.fits and found.memory.used > 16 * GIB
-    lines = plan.advise(step, found)
+    lines = advise(found, run.config, run.rows_a_device)
     assert "GiB too much" in lines[0] and any("microbatches" in line for line in lines)
 
 
@@ -146,12 +148,12 @@ def test_dpo_of_7b_fits_v5e_in_less_than_the_prototype():
     config = _config(
         "dpo_7b", batch_size=32, model__family="llama", model__config=ConfigDict(LLAMA_2_7B)
     )
-    step, found = _forecast(config, "v5e:4x8")
+    run, found = _estimate(config, "v5e:4x8")
     # the prototype's, with the same model, rows and tokens
     assert found.memory.used < 5.3 * GIB, found.memory
-    _no_whole_rows_of_logits(step, found)
+    _no_whole_rows_of_logits(run, found)
     assert not _moved(found, "all-to-all"), found.collectives
-    weights = 2 * (layer_weights(step.step_spec.policy.config) + 2 * 4096 * 32000)  # bfloat16
+    weights = 2 * (layer_weights(run.spec.policy.config) + 2 * 4096 * 32000)  # bfloat16
     # gathered three times, reduced once
-    assert found.least["fsdp"] == pytest.approx(4 * weights * 31 / 32, rel=1e-3)
-    assert found.moved < 1.25 * found.least["fsdp"], found.collectives
+    assert found.lower_bound["fsdp"] == pytest.approx(4 * weights * 31 / 32, rel=1e-3)
+    assert found.received < 1.25 * found.lower_bound["fsdp"], found.collectives

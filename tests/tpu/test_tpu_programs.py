@@ -14,8 +14,11 @@ from ml_collections import ConfigDict
 pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu")
 
 from align_jax import plan
+from align_jax.core.options import Config
 from align_jax.parallel.chips import describe_topology
-from align_jax.planner.cost_model import forecast, tree_bytes
+from align_jax.planner.advice import advise
+from align_jax.planner.cost_model import estimate, tree_bytes
+from align_jax.planner.programs import lowered_programs, other_programs
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 MODEL = dict(
@@ -29,7 +32,7 @@ MODEL = dict(
 )
 
 
-def _config(objective: str, **changes) -> ConfigDict:
+def _config(objective: str, rewards=None, **changes) -> Config:
     config = runpy.run_path(str(CONFIGS / "tiny.py"))["get_config"](objective)
     config.model.config, config.model.compute_dtype, config.batch_size = (
         ConfigDict(MODEL),
@@ -39,6 +42,8 @@ def _config(objective: str, **changes) -> ConfigDict:
     for key, value in changes.items():
         group, name = key.split("__")
         config[group][name] = value
+    if rewards:
+        config.rewards = ConfigDict(rewards)
     return plan.for_planning(config)
 
 
@@ -53,24 +58,23 @@ def reward_model(tmp_path_factory) -> str:
 
 def _online(reward_model: str, tensor: int):
     topology = describe_topology("v5e:2x2")
-    rewards = ConfigDict(
-        {"model": {"path": reward_model, "rows": 8, "max_length": 64, "compute_dtype": "bfloat16"}}
-    )
-    config = _config("ppo", rollout__rows=32, rollout__tensor=tensor)
-    config.rewards = rewards
-    step = plan.make_step(config, topology)
-    return topology, step, {program.name: program for program in plan.other_programs(step)}
+    rewards = {
+        "model": {"path": reward_model, "rows": 8, "max_length": 64, "compute_dtype": "bfloat16"}
+    }
+    config = _config("ppo", rewards, rollout__rows=32, rollout__tensor=tensor)
+    run = plan.make_run(config, topology)
+    return topology, run, {program.name: program for program in other_programs(run)}
 
 
 def test_an_online_run_samples_scores_and_rescores_beside_all_that_it_holds(reward_model):
-    topology, step, programs = _online(reward_model, 2)
+    topology, run, programs = _online(reward_model, 2)
     assert list(programs) == ["prefill", "decode", "reward model", "rescore", "rescore reference"]
-    assert not step.rewards["model"].note  # its own config was read: twice as wide as the policy
+    assert not run.rewards["model"].note  # its own config was read: twice as wide as the policy
     for program in programs.values():
-        assert {"parameters", "optimizer", "reference", "rewards"} <= program.held.keys()
+        assert {"parameters", "optimizer", "reference", "rewards"} <= program.resident.keys()
     # bfloat16, half of each on two of four devices
-    weights = tree_bytes(programs["decode"].held["generation"])
-    assert weights == pytest.approx(4 * tree_bytes(step.state_specs.trained) / 2 / 2, rel=0.02)
+    weights = tree_bytes(programs["decode"].resident["generation"])
+    assert weights == pytest.approx(4 * tree_bytes(run.specs.trained) / 2 / 2, rel=0.02)
     assert {name: program.runs for name, program in programs.items()} == {
         "prefill": 1,
         "decode": 16,
@@ -78,46 +82,46 @@ def test_an_online_run_samples_scores_and_rescores_beside_all_that_it_holds(rewa
         "rescore": 1,
         "rescore reference": 1,
     }
-    found = forecast(programs["decode"], topology, step.mesh)
+    found = estimate(programs["decode"], topology, run.mesh)
     assert found.fits and dict(found.mesh)["tensor"] == 2
     assert found.memory.kinds["cache"] > 0 and found.memory.kinds["generation"] == weights
-    assert found.moved < 0.1 * weights, found.collectives  # the weights stay where they are
-    assert plan.advise(step, found) == []
+    assert found.received < 0.1 * weights, found.collectives  # the weights stay where they are
+    assert advise(found, run.config, run.rows_a_device) == []
     gathering = dataclasses.replace(found, mesh={**found.mesh, "fsdp": 4})
-    assert "config.rollout.tensor" in plan.advise(step, gathering)[0]
+    assert "config.rollout.tensor" in advise(gathering, run.config, run.rows_a_device)[0]
 
 
 def test_generation_as_training_lies_gathers_weights_for_every_token(reward_model):
-    _, step, programs = _online(reward_model, 0)
-    assert "generation" not in programs["decode"].held
-    weights = tree_bytes(step.state_specs.trained) / 2  # a quarter of each, in bfloat16
-    assert programs["decode"].least["fsdp"] == pytest.approx(3 * weights, rel=0.02)
+    _, run, programs = _online(reward_model, 0)
+    assert "generation" not in programs["decode"].resident
+    weights = tree_bytes(run.specs.trained) / 2  # a quarter of each, in bfloat16
+    assert programs["decode"].lower_bound["fsdp"] == pytest.approx(3 * weights, rel=0.02)
 
 
 def test_a_cached_reference_is_computed_by_a_program_of_its_own():
     config = _config("dpo", reference__mode="cached")
-    step = plan.make_step(config, describe_topology("v5e:2x2"))
-    programs = {program.name: program for program in plan.other_programs(step)}
+    run = plan.make_run(config, describe_topology("v5e:2x2"))
+    programs = {program.name: program for program in other_programs(run)}
     assert list(programs) == ["eval", "reference"]
     assert (
-        tree_bytes(programs["eval"].held["reference"])
+        tree_bytes(programs["eval"].resident["reference"])
         == 0
-        < tree_bytes(programs["reference"].held["reference"])
+        < tree_bytes(programs["reference"].resident["reference"])
     )
     assert programs["reference"].flops.policy == programs["eval"].flops.reference == 0
     assert programs["reference"].flops.model == pytest.approx(programs["eval"].flops.policy)
 
 
 def test_a_reward_model_that_cannot_be_read_is_said_to_be_assumed():
-    config = _config("ppo", rollout__tensor=2)
-    config.rewards = ConfigDict({"model": {"path": "./nowhere", "rows": 8}})
-    step = plan.make_step(config, describe_topology("v5e:2x2"))
+    config = _config("ppo", {"model": {"path": "./nowhere", "rows": 8}}, rollout__tensor=2)
+    run = plan.make_run(config, describe_topology("v5e:2x2"))
     assert (
         "./nowhere cannot be read here: taken to be of the policy's shape"
-        in step.rewards["model"].note
+        in run.rewards["model"].note
     )
 
 
 def test_a_program_that_the_run_has_not_is_an_error():
+    run = plan.make_run(_config("dpo"), describe_topology("v5e:2x2"))
     with pytest.raises(ValueError, match=r"this run has no \['prefill'\]; it has train, eval"):
-        plan.examine(_config("dpo"), "v5e:2x2", wanted=["prefill"])
+        lowered_programs(run, ["prefill"])

@@ -1,0 +1,233 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every program of a run, lowered for a topology from shapes alone.
+
+train ─ eval ─ reference (where its log-probabilities are cached)
+online: prefill ─ decode (a loop: one token a row) ─ reward NAME ─ rescore ─ rescore reference
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from align_jax.core.schema import Batch
+from align_jax.inference import score
+from align_jax.inference.generate import Request
+from align_jax.inference.resharding import decode_specs
+from align_jax.inference.samplers import Sampling
+from align_jax.models.lora import merge
+from align_jax.models.model import Model
+from align_jax.online import batches
+from align_jax.online.config import RolloutConfig
+from align_jax.online.rollout import generation_mesh, make_generator
+from align_jax.parallel.lowering import lower
+from align_jax.parallel.sharding import row_sharding
+from align_jax.planner.abstract_run import AbstractRun, RewardModel, rollout_batch
+from align_jax.planner.communication import ModelCall, lower_bound, model_calls
+from align_jax.planner.cost_model import Program
+from align_jax.training import partitioning
+from align_jax.training.flops import StepFlops, decode_flops, forward_flops, step_flops
+
+PLATFORM = "tpu"
+
+
+def lowered_programs(run: AbstractRun, wanted: Sequence[str] = ()) -> list[Program]:
+    """Lower a run's programs.
+
+    Args:
+        run: the run.
+        wanted: names of those to return; none: all.
+
+    Raises:
+        ValueError: a program that the run has not.
+    """
+    programs = [train_program(run)] if not wanted or "train" in wanted else []
+    if list(wanted) != ["train"]:
+        programs += other_programs(run)
+    names = [program.name for program in programs]
+    if unknown := sorted(set(wanted) - set(names)):
+        others = ", ".join(name for name in names if name != "train")
+        raise ValueError(f"--programs: this run has no {unknown}; it has train, {others}")
+    return [program for program in programs if not wanted or program.name in wanted]
+
+
+def train_program(run: AbstractRun) -> Program:
+    """Lower the run's train step."""
+    spec, specs, batch = run.spec, run.specs, run.batch()
+    bound = lower_bound(
+        model_calls(spec, specs, batch), run.mesh.shape, specs.trained, spec.microbatches
+    )
+    return Program(
+        "train",
+        partitioning.lower_train_step(spec, specs.state, specs.frozen, batch, run.mesh, PLATFORM),
+        (specs.state, specs.frozen, batch),
+        {**run.resident, "batch": batch},
+        step_flops(spec, batch, segment_length=run.segment_length),
+        bound,
+        runs=1 if run.rollouts is None else run.rollouts.steps,
+    )
+
+
+def other_programs(run: AbstractRun) -> Iterator[Program]:
+    """Lower what the run compiles beside its train step."""
+    if run.rollouts is not None:
+        yield from rollout_programs(run, run.rollouts)
+        return
+    batch = run.batch(train=False)
+    if run.config.data.eval or run.config.data.eval_fraction:
+        yield _eval_program(run, batch)
+    if run.config.reference.mode == "cached" and run.spec.wants_reference:
+        yield _reference_program(run, batch._replace(reference_token_logps=None))
+
+
+def _eval_program(run: AbstractRun, batch: Batch) -> Program:
+    spec, specs = run.spec, run.specs
+    arguments = (specs.state, specs.frozen, batch)
+    step = partitioning.jit_eval_step(spec, run.mesh)
+    return Program(
+        "eval",
+        lower(step, run.mesh, *arguments, platform=PLATFORM),
+        arguments,
+        {**run.resident, "batch": batch},
+        step_flops(spec, batch, segment_length=run.segment_length, train=False),
+        lower_bound(model_calls(spec, specs, batch, train=False), run.mesh.shape),
+    )
+
+
+def _reference_program(run: AbstractRun, batch: Batch) -> Program:
+    """Lower what fills the cache of the reference's log-probabilities, its weights beside the
+    run's."""
+    spec, frozen = run.spec, run.reference_specs.frozen
+    flops = step_flops(spec, batch, segment_length=run.segment_length, train=False)
+    weights = frozen.get("reference", frozen["base"])
+    return Program(
+        "reference",
+        lower(partitioning.jit_reference_step(spec), run.mesh, frozen, batch, platform=PLATFORM),
+        (frozen, batch),
+        {**run.resident, "reference": frozen, "batch": batch},
+        dataclasses.replace(flops, policy=0.0, statistics=0.0),
+        lower_bound([_call(spec.base, weights, batch)], run.mesh.shape),
+    )
+
+
+def rollout_programs(run: AbstractRun, rollouts: RolloutConfig) -> Iterator[Program]:
+    """Lower what a rollout runs."""
+    policy = merge(run.specs.base, run.specs.trained)
+    if not rollouts.options.server.url:
+        yield from _generation(run, rollouts, policy)
+    for name, reward in run.rewards.items():
+        yield _reward_program(run, name, reward, rollouts.samples)
+    if rollouts.targets is None:  # the objective takes no old or reference log-probabilities
+        return
+    groups = np.arange(rollouts.batch_size // rollouts.microbatches)
+    host = rollout_batch(run.config, rollouts)._replace(mismatched=None)
+    part = partitioning.abstract_batch(run.mesh, batches.take(host, groups))
+    if rollouts.options.rescore or rollouts.value_head:
+        head = rollouts.value_head
+        yield _rescore(run, rollouts, "rescore", run.spec.policy, policy, part, head)
+    if rollouts.needs_reference:
+        weights = run.specs.base if run.specs.reference is None else run.specs.reference
+        yield _rescore(run, rollouts, "rescore reference", run.spec.base, weights, part, "")
+
+
+def _rescore(
+    run: AbstractRun,
+    rollouts: RolloutConfig,
+    name: str,
+    model: Model,
+    params: Any,
+    part: Batch,
+    value_head: str,
+) -> Program:
+    static = {"value_head": value_head, "temperature": rollouts.temperature}
+    call = _call(model, params, part)
+    return Program(
+        name,
+        lower(score.rescore, run.mesh, model, params, part, platform=PLATFORM, **static),
+        (params, part),
+        {**run.resident, "batch": part},
+        _forward(call),
+        lower_bound([call], run.mesh.shape),
+        runs=rollouts.slices * rollouts.microbatches,
+    )
+
+
+def _reward_program(run: AbstractRun, name: str, reward: RewardModel, samples: int) -> Program:
+    """Lower what scores texts of the greatest length."""
+    rows, sharding = reward.rows, row_sharding(run.mesh)
+    tokens = jax.ShapeDtypeStruct((rows, reward.length), np.int32, sharding=sharding)
+    lengths = jax.ShapeDtypeStruct((rows,), np.int32, sharding=sharding)
+    arguments = (reward.params, tokens, lengths)
+    call = ModelCall(reward.model, reward.params, rows, reward.length, 1)
+    return Program(
+        f"reward {name}",
+        lower(score.scores, run.mesh, reward.model, *arguments, platform=PLATFORM),
+        arguments,
+        {**run.resident, "batch": (tokens, lengths)},
+        _forward(call),
+        lower_bound([call], run.mesh.shape),
+        runs=-(-samples // rows),
+    )
+
+
+def _generation(run: AbstractRun, rollouts: RolloutConfig, params: Any) -> Iterator[Program]:
+    model, max_length, options = run.spec.policy, run.config.max_length, rollouts.options
+    longest = max_length - options.max_new_tokens
+    mesh = generation_mesh(rollouts, model, run.mesh)
+    resident: Mapping[str, Any] = run.resident
+    if options.tensor:
+        params = decode_specs(model, params, mesh)
+        resident = {**resident, "generation": params}
+    generator = make_generator(rollouts, model, run.tokenizer, mesh, max_length, longest)
+    request = Request(
+        (1,) * longest,
+        options.responses_per_prompt,
+        options.max_new_tokens,
+        Sampling.of(options),
+        stop=options.stop,
+    )
+    lowered = generator.lower(params, [request] * options.prompts, PLATFORM)
+    state = lowered.state
+    resident = {**resident, "cache": state}
+    prompts, length = lowered.prompts
+    call = ModelCall(model, params, prompts, length, 1)
+    yield Program(
+        "prefill",
+        lowered.prefill,
+        params,
+        resident,
+        _forward(call),
+        lower_bound([call], mesh.shape),
+        outputs=state,
+        runs=lowered.calls,
+        mesh=mesh,
+    )
+    rows = state.tokens.shape[0]
+    middle = longest + options.max_new_tokens // 2
+    flops = decode_flops(model, rows=rows, context=middle).total
+    yield Program(
+        "decode",
+        lowered.decode,
+        (params, state),
+        resident,
+        StepFlops(flops, 0.0, 0.0, 0.0, rows),
+        lower_bound([ModelCall(model, params, rows, 1, 1)], mesh.shape),
+        runs=lowered.calls * options.max_new_tokens,
+        mesh=mesh,
+    )
+
+
+def _call(model: Model, params: Any, batch: Batch) -> ModelCall:
+    rows, length = batch.tokens.shape
+    return ModelCall(model, params, rows, length, batch.loss_index.shape[1])
+
+
+def _forward(call: ModelCall) -> StepFlops:
+    """Count a program that is one forward pass."""
+    rows, length = call.rows, call.length
+    flops = forward_flops(call.model, rows=rows, length=length, positions=call.positions)
+    return StepFlops(flops.total, 0.0, 0.0, 0.0, rows * length)
