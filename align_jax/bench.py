@@ -34,9 +34,8 @@ from align_jax.parallel.chips import GIB, peak_flops
 from align_jax.parallel.mesh import make_mesh
 from align_jax.parallel.sharding import put_batch
 from align_jax.runs import setup, weights
-from align_jax.training import partitioning
+from align_jax.training import initialize, partitioning
 from align_jax.training.flops import step_flops
-from align_jax.training.steps import init_state
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,11 +199,8 @@ class Variant:
         config = configs.read(make_config(preset, changes))
         resolved = setup.resolve_config(config, mesh.size)
         step_spec = setup.make_step_spec(config, resolved, total_steps=1000)
-        self.step_spec, self.state_specs, self.seed = (
-            step_spec,
-            setup.make_state_specs(config, resolved, step_spec, mesh),
-            config.seed,
-        )
+        self.config, self.step_spec = config, step_spec
+        self.state_specs = setup.make_state_specs(config, resolved, step_spec, mesh)
         pipeline = setup.make_pipeline(config, resolved, mesh, examples, once=False)
         batch = pipeline.batch(0)
         if config.reference.mode == "cached":
@@ -235,17 +231,9 @@ class Variant:
 
     def start(self) -> tuple[Any, Any]:
         """Return a first state and the frozen weights, drawn at random."""
-        frozen = weights.load_frozen(self.step_spec, self.state_specs, path="", seed=self.seed)
-        trained = weights.load_trained(
-            self.step_spec, self.state_specs, frozen, path="", seed=self.seed
-        )
-        shardings = jax.tree.map(lambda x: x.sharding, self.state_specs.state)
-        state = jax.jit(
-            lambda params: init_state(self.step_spec, params),
-            donate_argnums=0,
-            out_shardings=shardings,
-        )(trained)
-        return state, frozen
+        frozen = weights.load_frozen(self.step_spec, self.state_specs, self.config)
+        trained = weights.load_trained(self.step_spec, self.state_specs, frozen, self.config)
+        return initialize.first_state(self.step_spec, self.state_specs, trained), frozen
 
     def takes(self, state: Any, frozen: Any) -> bool:
         """Tell whether this variant can go on with another one's state and frozen weights."""

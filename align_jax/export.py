@@ -18,7 +18,6 @@ from align_jax.interop import hf, peft
 from align_jax.models.lora import fold
 from align_jax.parallel import distributed
 from align_jax.runs.trained import restore
-from align_jax.training.partitioning import ADAPTER
 
 
 def export_run(
@@ -53,9 +52,8 @@ def export_run(
             raise ValueError(
                 f"{workdir} is a full fine-tune (model.lora.rank = 0): it has no adapter to export"
             )
-        leaves = {
-            name: leaf for name, leaf in flatten(trained.params).items() if ADAPTER.search(name)
-        }
+        params, roles = flatten(trained.params), flatten(policy.roles())
+        leaves = {name: leaf for name, leaf in params.items() if roles[name].beside_base}
         peft.save(output, config, lora, unflatten(leaves), base_name=trained.config.model.path)
     else:
         params = fold(trained.params, lora) if lora is not None else trained.params

@@ -44,23 +44,10 @@ def start(run: Run, checkpoints: Checkpoints) -> tuple[int, Any, Any, dict[str, 
         (finished steps, state, frozen, what was saved beside the state).
     """
     config, which = run.config, str(run.config.checkpoint.restore)
-    frozen = weights.load_frozen(
-        run.step_spec,
-        run.state_specs,
-        path=config.model.path,
-        seed=config.seed,
-        reference_path=config.reference.path,
-    )
+    frozen = weights.load_frozen(run.step_spec, run.state_specs, config)
     restored = checkpoints.restore(run.state_specs.state, which, rewind=True)
     if restored is None:
-        trained = weights.load_trained(
-            run.step_spec,
-            run.state_specs,
-            frozen,
-            path=config.model.path,
-            seed=config.seed,
-            adapter_path=config.model.lora.path,
-        )
+        trained = weights.load_trained(run.step_spec, run.state_specs, frozen, config)
         return 0, initialize.first_state(run.step_spec, run.state_specs, trained), frozen, {}
     return (restored.step if restored.own else 0), restored.state, frozen, restored.extra
 

@@ -59,22 +59,14 @@ def _decode_params(model: Model, params: Tree) -> Tree:
     Norms' scales are not, nor what DoRA takes float32 norms of; quantized maps stay as they are:
     generation computes what it would without a copy.
     """
-    axes, lora, dtype = flatten(model.axes()), model.options.lora, model.options.dtype
-    kept = {
-        path: leaf
-        for path, leaf in flatten(params).items()
-        if path.split("/")[0] not in model.options.heads
-    }
+    roles, lora, dtype = flatten(model.roles()), model.options.lora, model.options.dtype
+    kept = {path: leaf for path, leaf in flatten(params).items() if roles[path].part != "head"}
     if lora is not None and lora.dora:
         return unflatten(kept)
-    return unflatten(
-        {
-            path: leaf
-            if "embed" not in axes[path] or isinstance(leaf, Quantized)
-            else leaf.astype(dtype)
-            for path, leaf in kept.items()
-        }
-    )
+    for path, leaf in kept.items():
+        if roles[path].matrix and not isinstance(leaf, Quantized):
+            kept[path] = leaf.astype(dtype)
+    return unflatten(kept)
 
 
 def decode_specs(model: Model, params: Tree, mesh: Mesh) -> Tree:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from align_jax.core.choose import choose
 from align_jax.models import attention_kernels
 
 
@@ -225,14 +226,12 @@ ATTENTION: Mapping[str, Callable[..., jax.Array]] = {
 FASTEST: Mapping[str, str] = {"tpu": "splash", "gpu": "cudnn"}  # by backend; elsewhere xla
 
 
-def choose(name: str) -> Callable[..., jax.Array]:
+def implementation(name: str) -> Callable[..., jax.Array]:
     """Return the implementation of this name; "auto" is the best one for the default backend.
 
     Raises:
-        KeyError: an unknown name.
+        ValueError: an unknown name.
     """
     if name == "auto":
         name = FASTEST.get(jax.default_backend(), "xla")
-    if name not in ATTENTION:
-        raise KeyError(f"unknown attention {name!r}; known: auto, {', '.join(ATTENTION)}")
-    return ATTENTION[name]
+    return choose(ATTENTION, name, "attention")

@@ -130,10 +130,6 @@ class ModelConfig:
         mesh divides them)."""
         return dataclasses.replace(self, vocab_rows=-(-self.vocab_size // multiple) * multiple)
 
-    def resized(self, vocab_size: int) -> ModelConfig:
-        """Return the same model for a vocabulary of another size (new tokens, or fewer)."""
-        return dataclasses.replace(self, vocab_size=vocab_size, vocab_rows=vocab_size)
-
     def to_hf(
         self, *, architecture: str | None = None, dtype: str | None = None, **changes: Any
     ) -> dict[str, Any]:

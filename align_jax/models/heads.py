@@ -3,17 +3,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from align_jax.models.layers import contract, normal, parameter, zeros
+from align_jax.models.roles import Role
+
+KERNEL = Role("head", inputs=1)
 
 
 class Dense(nn.Module):
-    """A linear map in float32."""
+    """A linear map in float32.
+
+    Attributes:
+        inputs, outputs: sizes.
+        axes: their logical names.
+        std: standard deviation of the kernel as it is drawn.
+    """
 
     inputs: int
     outputs: int
@@ -22,14 +32,13 @@ class Dense(nn.Module):
     std: float
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        kernel = parameter(self, "kernel", normal(self.std), (self.inputs, self.outputs), self.axes)
+    def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch outputs"]:
+        shape = (self.inputs, self.outputs)
+        kernel = parameter(self, "kernel", normal(self.std), shape, self.axes, KERNEL)
         y = contract(x, kernel.astype(jnp.float32), 1)
         if self.bias:
-            bias = parameter(self, "bias", zeros, (self.outputs,), (self.axes[1],)).astype(
-                jnp.float32
-            )
-            y = y + jnp.expand_dims(bias, tuple(range(y.ndim - 1)))
+            bias = parameter(self, "bias", zeros, shape[1:], self.axes[1:], KERNEL.vector())
+            y = y + jnp.expand_dims(bias.astype(jnp.float32), tuple(range(y.ndim - 1)))
         return y
 
 
@@ -43,11 +52,10 @@ class Linear(nn.Module):
     bias: bool
 
     @nn.compact
-    def __call__(self, hidden: jax.Array) -> jax.Array:
-        std = (self.hidden_size + 1) ** -0.5
-        return Dense(self.hidden_size, 1, ("embed", "score"), self.bias, std, name="out")(
-            hidden.astype(jnp.float32)
-        )[..., 0]
+    def __call__(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch"]:
+        D = self.hidden_size
+        out = Dense(D, 1, ("embed", "score"), self.bias, (D + 1) ** -0.5, name="out")
+        return out(hidden.astype(jnp.float32))[..., 0]
 
 
 class Mlp(nn.Module):
@@ -56,20 +64,31 @@ class Mlp(nn.Module):
     hidden_size: int
 
     @nn.compact
-    def __call__(self, hidden: jax.Array) -> jax.Array:
-        std = self.hidden_size**-0.5
+    def __call__(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch"]:
+        D, std = self.hidden_size, self.hidden_size**-0.5
         x = jax.lax.stop_gradient(hidden.astype(jnp.float32))
-        x = jax.nn.relu(
-            Dense(self.hidden_size, self.hidden_size, ("embed", "ffn"), True, std, name="first")(x)
-        )
-        x = jax.nn.relu(
-            Dense(self.hidden_size, self.hidden_size, ("ffn", "embed"), True, std, name="second")(x)
-        )
-        return Dense(self.hidden_size, 1, ("embed", "score"), True, std, name="out")(x)[..., 0]
+        x = jax.nn.relu(Dense(D, D, ("embed", "ffn"), True, std, name="first")(x))
+        x = jax.nn.relu(Dense(D, D, ("ffn", "embed"), True, std, name="second")(x))
+        return Dense(D, 1, ("embed", "score"), True, std, name="out")(x)[..., 0]
 
 
-HEADS: Mapping[str, nn.Module] = {
-    "score": lambda hidden_size, name: Linear(hidden_size, False, name=name),
-    "value": lambda hidden_size, name: Linear(hidden_size, True, name=name),
-    "value_mlp": lambda hidden_size, name: Mlp(hidden_size, name=name),
+def score(hidden_size: int, name: str) -> nn.Module:
+    """Make a reward model's head: a linear map without bias, as transformers' classifiers have."""
+    return Linear(hidden_size, False, name=name)
+
+
+def value(hidden_size: int, name: str) -> nn.Module:
+    """Make a linear value head, with bias."""
+    return Linear(hidden_size, True, name=name)
+
+
+def value_mlp(hidden_size: int, name: str) -> nn.Module:
+    """Make HALOs' value head."""
+    return Mlp(hidden_size, name=name)
+
+
+HEADS: Mapping[str, Callable[[int, str], nn.Module]] = {
+    "score": score,
+    "value": value,
+    "value_mlp": value_mlp,
 }

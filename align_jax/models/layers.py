@@ -2,12 +2,13 @@
 """The modules a block is made of: linear maps (with their adapters), norms, embeddings.
 
 Parameters are stored in any float type and cast to the compute type where they are used; norms
-compute in float32. Each parameter's logical axes are declared where it is made, in a box that
-``build`` takes off at once.
+compute in float32. Each parameter's logical axes and its role are declared where it is made, in a
+box that ``Model`` takes off at once.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -17,9 +18,14 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from flax.core import meta
+from jaxtyping import Array, Float
 
 from align_jax.models.lora import LoraConfig
 from align_jax.models.quantize import Quantized, product
+from align_jax.models.roles import Role
+
+Init = Callable[[jax.Array, tuple[int, ...]], jax.Array]  # (key, shape) -> float32
+Stored = jax.Array | Quantized  # what may stand in a tree of parameters
 
 ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -32,10 +38,11 @@ ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
 
 
 class Named(flax.struct.PyTreeNode, meta.AxisMetadata):
-    """A parameter with its axes' names, while the module is being initialized."""
+    """A parameter with its axes' names and its role, while the module is being initialized."""
 
     value: Any
     names: tuple[str | None, ...] = flax.struct.field(pytree_node=False)
+    role: Role = flax.struct.field(pytree_node=False)
 
     def unbox(self) -> Any:
         return self.value
@@ -44,13 +51,17 @@ class Named(flax.struct.PyTreeNode, meta.AxisMetadata):
         return self.replace(value=val)
 
     def add_axis(self, index: int, params: Mapping[str, Any]) -> Named:
-        return self.replace(names=self.names[:index] + (params["name"],) + self.names[index:])
+        names = self.names[:index] + (params["name"],) + self.names[index:]
+        role = dataclasses.replace(self.role, leading=self.role.leading + 1)
+        return self.replace(names=names, role=role)
 
     def remove_axis(self, index: int, params: Mapping[str, Any]) -> Named:
-        return self.replace(names=self.names[:index] + self.names[index + 1 :])
+        names = self.names[:index] + self.names[index + 1 :]
+        role = dataclasses.replace(self.role, leading=self.role.leading - 1)
+        return self.replace(names=names, role=role)
 
 
-def normal(std: float) -> Callable[..., jax.Array]:
+def normal(std: float) -> Init:
     """Return an initializer: normal with this standard deviation."""
     return lambda key, shape: std * jax.random.normal(key, shape, jnp.float32)
 
@@ -58,9 +69,10 @@ def normal(std: float) -> Callable[..., jax.Array]:
 def parameter(
     module: nn.Module,
     name: str,
-    init: Callable[..., jax.Array],
+    init: Init,
     shape: tuple[int, ...],
     axes: tuple[str | None, ...],
+    role: Role,
 ) -> Any:
     """Make or fetch a parameter.
 
@@ -68,14 +80,14 @@ def parameter(
     become an array); shapes are checked once, on import.
     """
     if module.is_initializing():
-        return module.param(name, lambda key: Named(init(key, shape), axes))
-    value = module.get_variable("params", name)
+        return module.param(name, lambda key: Named(init(key, shape), axes, role))
+    value: Any = module.get_variable("params", name)
     if value is None:
         raise KeyError(f"no parameter {'/'.join((*module.path, name))} in the tree given")
     return value
 
 
-def array(value: Any, dtype: jnp.dtype) -> jax.Array:
+def array(value: Stored, dtype: jnp.dtype) -> jax.Array:
     """Return a stored parameter in the compute type."""
     return value.astype(dtype)
 
@@ -86,6 +98,8 @@ class Linear(nn.Module):
     Attributes:
         inputs, outputs: the contracted axes' sizes and the new ones'.
         axes: logical names of (*inputs, *outputs).
+        dtype: the compute type.
+        role: the kernel's.
         lora: the adapter on this map, if any.
         result: type of y where it is not the compute type: logits are summed and kept in float32.
     """
@@ -94,70 +108,71 @@ class Linear(nn.Module):
     outputs: tuple[int, ...]
     axes: tuple[str, ...]
     dtype: jnp.dtype
+    role: Role
     bias: bool = False
     init_std: float = 0.02
     lora: LoraConfig | None = None
-    result: Any = None
+    result: jnp.dtype | None = None
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "*batch_and_inputs"]) -> Float[Array, "*batch_and_outputs"]:
         count = len(self.inputs)
         shape = self.inputs + self.outputs
-        kernel = parameter(self, "kernel", normal(self.init_std), shape, self.axes)
-        quantized = isinstance(kernel, Quantized)
-        y = (
-            product(x, kernel, count)
-            if quantized
-            else contract(x, array(kernel, self.dtype), count, self.result)
-        )
+        kernel = parameter(self, "kernel", normal(self.init_std), shape, self.axes, self.role)
+        if isinstance(kernel, Quantized):
+            y = product(x, kernel, count)
+        else:
+            y = contract(x, array(kernel, self.dtype), count, self.result)
         if self.lora is not None:
-            y = self._adapt(x, y, kernel)
+            y = self._adapt(self.lora, x, y, kernel)
         if self.bias:
             names = tuple("norm" if name == "embed" else name for name in self.axes[count:])
-            bias = array(parameter(self, "bias", zeros, self.outputs, names), self.dtype)
-            y = y + jnp.expand_dims(bias, tuple(range(y.ndim - bias.ndim)))
+            bias = parameter(self, "bias", zeros, self.outputs, names, self.role.vector())
+            y = y + _aligned(array(bias, self.dtype), y)
         return y
 
-    def _adapt(self, x: jax.Array, y: jax.Array, kernel: Any) -> jax.Array:
-        lora, count = self.lora, len(self.inputs)
+    def _adapt(self, lora: LoraConfig, x: jax.Array, y: jax.Array, kernel: Stored) -> jax.Array:
+        count = len(self.inputs)
+        inward, outward = Role("adapter", inputs=count), Role("adapter", inputs=1)
         bound = 1 / math.sqrt(math.prod(self.inputs))
-        down = parameter(
-            self, "lora_a", uniform(bound), (*self.inputs, lora.rank), (*self.axes[:count], "rank")
-        )
-        up = parameter(
-            self, "lora_b", zeros, (lora.rank, *self.outputs), ("rank", *self.axes[count:])
-        )
+        shape, axes = (*self.inputs, lora.rank), (*self.axes[:count], "rank")
+        down = parameter(self, "lora_a", uniform(bound), shape, axes, inward)
+        shape, axes = (lora.rank, *self.outputs), ("rank", *self.axes[count:])
+        up = parameter(self, "lora_b", zeros, shape, axes, outward)
         if lora.dropout and self.has_rng("dropout"):
             x = nn.Dropout(lora.dropout)(x, deterministic=False)
-        delta = (
-            contract(contract(x, array(down, self.dtype), count), array(up, self.dtype), 1)
-            * lora.scale
-        )
+        inside = contract(x, array(down, self.dtype), count)
+        delta = contract(inside, array(up, self.dtype), 1) * lora.scale
         if not lora.dora:
             return y + delta
-        magnitude = parameter(self, "lora_m", ones, self.outputs, self.axes[count:]).astype(
-            jnp.float32
-        )
+        axes = self.axes[count:]
+        magnitude = parameter(self, "lora_m", ones, self.outputs, axes, outward.vector())
         # the norm is a constant for the gradient (Liu et al. 2024, DoRA, arXiv 2402.09353, section
         # 4.3)
         norm = column_norm(*jax.lax.stop_gradient((kernel, down, up)), lora.scale)
-        factor = (magnitude / norm).astype(self.dtype)
-        return (y + delta) * jnp.expand_dims(factor, tuple(range(y.ndim - factor.ndim)))
+        factor = (magnitude.astype(jnp.float32) / norm).astype(self.dtype)
+        return (y + delta) * _aligned(factor, y)
 
 
-def contract(x: jax.Array, kernel: jax.Array, count: int, result: Any = None) -> jax.Array:
+def _aligned(vector: jax.Array, y: jax.Array) -> jax.Array:
+    """Give a vector of the last axes the leading axes of y, each of length 1."""
+    return jnp.expand_dims(vector, tuple(range(y.ndim - vector.ndim)))
+
+
+def contract(
+    x: jax.Array, kernel: jax.Array, count: int, result: jnp.dtype | None = None
+) -> jax.Array:
     """Contract the last ``count`` axes of x with the first of the kernel; ``result`` is the sums'
     type if another."""
     return jnp.tensordot(x, kernel, axes=count, preferred_element_type=result)
 
 
-def column_norm(
-    kernel: jax.Array | Quantized, down: jax.Array, up: jax.Array, scale: float
-) -> jax.Array:
+def column_norm(kernel: Stored, down: jax.Array, up: jax.Array, scale: float) -> jax.Array:
     """Return the norm over the inputs of W + scale * A B, float32 [*outputs], without making that
     matrix.
 
-    ||W + s A B||^2 = ||W||^2 + 2 s <A^T W, B> + s^2 <A^T A B, B>, all over the rank or the inputs of one output.
+    ||W + s A B||² = ||W||² + 2 s <Aᵀ W, B> + s² <Aᵀ A B, B>, for each output; the products run over
+    the inputs, the inner products over the rank.
     """
     kernel, down, up = (value.astype(jnp.float32) for value in (kernel, down, up))
     inputs = tuple(range(down.ndim - 1))
@@ -179,7 +194,7 @@ def ones(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jnp.ones(shape, jnp.float32)
 
 
-def uniform(bound: float) -> Callable[..., jax.Array]:
+def uniform(bound: float) -> Init:
     """Return an initializer: uniform in [-bound, bound]."""
     return lambda key, shape: jax.random.uniform(key, shape, jnp.float32, -bound, bound)
 
@@ -190,7 +205,10 @@ class Norm(nn.Module):
     Attributes:
         shape: the normalized axes' sizes.
         kind: "rms" or "layer" (centered, with a bias).
+        eps: added to the mean square.
         offset: the scale is stored minus one (Gemma).
+        dtype: of the result.
+        axes: logical names of ``shape``.
     """
 
     shape: tuple[int, ...]
@@ -201,18 +219,16 @@ class Norm(nn.Module):
     axes: tuple[str, ...] = ("norm",)
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        over = tuple(range(-len(self.shape), 0))
-        scale = parameter(
-            self, "scale", zeros if self.offset else ones, self.shape, self.axes
-        ).astype(jnp.float32)
+    def __call__(self, x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+        over, role = tuple(range(-len(self.shape), 0)), Role("norm", matrix=False)
+        init = zeros if self.offset else ones
+        scale = parameter(self, "scale", init, self.shape, self.axes, role).astype(jnp.float32)
         y = x.astype(jnp.float32)
         if self.kind == "layer":
             y = y - jnp.mean(y, axis=over, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=over, keepdims=True) + self.eps)
-        broadcast = tuple(range(x.ndim - len(self.shape)))
-        y = y * jnp.expand_dims(scale + 1 if self.offset else scale, broadcast)
+        y = y * _aligned(scale + 1 if self.offset else scale, y)
         if self.kind == "layer":
-            bias = parameter(self, "bias", zeros, self.shape, self.axes).astype(jnp.float32)
-            y = y + jnp.expand_dims(bias, broadcast)
+            bias = parameter(self, "bias", zeros, self.shape, self.axes, role)
+            y = y + _aligned(bias.astype(jnp.float32), y)
         return y.astype(self.dtype)

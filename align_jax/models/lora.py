@@ -17,13 +17,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from align_jax.models.quantize import Quantized
+from align_jax.models.roles import Role
 
 Tree = Mapping[str, Any]
 
@@ -86,70 +87,25 @@ def merge(base: Tree, trainable: Tree) -> dict[str, Any]:
     return out
 
 
-def split(params: Tree, pattern: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Split a tree by its leaves' paths into (matching, the rest).
+def check_targets(lora: LoraConfig, roles: Iterable[Role]) -> None:
+    """Check that an adapter's pattern matches linear maps of the model.
 
     Args:
-        params: nested dict.
-        pattern: regular expression searched in "layers/attention/query/kernel"-like paths.
-
-    Returns:
-        Two trees without common leaves; ``merge`` of the two is the input.
-
-    Raises:
-        ValueError: nothing matches.
-    """
-
-    def walk(node: Tree, path: str) -> tuple[dict[str, Any], dict[str, Any]]:
-        matching, rest = {}, {}
-        for key, value in node.items():
-            here = f"{path}/{key}" if path else key
-            if isinstance(value, Mapping):
-                inside, outside = walk(value, here)
-                if inside:
-                    matching[key] = inside
-                if outside:
-                    rest[key] = outside
-            else:
-                (matching if re.search(pattern, here) else rest)[key] = value
-        return matching, rest
-
-    matching, rest = walk(params, "")
-    if not matching:
-        raise ValueError(f"no parameter matches {pattern!r}; top of the tree: {sorted(params)}")
-    return matching, rest
-
-
-TARGETS = (
-    "attention/query",
-    "attention/key",
-    "attention/value",
-    "attention/output",
-    "mlp/gate",
-    "mlp/up",
-    "mlp/down",
-)
-
-
-def check_targets(lora: LoraConfig, gated: bool, experts: bool) -> None:
-    """Check that an adapter's pattern matches linear maps of the model.
+        lora: the adapter's configuration.
+        roles: of the model's parameters.
 
     Raises:
         ValueError: it matches none, or experts, which take no adapter.
     """
-    known = [
-        name
-        for name in TARGETS
-        if (gated or name != "mlp/gate") and not (experts and name.startswith("mlp/"))
-    ]
-    refused = [name for name in TARGETS if experts and name.startswith("mlp/") and lora.on(name)]
-    if refused:
+    targets = {role.target: role.part for role in roles if role.target}
+    matched = sorted(name for name in targets if lora.on(name))
+    if refused := [name for name in matched if targets[name] == "expert"]:
         raise ValueError(
-            f"LoRA targets {lora.targets!r} match {', '.join(refused)}, but experts "
-            "take no adapter; "
-            "adapt the attention: 'attention/.*'"
+            f"LoRA targets {lora.targets!r} match {', '.join(refused)}, but experts take no "
+            "adapter; adapt the attention: 'attention/.*'"
         )
-    if not any(lora.on(name) for name in known):
+    if not matched:
+        known = sorted(name for name, part in targets.items() if part != "expert")
         raise ValueError(f"LoRA targets {lora.targets!r} match none of {known}")
 
 

@@ -10,7 +10,7 @@ logits = model.unembed(params, hidden)
 from __future__ import annotations
 
 import dataclasses
-import difflib
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from align_jax.core.choose import choose
 from align_jax.core.tree import flatten, unflatten
 from align_jax.models import attention as attentions
 from align_jax.models import cache as caches
@@ -31,6 +32,19 @@ from align_jax.parallel.sharding import spread
 
 Params = Mapping[str, Any]
 Aux = Mapping[str, Array]
+
+
+@functools.lru_cache
+def _boxed(config: ModelConfig, options: Options) -> dict[str, Named]:
+    """Return every parameter by its path, in the box that says its shape, its axes and its role."""
+    init = functools.partial(Decoder(config, options).init, method="everything")
+    ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    tree = jax.eval_shape(init, jax.random.key(0), ids)["params"]
+    return flatten(tree)
+
+
+def _is_box(node: Any) -> bool:
+    return isinstance(node, Named)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,14 +66,6 @@ class Model:
     def _apply(self, params: Params, method: str, *args: Any, **keywords: Any) -> Any:
         return self._module.apply({"params": params}, *args, method=method, **keywords)
 
-    def _boxed(self) -> Any:
-        ids = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-        return jax.eval_shape(
-            lambda key, ids: self._module.init(key, ids, method="everything"),
-            jax.random.key(0),
-            ids,
-        )["params"]
-
     def init(self, key: jax.Array, dtype: Any = jnp.float32) -> dict[str, Any]:
         """Return random parameters (normal, the config's initializer_range) as nested dicts.
 
@@ -68,23 +74,24 @@ class Model:
             dtype: the parameters' type.
         """
         boxed = self._module.init(key, jnp.zeros((1, 1), jnp.int32), method="everything")["params"]
-        return jax.tree.map(
-            lambda box: box.value.astype(dtype), boxed, is_leaf=lambda node: isinstance(node, Named)
-        )
+        return jax.tree.map(lambda box: box.value.astype(dtype), boxed, is_leaf=_is_box)
+
+    def _each(self, read: Callable[[Named], Any]) -> dict[str, Any]:
+        boxes = _boxed(self.config, self.options)
+        return unflatten({path: read(box) for path, box in boxes.items()})
 
     def axes(self) -> dict[str, Any]:
         """Return the tree of tuples of logical axis names, parallel to the parameters."""
-        return jax.tree.map(
-            lambda box: box.names, self._boxed(), is_leaf=lambda node: isinstance(node, Named)
-        )
+        return self._each(lambda box: box.names)
+
+    def roles(self) -> dict[str, Any]:
+        """Return the tree of ``Role``, parallel to the parameters."""
+        return self._each(lambda box: box.role)
 
     def shapes(self, dtype: Any = jnp.float32) -> dict[str, Any]:
         """Return the parameters' shapes as a tree of jax.ShapeDtypeStruct."""
-        return jax.tree.map(
-            lambda box: jax.ShapeDtypeStruct(box.value.shape, jnp.dtype(dtype)),
-            self._boxed(),
-            is_leaf=lambda node: isinstance(node, Named),
-        )
+        dtype = jnp.dtype(dtype)
+        return self._each(lambda box: jax.ShapeDtypeStruct(box.value.shape, dtype))
 
     def hidden(
         self,
@@ -258,29 +265,22 @@ def build(
             given.
 
     Raises:
-        KeyError: an unknown name.
-        ValueError: an adapter's targets match nothing.
+        ValueError: an unknown name; an adapter's targets match nothing.
     """
-    for what, name, known in (
-        ("remat policy", remat, REMAT),
-        *(("head", head, HEADS) for head in heads),
-    ):
-        if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            raise KeyError(
-                f"unknown {what} {name!r}; known: {', '.join(known)}"
-                + (f"; did you mean {near[0]!r}?" if near else "")
-            )
-    attentions.choose(attention)
-    if lora is not None:
-        loras.check_targets(lora, config.gated, bool(config.num_experts))
+    choose(REMAT, remat, "remat policy")
+    for head in heads:
+        choose(HEADS, head, "head")
+    attentions.implementation(attention)
     options = Options(
         dtype=jnp.dtype(compute_dtype),
         remat=remat,
         attention=attention,
-        lora=lora,
+        lora=None,
         heads=tuple(heads),
         unembed="score" not in heads if unembed is None else unembed,
         dropout=dropout,
     )
+    if lora is not None:
+        loras.check_targets(lora, flatten(Model(config, options).roles()).values())
+        options = dataclasses.replace(options, lora=lora)
     return Model(config, options)

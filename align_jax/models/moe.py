@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from align_jax.models.config import ModelConfig
 from align_jax.models.layers import ACTIVATIONS, array, contract, normal, parameter
+from align_jax.models.roles import Role
 from align_jax.parallel.mesh import ROWS
 from align_jax.parallel.sharding import spec
 
@@ -136,16 +137,23 @@ class Experts(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self, x: Float[Array, "N T D"], real: Bool[Array, "N T"]):
+    def __call__(
+        self, x: Float[Array, "N T D"], real: Bool[Array, "N T"]
+    ) -> tuple[Float[Array, "N T D"], dict[str, jax.Array]]:
         c = self.config
         D, F, E, dtype = c.hidden_size, c.intermediate_size, c.num_experts, self.dtype
         init = normal(c.init_std)
-        router = array(parameter(self, "router", init, (D, E), ("embed", None)), dtype)
-        gate, up = (
-            array(parameter(self, name, init, (E, D, F), ("experts", "embed", "ffn")), dtype)
-            for name in ("gate", "up")
-        )
-        down = array(parameter(self, "down", init, (E, F, D), ("experts", "ffn", "embed")), dtype)
+
+        def kernels(name: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> jax.Array:
+            # a target of adapters, so that asking for one is told that experts take none
+            role = Role("expert", inputs=1, leading=1, target=f"mlp/{name}")
+            return array(parameter(self, name, init, shape, axes, role), dtype)
+
+        role = Role("router", inputs=1)
+        router = array(parameter(self, "router", init, (D, E), ("embed", None), role), dtype)
+        gate = kernels("gate", (E, D, F), ("experts", "embed", "ffn"))
+        up = kernels("up", (E, D, F), ("experts", "embed", "ffn"))
+        down = kernels("down", (E, F, D), ("experts", "ffn", "embed"))
         probabilities, weights, experts = route(
             contract(x, router, 1), c.experts_per_token, c.normalize_experts
         )

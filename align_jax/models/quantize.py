@@ -3,11 +3,12 @@
 
 A quantized kernel stands in the tree where the kernel stood; ``astype`` makes the kernel, so a
 layer that casts its parameters runs from either.  Only the linear maps inside the layers are
-quantized, which are most of a large model.
+quantized (``Role.quantized``), which are most of a large model.
 
-    int8    codes int8; one scale for each output: largest magnitude / 127                           8.01 bits a weight
-    nf4     codes of 4 bits, two a byte, in blocks of 64 along one axis; each block's largest       4.13 bits a weight
-            magnitude in 8 bits, as a part of its output's largest ("double quantization")
+    int8    8.01 bits a weight: codes int8; one scale for each output: largest magnitude / 127
+    nf4     4.13 bits a weight: codes of 4 bits, two a byte, in blocks of 64 along one axis; each
+            block's largest magnitude in 8 bits, as a part of its output's largest ("double
+            quantization")
 
 Codes have as many axes as the kernel and are split over the mesh as it is.  Blocks never straddle
 two devices, so nothing is communicated to quantize or to use them.
@@ -24,13 +25,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import re
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
+
+from align_jax.core.choose import nearest
+from align_jax.core.tree import flatten, unflatten
+from align_jax.models.roles import Role, role_of
 
 METHODS = ("int8", "nf4")
 BLOCK = 64  # weights of one NF4 scale
@@ -52,14 +56,6 @@ NF4 = (
     0.7229568362236023,
     1.0,
 )
-
-# path -> how many leading axes (layers, experts), how many axes are contracted
-KERNELS: Mapping[str, tuple[int, int]] = {
-    r"layers/attention/(query|key|value)/kernel": (1, 1),
-    r"layers/attention/output/kernel": (1, 2),
-    r"layers/mlp/(gate|up|down)/kernel": (1, 1),
-    r"layers/moe/(gate|up|down)": (2, 1),
-}
 
 
 @functools.partial(
@@ -170,12 +166,15 @@ def quantize(kernel: jax.Array, like: Quantized) -> Quantized:
     return dataclasses.replace(like, codes=packed, scales=(coarse.astype(jnp.uint8), tops))
 
 
-def quantized_shapes(shapes: Mapping[str, Any], method: str) -> dict[str, Any]:
+def quantized_shapes(
+    shapes: Mapping[str, Any], method: str, roles: Mapping[str, Any]
+) -> dict[str, Any]:
     """Say what a base looks like in few bits.
 
     Args:
-        shapes: the base's tree of shapes and types, with shardings if it has places.
+        shapes: the base's tree of shapes and types, with shardings where it has any.
         method: a name of ``METHODS``.
+        roles: the model's tree of roles.
 
     Returns:
         The tree with a ``Quantized`` of shapes, types and shardings for each linear map of the
@@ -185,49 +184,32 @@ def quantized_shapes(shapes: Mapping[str, Any], method: str) -> dict[str, Any]:
         ValueError: an unknown method; kernels without an axis that blocks divide on each device.
     """
     if method not in METHODS:
-        raise ValueError(f"unknown quantization {method!r}; known: {', '.join(METHODS)}")
+        raise ValueError(f"quantization = {method!r} is unknown{nearest(method, METHODS)}")
     wrong: list[str] = []
-
-    def walk(node: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-        out = {}
-        for name, value in node.items():
-            path = f"{prefix}{name}"
-            numbers = next(
-                (found for pattern, found in KERNELS.items() if re.fullmatch(pattern, path)), None
-            )
-            if isinstance(value, Mapping):
-                out[name] = walk(value, f"{path}/")
-            else:
-                out[name] = (
-                    value if numbers is None else _abstract(value, method, *numbers, path, wrong)
-                )
-        return out
-
-    out = walk(shapes, "")
+    out, known = flatten(shapes), flatten(roles)
+    for path, leaf in out.items():
+        role = role_of(known, path)
+        if role.quantized:
+            out[path] = _abstract(leaf, method, role, path, wrong)
     if wrong:
         raise ValueError(
             f"nf4 needs an axis of which every device holds a multiple of {BLOCK} "
-            "(use int8, or split "
-            "the model less):\n  " + "\n  ".join(wrong)
+            "(use int8, or split the model less):\n  " + "\n  ".join(wrong)
         )
-    return out
+    return unflatten(out)
 
 
-def _abstract(
-    kernel: Any, method: str, leading: int, inputs: int, path: str, wrong: list[str]
-) -> Any:
-    ndim = kernel.ndim
-    axes = tuple(axis - ndim for axis in range(leading, leading + inputs))
-    codes, scales = _resized(kernel, {}, jnp.int8), ()
+def _abstract(kernel: Any, method: str, role: Role, path: str, wrong: list[str]) -> Any:
+    ndim, leading = kernel.ndim, role.leading
+    axes = tuple(axis - ndim for axis in range(leading, leading + role.inputs))
+    codes = _resized(kernel, {}, jnp.int8)
+    scales: tuple[jax.ShapeDtypeStruct, ...] = ()
     if method == "nf4":
-        held = (
-            kernel.sharding.shard_shape(kernel.shape)
-            if kernel.sharding is not None
-            else kernel.shape
-        )
-        block = next(
-            (axis - ndim for axis in range(leading, ndim) if held[axis] % BLOCK == 0), None
-        )
+        held = kernel.shape
+        if kernel.sharding is not None:
+            held = kernel.sharding.shard_shape(kernel.shape)
+        divided = (axis - ndim for axis in range(leading, ndim) if held[axis] % BLOCK == 0)
+        block = next(divided, None)
         if block is None:
             wrong.append(f"{path} {kernel.shape}, on a device {held}")
             return kernel

@@ -4,20 +4,21 @@
     tokens -> embed -> L x block (scanned; rematerialized by policy) -> final norm -> hidden ->
     unembed | head
 
-``build`` returns a Model; no module leaves this folder.
+``models.model`` wraps it; no module leaves this folder.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name, checkpoint_policies
+from jaxtyping import Array, Bool, Float, Int
 
 from align_jax.models import attention as attentions
 from align_jax.models import cache as caches
@@ -28,27 +29,73 @@ from align_jax.models.heads import HEADS
 from align_jax.models.layers import ACTIVATIONS, Linear, Norm, array, normal, parameter
 from align_jax.models.lora import LoraConfig
 from align_jax.models.moe import Experts, load_balancing
+from align_jax.models.roles import Role
 from align_jax.parallel.sharding import constrain
 
-REMAT: Mapping[str, Any] = {
+REMAT: Mapping[str, Callable[..., Any]] = {
     "none": checkpoint_policies.everything_saveable,
     "full": checkpoint_policies.nothing_saveable,
     "dots": checkpoint_policies.dots_with_no_batch_dims_saveable,
     "attention": checkpoint_policies.save_only_these_names("attention"),
 }
 
+States = Float[Array, "N T D"]
+Heads = Float[Array, "N T heads h"]
+Queries = Float[Array, "N T H h"]
+Keys = Float[Array, "N T K h"]  # and values
+KeysAndValues = tuple[Float[Array, "L N C K h"], Float[Array, "L N C K h"]]
+
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How a model is computed, beside what it is."""
+    """How a model is computed, beside what it is: see ``models.model.build``."""
 
-    dtype: Any
+    dtype: jnp.dtype
     remat: str
     attention: str
     lora: LoraConfig | None
     heads: tuple[str, ...]
     unembed: bool
     dropout: float
+
+
+class Layer(NamedTuple):
+    """What differs from layer to layer; the scan hands each its own."""
+
+    index: Int[Array, "*L"]
+    window: Int[Array, "*L"]  # among the distinct windows, sorted
+    rope: Int[Array, "*L"]  # among the distinct rotary embeddings; -1 = none
+
+
+class Rows(NamedTuple):
+    """What all layers see of the rows; C slots of a cache."""
+
+    segment_ids: Int[Array, "N T"]
+    positions: Int[Array, "N T"]
+    prefix_ids: Int[Array, "N T"] | None
+    ropes: tuple[tuple[jax.Array, jax.Array], ...]  # cosines and sines of each rotary embedding
+    held: Int[Array, "N C"] | None = None  # prefill of a ring: the token that each slot keeps
+    slots: Int[Array, "N"] | None = None  # decoding: where this token's key and value go
+    allowed: Bool[Array, "N C"] | None = None  # decoding: slots of the token's own segment
+    distance: Int[Array, "N C"] | None = None  # decoding: tokens back to each slot
+
+
+def _linear(
+    config: ModelConfig,
+    options: Options,
+    target: str,
+    inputs: tuple[int, ...],
+    outputs: tuple[int, ...],
+    axes: tuple[str, ...],
+    bias: bool,
+) -> Linear:
+    """Make a linear map of the layers, with its adapter if it gets one; ``target``'s end is its
+    name."""
+    role = Role("linear", len(inputs), target=target)
+    lora = options.lora.on(target) if options.lora is not None else None
+    name = target.split("/")[-1]
+    std, dtype = config.init_std, options.dtype
+    return Linear(inputs, outputs, axes, dtype, role, bias, std, lora, name=name)
 
 
 class Attention(nn.Module):
@@ -58,86 +105,106 @@ class Attention(nn.Module):
     options: Options
 
     @nn.compact
-    def __call__(self, x, layer, shared, cache):
-        c, dtype = self.config, self.options.dtype
-
-        def linear(name, inputs, outputs, axes, bias):
-            lora = self.options.lora and self.options.lora.on(f"attention/{name}")
-            return Linear(inputs, outputs, axes, dtype, bias, c.init_std, lora, name=name)
-
+    def __call__(
+        self, x: States, layer: Layer, rows: Rows, cache: KeysAndValues | None
+    ) -> tuple[States, KeysAndValues | None]:
+        c = self.config
         D, H, K, h = c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim
-        q = linear("query", (D,), (H, h), ("embed", "heads", "head"), c.attention_bias)(x)
-        k = linear("key", (D,), (K, h), ("embed", "kv_heads", "head"), c.attention_bias)(x)
-        v = linear("value", (D,), (K, h), ("embed", "kv_heads", "head"), c.attention_bias)(x)
+
+        def project(name: str, heads: int, axis: str) -> Heads:
+            axes, target = ("embed", axis, "head"), f"attention/{name}"
+            return _linear(c, self.options, target, (D,), (heads, h), axes, c.attention_bias)(x)
+
+        q = project("query", H, "heads")
+        k = project("key", K, "kv_heads")
+        v = project("value", K, "kv_heads")
         if c.qk_norm:
             q, k = self._norm("query_norm", q, "heads"), self._norm("key_norm", k, "kv_heads")
-        q, k = self._rotate(q, k, layer, shared)
-        y, cache = self._attend(q, k, v, layer, shared, cache)
+        q, k = self._rotate(q, k, layer, rows)
+        y, cache = self._attend(q, k, v, layer, rows, cache)
         y = checkpoint_name(y, "attention")
-        return linear("output", (H, h), (D,), ("heads", "head", "embed"), c.output_bias)(y), cache
+        axes, target = ("heads", "head", "embed"), "attention/output"
+        return _linear(c, self.options, target, (H, h), (D,), axes, c.output_bias)(y), cache
 
-    def _norm(self, name, x, axis):
-        c = self.config
-        shape, axes = (
-            ((c.head_dim,), ("norm",)) if c.qk_norm == "head" else (x.shape[-2:], (axis, "head"))
-        )
+    def _norm(self, name: str, x: Heads, axis: str) -> Heads:
+        c, shape, axes = self.config, x.shape[-2:], (axis, "head")
+        if c.qk_norm == "head":
+            shape, axes = (c.head_dim,), ("norm",)
         return Norm(shape, "rms", c.norm_eps, c.norm_offset, self.options.dtype, axes, name=name)(x)
 
-    def _rotate(self, q, k, layer, shared):
-        if not shared["ropes"]:
+    def _rotate(self, q: Queries, k: Keys, layer: Layer, rows: Rows) -> tuple[Queries, Keys]:
+        if not rows.ropes:
             return q, k
-        cos, sin = shared["ropes"][0]
-        if len(shared["ropes"]) > 1:
-            cos, sin = (jnp.stack(parts)[layer["rope"]] for parts in zip(*shared["ropes"]))
+        cos, sin = rows.ropes[0]
+        if len(rows.ropes) > 1:
+            cos, sin = (jnp.stack(tables)[layer.rope] for tables in zip(*rows.ropes))
         turned = ropes.rotate(q, cos, sin), ropes.rotate(k, cos, sin)
         if -1 not in self.config.layer_ropes:
             return turned
-        return tuple(jnp.where(layer["rope"] >= 0, new, old) for new, old in zip(turned, (q, k)))
+        on = layer.rope >= 0
+        return jnp.where(on, turned[0], q), jnp.where(on, turned[1], k)
 
-    def _attend(self, q, k, v, layer, shared, cache):
+    def _attend(
+        self, q: Queries, k: Keys, v: Keys, layer: Layer, rows: Rows, cache: KeysAndValues | None
+    ) -> tuple[Queries, KeysAndValues | None]:
         c = self.config
         kinds = sorted(set(c.windows))
         numbers = {"scale": c.query_scale, "softcap": c.attention_softcap}
-        if cache is not None and "slots" in shared:
-            keys, values, y = _decode(
-                q, k, v, layer["index"], kinds, layer["window"], shared, cache, numbers
-            )
-            return y, (keys, values)
+        if cache is not None and rows.slots is not None:
+            return _decode(q, k, v, layer, kinds, rows, cache, numbers)
         if cache is not None:
-            start = (layer["index"], 0, 0, 0, 0)
-            kept = (caches.taken(x, shared["held"]) if "held" in shared else x for x in (k, v))
-            cache = tuple(
-                jax.lax.dynamic_update_slice(whole, new[None].astype(whole.dtype), start)
-                for whole, new in zip(cache, kept)
-            )
-        function = attentions.choose(self.options.attention)
-        fields = {name: shared[name] for name in ("segment_ids", "positions", "prefix_ids")}
-        branches = [
-            lambda q, k, v, w=w: function(q, k, v, **fields, window=w or None, **numbers)
-            for w in kinds
-        ]
-        y = (
-            branches[0](q, k, v)
-            if len(kinds) == 1
-            else jax.lax.switch(layer["window"], branches, q, k, v)
-        )
-        return y, cache
+            keys, values = (x if rows.held is None else caches.taken(x, rows.held) for x in (k, v))
+            cache = _stored(cache[0], keys, layer), _stored(cache[1], values, layer)
+        function = attentions.implementation(self.options.attention)
+
+        def branch(window: int) -> Callable[[Queries, Keys, Keys], Queries]:
+            def attend(q: Queries, k: Keys, v: Keys) -> Queries:
+                return function(
+                    q,
+                    k,
+                    v,
+                    segment_ids=rows.segment_ids,
+                    positions=rows.positions,
+                    prefix_ids=rows.prefix_ids,
+                    window=window or None,
+                    **numbers,
+                )
+
+            return attend
+
+        if len(kinds) == 1:
+            return branch(kinds[0])(q, k, v), cache
+        return jax.lax.switch(layer.window, [branch(kind) for kind in kinds], q, k, v), cache
 
 
-def _decode(q, k, v, index, kinds, kind, shared, cache, numbers):
+def _stored(whole: jax.Array, new: Keys, layer: Layer) -> jax.Array:
+    """Write a layer's keys or values into the first slots of a cache."""
+    start = (layer.index, 0, 0, 0, 0)
+    return jax.lax.dynamic_update_slice(whole, new[None].astype(whole.dtype), start)
+
+
+def _decode(
+    q: Queries,
+    k: Keys,
+    v: Keys,
+    layer: Layer,
+    kinds: list[int],
+    rows: Rows,
+    cache: KeysAndValues,
+    numbers: Mapping[str, float],
+) -> tuple[Queries, KeysAndValues]:
     """Write one token a row into the cache and attend to the row's own segment in it."""
     keys, values = cache
-    rows = jnp.arange(q.shape[0])
-    keys = keys.at[index, rows, shared["slots"]].set(k[:, 0].astype(keys.dtype), mode="drop")
-    values = values.at[index, rows, shared["slots"]].set(v[:, 0].astype(values.dtype), mode="drop")
-    allowed = shared["allowed"]
+    assert rows.allowed is not None and rows.distance is not None  # as rows.slots is
+    at = (layer.index, jnp.arange(q.shape[0]), rows.slots)
+    keys = keys.at[at].set(k[:, 0].astype(keys.dtype), mode="drop")
+    values = values.at[at].set(v[:, 0].astype(values.dtype), mode="drop")
+    allowed = rows.allowed
     if kinds != [0]:
         limits = jnp.asarray([w or np.iinfo(np.int32).max for w in kinds], jnp.int32)
-        allowed = allowed & (shared["distance"] < limits[kind])
-    y = attentions.weighted(
-        q, keys[index].astype(q.dtype), values[index].astype(q.dtype), allowed[:, None], **numbers
-    )
-    return keys, values, y
+        allowed = allowed & (rows.distance < limits[layer.window])
+    mine = keys[layer.index].astype(q.dtype), values[layer.index].astype(q.dtype)
+    return attentions.weighted(q, *mine, allowed[:, None], **numbers), (keys, values)
 
 
 class Mlp(nn.Module):
@@ -147,64 +214,53 @@ class Mlp(nn.Module):
     options: Options
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: States) -> States:
         c = self.config
+        D, F, act = (c.hidden_size,), (c.intermediate_size,), ACTIVATIONS[c.activation]
 
-        def linear(name, inputs, outputs, axes):
-            lora = self.options.lora and self.options.lora.on(f"mlp/{name}")
-            return Linear(
-                (inputs,),
-                (outputs,),
-                axes,
-                self.options.dtype,
-                c.mlp_bias,
-                c.init_std,
-                lora,
-                name=name,
-            )
+        def up(name: str) -> Float[Array, "N T F"]:
+            axes = ("embed", "ffn")
+            return _linear(c, self.options, f"mlp/{name}", D, F, axes, c.mlp_bias)(x)
 
-        act = ACTIVATIONS[c.activation]
-        y = linear("up", c.hidden_size, c.intermediate_size, ("embed", "ffn"))(x)
-        if c.gated:
-            y = act(linear("gate", c.hidden_size, c.intermediate_size, ("embed", "ffn"))(x)) * y
-        else:
-            y = act(y)
-        return linear("down", c.intermediate_size, c.hidden_size, ("ffn", "embed"))(y)
+        y = up("up")
+        y = act(up("gate")) * y if c.gated else act(y)
+        return _linear(c, self.options, "mlp/down", F, D, ("ffn", "embed"), c.mlp_bias)(y)
 
 
 class Block(nn.Module):
-    """One layer: the scanned body.  carry = (x, cache); layer = this layer's numbers; shared = the
-    rows' fields."""
+    """One layer: the scanned body."""
 
     config: ModelConfig
     options: Options
 
     @nn.compact
-    def __call__(self, carry, layer, shared):
+    def __call__(
+        self, carry: tuple[States, KeysAndValues | None], layer: Layer, rows: Rows
+    ) -> tuple[tuple[States, KeysAndValues | None], dict[str, jax.Array]]:
         c = self.config
         x, cache = carry
+        shape, dtype = (c.hidden_size,), self.options.dtype
 
-        def norm(name, on, y):
+        def norm(name: str, on: bool, y: States) -> States:
             if not on:
                 return y
-            return Norm(
-                (c.hidden_size,), c.norm, c.norm_eps, c.norm_offset, self.options.dtype, name=name
-            )(y)
+            return Norm(shape, c.norm, c.norm_eps, c.norm_offset, dtype, name=name)(y)
 
-        def dropped(y):
+        def dropped(y: States) -> States:
             if not self.options.dropout or not self.has_rng("dropout"):
                 return y
             return nn.Dropout(self.options.dropout)(y, deterministic=False)
 
         with jax.named_scope("attention"):
             y = norm("attention_norm", c.norm_inputs, x)
-            y, cache = Attention(c, self.options, name="attention")(y, layer, shared, cache)
+            y, cache = Attention(c, self.options, name="attention")(y, layer, rows, cache)
             y = dropped(norm("attention_out_norm", c.norm_outputs, y))
         residual = x if c.parallel_residual else x + y
+        aux: dict[str, jax.Array] = {}
         with jax.named_scope("mlp"):
-            z, aux = norm("mlp_norm", c.norm_inputs, residual), {}
+            z = norm("mlp_norm", c.norm_inputs, residual)
             if c.num_experts:
-                z, aux = Experts(c, self.options.dtype, name="moe")(z, shared["segment_ids"] > 0)
+                z, aux = Experts(c, dtype, name="moe")(z, rows.segment_ids > 0)
             else:
                 z = Mlp(c, self.options, name="mlp")(z)
             z = dropped(norm("mlp_out_norm", c.norm_outputs, z))
@@ -218,7 +274,7 @@ class Decoder(nn.Module):
     config: ModelConfig
     options: Options
 
-    def setup(self):
+    def setup(self) -> None:
         c, o = self.config, self.options
         block = Block
         if o.remat != "none":
@@ -240,13 +296,13 @@ class Decoder(nn.Module):
                 (c.vocab_rows,),
                 ("embed", "vocab"),
                 o.dtype,
-                False,
-                c.init_std,
-                result=jnp.float32,
+                Role("output", inputs=1),
+                init_std=c.init_std,
+                result=jnp.dtype(jnp.float32),
             )
         self.scalars = {name: HEADS[name](c.hidden_size, name) for name in o.heads}
 
-    def everything(self, tokens):
+    def everything(self, tokens: Int[Array, "N T"]) -> None:
         """Touch every parameter: what initialization runs."""
         hidden, _ = self.hidden(tokens, jnp.ones_like(tokens), jnp.zeros_like(tokens))
         if self.options.unembed:
@@ -254,70 +310,83 @@ class Decoder(nn.Module):
         for name in self.options.heads:
             self.head(name, hidden)
 
-    def hidden(self, tokens, segment_ids, positions, prefix_ids=None):
+    def hidden(
+        self,
+        tokens: Int[Array, "N T"],
+        segment_ids: Int[Array, "N T"],
+        positions: Int[Array, "N T"],
+        prefix_ids: Int[Array, "N T"] | None = None,
+    ) -> tuple[States, dict[str, jax.Array]]:
         """Run whole rows."""
-        shared = self._shared(segment_ids, positions, prefix_ids)
-        x, _, aux = self._run(tokens, shared, None)
+        rows = self._rows(segment_ids, positions, prefix_ids)
+        x, _, aux = self._run(tokens, rows, None)
         return x, {"load_balancing": load_balancing(aux)} if aux else {}
 
-    def prefill(self, tokens, segment_ids, positions, prefix_ids, cache):
+    def prefill(
+        self,
+        tokens: Int[Array, "N T"],
+        segment_ids: Int[Array, "N T"],
+        positions: Int[Array, "N T"],
+        prefix_ids: Int[Array, "N T"] | None,
+        cache: Cache,
+    ) -> tuple[States, Cache]:
         """Run whole rows and keep their keys and values."""
-        shared = self._shared(segment_ids, positions, prefix_ids)
+        rows = self._rows(segment_ids, positions, prefix_ids)
         length, size = tokens.shape[1], cache.segment_ids.shape[1]
         slot = jnp.arange(length, dtype=jnp.int32)[None]
         end = jnp.max(jnp.where(segment_ids > 0, slot + 1, 0), axis=1)
-        fields = segment_ids, positions
         if length > size:
-            shared["held"] = caches.held(end, size)
-            fields = tuple(caches.taken(x, shared["held"]) for x in fields)
-        x, (keys, values), _ = self._run(tokens, shared, (cache.keys, cache.values))
-        fields = (
-            jax.lax.dynamic_update_slice(old, new, (0, 0))
-            for old, new in zip((cache.segment_ids, cache.positions), fields)
-        )
-        return x, Cache(keys, values, *fields, end)
+            held = caches.held(end, size)
+            rows = rows._replace(held=held)
+            segment_ids, positions = caches.taken(segment_ids, held), caches.taken(positions, held)
+        x, (keys, values), _ = self._run(tokens, rows, (cache.keys, cache.values))
+        segment_ids = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, (0, 0))
+        positions = jax.lax.dynamic_update_slice(cache.positions, positions, (0, 0))
+        return x, Cache(keys, values, segment_ids, positions, end)
 
-    def decode(self, token, position, cache):
+    def decode(
+        self, token: Int[Array, "N"], position: Int[Array, "N"], cache: Cache
+    ) -> tuple[Float[Array, "N D"], Cache]:
         """Run one token a row against the cache."""
-        rows, size = jnp.arange(token.shape[0]), cache.segment_ids.shape[1]
+        every, size = jnp.arange(token.shape[0]), cache.segment_ids.shape[1]
         slots, last = cache.length, jnp.maximum(cache.length - 1, 0)
         if caches.is_ring(self.config.windows, size):
             slots, last = slots % size, last % size
-        segment = cache.segment_ids[rows, last]
-        segment_ids = cache.segment_ids.at[rows, slots].set(segment, mode="drop")
-        positions = cache.positions.at[rows, slots].set(position, mode="drop")
-        shared = self._shared(segment[:, None], position[:, None], None) | {
-            "slots": slots,
-            "allowed": segment_ids == segment[:, None],
-            "distance": position[:, None] - positions,
-        }
-        x, (keys, values), _ = self._run(token[:, None], shared, (cache.keys, cache.values))
+        segment = cache.segment_ids[every, last]
+        segment_ids = cache.segment_ids.at[every, slots].set(segment, mode="drop")
+        positions = cache.positions.at[every, slots].set(position, mode="drop")
+        rows = self._rows(segment[:, None], position[:, None], None)._replace(
+            slots=slots,
+            allowed=segment_ids == segment[:, None],
+            distance=position[:, None] - positions,
+        )
+        x, (keys, values), _ = self._run(token[:, None], rows, (cache.keys, cache.values))
         return x[:, 0], Cache(keys, values, segment_ids, positions, cache.length + 1)
 
-    def _shared(self, segment_ids, positions, prefix_ids):
-        return {
-            "segment_ids": segment_ids,
-            "positions": positions,
-            "prefix_ids": prefix_ids,
-            "ropes": [ropes.tables(rope, positions) for rope in self.config.ropes],
-        }
+    def _rows(
+        self, segment_ids: jax.Array, positions: jax.Array, prefix_ids: jax.Array | None
+    ) -> Rows:
+        turned = tuple(ropes.tables(rope, positions) for rope in self.config.ropes)
+        return Rows(segment_ids, positions, prefix_ids, turned)
 
-    def _run(self, tokens, shared, cache):
+    def _run(
+        self, tokens: Int[Array, "N T"], rows: Rows, cache: KeysAndValues | None
+    ) -> tuple[States, Any, dict[str, jax.Array]]:
         c = self.config
         kinds = sorted(set(c.windows))
-        layer = {
-            "index": jnp.arange(c.num_layers, dtype=jnp.int32),
-            "window": jnp.asarray([kinds.index(w) for w in c.windows], jnp.int32),
-            "rope": jnp.asarray(c.layer_ropes, jnp.int32),
-        }
-        x = self.embed(tokens, shared["positions"])
+        layer = Layer(
+            jnp.arange(c.num_layers, dtype=jnp.int32),
+            jnp.asarray([kinds.index(w) for w in c.windows], jnp.int32),
+            jnp.asarray(c.layer_ropes, jnp.int32),
+        )
+        x = self.embed(tokens, rows.positions)
         if self.options.dropout and self.has_rng("dropout"):
             x = self.drop(x, deterministic=False)
-        (x, cache), aux = self.layers((x, cache), layer, shared)
+        (x, cache), aux = self.layers((x, cache), layer, rows)
         with jax.named_scope("final_norm"):
             return constrain(self.final_norm(x), "rows", "length", "features"), cache, aux
 
-    def unembed(self, hidden):
+    def unembed(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Return float32 logits."""
         c = self.config
         with jax.named_scope("unembed"):
@@ -333,13 +402,10 @@ class Decoder(nn.Module):
             if c.vocab_rows == c.vocab_size:
                 return logits
             real = jnp.arange(c.vocab_rows) < c.vocab_size
-            return jnp.where(
-                jnp.expand_dims(real, tuple(range(logits.ndim - 1))),
-                logits,
-                jnp.finfo(jnp.float32).min,
-            )
+            real = jnp.expand_dims(real, tuple(range(logits.ndim - 1)))
+            return jnp.where(real, logits, jnp.finfo(jnp.float32).min)
 
-    def head(self, name, hidden):
+    def head(self, name: str, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch"]:
         """Return a scalar head's output."""
         with jax.named_scope(name):
             return self.scalars[name](hidden)
@@ -349,24 +415,21 @@ class Embedding(nn.Module):
     """Token embeddings, with learned positions where the family has them."""
 
     config: ModelConfig
-    dtype: Any
+    dtype: jnp.dtype
 
-    def setup(self):
-        c = self.config
-        self.tokens = parameter(
-            self, "tokens", normal(c.init_std), (c.vocab_rows, c.hidden_size), ("vocab", "embed")
-        )
+    def setup(self) -> None:
+        c, role = self.config, Role("embedding")
+        init, shape = normal(c.init_std), (c.vocab_rows, c.hidden_size)
+        self.tokens = parameter(self, "tokens", init, shape, ("vocab", "embed"), role)
         if c.learned_positions:
-            rows = c.max_positions + c.position_offset
-            self.positions = parameter(
-                self, "positions", normal(c.init_std), (rows, c.hidden_size), ("positions", "embed")
-            )
+            shape = (c.max_positions + c.position_offset, c.hidden_size)
+            self.positions = parameter(self, "positions", init, shape, ("positions", "embed"), role)
 
-    def table(self):
-        """Return the embedding matrix [V, D] in the compute type."""
+    def table(self) -> Float[Array, "V D"]:
+        """Return the embedding matrix in the compute type."""
         return array(self.tokens, self.dtype)
 
-    def __call__(self, tokens, positions):
+    def __call__(self, tokens: Int[Array, "N T"], positions: Int[Array, "N T"]) -> States:
         c = self.config
         with jax.named_scope("embed"):
             # Gathered over the width first, so that each device looks up its rows of the vocabulary
@@ -376,7 +439,6 @@ class Embedding(nn.Module):
             if c.embed_scale != 1:
                 x = x * jnp.asarray(c.embed_scale, self.dtype)
             if c.learned_positions:
-                x = x + jnp.take(
-                    array(self.positions, self.dtype), positions + c.position_offset, axis=0
-                )
+                table = array(self.positions, self.dtype)
+                x = x + jnp.take(table, positions + c.position_offset, axis=0)
             return constrain(x, "rows", "length", "features")

@@ -141,14 +141,7 @@ def resolve_config(config: Config, devices: int) -> ResolvedConfig:
         )
     lora = adapter(config, model_config)
     models = initialize.make_models(
-        model_config,
-        terms,
-        compute_dtype=config.model.compute_dtype,
-        remat=config.model.remat,
-        attention=config.model.attention,
-        lora=lora,
-        value_head=config.model.value_head,
-        unembed=bool(config.rewards),
+        model_config, terms, config.model, lora, unembed=bool(config.rewards)
     )
     kind = data_kind(terms)
     if kind == "rollout" and not config.rewards:
@@ -163,28 +156,11 @@ def resolve_config(config: Config, devices: int) -> ResolvedConfig:
 
 def make_step_spec(config: Config, resolved: ResolvedConfig, total_steps: int) -> StepSpec:
     """Put together what the steps are compiled from."""
-    o = config.optimizer
-    schedule = optim.make_schedule(
-        learning_rate=o.learning_rate,
-        schedule=o.schedule,
-        total_steps=total_steps,
-        warmup_steps=o.warmup_steps,
-        warmup_fraction=o.warmup_fraction,
-        final_fraction=o.final_fraction,
-    )
-    optimizer = optim.make_optimizer(
-        schedule,
-        name=o.name,
-        weight_decay=o.weight_decay,
-        clip_norm=o.clip_norm,
-        b1=o.b1,
-        b2=o.b2,
-        eps=o.eps,
-        moment_dtype=o.moment_dtype,
-    )
+    models, schedule = resolved.models, optim.make_schedule(config.optimizer, total_steps)
+    optimizer = optim.make_optimizer(config.optimizer, schedule, models.policy.roles())
     return StepSpec(
-        resolved.models.policy,
-        resolved.models.base,
+        models.policy,
+        models.base,
         resolved.terms,
         optimizer,
         schedule,
@@ -205,14 +181,7 @@ def make_state_specs(
     in_step = step_spec.wants_reference and config.reference.mode == "in_graph"
     in_rollout = resolved.rollouts is not None and resolved.rollouts.needs_reference
     return initialize.make_state_specs(
-        step_spec,
-        mesh,
-        param_dtype=config.model.param_dtype,
-        frozen_dtype=config.reference.dtype,
-        freeze=config.model.freeze,
-        other_reference=bool(config.reference.path),
-        with_reference=in_step or in_rollout,
-        quantization=config.model.quantize,
+        step_spec, mesh, config.model, config.reference, in_step or in_rollout
     )
 
 

@@ -51,9 +51,7 @@ def cached_reference(run: Run, examples: Examples) -> reference.Cache:
     if (found := reference.load(file, inputs)) is not None:
         return found
     specs = make_reference_specs(config, run.resolved, run.step_spec, run.mesh)
-    frozen = weights.load_frozen(
-        run.step_spec, specs, path=config.model.path, seed=config.seed, reference_path=r.path
-    )
+    frozen = weights.load_frozen(run.step_spec, specs, config)
     step = partitioning.jit_reference_step(run.step_spec)
     batches = make_pipeline(config, run.resolved, run.mesh, examples, once=True).iterator()
     cache = reference.compute(

@@ -63,13 +63,7 @@ def restore(workdir: str, which: str = "latest") -> Trained:
         restored = checkpoints.restore(specs.state, which)
         if restored is None:
             raise FileNotFoundError(f"{workdir} has no checkpoint")
-        frozen = weights.load_frozen(
-            step_spec,
-            specs,
-            path=config.model.path,
-            seed=config.seed,
-            reference_path=config.reference.path,
-        )
+        frozen = weights.load_frozen(step_spec, specs, config)
         return Trained(
             config, resolved, mesh, merge(frozen["base"], restored.state["params"]), restored.step
         )

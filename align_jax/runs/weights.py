@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from align_jax.core.options import Config
 from align_jax.core.tree import flatten, unflatten
 from align_jax.interop import hf, peft
 from align_jax.models.lora import fold, merge
@@ -88,7 +89,7 @@ def load_params(model: Model, shapes: Tree, *, path: str, key: jax.Array) -> Tre
         key: of the random weights.
 
     Returns:
-        The same tree with arrays, each at its dtype and in its place.
+        The same tree with arrays, each of its dtype and sharding.
     """
     wanted = flatten(shapes)
     codes = [name for name, leaf in wanted.items() if isinstance(leaf, Quantized)]
@@ -97,17 +98,16 @@ def load_params(model: Model, shapes: Tree, *, path: str, key: jax.Array) -> Tre
         # a tensor that is to be quantized is read alone, so that only one of them is ever held at
         # full size
         for names in ([name for name in wanted if name not in codes], *([name] for name in codes)):
-            places = unflatten({name: wanted[name].sharding for name in names})
             _, params = hf.load(
                 path,
                 config=model.config,
-                shardings=places,
+                shardings=unflatten({name: wanted[name].sharding for name in names}),
                 dtype=next(iter(wanted.values())).dtype,
                 heads=model.options.heads,
                 unembed=model.options.unembed,
                 only=names,
             )
-            loaded |= {name: _packed(leaf, wanted[name]) for name, leaf in flatten(params).items()}
+            loaded |= {name: _stored(leaf, wanted[name]) for name, leaf in flatten(params).items()}
     missing = {name: leaf for name, leaf in wanted.items() if name not in loaded}
     if missing:
 
@@ -117,89 +117,78 @@ def load_params(model: Model, shapes: Tree, *, path: str, key: jax.Array) -> Tre
                 name: _as(drawn[name].astype(leaf.dtype), leaf) for name, leaf in missing.items()
             }
 
-        loaded |= jax.jit(draw, out_shardings=jax.tree.map(lambda x: x.sharding, missing))(key)
+        loaded |= jax.jit(draw, out_shardings=_shardings(missing))(key)
     return unflatten({name: loaded[name] for name in wanted})
+
+
+def _shardings(tree: Tree) -> Tree:
+    return jax.tree.map(lambda leaf: leaf.sharding, tree)
 
 
 def _as(kernel: jax.Array, leaf: Any) -> Any:
     return quantize(kernel, leaf) if isinstance(leaf, Quantized) else kernel
 
 
-def _packed(kernel: jax.Array, leaf: Any) -> Any:
+def _stored(kernel: jax.Array, leaf: Any) -> Any:
+    """Return a parameter as its leaf of the specs says: quantized, or as it is."""
     if not isinstance(leaf, Quantized):
         return kernel
-    places = jax.tree.map(lambda x: x.sharding, leaf)
-    return jax.block_until_ready(
-        jax.jit(functools.partial(quantize, like=leaf), out_shardings=places)(kernel)
-    )
+    pack = jax.jit(functools.partial(quantize, like=leaf), out_shardings=_shardings(leaf))
+    return jax.block_until_ready(pack(kernel))
 
 
-def load_frozen(
-    spec: StepSpec, specs: StateSpecs, *, path: str, reference_path: str = "", seed: int = 0
-) -> Tree:
+def load_frozen(spec: StepSpec, specs: StateSpecs, config: Config) -> Tree:
     """Load or draw the weights that are not trained.
 
     Args:
         spec: what the step is compiled from.
-        specs: from ``make_state_specs``.
-        path: checkpoint of the starting weights; "" = random.
-        reference_path: checkpoint of the reference, where it is another one.
-        seed: of random weights.
+        specs: from ``training.initialize.make_state_specs``.
+        config: of the run: where the starting weights and the reference's are, and the seed of
+            random ones.
     """
-    key = jax.random.key(seed)
-    frozen = {"base": load_params(spec.base, specs.base, path=path, key=key) if specs.base else {}}
+    key = jax.random.key(config.seed)
+    frozen: dict[str, Tree] = {"base": {}}
+    if specs.base:
+        frozen["base"] = load_params(spec.base, specs.base, path=config.model.path, key=key)
     if specs.reference is not None:
-        frozen["reference"] = load_params(spec.base, specs.reference, path=reference_path, key=key)
+        path = config.reference.path
+        frozen["reference"] = load_params(spec.base, specs.reference, path=path, key=key)
     return frozen
 
 
-def load_trained(
-    spec: StepSpec,
-    specs: StateSpecs,
-    frozen: Tree,
-    *,
-    path: str,
-    adapter_path: str = "",
-    seed: int = 0,
-) -> Tree:
+def load_trained(spec: StepSpec, specs: StateSpecs, frozen: Tree, config: Config) -> Tree:
     """Load or draw the trained parameters; they share no buffer with what is frozen, so the state
     can be donated.
 
     Args:
-        spec: what the step is compiled from.
-        specs: from ``make_state_specs``.
+        spec, specs, config: as ``load_frozen`` takes them; ``config.model.lora.path`` is the PEFT
+            adapter to start from, "" = a fresh one.
         frozen: from ``load_frozen``.
-        path: checkpoint of the starting weights; "" = random.
-        adapter_path: PEFT adapter to start from; "" = a fresh one.
-        seed: of random weights.
     """
-    key = jax.random.key(seed)
+    key, path = jax.random.key(config.seed), config.model.path
     if spec.policy.options.lora is None:
         return load_params(spec.policy, specs.trained, path=path, key=key)
-    shapes = flatten(specs.trained)
-    adapter = {
-        name: leaf for name, leaf in shapes.items() if name.split("/")[-1].startswith("lora_")
-    }
-    if adapter_path:
-        given = flatten(peft.load(adapter_path, spec.policy.config)[1])
+    shapes, roles = flatten(specs.trained), flatten(spec.policy.roles())
+    if config.model.lora.path:
+        given = flatten(peft.load(config.model.lora.path, spec.policy.config)[1])
         trained = {
-            name: _spread(given[name], leaf) for name, leaf in shapes.items() if name in given
+            name: _from_host(given[name], leaf) for name, leaf in shapes.items() if name in given
         }
     else:
+        adapter = {name: leaf for name, leaf in shapes.items() if roles[name].part == "adapter"}
 
         def draw(base: Tree, key: jax.Array) -> dict[str, jax.Array]:
             drawn = flatten(spec.policy.init_adapter(key, base))
             return {name: drawn[name].astype(leaf.dtype) for name, leaf in adapter.items()}
 
-        places = {name: leaf.sharding for name, leaf in adapter.items()}
-        trained = jax.jit(draw, out_shardings=places)(frozen["base"], key)
+        trained = jax.jit(draw, out_shardings=_shardings(adapter))(frozen["base"], key)
     heads = unflatten({name: leaf for name, leaf in shapes.items() if name not in trained})
-    return merge(
-        unflatten(trained), load_params(spec.policy, heads, path=path, key=key) if heads else {}
-    )
+    if heads:
+        heads = load_params(spec.policy, heads, path=path, key=key)
+    return merge(unflatten(trained), heads)
 
 
-def _spread(value: np.ndarray, leaf: Any) -> jax.Array:
+def _from_host(value: np.ndarray, leaf: jax.ShapeDtypeStruct) -> jax.Array:
     return jax.make_array_from_callback(
         leaf.shape, leaf.sharding, lambda index: value[index].astype(leaf.dtype)
     )

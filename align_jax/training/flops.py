@@ -5,9 +5,9 @@ only once.
 A multiplication and an addition are two operations; norms, activations, softmax and the optimizer
 are left out (below 1 % of a 7B model's).  A *unit* is one forward pass over a batch:
 
-    policy, all trained   1 forward + 2 backward (the gradients of inputs and of weights) = 3 units
-    policy, adapter only  1 forward + 1 backward (of inputs)                              = 2 units, and the adapter's 3
-    reference             1 forward                                                       = 1 unit
+    policy, all trained   3 units: 1 forward + 2 backward (gradients of inputs and of weights)
+    policy, adapter only  2 units: 1 forward + 1 backward (of inputs); and the adapter's 3
+    reference             1 unit: 1 forward
 
 so a pair under DPO costs 2 * (3 + 1) units of one response.  Rematerialization repeats forward
 work: it takes time but is no progress, so it counts for the hardware and not for the model (and its
@@ -19,9 +19,8 @@ from __future__ import annotations
 import dataclasses
 from typing import NamedTuple
 
-import jax
-
 from align_jax.core.schema import Batch
+from align_jax.core.tree import flatten
 from align_jax.models.config import ModelConfig
 from align_jax.models.model import Model
 from align_jax.training.steps import StepSpec
@@ -115,15 +114,11 @@ def forward_flops(
         if model.options.unembed
         else 0.0
     )
-    adapter = (
-        sum(
-            leaf.size
-            for path, leaf in jax.tree_util.tree_leaves_with_path(model.shapes())
-            if path[-1].key in ("lora_a", "lora_b")
-        )
-        if model.options.lora
-        else 0
-    )
+    adapter = 0
+    if model.options.lora:
+        roles, shapes = flatten(model.roles()), flatten(model.shapes())
+        factors = [path for path, role in roles.items() if role.part == "adapter" and role.matrix]
+        adapter = sum(shapes[path].size for path in factors)
     return Forward(
         2.0 * layer_weights(config) * tokens, attention, float(head), 2.0 * adapter * tokens
     )

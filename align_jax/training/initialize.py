@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run's steps are made of before any weight is read: its models, and what lies where.
 
-                 full fine-tune            low-rank adapters            nothing frozen needed (sft, reward, simpo)
-state.params     all parameters            adapters and heads           all parameters
-frozen.base      the starting weights      the starting weights,        {} (what config.model.freeze names, if any)
-                                           quantized if asked for
-reference        frozen.base               frozen.base                  none
+                 full fine-tune         low-rank adapters      no reference (sft, reward, simpo)
+state.params     all parameters         adapters and heads     all parameters
+frozen.base      the starting weights   the starting weights   {}, or what model.freeze names
+reference        frozen.base            frozen.base            none
 """
 
 from __future__ import annotations
@@ -15,9 +14,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from align_jax.core.options import ModelOptions, ReferenceOptions
 from align_jax.core.tree import flatten, unflatten
 from align_jax.losses.objective import Term
 from align_jax.models.config import ModelConfig
@@ -61,12 +60,9 @@ class StateSpecs(NamedTuple):
 def make_models(
     config: ModelConfig,
     terms: Sequence[Term],
-    *,
-    compute_dtype: str,
-    remat: str,
-    attention: str,
+    options: ModelOptions,
     lora: LoraConfig | None = None,
-    value_head: str = "value",
+    *,
     unembed: bool = False,
 ) -> Models:
     """Build the policy and the base for these objectives.
@@ -74,67 +70,67 @@ def make_models(
     Args:
         config: what the model is.
         terms: the objectives; a term that needs scores or values brings that head.
-        compute_dtype, remat, attention: as ``models.model.build`` takes them.
+        options: how it is computed, and which head gives values.
         lora: the policy's adapter.
-        value_head: the head for objectives with values.
         unembed: keep the output head even where no term looks at log-probabilities (the policy will
             generate).
     """
     needs = {need for term in terms for need in term.needs}
-    heads = (("score",) if "scores" in needs else ()) + ((value_head,) if "values" in needs else ())
-    unembed = unembed or any(term.needs != ("scores",) for term in terms)
-    shared = dict(compute_dtype=compute_dtype, remat=remat, attention=attention, unembed=unembed)
-    return Models(build(config, lora=lora, heads=heads, **shared), build(config, **shared))
+    heads = ("score",) * ("scores" in needs) + (options.value_head,) * ("values" in needs)
+    make = functools.partial(
+        build,
+        config,
+        compute_dtype=options.compute_dtype,
+        remat=options.remat,
+        attention=options.attention,
+        unembed=unembed or any(term.needs != ("scores",) for term in terms),
+    )
+    return Models(make(lora=lora, heads=heads), make())
 
 
 def make_state_specs(
     spec: StepSpec,
     mesh: Mesh,
-    *,
-    param_dtype: str,
-    frozen_dtype: str,
-    freeze: Sequence[str] = (),
-    other_reference: bool = False,
+    model: ModelOptions,
+    reference: ReferenceOptions,
     with_reference: bool | None = None,
-    quantization: str = "",
 ) -> StateSpecs:
     """Say what is trained, what is frozen, and where each lies.
 
     Args:
         spec: what the step is compiled from.
         mesh: the mesh.
-        param_dtype: of what is trained.
-        frozen_dtype: of what is not.
-        freeze: patterns of parameters that are not trained.
-        other_reference: the reference is another checkpoint than the starting weights.
+        model: its ``param_dtype``, ``freeze`` and ``quantize`` (of the base's linear maps alone).
+        reference: its ``dtype`` (of all that is frozen) and ``path``.
         with_reference: whether the reference's weights are needed (not where its log-probabilities
             are cached); None: where some objective compares with a reference.
-        quantization: "int8" or "nf4": hold the base's linear maps so (another checkpoint's
-            reference stays as it is).
 
     Raises:
         ValueError: the mesh does not divide a parameter, or its blocks; nothing is left to train.
     """
     axes = spec.policy.axes()
-    adapter = spec.policy.options.lora is not None
     trained, rest = trainable(
-        spec.policy.shapes(jnp.dtype(param_dtype)), adapter=adapter, freeze=freeze
+        spec.policy.shapes(model.param_dtype),
+        spec.policy.roles(),
+        adapter=spec.policy.options.lora is not None,
+        freeze=model.freeze,
     )
-    base_shapes = spec.base.shapes(jnp.dtype(frozen_dtype))
+    base_shapes = spec.base.shapes(reference.dtype)
     with_reference = spec.wants_reference if with_reference is None else with_reference
-    whole = with_reference and not other_reference and not spec.sync_every_steps
+    whole = with_reference and not reference.path and not spec.sync_every_steps
     base_leaves = flatten(base_shapes)
     if not whole:  # what is trained is not needed beside itself
         base_leaves = {path: leaf for path, leaf in base_leaves.items() if path in flatten(rest)}
     trained = abstract_params(mesh, trained, axes)
     base = abstract_params(mesh, unflatten(base_leaves), axes)
-    reference = (
-        abstract_params(mesh, base_shapes, axes) if with_reference and other_reference else None
-    )
+    other = None
+    if with_reference and reference.path:
+        other = abstract_params(mesh, base_shapes, axes)
     check_divisible(trained)
     check_divisible(base)
-    base = quantized_shapes(base, quantization) if quantization else base
-    return StateSpecs(trained, base, reference, abstract_state(spec, trained, mesh))
+    if model.quantize:
+        base = quantized_shapes(base, model.quantize, spec.base.roles())
+    return StateSpecs(trained, base, other, abstract_state(spec, trained, mesh))
 
 
 def first_state(spec: StepSpec, specs: StateSpecs, trained: Tree) -> Tree:

@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Optimizers by name, on optax: schedule, clipping by the global norm, decay masked off norms and
-biases."""
+"""Optimizers by name, on optax: schedule, clipping by the global norm, decay of matrices alone.
+
+A row of ``OPTIMIZERS`` may be any optax transformation, masked and partitioned ones too: its state
+is sharded by where the parameters stand in it (``state_shardings``).
+"""
 
 from __future__ import annotations
 
-import inspect
+import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,106 +18,42 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from align_jax.core.choose import choose
+from align_jax.core.options import OptimizerOptions
+from align_jax.core.tree import flatten
+from align_jax.models.roles import Role, role_of
 
-Schedule = Callable[[Any], Any]
-# Every parameter's own name is in exactly one of these: matrices decay, what scales or shifts a
-# feature does not.
-DECAYED = ("kernel", "tokens", "positions", "router", "gate", "up", "down", "lora_a", "lora_b")
-NOT_DECAYED = ("scale", "bias", "lora_m")
+Tree = Any
+Roles = Mapping[str, Any]  # a tree of Role, as ``Model.roles()``
+Schedule = Callable[[Any], Any]  # step, counted from 0 -> learning rate
 
-
-def _decay_mask(params: Any) -> Any:
-    """Tell for each parameter whether weight decay applies, by its name; an unknown name is an
-    error."""
-
-    def decays(path: tuple[Any, ...], _: Any) -> bool:
-        name = str(getattr(path[-1], "key", path[-1]))
-        if (name in DECAYED) == (name in NOT_DECAYED):
-            raise ValueError(
-                f"parameter {jax.tree_util.keystr(path)}: its name {name!r} must be "
-                "in exactly one of "
-                "training.optim.DECAYED and NOT_DECAYED"
-            )
-        return name in DECAYED
-
-    return jax.tree_util.tree_map_with_path(decays, params)
+# ------------------------------------------------------------------------------ schedules
 
 
-def _adamw(
-    rate: Schedule, *, weight_decay: float, b1: float, b2: float, eps: float, moment_dtype: str
-) -> optax.GradientTransformation:
-    return optax.adamw(
-        rate,
-        b1=b1,
-        b2=b2,
-        eps=eps,
-        weight_decay=weight_decay,
-        mask=_decay_mask,
-        mu_dtype=jnp.dtype(moment_dtype),
-    )
+def constant(options: OptimizerOptions, steps: int) -> Schedule:
+    """Stay at the peak."""
+    return optax.constant_schedule(options.learning_rate)
 
 
-def _lion(
-    rate: Schedule, *, weight_decay: float, b1: float, b2: float, moment_dtype: str
-) -> optax.GradientTransformation:
-    return optax.lion(
-        rate,
-        b1=b1,
-        b2=b2,
-        weight_decay=weight_decay,
-        mask=_decay_mask,
-        mu_dtype=jnp.dtype(moment_dtype),
-    )
+def linear(options: OptimizerOptions, steps: int) -> Schedule:
+    """Fall from the peak to ``final_fraction`` of it along a line."""
+    peak = options.learning_rate
+    return optax.linear_schedule(peak, options.final_fraction * peak, steps)
 
 
-def _rmsprop(rate: Schedule, *, weight_decay: float, eps: float) -> optax.GradientTransformation:
-    # PyTorch's: decay 0.99, and epsilon outside the root
-    return optax.chain(
-        optax.scale_by_rms(decay=0.99, eps=eps, eps_in_sqrt=False),
-        optax.add_decayed_weights(weight_decay, mask=_decay_mask),
-        optax.scale_by_learning_rate(rate),
-    )
+def cosine(options: OptimizerOptions, steps: int) -> Schedule:
+    """Fall from the peak to ``final_fraction`` of it along half a cosine."""
+    return optax.cosine_decay_schedule(options.learning_rate, steps, alpha=options.final_fraction)
 
 
-def _adafactor(rate: Schedule, *, weight_decay: float) -> optax.GradientTransformation:
-    return optax.adafactor(
-        rate,
-        weight_decay_rate=weight_decay or None,
-        weight_decay_mask=_decay_mask,
-        multiply_by_parameter_scale=False,
-    )
-
-
-def _sgd(rate: Schedule, *, weight_decay: float, b1: float) -> optax.GradientTransformation:
-    return optax.chain(
-        optax.add_decayed_weights(weight_decay, mask=_decay_mask), optax.sgd(rate, momentum=b1)
-    )
-
-
-OPTIMIZERS: Mapping[str, Callable[..., optax.GradientTransformation]] = {
-    "adamw": _adamw,
-    "lion": _lion,
-    "rmsprop": _rmsprop,
-    "adafactor": _adafactor,
-    "sgd": _sgd,
-}
-
-_DECAYS: Mapping[str, Callable[[float, float, int], Schedule]] = {
-    "constant": lambda peak, final, steps: optax.constant_schedule(peak),
-    "linear": lambda peak, final, steps: optax.linear_schedule(peak, final * peak, steps),
-    "cosine": lambda peak, final, steps: optax.cosine_decay_schedule(peak, steps, alpha=final),
+# (options, steps after the warm-up) -> the rate there
+SCHEDULES: Mapping[str, Callable[[OptimizerOptions, int], Schedule]] = {
+    "constant": constant,
+    "linear": linear,
+    "cosine": cosine,
 }
 
 
-def make_schedule(
-    *,
-    learning_rate: float,
-    schedule: str,
-    total_steps: int,
-    warmup_steps: int = 0,
-    warmup_fraction: float = 0.0,
-    final_fraction: float = 0.0,
-) -> Schedule:
+def make_schedule(options: OptimizerOptions, total_steps: int) -> Schedule:
     """Make the learning rate as a function of the step, counted from 0.
 
     A linear warm-up from ``peak / w`` at step 0 to the peak at step w - 1 (w = warm-up steps), so
@@ -122,58 +62,198 @@ def make_schedule(
     Raises:
         ValueError: an unknown schedule, or a warm-up longer than the run.
     """
-    decay = choose(_DECAYS, schedule, "config.optimizer.schedule")
-    warmup = warmup_steps or round(warmup_fraction * total_steps)
+    decay = choose(SCHEDULES, options.schedule, "config.optimizer.schedule")
+    warmup = options.warmup_steps or round(options.warmup_fraction * total_steps)
     if warmup > total_steps:
         raise ValueError(
             f"config.optimizer.warmup_steps = {warmup} is longer than the run's {total_steps} steps"
         )
-    after = decay(learning_rate, final_fraction, max(total_steps - warmup, 1))
+    after = decay(options, max(total_steps - warmup, 1))
     if not warmup:
         return after
-    ramp = optax.linear_schedule(learning_rate / warmup, learning_rate, max(warmup - 1, 1))
+    peak = options.learning_rate
+    ramp = optax.linear_schedule(peak / warmup, peak, max(warmup - 1, 1))
     return optax.join_schedules([ramp, after], [warmup])
 
 
-def make_optimizer(
-    schedule: Schedule,
-    *,
-    name: str,
-    weight_decay: float = 0.0,
-    clip_norm: float = 0.0,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    eps: float = 1e-8,
-    moment_dtype: str = "float32",
+# ------------------------------------------------------------------------------ optimizers
+
+
+def by_role(roles: Roles, read: Callable[[Role, Any], Any]) -> Callable[[Tree], Tree]:
+    """Return a function from a tree of parameters to what their roles say.
+
+    Args:
+        roles: the model's tree.
+        read: (role, parameter) -> the leaf.
+
+    Returns:
+        The function; it raises a ValueError that names a parameter without a role.
+    """
+    known = flatten(roles)
+
+    def leaf(path: tuple[Any, ...], parameter: Any) -> Any:
+        return read(role_of(known, "/".join(str(key.key) for key in path)), parameter)
+
+    return functools.partial(jax.tree_util.tree_map_with_path, leaf)
+
+
+def _decayed(roles: Roles) -> Callable[[Tree], Tree]:
+    return by_role(roles, lambda role, _: role.decayed)
+
+
+def adamw(options: OptimizerOptions, rate: Schedule, roles: Roles) -> optax.GradientTransformation:
+    """Make AdamW (Loshchilov and Hutter 2017, arXiv 1711.05101)."""
+    return optax.adamw(
+        rate,
+        b1=options.b1,
+        b2=options.b2,
+        eps=options.eps,
+        weight_decay=options.weight_decay,
+        mask=_decayed(roles),
+        mu_dtype=jnp.dtype(options.moment_dtype),
+    )
+
+
+def lion(options: OptimizerOptions, rate: Schedule, roles: Roles) -> optax.GradientTransformation:
+    """Make Lion (Chen et al. 2023, arXiv 2302.06675)."""
+    return optax.lion(
+        rate,
+        b1=options.b1,
+        b2=options.b2,
+        weight_decay=options.weight_decay,
+        mask=_decayed(roles),
+        mu_dtype=jnp.dtype(options.moment_dtype),
+    )
+
+
+def rmsprop(
+    options: OptimizerOptions, rate: Schedule, roles: Roles
 ) -> optax.GradientTransformation:
-    """Make the optimizer of this name; gradients are clipped by the norm over all parameters of all
-    devices.
+    """Make RMSprop as PyTorch has it: decay 0.99, and epsilon outside the root."""
+    return optax.chain(
+        optax.scale_by_rms(decay=0.99, eps=options.eps, eps_in_sqrt=False),
+        optax.add_decayed_weights(options.weight_decay, mask=_decayed(roles)),
+        optax.scale_by_learning_rate(rate),
+    )
+
+
+def adafactor(
+    options: OptimizerOptions, rate: Schedule, roles: Roles
+) -> optax.GradientTransformation:
+    """Make Adafactor (Shazeer and Stern 2018, arXiv 1804.04235) without relative steps."""
+    return optax.adafactor(
+        rate,
+        weight_decay_rate=options.weight_decay or None,
+        weight_decay_mask=_decayed(roles),
+        multiply_by_parameter_scale=False,
+    )
+
+
+def sgd(options: OptimizerOptions, rate: Schedule, roles: Roles) -> optax.GradientTransformation:
+    """Make gradient descent with momentum ``b1``."""
+    return optax.chain(
+        optax.add_decayed_weights(options.weight_decay, mask=_decayed(roles)),
+        optax.sgd(rate, momentum=options.b1),
+    )
+
+
+MUON_MOMENTUM = 0.95
+MUON_RMS = 0.2  # of an update's entries: AdamW's, so that both share one rate and one decay
+
+
+def muon(options: OptimizerOptions, rate: Schedule, roles: Roles) -> optax.GradientTransformation:
+    """Make Muon for the matrices between hidden states, AdamW for all else.
+
+    The momentum of a matrix is orthogonalized as the map that it is, all heads together, each layer
+    and expert by itself.  Norms, biases, embeddings and the output heads go by AdamW, whose rate
+    and decay serve both (Liu et al. 2025, Muon is Scalable for LLM Training, arXiv 2502.16982,
+    section 2.2).
+    """
+
+    def axes(role: Role, parameter: Any) -> optax.contrib.MuonDimensionNumbers:
+        first = role.leading + role.inputs
+        inputs, outputs = range(role.leading, first), range(first, parameter.ndim)
+        return optax.contrib.MuonDimensionNumbers(tuple(inputs), tuple(outputs))
+
+    matrices = optax.contrib.muon(
+        rate,
+        beta=MUON_MOMENTUM,
+        weight_decay=options.weight_decay,
+        mu_dtype=jnp.dtype(options.moment_dtype),
+        muon_weight_dimension_numbers=by_role(roles, axes),
+        consistent_rms=MUON_RMS,
+    )
+    labels = by_role(roles, lambda role, _: "muon" if role.hidden_matrix else "adamw")
+    return optax.partition({"muon": matrices, "adamw": adamw(options, rate, roles)}, labels)
+
+
+@dataclasses.dataclass(frozen=True)
+class Optimizer:
+    """A row of the table.
+
+    Attributes:
+        make: (options, schedule, the model's roles) -> any optax transformation.
+        takes: its options beside those that all have; another one away from its default is an
+            error.
+    """
+
+    make: Callable[[OptimizerOptions, Schedule, Roles], optax.GradientTransformation]
+    takes: tuple[str, ...]
+
+
+OPTIMIZERS: Mapping[str, Optimizer] = {
+    "adamw": Optimizer(adamw, ("weight_decay", "b1", "b2", "eps", "moment_dtype")),
+    "lion": Optimizer(lion, ("weight_decay", "b1", "b2", "moment_dtype")),
+    "rmsprop": Optimizer(rmsprop, ("weight_decay", "eps")),
+    "adafactor": Optimizer(adafactor, ("weight_decay",)),
+    "sgd": Optimizer(sgd, ("weight_decay", "b1")),
+    "muon": Optimizer(muon, ("weight_decay", "b1", "b2", "eps", "moment_dtype")),
+}
+
+
+def make_optimizer(
+    options: OptimizerOptions, schedule: Schedule, roles: Roles
+) -> optax.GradientTransformation:
+    """Make the optimizer; gradients are clipped by the norm over all parameters of all devices.
+
+    Args:
+        options: the config's group.
+        schedule: from ``make_schedule``.
+        roles: the policy's tree of roles.
 
     Raises:
-        ValueError: an unknown name, with the nearest known one; or a setting that this optimizer
-            does not have.
+        ValueError: an unknown name; an option that this optimizer does not have.
     """
-    make = choose(OPTIMIZERS, name, "config.optimizer.name")
-    options = dict(weight_decay=weight_decay, b1=b1, b2=b2, eps=eps, moment_dtype=moment_dtype)
-    known, mine = inspect.signature(make_optimizer).parameters, inspect.signature(make).parameters
+    row = choose(OPTIMIZERS, options.name, "config.optimizer.name")
+    others = {name for other in OPTIMIZERS.values() for name in other.takes} - set(row.takes)
     foreign = [
-        key for key, value in options.items() if key not in mine and value != known[key].default
+        field.name
+        for field in dataclasses.fields(options)
+        if field.name in others and getattr(options, field.name) != field.default
     ]
     if foreign:
         raise ValueError(
-            f"optimizer {name!r} has no "
-            + ", ".join(f"config.optimizer.{key}" for key in foreign)
-            + f"; it takes {[key for key in options if key in mine]}"
+            f"optimizer {options.name!r} has no "
+            + ", ".join(f"config.optimizer.{name}" for name in foreign)
+            + f"; it takes {list(row.takes)}"
         )
-    transform = make(schedule, **{key: value for key, value in options.items() if key in mine})
-    return optax.chain(optax.clip_by_global_norm(clip_norm), transform) if clip_norm else transform
+    transform = row.make(options, schedule, roles)
+    if not options.clip_norm:
+        return transform
+    return optax.chain(optax.clip_by_global_norm(options.clip_norm), transform)
+
+
+# ------------------------------------------------------------------------------ its state
 
 
 def state_shardings(
-    optimizer: optax.GradientTransformation, params: Any, shardings: Any, mesh: Mesh
-) -> Any:
-    """Shard the optimizer's state as its parameters; what has another shape (counts, factored
-    moments) is replicated.
+    optimizer: optax.GradientTransformation, params: Tree, shardings: Tree, mesh: Mesh
+) -> Tree:
+    """Shard the optimizer's state as its parameters, whatever trees it keeps of them.
+
+    A leaf of the state belongs to the parameter with whose path its own path ends, wrapped,
+    masked or partitioned as the state may be; where their shapes differ (factored moments), and
+    where a leaf belongs to none (counts, hyperparameters), it is replicated.
 
     Args:
         optimizer: the transformation.
@@ -182,11 +262,14 @@ def state_shardings(
         mesh: the mesh.
     """
     replicated = NamedSharding(mesh, PartitionSpec())
-    return optax.tree_map_params(
-        optimizer,
-        lambda leaf, sharding, param: sharding if leaf.shape == param.shape else replicated,
-        jax.eval_shape(optimizer.init, params),
-        shardings,
-        params,
-        transform_non_params=lambda _: replicated,
-    )
+    own, shapes = flatten(shardings), flatten(params)
+
+    def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        keys = [str(key.key) if isinstance(key, jax.tree_util.DictKey) else "" for key in path]
+        for start in range(len(keys)):  # the longest end first
+            name = "/".join(keys[start:])
+            if name in own:
+                return own[name] if leaf.shape == shapes[name].shape else replicated
+        return replicated
+
+    return jax.tree_util.tree_map_with_path(sharding, jax.eval_shape(optimizer.init, params))

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where everything lies on the mesh, and the steps compiled for it.
 
-what is trained ── trainable(...) ──┐                  ┌─ shardings of the state: optimizer state as its parameters
-logical axes    ── tree_shardings ──┴─ abstract_state ─┤
-                                                       └─ jit_train_step / lower_train_step
+roles        ── trainable ───────┐                  ┌─ shardings of the state
+logical axes ── tree_shardings ──┴─ abstract_state ─┤
+                                                    └─ jit_train_step / lower_train_step
 """
 
 from __future__ import annotations
@@ -14,26 +14,27 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from align_jax.core.schema import Batch
 from align_jax.core.tree import flatten, unflatten
+from align_jax.models.roles import role_of
 from align_jax.parallel.lowering import lower
 from align_jax.parallel.sharding import is_axes, row_sharding, tree_shardings
 from align_jax.training import optim
 from align_jax.training.steps import StepSpec, eval_step, init_state, reference_step, train_step
 
 Tree = Any
-# paths of what is trained beside a frozen base
-ADAPTER = re.compile(r"/lora_[abm]$|^(score|value|value_mlp)/")
 
 
-def trainable(params: Tree, *, adapter: bool, freeze: Sequence[str] = ()) -> tuple[Tree, Tree]:
+def trainable(
+    params: Tree, roles: Tree, *, adapter: bool, freeze: Sequence[str] = ()
+) -> tuple[Tree, Tree]:
     """Divide a tree of parameters (or of shapes, or axes) into what is trained and the rest.
 
     Args:
         params: the policy's whole tree.
+        roles: its tree of roles.
         adapter: train the low-rank adapters and the heads alone.
         freeze: regular expressions; parameters whose path one of them matches (search) are not
             trained.
@@ -44,7 +45,7 @@ def trainable(params: Tree, *, adapter: bool, freeze: Sequence[str] = ()) -> tup
     Raises:
         ValueError: a pattern that matches no parameter, or nothing left to train.
     """
-    leaves = flatten(params)
+    leaves, known = flatten(params), flatten(roles)
     for pattern in freeze:
         if not any(re.search(pattern, path) for path in leaves):
             raise ValueError(
@@ -54,7 +55,7 @@ def trainable(params: Tree, *, adapter: bool, freeze: Sequence[str] = ()) -> tup
     trained = {
         path: leaf
         for path, leaf in leaves.items()
-        if (not adapter or ADAPTER.search(path))
+        if (not adapter or role_of(known, path).beside_base)
         and not any(re.search(pattern, path) for pattern in freeze)
     }
     if not trained:
@@ -175,10 +176,3 @@ def lower_train_step(
         mesh, platform: as ``lower`` takes them.
     """
     return lower(jit_train_step(spec, state, mesh), mesh, state, frozen, batch, platform=platform)
-
-
-def place(tree: Tree, abstract: Tree) -> Tree:
-    """Cast and place arrays as their abstract counterparts say."""
-    return jax.tree.map(
-        lambda x, a: jax.device_put(jnp.asarray(x, a.dtype), a.sharding), tree, abstract
-    )

@@ -12,6 +12,7 @@ from align_jax.interop import hf
 from align_jax.models.layers import Linear
 from align_jax.models.lora import LoraConfig, fold, merge
 from align_jax.models.model import build
+from align_jax.models.roles import Role
 
 V, LENGTH = 61, 9
 SHAPE = dict(
@@ -94,7 +95,8 @@ def test_scales():
 
 def linear(lora):
     """One layer's map [D, F] and its parameters."""
-    module = Linear((32,), (40,), ("embed", "ffn"), jnp.dtype("float32"), lora=lora)
+    role = Role("linear", inputs=1)
+    module = Linear((32,), (40,), ("embed", "ffn"), jnp.dtype("float32"), role, lora=lora)
     draw = np.random.default_rng(3)
     shapes = {"kernel": (32, 40), "lora_a": (32, lora.rank), "lora_b": (lora.rank, 40)} | (
         {"lora_m": (40,)} if lora.dora else {}
@@ -173,7 +175,7 @@ def test_a_fresh_adapters_gradient_is_in_b_and_in_doras_magnitudes():
 def test_experts_take_no_adapter():
     config = hf.config_from({"model_type": "mixtral", "num_local_experts": 4} | SHAPE)
     with pytest.raises(
-        ValueError, match="match mlp/gate, mlp/up, mlp/down, but experts take no adapter"
+        ValueError, match="match mlp/down, mlp/gate, mlp/up, but experts take no adapter"
     ):
         build(config, lora=LoraConfig(2))
     build(config, lora=LoraConfig(2, targets="attention/.*"))

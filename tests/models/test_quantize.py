@@ -22,6 +22,7 @@ from align_jax.models.quantize import (
     quantize,
     quantized_shapes,
 )
+from align_jax.models.roles import Role
 from align_jax.parallel.mesh import make_mesh
 from align_jax.parallel.sharding import tree_shardings
 
@@ -36,9 +37,13 @@ SHAPE = dict(
 )
 
 
-def entry(kernel, method, path="layers/attention/query/kernel"):
+QUERY = Role("linear", inputs=1, leading=1)
+
+
+def entry(kernel, method, role=QUERY, path="kernel"):
     """What quantized_shapes says of one kernel."""
-    return flatten(quantized_shapes(unflatten({path: kernel}), method))[path]
+    shapes, roles = unflatten({path: kernel}), unflatten({path: role})
+    return flatten(quantized_shapes(shapes, method, roles))[path]
 
 
 def packed(kernel, method):
@@ -62,9 +67,9 @@ def filled(model, seed=0):
     )
 
 
-def quantized(base, method):
+def quantized(model, base, method):
     """A base with its kernels quantized, and the same with the kernels that the codes stand for."""
-    likes = flatten(quantized_shapes(jax.eval_shape(lambda: base), method))
+    likes = flatten(quantized_shapes(jax.eval_shape(lambda: base), method, model.roles()))
     few = {
         path: packed(leaf, method) if isinstance(likes[path], Quantized) else leaf
         for path, leaf in flatten(base).items()
@@ -108,9 +113,9 @@ def test_a_zero_column_stays_zero_and_the_largest_is_kept(method):
 
 def test_what_cannot_be_blocked_is_named():
     with pytest.raises(ValueError, match=r"(?s)multiple of 64.*layers/mlp/up/kernel \(2, 32, 80\)"):
-        entry(jax.ShapeDtypeStruct((2, 32, 80), jnp.float32), "nf4", "layers/mlp/up/kernel")
-    with pytest.raises(ValueError, match="unknown quantization 'int4'; known: int8, nf4"):
-        quantized_shapes({}, "int4")
+        entry(jax.ShapeDtypeStruct((2, 32, 80), jnp.float32), "nf4", path="layers/mlp/up/kernel")
+    with pytest.raises(ValueError, match="'int4' is unknown; did you mean 'int8'"):
+        quantized_shapes({}, "int4", {})
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -118,8 +123,8 @@ def test_what_cannot_be_blocked_is_named():
 def test_a_product_has_the_dense_gradient_and_keeps_the_codes_alone(method, count):
     shape = (BLOCK, 2, 3) if count == 1 else (2, BLOCK, 3)
     kernel = random((1, *shape))
-    path = f"layers/attention/{'query' if count == 1 else 'output'}/kernel"
-    like = entry(jax.ShapeDtypeStruct(kernel.shape, kernel.dtype), method, path)
+    role = Role("linear", inputs=count, leading=1)
+    like = entry(jax.ShapeDtypeStruct(kernel.shape, kernel.dtype), method, role)
     layer = jax.tree.map(lambda x: x[0], quantize(kernel, like))
     x = random((2, 5, *shape[:count]), 3)
     y, back = jax.vjp(lambda x: product(x, layer, count), x)
@@ -148,7 +153,7 @@ def fields():
 @pytest.mark.parametrize("method", METHODS)
 def test_policy_and_reference_run_from_the_codes(method):
     plain, adapted = models(dora=method == "int8")
-    base, stood_for = quantized(filled(plain), method)
+    base, stood_for = quantized(plain, filled(plain), method)
     adapter = jax.tree.map(lambda x: x + 0.05, adapted.init_adapter(jax.random.key(1), base))
 
     @jax.jit

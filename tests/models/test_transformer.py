@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from align_jax.interop import hf
-from align_jax.models.lora import LoraConfig, merge, split
+from align_jax.models.lora import LoraConfig, merge
 from align_jax.models.model import build
 from align_jax.parallel.mesh import make_mesh
 from align_jax.parallel.sharding import tree_shardings
@@ -184,13 +184,3 @@ def test_adapter_dropout_acts_only_with_a_key(base):
 def test_adapter_mistakes_are_errors(mistake, message):
     with pytest.raises(ValueError, match=message):
         build(CONFIG, lora=LoraConfig(**mistake))
-
-
-def test_split_and_merge_are_inverse(base):
-    _, params = base
-    frozen, trained = split(params, r"^embed/|/attention/")
-    assert set(frozen) == {"embed", "layers"} and set(frozen["layers"]) == {"attention"}
-    again = merge(frozen, trained)
-    jax.tree.map(np.testing.assert_array_equal, again, dict(params))
-    with pytest.raises(ValueError, match="no parameter matches"):
-        split(params, "nothing")

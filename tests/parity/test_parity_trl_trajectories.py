@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from align_jax import losses
+from align_jax.core.options import ModelOptions, OptimizerOptions
 from align_jax.core.schema import Batch
 from align_jax.interop import hf
 from align_jax.training import optim, steps
@@ -89,25 +90,22 @@ def test_losses_of_twenty_steps_equal_trl(method):
     name, options = OPTIONS[method]
     terms = losses.resolve(name, options)
     config = hf.load_config(str(FOLDER / ("reward" if method == "reward" else "causal")))
-    policy, base = make_models(
-        config, terms, compute_dtype="float32", remat="none", attention="auto"
-    )
+    policy, base = make_models(config, terms, ModelOptions(compute_dtype="float32", remat="none"))
     heads = ("score",) if method == "reward" else ()
     folder = str(FOLDER / ("reward" if method == "reward" else "causal"))
     params = hf.load(folder, dtype=jnp.float32, heads=heads, unembed=method != "reward")[1]
     with_adam = HEADER["optimizer"]
-    schedule = optim.make_schedule(
-        learning_rate=with_adam["learning_rate"], schedule="constant", total_steps=20
-    )
-    optimizer = optim.make_optimizer(
-        schedule,
-        name="adamw",
+    adamw = OptimizerOptions(
+        learning_rate=with_adam["learning_rate"],
+        schedule="constant",
         weight_decay=with_adam["weight_decay"],
         clip_norm=with_adam["max_grad_norm"],
         b1=with_adam["adam_beta1"],
         b2=with_adam["adam_beta2"],
         eps=with_adam["adam_epsilon"],
     )
+    schedule = optim.make_schedule(adamw, total_steps=20)
+    optimizer = optim.make_optimizer(adamw, schedule, policy.roles())
     spec = steps.StepSpec(policy, base, terms, optimizer, schedule)
     state = steps.init_state(spec, params)
     frozen = {"base": {} if method == "reward" else params}

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from align_jax import losses
+from align_jax.core.options import ModelOptions, OptimizerOptions, ReferenceOptions
 from align_jax.core.schema import Batch
 from align_jax.interop import hf
 from align_jax.models.lora import LoraConfig
@@ -35,25 +36,20 @@ MIXTURE = dict(MODEL, model_type="mixtral", num_local_experts=4, num_experts_per
 def bound(name="dpo", sizes=None, *, model=MODEL, rank=0, parts=1, remat="full", train=True):
     terms = losses.resolve(name, {})
     lora = LoraConfig(rank) if rank else None
-    models = initialize.make_models(
-        hf.config_from(model),
-        terms,
-        compute_dtype="bfloat16",
-        remat=remat,
-        attention="xla",
-        lora=lora,
-    )
-    schedule = optim.make_schedule(learning_rate=1e-3, schedule="constant", total_steps=10)
+    options = ModelOptions(remat=remat, attention="xla")
+    models = initialize.make_models(hf.config_from(model), terms, options, lora)
+    adamw = OptimizerOptions(schedule="constant", clip_norm=0.0)
+    schedule = optim.make_schedule(adamw, total_steps=10)
     spec = StepSpec(
         models.policy,
         models.base,
         terms,
-        optim.make_optimizer(schedule, name="adamw"),
+        optim.make_optimizer(adamw, schedule, models.policy.roles()),
         schedule,
         microbatches=parts,
     )
     mesh = make_mesh(sizes)
-    specs = initialize.make_state_specs(spec, mesh, param_dtype="float32", frozen_dtype="bfloat16")
+    specs = initialize.make_state_specs(spec, mesh, options, ReferenceOptions())
     by_token = np.zeros((N, T), np.int32)
     batch = Batch(*[by_token] * len(Batch._fields))._replace(
         loss_index=np.zeros((N, P), np.int32), reference_token_logps=None, mismatched=None

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from align_jax import losses
+from align_jax.core.options import Config, ModelOptions, OptimizerOptions, ReferenceOptions
 from align_jax.core.schema import Batch
 from align_jax.interop import hf
 from align_jax.models.lora import ATTENTION_AND_MLP, LoraConfig
@@ -42,6 +43,15 @@ MODELS = {
     ),
 }
 TARGETS = {"dense": ATTENTION_AND_MLP, "experts": "attention/.*"}  # experts take no adapter
+
+
+COMPUTED = ModelOptions(compute_dtype="float32", attention="xla")
+ADAMW = OptimizerOptions(learning_rate=1e-2, schedule="constant", eps=1e-3)
+
+
+def put(tree, specs):
+    """Lay arrays where the specs say."""
+    return jax.device_put(tree, jax.tree.map(lambda leaf: leaf.sharding, specs))
 
 
 def random_batch(
@@ -87,21 +97,19 @@ def step_spec_of(
     options: tuple = (),
     chunk: int = 4,
     dropout: float = 0.0,
+    optimizer: OptimizerOptions = ADAMW,
     **spec_options,
 ) -> StepSpec:
     """Make the step spec of an objective on one of the models; rank 0 trains all of it."""
     terms = losses.resolve(name, dict(options))
     lora = LoraConfig(rank, dropout=dropout, targets=TARGETS[model]) if rank else None
-    models = initialize.make_models(
-        MODELS[model], terms, compute_dtype="float32", remat="full", attention="xla", lora=lora
-    )
-    schedule = optim.make_schedule(learning_rate=1e-2, schedule="constant", total_steps=10)
-    optimizer = optim.make_optimizer(schedule, name="adamw", clip_norm=1.0, eps=1e-3)
+    models = initialize.make_models(MODELS[model], terms, COMPUTED, lora)
+    schedule = optim.make_schedule(optimizer, total_steps=10)
     return StepSpec(
         models.policy,
         models.base,
         terms,
-        optimizer,
+        optim.make_optimizer(optimizer, schedule, models.policy.roles()),
         schedule,
         microbatches=microbatches,
         chunk=chunk,
@@ -112,7 +120,7 @@ def step_spec_of(
 
 def state_specs_of(spec: StepSpec, mesh: jax.sharding.Mesh) -> initialize.StateSpecs:
     """Say what lies where, all in float32."""
-    return initialize.make_state_specs(spec, mesh, param_dtype="float32", frozen_dtype="float32")
+    return initialize.make_state_specs(spec, mesh, COMPUTED, ReferenceOptions(dtype="float32"))
 
 
 @functools.cache
@@ -122,8 +130,8 @@ def weights_of(*arguments, **options):
     spec, mesh = step_spec_of(*arguments, **options), make_mesh({"data": 1}, jax.devices()[:1])
     with jax.set_mesh(mesh):
         specs = state_specs_of(spec, mesh)
-        frozen = weights.load_frozen(spec, specs, path="", seed=0)
-        return jax.device_get((frozen, weights.load_trained(spec, specs, frozen, path="", seed=0)))
+        frozen = weights.load_frozen(spec, specs, Config())
+        return jax.device_get((frozen, weights.load_trained(spec, specs, frozen, Config())))
 
 
 @functools.cache
@@ -154,8 +162,8 @@ def steps_of(
     with jax.set_mesh(device_mesh):
         specs = state_specs_of(spec, device_mesh)
         frozen, trained = weights_of(name, model, rank, options=options, **spec_options)
-        frozen = partitioning.place(frozen, specs.frozen)
-        state = initialize.first_state(spec, specs, partitioning.place(trained, specs.trained))
+        frozen = put(frozen, specs.frozen)
+        state = initialize.first_state(spec, specs, put(trained, specs.trained))
         step = partitioning.jit_train_step(spec, specs.state, device_mesh)
         if ahead:
             step = step.lower(state, frozen, put_batch(device_mesh, batches[0])).compile()
@@ -181,6 +189,11 @@ def train_steps():
 @pytest.fixture(scope="session")
 def drawn_weights():
     return weights_of
+
+
+@pytest.fixture(scope="session")
+def put_as():
+    return put
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,13 @@ import numpy as np
 import pytest
 
 from align_jax import losses
+from align_jax.core.options import (
+    Config,
+    LoraOptions,
+    ModelOptions,
+    OptimizerOptions,
+    ReferenceOptions,
+)
 from align_jax.core.tree import flatten
 from align_jax.interop import hf, peft
 from align_jax.models.lora import LoraConfig
@@ -49,45 +56,44 @@ def checkpoint(tmp_path_factory):
     return str(path)
 
 
-def prepared(name, lora, mesh=None, **plan_options):
+def prepared(name, lora, mesh=None, **model_options):
     terms = losses.resolve(name, {})
-    value = dict(value_head=plan_options.pop("value_head", "value"))
-    models = initialize.make_models(
-        CONFIG, terms, compute_dtype="float32", remat="full", attention="xla", lora=lora, **value
-    )
-    schedule = optim.make_schedule(learning_rate=1e-2, schedule="constant", total_steps=10)
+    options = ModelOptions(compute_dtype="float32", attention="xla", **model_options)
+    models = initialize.make_models(CONFIG, terms, options, lora)
+    adamw = OptimizerOptions(learning_rate=1e-2, schedule="constant", clip_norm=0.0)
+    schedule = optim.make_schedule(adamw, total_steps=10)
     spec = StepSpec(
         models.policy,
         models.base,
         terms,
-        optim.make_optimizer(schedule, name="adamw"),
+        optim.make_optimizer(adamw, schedule, models.policy.roles()),
         schedule,
         chunk=4,
-        **value,
+        value_head=options.value_head,
     )
     mesh = make_mesh(mesh or {"data": 1}, jax.devices()[: math.prod((mesh or {}).values())])
-    return (
-        spec,
-        mesh,
-        initialize.make_state_specs(
-            spec, mesh, param_dtype="float32", frozen_dtype="float32", **plan_options
-        ),
-    )
+    reference = ReferenceOptions(dtype="float32")
+    return spec, mesh, initialize.make_state_specs(spec, mesh, options, reference)
+
+
+def started(path, **more):
+    """A run's config that says no more than what it starts from."""
+    return Config(model=ModelOptions(path=path, **more))
 
 
 @functools.cache
 def stepped(checkpoint, make_batch, quantization, sharded):
     """Take two steps of DPO; return their metrics and the frozen weights."""
     spec, mesh, specs = prepared(
-        "dpo", LoraConfig(2), SHARDED if sharded else None, quantization=quantization
+        "dpo", LoraConfig(2), SHARDED if sharded else None, quantize=quantization
     )
     with jax.set_mesh(mesh):
-        frozen = weights.load_frozen(spec, specs, path=checkpoint)
+        frozen = weights.load_frozen(spec, specs, started(checkpoint))
         assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), frozen) == jax.tree.map(
             lambda x: (x.shape, x.dtype, x.sharding), specs.frozen
         )
         state = initialize.first_state(
-            spec, specs, weights.load_trained(spec, specs, frozen, path=checkpoint)
+            spec, specs, weights.load_trained(spec, specs, frozen, started(checkpoint))
         )
         step = partitioning.jit_train_step(spec, specs.state, mesh)
         metrics = []
@@ -127,8 +133,8 @@ def test_a_quantized_base_is_the_same_over_a_mesh(checkpoint, make_batch):
 
 @pytest.mark.parametrize("method", ["int8", "nf4"])
 def test_random_weights_are_quantized_too(method):
-    spec, _, specs = prepared("dpo", LoraConfig(2), quantization=method)
-    frozen = weights.load_frozen(spec, specs, path="")
+    spec, _, specs = prepared("dpo", LoraConfig(2), quantize=method)
+    frozen = weights.load_frozen(spec, specs, Config())
     assert jax.tree.structure(frozen) == jax.tree.structure(specs.frozen)
     kernel = frozen["base"]["layers"]["mlp"]["up"]["kernel"]
     assert kernel.method == method and float(np.std(kernel.astype("float32"))) == pytest.approx(
@@ -139,10 +145,12 @@ def test_random_weights_are_quantized_too(method):
 
 def test_a_run_starts_from_a_peft_adapter(checkpoint, tmp_path):
     lora = LoraConfig(3, alpha=6.0, targets="attention/(query|value)", dora=True)
+    model = build(CONFIG, lora=lora)
+    roles = flatten(model.roles())
     shapes = {
         path: leaf
-        for path, leaf in flatten(build(CONFIG, lora=lora).shapes()).items()
-        if "lora_" in path
+        for path, leaf in flatten(model.shapes()).items()
+        if roles[path].part == "adapter"
     }
     draw = np.random.default_rng(1)
     adapter = {
@@ -150,10 +158,9 @@ def test_a_run_starts_from_a_peft_adapter(checkpoint, tmp_path):
     }
     peft.save(str(tmp_path), CONFIG, lora, hf.unflatten(adapter), base_name=checkpoint)
     spec, _, specs = prepared("reward", peft.load(str(tmp_path), CONFIG)[0], SHARDED)
-    frozen = weights.load_frozen(spec, specs, path=checkpoint)
-    trained = flatten(
-        weights.load_trained(spec, specs, frozen, path=checkpoint, adapter_path=str(tmp_path))
-    )
+    config = started(checkpoint, lora=LoraOptions(path=str(tmp_path)))
+    frozen = weights.load_frozen(spec, specs, config)
+    trained = flatten(weights.load_trained(spec, specs, frozen, config))
     # the head, which the file lacks, is drawn
     assert trained.keys() == adapter.keys() | {"score/out/kernel"}
     for path, leaf in adapter.items():

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from align_jax import losses
+from align_jax.core.options import ModelOptions, OptimizerOptions
 from align_jax.data import planning
 from align_jax.interop import hf
 from align_jax.models.lora import LoraConfig
@@ -38,6 +39,9 @@ TINY = dict(
 )
 
 
+PLAIN = ModelOptions(compute_dtype="float32", remat="none", attention="xla")
+
+
 def _step_spec(
     hf_config: dict,
     objective: str,
@@ -48,19 +52,15 @@ def _step_spec(
 ) -> StepSpec:
     terms = losses.resolve(objective, {}, None)
     models = initialize.make_models(
-        hf.config_from(hf_config),
-        terms,
-        compute_dtype="bfloat16",
-        remat=remat,
-        attention="xla",
-        lora=lora,
+        hf.config_from(hf_config), terms, ModelOptions(remat=remat, attention="xla"), lora
     )
-    schedule = optim.make_schedule(learning_rate=1e-6, schedule="constant", total_steps=10)
+    adamw = OptimizerOptions(schedule="constant", clip_norm=0.0)
+    schedule = optim.make_schedule(adamw, total_steps=10)
     return StepSpec(
         models.policy,
         models.base,
         terms,
-        optim.make_optimizer(schedule, name="adamw"),
+        optim.make_optimizer(adamw, schedule, models.policy.roles()),
         schedule,
         microbatches=microbatches,
     )
@@ -99,9 +99,7 @@ def test_a_matrix_product_is_counted_as_the_compiler_counts_it():
     spec = _step_spec(TINY, "sft", remat="none")
     # the compiler counts a scanned layer once
     config = hf.config_from(TINY | {"num_hidden_layers": 1})
-    model = initialize.make_models(
-        config, spec.terms, compute_dtype="float32", remat="none", attention="xla"
-    ).policy
+    model = initialize.make_models(config, spec.terms, PLAIN).policy
     ids = jnp.zeros((4, 32), jnp.int32)
 
     def run(params):
@@ -117,13 +115,7 @@ def test_a_matrix_product_is_counted_as_the_compiler_counts_it():
 @pytest.mark.parametrize("window, pairs", [(0, 32 * 33 / 2), (8, 8 * 9 / 2 + 24 * 8)])
 def test_attention_counts_what_the_mask_shows(window, pairs):
     config = hf.config_from(TINY | {"model_type": "mistral", "sliding_window": window or None})
-    model = initialize.make_models(
-        config,
-        losses.resolve("sft", {}, None),
-        compute_dtype="float32",
-        remat="none",
-        attention="xla",
-    ).policy
+    model = initialize.make_models(config, losses.resolve("sft", {}, None), PLAIN).policy
     assert forward_flops(model, rows=3, length=32, positions=0).attention == 3 * 2 * 4 * 16 * pairs
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from align_jax.parallel.sharding import put_batch
-from align_jax.training import initialize, partitioning, steps
+from align_jax.training import initialize, steps
 
 # one compiled step serves the tests of dropout, load balancing and mix
 EVERYTHING = dict(
@@ -36,7 +36,7 @@ def twins(batch, weights):
 
 
 @pytest.fixture(scope="module")
-def take_step(train_steps, drawn_weights, make_batch):
+def take_step(train_steps, drawn_weights, make_batch, put_as):
     """Take the step of this number on a batch of twins; return the next state and the metrics."""
     _, _, step, (specs, spec, mesh, _) = train_steps("dpo", **EVERYTHING)
     options = {key: EVERYTHING[key] for key in ("dropout", "sync_every_steps", "mix")}
@@ -45,11 +45,11 @@ def take_step(train_steps, drawn_weights, make_batch):
 
     def take(number, weights):
         with jax.set_mesh(mesh):
-            state = initialize.first_state(spec, specs, partitioning.place(trained, specs.trained))
+            state = initialize.first_state(spec, specs, put_as(trained, specs.trained))
             at = {"step": np.int32(number), "reference": shaken(trained, 1)}
-            at = partitioning.place(at, {name: specs.state[name] for name in at})
+            at = put_as(at, {name: specs.state[name] for name in at})
             batch = put_batch(mesh, twins(make_batch(0, groups=8), weights))
-            state, metrics = step(state | at, partitioning.place(frozen, specs.frozen), batch)
+            state, metrics = step(state | at, put_as(frozen, specs.frozen), batch)
             return jax.device_get((state, metrics))
 
     return take

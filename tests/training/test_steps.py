@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from align_jax.core.options import Config, OptimizerOptions
 from align_jax.core.tree import flatten
 from align_jax.planner import hlo
 from align_jax.planner.collectives import read_collectives
@@ -46,12 +47,23 @@ def test_eight_devices_equal_one(train_steps, objective, model, rank, mesh):
     same(alone, train_steps(objective, mesh, model=model, rank=rank, devices=8))
 
 
+def test_muon_moves_matrices_alike_on_one_device_and_on_eight(train_steps):
+    muon = OptimizerOptions(name="muon", learning_rate=1e-3, schedule="constant", eps=1e-3)
+    alone, many = (
+        train_steps("dpo", mesh, model="experts", devices=devices, steps=2, optimizer=muon)
+        for mesh, devices in (((), 1), ((("expert", 2), ("fsdp", 2), ("tensor", 2)), 8))
+    )
+    same(alone, many)
+    assert all(np.isfinite(step["loss"]) for step in alone[0])
+    assert alone[0][1]["loss"] != alone[0][0]["loss"]
+
+
 def test_weights_drawn_over_a_mesh_are_those_of_one_device(train_steps, drawn_weights):
     specs, spec, mesh, _ = train_steps(*MESHES[-1][::3], model="experts", rank=2, devices=8)[3]
     expected = drawn_weights("dpo", "experts", 2, options=())
     with jax.set_mesh(mesh):
-        frozen = weights.load_frozen(spec, specs, path="", seed=0)
-        found = frozen, weights.load_trained(spec, specs, frozen, path="", seed=0)
+        frozen = weights.load_frozen(spec, specs, Config())
+        found = frozen, weights.load_trained(spec, specs, frozen, Config())
     jax.tree.map(
         lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-7),
         jax.device_get(found),
@@ -137,8 +149,8 @@ def test_an_indivisible_batch_is_an_error(make_batch):
 def test_a_step_that_is_not_finite_leaves_the_state_as_it_was(train_steps, make_batch):
     _, _, step, (specs, spec, mesh, batch) = train_steps("dpo", steps=1)
     with jax.set_mesh(mesh):
-        frozen = weights.load_frozen(spec, specs, path="", seed=0)
-        trained = weights.load_trained(spec, specs, frozen, path="", seed=0)
+        frozen = weights.load_frozen(spec, specs, Config())
+        trained = weights.load_trained(spec, specs, frozen, Config())
         trained["final_norm"]["scale"] = trained["final_norm"]["scale"] * jnp.nan
         before = jax.device_get(trained)
         state, metrics = step(initialize.first_state(spec, specs, trained), frozen, batch)
