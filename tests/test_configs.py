@@ -13,7 +13,7 @@ import pytest
 
 from align_jax import losses, train
 from align_jax.core import config as configs
-from align_jax.data import planning
+from align_jax.data.layout import BatchSizes, batch_shape
 from align_jax.interop import hf
 from align_jax.losses.objective import data_kind
 from align_jax.parallel.chips import CHIPS
@@ -130,18 +130,12 @@ def test_a_recipe_fits_its_topology(spec):
     assert model.num_kv_heads % sizes["tensor"] == 0 == config.max_length % sizes["sequence"]
     if model.num_experts:
         assert model.num_experts % sizes["expert"] == 0
-    kind = data_kind(setup.objective_terms(configs.read(config)))
+    options = configs.read(config)
+    kind = data_kind(setup.objective_terms(options))
     responses = {"pairs": 2, "rollout": config.rollout.responses_per_prompt}.get(kind, 1)
     multiple = shards * config.microbatches
-    shape = planning.plan_shape(
-        responses=responses,
-        batch_size=config.batch_size,
-        layout=config.data.layout,
-        max_length=config.max_length,
-        row_length=config.row_length or None,
-        groups_per_row=config.data.groups_per_row or None,
-        row_multiple=multiple,
-    )
+    sizes = BatchSizes(config.batch_size, config.max_length, config.row_length, multiple)
+    shape = batch_shape(options.data, sizes, responses)
     assert shape.rows == config.batch_size * responses // max(1, config.data.groups_per_row), (
         "filler rows"
     )

@@ -48,7 +48,9 @@ def test_a_config_key_that_the_readme_names_exists(key):
         "data.formats",
         "data.datasets",
         "data.chat",
-        "data.batching",
+        "data.truncation",
+        "data.packing",
+        "data.layout",
         "data.pipeline",
     )
     if key not in modules:

@@ -3,7 +3,7 @@
 device is touched.
 
     sources -> formats -> datasets (kinds converted) -> chat (spans) -> encoding (tokens) ->
-    batching -> pipeline
+    truncation -> packing -> layout (rows) -> pipeline (steps)
 
 The tables: ``FORMATS``, ways of writing feedback down, and ``DATASETS``, public data sets by name.
 """

@@ -3,7 +3,7 @@
 
     prompt                                 response                     not rendered into tokens
     <|user|>How?<|end|><|assistant|>       Like this.<|end|>            (what a template writes after the last turn)
-    ^turn                   ^tail          loss: true
+    ^last_turn              ^header        loss: true
 
 Prompt and responses are tokenized apart, exactly as when the model generates: a group's responses
 share one prompt, token by token, and the mask needs no search.  A template is applied to the whole
@@ -41,8 +41,8 @@ class Rendered:
     Attributes:
         prompt: the prompt, with the header that asks for an answer.
         responses: each response's spans.
-        turn: where the last user turn begins in the prompt, in characters.
-        tail: how many characters at the prompt's end stand after the user's words (the header).
+        last_turn: where the last user turn begins in the prompt, in characters.
+        header: how many characters at the prompt's end stand after the user's words.
         templated: the texts come from a chat template, which writes its own beginning-of-sequence
             token.
         closing: what the template writes after each response's end, which is not learned.
@@ -50,21 +50,21 @@ class Rendered:
 
     prompt: str
     responses: tuple[tuple[Span, ...], ...]
-    turn: int = 0
-    tail: int = 0
+    last_turn: int = 0
+    header: int = 0
     templated: bool = False
     closing: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """An example as token ids; ``turn`` and ``tail`` count tokens."""
+    """An example as token ids; ``last_turn`` and ``header`` as in Rendered, in tokens."""
 
     prompt: list[int]
     responses: tuple[list[int], ...]
     masks: tuple[list[bool], ...]
-    turn: int
-    tail: int
+    last_turn: int
+    header: int
 
 
 def render(example: Example, tokenizer: PreTrainedTokenizerBase) -> Rendered:
@@ -106,8 +106,8 @@ def render(example: Example, tokenizer: PreTrainedTokenizerBase) -> Rendered:
         found, closing = _spans(tokenizer, whole, len(prompt), text, len(asked), example.source)
         spans.append(found)
         closings.append(closing)
-    turn, tail = _last_turn(tokenizer, prompt, asked)
-    return Rendered(asked, tuple(spans), turn, tail, True, tuple(closings))
+    last_turn, header = _last_turn(tokenizer, prompt, asked)
+    return Rendered(asked, tuple(spans), last_turn, header, True, tuple(closings))
 
 
 def _render_text(example: Example, tokenizer: PreTrainedTokenizerBase) -> Rendered:
@@ -290,11 +290,14 @@ def encode_prompts(
     )
     lead, found = bos_ids(tokenizer), []
     for one, ids, offsets in zip(rendered, encoding.input_ids, encoding.offset_mapping):
-        turn = sum(end <= one.turn for _, end in offsets) if one.turn else 0
-        tail = sum(start >= len(one.prompt) - one.tail for start, _ in offsets) if one.tail else 0
+        last_turn = header = 0
+        if one.last_turn:
+            last_turn = sum(end <= one.last_turn for _, end in offsets)
+        if one.header:
+            header = sum(start >= len(one.prompt) - one.header for start, _ in offsets)
         if lead and not one.templated and ids[:1] != lead:
-            ids, turn = lead + ids, turn + 1 if turn else 0
-        found.append((list(ids), turn, tail))
+            ids, last_turn = lead + ids, last_turn + 1 if last_turn else 0
+        found.append((list(ids), last_turn, header))
     return found
 
 
@@ -319,7 +322,7 @@ def encode_many(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase)
         )
     )
     made = []
-    for one, (prompt, turn, tail) in zip(rendered, encode_prompts(rendered, tokenizer)):
+    for one, (prompt, last_turn, header) in zip(rendered, encode_prompts(rendered, tokenizer)):
         responses, masks = [], []
         for spans in one.responses:
             ids: list[int] = []
@@ -332,7 +335,7 @@ def encode_many(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase)
                 mask[0] = False  # nothing precedes the first token, so nothing predicts it
             responses.append(ids)
             masks.append(mask)
-        made.append(Tokens(prompt, tuple(responses), tuple(masks), turn, tail))
+        made.append(Tokens(prompt, tuple(responses), tuple(masks), last_turn, header))
     return made
 
 

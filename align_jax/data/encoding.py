@@ -23,9 +23,10 @@ from transformers import PreTrainedTokenizerBase
 
 from align_jax.core.schema import Example
 from align_jax.data import chat
+from align_jax.data.layout import TokenizedGroup
 from align_jax.data.tokenizer import tokenizer_digest
 
-VERSION = 1
+VERSION = 2
 _CHUNK = 1024  # examples tokenized at once
 
 
@@ -37,8 +38,8 @@ class Encoded:
         prompt_ids, prompt_ends: group g's prompt is
             ``prompt_ids[prompt_ends[g]:prompt_ends[g + 1]]``.
         response_ids, response_mask, response_ends: response r of group g is number ``g * R + r``.
-        turn: where the prompt's last turn begins, in tokens.
-        tail: how many tokens at the prompt's end ask for the answer (the header).
+        last_turn: where the prompt's last turn begins, in tokens.
+        header: how many tokens at the prompt's end ask for the answer.
         label, scores, margin, weight: as in Example; ``scores`` is NaN where there are none.
         prompt_key: equal for equal prompts.
     """
@@ -48,8 +49,8 @@ class Encoded:
     response_ids: Int[np.ndarray, "r"]
     response_mask: Bool[np.ndarray, "r"]
     response_ends: Int[np.ndarray, "GR1"]
-    turn: Int[np.ndarray, "G"]
-    tail: Int[np.ndarray, "G"]
+    last_turn: Int[np.ndarray, "G"]
+    header: Int[np.ndarray, "G"]
     label: Bool[np.ndarray, "G"]
     scores: Float[np.ndarray, "G R"]
     margin: Float[np.ndarray, "G"]
@@ -59,7 +60,7 @@ class Encoded:
     @property
     def groups(self) -> int:
         """The number of groups."""
-        return len(self.turn)
+        return len(self.weight)
 
     @property
     def responses(self) -> int:
@@ -78,14 +79,19 @@ class Encoded:
         part = slice(self.response_ends[number], self.response_ends[number + 1])
         return self.response_ids[part], self.response_mask[part]
 
+    def group(self, group: int) -> TokenizedGroup:
+        """Return a whole group."""
+        responses = [self.response(group, index) for index in range(self.responses)]
+        return TokenizedGroup(self.prompt(group), tuple(responses))
+
 
 def encode_all(
     examples: Sequence[Example],
     tokenizer: PreTrainedTokenizerBase,
     *,
     responses: int,
-    control: Sequence[str] | None = None,
-    cache_dir: str | None = None,
+    control_tokens: Sequence[str] = (),
+    cache: str = "",
     digest: str = "",
     processes: int | None = None,
 ) -> Encoded:
@@ -95,41 +101,28 @@ def encode_all(
         examples: the examples, each with ``responses`` responses.
         tokenizer: the tokenizer.
         responses: R.
-        control: for conditional fine-tuning, R texts (or special tokens), put without loss before
-            each response; or two for unpaired data: before desirable and before undesirable ones.
-        cache_dir: a folder in which the result is kept; None keeps nothing.
+        control_tokens: for conditional fine-tuning, R texts (or special tokens), put without loss
+            before each response; or two for unpaired data: before desirable and before undesirable
+            ones.
+        cache: a folder in which the result is kept; "": nothing is kept.
         digest: what the examples are made of (``Examples.digest``); part of the cache's key.
         processes: how many tokenize at once; None: one for every 20,000 examples, at most one a
             CPU.
 
-    Returns:
-        The tokens.
-
     Raises:
         ValueError: an example of another number of responses, or one that cannot be rendered.
     """
-    path = None
-    if cache_dir is not None:
-        key = json.dumps(
-            [
-                VERSION,
-                digest,
-                tokenizer_digest(tokenizer),
-                responses,
-                list(control or ()),
-                len(examples),
-            ]
-        )
-        path = os.path.join(
-            cache_dir, f"tokens-{hashlib.sha256(key.encode()).hexdigest()[:24]}.npz"
-        )
-        cached = _load(path)
-        if cached is not None:
-            return cached
+    path = ""
+    if cache:
+        sources = [VERSION, digest, tokenizer_digest(tokenizer), responses, [*control_tokens]]
+        key = hashlib.sha256(json.dumps([*sources, len(examples)]).encode()).hexdigest()
+        path = os.path.join(cache, f"tokens-{key[:24]}.npz")
+        if (found := _load(path)) is not None:
+            return found
     if processes is None:
         processes = min(os.cpu_count() or 1, len(examples) // 20_000)
-    encoded = _encode_all(examples, tokenizer, responses, control, processes)
-    if path is not None:
+    encoded = _encode_all(examples, tokenizer, responses, control_tokens, processes)
+    if path:
         _save(path, encoded)
     return encoded
 
@@ -138,42 +131,39 @@ def _encode_all(
     examples: Sequence[Example],
     tokenizer: PreTrainedTokenizerBase,
     responses: int,
-    control: Sequence[str] | None,
+    control_tokens: Sequence[str],
     processes: int,
 ) -> Encoded:
-    prompts, texts, masks, turns, tails, keys = [], [], [], [], [], []
+    prompts, texts, masks, turns, headers = [], [], [], [], []
     for example, tokens in zip(examples, _tokens(examples, tokenizer, responses, processes)):
         prompts.append(np.asarray(tokens.prompt, np.int32))
-        turns.append(tokens.turn)
-        tails.append(tokens.tail)
-        keys.append(
-            int.from_bytes(
-                hashlib.blake2b(prompts[-1].tobytes(), digest_size=8).digest(),
-                "little",
-                signed=True,
-            )
-        )
+        turns.append(tokens.last_turn)
+        headers.append(tokens.header)
         for index, (ids, mask) in enumerate(zip(tokens.responses, tokens.masks)):
-            lead = _control(tokenizer, control, example, index)
+            lead = _control_ids(tokenizer, control_tokens, example, index)
             texts.append(np.asarray(lead + ids, np.int32))
             masks.append(np.asarray([False] * len(lead) + mask, np.bool_))
     missing = (float("nan"),) * responses
+    scores = np.asarray([example.scores or missing for example in examples], np.float32)
     return Encoded(
         prompt_ids=_flat(prompts, np.int32),
         prompt_ends=_ends(prompts),
         response_ids=_flat(texts, np.int32),
         response_mask=_flat(masks, np.bool_),
         response_ends=_ends(texts),
-        turn=np.asarray(turns, np.int64),
-        tail=np.asarray(tails, np.int64),
-        label=np.asarray([bool(e.label) for e in examples], np.bool_),
-        scores=np.asarray([e.scores or missing for e in examples], np.float32).reshape(
-            len(examples), responses
-        ),
-        margin=np.asarray([e.margin for e in examples], np.float32),
-        weight=np.asarray([e.weight for e in examples], np.float32),
-        prompt_key=np.asarray(keys, np.int64),
+        last_turn=np.asarray(turns, np.int64),
+        header=np.asarray(headers, np.int64),
+        label=np.asarray([bool(example.label) for example in examples], np.bool_),
+        scores=scores.reshape(len(examples), responses),
+        margin=np.asarray([example.margin for example in examples], np.float32),
+        weight=np.asarray([example.weight for example in examples], np.float32),
+        prompt_key=np.asarray([_key(prompt) for prompt in prompts], np.int64),
     )
+
+
+def _key(prompt: np.ndarray) -> int:
+    found = hashlib.blake2b(prompt.tobytes(), digest_size=8).digest()
+    return int.from_bytes(found, "little", signed=True)
 
 
 def _tokens(
@@ -214,16 +204,16 @@ def _encode_chunk(chunk: Sequence[Example]) -> list[chat.Tokens]:
     return chat.encode_many(chunk, _TOKENIZER[0])
 
 
-def _control(
-    tokenizer: PreTrainedTokenizerBase, control: Sequence[str] | None, example: Example, index: int
+def _control_ids(
+    tokenizer: PreTrainedTokenizerBase, control: Sequence[str], example: Example, index: int
 ) -> list[int]:
     if not control:
         return []
     which = index if example.label is None else int(not example.label)
     if which >= len(control):
         raise ValueError(
-            f"{example.source}: {len(example.responses)} responses, but control "
-            f"tokens for {len(control)}"
+            f"{example.source}: {len(example.responses)} responses, but control tokens for "
+            f"{len(control)}"
         )
     return list(tokenizer(control[which], add_special_tokens=False).input_ids)
 
@@ -246,9 +236,8 @@ def _save(path: str, encoded: Encoded) -> None:
 def _load(path: str) -> Encoded | None:
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            return Encoded(
-                **{field.name: arrays[field.name] for field in dataclasses.fields(Encoded)}
-            )
+            names = [field.name for field in dataclasses.fields(Encoded)]
+            return Encoded(**{name: arrays[name] for name in names})
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, zipfile.BadZipFile):

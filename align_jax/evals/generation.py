@@ -11,6 +11,7 @@ from jaxtyping import Float
 
 from align_jax.core.options import RolloutOptions
 from align_jax.data.datasets import Examples
+from align_jax.data.layout import one_group_shape
 from align_jax.data.tokenizer import pad_id
 from align_jax.evals.policy import EvaluatedPolicy, standard_error
 from align_jax.inference.engines import Local
@@ -123,11 +124,11 @@ def divergence(
         raise ValueError("the divergence from a reference needs one")
     scores = np.zeros((len(prompts), len(completions[0])), np.float32)
     groups = selection.unpaired(scores, scores.reshape(-1), RolloutOptions())
-    shape = batches.plan_shape(
+    shape = one_group_shape(
+        "plain",
         groups=len(groups.prompts),
         responses=1,
         prompt=max(map(len, prompts)),
-        layout="plain",
         response=max(len(one.tokens) for several in completions for one in several),
     )
     batch = batches.write(

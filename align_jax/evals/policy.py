@@ -11,8 +11,10 @@ import numpy as np
 from jaxtyping import Float
 from transformers import PreTrainedTokenizerBase
 
+from align_jax.core.options import DataOptions
 from align_jax.core.schema import Batch
 from align_jax.data.datasets import Examples
+from align_jax.data.layout import BatchSizes, round_up
 from align_jax.data.pipeline import make_pipeline
 from align_jax.inference.generate import local_rows
 from align_jax.inference.score import rescore
@@ -64,19 +66,16 @@ def response_logps(
         examples: of any kind with responses.
         batch_size: groups at once; rounded up to what the mesh divides.
         max_length: tokens of prompt and response.
-        truncation: see ``data.batching.truncate``; dropped examples are left out.
+        truncation: see ``data.truncation.truncate``; dropped examples are left out.
     """
     multiple = row_shards(policy.mesh)
+    limit = min(max_length, policy.model.config.max_positions)
     pipeline = make_pipeline(
         examples,
         policy.tokenizer,
-        batch_size=-(-batch_size // multiple) * multiple,
-        max_length=min(max_length, policy.model.config.max_positions),
-        truncation=truncation,
-        trim=True,
-        shuffle=False,
-        repeat=False,
-        row_multiple=multiple,
+        DataOptions(truncation=truncation),
+        BatchSizes(round_up(batch_size, multiple), limit, row_multiple=multiple),
+        once=True,
     )
     own, reference, lengths = [], [], []
     with jax.set_mesh(policy.mesh):

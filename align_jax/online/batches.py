@@ -1,80 +1,75 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From chosen samples to a batch's rows, and from per-response arrays to per-token fields.
+"""From chosen samples to a batch, and from per-response arrays to per-token fields.
 
-plain          a response a row: [prompt response 0 . .], [prompt response 1 . .]
-shared_prefix  a group a row: [prompt | response 0 | response 1 | . .], the prompt stored and
-computed once
+Each group of samples is a bin of its own (see ``data.layout``): R plain rows, or one row in which
+the prompt is stored and computed once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from align_jax.core.schema import Batch
-from align_jax.data import batching, planning
-from align_jax.data.batching import Piece, Shape
+from align_jax.data import layout as layouts
+from align_jax.data.layout import BatchShape, TokenizedGroup
 from align_jax.inference.generate import Completion
 from align_jax.online.config import RolloutConfig
 from align_jax.online.selection import Groups
 
-LAYOUTS = ("plain", "shared_prefix")
+Completions = Sequence[Sequence[Completion]]  # of each prompt
 
 
-def plan_shape(*, groups: int, responses: int, prompt: int, response: int, layout: str) -> Shape:
-    """Return the static sizes of a batch of so many groups.
+def rollout_shape(config: RolloutConfig, longest: int) -> BatchShape:
+    """Return the static sizes of an optimizer step's batch, the whole mesh's.
 
     Args:
-        groups: B.
-        responses: R.
-        prompt: tokens of the longest prompt.
-        response: tokens of the longest completion.
-        layout: one of ``LAYOUTS``.
+        config: how rollouts are made.
+        longest: tokens of the longest prompt.
 
     Raises:
-        ValueError: an unknown layout.
+        ValueError: a layout that rollouts do not have.
     """
-    if layout not in LAYOUTS:
-        raise ValueError(f"rollouts are laid out as one of {LAYOUTS}; data.layout is {layout!r}")
-    each = responses if layout == "shared_prefix" else 1
-    length = -(-(prompt + each * response) // 8) * 8
-    return Shape(
-        rows=groups * responses // each,
-        length=length,
-        positions=each * response,
-        slots=each,
-        groups=groups,
-        responses=responses,
+    if config.layout not in ("plain", "shared_prefix"):
+        raise ValueError(
+            f"config.data.layout = {config.layout!r}: rollouts are plain or shared_prefix"
+        )
+    return layouts.one_group_shape(
+        config.layout,
+        groups=config.batch_size,
+        responses=config.groups[1],
+        prompt=longest,
+        response=config.options.max_new_tokens,
     )
 
 
-def batch_shapes(shape: Shape, config: RolloutConfig) -> Batch:
+def abstract_batch(config: RolloutConfig, shape: BatchShape) -> Batch:
     """Return a step's batch, the whole mesh's, as arrays that take no memory.
 
     Args:
-        shape: from ``plan_shape``.
         config: how rollouts are made.
+        shape: from ``rollout_shape``.
     """
-    batch = planning.batch_shapes(
+    filled = ["old_token_logps", "advantages"] if config.targets is not None else []
+    filled += ["returns", "old_values"] if config.value_head else []
+    return layouts.abstract_batch(
         shape,
-        kind=config.kind,
-        layout=config.layout,
+        config.layout,
+        config.kind,
         mismatched=shape if config.mismatched else None,
+        token_fields=filled,
     )
-    by_token = np.broadcast_to(np.zeros((), np.float32), batch.tokens.shape)
-    if config.targets is not None:
-        batch = batch._replace(old_token_logps=by_token, advantages=by_token)
-    return batch._replace(returns=by_token, old_values=by_token) if config.value_head else batch
 
 
 def write(
     groups: Groups,
     prompts: Sequence[Int[np.ndarray, "_"]],
-    completions: Sequence[Sequence[Completion]],
+    completions: Completions,
     scores: Float[np.ndarray, "Q n"],
-    shape: Shape,
+    shape: BatchShape,
     *,
     layout: str,
     pad: int,
@@ -87,106 +82,81 @@ def write(
         prompts: token ids of each of the rollout's prompts.
         completions: its samples.
         scores: theirs.
-        shape: of the batch; only its rows may be fewer or more.
-        layout: one of ``LAYOUTS``.
+        shape: of rows; there are as many as the groups take.
+        layout: a key of ``data.layout.LAYOUTS``.
         pad: id that fills rows.
         keep_unfinished: whether the tokens of completions cut off by the limit bear the loss.
     """
-    count, responses = groups.samples.shape
-    each = shape.slots
-    rows = batching.Rows(
-        count * responses // each,
-        shape.length,
-        shape.positions,
-        each,
-        pad,
-        shared=layout == "shared_prefix",
-    )
-    for g in range(count):
-        prompt, chosen = groups.prompts[g], []
-        for s in groups.samples[g]:
-            one = completions[prompt][s]
-            mask = np.full(len(one.tokens), keep_unfinished or one.finish == "stop")
-            chosen.append((one.tokens, mask))
-        if layout == "shared_prefix":
-            rows.write(g, [Piece(prompts[prompt], tuple(chosen))], responses)
-        else:
-            for r, response in enumerate(chosen):
-                rows.write(g * responses + r, [Piece(prompts[prompt], (response,))], 1)
-    found = np.take_along_axis(scores[groups.prompts], groups.samples, axis=1).astype(np.float32)
-    extra = (
-        {"label": groups.label}
-        if groups.label is not None
-        else {"margin": np.zeros(count, np.float32)}
-    )
-    return batching.to_batch(
-        rows, responses, weight=groups.weight.astype(np.float32), scores=found, **extra
-    )
+    bins = []
+    for prompt, samples in zip(groups.prompts, groups.samples):
+        responses = []
+        for sample in samples:
+            one = completions[prompt][sample]
+            learned = keep_unfinished or one.finish == "stop"
+            responses.append((one.tokens, np.full(len(one.tokens), learned)))
+        bins.append([TokenizedGroup(prompts[prompt], tuple(responses))])
+    found = np.take_along_axis(scores[groups.prompts], groups.samples, axis=1)
+    fields: dict[str, Any] = {"scores": found.astype(np.float32)}
+    if groups.label is None:
+        fields["margin"] = np.zeros(len(bins), np.float32)
+    else:
+        fields["label"] = groups.label
+    weight = groups.weight.astype(np.float32)
+    return layouts.make_batch(bins, shape, layout, pad=pad, weight=weight, **fields)
 
 
 def token_field(
-    batch: Batch, groups: Groups, completions: Sequence[Sequence[Completion]], field: str
+    batch: Batch, groups: Groups, completions: Completions, field: str
 ) -> Float[np.ndarray, "N T"]:
     """Lay a per-token quantity of the completions (a field of Completion) over the batch's loss
     tokens."""
     out = np.zeros(batch.tokens.shape, np.float32)
-    samples = [
-        completions[p][s] for p, chosen in zip(groups.prompts, groups.samples) for s in chosen
-    ]
-    per_row = len(samples) // len(out)
-    for row in range(len(out)):
-        for slot, one in enumerate(samples[row * per_row : (row + 1) * per_row]):
-            at = np.flatnonzero(batch.loss_mask[row] & (batch.slot[row] == slot))
-            out[row, at] = getattr(one, field)[: len(at)]
+    slots = groups.samples.size // len(out)
+    for number, one in enumerate(_samples(groups, completions)):
+        row, slot = divmod(number, slots)
+        at = np.flatnonzero(batch.loss_mask[row] & (batch.slot[row] == slot))
+        out[row, at] = getattr(one, field)[: len(at)]
     return out
 
 
-def mismatch(
+def _samples(groups: Groups, completions: Completions) -> Iterator[Completion]:
+    """Yield the groups' samples in the order of their slots."""
+    for prompt, samples in zip(groups.prompts, groups.samples):
+        for sample in samples:
+            yield completions[prompt][sample]
+
+
+def mismatched(
     groups: Groups,
     prompts: Sequence[Int[np.ndarray, "_"]],
-    completions: Sequence[Sequence[Completion]],
-    shape: Shape,
+    completions: Completions,
+    shape: BatchShape,
     *,
     pad: int,
 ) -> Batch:
-    """Pair each prompt with the response of the next group that has another prompt: KTO's rows for
-    its KL term.
+    """Pair each prompt with the response of the next group that has another prompt.
 
     Raises:
         ValueError: all groups have the same prompt.
     """
-    count = len(groups.prompts)
-    rows = batching.Rows(count, shape.length, shape.positions, 1, pad, shared=False)
-    texts = [prompts[p].tobytes() for p in groups.prompts]
-    for g in range(count):
-        others = (h % count for h in range(g + 1, g + count) if texts[h % count] != texts[g])
-        other = next(others, None)
-        if other is None:
-            raise ValueError(
-                "mismatched completions need two different prompts in a rollout; "
-                "raise rollout.prompts"
-            )
-        tokens = completions[groups.prompts[other]][groups.samples[other][0]].tokens
-        rows.write(
-            g, [Piece(prompts[groups.prompts[g]], ((tokens, np.ones(len(tokens), bool)),))], 1
-        )
-    return batching.to_batch(rows, 1, weight=groups.weight.astype(np.float32))
+    texts = [prompts[prompt].tobytes() for prompt in groups.prompts]
+    samples = list(_samples(groups, completions))  # R = 1
+    bins = []
+    for prompt, partner in zip(groups.prompts, layouts.next_other(texts)):
+        ids = samples[partner].tokens
+        bins.append([TokenizedGroup(prompts[prompt], ((ids, np.ones(len(ids), np.bool_)),))])
+    weight = groups.weight.astype(np.float32)
+    return layouts.make_batch(bins, shape, "plain", pad=pad, weight=weight)
 
 
 def take(batch: Batch, chosen: Int[np.ndarray, "b"]) -> Batch:
     """Return the batch of some of a batch's groups."""
-    groups = len(batch.weight)
-
-    def pick(x: np.ndarray) -> np.ndarray:
-        each = len(x) // groups  # rows of a group
-        return x.reshape(groups, each, *x.shape[1:])[chosen].reshape(-1, *x.shape[1:])
-
-    fields = {
-        name: value
-        if value is None
-        else take(value, chosen)
-        if isinstance(value, Batch)
-        else pick(value)
-        for name, value in batch._asdict().items()
-    }
+    groups, fields = len(batch.weight), batch._asdict()
+    for name, x in fields.items():
+        if isinstance(x, Batch):
+            fields[name] = take(x, chosen)
+        elif x is not None:
+            rows = len(x) // groups  # of a group
+            by_group = x.reshape(groups, rows, *x.shape[1:])
+            fields[name] = by_group[chosen].reshape(-1, *x.shape[1:])
     return Batch(**fields)

@@ -33,7 +33,7 @@ from transformers import PreTrainedTokenizerBase
 
 from align_jax.core.options import Config
 from align_jax.core.schema import Batch, Example
-from align_jax.data.batching import Shape
+from align_jax.data.layout import BatchShape
 from align_jax.data.tokenizer import pad_id
 from align_jax.inference.engines import Engine, Local, Server
 from align_jax.inference.generate import Generator, bucket, local_rows
@@ -130,15 +130,9 @@ class RolloutMaker:
             )
 
     @functools.cached_property
-    def shape(self) -> Shape:
+    def shape(self) -> BatchShape:
         """A step's sizes on the whole mesh."""
-        return batches.plan_shape(
-            groups=self.config.batch_size,
-            responses=self.config.groups[1],
-            prompt=self.prompts.longest,
-            response=self.config.options.max_new_tokens,
-            layout=self.config.layout,
-        )
+        return batches.rollout_shape(self.config, self.prompts.longest)
 
     def make(self, weights: Weights, state: RolloutState) -> Rollout:
         """Generate, score and write one rollout."""
@@ -209,7 +203,7 @@ class RolloutMaker:
         indices = [self.prompts.index(samples[p].position) for p in groups.prompts]
         batch = batch._replace(example_index=np.array(indices, np.int32))
         if config.mismatched:
-            mismatched = batches.mismatch(groups, prompts, completions, self.shape, pad=self.pad)
+            mismatched = batches.mismatched(groups, prompts, completions, self.shape, pad=self.pad)
             batch = batch._replace(mismatched=mismatched)
         if config.targets is None:
             return batch, {}, kl_coef
@@ -307,7 +301,7 @@ class Rollouts:
     def abstract(self) -> Batch:
         """Return the whole mesh's batch as arrays of the right shape and dtype that take no
         memory."""
-        return batches.batch_shapes(self.shape, self._config)
+        return batches.abstract_batch(self._config, self.shape)
 
     @property
     def num_examples(self) -> int:

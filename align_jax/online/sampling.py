@@ -21,7 +21,8 @@ from transformers import PreTrainedTokenizerBase
 
 from align_jax.core.options import RolloutOptions
 from align_jax.core.schema import Example
-from align_jax.data import batching, chat
+from align_jax.data import chat
+from align_jax.data.truncation import Limits, truncate
 from align_jax.inference.engines import Engine
 from align_jax.inference.generate import Completion, Request, true_on_all_processes
 from align_jax.inference.samplers import Sampling
@@ -73,24 +74,19 @@ class Prompts:
                 f"rollout.max_new_tokens = {max_new_tokens} leaves no room for a prompt in "
                 f"max_length = {max_length} tokens"
             )
+        # prompts give way to completions of the greatest length
+        limits = Limits(max_length, truncation, max_length - max_new_tokens, tokenizer.bos_token_id)
         self._seed, self._shuffle = seed, shuffle
         self._kept: list[tuple[Example, Int[np.ndarray, "p"]]] = []
         truncated = 0
         for example, tokens in zip(examples, chat.encode_many(examples, tokenizer)):
             ids = np.asarray(tokens.prompt, np.int32)
-            cut = batching.truncate(
-                len(ids),
-                [max_new_tokens],
-                turn=tokens.turn,
-                tail=tokens.tail,
-                max_length=max_length,
-                bos=bool(len(ids)) and int(ids[0]) == tokenizer.bos_token_id,
-                policy=truncation,
-                max_prompt_length=max_length - max_new_tokens,
+            left = truncate(
+                ids, [max_new_tokens], limits, last_turn=tokens.last_turn, header=tokens.header
             )
-            if cut.reason or not len(ids):
+            if left.reason or not len(ids):
                 continue
-            kept = batching.cut_prompt(ids, cut)
+            kept = left.prompt(ids)
             truncated += len(kept) < len(ids)
             self._kept.append((example, kept))
         if not self._kept:

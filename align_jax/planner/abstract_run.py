@@ -8,13 +8,13 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from align_jax.core.options import Config
 from align_jax.core.schema import Batch
-from align_jax.data import planning
+from align_jax.data import layout
+from align_jax.data.layout import BatchSizes
 from align_jax.models.config import ModelConfig
 from align_jax.models.model import Model, build
 from align_jax.online import batches, rewards
@@ -169,27 +169,18 @@ def offline_batch(
         loss_positions: as ``AbstractRun`` has it.
         train: false: a batch to evaluate.
     """
-    d, layout = config.data, config.data.layout
-    if not loss_positions and layout == "plain" and d.max_prompt_length:
-        loss_positions = config.max_length - d.max_prompt_length
-    shape = planning.plan_shape(
-        responses=RESPONSES[kind],
-        batch_size=(not train and config.eval.batch_size) or config.batch_size,
-        layout=layout,
-        max_length=config.max_length,
-        row_length=config.row_length or None,
-        groups_per_row=d.groups_per_row or None,
-        loss_positions=loss_positions or None,
-        row_multiple=row_shards(mesh) * (config.microbatches if train else 1),
+    sizes = BatchSizes.of(config, row_shards(mesh), once=not train)
+    shape = layout.batch_shape(config.data, sizes, RESPONSES[kind], loss_positions=loss_positions)
+    other = None
+    if mismatched:
+        other = layout.mismatched_shape(shape, config.max_length, shape.loss_positions)
+    return layout.abstract_batch(
+        shape,
+        config.data.layout,
+        kind,
+        mismatched=other,
+        token_fields=["reference_token_logps"] if config.reference.mode == "cached" else [],
     )
-    other = (
-        planning.mismatched_shape(shape, config.max_length, shape.positions) if mismatched else None
-    )
-    batch = planning.batch_shapes(shape, kind=kind, layout=layout, mismatched=other)
-    if config.reference.mode == "cached":
-        logps = np.broadcast_to(np.zeros((), np.float32), batch.tokens.shape)
-        batch = batch._replace(reference_token_logps=logps)
-    return batch
 
 
 def rollout_batch(config: Config, rollouts: RolloutConfig) -> Batch:
@@ -197,11 +188,5 @@ def rollout_batch(config: Config, rollouts: RolloutConfig) -> Batch:
 
     Its longest prompt fills what the completions leave.
     """
-    shape = batches.plan_shape(
-        groups=rollouts.batch_size,
-        responses=rollouts.groups[1],
-        prompt=config.max_length - rollouts.options.max_new_tokens,
-        response=rollouts.options.max_new_tokens,
-        layout=rollouts.layout,
-    )
-    return batches.batch_shapes(shape, rollouts)
+    longest = config.max_length - rollouts.options.max_new_tokens
+    return batches.abstract_batch(rollouts, batches.rollout_shape(rollouts, longest))

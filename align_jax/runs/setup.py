@@ -20,6 +20,7 @@ from align_jax.core import config as configs
 from align_jax.core.options import Config
 from align_jax.data import datasets, pipeline, synthetic
 from align_jax.data.datasets import Examples
+from align_jax.data.layout import BatchSizes
 from align_jax.data.pipeline import Pipeline
 from align_jax.data.tokenizer import load_tokenizer
 from align_jax.interop import hf, peft
@@ -235,28 +236,16 @@ def make_pipeline(
 ) -> Pipeline:
     """Tokenize and pack examples: for training (shuffled, endless), or once in fixed order
     (evaluation)."""
-    d, shards = config.data, row_shards(mesh)
     return pipeline.make_pipeline(
         examples,
         resolved.tokenizer,
-        layout=d.layout,
-        max_length=config.max_length,
-        row_length=config.row_length or None,
-        groups_per_row=d.groups_per_row or None,
-        truncation=d.truncation,
-        max_prompt_length=d.max_prompt_length or None,
-        trim=d.trim,
+        config.data,
+        BatchSizes.of(config, row_shards(mesh), once=once),
         seed=config.seed,
-        prefetch=d.prefetch,
-        control=tuple(d.control_tokens) or None,
-        cache_dir=d.cache or None,
         mismatched=any(term.objective.mismatched for term in resolved.terms),
+        once=once,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
-        shuffle=d.shuffle and not once,
-        repeat=not once,
-        batch_size=(once and config.eval.batch_size) or config.batch_size,
-        row_multiple=shards * (1 if once else config.microbatches),
     )
 
 

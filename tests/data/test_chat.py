@@ -7,8 +7,8 @@ import itertools
 
 import pytest
 
-from align_jax.core.schema import Example
 from align_jax.core.options import DataOptions
+from align_jax.core.schema import Example
 from align_jax.data import chat, datasets, tokenizer
 
 CHATML = (
@@ -224,10 +224,10 @@ def test_conversations_that_cannot_be_told_apart_are_errors(template, example, m
 def test_turn_and_header_of_the_prompt_are_found():
     tok = load(None, "byte")
     tokens = chat.encode(Example((U("first"), A("x"), U("second")), ("y",)), tok)
-    assert tok.decode(tokens.prompt[tokens.turn :]) == "<|user|>second<|end|><|assistant|>"
-    assert tok.decode(tokens.prompt[-tokens.tail :]) == "<|end|><|assistant|>"
+    assert tok.decode(tokens.prompt[tokens.last_turn :]) == "<|user|>second<|end|><|assistant|>"
+    assert tok.decode(tokens.prompt[-tokens.header :]) == "<|end|><|assistant|>"
     plain = chat.encode(
         Example("\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:", (" d",)), tok
     )
-    assert tok.decode(plain.prompt[plain.turn :]) == "\n\nHuman: c\n\nAssistant:"
-    assert tok.decode(plain.prompt[-plain.tail :]) == "\n\nAssistant:"
+    assert tok.decode(plain.prompt[plain.last_turn :]) == "\n\nHuman: c\n\nAssistant:"
+    assert tok.decode(plain.prompt[-plain.header :]) == "\n\nAssistant:"

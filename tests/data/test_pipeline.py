@@ -9,7 +9,9 @@ import pytest
 
 from align_jax.core.options import DataOptions
 from align_jax.core.schema import Batch, Example
-from align_jax.data import chat, datasets, encoding, pipeline, planning, tokenizer
+from align_jax.data import chat, datasets, encoding, packing, pipeline, tokenizer
+from align_jax.data import layout as layouts
+from align_jax.data.layout import BatchSizes
 
 LAYOUTS = ("plain", "packed", "shared_prefix")
 
@@ -29,10 +31,17 @@ def pairs():
     return load("preferences", "pairs")
 
 
-def make(examples, tok, **options):
-    return pipeline.make_pipeline(
-        examples, tok, **{"batch_size": 8, "max_length": 128, "seed": 3, **options}
-    )
+def make(examples, tok, batch_size=8, max_length=128, row_length=0, row_multiple=1, **options):
+    sizes = BatchSizes(batch_size, max_length, row_length, row_multiple)
+    names = [field.name for field in dataclasses.fields(DataOptions)]
+    data = {name: options.pop(name) for name in names if name in options}
+    data = DataOptions(**{"trim": False, **data})
+    return pipeline.make_pipeline(examples, tok, data, sizes, **{"seed": 3, **options})
+
+
+def examples_of(pipe, step):
+    """Return the numbers of the examples in a step's batch."""
+    return [number for number in pipe.batch(step).example_index.tolist() if number >= 0]
 
 
 def of_texts(*texts, kind="pairs"):
@@ -96,7 +105,7 @@ def test_a_batch_depends_on_the_step_alone(byte, pairs, layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_rows_hold_what_was_tokenized(byte, pairs, layout):
-    pipe = make(pairs, byte, layout=layout, row_length=None if layout == "plain" else 512)
+    pipe = make(pairs, byte, layout=layout, row_length=512)
     for step in range(3):
         for number, responses in groups_of(pipe.batch(step)).items():
             tokens = chat.encode(pairs[number], byte)
@@ -121,12 +130,14 @@ def test_every_token_is_predicted_from_the_one_before_it(byte, pairs, layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_loss_index_lists_the_mask_and_its_budget_is_exact(byte, pairs, layout):
-    pipe = make(pairs, byte, layout=layout, batch_size=44, repeat=False)
+    pipe = make(pairs, byte, layout=layout, batch_size=44, once=True)
     batch = pipe.batch(0)
     width = batch.tokens.shape[1]
     for row, indices in enumerate(batch.loss_index):
         assert indices[indices < width].tolist() == np.flatnonzero(batch.loss_mask[row]).tolist()
-    assert pipe.shape.positions == planning.round_up(int(batch.loss_mask.sum(1).max()))
+    assert pipe.shape.loss_positions == layouts.loss_budget(
+        int(batch.loss_mask.sum(1).max()), width
+    )
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -141,17 +152,17 @@ def test_an_epoch_sees_every_example_once(byte, pairs, layout, shuffle):
     in_step = pipe.shape.groups if layout == "plain" else pipe.shape.rows
     assert pipe.steps_per_epoch == units // in_step
     epochs = 2 * in_step  # after so many epochs the steps come out even
-    seen = collections.Counter(n for step in range(2 * units) for n in pipe.examples_of(step))
+    seen = collections.Counter(n for step in range(2 * units) for n in examples_of(pipe, step))
     assert seen == dict.fromkeys(range(len(pairs)), epochs)
-    first = [pipe.examples_of(step) for step in range(3)]
+    first = [examples_of(pipe, step) for step in range(3)]
     if layout == "plain":
         assert (sorted(sum(first, [])) == sum(first, [])) == (not shuffle)
 
 
 def test_epochs_are_shuffled_differently(byte, pairs):
     pipe = make(pairs, byte, batch_size=44)
-    assert sorted(pipe.examples_of(0)) == sorted(pipe.examples_of(1)) == list(range(44))
-    assert pipe.examples_of(0) != pipe.examples_of(1)
+    assert sorted(examples_of(pipe, 0)) == sorted(examples_of(pipe, 1)) == list(range(44))
+    assert examples_of(pipe, 0) != examples_of(pipe, 1)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -211,25 +222,24 @@ def test_the_abstract_batch_has_the_shapes_of_a_real_one(byte, layout, name, kin
     compare(pipe.batch(0), pipe.abstract())
     s = pipe.shape
     assert s.groups * s.responses == s.rows * s.slots
-    planned = planning.plan_shape(
-        responses=s.responses,
-        batch_size=8,
-        layout=layout,
-        max_length=128,
-        loss_positions=s.positions,
-        groups_per_row=None if layout == "plain" else pipe.report["groups_per_step"] / s.rows,
+    mean = 0.0 if layout == "plain" else pipe.report["groups_per_step"] / s.rows
+    planned = layouts.batch_shape(
+        DataOptions(layout=layout, groups_per_row=mean),
+        BatchSizes(8, 128),
+        s.responses,
+        loss_positions=s.loss_positions,
     )
     assert planned == s
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_evaluation_is_one_pass_filled_up_with_groups_of_weight_zero(byte, pairs, layout):
-    pipe = make(pairs, byte, layout=layout, repeat=False, shuffle=False, batch_size=16)
+    pipe = make(pairs, byte, layout=layout, once=True, batch_size=16)
     batches = list(pipe.iterator())
     assert len(batches) == pipe.steps_per_epoch
     assert sorted(n for batch in batches for n in groups_of(batch)) == list(range(44))
     last = batches[-1]
-    fillers = last.example_index == planning.FILLER
+    fillers = last.example_index == packing.FILLER
     assert fillers.any() and not last.weight[fillers].any() and not last.lengths[fillers].any()
     assert (last.weight[~fillers] == 1).all() and (
         last.loss_index[-1] == last.tokens.shape[1]
@@ -259,14 +269,7 @@ def test_mismatched_rows_pair_a_prompt_with_the_next_other_prompts_response(byte
 
 def test_mismatched_rows_of_fillers_weigh_nothing(byte):
     texts = [("a:", " one"), ("b:", " two"), ("c:", " three")]
-    pipe = make(
-        of_texts(*texts, kind="unpaired"),
-        byte,
-        batch_size=4,
-        shuffle=False,
-        repeat=False,
-        mismatched=True,
-    )
+    pipe = make(of_texts(*texts, kind="unpaired"), byte, batch_size=4, once=True, mismatched=True)
     extra = pipe.batch(0).mismatched
     assert extra.weight.tolist() == [1, 1, 1, 0] and not extra.loss_mask[3].any()
     assert byte.decode(extra.tokens[2][extra.loss_mask[2]], skip_special_tokens=True) == " one"
@@ -274,14 +277,7 @@ def test_mismatched_rows_of_fillers_weigh_nothing(byte):
 
 def test_evaluation_finds_a_mismatch_for_a_single_example(byte):
     texts = [("a:", " one"), ("b:", " two"), ("b:", " three")]
-    pipe = make(
-        of_texts(*texts, kind="unpaired"),
-        byte,
-        batch_size=2,
-        shuffle=False,
-        repeat=False,
-        mismatched=True,
-    )
+    pipe = make(of_texts(*texts, kind="unpaired"), byte, batch_size=2, once=True, mismatched=True)
     extra = pipe.batch(1).mismatched
     assert byte.decode(extra.tokens[0][extra.segment_ids[0] > 0]) == "b: one<|end|>"
     assert extra.weight.tolist() == [1, 0]
@@ -327,7 +323,7 @@ def test_control_tokens_stand_before_responses_and_are_not_learned(byte):
     examples = of_texts(("p:", " good", " bad"))
     control = (tokenizer.CHOSEN, tokenizer.REJECTED)
     for layout in LAYOUTS:
-        batch = make(examples, byte, batch_size=1, layout=layout, control=control).batch(0)
+        batch = make(examples, byte, batch_size=1, layout=layout, control_tokens=control).batch(0)
         (responses,) = groups_of(batch).values()
         assert [byte.decode(whole) for whole, _ in responses] == [
             "p:<|chosen|> good<|end|>",
@@ -336,7 +332,7 @@ def test_control_tokens_stand_before_responses_and_are_not_learned(byte):
         assert [byte.decode(learned) for _, learned in responses] == [" good<|end|>", " bad<|end|>"]
     labeled = of_texts(("p:", " bad"), kind="unpaired")
     labeled = dataclasses.replace(labeled, items=(dataclasses.replace(labeled[0], label=False),))
-    batch = make(labeled, byte, batch_size=1, control=control).batch(0)
+    batch = make(labeled, byte, batch_size=1, control_tokens=control).batch(0)
     assert byte.decode(batch.tokens[0][batch.segment_ids[0] > 0]) == "p:<|rejected|> bad<|end|>"
 
 
@@ -344,16 +340,16 @@ def test_control_tokens_stand_before_responses_and_are_not_learned(byte):
 def test_sources_are_mixed_by_weight(byte, layout):
     specs = ["builtin:preferences:train?size=64", "builtin:preferences:eval?size=16"]
     examples = datasets.load(specs, "pairs", DataOptions(), chat=True, weights=(1.0, 3.0))
-    pipe = make(examples, byte, layout=layout, groups_per_row=None if layout == "plain" else 1)
-    seen = [number for step in range(40) for number in pipe.examples_of(step)]
+    pipe = make(examples, byte, layout=layout, groups_per_row=0.0 if layout == "plain" else 1.0)
+    seen = [number for step in range(40) for number in examples_of(pipe, step)]
     assert abs(np.mean(np.array(seen) >= 64) - 0.75) < 0.02
     natural = make(
         dataclasses.replace(examples, weights=None),
         byte,
         layout=layout,
-        groups_per_row=None if layout == "plain" else 1,
+        groups_per_row=0.0 if layout == "plain" else 1.0,
     )
-    seen = [number for step in range(40) for number in natural.examples_of(step)]
+    seen = [number for step in range(40) for number in examples_of(natural, step)]
     assert abs(np.mean(np.array(seen) >= 64) - 0.2) < 0.02
 
 
@@ -405,19 +401,19 @@ def test_trim_shortens_rows_to_the_longest_example(byte, pairs):
 
 
 def test_tokens_are_kept_on_disk_and_damaged_files_made_anew(byte, pairs, tmp_path, monkeypatch):
-    first = make(pairs, byte, cache_dir=str(tmp_path))
+    first = make(pairs, byte, cache=str(tmp_path))
     (path,) = tmp_path.iterdir()
     with monkeypatch.context() as patch:
         patch.setattr(chat, "encode_many", None)
-        assert_same(make(pairs, byte, cache_dir=str(tmp_path)).batch(0), first.batch(0))
+        assert_same(make(pairs, byte, cache=str(tmp_path)).batch(0), first.batch(0))
         with pytest.raises(TypeError):  # another tokenizer, another key
             make(
                 pairs,
                 tokenizer.load_tokenizer("byte", chat_template="{{ messages }}"),
-                cache_dir=str(tmp_path),
+                cache=str(tmp_path),
             )
     path.write_bytes(path.read_bytes()[:1000])
-    assert_same(make(pairs, byte, cache_dir=str(tmp_path)).batch(0), first.batch(0))
+    assert_same(make(pairs, byte, cache=str(tmp_path)).batch(0), first.batch(0))
     assert encoding._load(str(path)) is not None
 
 
@@ -435,9 +431,9 @@ ERRORS = [
         {"batch_size": 6, "row_multiple": 4},
         "batch_size 6 is not divisible by 4 .*nearest that are: 4, 8",
     ),
-    ({"layout": "packed", "groups_per_row": 0.5}, "groups_per_row must be at least 1, got 0.5"),
-    ({"layout": "pack"}, "unknown data layout 'pack'; known"),
-    ({"truncation": "keep"}, "unknown truncation 'keep'; known"),
+    ({"layout": "packed", "groups_per_row": 0.5}, "groups_per_row = 0.5: expected at least 1"),
+    ({"layout": "pack"}, "data.layout = 'pack' is unknown; did you mean 'packed'"),
+    ({"truncation": "keep"}, "data.truncation = 'keep' is unknown; did you mean 'keep_"),
     (
         {"layout": "packed", "row_length": 8},
         "row_length 8 is shorter than the longest group, 10 tokens",
@@ -450,8 +446,8 @@ ERRORS = [
         {"mismatched": True},
         "mismatched completions need one response a prompt, these examples have 2",
     ),
-    ({"max_prompt_length": 128}, "max_prompt_length must be from 1 to max_length - 1"),
-    ({"control": ("x",)}, "t:0: 2 responses, but control tokens for 1"),
+    ({"max_prompt_length": 128}, "max_prompt_length = 128: expected less than max_length = 128"),
+    ({"control_tokens": ("x",)}, "t:0: 2 responses, but control tokens for 1"),
 ]
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from align_jax.core.options import DataOptions
 from align_jax.data import datasets, pipeline, tokenizer, transcripts
+from align_jax.data.layout import BatchSizes
 
 HH = "preference/hh_rlhf_harmless_test.jsonl.gz"
 
@@ -113,7 +114,9 @@ def test_packing_saves_most_of_the_padding_of_real_pairs(testdata, name, layout)
     tok = tokenizer.load_tokenizer(str(testdata / name))
     examples = load(testdata, HH, "pairs", chat=bool(tok.chat_template), limit=500)
     plain, packed = (
-        pipeline.make_pipeline(examples, tok, batch_size=32, max_length=512, layout=which)
+        pipeline.make_pipeline(
+            examples, tok, DataOptions(layout=which, trim=False), BatchSizes(32, 512)
+        )
         for which in ("plain", layout)
     )
 

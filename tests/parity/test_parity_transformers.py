@@ -11,6 +11,7 @@ import transformers
 from align_jax import losses
 from align_jax.core.options import DataOptions
 from align_jax.data import datasets, pipeline, tokenizer
+from align_jax.data.layout import BatchSizes
 from align_jax.interop import hf
 from align_jax.losses import objective
 from align_jax.models.model import build
@@ -44,7 +45,7 @@ def test_dpo_on_real_pairs_equals_numpy_from_transformers_logits(testdata, tmp_p
         limit=16,
     )
     batch = pipeline.make_pipeline(
-        pairs, words, batch_size=16, max_length=256, shuffle=False
+        pairs, words, DataOptions(trim=False, shuffle=False), BatchSizes(16, 256)
     ).batch(0)
     config, params = hf.load(folder, dtype="float32")
     # a policy that is not the reference: the same weights, shaken

@@ -10,7 +10,7 @@ import pytest
 
 from align_jax import losses
 from align_jax.core.options import ModelOptions, OptimizerOptions
-from align_jax.data import planning
+from align_jax.data.layout import abstract_batch, mismatched_shape, one_group_shape
 from align_jax.interop import hf
 from align_jax.models.lora import LoraConfig
 from align_jax.training import initialize, optim
@@ -67,14 +67,14 @@ def _step_spec(
 
 
 def _batch(rows: int, length: int, positions: int, responses: int, kind: str):
-    shape = planning.plan_shape(
+    shape = one_group_shape(
+        "plain",
+        groups=rows // responses,
         responses=responses,
-        batch_size=rows // responses,
-        layout="plain",
-        max_length=length,
-        loss_positions=positions,
+        prompt=length - positions,
+        response=positions,
     )
-    return planning.batch_shapes(shape, kind=kind, layout="plain")
+    return abstract_batch(shape, "plain", kind)
 
 
 def test_a_7b_dpo_step_agrees_with_the_hand_count():
@@ -138,12 +138,10 @@ def test_an_adapter_saves_the_gradients_of_the_weights():
 
 
 def test_statistics_of_the_whole_batch_cost_a_forward_only_where_there_are_microbatches():
-    batch = _batch(8, 32, 16, 1, "unpaired")
-    shape = planning.plan_shape(responses=1, batch_size=8, layout="plain", max_length=32)
-    mismatched = planning.batch_shapes(
-        planning.mismatched_shape(shape, 32, 32), kind="mismatched", layout="plain"
+    shape = one_group_shape("plain", groups=8, responses=1, prompt=16, response=16)
+    batch = abstract_batch(
+        shape, "plain", "unpaired", mismatched=mismatched_shape(shape, length=32, longest=32)
     )
-    batch = batch._replace(mismatched=mismatched)
     one, four = (step_flops(_step_spec(TINY, "kto", microbatches=parts), batch) for parts in (1, 4))
     # mismatched rows always; the rows themselves again for four
     assert four.statistics > one.statistics > 0

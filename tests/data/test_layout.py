@@ -6,7 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from align_jax.data import batching
+from align_jax.data.layout import BatchShape, TokenizedGroup, make_batch
+from align_jax.data.packing import best_fit
+from align_jax.data.truncation import Limits, truncate
 
 # prompt, responses, turn, tail, options -> head, tail, lengths, reason; max_length 20
 TRUNCATIONS = [
@@ -26,17 +28,17 @@ TRUNCATIONS = [
 ]
 
 
+def cut(prompt, responses, turn, tail, bos=False, max_length=20, **limits):
+    ids = np.full(prompt, 7, np.int32)
+    ids[:1] = 1 if bos else 7
+    limits = Limits(max_length, bos_id=1, **limits)
+    return truncate(ids, responses, limits, last_turn=turn, header=tail)
+
+
 @pytest.mark.parametrize("prompt, responses, turn, tail, options, expected", TRUNCATIONS)
 def test_truncation(prompt, responses, turn, tail, options, expected):
-    cut = batching.truncate(
-        prompt,
-        responses,
-        turn=turn,
-        tail=tail,
-        max_length=20,
-        **{"bos": False, "policy": "keep_end", **options},
-    )
-    assert (cut.head, cut.tail, cut.lengths, cut.reason) == expected
+    left = cut(prompt, responses, turn, tail, **options)
+    assert (left.head, left.tail, left.lengths, left.reason) == expected
 
 
 @settings(max_examples=300, deadline=None)
@@ -50,29 +52,23 @@ def test_truncation(prompt, responses, turn, tail, options, expected):
     policy=st.sampled_from(("keep_start", "keep_end")),
 )
 def test_what_truncation_leaves_always_fits(prompt, responses, turn, tail, bos, max_length, policy):
-    cut = batching.truncate(
-        prompt,
-        responses,
-        turn=min(turn, prompt),
-        tail=min(tail, prompt),
-        bos=bos and prompt > 0,
-        max_length=max_length,
-        policy=policy,
+    left = cut(
+        prompt, responses, min(turn, prompt), min(tail, prompt), bos, max_length, policy=policy
     )
-    if cut.reason:
+    if left.reason:
         assert max_length < 12  # only where the header alone leaves no room
         return
-    assert cut.head >= 0 and cut.tail >= 0 and cut.head + cut.tail <= prompt
-    assert cut.head + cut.tail + max(cut.lengths) <= max_length
-    assert all(1 <= after <= before for after, before in zip(cut.lengths, responses))
+    assert left.head >= 0 and left.tail >= 0 and left.head + left.tail <= prompt
+    assert left.head + left.tail + max(left.lengths) <= max_length
+    assert all(1 <= after <= before for after, before in zip(left.lengths, responses))
     if prompt + max(responses) <= max_length:
-        assert cut.head + cut.tail == prompt and cut.lengths == tuple(responses)
+        assert left.head + left.tail == prompt and left.lengths == tuple(responses)
 
 
 @settings(max_examples=200, deadline=None)
 @given(lengths=st.lists(st.integers(1, 40), max_size=60), limit=st.integers(1, 6))
 def test_best_fit_places_every_item_once_and_overfills_nothing(lengths, limit):
-    rows = batching.best_fit(lengths, 40, limit)
+    rows = best_fit(lengths, 40, limit)
     assert sorted(item for row in rows for item in row) == list(range(len(lengths)))
     assert all(sum(lengths[item] for item in row) <= 40 and len(row) <= limit for row in rows)
     if limit >= len(lengths):  # best fit decreasing: at most 11/9 of the optimum and one row
@@ -80,43 +76,45 @@ def test_best_fit_places_every_item_once_and_overfills_nothing(lengths, limit):
 
 
 def row_of(layout, prompt, responses, length=24):
-    pieces = [
-        batching.Piece(
-            np.array(prompt, np.int32),
-            tuple((np.array(ids, np.int32), np.array(mask, bool)) for ids, mask in responses),
-        )
-    ] * 2
-    rows = batching.Rows(1, length, 8, 2 * len(responses), 0, shared=layout == "shared_prefix")
-    rows.write(0, pieces, len(responses))
-    return rows
+    """Write the same group twice into a row: field -> values."""
+    group = TokenizedGroup(
+        np.array(prompt, np.int32),
+        tuple((np.array(ids, np.int32), np.array(mask, bool)) for ids, mask in responses),
+    )
+    each = len(responses)
+    shape = BatchShape(1, length, 8, slots=2 * each, groups=2, responses=each)
+    batch = make_batch([[group, group]], shape, layout, pad=0, weight=np.ones(2, np.float32))
+    fields = {name: value for name, value in batch._asdict().items() if value is not None}
+    by_response = {
+        name: fields.pop(name).reshape(-1).tolist() for name in ("lengths", "last_index")
+    }
+    return {name: value[0].tolist() for name, value in fields.items()} | by_response
 
 
 def test_a_packed_row():
-    rows = row_of("packed", [5, 6], [([7, 8], [1, 1]), ([9], [1])])
-    field = {name: value[0].tolist() for name, value in rows.arrays.items()}
+    field = row_of("packed", [5, 6], [([7, 8], [1, 1]), ([9], [1])])
     assert field["tokens"] == [5, 6, 7, 8, 5, 6, 9] * 2 + [0] * 10
     assert field["segment_ids"] == [1] * 4 + [2] * 3 + [3] * 4 + [4] * 3 + [0] * 10
     assert field["positions"] == [0, 1, 2, 3, 0, 1, 2] * 2 + [0] * 10
     assert field["source_index"] == [0, 0, 1, 2, 0, 4, 5, 0, 7, 8, 9, 0, 11, 12] + [0] * 10
     assert field["loss_index"] == [2, 3, 6, 9, 10, 13, 24, 24]
     assert [field["slot"][t] for t in field["loss_index"][:6]] == [0, 0, 1, 2, 2, 3]
-    assert rows.lengths.tolist() == [[2, 1, 2, 1]] and rows.last_index.tolist() == [[3, 6, 10, 13]]
-    assert "prefix_ids" not in rows.arrays
+    assert field["lengths"] == [2, 1, 2, 1] and field["last_index"] == [3, 6, 10, 13]
+    assert "prefix_ids" not in field
 
 
 def test_a_shared_prefix_row():
-    rows = row_of("shared_prefix", [5, 6], [([7, 8], [0, 1]), ([9], [1])])
-    field = {name: value[0].tolist() for name, value in rows.arrays.items()}
+    field = row_of("shared_prefix", [5, 6], [([7, 8], [0, 1]), ([9], [1])])
     assert field["tokens"] == [5, 6, 7, 8, 9] * 2 + [0] * 14
     assert field["segment_ids"] == [1, 1, 2, 2, 3, 4, 4, 5, 5, 6] + [0] * 14
     assert field["prefix_ids"] == [0, 0, 1, 1, 1, 0, 0, 4, 4, 4] + [0] * 14
     assert field["positions"] == [0, 1, 2, 3, 2] * 2 + [0] * 14
     assert field["source_index"] == [0, 0, 1, 2, 1, 0, 5, 6, 7, 6] + [0] * 14
     assert field["loss_index"] == [3, 4, 8, 9, 24, 24, 24, 24]
-    assert rows.lengths.tolist() == [[1, 1, 1, 1]] and rows.last_index.tolist() == [[3, 4, 8, 9]]
+    assert field["lengths"] == [1, 1, 1, 1] and field["last_index"] == [3, 4, 8, 9]
 
 
 def test_a_shared_prefix_row_without_a_prompt():
-    rows = row_of("shared_prefix", [], [([7, 8], [0, 1])])
-    assert rows.arrays["prefix_ids"].sum() == 0
-    assert rows.arrays["source_index"][0, :4].tolist() == [0, 0, 0, 2]
+    field = row_of("shared_prefix", [], [([7, 8], [0, 1])])
+    assert sum(field["prefix_ids"]) == 0
+    assert field["source_index"][:4] == [0, 0, 0, 2]

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Truncation: what is left of a prompt and its responses that are too long together."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Int
+
+from align_jax.core.choose import nearest
+from align_jax.core.options import DataOptions
+from align_jax.data.encoding import Encoded
+from align_jax.data.layout import TokenizedGroup
+
+POLICIES = ("keep_start", "keep_end", "drop")
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """How long prompts and responses may be.
+
+    Attributes:
+        max_length: of a prompt with one response, tokens.
+        policy: what is kept of a prompt: its start, its end; or ``drop`` the whole group.
+        max_prompt_length: of a prompt, tokens; 0: what the response leaves.
+        bos_id: the beginning-of-sequence token, which ``keep_end`` keeps; None: there is none.
+    """
+
+    max_length: int
+    policy: str = "keep_end"
+    max_prompt_length: int = 0
+    bos_id: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.policy not in POLICIES:
+            raise ValueError(
+                f"config.data.truncation = {self.policy!r} is unknown"
+                f"{nearest(self.policy, POLICIES)}"
+            )
+        if self.max_length < 2:
+            raise ValueError(f"max_length = {self.max_length}: expected at least 2 tokens")
+        if not 0 <= self.max_prompt_length < self.max_length:
+            raise ValueError(
+                f"config.data.max_prompt_length = {self.max_prompt_length}: expected less than "
+                f"max_length = {self.max_length}"
+            )
+
+    @classmethod
+    def of(cls, options: DataOptions, max_length: int, bos_id: int | None) -> Limits:
+        """Return the limits that the options set."""
+        return cls(max_length, options.truncation, options.max_prompt_length, bos_id)
+
+
+@dataclasses.dataclass(frozen=True)
+class Truncation:
+    """What is left of a group: the prompt's first ``head`` and last ``tail`` tokens, and so many of
+    each response.
+
+    ``reason`` says why the group is dropped; empty if it is not.
+    """
+
+    head: int
+    tail: int
+    lengths: tuple[int, ...]
+    reason: str = ""
+
+    def prompt(self, ids: Int[np.ndarray, "_"]) -> Int[np.ndarray, "_"]:
+        """Return what is left of the prompt."""
+        if self.head + self.tail >= len(ids):
+            return ids
+        return np.concatenate([ids[: self.head], ids[len(ids) - self.tail :]])
+
+    def group(self, whole: TokenizedGroup) -> TokenizedGroup:
+        """Return what is left of the group."""
+        responses = [
+            (ids[:length], mask[:length])
+            for (ids, mask), length in zip(whole.responses, self.lengths)
+        ]
+        return TokenizedGroup(self.prompt(whole.prompt), tuple(responses))
+
+
+def truncate(
+    prompt: Int[np.ndarray, "_"],
+    responses: Sequence[int],
+    limits: Limits,
+    *,
+    last_turn: int,
+    header: int,
+) -> Truncation:
+    """Fit a prompt and the longest of its responses into ``max_length`` tokens.
+
+    The prompt gives way first, the same for all responses of the group, but its last user turn (all
+    of it, where there is one turn) only to leave the response a quarter of the length; beyond that
+    the responses lose their ends (and with them the token that ends a turn, so that nobody learns
+    to stop there).
+
+    Args:
+        prompt: token ids.
+        responses: tokens of each response.
+        limits: what they are to fit.
+        last_turn: where the prompt's last user turn begins.
+        header: how many tokens at the prompt's end ask for the answer: they always stay.
+    """
+    size, longest, max_length = len(prompt), max(responses, default=0), limits.max_length
+    bos = int(size > 0 and int(prompt[0]) == limits.bos_id)
+    allowed = min(size, limits.max_prompt_length or size)
+    if allowed == size and size + longest <= max_length:
+        return Truncation(size, 0, tuple(responses))
+    too_long = Truncation(size, 0, tuple(responses), reason="too long")
+    if limits.policy == "drop":
+        return too_long
+    turn = size - last_turn + (bos if last_turn else 0)
+    wanted = min(turn, max_length - min(longest, max_length // 4))
+    keep = min(allowed, max(max_length - longest, wanted))
+    keep = max(keep, min(size, header + bos))
+    lengths = tuple(min(length, max_length - keep) for length in responses)
+    if min(lengths, default=1) < 1:
+        return too_long
+    if keep >= size:
+        return Truncation(size, 0, lengths)
+    tail = keep - bos if limits.policy == "keep_end" else header
+    return Truncation(keep - tail, tail, lengths)
+
+
+def truncate_group(
+    encoded: Encoded, group: int, responses: Sequence[int], limits: Limits
+) -> Truncation:
+    """Truncate a group's prompt together with responses of these lengths (its own, or others)."""
+    return truncate(
+        encoded.prompt(group),
+        responses,
+        limits,
+        last_turn=int(encoded.last_turn[group]),
+        header=int(encoded.header[group]),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Truncations:
+    """What is left of a whole data set.
+
+    Attributes:
+        groups: one a group; None where it is dropped.
+        loss_tokens: of each response.
+        report: counts by reason.
+    """
+
+    groups: tuple[Truncation | None, ...]
+    loss_tokens: Int[np.ndarray, "G R"]
+    report: dict[str, int]
+
+
+def truncate_all(encoded: Encoded, limits: Limits) -> Truncations:
+    """Truncate every group, counting what is cut and dropped, and why.
+
+    Raises:
+        ValueError: nothing is left.
+    """
+    starts = encoded.response_ends[:-1].reshape(-1, encoded.responses)
+    lengths = np.diff(encoded.response_ends).reshape(-1, encoded.responses)
+    # loss tokens before each response token, so that any stretch's are a difference
+    before = np.concatenate([[0], np.cumsum(encoded.response_mask)])
+    loss_tokens = np.zeros_like(lengths)
+    kept: list[Truncation | None] = []
+    counts: collections.Counter[str] = collections.Counter()
+    for group in range(encoded.groups):
+        whole = lengths[group].tolist()
+        left = truncate_group(encoded, group, whole, limits)
+        reason = left.reason
+        if not reason:
+            loss_tokens[group] = before[starts[group] + left.lengths] - before[starts[group]]
+            reason = "" if loss_tokens[group].all() else "no tokens to learn"
+        if reason:
+            counts[f"dropped: {reason}"] += 1
+            kept.append(None)
+            continue
+        counts["truncated prompts"] += left.head + left.tail < len(encoded.prompt(group))
+        counts["truncated responses"] += sum(a < b for a, b in zip(left.lengths, whole))
+        kept.append(left)
+    report = {name: count for name, count in counts.items() if count}
+    if all(left is None for left in kept):
+        raise ValueError(
+            f"the data set is empty after truncation to max_length={limits.max_length} tokens: "
+            f"{report}"
+        )
+    return Truncations(tuple(kept), loss_tokens, report)
