@@ -42,7 +42,6 @@ PANELS: Mapping[str, tuple[str, ...]] = {
     "tokens per second": ("tokens_per_second",),
     "MFU": ("mfu",),
 }
-NOT_RESULTS = ("step", "time")
 
 
 class Run(NamedTuple):
@@ -62,15 +61,11 @@ def read_run(workdir: str) -> Run:
     folder = epath.Path(workdir)
     if not (folder / "metrics.jsonl").exists():
         raise FileNotFoundError(
-            f"{workdir} is no workdir: it has no metrics.jsonl (is it "
-            "--workdir of a run that "
-            "has logged a step?)"
+            f"{workdir} is no workdir: it has no metrics.jsonl (is it --workdir of a run that has "
+            "logged a step?)"
         )
-    record = (
-        json.loads((folder / "config.json").read_text())
-        if (folder / "config.json").exists()
-        else {}
-    )
+    path = folder / "config.json"
+    record = json.loads(path.read_text()) if path.exists() else {}
     return Run(folder.name or str(folder), record, read_rows(folder / "metrics.jsonl"))
 
 
@@ -121,24 +116,16 @@ def draw(
         if not present:
             continue
         figure, axes = pyplot.subplots(figsize=(7, 3.6), layout="constrained")
-        for number, (run, metric) in enumerate(present):
+        for index, (run, metric) in enumerate(present):
             label = f"{run.name}: {metric}" if len(runs) > 1 else metric
+            look: dict[str, Any] = {"color": f"C{index}", "label": label, "linewidth": 1.2}
             steps, values = series(run, metric)
             if steps:
-                axes.plot(
-                    steps, smoothed(values, smooth), color=f"C{number}", linewidth=1.2, label=label
-                )
+                axes.plot(steps, smoothed(values, smooth), **look)
             steps, values = series(run, f"eval/{metric}")
             if steps:
-                axes.plot(
-                    steps,
-                    values,
-                    "o--",
-                    color=f"C{number}",
-                    markersize=3.5,
-                    linewidth=0.8,
-                    label=f"{label} (held out)",
-                )
+                look |= {"label": f"{label} (held out)", "linewidth": 0.8, "markersize": 3.5}
+                axes.plot(steps, values, "o--", **look)
         axes.set(xlabel="step", title=title)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=7)
@@ -162,22 +149,11 @@ def number(value: Any) -> str:
 
 def run_table(runs: Sequence[Run]) -> list[list[str]]:
     """Say what each run was: objective, model, length, speed, devices, commit."""
-    rows = [
-        [
-            "run",
-            "objective",
-            "model",
-            "step",
-            "tokens",
-            "hours",
-            "tokens/s (median)",
-            "MFU (median)",
-            "devices",
-            "commit",
-        ]
-    ]
+    heads = "run, objective, model, step, tokens, hours, tokens/s (median), MFU (median), devices"
+    rows = [[*heads.split(", "), "commit"]]
     for run in runs:
         config, devices = flat(run.record.get("config", {})), run.record.get("devices", {})
+        last = max((row["step"] for row in run.rows), default=0)
         times = [row["time"] for row in run.rows if "time" in row]
         speed, mfu, tokens = (
             series(run, name)[1] for name in ("tokens_per_second", "mfu", "num_tokens")
@@ -187,8 +163,7 @@ def run_table(runs: Sequence[Run]) -> list[list[str]]:
                 run.name,
                 str(config.get("objective.name", "")),
                 str(config.get("model.path") or config.get("model.family", "")),
-                f"{max((row['step'] for row in run.rows), default=0)} of "
-                f"{config.get('total_steps') or '?'}",
+                f"{last} of {config.get('total_steps') or '?'}",
                 f"{int(tokens[-1]):,}" if tokens else "",
                 f"{(times[-1] - times[0]) / 3600:.2f}" if times else "",
                 f"{statistics.median(speed):,.0f}" if speed else "",
@@ -248,6 +223,12 @@ def html_table(rows: Sequence[Sequence[str]]) -> str:
     )
 
 
+STYLE = (
+    "body{font:14px sans-serif;margin:2em}table{border-collapse:collapse;margin:1em 0}"
+    "td,th{border:1px solid #ccc;padding:3px 8px;text-align:left}img{max-width:48%}"
+)
+
+
 def write(runs: Sequence[Run], output: str, *, smooth: int = 1, image: str = "svg") -> pathlib.Path:
     """Write the report; return the path of ``report.md``."""
     folder = pathlib.Path(output)
@@ -258,23 +239,18 @@ def write(runs: Sequence[Run], output: str, *, smooth: int = 1, image: str = "sv
         "Held-out results": results(runs),
     }
     tables = {title: rows for title, rows in tables.items() if len(rows) > 1}
-    parts = ["# Report: " + ", ".join(run.name for run in runs)]
-    parts += [f"## {title}\n\n{markdown_table(rows)}" for title, rows in tables.items()]
-    parts += ["## Curves", *(f"![{title}](curves/{name})" for title, name in curves)]
+    title = "Report: " + ", ".join(run.name for run in runs)
+    parts = [f"# {title}"]
+    parts += [f"## {name}\n\n{markdown_table(rows)}" for name, rows in tables.items()]
+    parts += ["## Curves", *(f"![{name}](curves/{file})" for name, file in curves)]
     (folder / "report.md").write_text("\n\n".join(parts) + "\n")
-    page = [
-        "<!DOCTYPE html><meta charset='utf-8'><title>Report</title><style>body{font:14px "
-        "sans-serif;margin:2em}"
-        "table{border-collapse:collapse;margin:1em 0}td,th{border:1px solid #ccc;padding:3px "
-        "8px;text-align:left}"
-        "img{max-width:48%}</style>",
-        f"<h1>{html.escape(parts[0][2:])}</h1>",
-    ]
-    page += [f"<h2>{title}</h2>{html_table(rows)}" for title, rows in tables.items()]
+    page = [f"<!DOCTYPE html><meta charset='utf-8'><title>Report</title><style>{STYLE}</style>"]
+    page.append(f"<h1>{html.escape(title)}</h1>")
+    page += [f"<h2>{name}</h2>{html_table(rows)}" for name, rows in tables.items()]
     kind = "svg+xml" if image == "svg" else image
-    for title, name in curves:
-        data = base64.b64encode((folder / "curves" / name).read_bytes()).decode()
-        page.append(f"<img alt='{html.escape(title)}' src='data:image/{kind};base64,{data}'>")
+    for name, file in curves:
+        data = base64.b64encode((folder / "curves" / file).read_bytes()).decode()
+        page.append(f"<img alt='{html.escape(name)}' src='data:image/{kind};base64,{data}'>")
     (folder / "report.html").write_text("\n".join(page) + "\n")
     return folder / "report.md"
 
