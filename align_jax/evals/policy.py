@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from align_jax.data.pipeline import make_pipeline
 from align_jax.inference.generate import local_rows
 from align_jax.inference.score import rescore
 from align_jax.losses.logprobs import sum_by_slot
-from align_jax.models.model import LoadedModel, Model
+from align_jax.models.model import LoadedModel, Model, Params
 from align_jax.parallel.mesh import row_shards
 from align_jax.parallel.sharding import put_batch
 
@@ -36,7 +36,7 @@ class EvaluatedPolicy(NamedTuple):
     """
 
     model: Model
-    params: Any
+    params: Params
     tokenizer: PreTrainedTokenizerBase
     mesh: jax.sharding.Mesh
     reference: LoadedModel | None = None
@@ -92,7 +92,7 @@ def response_logps(
     )
 
 
-def _sums(model: Model, params: Any, placed: Batch, batch: Batch) -> Float[np.ndarray, "B R"]:
+def _sums(model: Model, params: Params, placed: Batch, batch: Batch) -> Float[np.ndarray, "B R"]:
     token_logps, _ = rescore(model, params, placed)
     return np.asarray(sum_by_slot(jnp.asarray(local_rows(token_logps)), batch))
 

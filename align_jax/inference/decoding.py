@@ -21,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from align_jax.inference.samplers import Settings, draw
 from align_jax.models import cache as caches
-from align_jax.models.model import Model
+from align_jax.models.model import Model, Params
 from align_jax.parallel.sharding import tree_shardings
 
 
@@ -101,7 +101,7 @@ def shardings(mesh: Mesh | AbstractMesh, state: DecodeState) -> DecodeState:
 @functools.partial(jax.jit, static_argnames=("model", "samples", "slots", "filters", "dtype"))
 def prefill(
     model: Model,
-    params: Any,
+    params: Params,
     tokens: Int[Array, "G T"],
     lengths: Int[Array, "G"],
     requests: RowRequests,
@@ -169,7 +169,7 @@ def _pinned(state: DecodeState) -> DecodeState:
 @functools.partial(jax.jit, static_argnames=("model", "filters"), donate_argnames=("state",))
 def decode(
     model: Model,
-    params: Any,
+    params: Params,
     requests: RowRequests,
     state: DecodeState,
     until: Int[Array, ""],

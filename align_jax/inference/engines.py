@@ -30,6 +30,7 @@ from align_jax.inference.generate import (
     before_stop,
     completion_text,
 )
+from align_jax.models.model import Params
 
 _TOKEN_PREFIX = "token_id:"  # how vLLM writes tokens under return_tokens_as_token_ids
 _RETRY_SECONDS = (1.0, 5.0, 20.0)
@@ -60,7 +61,7 @@ class Engine(Protocol):
     ) -> list[list[Completion]]:
         """Return each request's completions."""
 
-    def update(self, params: Any) -> None:
+    def update(self, params: Params) -> None:
         """Take the newest parameters."""
 
     def release(self) -> None:
@@ -78,17 +79,26 @@ class Local:
     """
 
     def __init__(
-        self, generator: Generator, params: Any = None, reshard: Callable[[Any], Any] | None = None
+        self,
+        generator: Generator,
+        params: Params | None = None,
+        reshard: Callable[[Params], Params] | None = None,
     ) -> None:
         self._generator, self._params, self._reshard = generator, params, reshard
 
     def __call__(
         self, requests: Sequence[Request], report: Report | None = None
     ) -> list[list[Completion]]:
-        """Return each request's completions."""
+        """Return each request's completions.
+
+        Raises:
+            ValueError: there are no parameters: none were given, or they were let go of.
+        """
+        if self._params is None:
+            raise ValueError("the engine has no parameters: update it first")
         return self._generator(self._params, requests, report)
 
-    def update(self, params: Any) -> None:
+    def update(self, params: Params) -> None:
         """Take the newest parameters."""
         self._params = params if self._reshard is None else self._reshard(params)
 
@@ -174,7 +184,7 @@ class Server:
         options: ServerOptions,
         tokenizer: PreTrainedTokenizerBase,
         *,
-        export: Callable[[str, Any], None] | None = None,
+        export: Callable[[str, Params], None] | None = None,
         retry_seconds: Sequence[float] = _RETRY_SECONDS,
     ) -> None:
         self._push = choose(PUSHES, options.push, "config.rollout.server.push")
@@ -249,7 +259,7 @@ class Server:
             "stop" if choice["finish_reason"] == "stop" else "length",
         )
 
-    def update(self, params: Any) -> None:
+    def update(self, params: Params) -> None:
         """Write the parameters as a Hugging Face checkpoint and have the server read it.
 
         Raises:

@@ -28,7 +28,7 @@ from align_jax.core.schema import Example
 from align_jax.data import chat
 from align_jax.inference import decoding
 from align_jax.inference.samplers import Sampling, Settings, row_keys, stack
-from align_jax.models.model import Model
+from align_jax.models.model import Model, Params
 from align_jax.parallel.lowering import lower
 from align_jax.parallel.mesh import row_shards
 from align_jax.parallel.sharding import put_batch, row_sharding
@@ -131,11 +131,12 @@ def completion_text(
     prompt.
     """
 
-    def decode(ids):
-        return tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    def decode(ids: Sequence[int]) -> str:
+        keep = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        return str(tokenizer.decode(list(ids), **keep))
 
-    before, whole = decode(list(prompt)), decode([*prompt, *tokens])
-    return whole[len(before) :] if whole.startswith(before) else decode(list(tokens))
+    before, whole = decode(prompt), decode([*prompt, *tokens])
+    return whole[len(before) :] if whole.startswith(before) else decode(tokens)
 
 
 def before_stop(text: str, stop: Sequence[str]) -> str | None:
@@ -241,7 +242,10 @@ class Generator:
         self._stop_ids[: len(ids)] = ids
 
     def __call__(
-        self, params: Any, requests: Sequence[Request], report: Callable[[int], None] | None = None
+        self,
+        params: Params,
+        requests: Sequence[Request],
+        report: Callable[[int], None] | None = None,
     ) -> list[list[Completion]]:
         """Generate.
 
@@ -320,7 +324,9 @@ class Generator:
             return jax.tree.map(jnp.asarray, tree)
         return put_batch(self._mesh, tree)
 
-    def _run(self, params: Any, requests: Sequence[Request], call: _Call) -> list[list[Completion]]:
+    def _run(
+        self, params: Params, requests: Sequence[Request], call: _Call
+    ) -> list[list[Completion]]:
         arrays = self._arrays(requests, call)
         tokens, lengths, settings, limits, keys = self._put(arrays[:5])
         row_requests = decoding.RowRequests(
@@ -342,7 +348,7 @@ class Generator:
         return self._collect(state, arrays.rows, call.samples, stops)
 
     def lower(
-        self, params: Any, requests: Sequence[Request], platform: str | None = None
+        self, params: Params, requests: Sequence[Request], platform: str | None = None
     ) -> Lowered:
         """Lower the two programs that answer these requests, from shapes alone.
 
@@ -363,7 +369,7 @@ class Generator:
         arrays = self._arrays([requests[i] for i in call.indices], call)
         rows = row_sharding(self._mesh)
 
-        def shape(x, sharding=rows):
+        def shape(x: Any, sharding: NamedSharding = rows) -> Any:
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
         tokens, lengths, settings, limits, keys = jax.tree.map(shape, arrays[:5])
@@ -407,7 +413,7 @@ class Generator:
 
     def _decode(
         self,
-        params: Any,
+        params: Params,
         row_requests: decoding.RowRequests,
         state: decoding.DecodeState,
         arrays: _Arrays,

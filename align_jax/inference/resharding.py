@@ -22,11 +22,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from align_jax.core.tree import flatten, unflatten
-from align_jax.models.model import Model
+from align_jax.models.model import Model, Params
 from align_jax.models.quantize import Quantized
 from align_jax.parallel.mesh import AXES
-
-Tree = Any
 
 
 def decode_mesh(mesh: Mesh, tensor: int) -> Mesh:
@@ -53,7 +51,7 @@ def decode_mesh(mesh: Mesh, tensor: int) -> Mesh:
     return Mesh(array, AXES, axis_types=mesh.axis_types)
 
 
-def _decode_params(model: Model, params: Tree) -> Tree:
+def _decode_params(model: Model, params: Params) -> Params:
     """Leave the scalar heads out, and cast what is cast to the compute type wherever it is used.
 
     Norms' scales are not, nor what DoRA takes float32 norms of; quantized maps stay as they are:
@@ -69,7 +67,7 @@ def _decode_params(model: Model, params: Tree) -> Tree:
     return unflatten(kept)
 
 
-def decode_specs(model: Model, params: Tree, mesh: Mesh) -> Tree:
+def decode_specs(model: Model, params: Params, mesh: Mesh) -> Params:
     """Return the shapes, types and shardings of a policy's weights while it generates.
 
     Args:
@@ -88,7 +86,7 @@ def decode_specs(model: Model, params: Tree, mesh: Mesh) -> Tree:
     return jax.tree.map(spec, shapes, like)
 
 
-def make_resharder(model: Model, mesh: Mesh) -> Callable[[Tree], Tree]:
+def make_resharder(model: Model, mesh: Mesh) -> Callable[[Params], Params]:
     """Return a function that copies the policy's newest weights to where ``decode_specs`` wants
     them.
 
@@ -96,7 +94,7 @@ def make_resharder(model: Model, mesh: Mesh) -> Callable[[Tree], Tree]:
     """
     cast = jax.jit(functools.partial(_decode_params, model))
 
-    def reshard(params: Tree) -> Tree:
+    def reshard(params: Params) -> Params:
         specs = decode_specs(model, params, mesh)
         return jax.device_put(cast(params), jax.tree.map(operator.attrgetter("sharding"), specs))
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,7 @@ from align_jax.core.schema import Batch, Example
 from align_jax.data import chat
 from align_jax.inference.generate import bucket, context_mesh, local_rows
 from align_jax.losses.logprobs import at_sources, token_outputs
-from align_jax.models.model import LoadedModel, Model
+from align_jax.models.model import LoadedModel, Model, Params
 from align_jax.parallel.mesh import row_shards
 from align_jax.parallel.sharding import put_batch
 
@@ -26,7 +25,7 @@ from align_jax.parallel.sharding import put_batch
 @functools.partial(jax.jit, static_argnames=("model", "value_head", "chunk", "temperature"))
 def rescore(
     model: Model,
-    params: Any,
+    params: Params,
     batch: Batch,
     *,
     value_head: str = "",
@@ -51,16 +50,18 @@ def rescore(
     hidden, _ = model.hidden(
         params, batch.tokens, batch.segment_ids, batch.positions, batch.prefix_ids
     )
-    outputs = token_outputs(
-        hidden, lambda x: model.unembed(params, x) / temperature, batch, chunk=chunk
-    )
+
+    def logits(chunk_hidden: Float[Array, "N c D"]) -> Float[Array, "N c V"]:
+        return model.unembed(params, chunk_hidden) / temperature
+
+    outputs = token_outputs(hidden, logits, batch, chunk=chunk)
     values = at_sources(model.head(params, value_head, hidden), batch) if value_head else None
     return outputs.token_logps, values
 
 
 @functools.partial(jax.jit, static_argnames="model")
 def scores(
-    model: Model, params: Any, tokens: Int[Array, "N T"], lengths: Int[Array, "N"]
+    model: Model, params: Params, tokens: Int[Array, "N T"], lengths: Int[Array, "N"]
 ) -> Float[Array, "N"]:
     """Return what a score head says of each row's last token.
 

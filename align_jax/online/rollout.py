@@ -41,7 +41,7 @@ from align_jax.inference.resharding import decode_mesh, make_resharder
 from align_jax.inference.score import rescore
 from align_jax.losses import advantages as estimators
 from align_jax.losses.targets import make_targets
-from align_jax.models.model import Model
+from align_jax.models.model import Model, Params
 from align_jax.online import batches, rewards, sampling
 from align_jax.online.config import RolloutConfig
 from align_jax.online.sampling import Prompts, PromptSampler, PromptSamples, SampledRollout
@@ -52,15 +52,14 @@ from align_jax.training.partitioning import abstract_params, check_divisible
 
 FOLDER = "rollouts"  # in the workdir: rollouts that a checkpoint was taken in the middle of
 
-Tree = Any
-Export = Callable[[str, Tree], None]  # writes the policy's weights to a server's folder
+Export = Callable[[str, Params], None]  # writes the policy's weights to a server's folder
 
 
 class Weights(NamedTuple):
     """What generates and what it is held against: whole parameter trees."""
 
-    policy: Tree
-    reference: Tree = None
+    policy: Params
+    reference: Params | None = None
 
 
 class RolloutState(NamedTuple):
@@ -169,7 +168,7 @@ class RolloutMaker:
         values = sampling.describe(SampledRollout(found, 1, moments, seconds, tokens=0))
         return {name: value for name, value in values.items() if not name.startswith("rollout/")}
 
-    def divergence(self, params: Tree, batch: Batch) -> float:
+    def divergence(self, params: Params, batch: Batch) -> float:
         """Estimate how far the policy has moved since the rollout: mean of (log π - log π_old)² /
         2 over a microbatch, nats a token."""
         share = self.config.batch_size // self.config.microbatches // jax.process_count()
@@ -215,11 +214,12 @@ class RolloutMaker:
             old, batch = logps if old is None else old, batch._replace(old_values=values)
         reference = None
         if config.needs_reference:
+            assert weights.reference is not None  # the run loads it where the rollout needs it
             reference, _ = self._rescore(self.reference, weights.reference, batch, "")
         return self._with_targets(batch._replace(old_token_logps=old), reference, kl_coef)
 
     def _rescore(
-        self, model: Model, params: Tree, batch: Batch, value_head: str
+        self, model: Model, params: Params, batch: Batch, value_head: str
     ) -> tuple[Float[np.ndarray, "N T"], Float[np.ndarray, "N T"] | None]:
         """Run forwards over rows in parts of a microbatch's size; fetch this process's rows."""
         config = self.config
