@@ -29,8 +29,10 @@ import tqdm
 from absl import app, flags, logging
 
 from align_jax.core.choose import nearest
+from align_jax.core.schema import Example
 from align_jax.data.sources import open_source
 from align_jax.online.rewards import WeightedRewards, from_json, resolve
+from align_jax.online.sampling import columns, prompt_text
 from align_jax.online.selection import resolve_threshold
 from align_jax.parallel import distributed
 from align_jax.runs.weights import load_model
@@ -219,6 +221,11 @@ def read_samples(path: str) -> list[dict[str, Any]]:
     return found
 
 
+def _example(sample: Sample) -> Example:
+    prompt = sample["prompt"]
+    return Example(prompt if isinstance(prompt, str) else tuple(prompt), (), extras=sample)
+
+
 def score(
     samples: Sequence[Mapping[str, Any]], rewards: WeightedRewards, show: bool = True
 ) -> list[dict[str, Any]]:
@@ -228,12 +235,12 @@ def score(
     with tqdm.tqdm(total=len(samples), unit="sample", disable=not show) as bar:
         for begin in range(0, len(samples), _CHUNK):
             part = samples[begin : begin + _CHUNK]
-            prompts, extras = [], []
-            for one in part:
-                prompt = one["prompt"]
-                prompts.append(prompt if isinstance(prompt, str) else prompt[-1]["content"])
-                extras.append(one if isinstance(prompt, str) else {**one, "messages": prompt})
-            total, each = rewards(prompts, [one["output"] for one in part], extras)
+            examples = [_example(one) for one in part]
+            total, each = rewards(
+                [prompt_text(example) for example in examples],
+                [one["output"] for one in part],
+                [columns(example) for example in examples],
+            )
             for i, one in enumerate(part):
                 scored.append({**one, "reward": float(total[i])})
                 if len(each) > 1:

@@ -233,8 +233,10 @@ class Generator:
                 "with several processes set prompt_bucket: all must run the same programs"
             )
         self._model, self._tokenizer, self._mesh = model, tokenizer, mesh
-        self._rows, self._max_length, self._bucket = rows, max_length or limit, prompt_bucket
-        self._shards, self._dtype = shards, cache_dtype
+        self._max_length, self._bucket = max_length or limit, prompt_bucket
+        self._cache_dtype = cache_dtype
+        processes = jax.process_count()  # each brings an equal part of a call's rows
+        self._rows, self._shards = rows // processes, max(1, shards // processes)
         ids = stop_tokens(tokenizer) if stop_ids is None else tuple(stop_ids)
         self._stop_ids = np.full(
             -(-max(1, len(ids)) // _STOP_IDS_MULTIPLE) * _STOP_IDS_MULTIPLE, -1, np.int32
@@ -277,24 +279,24 @@ class Generator:
 
     def _plan(self, requests: Sequence[Request]) -> Iterator[_Call]:
         """Group requests of like shapes; a request with many samples takes several calls."""
-        share = jax.process_count()  # each process brings an equal part of a call's rows
-        rows, shards = self._rows // share, max(1, self._shards // share)
         groups: dict[tuple[int, int, int], list[int]] = {}
         for i, request in enumerate(requests):
             size = self._bucket or bucket(len(request.prompt), self._max_length)
-            most = min(request.samples, max(1, rows // shards))
+            most = min(request.samples, max(1, self._rows // self._shards))
             for first in range(0, request.samples, most):
                 groups.setdefault((size, most, first), []).append(i)
         for (size, samples, first), indices in sorted(groups.items()):
-            prompts = max(shards, rows // samples // shards * shards)
+            prompts = self._prompts(samples)
             for begin in range(0, len(indices), prompts):
                 yield _Call(tuple(indices[begin : begin + prompts]), first, samples, size)
 
+    def _prompts(self, samples: int) -> int:
+        """Return how many prompts a call has, of so many samples each."""
+        return max(self._shards, self._rows // samples // self._shards * self._shards)
+
     def _arrays(self, requests: Sequence[Request], call: _Call) -> _Arrays:
         """Write a call's requests, and the rows that fill it up, as this process's arrays."""
-        share = jax.process_count()
-        rows, shards = self._rows // share, max(1, self._shards // share)
-        prompts = max(shards, rows // call.samples // shards * shards)
+        prompts = self._prompts(call.samples)
         tokens, lengths = np.zeros((prompts, call.bucket), np.int32), np.ones(prompts, np.int32)
         for g, request in enumerate(requests):
             tokens[g, : len(request.prompt)], lengths[g] = request.prompt, len(request.prompt)
@@ -342,7 +344,7 @@ class Generator:
                 samples=call.samples,
                 slots=arrays.slots,
                 filters=arrays.filters,
-                dtype=self._dtype,
+                dtype=self._cache_dtype,
             )
             state, stops = self._decode(params, row_requests, state, arrays)
         return self._collect(state, arrays.rows, call.samples, stops)
@@ -391,7 +393,7 @@ class Generator:
             samples=call.samples,
             slots=arrays.slots,
             filters=arrays.filters,
-            dtype=self._dtype,
+            dtype=self._cache_dtype,
             platform=platform,
         )
         state = jax.tree.map(

@@ -318,16 +318,11 @@ def model(
     def score(
         prompts: Sequence[str], completions: Sequence[str], extras: Extras
     ) -> Sequence[float]:
-        turns = [
-            row["messages"] if scorer.chat and "messages" in row else prompt
-            for prompt, row in zip(prompts, extras)
-        ]
-        return scorer(
-            [
-                Example(prompt if isinstance(prompt, str) else tuple(prompt), (completion,))
-                for prompt, completion in zip(turns, completions)
-            ]
-        ).tolist()
+        examples = []
+        for prompt, completion, row in zip(prompts, completions, extras, strict=True):
+            turns = tuple(row["messages"]) if scorer.chat and "messages" in row else prompt
+            examples.append(Example(turns, (completion,)))
+        return scorer(examples).tolist()
 
     return score
 
