@@ -44,17 +44,19 @@ OBJECTIVES, RANKS = ("dpo", "kto"), (0, 2)
 MOVING = ("all-to-all", "ragged-all-to-all", "collective-permute")  # what no step should need
 HEAD = """# Every mesh gives what one device gives
 
-`python tools/compare_all_meshes.py` (JAX {jax}, jaxlib {jaxlib}, {devices} simulated CPU devices): {steps} steps of
-DPO and KTO, full and LoRA, over every shape of the mesh, against the same steps on one device. Each figure is the
-largest of those four runs.
+`python tools/compare_all_meshes.py` (JAX {jax}, jaxlib {jaxlib}, {devices} simulated CPU
+devices): {steps} steps of DPO and KTO, full and LoRA, over every shape of the mesh, against the
+same steps on one device. Each figure is the largest of those four runs.
 
 - *loss*: the largest relative difference of any step's loss; the bound is {loss:.0e}.
-- *parameters*: the largest absolute difference of any trained parameter after the last step; the bound is
-  {parameters:.0e}. The parameter that moves most moves by {least:.3f} to {most:.3f}.
-- *dense* is a Llama, for shapes with expert=1; *experts* a Mixtral of eight experts with the load-balancing loss (its
-  LoRA adapts the attention alone). All is float32. The optimizer is AdamW at a rate of 1e-2, the gradient clipped to
-  norm 1, epsilon 1e-3: by the usual 1e-8 a gradient that is all rounding would decide the direction of a whole step.
-- The last column names what the compiled steps of any of these runs have of the collectives that no step should need.
+- *parameters*: the largest absolute difference of any trained parameter after the last step; the
+  bound is {parameters:.0e}. The parameter that moves most moves by {least:.3f} to {most:.3f}.
+- *dense* is a Llama, for shapes with expert=1; *experts* a Mixtral of eight experts with the
+  load-balancing loss (its LoRA adapts the attention alone). All is float32. The optimizer is
+  AdamW at a rate of 1e-2, the gradient clipped to norm 1, epsilon 1e-3: by the usual 1e-8 a
+  gradient that is all rounding would decide the direction of a whole step.
+- The last column names what the compiled steps of any of these runs have of the collectives that
+  no step should need.
 - A shape that the code refused would stand here with its error.
 
 """

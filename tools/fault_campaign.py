@@ -17,49 +17,14 @@ over three runs of 150 steps; every array and every loss the same bits as the un
 from __future__ import annotations
 
 import argparse
-import collections
 import pathlib
-import random
 import shutil
 import sys
 import tempfile
-import time
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests/faults"))
 
-from kills import compare, finish, kill_one, newest, start
-
-
-def campaign(
-    folder: pathlib.Path, *, kills: int, count: int, steps: int, seed: int
-) -> dict[str, int]:
-    """Run the campaign; return how many kills fell where.
-
-    Raises:
-        AssertionError: a killed run did not come to the same end.
-    """
-    began = time.monotonic()
-    if newest(folder / "reference") < steps:
-        finish(folder, "reference", start(folder, "reference", steps, count))
-    seconds = max(time.monotonic() - began, 5.0)
-    draw, tally, rounds = random.Random(seed), collections.Counter(), 0
-    while sum(tally.values()) < kills:
-        rounds += 1
-        victim = f"victim{rounds}"
-        while sum(tally.values()) < kills:
-            where = kill_one(folder / victim, start(folder, victim, steps, count), draw, seconds)
-            if not where:
-                break
-            tally[where] += 1
-            print(
-                f"kill {sum(tally.values())}: {where}; the newest checkpoint is step "
-                f"{newest(folder / victim)}",
-                flush=True,
-            )
-        finish(folder, victim, start(folder, victim, steps, count))
-        compare(folder / "reference", folder / victim)
-        shutil.rmtree(folder / victim)
-    return {"runs": rounds, **tally}
+from kills import campaign
 
 
 def main() -> None:

@@ -34,13 +34,14 @@ ALSO = ("dpo+sft", "dpo+bco_pair+sft", "online_dpo", "online_ipo", "online_kto")
 
 HEAD = """# The objectives, measured
 
-Every row is `python -m align_jax.train --config=configs/tiny.py:NAME --workdir=DIR`: a byte-level Llama of 330,000
-parameters from random weights, {steps} steps of 32 prompts made by code, one seed.  *Before* and *after* are the
-objective's own metric on {examples} held-out prompts (`Objective.metric`); for objectives that learn from the policy's
-own samples, the mean reward (share of lower-case letters among 16 bytes) of four samples of 12 held-out prompts each.
-At the start policy and reference are one, so no chosen answer is ahead and accuracies by log-ratios are 0.
-*CPU* is processor time, compiling included; on two idle cores a run takes between half of it and all of it.
-Written by `tools/measure_tiny.py` (JAX {jax}, seed 0).
+Every row is `python -m align_jax.train --config=configs/tiny.py:NAME --workdir=DIR`: a byte-level
+Llama of 330,000 parameters from random weights, {steps} steps of 32 prompts made by code, one
+seed. *Before* and *after* are the objective's own metric on {examples} held-out prompts
+(`Objective.metric`); for objectives that learn from the policy's own samples, the mean reward
+(share of lower-case letters among 16 bytes) of four samples of 12 held-out prompts each. At the
+start policy and reference are one, so no chosen answer is ahead and accuracies by log-ratios are
+0. *CPU* is processor time, compiling included; on two idle cores a run takes between half of it
+and all of it. Written by `tools/measure_tiny.py` (JAX {jax}, seed 0).
 
 Options and formulas of each: `python -m align_jax.objectives`.
 

@@ -29,27 +29,30 @@ EXTRA = (
 )
 HEAD = """# What each config needs
 
-Every program of each config, compiled with the TPU compiler for the topology that its docstring names, by
-`python tools/plan_all_configs.py` (JAX {jax}, libtpu {libtpu}); nothing here ran on a TPU.  HBM is the compiler's own
-figure for one device, with all that the run holds meanwhile.  Times are a roofline, every unit at its peak: *exposed*
-waits for all communication, *overlapped* hides all of it; real steps are slower than both by what matrix products miss
-of their peak.  Collectives are bytes that one chip receives in a step; the *lower bound* is what the mesh cannot do without
-(`align_jax/planner/communication.py`): weights gathered for each forward and each backward pass of each microbatch,
-gradients scattered or summed, states summed over `tensor`, keys and values gathered over `sequence`, tokens over
-`expert`.  No step has an all-to-all.
+Every program of each config, compiled with the TPU compiler for the topology that its docstring
+names, by `python tools/plan_all_configs.py` (JAX {jax}, libtpu {libtpu}); nothing here ran on a
+TPU. HBM is the compiler's own figure for one device, with all that the run holds meanwhile. Times
+are a roofline, every unit at its peak: *exposed* waits for all communication, *overlapped* hides
+all of it; real steps are slower than both by what matrix products miss of their peak. Collectives
+are bytes that one chip receives in a step; the *lower bound* is what the mesh cannot do without
+(`align_jax/planner/communication.py`): weights gathered for each forward and each backward pass
+of each microbatch, gradients scattered or summed, states summed over `tensor`, keys and values
+gathered over `sequence`, tokens over `expert`. No step has an all-to-all.
 
-Where a slice's chips form a square or a cube and all of them share the gradients, the compiler turns every
-reduce-scatter, an explicit `psum_scatter` too, into an all-reduce and a slice (its log: "Plain all-reduce may use ND
-algorithm"; seen on v5e:8x8, v5p:4x4x4 and v6e:8x8; not on v5e:4x8).  These are twice the bytes, but over all axes of
-the torus at once where the scatter is one ring, so not twice the time.  With the compiler's options
-`xla_tpu_enable_sparse_core_collective_offload_nd_reduce_scatter` and `xla_tpu_prefer_async_allgather_to_allreduce` they
-stay scatters (dpo_7b on v5e:8x8: 61.2 GB instead of 76.5); nobody has timed them, so they are not set.
+Where a slice's chips form a square or a cube and all of them share the gradients, the compiler
+turns every reduce-scatter, an explicit `psum_scatter` too, into an all-reduce and a slice (its
+log: "Plain all-reduce may use ND algorithm"; seen on v5e:8x8, v5p:4x4x4 and v6e:8x8; not on
+v5e:4x8). These are twice the bytes, but over all axes of the torus at once where the scatter is
+one ring, so not twice the time. With the compiler's options
+`xla_tpu_enable_sparse_core_collective_offload_nd_reduce_scatter` and
+`xla_tpu_prefer_async_allgather_to_allreduce` they stay scatters (dpo_7b on v5e:8x8: 61.2 GB
+instead of 76.5); nobody has timed them, so they are not set.
 
 ## Train steps
 
 """
-EARLIER = """† compiled with an earlier version of this code, which gathered the output head otherwise; the traffic
-with HBM was counted too high then, and the experts' collectives too low.
+EARLIER = """† compiled with an earlier version of this code, which gathered the output head
+otherwise; the traffic with HBM was counted too high then, and the experts' collectives too low.
 
 """
 TRAIN = (

@@ -4,10 +4,12 @@ came of it."""
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import json
 import pathlib
 import random
+import shutil
 import time
 
 import processes
@@ -152,3 +154,36 @@ def compare(reference: pathlib.Path, other: pathlib.Path) -> None:
     assert not wrong, (
         f"losses that differ: {[(step, expected.get(step), found.get(step)) for step in wrong[:5]]}"
     )
+
+
+def campaign(
+    folder: pathlib.Path, *, kills: int, count: int, steps: int, seed: int
+) -> dict[str, int]:
+    """Run the campaign; return how many kills fell where.
+
+    Raises:
+        AssertionError: a killed run did not come to the same end.
+    """
+    began = time.monotonic()
+    if newest(folder / "reference") < steps:
+        finish(folder, "reference", start(folder, "reference", steps, count))
+    seconds = max(time.monotonic() - began, 5.0)
+    draw, rounds = random.Random(seed), 0
+    tally: collections.Counter[str] = collections.Counter()
+    while sum(tally.values()) < kills:
+        rounds += 1
+        victim = f"victim{rounds}"
+        while sum(tally.values()) < kills:
+            where = kill_one(folder / victim, start(folder, victim, steps, count), draw, seconds)
+            if not where:
+                break
+            tally[where] += 1
+            print(
+                f"kill {sum(tally.values())}: {where}; the newest checkpoint is step "
+                f"{newest(folder / victim)}",
+                flush=True,
+            )
+        finish(folder, victim, start(folder, victim, steps, count))
+        compare(folder / "reference", folder / victim)
+        shutil.rmtree(folder / victim)
+    return {"runs": rounds, **tally}
