@@ -321,6 +321,15 @@ class Generator:
             return 0
         return min(request.max_new_tokens, self._max_length - len(request.prompt))
 
+    def _static(self, call: _Call, arrays: _Arrays) -> dict[str, Any]:
+        """Return what the prefill is compiled for beside the arrays' shapes."""
+        return {
+            "samples": call.samples,
+            "slots": arrays.slots,
+            "filters": arrays.filters,
+            "dtype": self._cache_dtype,
+        }
+
     def _put(self, tree: Any) -> Any:
         if self._mesh is None:
             return jax.tree.map(jnp.asarray, tree)
@@ -335,17 +344,8 @@ class Generator:
             jax.random.wrap_key_data(keys), settings, limits, jnp.asarray(self._stop_ids)
         )
         with context_mesh(self._mesh):
-            state = decoding.prefill(
-                self._model,
-                params,
-                tokens,
-                lengths,
-                row_requests,
-                samples=call.samples,
-                slots=arrays.slots,
-                filters=arrays.filters,
-                dtype=self._cache_dtype,
-            )
+            sizes = self._static(call, arrays)
+            state = decoding.prefill(self._model, params, tokens, lengths, row_requests, **sizes)
             state, stops = self._decode(params, row_requests, state, arrays)
         return self._collect(state, arrays.rows, call.samples, stops)
 
@@ -390,10 +390,7 @@ class Generator:
             tokens,
             lengths,
             row_requests,
-            samples=call.samples,
-            slots=arrays.slots,
-            filters=arrays.filters,
-            dtype=self._cache_dtype,
+            **self._static(call, arrays),
             platform=platform,
         )
         state = jax.tree.map(
