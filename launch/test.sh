@@ -1,7 +1,21 @@
 #!/usr/bin/env bash
-# Install the test extra into .venv and run the style check and the whole suite: launch/test.sh [pytest arguments]
+# Install the test extra into .venv; run ruff, mypy and the whole suite, or with --quick a few telling tests of it.
+#   launch/test.sh [--quick] [pytest arguments]
 set -euo pipefail
 cd "$(dirname "$0")/.."
+tests=()
+if [ "${1:-}" = --quick ]; then
+  shift
+  # The floors; every key; goldens of other programs; a model; what is written and read; a run, stopped and resumed.
+  table=tests/losses/test_objectives_table.py
+  tests=(
+    tests/test_train.py::test_stopped_and_resumed_equals_uninterrupted_to_the_bit
+    tests/parity/test_parity_trl.py tests/models/test_llama.py
+    $table::test_policy_equal_to_reference_gives_the_known_value
+    $table::test_gradient_raises_chosen_above_rejected
+    tests/test_floors.py tests/core tests/data/test_formats.py tests/storage/test_workdir.py tests/planner
+  )
+fi
 [ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv
 .venv/bin/python -m pip install --quiet --upgrade pip
 # PyTorch first and by its exact version: a range would bring gigabytes of CUDA packages
@@ -10,5 +24,7 @@ cd "$(dirname "$0")/.."
 export JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 HF_HUB_OFFLINE=1
 .venv/bin/python -m ruff check
 .venv/bin/python -m ruff format --check
+.venv/bin/python -m mypy
 # One process a core; each begins with a stretch of neighbors, which share what they compile.
-.venv/bin/python -m pytest -rsfE --durations=15 --numprocesses=auto --maxprocesses=4 --dist=worksteal "$@"
+.venv/bin/python -m pytest -rsfE --durations=15 --numprocesses=auto --maxprocesses=4 --dist=worksteal \
+  ${tests[@]+"${tests[@]}"} "$@"

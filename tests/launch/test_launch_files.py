@@ -40,6 +40,25 @@ def test_the_jobset_starts_all_hosts_of_a_slice_and_tells_preempted_from_finishe
     assert (LAUNCH.parent / config.split(":")[0]).exists()
 
 
+def test_the_quick_tests_exist():
+    text = (LAUNCH / "test.sh").read_text()
+    table = re.search(r"table=(\S+)", text)[1]
+    listed = re.search(r"tests=\(\n(.*?)\)", text, re.S)[1].replace("$table", table).split()
+    assert len(listed) > 5
+    for name in listed:
+        path, _, function = name.partition("::")
+        assert (LAUNCH.parent / path).exists(), name
+        assert not function or f"def {function}(" in (LAUNCH.parent / path).read_text(), name
+
+
+def test_the_workflow_runs_the_whole_suite_on_every_python_that_is_promised():
+    workflow = yaml.safe_load((LAUNCH.parent / ".github/workflows/test.yml").read_text())
+    job = workflow["jobs"]["test"]
+    assert "launch/test.sh" in [step.get("run") for step in job["steps"]]
+    promised = re.findall(r"Python :: (3\.\d+)", (LAUNCH.parent / "setup.cfg").read_text())
+    assert job["strategy"]["matrix"]["python"] == promised
+
+
 def _code():
     notebook = json.loads((LAUNCH / "colab.ipynb").read_text())
     assert notebook["nbformat"] == 4 and notebook["nbformat_minor"] == 5

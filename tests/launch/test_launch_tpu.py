@@ -23,7 +23,9 @@ case "$3 $4" in
   "queued-resources delete") rm -f $root/state; rm -rf $root/hosts ;;
   "queued-resources describe") [ -e $root/state ] || exit 1; cat $root/state ;;
   "tpu-vm scp")
-    for host in 0 1; do mkdir -p $root/hosts/${{6%%:*}}.$host; cp "$5" $root/hosts/${{6%%:*}}.$host/; done ;;
+    for host in 0 1; do
+      home=$root/hosts/${{6%%:*}}.$host; mkdir -p $home; cp "$5" $home/
+    done ;;
   "tpu-vm ssh")
     for last; do case "$last" in --command=*) sent="${{last#--command=}}" ;; esac; done
     for host in 0 1; do
@@ -34,7 +36,8 @@ case "$3 $4" in
 esac
 """
 PYTHON = r"""#!/usr/bin/env bash
-# stands for "python -m align_jax.train": keeps its arguments, ends with the status prepared for this start
+# stands for "python -m align_jax.train": keeps its arguments, ends with the status prepared for
+# this start
 printf '%s\n' "$@" > $HOME/arguments
 echo "$ALIGN_JAX_COMMIT $ALIGN_JAX_STOPPED_STATUS" > $HOME/environment
 exit $(cat {root}/next_status 2>/dev/null || echo 0)

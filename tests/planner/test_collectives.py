@@ -92,7 +92,7 @@ def test_an_asynchronous_collective_counts_once_and_an_unrolled_loop_by_its_step
   ROOT %start = (f32[4]{0}, f32[8]{0}) custom-call(%ag.1), custom_call_target="AsyncCollectiveStart"
 }
 %async_collective_fusion.2 (p.2: f32[4]) -> f32[8] {
-  ROOT %ag.2 = f32[8]{0:T(8,128)S(1)} all-gather(%p.2), channel_id=1, replica_groups=[1,2]<=[2], dimensions={0}
+  ROOT %ag.2 = f32[8]{0:T(8,128)S(1)} all-gather(%p.2), replica_groups=[1,2]<=[2], dimensions={0}
 }
 %fused_computation.4 (p.4: f32[4]) -> f32[8] {
   %ag.4 = f32[8]{0} all-gather(%p.4), channel_id=1, replica_groups=[1,2]<=[2], dimensions={0}
@@ -136,7 +136,8 @@ def test_what_shares_a_channel_but_not_its_place_is_another_collective():
 ENTRY %main (x: f32[8]) -> f32[8] {
   %gate = f32[8]{0} all-reduce(%x), channel_id=4, replica_groups=[1,2]<=[2], to_apply=%add
   %up = f32[8]{0} all-reduce(%gate), channel_id=4, replica_groups=[1,2]<=[2], to_apply=%add
-  %recv = (f32[8]{0}, u32[]{:S(2)}, token[]) recv(%after-all), channel_id=4, is_host_transfer=true, \
+  %recv = (f32[8]{0}, u32[]{:S(2)}, token[]) recv(%after-all), \
+channel_id=4, is_host_transfer=true, \
 frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",\
 _xla_host_transfer_rendezvous="all-reduce.1_0",_xla_megascale_target="{1,2}x{0:1}"}
 }
@@ -222,7 +223,8 @@ ENTRY %main (x: f32[4,8], i: s32[]) -> f32[4,8] {
 def test_a_reduction_between_slices_is_read_from_the_transfer_to_the_host():
     program = parse("""
 ENTRY %main (x: f32[64,8]) -> f32[64,8] {
-  %recv = (f32[64,8]{1,0}, u32[]{:S(2)}, token[]) recv(%after-all), channel_id=1, is_host_transfer=true, \
+  %recv = (f32[64,8]{1,0}, u32[]{:S(2)}, token[]) recv(%after-all), \
+channel_id=1, is_host_transfer=true, \
 frontend_attributes={_xla_host_transfer_handler_name="xla_megascale_runtime",\
 _xla_host_transfer_rendezvous="all-reduce.1_0",_xla_megascale_target="{1,2}x{0:3}"}
 }
