@@ -36,7 +36,7 @@ from ml_collections import ConfigDict, config_flags
 from align_jax.core import config as configs
 from align_jax.core.options import Config
 from align_jax.interop import hf
-from align_jax.parallel.chips import GIB, Topology, describe_topology
+from align_jax.parallel.chips import GIB
 from align_jax.parallel.mesh import make_mesh
 from align_jax.planner.abstract_run import AbstractRun, reward_models
 from align_jax.planner.advice import advise
@@ -44,6 +44,7 @@ from align_jax.planner.charts import bars, rollout_line, summary, table
 from align_jax.planner.cost_model import CostEstimate, estimate
 from align_jax.planner.programs import lowered_programs
 from align_jax.planner.search import search
+from align_jax.planner.topology import Topology, describe_topology
 from align_jax.runs import setup
 
 

@@ -17,7 +17,7 @@ import pytest
 from align_jax import plan
 from align_jax.core import config as configs
 from align_jax.core.options import Config, EvalOptions, ModelOptions
-from align_jax.parallel.chips import CHIPS, GIB, Topology
+from align_jax.parallel.chips import CHIPS, GIB
 from align_jax.parallel.mesh import make_mesh
 from align_jax.planner import charts, cost_model
 from align_jax.planner.abstract_run import offline_batch
@@ -25,6 +25,7 @@ from align_jax.planner.advice import advise
 from align_jax.planner.collectives import Collective
 from align_jax.planner.cost_model import CostEstimate, Memory
 from align_jax.planner.search import candidates
+from align_jax.planner.topology import Topology
 from align_jax.runs import setup
 from align_jax.training.flops import StepFlops
 

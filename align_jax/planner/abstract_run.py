@@ -19,8 +19,8 @@ from align_jax.models.config import ModelConfig
 from align_jax.models.model import Model, build
 from align_jax.online import batches, rewards
 from align_jax.online.config import RolloutConfig
-from align_jax.parallel.chips import Topology
 from align_jax.parallel.mesh import row_shards
+from align_jax.planner.topology import Topology
 from align_jax.training.initialize import StateSpecs
 from align_jax.training.partitioning import abstract_batch, abstract_params
 from align_jax.training.steps import StepSpec

@@ -24,9 +24,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from align_jax.parallel.chips import Topology
 from align_jax.planner import hlo
 from align_jax.planner.collectives import Collective, read_collectives, summarize
+from align_jax.planner.topology import Topology
 from align_jax.training.flops import StepFlops
 
 DIE_TO_DIE = 6.0  # TPU7x: between the two devices of a chip, in links (its data sheet)
@@ -287,7 +287,7 @@ def estimate(program: Program, topology: Topology, mesh: jax.sharding.Mesh) -> C
 
     Args:
         program: lowered on a mesh over the topology's devices.
-        topology: from ``chips.describe_topology``.
+        topology: from ``topology.describe_topology``.
         mesh: the run's.
     """
     mesh = program.mesh or mesh

@@ -16,11 +16,12 @@ from typing import NamedTuple
 
 from align_jax.core.options import Config, MeshOptions
 from align_jax.models.config import ModelConfig
-from align_jax.parallel.chips import GIB, Topology
+from align_jax.parallel.chips import GIB
 from align_jax.parallel.mesh import AXES
 from align_jax.planner.abstract_run import AbstractRun
 from align_jax.planner.cost_model import CostEstimate, estimate
 from align_jax.planner.programs import train_program
+from align_jax.planner.topology import Topology
 from align_jax.training.flops import layer_weights
 
 _log = logging.getLogger(__name__)

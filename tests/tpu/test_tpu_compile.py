@@ -15,10 +15,11 @@ pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu")
 
 from align_jax import plan
 from align_jax.models.attention import ATTENTION
-from align_jax.parallel.chips import GIB, describe_topology
+from align_jax.parallel.chips import GIB
 from align_jax.planner.advice import advise
 from align_jax.planner.cost_model import estimate, tree_bytes
 from align_jax.planner.programs import train_program
+from align_jax.planner.topology import describe_topology
 from align_jax.training.flops import layer_weights
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"

@@ -15,10 +15,10 @@ pytest.importorskip("libtpu", reason="compiling for TPUs needs libtpu")
 
 from align_jax import plan
 from align_jax.core.options import Config
-from align_jax.parallel.chips import describe_topology
 from align_jax.planner.advice import advise
 from align_jax.planner.cost_model import estimate, tree_bytes
 from align_jax.planner.programs import lowered_programs, other_programs
+from align_jax.planner.topology import describe_topology
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 MODEL = dict(
