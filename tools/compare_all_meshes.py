@@ -28,10 +28,10 @@ os.environ["XLA_FLAGS"] = (
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 sys.path[:0] = [str(ROOT), str(ROOT / "tests/training")]
 
-import conftest
 import jax
 import jaxlib
 import numpy as np
+import tiny_runs
 
 from align_jax.parallel.mesh import AXES
 from align_jax.planner.collectives import read_collectives
@@ -95,7 +95,7 @@ def differences(one: tuple, many: tuple) -> tuple[float, float]:
 
 def travel(run: tuple, *arguments: Any) -> float:
     """Return how far the parameter that moves most has moved."""
-    start = conftest.weights_of(*arguments, options=())[1]
+    start = tiny_runs.weights_of(*arguments, options=())[1]
     return float(
         max(jax.tree.leaves(jax.tree.map(lambda x, y: np.abs(x - y).max(), run[1], start)))
     )
@@ -107,7 +107,7 @@ def compare(mesh: dict[str, int], model: str, alone: dict[tuple, tuple]) -> dict
     split, worst, moving = tuple((axis, size) for axis, size in mesh.items() if size > 1), [], set()
     for objective, rank in itertools.product(OBJECTIVES, RANKS):
         try:
-            run = conftest.steps_of(
+            run = tiny_runs.steps_of(
                 objective, split, rank=rank, devices=DEVICES, steps=STEPS, model=model, ahead=True
             )
         except ValueError as error:
@@ -124,7 +124,7 @@ def compare(mesh: dict[str, int], model: str, alone: dict[tuple, tuple]) -> dict
             flush=True,
         )
     loss, parameters = np.max(worst, axis=0)  # where anything is NaN, NaN
-    conftest.steps_of.cache_clear()  # the compiled steps of 35 meshes would be held
+    tiny_runs.steps_of.cache_clear()  # the compiled steps of 35 meshes would be held
     jax.clear_caches()
     return {"loss": loss, "parameters": parameters, "moving": moving}
 
@@ -132,7 +132,7 @@ def compare(mesh: dict[str, int], model: str, alone: dict[tuple, tuple]) -> dict
 def line(mesh: dict[str, int], results: dict[str, dict[str, Any]]) -> str:
     """Write one row of the table."""
     cells = []
-    for model in conftest.MODELS:
+    for model in tiny_runs.MODELS:
         found = results.get(model)
         if found is None:
             cells += ["", ""]
@@ -155,16 +155,16 @@ def main() -> None:
     )
     wanted = parser.parse_args().only
     meshes = [mesh for mesh in mesh_shapes() if not wanted or name_of(mesh) in wanted.split(",")]
-    settings = list(itertools.product(OBJECTIVES, conftest.MODELS, RANKS))
+    settings = list(itertools.product(OBJECTIVES, tiny_runs.MODELS, RANKS))
     alone = {
-        (objective, model, rank): conftest.steps_of(objective, rank=rank, model=model, steps=STEPS)
+        (objective, model, rank): tiny_runs.steps_of(objective, rank=rank, model=model, steps=STEPS)
         for objective, model, rank in settings
     }
     moved = [travel(alone[setting], *setting) for setting in settings]
     table = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
     for mesh in meshes:
         print(name_of(mesh), flush=True)
-        models = [model for model in conftest.MODELS if model == "experts" or mesh["expert"] == 1]
+        models = [model for model in tiny_runs.MODELS if model == "experts" or mesh["expert"] == 1]
         table.append(line(mesh, {model: compare(mesh, model, alone) for model in models}))
         print(table[-1], flush=True)
     head = HEAD.format(
