@@ -20,7 +20,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -33,7 +33,7 @@ from align_jax.data.datasets import Examples
 from align_jax.parallel.chips import GIB, peak_flops
 from align_jax.parallel.mesh import make_mesh
 from align_jax.parallel.sharding import put_batch
-from align_jax.runs import setup, weights
+from align_jax.runs import command, setup, weights
 from align_jax.training import initialize, partitioning
 from align_jax.training.flops import step_flops
 
@@ -332,11 +332,6 @@ def table(rows: Mapping[str, Mapping[str, Any]], base: str) -> str:
 
 def main(argv: Sequence[str]) -> None:
     """Run from the command line."""
-    if len(argv) > 1:
-        raise app.UsageError(
-            f"unknown arguments {argv[1:]}; flags are --preset, --variants, "
-            "--rounds, --steps, --json"
-        )
     options = flags.FLAGS
     name = options.preset or DEFAULT.get(jax.default_backend(), "llama_1b_dpo")
     preset = choose(PRESETS, name, "--preset")
@@ -372,4 +367,4 @@ if __name__ == "__main__":
     flags.DEFINE_integer("rounds", 5, "Turns of each variant; the median counts.")
     flags.DEFINE_integer("steps", 3, "Optimizer steps in a turn.")
     flags.DEFINE_string("json", "", "Write the measurements to this file.")
-    app.run(main)
+    command.run(main)

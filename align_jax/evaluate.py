@@ -20,7 +20,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from absl import app, flags, logging
+from absl import flags
 
 from align_jax.core.choose import choose
 from align_jax.core.options import DataOptions, RolloutOptions
@@ -33,6 +33,7 @@ from align_jax.inference.engines import Client
 from align_jax.online.rewards import WeightedRewards, from_json, resolve
 from align_jax.parallel import distributed
 from align_jax.parallel.mesh import make_mesh
+from align_jax.runs import command
 from align_jax.runs import trained as trained_runs
 from align_jax.runs.weights import load_model
 
@@ -153,14 +154,10 @@ def define_flags() -> None:
 def main(argv: Sequence[str]) -> None:
     """Run from the command line."""
     values = flags.FLAGS
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments {argv[1:]}")
     if bool(values.model) == bool(values.workdir):
-        raise app.UsageError("give one of --model and --workdir")
+        raise command.Usage("give one of --model and --workdir")
     if not values.eval:
-        raise app.UsageError(f"give at least one --eval=NAME=SOURCE; known: {', '.join(EVALS)}")
-    if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)  # Orbax tells much of little
+        raise command.Usage(f"give at least one --eval=NAME=SOURCE; known: {', '.join(EVALS)}")
     distributed.start()
     rewards = None
     if values.rewards:
@@ -201,4 +198,4 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main)
+    command.run(main)

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from absl import app, flags, logging
+from absl import flags
 
 from align_jax.core.tree import flatten, unflatten
 from align_jax.data.tokenizer import load_tokenizer
 from align_jax.interop import hf, peft
 from align_jax.models.lora import fold
 from align_jax.parallel import distributed
+from align_jax.runs import command
 from align_jax.runs.trained import restore
 
 
@@ -78,12 +79,9 @@ def export_model(model: str, output: str, *, dtype: str | None = None) -> None:
 
 def main(argv: Sequence[str]) -> None:
     """Run from the command line."""
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments {argv[1:]}")
     values = flags.FLAGS
     if bool(values.workdir) == bool(values.model):
-        raise app.UsageError("give one of --workdir and --model")
-    logging.set_verbosity(logging.WARNING)
+        raise command.Usage("give one of --workdir and --model")
     distributed.start()
     if values.model:
         export_model(values.model, values.output, dtype=values.dtype)
@@ -107,4 +105,4 @@ if __name__ == "__main__":
     flags.DEFINE_bool(
         "adapter", False, "Write the low-rank adapter in PEFT's form instead of merging it."
     )
-    app.run(main)
+    command.run(main)

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import tqdm
-from absl import app, flags, logging
+from absl import flags
 
 from align_jax.core.choose import nearest
 from align_jax.core.schema import Example
@@ -35,6 +35,7 @@ from align_jax.online.rewards import WeightedRewards, from_json, resolve
 from align_jax.online.sampling import columns, prompt_text
 from align_jax.online.selection import resolve_threshold
 from align_jax.parallel import distributed
+from align_jax.runs import command
 from align_jax.runs.weights import load_model
 
 _CHUNK = 256  # samples scored between two steps of the bar
@@ -322,10 +323,6 @@ def define_flags() -> None:
 def main(argv: Sequence[str]) -> None:
     """Run from the command line."""
     values = flags.FLAGS
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments {argv[1:]}")
-    if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)  # Orbax tells much of little
     distributed.start()
     samples = read_samples(values.samples)
     if values.rewards:
@@ -348,4 +345,4 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main)
+    command.run(main)

@@ -30,7 +30,7 @@ from typing import Any
 # before jax is imported: planning must not take a machine's own chips
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-from absl import app, flags
+from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from align_jax.core import config as configs
@@ -45,7 +45,7 @@ from align_jax.planner.cost_model import CostEstimate, estimate
 from align_jax.planner.programs import lowered_programs
 from align_jax.planner.search import search
 from align_jax.planner.topology import Topology, describe_topology
-from align_jax.runs import setup
+from align_jax.runs import command, setup
 
 
 def for_planning(config: ConfigDict | Config) -> Config:
@@ -151,11 +151,6 @@ def print_search(run: AbstractRun, count: int) -> list[dict[str, Any]]:
 
 def main(argv: Sequence[str]) -> None:
     """Run from the command line."""
-    if len(argv) > 1:
-        raise app.UsageError(
-            f"unknown arguments {argv[1:]}; flags are --config, --topology, --programs, --search, "
-            "--json, --plot"
-        )
     options = flags.FLAGS
     config = for_planning(options.config)
     found, rows = [], []
@@ -187,4 +182,4 @@ if __name__ == "__main__":
     flags.DEFINE_string("json", None, "Write the estimates to this file.")
     flags.DEFINE_string("plot", None, "Draw the HBM by kind as an SVG file.")
     flags.mark_flags_as_required(["config", "topology"])
-    app.run(main)
+    command.run(main)

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import tqdm
-from absl import app, flags, logging
+from absl import flags
 from transformers import PreTrainedTokenizerBase
 
 from align_jax.core.options import DataOptions, ServerOptions
@@ -33,6 +33,7 @@ from align_jax.inference.generate import Completion, Generator, Request, stop_to
 from align_jax.inference.samplers import Sampling
 from align_jax.parallel import distributed
 from align_jax.parallel.mesh import make_mesh, row_shards
+from align_jax.runs import command
 from align_jax.runs import trained as trained_runs
 from align_jax.runs.weights import load_model
 
@@ -275,14 +276,10 @@ def define_flags() -> None:
 def main(argv: Sequence[str]) -> None:
     """Run from the command line."""
     values = flags.FLAGS
-    if len(argv) > 1:
-        raise app.UsageError(f"unknown arguments {argv[1:]}")
     if bool(values.model) == bool(values.workdir):
-        raise app.UsageError("give one of --model and --workdir")
+        raise command.Usage("give one of --model and --workdir")
     if not values.chat and not (values.prompts and values.output):
-        raise app.UsageError("give --prompts and --output, or --chat")
-    if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)  # Orbax tells much of little
+        raise command.Usage("give --prompts and --output, or --chat")
     distributed.start()
     rows = 1 if values.chat else values.rows
     template = values.chat_template or None
@@ -320,4 +317,4 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main)
+    command.run(main)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from absl import app, flags, logging
+from absl import flags
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
@@ -27,7 +27,7 @@ from align_jax.online.rollout import Rollouts, Weights
 from align_jax.parallel import distributed
 from align_jax.parallel.chips import peak_flops
 from align_jax.parallel.sharding import put_batch
-from align_jax.runs import weights
+from align_jax.runs import command, weights
 from align_jax.runs.setup import Run, lower, prepare
 from align_jax.runs.source import Offline, batches_of, make_source
 from align_jax.runs.trained import open_checkpoints
@@ -296,12 +296,6 @@ def summary(step: int, values: dict[str, float]) -> str:
 
 def main(argv: Sequence[str]) -> None:
     """Run from the command line."""
-    if len(argv) > 1:
-        raise app.UsageError(
-            f"unknown arguments {argv[1:]}; flags are --config, --config.KEY=VALUE and --workdir"
-        )
-    if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)  # Orbax tells much of little
     train(flags.FLAGS.config, flags.FLAGS.workdir)
 
 
@@ -313,4 +307,4 @@ if __name__ == "__main__":
         "workdir", None, "Folder of the run: a local path or gs://...; restarting resumes it."
     )
     flags.mark_flags_as_required(["config", "workdir"])
-    app.run(main)
+    command.run(main)
