@@ -12,6 +12,7 @@ A mistake is its message alone, on standard error; ``--debug`` shows the traceba
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -47,23 +48,35 @@ def run(main: Callable[[Sequence[str]], None], *, arguments: str = "") -> NoRetu
     if any(word in HELP for word in sys.argv[1:]):
         print(usage(program, arguments))
         sys.exit(0)
+    debug = "--debug" in sys.argv[1:]
     try:
         rest = flags.FLAGS(sys.argv)[1:]
         if rest and not arguments:
             raise Usage(f"unknown arguments {rest}: flags begin with --")
-        if not flags.FLAGS["verbosity"].present:
-            logging.set_verbosity(logging.WARNING)  # Orbax tells much of little
+        if "config" in flags.FLAGS and flags.FLAGS.config is not None:
+            _ = flags.FLAGS.config.is_locked  # a missing file is told when a key is asked for
+    except Exception as error:  # a config file runs here: whatever it raises is the user's
+        if debug:
+            raise
+        print(f"{program}: {_flag_message(error)}", file=sys.stderr)
+        sys.exit(2)
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # Orbax tells much of little
+    try:
         main(rest)
     except KeyboardInterrupt:
         _leave(130)
     except Exception as error:
-        if "--debug" in sys.argv[1:]:
+        if debug:
             raise
-        status = 2 if isinstance(error, MISTAKES) else 1
-        kind = "" if status == 2 else f"{type(error).__name__}: "
-        hint = "" if status == 2 else "\n(--debug shows where)"
-        print(f"{program}: {kind}{_message(error)}{hint}", file=sys.stderr)
-        _leave(status)
+        if isinstance(error, MISTAKES):
+            print(f"{program}: {_message(error)}", file=sys.stderr)
+            _leave(2)
+        print(
+            f"{program}: {type(error).__name__}: {_message(error)}\n(--debug shows where)",
+            file=sys.stderr,
+        )
+        _leave(1)
     sys.exit(0)
 
 
@@ -87,6 +100,21 @@ def _message(error: Exception) -> str:
     if isinstance(error, KeyError) and error.args:
         return str(error.args[0])
     return str(error) or type(error).__name__
+
+
+def _flag_message(error: Exception) -> str:
+    """Return what was wrong on the command line, in its words."""
+    text = _message(error)
+    if missing := re.findall(r"Flag --(\w+) must have a value other than None", text):
+        return f"missing {', '.join(f'--{name}' for name in missing)}; --help shows all flags"
+    if "Failed loading config file" in text:
+        attempted = re.search(r"Attempted.*?\n\s*(\S+)", text, re.DOTALL)
+        return f"no config file at {attempted[1] if attempted else text}"
+    if isinstance(error, AttributeError):  # ml_collections' own did-you-mean
+        words = re.findall(r"['\"](\w+)['\"]", text.replace("\\'", "'"))
+        nearest = f"; did you mean {words[1]!r}?" if len(words) > 1 else ""
+        return f"the config has no key {words[0]!r}{nearest}" if words else text
+    return text
 
 
 def _leave(status: int) -> NoReturn:
