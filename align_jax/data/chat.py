@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """From an example to spans of text, and from spans to tokens.
 
-    prompt                                 response                     not rendered into tokens
-    <|user|>How?<|end|><|assistant|>       Like this.<|end|>            (what a template writes after the last turn)
-    ^last_turn              ^header        loss: true
+    prompt                                 response               not rendered into tokens
+    <|user|>How?<|end|><|assistant|>       Like this.<|end|>      (what a template writes after
+    ^last_turn              ^header        loss: true              the last turn)
 
 Prompt and responses are tokenized apart, exactly as when the model generates: a group's responses
 share one prompt, token by token, and the mask needs no search.  A template is applied to the whole
@@ -17,7 +17,7 @@ import dataclasses
 import functools
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -79,17 +79,16 @@ def render(example: Example, tokenizer: PreTrainedTokenizerBase) -> Rendered:
             differently when it goes on (so that there is no telling prompt and response apart).
     """
     if isinstance(example.prompt, str):
-        return _render_text(example, tokenizer)
+        return _render_text(example.prompt, example, tokenizer)
     if not tokenizer.chat_template:
         raise ValueError(
-            f"{example.source}: messages, but the tokenizer has no chat template; "
-            "give one by data.chat_template, or data of prompts and responses as "
-            "plain text"
+            f"{example.source}: messages, but the tokenizer has no chat template; give one by "
+            "--config.data.chat_template, or data of prompts and responses as plain text"
         )
     prompt = list(example.prompt)
     asked = _apply(tokenizer, prompt, True, example.source)
-    wholes = [_conversation(prompt, response) for response in example.responses]
-    texts = [_apply(tokenizer, whole, False, example.source) for whole in wholes]
+    conversations = [prompt + _turns(response) for response in example.responses]
+    texts = [_apply(tokenizer, turns, False, example.source) for turns in conversations]
     if not all(text.startswith(asked) for text in texts):
         # a header that goes further than the template's own assistant turn (an opened <think>): cut
         # where they part
@@ -97,53 +96,53 @@ def render(example: Example, tokenizer: PreTrainedTokenizerBase) -> Rendered:
         asked = os.path.commonprefix([asked, *texts])
         if len(asked) < len(base):
             raise ValueError(
-                f"{example.source}: the chat template renders the prompt "
-                "differently once an answer "
-                f"follows: {base[len(asked) :][:60]!r}"
+                f"{example.source}: the chat template renders the prompt differently once an "
+                f"answer follows: {base[len(asked) :][:60]!r}"
             )
-    spans, closings = [], []
-    for whole, text in zip(wholes, texts):
-        found, closing = _spans(tokenizer, whole, len(prompt), text, len(asked), example.source)
-        spans.append(found)
+    responses, closings = [], []
+    for turns, text in zip(conversations, texts):
+        spans, closing = _spans(tokenizer, turns, len(prompt), text, len(asked), example.source)
+        responses.append(spans)
         closings.append(closing)
     last_turn, header = _last_turn(tokenizer, prompt, asked)
-    return Rendered(asked, tuple(spans), last_turn, header, True, tuple(closings))
+    return Rendered(asked, tuple(responses), last_turn, header, True, tuple(closings))
 
 
-def _render_text(example: Example, tokenizer: PreTrainedTokenizerBase) -> Rendered:
-    if not all(isinstance(response, str) for response in example.responses):
-        raise ValueError(
-            f"{example.source}: the prompt is plain text, so the responses must be plain text too"
-        )
-    responses = tuple(
-        (Span(text, True, not _ends_turn(tokenizer, text)),) for text in example.responses
-    )
-    turn = max(example.prompt.rfind("\n\nHuman:"), 0)
-    header = example.prompt.rfind("\n\nAssistant:")
-    return Rendered(
-        example.prompt, responses, turn, len(example.prompt) - header if header > turn else 0
-    )
+def _render_text(prompt: str, example: Example, tokenizer: PreTrainedTokenizerBase) -> Rendered:
+    responses = []
+    for text in example.responses:
+        if not isinstance(text, str):
+            raise ValueError(
+                f"{example.source}: the prompt is plain text, so the responses must be plain text "
+                "too"
+            )
+        responses.append((Span(text, True, not _ends_turn(tokenizer, text)),))
+    last_turn = max(prompt.rfind("\n\nHuman:"), 0)
+    asks = prompt.rfind("\n\nAssistant:")
+    header = len(prompt) - asks if asks > last_turn else 0
+    return Rendered(prompt, tuple(responses), last_turn, header)
 
 
-def _conversation(prompt: list[Message], response: str | tuple[Message, ...]) -> list[Message]:
-    return prompt + (
-        [{"role": "assistant", "content": response}]
-        if isinstance(response, str)
-        else list(response)
-    )
+def _turns(response: str | tuple[Message, ...]) -> list[Message]:
+    if isinstance(response, str):
+        return [{"role": "assistant", "content": response}]
+    return list(response)
 
 
 def _apply(
-    tokenizer: PreTrainedTokenizerBase, messages: list[Message], header: bool, source: str
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], header: bool, source: str
 ) -> str:
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=header)
+        text = tokenizer.apply_chat_template(
+            [dict(message) for message in messages], tokenize=False, add_generation_prompt=header
+        )
     # templates raise what they like: Jinja's errors, TypeError, their own messages
     except Exception as error:
         raise ValueError(
             f"{source}: the chat template refuses this conversation "
             f"({[message['role'] for message in messages]}): {error}"
         ) from error
+    return cast(str, text)
 
 
 @functools.lru_cache(maxsize=8)
@@ -160,37 +159,48 @@ def _ends_turn(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
 def _spans(
     tokenizer: PreTrainedTokenizerBase,
     messages: list[Message],
-    start: int,
+    first: int,
     text: str,
-    cut: int,
+    begin: int,
     source: str,
 ) -> tuple[tuple[Span, ...], str]:
-    """Cut a rendered conversation's response into spans; return them and what follows the last
-    one's end."""
+    """Cut a rendered conversation's response into spans.
+
+        [answer <end>] [closing, a user's turn, header] [answer <end>] [closing]
+         loss: true     loss: false                      loss: true
+
+    Args:
+        tokenizer: has the template.
+        messages: the conversation; the response begins with message number ``first``.
+        text: as it is rendered; the response begins at ``begin``.
+        source: of the example.
+
+    Returns:
+        The spans, and what follows the last one's end.
+    """
     last = len(messages) - 1
     while messages[last]["role"] != "assistant":
         last -= 1
     spans: list[Span] = []
     closing = ""
-    for index in range(start, last + 1):
+    for index in range(first, last + 1):
         if messages[index]["role"] != "assistant":
             continue
-        begin = cut
-        if index > start:
-            begin = len(_prefix(tokenizer, messages[:index], True, text, source))
-            spans.append(Span(closing + text[cut:begin], False))
-        end = (
-            len(text)
-            if index == len(messages) - 1
-            else len(_prefix(tokenizer, messages[: index + 1], False, text, source))
-        )
-        body = text[begin:end].rstrip()
+        if index > first:
+            between = len(_prefix(tokenizer, messages[:index], True, text, source))
+            spans.append(Span(closing + text[begin:between], False))
+            begin = between
+        end = len(text)
+        if index < len(messages) - 1:
+            end = len(_prefix(tokenizer, messages[: index + 1], False, text, source))
+        turn = text[begin:end]
+        body = turn.rstrip()
         ends = _ends_turn(tokenizer, body)
         # keep the answer's own white space; what the template adds comes after the end
-        if not ends:
-            body = text[begin:end] if text[begin:end].endswith(messages[index]["content"]) else body
+        if not ends and turn.endswith(messages[index]["content"]):
+            body = turn
         spans.append(Span(body, True, not ends))
-        closing, cut = text[begin + len(body) : end], end
+        closing, begin = turn[len(body) :], end
     return tuple(spans), closing
 
 
@@ -204,9 +214,8 @@ def _prefix(
     part = _apply(tokenizer, messages, header, source)
     if not text.startswith(part):
         raise ValueError(
-            f"{source}: the chat template renders turn {len(messages)} differently "
-            "once another follows; "
-            "train on the last answer only (data.turns='last')"
+            f"{source}: the chat template renders turn {len(messages)} differently once another "
+            "follows; train on the last answer only (--config.data.turns=last)"
         )
     return part
 
@@ -220,17 +229,15 @@ def _last_turn(
     at = asked.rfind(content)
     if at < 0 or not content:
         return 0, 0
-    turn = at
-    if len(prompt) > 1:
-        try:
-            before = tokenizer.apply_chat_template(
-                prompt[:-1], tokenize=False, add_generation_prompt=False
-            )
-        # a template may refuse a conversation of a system message alone; only truncation asks
-        except Exception:
-            before = ""
-        turn = len(before) if asked.startswith(before) and len(before) <= at else at
-    return turn if len(prompt) > 1 else 0, len(asked) - at - len(content)
+    header = len(asked) - at - len(content)
+    if len(prompt) == 1:
+        return 0, header
+    try:
+        before = _apply(tokenizer, prompt[:-1], False, "")
+    # a template may refuse a conversation of a system message alone; only truncation asks
+    except ValueError:
+        before = ""
+    return len(before) if asked.startswith(before) and len(before) <= at else at, header
 
 
 @functools.lru_cache(maxsize=8)
@@ -241,8 +248,11 @@ def _anchor(tokenizer: PreTrainedTokenizerBase) -> str:
     text with a space.
     """
 
+    encode = functools.partial(_encode, tokenizer)
+
     def agrees(anchor: str) -> int:
-        skip, encode = len(_encode(tokenizer, anchor)), functools.partial(_encode, tokenizer)
+        """Count the texts whose second half it lets encode as in the whole."""
+        skip = len(encode(anchor))
         return sum(
             encode(left + right) == encode(left) + encode(anchor + right)[skip:]
             for left, right in (("a:", " b c"), ("a:\n", "b c"))
@@ -270,7 +280,7 @@ def _continue(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list
     ]
 
 
-def encode_prompts(
+def _encode_prompts(
     rendered: Sequence[Rendered], tokenizer: PreTrainedTokenizerBase
 ) -> list[tuple[list[int], int, int]]:
     """Tokenize prompts.
@@ -316,21 +326,21 @@ def encode_many(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase)
         ValueError: as ``render``.
     """
     rendered = [render(example, tokenizer) for example in examples]
-    pieces = iter(
-        _continue(
-            tokenizer, [span.text for one in rendered for spans in one.responses for span in spans]
-        )
-    )
+    texts: list[str] = []
+    for one in rendered:
+        for spans in one.responses:
+            texts += [span.text for span in spans]
+    encoded = iter(_continue(tokenizer, texts))
     made = []
-    for one, (prompt, last_turn, header) in zip(rendered, encode_prompts(rendered, tokenizer)):
+    for one, (prompt, last_turn, header) in zip(rendered, _encode_prompts(rendered, tokenizer)):
         responses, masks = [], []
         for spans in one.responses:
             ids: list[int] = []
             mask: list[bool] = []
             for span in spans:
-                piece = next(pieces) + ([tokenizer.eos_token_id] if span.end else [])
-                ids += piece
-                mask += [span.loss] * len(piece)
+                part = next(encoded) + ([tokenizer.eos_token_id] if span.end else [])
+                ids += part
+                mask += [span.loss] * len(part)
             if not prompt and mask:
                 mask[0] = False  # nothing precedes the first token, so nothing predicts it
             responses.append(ids)

@@ -84,7 +84,7 @@ def _without_scores(examples: Sequence[Example]) -> list[Example]:
     return [dataclasses.replace(example, scores=None) for example in examples]
 
 
-def _all(examples: Sequence[Example], options: DataOptions, seed: int) -> list[Example]:
+def _as_they_are(examples: Sequence[Example], options: DataOptions, seed: int) -> list[Example]:
     return list(examples)
 
 
@@ -188,7 +188,7 @@ Conversion = Callable[[Sequence[Example], DataOptions, int], list[Example]]
 CONVERSIONS: Mapping[tuple[str, str], Conversion] = {
     ("pairs", "unpaired"): _split,
     ("pairs", "completions"): _best,
-    ("pairs", "ranked"): _all,
+    ("pairs", "ranked"): _as_they_are,
     ("ranked", "pairs"): _pairs_of_ranked,
     ("ranked", "completions"): _best,
     ("ranked", "unpaired"): _label_by_score,

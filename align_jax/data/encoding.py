@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from transformers import PreTrainedTokenizerBase
 
+from align_jax.core.options import DataOptions
 from align_jax.core.schema import Example
 from align_jax.data import chat
 from align_jax.data.layout import TokenizedGroup
@@ -88,10 +89,9 @@ class Encoded:
 def encode_all(
     examples: Sequence[Example],
     tokenizer: PreTrainedTokenizerBase,
+    options: DataOptions,
     *,
     responses: int,
-    control_tokens: Sequence[str] = (),
-    cache: str = "",
     digest: str = "",
     processes: int | None = None,
 ) -> Encoded:
@@ -100,11 +100,10 @@ def encode_all(
     Args:
         examples: the examples, each with ``responses`` responses.
         tokenizer: the tokenizer.
+        options: ``cache`` is read, and ``control_tokens``: R texts (or special tokens), put without
+            loss before each response; or two for unpaired data: before desirable and before
+            undesirable ones.
         responses: R.
-        control_tokens: for conditional fine-tuning, R texts (or special tokens), put without loss
-            before each response; or two for unpaired data: before desirable and before undesirable
-            ones.
-        cache: a folder in which the result is kept; "": nothing is kept.
         digest: what the examples are made of (``Examples.digest``); part of the cache's key.
         processes: how many tokenize at once; None: one for every 20,000 examples, at most one a
             CPU.
@@ -112,16 +111,16 @@ def encode_all(
     Raises:
         ValueError: an example of another number of responses, or one that cannot be rendered.
     """
-    path = ""
-    if cache:
-        sources = [VERSION, digest, tokenizer_digest(tokenizer), responses, [*control_tokens]]
-        key = hashlib.sha256(json.dumps([*sources, len(examples)]).encode()).hexdigest()
-        path = os.path.join(cache, f"tokens-{key[:24]}.npz")
+    path, control = "", list(options.control_tokens)
+    if options.cache:
+        inputs = [VERSION, digest, tokenizer_digest(tokenizer), responses, control, len(examples)]
+        key = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
+        path = os.path.join(options.cache, f"tokens-{key[:24]}.npz")
         if (found := _load(path)) is not None:
             return found
     if processes is None:
         processes = min(os.cpu_count() or 1, len(examples) // 20_000)
-    encoded = _encode_all(examples, tokenizer, responses, control_tokens, processes)
+    encoded = _encode_all(examples, tokenizer, responses, control, processes)
     if path:
         _save(path, encoded)
     return encoded
@@ -131,7 +130,7 @@ def _encode_all(
     examples: Sequence[Example],
     tokenizer: PreTrainedTokenizerBase,
     responses: int,
-    control_tokens: Sequence[str],
+    control: Sequence[str],
     processes: int,
 ) -> Encoded:
     prompts, texts, masks, turns, headers = [], [], [], [], []
@@ -140,7 +139,7 @@ def _encode_all(
         turns.append(tokens.last_turn)
         headers.append(tokens.header)
         for index, (ids, mask) in enumerate(zip(tokens.responses, tokens.masks)):
-            lead = _control_ids(tokenizer, control_tokens, example, index)
+            lead = _control_ids(tokenizer, control, example, index)
             texts.append(np.asarray(lead + ids, np.int32))
             masks.append(np.asarray([False] * len(lead) + mask, np.bool_))
     missing = (float("nan"),) * responses

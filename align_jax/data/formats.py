@@ -11,7 +11,7 @@ template.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 from align_jax.core.choose import choose
 from align_jax.core.schema import Example, Message
@@ -29,12 +29,12 @@ class Format:
             (one response with a number) or ``prompts``.
         fields: a row that has all of these is taken for this format, unless an earlier one matches;
             an alternative is written ``a|b``, a value ``type=sample``.
-        read: (row, has a chat template) -> examples.
+        read: (row, has a chat template) -> an example, or several.
     """
 
     kind: str
     fields: tuple[str, ...]
-    read: Callable[[Row, bool], Sequence[Example]]
+    read: Callable[[Row, bool], Example | list[Example]]
 
     def missing(self, row: Row) -> list[str]:
         """Return which of this format's fields the row lacks."""
@@ -82,7 +82,8 @@ def read(row: Row, name: str, *, chat: bool) -> list[Example]:
             f"format {name!r} needs {', '.join(form.fields)}; the row has no {', '.join(missing)}, "
             f"only {sorted(row)}; name the columns by --config.data.columns"
         )
-    examples = list(form.read(row, chat))
+    found = form.read(row, chat)
+    examples = [found] if isinstance(found, Example) else found
     for example in examples:
         if any(_is_empty(response) for response in example.responses):
             raise RowError("empty response")

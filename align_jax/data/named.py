@@ -66,8 +66,8 @@ def keep_shp(examples: Sequence[Example], training: bool, seed: int) -> Sequence
         return examples
     posts: dict[str, list[Example]] = {}
     for example in examples:
-        high, low = max(example.scores), min(example.scores)
-        if high >= 2 * low:
+        votes = example.scores or ()
+        if max(votes) >= 2 * min(votes):
             posts.setdefault(prompt_key(example), []).append(example)
     rng = np.random.default_rng(seed)
     return [

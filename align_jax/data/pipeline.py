@@ -44,17 +44,12 @@ class Pipeline:
         kind: the examples' kind.
         layout: a key of ``LAYOUTS``.
         shape: a batch's sizes on the whole mesh.
-        num_examples: groups left after truncation.
-        steps_per_epoch: steps after which every example has been seen once (rounded down if
-            endless, else up).
         report: counts of truncations and drops by reason, and how full rows and steps are.
     """
 
     kind: str
     layout: str
     shape: BatchShape
-    num_examples: int
-    steps_per_epoch: int
     report: Mapping[str, Any]
     _encoded: Encoded
     _truncations: Truncations
@@ -66,6 +61,18 @@ class Pipeline:
     _process: tuple[int, int]  # this process, and how many there are
     _once: bool
     _prefetch: int
+
+    @property
+    def num_examples(self) -> int:
+        """Groups left after truncation."""
+        return int((self._bins != FILLER).sum())
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps that see every example once: rounded down where the data is endless, else up."""
+        if self._once:
+            return len(self._stream)
+        return max(1, len(self._bins) // self.shape.bins)
 
     def batch(self, step: int) -> Batch:
         """Return this process's rows of a step's batch.
@@ -208,38 +215,27 @@ def make_pipeline(
     responses = _check(examples, mismatched, once)
     sizes = dataclasses.replace(sizes, row_multiple=math.lcm(sizes.row_multiple, process_count))
     encoded = encode_all(
-        examples.items,
-        tokenizer,
-        responses=responses,
-        control_tokens=options.control_tokens,
-        cache=options.cache,
-        digest=examples.digest,
+        examples.items, tokenizer, options, responses=responses, digest=examples.digest
     )
     limits = Limits.of(options, sizes.max_length, tokenizer.bos_token_id)
     truncations = truncation.truncate_all(encoded, limits)
     shape, bins, ends = _lay_out(examples, truncations, responses, options, sizes)
     if not once and LAYOUTS[options.layout].packed:
         _check_packing(shape, bins, sizes)
+    extra = _mismatched_shape(shape, encoded, bins, options, limits) if mismatched else None
     order = _stream(examples, bins, ends, seed if options.shuffle and not once else None, once)
+    fill = _fill(truncations, options.layout, bins, shape)
     return Pipeline(
         kind=examples.kind,
         layout=options.layout,
         shape=shape,
-        num_examples=int((bins != FILLER).sum()),
-        steps_per_epoch=-(-len(bins) // shape.bins) if once else max(1, len(bins) // shape.bins),
-        report={
-            **examples.report,
-            **truncations.report,
-            **_fill(truncations, options.layout, bins, shape),
-        },
+        report={**examples.report, **truncations.report, **fill},
         _encoded=encoded,
         _truncations=truncations,
         _limits=limits,
         _bins=bins,
         _stream=order.batch(shape.bins),
-        _mismatched=_mismatched_shape(shape, encoded, bins, options, limits)
-        if mismatched
-        else None,
+        _mismatched=extra,
         _pad=pad_id(tokenizer),
         _process=(process_index, process_count),
         _once=once,

@@ -7,71 +7,54 @@ Open-Assistant's message trees, SHP, PKU-SafeRLHF, OpenAI's summary comparisons,
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from align_jax.core.schema import Example, Message
-from align_jax.data.rows import Row, about, label_of, prompt_of, response_of
+from align_jax.data.rows import Row, about, label_of, prompt_of, response_of, user
 from align_jax.data.transcripts import RowError, asking
 
 
-def _asked(row: Row) -> tuple[Message, ...] | str:
-    if row.get("prompt") is not None:
-        return prompt_of(row)
-    return ({"role": "user", "content": row["instruction"]},)
-
-
-def _user(text: str) -> tuple[Message, ...]:
-    return ({"role": "user", "content": text.strip()},)
+def _prompt(row: Row) -> tuple[Message, ...] | str:
+    return prompt_of(row) if row.get("prompt") is not None else user(row["instruction"])
 
 
 def _output(value: Any) -> Any:
     return value if isinstance(value, str) else response_of(value, (), "output")
 
 
-def read_binary_feedback(row: Row, chat: bool) -> list[Example]:
+def read_binary_feedback(row: Row, chat: bool) -> Example:
     """Read prompt, output, label and, where given, reward."""
-    scores = None if row.get("reward") is None else (float(row["reward"]),)
-    return [
-        Example(
-            _asked(row),
-            (_output(row["output"]),),
-            label=label_of(row["label"]),
-            scores=scores,
-            **about(row, "prompt", "output", "label"),
-        )
-    ]
+    return Example(
+        _prompt(row),
+        (_output(row["output"]),),
+        label=label_of(row["label"]),
+        scores=None if row.get("reward") is None else (float(row["reward"]),),
+        **about(row, "prompt", "output", "label"),
+    )
 
 
-def read_pairwise_feedback(row: Row, chat: bool) -> list[Example]:
+def read_pairwise_feedback(row: Row, chat: bool) -> Example:
     """Read prompt, output_A, output_B and label: 1 where A is preferred."""
     sides = ("A", "B") if label_of(row["label"]) else ("B", "A")
     given = all(row.get(f"reward_{side}") is not None for side in sides)
-    return [
-        Example(
-            _asked(row),
-            tuple(_output(row[f"output_{side}"]) for side in sides),
-            scores=tuple(float(row[f"reward_{side}"]) for side in sides) if given else None,
-            **about(row, "prompt", "output_A", "output_B", "label"),
-        )
-    ]
+    return Example(
+        _prompt(row),
+        tuple(_output(row[f"output_{side}"]) for side in sides),
+        scores=tuple(float(row[f"reward_{side}"]) for side in sides) if given else None,
+        **about(row, "prompt", "output_A", "output_B", "label"),
+    )
 
 
-def read_scalar_feedback(row: Row, chat: bool) -> list[Example]:
+def read_scalar_feedback(row: Row, chat: bool) -> Example:
     """Read prompt, output and reward."""
-    return [
-        Example(
-            _asked(row),
-            (_output(row["output"]),),
-            scores=(float(row["reward"]),),
-            **about(row, "prompt", "output"),
-        )
-    ]
+    known = about(row, "prompt", "output")
+    return Example(_prompt(row), (_output(row["output"]),), scores=(float(row["reward"]),), **known)
 
 
-def read_sample(row: Row, chat: bool) -> list[Example]:
+def read_sample(row: Row, chat: bool) -> Example:
     """Read prompt and output: a model's answer of which nothing is known yet."""
-    return [Example(_asked(row), (_output(row["output"]),), **about(row, "prompt", "output"))]
+    return Example(_prompt(row), (_output(row["output"]),), **about(row, "prompt", "output"))
 
 
 def read_oasst_tree(row: Row, chat: bool) -> list[Example]:
@@ -82,36 +65,26 @@ def read_oasst_tree(row: Row, chat: bool) -> list[Example]:
     return found
 
 
-def _walk(
-    node: Mapping[str, Any], before: tuple[Message, ...], found: list[Example], chat: bool
-) -> None:
+def _walk(node: Row, before: tuple[Message, ...], found: list[Example], chat: bool) -> None:
     role = "user" if node["role"] == "prompter" else "assistant"
     path = (*before, {"role": role, "content": node["text"]})
     replies = [reply for reply in node.get("replies") or () if not reply.get("deleted")]
-    answers = sorted(
-        (
-            reply
-            for reply in replies
-            if reply["role"] == "assistant" and reply.get("rank") is not None
-        ),
-        key=lambda reply: reply["rank"],
-    )
-    if len(answers) > 1:
-        found.append(
-            Example(
-                *asking(path, [answer["text"] for answer in answers], chat=chat),
-                extras={"message_id": node.get("message_id"), "lang": node.get("lang")},
-            )
-        )
+    ranked = [
+        reply for reply in replies if reply["role"] == "assistant" and reply.get("rank") is not None
+    ]
+    if len(ranked) > 1:
+        answers = [answer["text"] for answer in sorted(ranked, key=lambda reply: reply["rank"])]
+        extras = {"message_id": node.get("message_id"), "lang": node.get("lang")}
+        found.append(Example(*asking(path, answers, chat=chat), extras=extras))
     for reply in replies:
         _walk(reply, path, found, chat)
 
 
-def grow_trees(messages_in_rows: Sequence[Row]) -> list[Row]:
+def grow_trees(rows: Sequence[Row]) -> list[Row]:
     """Build Open-Assistant message trees from flat messages (message_id, parent_id, role, text,
     rank)."""
-    nodes = {row["message_id"]: {**row, "replies": []} for row in messages_in_rows}
-    trees = []
+    nodes = {row["message_id"]: {**row, "replies": []} for row in rows}
+    trees: list[Row] = []
     for node in nodes.values():
         if node.get("parent_id") is None:
             trees.append({"message_tree_id": node["message_id"], "prompt": node})
@@ -120,70 +93,52 @@ def grow_trees(messages_in_rows: Sequence[Row]) -> list[Row]:
     return trees
 
 
-def read_shp(row: Row, chat: bool) -> list[Example]:
+def read_shp(row: Row, chat: bool) -> Example:
     """Read Stanford Human Preferences: labels is 1 where answer A is preferred; scores are Reddit's
     votes."""
     sides = ("A", "B") if label_of(row["labels"]) else ("B", "A")
-    scores = tuple(float(row[f"score_{side}"]) for side in sides)
-    return [
-        Example(
-            *asking(
-                _user(row["history"]),
-                [row[f"human_ref_{side}"].strip() for side in sides],
-                chat=chat,
-            ),
-            scores=scores,
-            **about(row, "history", "human_ref_A", "human_ref_B", "labels"),
-        )
-    ]
+    responses = [row[f"human_ref_{side}"].strip() for side in sides]
+    return Example(
+        *asking(user(row["history"].strip()), responses, chat=chat),
+        scores=tuple(float(row[f"score_{side}"]) for side in sides),
+        **about(row, "history", "human_ref_A", "human_ref_B", "labels"),
+    )
 
 
-def read_safe_rlhf(row: Row, chat: bool) -> list[Example]:
+def read_safe_rlhf(row: Row, chat: bool) -> Example:
     """Read PKU-SafeRLHF: two responses, and which of them is better."""
     better = int(row["better_response_id"])
     if better not in (0, 1):
         raise RowError(f"better_response_id: expected 0 or 1, got {better}")
     responses = (row[f"response_{better}"], row[f"response_{1 - better}"])
-    return [
-        Example(
-            *asking(_user(row["prompt"]), responses, chat=chat),
-            **about(row, "prompt", "response_0", "response_1", "better_response_id"),
-        )
-    ]
+    return Example(
+        *asking(user(row["prompt"].strip()), responses, chat=chat),
+        **about(row, "prompt", "response_0", "response_1", "better_response_id"),
+    )
 
 
-def read_comparisons(row: Row, chat: bool) -> list[Example]:
+def read_comparisons(row: Row, chat: bool) -> Example:
     """Read OpenAI's comparisons of summaries: info.post, two summaries, and which was chosen."""
     info, choice = row["info"], int(row["choice"])
     lead = f"SUBREDDIT: r/{info['subreddit']}\n\n" if info.get("subreddit") else ""
     lead += f"TITLE: {info['title']}\n\n" if info.get("title") else ""
-    asked = f"{lead}POST: {info.get('post') or info.get('article')}\n\nTL;DR:"
-    prompt = ({"role": "user", "content": asked},) if chat else asked
+    post = f"{lead}POST: {info.get('post') or info.get('article')}\n\nTL;DR:"
     texts = [row["summaries"][index]["text"].strip() for index in (choice, 1 - choice)]
-    return [
-        Example(
-            prompt,
-            tuple(texts if chat else [f" {text}" for text in texts]),
-            **about(row, "info", "summaries", "choice"),
-        )
-    ]
+    known = about(row, "info", "summaries", "choice")
+    if chat:
+        return Example(user(post), tuple(texts), **known)
+    return Example(post, tuple(f" {text}" for text in texts), **known)
 
 
-def read_scored_completions(row: Row, chat: bool) -> list[Example]:
+def read_scored_completions(row: Row, chat: bool) -> Example:
     """Read UltraFeedback as first published: an instruction and several completions with an overall
     score each."""
-    scored = [
-        (float(one["overall_score"]), one["response"])
-        for one in row["completions"]
-        if one.get("overall_score") is not None
-    ]
-    scored.sort(key=lambda pair: -pair[0])
+    scored = [one for one in row["completions"] if one.get("overall_score") is not None]
     if not scored:
         raise RowError("no scored completion")
-    return [
-        Example(
-            *asking(_user(row["instruction"]), [text for _, text in scored], chat=chat),
-            scores=tuple(score for score, _ in scored),
-            **about(row, "instruction", "completions"),
-        )
-    ]
+    scored.sort(key=lambda one: -float(one["overall_score"]))
+    return Example(
+        *asking(user(row["instruction"].strip()), [one["response"] for one in scored], chat=chat),
+        scores=tuple(float(one["overall_score"]) for one in scored),
+        **about(row, "instruction", "completions"),
+    )

@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Readers of rows whose fields say what they are: prompt, chosen, rejected, completion, messages,
-question ...
+"""Readers of rows whose fields say what they are: prompt, chosen, completion, question ...
 
-Each takes a row and whether the tokenizer has a chat template, and returns Examples; ``formats``
-has the table.
+Each takes a row and whether the tokenizer has a chat template; ``formats`` has the table.
 """
 
 from __future__ import annotations
@@ -48,10 +46,8 @@ def messages(value: Any, what: str) -> tuple[Message, ...]:
         raise RowError(f"{what}: expected a list of messages, got {type(value).__name__}")
     found = []
     for message in value:
-        role, content = (
-            message.get("role", message.get("from")),
-            message.get("content", message.get("value")),
-        )
+        role = message.get("role", message.get("from"))
+        content = message.get("content", message.get("value"))
         if role not in ROLES or not isinstance(content, str):
             raise RowError(
                 f"{what}: expected messages with a known role and a text, got "
@@ -61,38 +57,44 @@ def messages(value: Any, what: str) -> tuple[Message, ...]:
     return tuple(found)
 
 
+def given(row: Row, *names: str) -> str:
+    """Return the first of these fields that the row has; the last where it has none."""
+    return next((name for name in names if row.get(name) is not None), names[-1])
+
+
 def system_of(row: Row) -> tuple[Message, ...]:
     """Read the row's system message, if it has one."""
     text = row.get("system") or row.get("system_prompt")
     return ({"role": "system", "content": text},) if text else ()
 
 
-def _extras(row: Row, *used: str) -> dict[str, Any]:
-    return {key: value for key, value in row.items() if key not in used}
-
-
-def _number(row: Row, name: str, default: float) -> float:
-    value = row.get(name)
-    return default if value is None else float(value)
+def user(text: str) -> tuple[Message, ...]:
+    """Return one turn of a user."""
+    return ({"role": "user", "content": text},)
 
 
 def about(row: Row, *used: str) -> dict[str, Any]:
     """Read margin and weight, and keep the columns that are not ``used``."""
+    margin, weight = row.get("margin"), row.get("weight")
+    used = (*used, "margin", "weight")
     return {
-        "margin": _number(row, "margin", 0.0),
-        "weight": _number(row, "weight", 1.0),
-        "extras": _extras(row, *used, "margin", "weight"),
+        "margin": 0.0 if margin is None else float(margin),
+        "weight": 1.0 if weight is None else float(weight),
+        "extras": {key: value for key, value in row.items() if key not in used},
     }
 
 
 def prompt_of(row: Row, name: str = "prompt") -> tuple[Message, ...] | str:
     """Read a prompt: text, or messages where it is given as such or there is a system message."""
-    value = row[name]
+    value, system = row[name], system_of(row)
     if isinstance(value, str):
-        if system_of(row):
-            return system_of(row) + ({"role": "user", "content": value},)
-        return value
-    return system_of(row) + messages(value, name)
+        return system + user(value) if system else value
+    return system + messages(value, name)
+
+
+def first_answer(turns: Sequence[Message]) -> int:
+    """Return where the assistant speaks first; the number of turns where it does not."""
+    return next((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), len(turns))
 
 
 def response_of(
@@ -104,9 +106,8 @@ def response_of(
     turns = messages(value, what)
     if isinstance(prompt, tuple) and turns[: len(prompt)] == prompt:
         turns = turns[len(prompt) :]
-    elif turns and turns[0]["role"] != "assistant":
-        first = next((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), len(turns))
-        turns = turns[first:]
+    else:
+        turns = turns[first_answer(turns) :]
     return turns[0]["content"] if len(turns) == 1 and turns[0]["role"] == "assistant" else turns
 
 
@@ -126,223 +127,160 @@ def pair_scores(row: Row) -> tuple[float, float] | None:
     return None
 
 
-def read_pairs(row: Row, chat: bool) -> list[Example]:
-    """Read prompt, chosen, rejected: texts or messages; whole conversations may repeat the
-    prompt."""
-    name = "prompt" if row.get("prompt") is not None else "conversations"
-    prompt = prompt_of(row, name)
-    if isinstance(prompt, str) and not isinstance(row["chosen"], str):
-        # UltraFeedback's way: a prompt as text beside whole conversations that repeat it
-        return read_implicit({**row, "prompt": None}, chat)
-    responses = tuple(response_of(row[side], prompt, side) for side in ("chosen", "rejected"))
-    return [
-        Example(
-            prompt, responses, scores=pair_scores(row), **about(row, name, "chosen", "rejected")
-        )
-    ]
-
-
-def read_implicit(row: Row, chat: bool) -> list[Example]:
-    """Read chosen, rejected: two conversations (texts, transcripts or messages) that begin
-    alike."""
-    known = {"scores": pair_scores(row), **about(row, "chosen", "rejected")}
-    if isinstance(row["chosen"], str):
-        prompt, responses = transcripts.split_pair(row["chosen"], row["rejected"], chat=chat)
-        return [Example(prompt, responses, **known)]
-    prompt, *rests = transcripts.split_messages(
-        messages(row["chosen"], "chosen"), messages(row["rejected"], "rejected")
-    )
-    return [
-        Example(
-            system_of(row) + prompt,
-            tuple(response_of(rest, (), "response") for rest in rests),
-            **known,
-        )
-    ]
-
-
-def read_conversation_completion(row: Row, chat: bool) -> list[Example]:
-    """Read messages: the assistant's turns, from the first on, are the completion."""
-    name = "messages" if row.get("messages") is not None else "conversations"
-    turns = system_of(row) + messages(row[name], name)
-    first = next((i for i, turn in enumerate(turns) if turn["role"] == "assistant"), None)
-    if first is None:
-        raise RowError("no turn of the assistant")
-    return [Example(turns[:first], (response_of(turns[first:], (), name),), **about(row, name))]
-
-
-def read_conversation_label(row: Row, chat: bool) -> list[Example]:
-    """Read messages, label: feedback on the last answer; the turns before it are context."""
-    name = "messages" if row.get("messages") is not None else "conversations"
-    given = "label" if row.get("label") is not None else "kto_tag"
-    turns = system_of(row) + messages(row[name], name)
-    if not turns or turns[-1]["role"] != "assistant":
-        raise RowError("the labeled conversation does not end with the assistant")
-    return [
-        Example(
-            turns[:-1],
-            (turns[-1]["content"],),
-            label=label_of(row[given]),
-            **about(row, name, given),
-        )
-    ]
-
-
 def label_of(value: Any) -> bool:
     """Read a label: true/false, 1/0, 1/-1, or desirable/undesirable."""
-    words = {
-        "true": True,
-        "1": True,
-        "desirable": True,
-        "chosen": True,
-        "false": False,
-        "0": False,
-        "-1": False,
-        "undesirable": False,
-        "rejected": False,
-    }
     name = str(value).strip().lower().removesuffix(".0")
-    if name not in words:
-        raise RowError(f"label: expected true or false, got {value!r}")
-    return words[name]
-
-
-def read_unpaired(row: Row, chat: bool) -> list[Example]:
-    """Read prompt, completion, label."""
-    prompt = prompt_of(row)
-    name = "completion" if row.get("completion") is not None else "response"
-    return [
-        Example(
-            prompt,
-            (response_of(row[name], prompt, name),),
-            label=label_of(row["label"]),
-            **about(row, "prompt", name, "label"),
-        )
-    ]
-
-
-def read_completion(row: Row, chat: bool) -> list[Example]:
-    """Read prompt, completion."""
-    prompt = prompt_of(row)
-    name = "completion" if row.get("completion") is not None else "response"
-    return [Example(prompt, (response_of(row[name], prompt, name),), **about(row, "prompt", name))]
-
-
-def read_only_prompt(row: Row, chat: bool) -> list[Example]:
-    """Read prompt, and nothing else that is known."""
-    return [Example(prompt_of(row), (), **about(row, "prompt"))]
-
-
-def read_text(row: Row, chat: bool) -> list[Example]:
-    """Read text: all of it is learned."""
-    return [Example("", (row["text"],), **about(row, "text"))]
-
-
-def _alpaca_prompt(row: Row, chat: bool) -> tuple[Message, ...] | str:
-    extra = row.get("input") or ""
-    if chat:
-        content = f"{row['instruction']}\n\n{extra}" if extra else row["instruction"]
-        return system_of(row) + ({"role": "user", "content": content},)
-    lead = "Below is an instruction that describes a task" + (
-        ", paired with an input that provides further context. " if extra else ". "
-    )
-    lead += "Write a response that appropriately completes the request.\n\n"
-    return (
-        lead
-        + f"### Instruction:\n{row['instruction']}\n\n"
-        + (f"### Input:\n{extra}\n\n" if extra else "")
-        + "### Response:\n"
-    )
-
-
-def read_alpaca_pairs(row: Row, chat: bool) -> list[Example]:
-    """Read instruction, input, chosen, rejected."""
-    return [
-        Example(
-            _alpaca_prompt(row, chat),
-            (row["chosen"], row["rejected"]),
-            scores=pair_scores(row),
-            **about(row, "chosen", "rejected"),
-        )
-    ]
-
-
-def read_alpaca(row: Row, chat: bool) -> list[Example]:
-    """Read instruction, input, output."""
-    return [Example(_alpaca_prompt(row, chat), (row["output"],), **about(row, "output"))]
-
-
-def _question_prompt(row: Row, chat: bool) -> tuple[Message, ...] | str:
-    if chat:
-        return system_of(row) + ({"role": "user", "content": row["question"]},)
-    lead = "".join(f"{message['content']}\n\n" for message in system_of(row))
-    return f"{lead}Question: {row['question']}\nAnswer:"
-
-
-def _answered(row: Row, chat: bool, names: Sequence[str], **known: Any) -> list[Example]:
-    lead = "" if chat else " "
-    texts = [
-        text
-        for name in names
-        for text in ([row[name]] if isinstance(row[name], str) else row[name])
-    ]
-    responses = tuple(lead + text for text in texts)
-    return [
-        Example(
-            _question_prompt(row, chat),
-            responses,
-            **known,
-            **about(row, "question", "chosen", "rejected", "responses", "response"),
-        )
-    ]
-
-
-def read_question_pairs(row: Row, chat: bool) -> list[Example]:
-    """Read question, chosen, rejected."""
-    return _answered(row, chat, ("chosen", "rejected"), scores=pair_scores(row))
-
-
-def read_question_ranked(row: Row, chat: bool) -> list[Example]:
-    """Read question, responses, ranks or scores."""
-    return [order(example, row) for example in _answered(row, chat, ("responses",))]
-
-
-def read_question(row: Row, chat: bool) -> list[Example]:
-    """Read question, answer."""
-    return _answered(row, chat, ("response" if row.get("response") is not None else "answer",))
-
-
-def read_question_label(row: Row, chat: bool) -> list[Example]:
-    """Read question, response, label."""
-    return _answered(
-        row,
-        chat,
-        ("response" if row.get("response") is not None else "answer",),
-        label=label_of(row["label"]),
-    )
+    if name in ("true", "1", "desirable", "chosen"):
+        return True
+    if name in ("false", "0", "-1", "undesirable", "rejected"):
+        return False
+    raise RowError(f"label: expected true or false, got {value!r}")
 
 
 def order(example: Example, row: Row) -> Example:
     """Order an example's responses from best to worst by the row's ``ranks`` (0 is best) or
     ``scores``."""
-    values = (
-        row["scores"] if row.get("scores") is not None else [-float(rank) for rank in row["ranks"]]
-    )
+    given_scores = row.get("scores") is not None
+    values = row["scores"] if given_scores else [-float(rank) for rank in row["ranks"]]
     if len(values) != len(example.responses):
         raise RowError(f"{len(example.responses)} responses, but {len(values)} ranks or scores")
     best_first = sorted(range(len(values)), key=lambda i: -float(values[i]))
-    scores = tuple(float(values[i]) for i in best_first) if row.get("scores") is not None else None
     return dataclasses.replace(
-        example, responses=tuple(example.responses[i] for i in best_first), scores=scores
+        example,
+        responses=tuple(example.responses[i] for i in best_first),
+        scores=tuple(float(values[i]) for i in best_first) if given_scores else None,
     )
 
 
-def read_ranked(row: Row, chat: bool) -> list[Example]:
+def read_pairs(row: Row, chat: bool) -> Example:
+    """Read prompt, chosen, rejected: texts or messages; whole conversations may repeat the
+    prompt."""
+    name = given(row, "prompt", "conversations")
+    prompt = prompt_of(row, name)
+    if isinstance(prompt, str) and not isinstance(row["chosen"], str):
+        # UltraFeedback's way: a prompt as text beside whole conversations that repeat it
+        return read_implicit({**row, "prompt": None}, chat)
+    responses = tuple(response_of(row[side], prompt, side) for side in ("chosen", "rejected"))
+    known = about(row, name, "chosen", "rejected")
+    return Example(prompt, responses, scores=pair_scores(row), **known)
+
+
+def read_implicit(row: Row, chat: bool) -> Example:
+    """Read chosen, rejected: two conversations (texts, transcripts or messages) that begin
+    alike."""
+    known = {"scores": pair_scores(row), **about(row, "chosen", "rejected")}
+    if isinstance(row["chosen"], str):
+        return Example(*transcripts.split_pair(row["chosen"], row["rejected"], chat=chat), **known)
+    prompt, *rests = transcripts.split_messages(
+        messages(row["chosen"], "chosen"), messages(row["rejected"], "rejected")
+    )
+    responses = tuple(response_of(rest, (), "response") for rest in rests)
+    return Example(system_of(row) + prompt, responses, **known)
+
+
+def read_conversation_completion(row: Row, chat: bool) -> Example:
+    """Read messages: the assistant's turns, from the first on, are the completion."""
+    name = given(row, "messages", "conversations")
+    turns = system_of(row) + messages(row[name], name)
+    first = first_answer(turns)
+    if first == len(turns):
+        raise RowError("no turn of the assistant")
+    return Example(turns[:first], (response_of(turns[first:], (), name),), **about(row, name))
+
+
+def read_conversation_label(row: Row, chat: bool) -> Example:
+    """Read messages, label: feedback on the last answer; the turns before it are context."""
+    name, label = given(row, "messages", "conversations"), given(row, "label", "kto_tag")
+    turns = system_of(row) + messages(row[name], name)
+    if not turns or turns[-1]["role"] != "assistant":
+        raise RowError("the labeled conversation does not end with the assistant")
+    known = about(row, name, label)
+    return Example(turns[:-1], (turns[-1]["content"],), label=label_of(row[label]), **known)
+
+
+def read_completion(row: Row, chat: bool) -> Example:
+    """Read prompt, completion."""
+    prompt, name = prompt_of(row), given(row, "completion", "response")
+    return Example(prompt, (response_of(row[name], prompt, name),), **about(row, "prompt", name))
+
+
+def read_unpaired(row: Row, chat: bool) -> Example:
+    """Read prompt, completion, label."""
+    prompt, name = prompt_of(row), given(row, "completion", "response")
+    known = about(row, "prompt", name, "label")
+    response = response_of(row[name], prompt, name)
+    return Example(prompt, (response,), label=label_of(row["label"]), **known)
+
+
+def read_ranked(row: Row, chat: bool) -> Example:
     """Read prompt, responses, ranks or scores."""
     prompt = prompt_of(row)
     responses = tuple(response_of(value, prompt, "responses") for value in row["responses"])
-    return [
-        order(
-            Example(prompt, responses, **about(row, "prompt", "responses", "ranks", "scores")), row
-        )
-    ]
+    known = about(row, "prompt", "responses", "ranks", "scores")
+    return order(Example(prompt, responses, **known), row)
+
+
+def read_only_prompt(row: Row, chat: bool) -> Example:
+    """Read prompt, and nothing else that is known."""
+    return Example(prompt_of(row), (), **about(row, "prompt"))
+
+
+def read_text(row: Row, chat: bool) -> Example:
+    """Read text: all of it is learned."""
+    return Example("", (row["text"],), **about(row, "text"))
+
+
+def _alpaca_prompt(row: Row, chat: bool) -> tuple[Message, ...] | str:
+    instruction, extra = row["instruction"], row.get("input") or ""
+    if chat:
+        return system_of(row) + user(f"{instruction}\n\n{extra}" if extra else instruction)
+    lead = "Below is an instruction that describes a task"
+    lead += ", paired with an input that provides further context. " if extra else ". "
+    lead += "Write a response that appropriately completes the request.\n\n"
+    given_input = f"### Input:\n{extra}\n\n" if extra else ""
+    return f"{lead}### Instruction:\n{instruction}\n\n{given_input}### Response:\n"
+
+
+def read_alpaca_pairs(row: Row, chat: bool) -> Example:
+    """Read instruction, input, chosen, rejected."""
+    responses, known = (row["chosen"], row["rejected"]), about(row, "chosen", "rejected")
+    return Example(_alpaca_prompt(row, chat), responses, scores=pair_scores(row), **known)
+
+
+def read_alpaca(row: Row, chat: bool) -> Example:
+    """Read instruction, input, output."""
+    return Example(_alpaca_prompt(row, chat), (row["output"],), **about(row, "output"))
+
+
+def _answered(row: Row, chat: bool, *names: str, **known: Any) -> Example:
+    """Read a question and the answers in these fields, a text or several in each."""
+    answers: list[str] = []
+    for name in names:
+        answers += [row[name]] if isinstance(row[name], str) else row[name]
+    known |= about(row, "question", "chosen", "rejected", "responses", "response")
+    system = system_of(row)
+    if chat:
+        return Example(system + user(row["question"]), tuple(answers), **known)
+    lead = "".join(f"{message['content']}\n\n" for message in system)
+    prompt = f"{lead}Question: {row['question']}\nAnswer:"
+    return Example(prompt, tuple(f" {answer}" for answer in answers), **known)
+
+
+def read_question_pairs(row: Row, chat: bool) -> Example:
+    """Read question, chosen, rejected."""
+    return _answered(row, chat, "chosen", "rejected", scores=pair_scores(row))
+
+
+def read_question_ranked(row: Row, chat: bool) -> Example:
+    """Read question, responses, ranks or scores."""
+    return order(_answered(row, chat, "responses"), row)
+
+
+def read_question(row: Row, chat: bool) -> Example:
+    """Read question, answer."""
+    return _answered(row, chat, given(row, "response", "answer"))
+
+
+def read_question_label(row: Row, chat: bool) -> Example:
+    """Read question, response, label."""
+    return _answered(row, chat, given(row, "response", "answer"), label=label_of(row["label"]))

@@ -3,7 +3,8 @@
 that know their place.
 
     path, glob, gs://...      .json .jsonl .parquet, each also .gz (not Parquet)
-    tfds:name:split           a TFDS builder prepared with file_format="array_record" (or a directory that holds one)
+    tfds:name:split           a TFDS builder prepared with file_format="array_record", or its
+                              directory
     hf:owner/name[/folder]:split   a data set repository's own JSON or Parquet files
     builtin:name:split[?seed=0&size=512]   made by code (data/synthetic.py)
 """
@@ -125,6 +126,15 @@ def _open_file(path: str) -> Source:
     return _open_json_lines(path, data)
 
 
+def _numbered(name: str) -> Callable[[int], str]:
+    """Return what tells where a row stands that has a number alone."""
+
+    def where(index: int) -> str:
+        return f"{name}[{index}]"
+
+    return where
+
+
 def _digest(path: str) -> str:
     stat = epath.Path(path).stat()
     return f"{path}:{stat.length}:{stat.mtime}"
@@ -143,9 +153,10 @@ def _open_json_lines(path: str, data: bytes) -> Source:
             ) from error
         return _check_row(row, f"{path}:{number}")
 
-    return Source(
-        path, _digest(path), len(numbered), read, lambda index: f"{path}:{numbered[index][0]}"
-    )
+    def where(index: int) -> str:
+        return f"{path}:{numbered[index][0]}"
+
+    return Source(path, _digest(path), len(numbered), read, where)
 
 
 def _open_json_array(path: str, data: bytes) -> Source:
@@ -155,13 +166,12 @@ def _open_json_array(path: str, data: bytes) -> Source:
         raise ValueError(
             f"{path}:{error.lineno}: malformed JSON: {error.msg} (column {error.colno})"
         ) from error
-    return Source(
-        path,
-        _digest(path),
-        len(rows),
-        lambda index: _check_row(rows[index], f"{path}[{index}]"),
-        lambda index: f"{path}[{index}]",
-    )
+    where = _numbered(path)
+
+    def read(index: int) -> Row:
+        return _check_row(rows[index], where(index))
+
+    return Source(path, _digest(path), len(rows), read, where)
 
 
 def _check_row(row: Any, where: str) -> Row:
@@ -181,13 +191,11 @@ def _open_parquet(path: str) -> Source:
         )
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: not a readable Parquet file: {error}") from error
-    return Source(
-        path,
-        _digest(path),
-        table.num_rows,
-        lambda index: table.slice(index, 1).to_pylist()[0],
-        lambda index: f"{path}[{index}]",
-    )
+
+    def read(index: int) -> Row:
+        return table.slice(index, 1).to_pylist()[0]
+
+    return Source(path, _digest(path), table.num_rows, read, _numbered(path))
 
 
 def _concatenate(spec: str, parts: Sequence[Source]) -> Source:
@@ -221,9 +229,7 @@ def _open_builtin(spec: str) -> Source:
         )
     name, split = fields[1], fields[2] if len(fields) == 3 else "train"
     made = synthetic.make(name, split, **{key: int(value) for key, value in options.items()})
-    return Source(
-        spec, f"{spec}@{synthetic.VERSION}", made.size, made.row, lambda index: f"{head}[{index}]"
-    )
+    return Source(spec, f"{spec}@{synthetic.VERSION}", made.size, made.row, _numbered(head))
 
 
 def _open_tfds(spec: str) -> Source:
@@ -240,13 +246,11 @@ def _open_tfds(spec: str) -> Source:
             f"{builder.data_dir} (is it prepared, with file_format='array_record'?)"
         )
     rows = builder.as_data_source(split)
-    return Source(
-        spec,
-        f"{builder.data_dir}:{split}",
-        len(rows),
-        lambda index: _plain(rows[index]),
-        lambda index: f"{spec}[{index}]",
-    )
+
+    def read(index: int) -> Row:
+        return _plain(rows[index])
+
+    return Source(spec, f"{builder.data_dir}:{split}", len(rows), read, _numbered(spec))
 
 
 def _plain(value: Any) -> Any:
@@ -282,14 +286,10 @@ def _open_hub(spec: str) -> Source:
     )
     # train.jsonl, train-00000-of-00002.parquet; else a folder named train; else
     # train_something.json
-    rules = (
-        rf"(.*/)?{re.escape(split)}([-.].*)",
-        rf"(.*/)?{re.escape(split)}/.*",
-        rf"(.*/)?{re.escape(split)}_.*",
-    )
-    chosen = next(
-        filter(None, ([path for path in found if re.fullmatch(rule, path)] for rule in rules)), []
-    )
+    stem = rf"(.*/)?{re.escape(split)}"
+    chosen: list[str] = []
+    for rule in (rf"{stem}([-.].*)", rf"{stem}/.*", rf"{stem}_.*"):
+        chosen = chosen or [path for path in found if re.fullmatch(rule, path)]
     if not chosen:
         raise ValueError(f"{spec}: no file of split {split!r} among {found[:20]}")
     source = _concatenate(spec, [_open_file(str(base / path)) for path in chosen])

@@ -28,8 +28,8 @@ BYTE_SPECIALS = (
 # 256 bytes and the specials, filled up to a multiple of 16 so that a tensor axis can split it
 BYTE_VOCAB = 272
 BYTE_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>{{ "
-    "message['content'] }}<|end|>"
+    "{{ bos_token }}{% for message in messages %}"
+    "<|{{ message['role'] }}|>{{ message['content'] }}<|end|>"
     "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 _END_NAMES = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>")
@@ -77,20 +77,7 @@ def load_tokenizer(path: str, *, chat_template: str | None = None) -> PreTrained
     Raises:
         ValueError: nothing there, no fast tokenizer, or no end-of-sequence token.
     """
-    if path == "byte":
-        tokenizer = byte_tokenizer()
-    elif path.endswith((".json", ".json.gz")):
-        tokenizer = _from_file(path)
-    elif os.path.isdir(path) and os.path.exists(os.path.join(path, "tokenizer.json.gz")):
-        tokenizer = _from_file(os.path.join(path, "tokenizer.json.gz"))
-    else:
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        except (OSError, ValueError, KeyError) as error:
-            raise ValueError(
-                f"tokenizer {path!r}: expected 'byte', a directory, a "
-                f"tokenizer.json or a hub id: {error}"
-            ) from error
+    tokenizer = _load(path)
     if not tokenizer.is_fast:
         raise ValueError(
             f"tokenizer {path!r}: only fast tokenizers (with a tokenizer.json) are supported"
@@ -112,7 +99,25 @@ def load_tokenizer(path: str, *, chat_template: str | None = None) -> PreTrained
     return tokenizer
 
 
+def _load(path: str) -> PreTrainedTokenizerBase:
+    zipped = os.path.join(path, "tokenizer.json.gz")
+    if path == "byte":
+        return byte_tokenizer()
+    if path.endswith((".json", ".json.gz")):
+        return _from_file(path)
+    if os.path.exists(zipped):
+        return _from_file(zipped)
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"tokenizer {path!r}: expected 'byte', a directory, a tokenizer.json or a hub id: "
+            f"{error}"
+        ) from error
+
+
 def _from_file(path: str) -> PreTrainedTokenizerFast:
+    """Load a tokenizer.json, with the special tokens and the template of the config beside it."""
     try:
         with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
             backend = Tokenizer.from_str(file.read())
@@ -123,19 +128,14 @@ def _from_file(path: str) -> PreTrainedTokenizerFast:
     if os.path.exists(config_path):
         with open(config_path, encoding="utf-8") as file:
             config = json.load(file)
-    names = {
-        key: value["content"] if isinstance(value, dict) else value
-        for key, value in config.items()
-        if key in ("bos_token", "eos_token", "pad_token", "unk_token") and value is not None
-    }
-    if "eos_token" not in names:
-        names.update(
-            {
-                "eos_token": name
-                for name in reversed(_END_NAMES)
-                if backend.token_to_id(name) is not None
-            }
-        )
+    names = {}
+    for key in ("bos_token", "eos_token", "pad_token", "unk_token"):
+        value = config.get(key)
+        if value is not None:
+            names[key] = value["content"] if isinstance(value, dict) else value
+    known = [name for name in _END_NAMES if backend.token_to_id(name) is not None]
+    if "eos_token" not in names and known:
+        names["eos_token"] = known[0]
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, clean_up_tokenization_spaces=False, **names
     )

@@ -419,7 +419,8 @@ def test_tokens_are_kept_on_disk_and_damaged_files_made_anew(byte, pairs, tmp_pa
 
 def test_several_processes_tokenize_as_one_does(byte, pairs):
     one, two = (
-        encoding.encode_all(pairs.items, byte, responses=2, processes=count) for count in (1, 2)
+        encoding.encode_all(pairs.items, byte, DataOptions(), responses=2, processes=count)
+        for count in (1, 2)
     )
     for field in dataclasses.fields(encoding.Encoded):
         np.testing.assert_array_equal(getattr(one, field.name), getattr(two, field.name))
