@@ -143,23 +143,30 @@ def loss_budget(tokens: int, length: int) -> int:
     return min(round_up(max(tokens, 1), 8 if tokens <= 512 else 128), length)
 
 
-def group_slots(groups_per_row: float) -> int:
+def group_slots(mean_groups: float) -> int:
     """Return how many groups a packed row has room for: one, or twice the average.
 
     Rows of short groups hold more than the average; empty slots cost next to nothing.
     """
-    return 1 if groups_per_row == 1 else math.ceil(2 * groups_per_row)
+    return 1 if mean_groups == 1 else math.ceil(2 * mean_groups)
 
 
 def batch_shape(
-    options: DataOptions, sizes: BatchSizes, responses: int, *, loss_positions: int = 0
+    options: DataOptions,
+    sizes: BatchSizes,
+    responses: int,
+    *,
+    mean_groups: float = 0.0,
+    loss_positions: int = 0,
 ) -> BatchShape:
     """Tell a batch's static sizes from the options alone.
 
     Args:
-        options: ``layout``, ``groups_per_row`` (0: 1) and ``max_prompt_length`` are read.
+        options: ``layout``, ``groups_per_row`` and ``max_prompt_length`` are read.
         sizes: what is asked for.
         responses: R.
+        mean_groups: how many groups a packed row holds on average; 0: as the options say, or 1 (the
+            pipeline measures it).
         loss_positions: P; 0: what a plain row's longest prompt leaves, else T (the pipeline knows
             the exact budget).
 
@@ -168,7 +175,7 @@ def batch_shape(
     """
     batch_size, multiple = sizes.batch_size, sizes.row_multiple
     if choose(LAYOUTS, options.layout, "config.data.layout").packed:
-        mean = options.groups_per_row or 1
+        mean = mean_groups or options.groups_per_row or 1
         if mean < 1:
             raise ValueError(f"config.data.groups_per_row = {mean}: expected at least 1")
         rows = max(1, round(batch_size / mean / multiple)) * multiple

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int
 
+from align_jax.core.options import DataOptions
+
 FILLER = -1  # stands for no group
 
 
@@ -61,8 +63,11 @@ def best_fit(
     return bins
 
 
-def mean_groups_per_row(lengths: Sequence[int], row_length: int) -> float:
-    """Return how many groups of these lengths a packed row holds on average."""
+def mean_groups(options: DataOptions, lengths: Sequence[int], row_length: int) -> float:
+    """Return how many groups a packed row holds on average: as the options say, or as many as fit
+    of groups of these lengths."""
+    if options.groups_per_row:
+        return options.groups_per_row
     capacity = max(row_length, max(lengths))
     return len(lengths) / len(best_fit(lengths, capacity, len(lengths)))
 

@@ -283,12 +283,9 @@ def _lay_out(
     )
     if how.packed:
         row_length = sizes.row_length or responses * sizes.max_length
-        if not options.groups_per_row:
-            mean = packing.mean_groups_per_row(lengths[lengths > 0].tolist(), row_length)
-            options = dataclasses.replace(options, groups_per_row=mean)
-        group_slots = layout.group_slots(options.groups_per_row)
+        mean = packing.mean_groups(options, lengths[lengths > 0].tolist(), row_length)
     else:
-        row_length, group_slots = sizes.max_length, 1
+        row_length, mean = sizes.max_length, 1.0
         if options.trim:
             row_length = min(row_length, layout.round_up(int(lengths.max()), 8))
     if lengths.max() > row_length:
@@ -296,7 +293,9 @@ def _lay_out(
             f"row_length {row_length} is shorter than the longest group, {lengths.max()} tokens: "
             "raise it, or lower max_length"
         )
-    bins, ends = _pack_by_source(examples, truncations, lengths, row_length, group_slots)
+    bins, ends = _pack_by_source(
+        examples, truncations, lengths, row_length, layout.group_slots(mean)
+    )
     # the most loss tokens in any row: of a bin's groups together, or of a response
     loss = np.where((bins == FILLER)[..., None], 0, truncations.loss_tokens[bins])
     longest = int(loss.sum(axis=(1, 2)).max() if how.packed else loss.max())
@@ -304,6 +303,7 @@ def _lay_out(
         options,
         dataclasses.replace(sizes, max_length=row_length, row_length=row_length),
         responses,
+        mean_groups=mean,
         loss_positions=layout.loss_budget(longest, row_length),
     )
     return shape, bins, ends

@@ -49,7 +49,7 @@ class Limits:
             )
 
     @classmethod
-    def of(cls, options: DataOptions, max_length: int, bos_id: int | None) -> Limits:
+    def of(cls, options: DataOptions, max_length: int, bos_id: int | None = None) -> Limits:
         """Return the limits that the options set."""
         return cls(max_length, options.truncation, options.max_prompt_length, bos_id)
 

@@ -96,7 +96,7 @@ class AbstractRun:
             filled.
         rollouts: how rollouts are made; None of an offline run.
         rewards: the reward models by name.
-        loss_positions: P; 0 = what ``data.max_prompt_length`` leaves of a row, else the whole row.
+        loss_positions: P; 0: see ``data.layout.batch_shape``.
     """
 
     config: Config

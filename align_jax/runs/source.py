@@ -17,6 +17,7 @@ from etils import epath
 from align_jax.data.datasets import Examples
 from align_jax.data.pipeline import Pipeline
 from align_jax.data.tokenizer import tokenizer_digest
+from align_jax.data.truncation import Limits
 from align_jax.interop import hf
 from align_jax.online.rollout import Rollouts
 from align_jax.parallel import distributed
@@ -34,12 +35,8 @@ def cached_reference(run: Run, examples: Examples) -> reference.Cache:
     inputs = {
         "examples": examples.digest,
         "tokenizer": tokenizer_digest(run.resolved.tokenizer),
-        "max_length": config.max_length,
-        "truncation": [
-            config.data.truncation,
-            config.data.max_prompt_length,
-            list(config.data.control_tokens),
-        ],
+        "limits": repr(Limits.of(config.data, config.max_length)),
+        "control_tokens": list(config.data.control_tokens),
         "weights": reference.weights_digest(hf.locate(path) if path else None, config.seed),
         "model": repr(run.resolved.model_config),
         "types": [r.dtype, config.model.compute_dtype, "" if r.path else config.model.quantize],
