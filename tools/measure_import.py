@@ -60,7 +60,7 @@ def main() -> None:
             num_key_value_heads=8,
         )
     )
-    shapes = hf.tensor_shapes(config)
+    shapes = hf.tensor_shapes(hf.tensor_maps(config), config)
     mesh = make_mesh({"fsdp": -1})
     shardings = tree_shardings(mesh, build(config).axes())
     with tempfile.TemporaryDirectory() as folder:

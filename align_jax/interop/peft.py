@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adapters both ways between PEFT's files and our parameters, through each family's own tensor map.
 
-    adapter_config.json, adapter_model.safetensors  <->  LoraConfig, {"layers": {"attention":
-    {"query": {"lora_a"...}}}}
+    adapter_config.json         <->  LoraConfig
+    adapter_model.safetensors   <->  {"layers": {"attention": {"query": {"lora_a": ...}}}}
 
 PEFT adapts modules, we adapt linear maps; where a family's module holds several of ours (GPT-2's
 ``c_attn``, Phi 3's ``qkv_proj``), the file's A is ours one above the other and its B
@@ -30,10 +30,13 @@ from etils import epath
 
 from align_jax.core.tree import flatten, unflatten
 from align_jax.interop import hf
-from align_jax.interop.tensor_files import SINGLE
+from align_jax.interop.tensor_files import SINGLE, listed
 from align_jax.models import FAMILIES
 from align_jax.models.config import ModelConfig
-from align_jax.models.lora import LoraConfig
+from align_jax.models.heads import HEADS
+from align_jax.models.lora import LEAVES, LoraConfig
+from align_jax.models.model import build
+from align_jax.models.roles import role_of
 from align_jax.models.tensor_map import AxisMap, parse
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
@@ -64,67 +67,45 @@ PLAIN: Mapping[str, tuple[Any, ...]] = {
 # keys that we follow, or that do not change what a finished adapter computes; any other must be
 # unset
 HARMLESS = frozenset(
-    (
-        "r",
-        "lora_alpha",
-        "lora_dropout",
-        "use_rslora",
-        "use_dora",
-        "rank_pattern",
-        "alpha_pattern",
-        "target_modules",
-        "exclude_modules",
-        "fan_in_fan_out",
-        "layers_pattern",
-        "task_type",
-        "inference_mode",
-        "auto_mapping",
-        "base_model_name_or_path",
-        "revision",
-        "peft_version",
-        "runtime_config",
-        "megatron_core",
-        "qalora_group_size",
-        "loftq_config",
-        "eva_config",
-        "corda_config",
-        "lora_ga_config",
-        "ensure_weight_tying",
-    )
+    """r lora_alpha lora_dropout use_rslora use_dora rank_pattern alpha_pattern target_modules
+    exclude_modules fan_in_fan_out layers_pattern task_type inference_mode auto_mapping
+    base_model_name_or_path revision peft_version runtime_config megatron_core qalora_group_size
+    loftq_config eva_config corda_config lora_ga_config ensure_weight_tying""".split()
 )
 
 
 @dataclasses.dataclass(frozen=True)
-class Site:
+class LinearMap:
     """One of our linear maps in a module.
 
     Attributes:
         path: "layers/attention/query".
         axes: of the kernel.
-        count: how many axes are contracted.
-        start: first row of the module's outputs that belongs to the axes.
+        inputs: how many axes are contracted.
+        start: first row of the module's outputs that belongs to the map.
     """
 
     path: str
     axes: AxisMap
-    count: int
+    inputs: int
     start: int
 
     @property
     def _sides(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        inputs = set(self.axes.ours[: self.count])
+        """The letters of the module's inputs and of its outputs, as the tensor groups them."""
         first, second = self.axes.theirs
-        return (first, second) if set(first) == inputs else (second, first)
+        ours = set(self.axes.ours[: self.inputs])
+        return (first, second) if set(first) == ours else (second, first)
 
-    def side(self, which: str, rank: int) -> AxisMap:
-        """Return how lora_A [r, in], lora_B [out, r] or the magnitudes [out] are laid out."""
+    def _layout(self, leaf: str, rank: int) -> AxisMap:
+        """Return how lora_A [r, in], lora_B [out, r] or the magnitudes [out] become our leaf."""
         (inputs, outputs), sizes = self._sides, {**self.axes.sizes, "r": rank}
-        ours_in, ours_out = self.axes.ours[: self.count], self.axes.ours[self.count :]
-        return {
-            "lora_a": AxisMap((("r",), inputs), (*ours_in, "r"), sizes),
-            "lora_b": AxisMap((outputs, ("r",)), ("r", *ours_out), sizes),
-            "lora_m": AxisMap((outputs,), ours_out, sizes),
-        }[which]
+        ours_in, ours_out = self.axes.ours[: self.inputs], self.axes.ours[self.inputs :]
+        if leaf == "lora_a":
+            return AxisMap((("r",), inputs), (*ours_in, "r"), sizes)
+        if leaf == "lora_b":
+            return AxisMap((outputs, ("r",)), ("r", *ours_out), sizes)
+        return AxisMap((outputs,), ours_out, sizes)
 
     @property
     def transposed(self) -> bool:
@@ -132,51 +113,50 @@ class Site:
         return self.axes.theirs[0] == self._sides[0]
 
     @property
-    def width(self) -> int:
-        """Rows of the module's outputs that the axes covers."""
-        return math.prod(self.axes.sizes[letter] for letter in self._sides[1])
+    def columns(self) -> int:
+        """How many inputs the module has."""
+        return self._layout("lora_a", 1).their_shape[1]
 
-    def read(self, which: str, tensor: np.ndarray) -> np.ndarray:
+    @property
+    def rows(self) -> slice:
+        """The module's outputs that the map reaches into; a fused tensor's maps may share them."""
+        size = math.prod(self.axes.sizes[letter] for letter in self._sides[1])
+        return slice(self.start, self.start + size)
+
+    def read(self, leaf: str, tensor: np.ndarray) -> np.ndarray:
         """Take this map's part of a layer's tensor."""
-        rank = tensor.shape[0] if which == "lora_a" else tensor.shape[-1]
-        axes = self.side(which, rank)
+        rank = tensor.shape[0] if leaf == "lora_a" else tensor.shape[-1]
+        axes = self._layout(leaf, rank)
         whole = [slice(None)] * len(axes.ours)
-        rows = tensor if which == "lora_a" else tensor[self.start : self.start + self.width]
+        rows = tensor if leaf == "lora_a" else tensor[self.rows]
         return axes.to_ours(rows[axes.bounds(whole)], whole)
 
-    def write(self, which: str, ours: np.ndarray, rank: int) -> np.ndarray:
+    def write(self, leaf: str, ours: np.ndarray, rank: int) -> np.ndarray:
         """Return a layer's tensor as the file holds it (of this map's rows), zero where other maps'
         numbers go."""
-        axes = self.side(which, rank)
+        axes = self._layout(leaf, rank)
         out = np.zeros(axes.their_shape, np.float32)
         axes.to_theirs(np.asarray(ours, np.float32), out)
         return out
 
 
-def sites(config: ModelConfig) -> dict[str, list[Site]]:
+def adaptable(config: ModelConfig) -> dict[str, list[LinearMap]]:
     """Return a family's modules that can be adapted: name with {layer} -> our linear maps in it."""
-    out: dict[str, list[Site]] = {}
+    roles = flatten(build(config).roles())
+    out: dict[str, list[LinearMap]] = {}
     for entry in FAMILIES[config.family].tensor_maps(config):
-        if re.fullmatch(r"layers/(attention|mlp)/\w+/kernel", entry.path):
+        role = role_of(roles, entry.path)
+        if role.adaptable:
+            start = entry.span[0] if entry.span else 0
             path = entry.path.removesuffix("/kernel")
-            site = Site(
-                path,
-                parse(entry, config),
-                2 if path.endswith("/output") else 1,
-                entry.span[0] if entry.span else 0,
-            )
-            out.setdefault(entry.name.removesuffix(".weight"), []).append(site)
+            part = LinearMap(path, parse(entry, config), role.inputs, start)
+            out.setdefault(entry.name.removesuffix(".weight"), []).append(part)
     return out
 
 
-def _suffix(name: str, modules: Sequence[str]) -> str:
-    """Return the shortest end of a module's name that no other module's name has."""
-    parts = name.split(".")
-    for count in range(1, len(parts)):
-        end = "." + ".".join(parts[-count:])
-        if not any(other.endswith(end) for other in modules if other != name):
-            return end[1:]
-    return name
+def _rows(parts: Sequence[LinearMap]) -> int:
+    """Return how many outputs a module has."""
+    return max(part.rows.stop for part in parts)
 
 
 # ------------------------------------------------------------------------------------------- export
@@ -204,103 +184,86 @@ def save(
     Raises:
         ValueError: leaves that are no adapter's of this family; DoRA on a part of a module.
     """
-    flat = {
-        name: leaf
-        for name, leaf in flatten(adapter_params).items()
-        if not re.match(r"value(_mlp)?/", name)
-    }
-    modules = sites(config)
-    known = {
-        f"{site.path}/{leaf}"
-        for parts in modules.values()
-        for site in parts
-        for leaf in ("lora_a", "lora_b", "lora_m")
-    } | {SCORE}
+    values = HEADS.keys() - {"score"}
+    flat = flatten({name: node for name, node in adapter_params.items() if name not in values})
+    modules = adaptable(config)
+    maps = [part for parts in modules.values() for part in parts]
+    known = {f"{part.path}/{leaf}" for part in maps for leaf in LEAVES} | {SCORE}
     if unknown := sorted(flat.keys() - known):
-        raise ValueError(
-            f"not parameters of a PEFT adapter of {config.family}: "
-            f"{', '.join(unknown)}"
-            + (
-                "; adapters on experts can only be merged"
-                if any("/moe/" in x for x in unknown)
-                else ""
-            )
-        )
+        raise ValueError(f"not parameters of a PEFT adapter of {config.family}: {unknown}")
     tensors: dict[str, np.ndarray] = {}
-    ranks: dict[str, int] = {}
-    targets = []
+    ranks: dict[str, int] = {}  # of each target
     everything = [
         entry.name.removesuffix(".weight") for entry in FAMILIES[config.family].tensor_maps(config)
     ]
     for name, parts in modules.items():
-        adapted = [site for site in parts if f"{site.path}/lora_a" in flat]
+        adapted = [part for part in parts if f"{part.path}/lora_a" in flat]
         if not adapted:
             continue
         if lora.dora and len(adapted) < len(parts):
             raise ValueError(
-                f"DoRA on {', '.join(site.path for site in adapted)} alone cannot "
-                "be written: PEFT's "
-                f"{name} holds {', '.join(site.path for site in parts)}; adapt all "
-                "of them"
+                f"DoRA on {', '.join(part.path for part in adapted)} alone cannot be written: "
+                f"PEFT's {name} holds {', '.join(part.path for part in parts)}; adapt all of them"
             )
-        targets.append(_suffix(name, everything))
-        if len(adapted) > 1:
-            ranks[targets[-1]] = lora.rank * len(adapted)
-        _write(tensors, name, parts, adapted, flat, config.num_layers, lora)
+        ranks[_suffix(name, everything)] = lora.rank * len(adapted)
+        leaves = {
+            f"{part.path}/{leaf}": np.asarray(flat[f"{part.path}/{leaf}"], np.float32)
+            for part in adapted
+            for leaf in (LEAVES if lora.dora else LEAVES[:2])
+        }
+        for layer in range(config.num_layers):
+            own = {key: leaf[layer] for key, leaf in leaves.items()}
+            found = _layer_tensors(adapted, own, _rows(parts), lora)
+            tensors |= {PREFIX + name.format(layer=layer) + end: x for end, x in found.items()}
     if SCORE in flat:
-        tensors[f"{PREFIX}score.weight"] = np.ascontiguousarray(
-            np.asarray(flat[SCORE], np.float32).T
-        )
+        score = np.asarray(flat[SCORE], np.float32)
+        tensors[f"{PREFIX}score.weight"] = np.ascontiguousarray(score.T)
     folder = epath.Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / TENSORS).write_bytes(safetensors.numpy.save(tensors, {"format": "pt"}))
-    transposed = any(site.transposed for parts in modules.values() for site in parts)
-    settings = _settings(lora, targets, ranks, transposed, SCORE in flat, base_name)
+    transposed = any(part.transposed for part in maps)
+    settings = _settings(lora, ranks, transposed, SCORE in flat, base_name)
     (folder / CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
 
-def _write(
-    tensors: dict[str, np.ndarray],
-    name: str,
-    parts: Sequence[Site],
-    adapted: Sequence[Site],
-    flat: Mapping[str, Any],
-    layers: int,
-    lora: LoraConfig,
-) -> None:
-    rows, rank = max(site.start + site.width for site in parts), lora.rank
-    leaves = {
-        f"{site.path}/{leaf}": np.asarray(flat[f"{site.path}/{leaf}"], np.float32)
-        for site in adapted
-        for leaf in ("lora_a", "lora_b", "lora_m")[: 3 if lora.dora else 2]
-    }
-    for layer in range(layers):
-        down = np.concatenate(
-            [site.write("lora_a", leaves[f"{site.path}/lora_a"][layer], rank) for site in adapted]
-        )
-        up = np.zeros((rows, rank * len(adapted)), np.float32)
-        magnitude = np.zeros((rows,), np.float32)
-        for i, site in enumerate(adapted):
-            span = slice(site.start, site.start + site.width)
-            up[span, i * rank : (i + 1) * rank] = site.write(
-                "lora_b", leaves[f"{site.path}/lora_b"][layer], rank
-            )
-            if lora.dora:
-                magnitude[span] += site.write("lora_m", leaves[f"{site.path}/lora_m"][layer], rank)
-        module = PREFIX + name.format(layer=layer)
-        tensors |= {f"{module}.lora_A.weight": down, f"{module}.lora_B.weight": up}
+def _suffix(name: str, modules: Sequence[str]) -> str:
+    """Return the shortest end of a module's name that no other module's name has."""
+    parts = name.split(".")
+    for count in range(1, len(parts)):
+        end = "." + ".".join(parts[-count:])
+        if not any(other.endswith(end) for other in modules if other != name):
+            return end[1:]
+    return name
+
+
+# our leaf -> the end of the tensor's name
+ENDS = dict(zip(LEAVES, (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector")))
+
+
+def _layer_tensors(
+    adapted: Sequence[LinearMap], leaves: Mapping[str, np.ndarray], rows: int, lora: LoraConfig
+) -> dict[str, np.ndarray]:
+    """Put a layer's adapters of a module's linear maps together: end of the tensor's name -> it."""
+
+    def written(part: LinearMap, leaf: str) -> np.ndarray:
+        return part.write(leaf, leaves[f"{part.path}/{leaf}"], lora.rank)
+
+    down = np.concatenate([written(part, "lora_a") for part in adapted])
+    up = np.zeros((rows, lora.rank * len(adapted)), np.float32)
+    magnitude = np.zeros((rows,), np.float32)
+    for i, part in enumerate(adapted):
+        up[part.rows, i * lora.rank : (i + 1) * lora.rank] = written(part, "lora_b")
         if lora.dora:
-            tensors[f"{module}.lora_magnitude_vector"] = magnitude
+            magnitude[part.rows] += written(part, "lora_m")
+    found = {"lora_a": down, "lora_b": up} | ({"lora_m": magnitude} if lora.dora else {})
+    return {ENDS[leaf]: tensor for leaf, tensor in found.items()}
 
 
 def _settings(
-    lora: LoraConfig,
-    targets: Sequence[str],
-    ranks: Mapping[str, int],
-    transposed: bool,
-    score: bool,
-    base_name: str,
+    lora: LoraConfig, ranks: Mapping[str, int], transposed: bool, score: bool, base_name: str
 ) -> dict[str, Any]:
+    others = {name: rank for name, rank in ranks.items() if rank != lora.rank}
+
     def alpha(rank: int) -> float:  # the same scale at another rank
         return lora.scale * (math.sqrt(rank) if lora.rank_stabilized else rank)
 
@@ -312,11 +275,11 @@ def _settings(
         "r": lora.rank,
         "lora_alpha": lora.alpha,
         "lora_dropout": lora.dropout,
-        "target_modules": sorted(targets),
-        "rank_pattern": dict(ranks),
+        "target_modules": sorted(ranks),
+        "rank_pattern": others,
         "bias": "none",
         "init_lora_weights": True,
-        "alpha_pattern": {name: alpha(rank) for name, rank in ranks.items()},
+        "alpha_pattern": {name: alpha(rank) for name, rank in others.items()},
         "use_rslora": lora.rank_stabilized,
         "use_dora": lora.dora,
         "fan_in_fan_out": transposed,
@@ -346,16 +309,31 @@ def load(path: str, config: ModelConfig) -> tuple[LoraConfig, dict[str, Any]]:
             mis-shaped.
     """
     folder = hf.locate(path)
-    if missing := [
-        name for name in (CONFIG, TENSORS) if not os.path.exists(os.path.join(folder, name))
-    ]:
-        hint = (
-            "; it holds a whole model: that is config.model.path"
-            if os.path.exists(os.path.join(folder, SINGLE))
-            else ""
-        )
+    settings = _read_settings(folder, path)
+    tensors = {
+        name.removeprefix(PREFIX): value.astype(np.float32)
+        for name, value in safetensors.numpy.load_file(os.path.join(folder, TENSORS)).items()
+    }
+    dora, stabilized = bool(settings.get("use_dora")), bool(settings.get("use_rslora"))
+    layers = _by_module(tensors, config, LEAVES if dora else LEAVES[:2], path)
+    flat, rank = _stack(layers, settings, config)
+    alpha = settings["lora_alpha"]
+    if rank != settings["r"]:
+        alpha = _scale(settings, settings["r"], alpha) * (math.sqrt(rank) if stabilized else rank)
+    targets = "|".join(sorted({name.removeprefix("layers/").rsplit("/", 1)[0] for name in flat}))
+    if "score.weight" in tensors:
+        flat[SCORE] = tensors["score.weight"].T
+    dropout = settings.get("lora_dropout") or 0.0
+    return LoraConfig(rank, float(alpha), dropout, targets, stabilized, dora), unflatten(flat)
+
+
+def _read_settings(folder: str, path: str) -> dict[str, Any]:
+    there = set(os.listdir(folder))
+    if missing := [name for name in (CONFIG, TENSORS) if name not in there]:
+        whole = "; it holds a whole model: that is config.model.path"
         raise FileNotFoundError(
-            f"no PEFT adapter in {path!r}: {' and '.join(missing)} not found{hint}"
+            f"no PEFT adapter in {path!r}: {' and '.join(missing)} not found"
+            + (whole if SINGLE in there else "")
         )
     with open(os.path.join(folder, CONFIG), encoding="utf-8") as file:
         settings = json.load(file)
@@ -373,82 +351,47 @@ def load(path: str, config: ModelConfig) -> tuple[LoraConfig, dict[str, Any]]:
         raise ValueError(
             f"the adapter {path!r} is of a kind that is not supported: {'; '.join(wrong)}"
         )
-    tensors = {
-        name.removeprefix(PREFIX): value.astype(np.float32)
-        for name, value in safetensors.numpy.load_file(os.path.join(folder, TENSORS)).items()
-    }
-    found = _found(tensors, config, bool(settings.get("use_dora")), path)
-    flat, rank = _stack(found, settings, config)
-    scale = _scale(settings, settings["r"], settings["lora_alpha"])
-    stabilized = bool(settings.get("use_rslora"))
-    alpha = (
-        settings["lora_alpha"]
-        if rank == settings["r"]
-        else scale * (math.sqrt(rank) if stabilized else rank)
-    )
-    targets = "|".join(sorted({name.removeprefix("layers/").rsplit("/", 1)[0] for name in flat}))
-    if "score.weight" in tensors:
-        flat[SCORE] = tensors["score.weight"].T
-    lora = LoraConfig(
-        rank,
-        alpha=float(alpha),
-        dropout=settings.get("lora_dropout") or 0.0,
-        targets=targets,
-        rank_stabilized=stabilized,
-        dora=bool(settings.get("use_dora")),
-    )
-    return lora, unflatten(flat)
+    return settings
 
 
-Found = dict[str, list[dict[str, np.ndarray]]]  # module with {layer} -> each layer's tensors
+Layers = list[dict[str, np.ndarray]]  # of each layer: our leaf -> a module's tensor
 
 
-def _found(tensors: Mapping[str, np.ndarray], config: ModelConfig, dora: bool, path: str) -> Found:
+def _by_module(
+    tensors: Mapping[str, np.ndarray], config: ModelConfig, leaves: Sequence[str], path: str
+) -> dict[str, Layers]:
     """Sort the file's tensors by module and layer; every mistake is in one error."""
-    kinds = {"lora_a": ".lora_A.weight", "lora_b": ".lora_B.weight"} | (
-        {"lora_m": ".lora_magnitude_vector"} if dora else {}
-    )
-    left, missing, wrong, out = set(tensors) - {"score.weight"}, [], [], {}
-    for module, parts in sites(config).items():
+    left = set(tensors) - {"score.weight"}
+    missing: list[str] = []
+    misshaped: list[str] = []
+    out: dict[str, Layers] = {}
+    modules = adaptable(config)
+    for module, parts in modules.items():
         names = [
-            {which: module.format(layer=layer) + end for which, end in kinds.items()}
+            {leaf: module.format(layer=layer) + ENDS[leaf] for leaf in leaves}
             for layer in range(config.num_layers)
         ]
-        flat = {name for layer in names for name in layer.values()}
-        if not flat & left:
+        mine = {name for layer in names for name in layer.values()}
+        if not mine & left:
             continue
-        missing += sorted(flat - left)
-        left -= flat
-        inputs = parts[0].side("lora_a", 1).their_shape[1]
-        rows = max(site.start + site.width for site in parts)
-        for layer in names:
-            if not set(layer.values()) <= tensors.keys():
-                continue
-            rank = tensors[layer["lora_a"]].shape[0]
-            expected = {"lora_a": (rank, inputs), "lora_b": (rows, rank), "lora_m": (rows,)}
-            wrong += [
-                f"{name}: expected {expected[which]}, got {tensors[name].shape}"
-                for which, name in layer.items()
-                if tensors[name].shape != expected[which]
-            ]
-        out[module] = [
-            {which: tensors.get(name) for which, name in layer.items()} for layer in names
-        ]
-    if left or missing or wrong or not out:
-        known = ", ".join(name.split("{layer}.")[1] for name in sites(config))
-        parts = [
-            f"  {len(names)} {what}:\n    " + "\n    ".join(names)
-            for what, names in (
-                ("missing", missing),
-                ("unexpected", sorted(left)),
-                ("mis-shaped", wrong),
-            )
-            if names
-        ]
+        missing += sorted(mine - left)
+        if mine <= left:
+            out[module] = [{leaf: tensors[name] for leaf, name in layer.items()} for layer in names]
+            for layer, found in zip(names, out[module]):
+                rank = found["lora_a"].shape[0]
+                shapes = (rank, parts[0].columns), (_rows(parts), rank), (_rows(parts),)
+                misshaped += [
+                    f"{layer[leaf]}: expected {shape}, got {found[leaf].shape}"
+                    for leaf, shape in zip(leaves, shapes)
+                    if found[leaf].shape != shape
+                ]
+        left -= mine
+    if left or missing or misshaped or not out:
+        known = ", ".join(name.split("{layer}.")[1] for name in modules)
+        wrong = {"missing": missing, "unexpected": sorted(left), "mis-shaped": misshaped}
         raise ValueError(
-            f"the adapter {path!r} does not fit a {config.family} model, in every "
-            "layer of which these "
-            f"can be adapted: {known}\n" + "\n".join(parts)
+            f"the adapter {path!r} does not fit a {config.family} model, in every layer of which "
+            f"these can be adapted: {known}\n{listed(wrong)}"
         )
     return out
 
@@ -465,28 +408,25 @@ def _alpha(settings: Mapping[str, Any], module: str) -> float | int:
 
 
 def _stack(
-    found: Found, settings: Mapping[str, Any], config: ModelConfig
+    modules: Mapping[str, Layers], settings: Mapping[str, Any], config: ModelConfig
 ) -> tuple[dict[str, np.ndarray], int]:
-    """Stack the layers of each linear map, at one rank and one scale."""
+    """Stack the layers of each linear map, at one rank and one scale; return them and the rank."""
     ours: dict[str, list[np.ndarray]] = {}
-    usual = _scale(settings, settings["r"], settings["lora_alpha"])
-    for module, parts in sites(config).items():
-        for layer, tensors in enumerate(found.get(module, ())):
+    maps, usual = adaptable(config), _scale(settings, settings["r"], settings["lora_alpha"])
+    for module, layers in modules.items():
+        for layer, tensors in enumerate(layers):
             down, up = tensors["lora_a"], tensors["lora_b"]
-            scale = _scale(settings, down.shape[0], _alpha(settings, module.format(layer=layer)))
-            ups = [site.read("lora_b", up) for site in parts]
-            # [parts, r]
+            alpha = _alpha(settings, module.format(layer=layer))
+            factor = np.float32(_scale(settings, down.shape[0], alpha) / usual)
+            ups = [part.read("lora_b", up) for part in maps[module]]
             reaches = np.stack([np.any(b.reshape(len(b), -1) != 0, axis=1) for b in ups])
-            for site, b, own in zip(parts, ups, reaches):
+            for part, b, own in zip(maps[module], ups, reaches):  # own: [r]
                 kept = own | ~np.any(reaches, axis=0)  # what reaches other parts alone is left out
-                ours.setdefault(f"{site.path}/lora_a", []).append(site.read("lora_a", down[kept]))
-                ours.setdefault(f"{site.path}/lora_b", []).append(
-                    b[kept] * np.float32(scale / usual)
-                )
+                found = {"lora_a": part.read("lora_a", down[kept]), "lora_b": b[kept] * factor}
                 if "lora_m" in tensors:
-                    ours.setdefault(f"{site.path}/lora_m", []).append(
-                        site.read("lora_m", tensors["lora_m"])
-                    )
+                    found["lora_m"] = part.read("lora_m", tensors["lora_m"])
+                for leaf, value in found.items():
+                    ours.setdefault(f"{part.path}/{leaf}", []).append(value)
     rank = max(len(b) for name, layers in ours.items() if name.endswith("lora_b") for b in layers)
     return {
         name: np.stack([_filled(value, rank, name) for value in layers])
@@ -498,7 +438,7 @@ def _filled(value: np.ndarray, rank: int, name: str) -> np.ndarray:
     """Fill the axis of the rank up with zeros."""
     if name.endswith("lora_m"):
         return value
+    widths = [(0, 0)] * value.ndim
     axis = value.ndim - 1 if name.endswith("lora_a") else 0
-    return np.pad(
-        value, [(0, rank - value.shape[axis]) if i == axis else (0, 0) for i in range(value.ndim)]
-    )
+    widths[axis] = (0, rank - value.shape[axis])
+    return np.pad(value, widths)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -48,9 +49,8 @@ class Reader:
             FileNotFoundError: neither is there, or a shard of the index is missing.
         """
         self._stack = contextlib.ExitStack()
-        files = {path: path for path in _files(folder)}
-        self._open = {path: self._stack.enter_context(safe_open(path, "numpy")) for path in files}
-        self._where = {name: handle for handle in self._open.values() for name in handle.keys()}
+        handles = [self._stack.enter_context(safe_open(path, "np")) for path in _files(folder)]
+        self._where = {name: handle for handle in handles for name in handle.keys()}
 
     def __enter__(self) -> Reader:
         return self
@@ -96,11 +96,20 @@ def _files(folder: str) -> list[str]:
     single = os.path.join(folder, SINGLE)
     if not os.path.exists(single):
         raise FileNotFoundError(
-            f"no weights in {folder}: expected {SINGLE} or {INDEX} "
-            "(safetensors; convert "
+            f"no weights in {folder}: expected {SINGLE} or {INDEX} (safetensors; convert "
             "pytorch_model.bin with transformers' save_pretrained)"
         )
     return [single]
+
+
+def listed(wrong: Mapping[str, Sequence[str]]) -> str:
+    """Say what is wrong with a file's tensors: kind of mistake -> tensors."""
+    parts = (
+        f"  {len(found)} {what}:\n    " + "\n    ".join(found)
+        for what, found in wrong.items()
+        if found
+    )
+    return "\n".join(parts)
 
 
 def write(
@@ -127,32 +136,31 @@ def write(
         for name in shapes:
             make(name)
         return
-    shards, size = [[]], 0
-    for name, shape in shapes.items():
-        length = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-        if shards[-1] and size + length > shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += length
-    total = sum(int(np.prod(shape, dtype=np.int64)) for shape in shapes.values()) * dtype.itemsize
+    sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
+    shards = _shards(sizes, shard_bytes)
     path = epath.Path(folder)
     path.mkdir(parents=True, exist_ok=True)
-    files = (
-        [SINGLE]
-        if len(shards) == 1
-        else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    )
+    files = [SINGLE]
+    if len(shards) > 1:
+        files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     for file, members in zip(files, shards):
         _write_file(path / file, {name: shapes[name] for name in members}, dtype, make)
     if len(shards) > 1:
-        index = {
-            "metadata": {"total_size": total},
-            "weight_map": {
-                name: file for file, members in zip(files, shards) for name in sorted(members)
-            },
-        }
+        where = {name: file for file, members in zip(files, shards) for name in sorted(members)}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
         (path / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def _shards(sizes: Mapping[str, int], shard_bytes: int) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if shards[-1] and filled + size > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    return shards
 
 
 def _write_file(
@@ -164,7 +172,7 @@ def _write_file(
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, shape in shapes.items():
-        end = offset + int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        end = offset + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
@@ -181,7 +189,7 @@ def _write_file(
                 file.write(block)
 
 
-def _blocks(tensor: np.ndarray) -> Iterator[memoryview]:
-    data = memoryview(tensor.reshape(-1).view(np.uint8))
+def _blocks(tensor: np.ndarray) -> Iterator[bytes]:
+    data = tensor.reshape(-1).view(np.uint8)
     for start in range(0, len(data), 1 << 26):
-        yield data[start : start + (1 << 26)]
+        yield data[start : start + (1 << 26)].tobytes()

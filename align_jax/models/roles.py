@@ -54,6 +54,11 @@ class Role:
         return self.part in ("adapter", "head")
 
     @property
+    def adaptable(self) -> bool:
+        """Whether an adapter may stand beside it."""
+        return self.part == "linear" and bool(self.target)
+
+    @property
     def quantized(self) -> bool:
         """Whether a frozen base in few bits holds it so."""
         return self.part in ("linear", "expert") and self.inputs > 0

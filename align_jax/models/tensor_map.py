@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -76,13 +77,19 @@ class AxisMap:
         """The shape of the tensor (of the span, where there is one)."""
         return tuple(math.prod(self.sizes[letter] for letter in group) for group in self.theirs)
 
-    def _split(self, shape: Sequence[int]) -> list[tuple[int, ...]]:
-        # a group is read whole but for its outermost letter, which takes what is left of the axis
-        parts = []
-        for group, size in zip(self.theirs, shape):
+    @property
+    def _kept(self) -> list[str]:
+        """Their letters, in order, without selected ones."""
+        return [letter for group in self.theirs for letter in group if ":" not in letter]
+
+    def _grid(self, tensor: np.ndarray) -> np.ndarray:
+        """View a tensor with an axis a letter; a group's outermost takes what is left of its
+        axis."""
+        shape: list[int] = []
+        for group, size in zip(self.theirs, tensor.shape):
             inner = [self.sizes[letter] for letter in group[1:]]
-            parts.append((size // math.prod(inner), *inner))
-        return parts
+            shape += [size // math.prod(inner), *inner]
+        return tensor.reshape(shape)
 
     def bounds(self, index: Sequence[slice]) -> tuple[slice, ...]:
         """Return which part of the tensor holds this part of ours (more than that where inner
@@ -93,7 +100,7 @@ class AxisMap:
             inner = math.prod(self.sizes[letter] for letter in group[1:])
             start, stop, _ = wanted.get(group[0], slice(None)).indices(self.sizes[group[0]])
             if ":" in group[0]:
-                start = int(group[0].split(":")[1])
+                start = _selected(group[0])
                 stop = start + 1
             out.append(slice(start * inner, stop * inner))
         return tuple(out)
@@ -101,52 +108,43 @@ class AxisMap:
     def to_ours(self, tensor: np.ndarray, index: Sequence[slice]) -> np.ndarray:
         """Turn the part of the tensor that ``bounds(index)`` names into this part of ours."""
         wanted = dict(zip(self.ours, index))
-        letters = [letter for group in self.theirs for letter in group]
-        grid = tensor.reshape([size for part in self._split(tensor.shape) for size in part])
-        first = {group[0] for group in self.theirs}
-        picks = tuple(
-            (0 if letter in first else int(letter.split(":")[1]))
-            if ":" in letter
-            else slice(None)
-            if letter in first
-            else wanted.get(letter, slice(None))
-            for letter in letters
-        )
-        kept = [letter for letter in letters if ":" not in letter]
-        return grid[picks].transpose([kept.index(letter) for letter in self.ours])
+        picks: list[int | slice] = []
+        for group in self.theirs:
+            for letter in group:
+                # bounds has already cut the outermost letter of a group to what is wanted
+                if letter == group[0]:
+                    picks.append(0 if ":" in letter else slice(None))
+                else:
+                    chosen = wanted.get(letter, slice(None))
+                    picks.append(_selected(letter) if ":" in letter else chosen)
+        kept = self._kept
+        return self._grid(tensor)[tuple(picks)].transpose([kept.index(x) for x in self.ours])
 
     def to_theirs(self, ours: np.ndarray, tensor: np.ndarray) -> None:
         """Write one of our parameters (one layer of it, whole) into its place in a tensor."""
         letters = [letter for group in self.theirs for letter in group]
-        grid = tensor.reshape([size for part in self._split(tensor.shape) for size in part])
-        picks = tuple(
-            int(letter.split(":")[1]) if ":" in letter else slice(None) for letter in letters
-        )
-        kept = [letter for letter in letters if ":" not in letter]
-        grid[picks] = ours.transpose([self.ours.index(letter) for letter in kept])
+        picks = tuple(_selected(x) if ":" in x else slice(None) for x in letters)
+        self._grid(tensor)[picks] = ours.transpose([self.ours.index(x) for x in self._kept])
+
+
+def _selected(letter: str) -> int:
+    """Return i of "n:i"."""
+    return int(letter.split(":")[1])
 
 
 def parse(entry: TensorMap, config: ModelConfig) -> AxisMap:
-    """Read a axes string."""
-    theirs, ours = (side.strip() for side in entry.axes.split("->"))
-    groups, inside = [], False
-    for token in theirs.replace("(", " ( ").replace(")", " ) ").split():
-        if token == "(":
-            groups.append([])
-            inside = True
-        elif token == ")":
-            inside = False
-        elif inside:
-            groups[-1].append(token)
-        else:
-            groups.append([token])
+    """Read the string of axes."""
+    theirs, ours = entry.axes.split("->")
+    groups = [
+        tuple((group or letter).split()) for group, letter in re.findall(r"\((.*?)\)|(\S+)", theirs)
+    ]
     sizes = config.sizes
-    letters = {letter for group in groups for letter in group}
     resolved = {
         letter: int(letter.split(":")[0]) if letter[0].isdigit() else sizes[letter]
-        for letter in letters
+        for group in groups
+        for letter in group
     }
-    return AxisMap(tuple(tuple(group) for group in groups), tuple(ours.split()), resolved)
+    return AxisMap(tuple(groups), tuple(ours.split()), resolved)
 
 
 def names(entry: TensorMap, config: ModelConfig) -> list[str]:
@@ -169,6 +167,6 @@ def norm(name: str, path: str, kind: str, letters: str = "D") -> list[TensorMap]
 def linear(
     name: str, path: str, axes: str, bias: str = "", *, span: tuple[int, int] | None = None
 ) -> list[TensorMap]:
-    """Return a linear map's kernel, and its bias if that has a axes."""
+    """Return a linear map's kernel, and its bias if that has axes."""
     out = [TensorMap(f"{name}.weight", f"{path}/kernel", axes, span)]
     return out + ([TensorMap(f"{name}.bias", f"{path}/bias", bias, span)] if bias else [])

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from align_jax.interop import hf
+from align_jax.core.tree import flatten
+from align_jax.interop import hf, streaming
 from align_jax.models.model import build
 from align_jax.models.tensor_map import TensorMap, parse
 from align_jax.parallel.mesh import make_mesh
@@ -51,13 +52,13 @@ def test_every_device_reads_its_own_part(tmp_path, family):
     mesh = make_mesh({"fsdp": 2, "tensor": 2, "expert": 2})
     shardings = tree_shardings(mesh, build(config).axes())
     _, sharded = hf.load(str(tmp_path), config=config, shardings=shardings)
-    for (path, got), sharding in zip(hf.flatten(sharded).items(), hf.flatten(shardings).values()):
-        expected = np.asarray(hf.flatten(params)[path])
+    for path, got in flatten(sharded).items():
+        expected = np.asarray(flatten(params)[path])
         np.testing.assert_array_equal(
             np.asarray(got)[tuple(map(slice, expected.shape))], expected, err_msg=path
         )
-    for path, got in hf.flatten(sharded).items():
-        assert got.sharding == hf.flatten(shardings)[path], path
+    for path, got in flatten(sharded).items():
+        assert got.sharding == flatten(shardings)[path], path
 
 
 def test_an_import_holds_no_more_than_its_largest_tensor(tmp_path, monkeypatch):
@@ -73,7 +74,7 @@ def test_an_import_holds_no_more_than_its_largest_tensor(tmp_path, monkeypatch):
     largest = params["embed"]["tokens"].nbytes
     assert held > 3 * largest
     del params
-    monkeypatch.setattr(hf, "CHUNK_BYTES", 1 << 18)
+    monkeypatch.setattr(streaming, "CHUNK_BYTES", 1 << 18)
     tracemalloc.start()
     hf.load(str(tmp_path))
     peak = tracemalloc.get_traced_memory()[1]  # numpy's memory, and Python's while compiling

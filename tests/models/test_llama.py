@@ -136,7 +136,7 @@ def test_one_error_names_every_bad_tensor(tmp_path):
 
 
 def test_an_unknown_family_names_the_known(tmp_path):
-    with pytest.raises(ValueError, match="unknown model_type 'lama'.*nearest is 'llama'"):
+    with pytest.raises(ValueError, match="model_type = 'lama' is unknown; did you mean 'llama'"):
         hf.config_from({"model_type": "lama"})
 
 
