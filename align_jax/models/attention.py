@@ -115,17 +115,8 @@ def blocks(
     recomputed backwards."""
     rows, length, heads, head_dim = q.shape
     if length <= block:
-        return xla(
-            q,
-            k,
-            v,
-            segment_ids=segment_ids,
-            positions=positions,
-            prefix_ids=prefix_ids,
-            window=window,
-            softcap=softcap,
-            scale=scale,
-        )
+        allowed = mask(segment_ids, positions, prefix_ids, window)
+        return weighted(q, k, v, allowed, scale=scale, softcap=softcap)
     extra = -length % block
 
     def split(x: jax.Array) -> jax.Array:  # [N, T, ...] -> [T / block, N, block, ...]

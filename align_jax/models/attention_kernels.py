@@ -3,7 +3,8 @@
 NVIDIA GPUs.
 
     q [N, T, H, h]   rows over data, fsdp, expert;  T over sequence;  H over tensor
-    k [N, T, K, h]   rows likewise, K over tensor;  gathered over sequence, so that a query sees all keys before it
+    k [N, T, K, h]   rows likewise, K over tensor;  gathered over sequence, so that a query sees all
+                     keys before it
 
 Pallas kernels are opaque to XLA's partitioner, so splash attention runs inside ``shard_map`` over
 the ambient mesh.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
+import typing
 from typing import Any
 
 import jax
@@ -77,9 +79,9 @@ def splash(
     extra = -length % (LANES * sequence)
     if extra:  # padding attends to padding
         q, k, v = (jnp.pad(x, ((0, 0), (0, extra), (0, 0), (0, 0))) for x in (q, k, v))
-        segment_ids, prefix_ids = (
-            x if x is None else jnp.pad(x, ((0, 0), (0, extra))) for x in (segment_ids, prefix_ids)
-        )
+        segment_ids = jnp.pad(segment_ids, ((0, 0), (0, extra)))
+        if prefix_ids is not None:
+            prefix_ids = jnp.pad(prefix_ids, ((0, 0), (0, extra)))
     kernel = _kernel(
         length + extra,
         heads // tensor,
@@ -214,11 +216,18 @@ def _rows(
             jax.lax.all_gather(x, "sequence", axis=1, tiled=True) for x in (k, v, key_ids)
         )
 
-    def row(q, k, v, query_ids, key_ids, prefix_ids):
+    def row(
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        query_ids: jax.Array,
+        key_ids: jax.Array,
+        prefix_ids: jax.Array | None,
+    ) -> jax.Array:
         q, k, v = (x.swapaxes(0, 1) for x in (q, k, v))  # [T, H, h] -> [H, T, h]
         own = kernels.SegmentIds(query_ids, key_ids)
         if prefix_ids is None:
-            return kernel(q, k, v, own).swapaxes(0, 1)
+            return typing.cast(jax.Array, kernel(q, k, v, own)).swapaxes(0, 1)
         prompt = kernels.SegmentIds(jnp.where(prefix_ids > 0, prefix_ids, -1), key_ids)
         return _merged(kernel, q, k, v, own, prompt).swapaxes(0, 1)
 
@@ -230,8 +239,8 @@ def _merged(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    own: Any,
-    prompt: Any,
+    own: kernels.SegmentIds,
+    prompt: kernels.SegmentIds,
 ) -> jax.Array:
     """Attend to two disjoint sets of keys as if they were one.
 
@@ -245,28 +254,29 @@ def _merged(
     ids = (own, prompt)
 
     @jax.custom_vjp
-    def attend(q, k, v, ids, tables):
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, ids: Any, tables: Any) -> jax.Array:
         return forward(q, k, v, ids, tables)[0]
 
-    def forward(q, k, v, ids, tables):
-        parts = [
-            kernels.SplashAttentionKernel(*tables, **options)(q, k, v, segments) for segments in ids
-        ]
+    def forward(
+        q: jax.Array, k: jax.Array, v: jax.Array, ids: Any, tables: Any
+    ) -> tuple[jax.Array, tuple]:
+        run: Any = kernels.SplashAttentionKernel(*tables, **options)
+        parts = [run(q, k, v, segments) for segments in ids]
         total = functools.reduce(jnp.logaddexp, (log_sum for _, (log_sum,) in parts))  # [H, T]
-        out = sum(
+        scaled = (
             part.astype(jnp.float32) * jnp.exp(log_sum - total)[..., None]
             for part, (log_sum,) in parts
         )
-        out, total = (
-            jax.ad_checkpoint.checkpoint_name(x, SAVED) for x in (out.astype(q.dtype), total)
-        )
+        out = functools.reduce(jnp.add, scaled).astype(q.dtype)
+        out, total = (jax.ad_checkpoint.checkpoint_name(x, SAVED) for x in (out, total))
         return out, (q, k, v, ids, tables, out, total)
 
-    def backward(saved, d_out):
+    def backward(saved: tuple, d_out: jax.Array) -> tuple:
         q, k, v, ids, (_, dq_table, dkv_table), out, total = saved
         # the public function cannot be given the merged denominators
+        run: Any = kernels._splash_attention_bwd
         gradients = [
-            kernels._splash_attention_bwd(
+            run(
                 False,
                 *static,
                 None,

@@ -25,12 +25,13 @@ class Cache(NamedTuple):
     length: Int[Array, "N"]  # tokens seen
 
 
-AXES = Cache(
-    keys=("layers", "rows", None, "kv_heads", "head"),
-    values=("layers", "rows", None, "kv_heads", "head"),
-    segment_ids=("rows", None),
-    positions=("rows", None),
-    length=("rows",),
+# logical axes, in the order of the fields
+AXES: tuple[tuple[str | None, ...], ...] = (
+    ("layers", "rows", None, "kv_heads", "head"),
+    ("layers", "rows", None, "kv_heads", "head"),
+    ("rows", None),
+    ("rows", None),
+    ("rows",),
 )
 
 

@@ -90,13 +90,12 @@ class ModelConfig:
     init_std: float = 0.02
     hf: str = "{}"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("windows", "layer_ropes"):
             if len(getattr(self, name)) != self.num_layers:
                 raise ValueError(
-                    f"{self.family}: {name} needs {self.num_layers} entries, one a "
-                    "layer; "
-                    f"got {len(getattr(self, name))}"
+                    f"{self.family}: {name} needs {self.num_layers} entries, one a layer; got "
+                    f"{len(getattr(self, name))}"
                 )
         if self.num_heads % self.num_kv_heads:
             raise ValueError(

@@ -52,7 +52,7 @@ class LoraConfig:
     rank_stabilized: bool = False
     dora: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.rank < 1:
             raise ValueError(
                 f"LoRA rank must be at least 1, got {self.rank} (for a full fine-tune leave it out)"

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -50,7 +49,7 @@ def sorted_products(
     up: Float[Array, "E D F"],
     down: Float[Array, "E F D"],
     act: Callable[[jax.Array], jax.Array],
-    first: Any = 0,
+    first: jax.Array | int = 0,
 ) -> Float[Array, "X D"]:
     """Return sum_k weight_k * expert_k(x): tokens sorted by expert, one grouped matrix product a
     projection.
@@ -97,9 +96,20 @@ def sharded_products(
     """
     mesh = jax.sharding.get_abstract_mesh()
 
-    def local(x, weights, experts, gate, up, down, first=0):
-        flat = (y.reshape(-1, y.shape[-1]) for y in (x, weights, experts))
-        return sorted_products(*flat, gate, up, down, act, first).reshape(x.shape)
+    def local(
+        x: jax.Array,
+        weights: jax.Array,
+        experts: jax.Array,
+        gate: jax.Array,
+        up: jax.Array,
+        down: jax.Array,
+        first: jax.Array | int = 0,
+    ) -> jax.Array:
+        def flat(y: jax.Array) -> jax.Array:  # [N, T, ...] -> [X, ...]
+            return y.reshape(-1, y.shape[-1])
+
+        tokens = flat(x), flat(weights), flat(experts)
+        return sorted_products(*tokens, gate, up, down, act, first).reshape(x.shape)
 
     if (
         mesh.empty
@@ -109,10 +119,18 @@ def sharded_products(
     ):
         return local(x, weights, experts, gate, up, down)
 
-    def body(x, weights, experts, gate, up, down):
+    def body(
+        x: jax.Array,
+        weights: jax.Array,
+        experts: jax.Array,
+        gate: jax.Array,
+        up: jax.Array,
+        down: jax.Array,
+    ) -> jax.Array:
         split = mesh.shape["expert"] > 1
-        first = jax.lax.axis_index("expert") * gate.shape[0] if split else 0
+        first: jax.Array | int = 0
         if split:
+            first = jax.lax.axis_index("expert") * gate.shape[0]
             x, weights, experts = (
                 jax.lax.all_gather(y, "expert", tiled=True) for y in (x, weights, experts)
             )

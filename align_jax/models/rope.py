@@ -58,7 +58,7 @@ def _yarn(rope: Rope) -> tuple[np.ndarray, float]:
         "original_max_position_embeddings", rope.option("max_position_embeddings")
     )
 
-    def magnitude(scale: float, mscale: float = 1.0):
+    def magnitude(scale: float, mscale: float = 1.0) -> float:
         return 1.0 if scale <= 1 else 0.1 * mscale * math.log(scale) + 1.0
 
     attention = rope.option("attention_factor")
@@ -121,27 +121,25 @@ def tables(
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
 
 
-def _long_angles(rope: Rope, positions, length, angles):
+def _long_angles(
+    rope: Rope,
+    positions: Int[Array, "N T"],
+    length: Float[Array, "N 1"],
+    angles: Float[Array, "N T w"],
+) -> Float[Array, "N T w"]:
     limit = rope.option("original_max_position_embeddings", rope.option("max_position_embeddings"))
     exponents = np.arange(0, rope.rotary_dim, 2, dtype=np.float32) / np.float32(rope.rotary_dim)
     if rope.kind == "longrope":
-        inverse = 1.0 / (
-            np.asarray(rope.option("long_factor"), np.float32) * np.float32(rope.theta) ** exponents
-        )
-        stretched = (
-            positions[..., None].astype(jnp.float32) * jnp.asarray(inverse, jnp.float32)[None, None]
-        )
+        factors = np.asarray(rope.option("long_factor"), np.float32)
+        table = 1.0 / (factors * np.float32(rope.theta) ** exponents)
+        inverse = jnp.asarray(table, jnp.float32)[None, None]
     else:
         scale = rope.option("factor")
-        # [N, 1]
-        base = rope.theta * ((scale * length / limit) - (scale - 1)) ** (
-            rope.rotary_dim / (rope.rotary_dim - 2)
-        )
-        # [N, 1, w]
-        inverse = (
-            1.0 / jnp.maximum(base, rope.theta)[..., None] ** jnp.asarray(exponents)[None, None]
-        )
-        stretched = positions[..., None].astype(jnp.float32) * inverse
+        power = rope.rotary_dim / (rope.rotary_dim - 2)
+        base = rope.theta * ((scale * length / limit) - (scale - 1)) ** power  # [N, 1]
+        base = jnp.maximum(base, rope.theta)[..., None]
+        inverse = 1.0 / base ** jnp.asarray(exponents)[None, None]  # [N, 1, w]
+    stretched = positions[..., None].astype(jnp.float32) * inverse
     return jnp.where((length > limit)[..., None], stretched, angles)
 
 

@@ -62,7 +62,7 @@ class Options:
 class Layer(NamedTuple):
     """What differs from layer to layer; the scan hands each its own."""
 
-    index: Int[Array, "*L"]
+    number: Int[Array, "*L"]
     window: Int[Array, "*L"]  # among the distinct windows, sorted
     rope: Int[Array, "*L"]  # among the distinct rotary embeddings; -1 = none
 
@@ -127,7 +127,8 @@ class Attention(nn.Module):
         return _linear(c, self.options, target, (H, h), (D,), axes, c.output_bias)(y), cache
 
     def _norm(self, name: str, x: Heads, axis: str) -> Heads:
-        c, shape, axes = self.config, x.shape[-2:], (axis, "head")
+        c, shape = self.config, x.shape[-2:]
+        axes: tuple[str, ...] = (axis, "head")
         if c.qk_norm == "head":
             shape, axes = (c.head_dim,), ("norm",)
         return Norm(shape, "rms", c.norm_eps, c.norm_offset, self.options.dtype, axes, name=name)(x)
@@ -149,9 +150,8 @@ class Attention(nn.Module):
     ) -> tuple[Queries, KeysAndValues | None]:
         c = self.config
         kinds = sorted(set(c.windows))
-        numbers = {"scale": c.query_scale, "softcap": c.attention_softcap}
         if cache is not None and rows.slots is not None:
-            return _decode(q, k, v, layer, kinds, rows, cache, numbers)
+            return _decode(q, k, v, layer, kinds, rows, cache, c)
         if cache is not None:
             keys, values = (x if rows.held is None else caches.taken(x, rows.held) for x in (k, v))
             cache = _stored(cache[0], keys, layer), _stored(cache[1], values, layer)
@@ -167,7 +167,8 @@ class Attention(nn.Module):
                     positions=rows.positions,
                     prefix_ids=rows.prefix_ids,
                     window=window or None,
-                    **numbers,
+                    scale=c.query_scale,
+                    softcap=c.attention_softcap,
                 )
 
             return attend
@@ -179,7 +180,7 @@ class Attention(nn.Module):
 
 def _stored(whole: jax.Array, new: Keys, layer: Layer) -> jax.Array:
     """Write a layer's keys or values into the first slots of a cache."""
-    start = (layer.index, 0, 0, 0, 0)
+    start = (layer.number, 0, 0, 0, 0)
     return jax.lax.dynamic_update_slice(whole, new[None].astype(whole.dtype), start)
 
 
@@ -191,20 +192,22 @@ def _decode(
     kinds: list[int],
     rows: Rows,
     cache: KeysAndValues,
-    numbers: Mapping[str, float],
+    config: ModelConfig,
 ) -> tuple[Queries, KeysAndValues]:
     """Write one token a row into the cache and attend to the row's own segment in it."""
     keys, values = cache
     assert rows.allowed is not None and rows.distance is not None  # as rows.slots is
-    at = (layer.index, jnp.arange(q.shape[0]), rows.slots)
+    at = (layer.number, jnp.arange(q.shape[0]), rows.slots)
     keys = keys.at[at].set(k[:, 0].astype(keys.dtype), mode="drop")
     values = values.at[at].set(v[:, 0].astype(values.dtype), mode="drop")
     allowed = rows.allowed
     if kinds != [0]:
         limits = jnp.asarray([w or np.iinfo(np.int32).max for w in kinds], jnp.int32)
         allowed = allowed & (rows.distance < limits[layer.window])
-    mine = keys[layer.index].astype(q.dtype), values[layer.index].astype(q.dtype)
-    return attentions.weighted(q, *mine, allowed[:, None], **numbers), (keys, values)
+    mine = keys[layer.number].astype(q.dtype), values[layer.number].astype(q.dtype)
+    scale, softcap = config.query_scale, config.attention_softcap
+    y = attentions.weighted(q, *mine, allowed[:, None], scale=scale, softcap=softcap)
+    return y, (keys, values)
 
 
 class Mlp(nn.Module):

@@ -48,7 +48,8 @@ def spec(
     Raises:
         KeyError: a name without a rule, or a mesh axis that would split two of the array's axes.
     """
-    entries, used = [], set()
+    entries: list[str | tuple[str, ...] | None] = []
+    used: set[str] = set()
     for name in axes:
         if name is not None and name not in rules:
             raise KeyError(

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -50,6 +50,21 @@ def digest_of(inputs: Any) -> str:
     return hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
+def _responses(batch: Batch) -> Iterator[tuple[int, int, np.ndarray]]:
+    """Yield of each response: its number in the data set (example * R + response), its row, and
+    which of the row's tokens it bears loss on, bool [T]; fillers are left out."""
+    assert batch.example_index is not None  # batches of a data set have it
+    rows, count = batch.tokens.shape[0], batch.lengths.shape[1]
+    slots = batch.lengths.size // rows
+    for number in range(batch.lengths.size):
+        group, response = divmod(number, count)
+        example = int(batch.example_index[group])
+        if example >= 0:
+            row, slot = divmod(number, slots)
+            tokens = batch.loss_mask[row] & (batch.slot[row] == slot)
+            yield example * count + response, row, np.asarray(tokens)
+
+
 class Cache:
     """Token log-probabilities by (example, response).
 
@@ -68,26 +83,17 @@ class Cache:
         Raises:
             ValueError: a response has another number of loss tokens than the cache knows.
         """
-        rows, responses = batch.tokens.shape[0], batch.lengths.shape[1]
-        slots = batch.lengths.size // rows
         out = np.zeros(batch.tokens.shape, np.float32)
-        for number in range(batch.lengths.size):
-            group, response = divmod(number, responses)
-            example = int(batch.example_index[group])
-            if example < 0:
-                continue
-            row, slot = divmod(number, slots)
-            places = np.nonzero(batch.loss_mask[row] & (batch.slot[row] == slot))[0]
-            at = example * responses + response
-            values = self.token_logps[self.ends[at] : self.ends[at + 1]]
-            if len(values) != len(places):
+        for number, row, tokens in _responses(batch):
+            values = self.token_logps[self.ends[number] : self.ends[number + 1]]
+            if len(values) != tokens.sum():
+                example, response = divmod(number, batch.lengths.shape[1])
                 raise ValueError(
-                    f"the reference cache has {len(values)} tokens for response "
-                    f"{response} of example "
-                    f"{example}, the batch {len(places)}: delete the cache, it is "
-                    "not this data's"
+                    f"the reference cache has {len(values)} tokens for response {response} of "
+                    f"example {example}, the batch {tokens.sum()}: delete the cache, it is not "
+                    "this data's"
                 )
-            out[row, places] = values
+            out[row, tokens] = values
         return batch._replace(reference_token_logps=out)
 
 
@@ -103,24 +109,15 @@ def compute(batches: Iterable[Batch], step: Callable[[Batch], jax.Array], exampl
     responses = 1
     for batch in batches:
         logps = multihost_utils.process_allgather(step(batch), tiled=True)
-        whole = (
-            batch
-            if jax.process_count() == 1
-            else multihost_utils.process_allgather(batch, tiled=True)
-        )
-        responses = whole.lengths.shape[1]
-        slots = whole.lengths.size // whole.tokens.shape[0]
-        for number in range(whole.lengths.size):
-            group, response = divmod(number, responses)
-            if (example := int(whole.example_index[group])) >= 0:
-                row, slot = divmod(number, slots)
-                mask = whole.loss_mask[row] & (whole.slot[row] == slot)
-                parts[example * responses + response] = np.asarray(logps[row][mask], np.float32)
+        if jax.process_count() > 1:
+            batch = multihost_utils.process_allgather(batch, tiled=True)
+        responses = batch.lengths.shape[1]
+        for number, row, tokens in _responses(batch):
+            parts[number] = np.asarray(logps[row][tokens], np.float32)
     none = np.zeros(0, np.float32)
     ordered = [parts.get(number, none) for number in range(examples * responses)]
-    return Cache(
-        np.concatenate(ordered), np.concatenate([[0], np.cumsum([len(part) for part in ordered])])
-    )
+    ends = np.concatenate([[0], np.cumsum([len(part) for part in ordered])])
+    return Cache(np.concatenate(ordered), ends)
 
 
 def save(path: epath.Path, cache: Cache, inputs: Mapping[str, Any]) -> None:
@@ -157,9 +154,6 @@ def load(path: epath.Path, inputs: Mapping[str, Any]) -> Cache | None:
             f"the reference cache {path} cannot be read ({error}): delete it, it will be made anew"
         ) from error
     if not (sound and same):
-        raise ValueError(
-            f"the reference cache {path} is "
-            f"{'of other data or weights' if sound else 'damaged'}: delete "
-            "it, it will be made anew"
-        )
+        fault = "of other data or weights" if sound else "damaged"
+        raise ValueError(f"the reference cache {path} is {fault}: delete it, it will be made anew")
     return cache

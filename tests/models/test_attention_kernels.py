@@ -82,11 +82,15 @@ def test_a_window_over_shared_prefixes_is_refused():
 def test_attention_by_blocks_equals_plain_attention(shared):
     arrays, fields, positions = _inputs(72, shared)
     numbers = {"scale": 0.1, "softcap": 5.0, "window": 30, "positions": positions}
-    for argument in range(3):
-        expected, got = (
-            jax.grad(lambda *x: jnp.sum(function(*x, **fields, **numbers) ** 2), argument)(*arrays)
-            for function in (attention.xla, functools.partial(attention.blocks, block=32))
-        )
+
+    def gradients(function):
+        def loss(*x):
+            return jnp.sum(function(*x, **fields, **numbers) ** 2)
+
+        return jax.grad(loss, (0, 1, 2))(*arrays)
+
+    found = gradients(functools.partial(attention.blocks, block=32))
+    for expected, got in zip(gradients(attention.xla), found):
         np.testing.assert_allclose(expected, got, atol=1e-5)
 
 

@@ -122,7 +122,7 @@ def peer(request, tmp_path_factory):
     config._attn_implementation = "eager"
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.15)
     path = tmp_path_factory.mktemp("peer")
     model.save_pretrained(path)

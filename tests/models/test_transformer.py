@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from align_jax.core.tree import flatten
 from align_jax.interop import hf
 from align_jax.models.lora import LoraConfig, merge
 from align_jax.models.model import build
@@ -151,8 +152,8 @@ def test_an_untrained_adapter_changes_no_bit(lora, compute):
     gradient = jax.grad(lambda adapter: jnp.sum(jnp.sin(run(model, merge(params, adapter)))))(
         adapter
     )
-    moved = {path for path, leaf in hf.flatten(gradient).items() if bool((leaf != 0).any())}
-    assert moved == {path for path in hf.flatten(adapter) if path.endswith("lora_b")}
+    moved = {path for path, leaf in flatten(gradient).items() if bool((leaf != 0).any())}
+    assert moved == {path for path in flatten(adapter) if path.endswith("lora_b")}
 
 
 def test_an_untrained_dora_adapter_changes_nothing_beyond_rounding(base):

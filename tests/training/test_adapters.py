@@ -16,7 +16,7 @@ from align_jax.core.options import (
     OptimizerOptions,
     ReferenceOptions,
 )
-from align_jax.core.tree import flatten
+from align_jax.core.tree import flatten, unflatten
 from align_jax.interop import hf, peft
 from align_jax.models.lora import LoraConfig
 from align_jax.models.model import build
@@ -156,7 +156,7 @@ def test_a_run_starts_from_a_peft_adapter(checkpoint, tmp_path):
     adapter = {
         path: draw.normal(size=leaf.shape).astype(np.float32) for path, leaf in shapes.items()
     }
-    peft.save(str(tmp_path), CONFIG, lora, hf.unflatten(adapter), base_name=checkpoint)
+    peft.save(str(tmp_path), CONFIG, lora, unflatten(adapter), base_name=checkpoint)
     spec, _, specs = prepared("reward", peft.load(str(tmp_path), CONFIG)[0], SHARDED)
     config = started(checkpoint, lora=LoraOptions(path=str(tmp_path)))
     frozen = weights.load_frozen(spec, specs, config)
