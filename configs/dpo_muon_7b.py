@@ -4,11 +4,11 @@
     python -m align_jax.train --config=configs/dpo_muon_7b.py --workdir=gs://BUCKET/dpo_muon_7b
     python -m align_jax.plan --config=configs/dpo_muon_7b.py --topology=v5e:8x8
 
-Recipe: Muon as in Liu et al. 2025 (arXiv 2502.16982, sections 2.2 and 3.4): momentum 0.95, updates
-scaled to AdamW's size, so that AdamW's learning rate and weight decay are kept, and AdamW for
-embeddings, output head and norms; the rest is configs/dpo_7b.py (Zephyr, arXiv 2310.16944).
-Difference: they fine-tune what Muon has pretrained; this checkpoint comes from AdamW, where they
-find Muon no better.  Topology: v5e:8x8.  Not yet run.
+Recipe: Muon as in Liu et al. 2025 (arXiv 2502.16982, section 2.2): momentum 0.95, updates scaled
+to AdamW's size, so that AdamW's learning rate and weight decay are kept, and AdamW for embeddings,
+output head and norms; the rest is configs/dpo_7b.py (Zephyr, arXiv 2310.16944).
+Difference: they trained with Muon from the start; this checkpoint comes from AdamW.
+Topology: v5e:8x8.  Not yet run.
 """
 
 from align_jax import losses

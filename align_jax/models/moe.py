@@ -94,20 +94,19 @@ def sharded_products(
     alone.  Without a mesh, or where rows do not divide it (a single prompt), the same products
     without the collectives.
     """
-    mesh = jax.sharding.get_abstract_mesh()
+    mesh, kernels = jax.sharding.get_abstract_mesh(), (gate, up, down)
 
     def local(
         x: jax.Array,
         weights: jax.Array,
         experts: jax.Array,
-        gate: jax.Array,
-        up: jax.Array,
-        down: jax.Array,
+        kernels: tuple[jax.Array, ...],
         first: jax.Array | int = 0,
     ) -> jax.Array:
         def flat(y: jax.Array) -> jax.Array:  # [N, T, ...] -> [X, ...]
             return y.reshape(-1, y.shape[-1])
 
+        gate, up, down = kernels
         tokens = flat(x), flat(weights), flat(experts)
         return sorted_products(*tokens, gate, up, down, act, first).reshape(x.shape)
 
@@ -115,37 +114,33 @@ def sharded_products(
         mesh.empty
         or mesh.size == 1
         or x.shape[0] % math.prod(mesh.shape[axis] for axis in ROWS)
-        or (x.shape[1] % mesh.shape["sequence"])
+        or x.shape[1] % mesh.shape["sequence"]
     ):
-        return local(x, weights, experts, gate, up, down)
+        return local(x, weights, experts, kernels)
 
     def body(
-        x: jax.Array,
-        weights: jax.Array,
-        experts: jax.Array,
-        gate: jax.Array,
-        up: jax.Array,
-        down: jax.Array,
+        x: jax.Array, weights: jax.Array, experts: jax.Array, kernels: tuple[jax.Array, ...]
     ) -> jax.Array:
-        split = mesh.shape["expert"] > 1
-        first: jax.Array | int = 0
-        if split:
-            first = jax.lax.axis_index("expert") * gate.shape[0]
+        if mesh.shape["expert"] == 1:
+            y = local(x, weights, experts, kernels)
+        else:
+            first = jax.lax.axis_index("expert") * kernels[0].shape[0]
             x, weights, experts = (
                 jax.lax.all_gather(y, "expert", tiled=True) for y in (x, weights, experts)
             )
-        y = local(x, weights, experts, gate, up, down, first)
+            y = local(x, weights, experts, kernels, first)
         if mesh.shape["tensor"] > 1:
             y = jax.lax.psum(y, "tensor")
-        return jax.lax.psum_scatter(y, "expert", tiled=True) if split else y
+        if mesh.shape["expert"] == 1:
+            return y
+        return jax.lax.psum_scatter(y, "expert", tiled=True)
 
-    tokens = spec(("rows", "length", None))
-    kernels = (PartitionSpec("expert", None, "tensor"),) * 2 + (
-        PartitionSpec("expert", "tensor", None),
+    tokens, inward = spec(("rows", "length", None)), PartitionSpec("expert", None, "tensor")
+    split = (inward, inward, PartitionSpec("expert", "tensor", None))
+    run = jax.shard_map(
+        body, in_specs=(tokens, tokens, tokens, split), out_specs=tokens, check_vma=False
     )
-    return jax.shard_map(body, in_specs=(tokens,) * 3 + kernels, out_specs=tokens, check_vma=False)(
-        x, weights, experts, gate, up, down
-    )
+    return run(x, weights, experts, kernels)
 
 
 class Experts(nn.Module):
