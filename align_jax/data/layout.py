@@ -338,24 +338,22 @@ class _Rows:
         """Write groups one after the other; each response takes the next slot and segment."""
         at = segment = slot = 0
         for prompt, responses in groups:
-            before, prefix, source = prompt, 0, 0
             if self._layout.shared:
-                # the prompt is a segment of its own: a response sees it by its prefix id, continues
-                # its positions, and has its first token predicted from the prompt's last
+                # a segment of its own, which responses name as their prefix
                 segment += 1
                 at = self._write_segment(row, at, prompt, segment)
-                before, prefix, source = prompt[:0], segment, at - 1
-                if not len(prompt):
-                    prefix, source = 0, 0
+                prefix, source = (segment, at - 1) if len(prompt) else (0, 0)
             for ids, mask in responses:
-                segment += 1
-                begin = at
-                first = len(prompt) - len(before)
-                at = self._write_segment(row, at, np.concatenate([before, ids]), segment, first)
+                begin, segment = at, segment + 1
                 if self._layout.shared:
+                    # the response goes on where the prompt ends: in its positions, and its first
+                    # token is predicted from the prompt's last
+                    at = self._write_segment(row, at, ids, segment, len(prompt))
                     self.fields["prefix_ids"][row, begin:at] = prefix
                     self.fields["source_index"][row, begin] = source
-                self._write_loss(row, begin + len(before), mask, slot)
+                else:
+                    at = self._write_segment(row, at, np.concatenate([prompt, ids]), segment)
+                self._write_loss(row, at - len(mask), mask, slot)
                 slot += 1
         learned = np.flatnonzero(self.fields["loss_mask"][row])
         self.fields["loss_index"][row, : len(learned)] = learned

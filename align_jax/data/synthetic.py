@@ -91,9 +91,11 @@ def make(
     if size < 1:
         raise ValueError(f"builtin:{name}:{split}: size must be at least 1, got {size}")
     stream = (sorted(BUILTINS).index(name), list(SPLITS).index(split), seed)
-    return SyntheticDataset(
-        size, lambda index: make_row(np.random.default_rng([*stream, index]), split == "eval")
-    )
+
+    def row(index: int) -> Mapping[str, Any]:
+        return make_row(np.random.default_rng([*stream, index]), split == "eval")
+
+    return SyntheticDataset(size, row)
 
 
 def eval_split(source: str) -> str:
