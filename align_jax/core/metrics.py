@@ -19,11 +19,14 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from etils import epath
 
 from align_jax.core.progress import Progress, Values
 
-# metric -> (weighted sum, sum of the weights), scalars on the device
+# metric -> (weighted sum, sum of the weights): scalars, or of a sum of terms a vector with an entry
+# for each, whose quotients are added
 Sums = Mapping[str, tuple[Any, Any]]
 # of an interval the last value is written; of all others the mean over its steps
 LAST = ("learning_rate",)
@@ -41,19 +44,27 @@ def add_sums(total: Sums | None, new: Sums) -> dict[str, tuple[Any, Any]]:
     return {name: (total[name][0] + new[name][0], total[name][1] + new[name][1]) for name in new}
 
 
-def means(total: Sums) -> dict[str, float]:
-    """Fetch the sums once and divide; NaN where the weight is 0.
+def divide(sums: Sums, empty: float = math.nan) -> dict[str, jax.Array]:
+    """Divide scalar sums on the device; ``empty`` where the weight is 0."""
+    quotients = {
+        name: jnp.where(weight > 0, total / jnp.where(weight > 0, weight, 1.0), empty)
+        for name, (total, weight) in sums.items()
+    }
+    return with_margin(quotients)
 
-    >>> means({"accuracy": (3.0, 4.0)})
-    {'accuracy': 0.75}
+
+def means(sums: Sums) -> dict[str, float]:
+    """Fetch sums once and divide; NaN where no weight is above 0.
+
+    >>> means({"accuracy": (3.0, 4.0), "loss": (np.array([1.0, 3.0]), np.array([2.0, 4.0]))})
+    {'accuracy': 0.75, 'loss': 1.25}
     """
-    fetched = jax.device_get(dict(total))
-    return with_margin(
-        {
-            name: float(top) / float(bottom) if bottom else math.nan
-            for name, (top, bottom) in fetched.items()
-        }
-    )
+    found = {}
+    for name, pair in jax.device_get(dict(sums)).items():
+        total, weight = (np.atleast_1d(np.asarray(x, np.float64)) for x in pair)
+        real = weight > 0
+        found[name] = float((total[real] / weight[real]).sum()) if real.any() else math.nan
+    return with_margin(found)
 
 
 def with_margin(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The table of objectives.  To add one: write its function, add a row here; the tests loop over the
-table."""
+table.
+
+A paired loss is a function of a ``Pair`` and becomes a row by ``paired``; any other is a class of
+frozen values with the methods of ``objective.Loss``.
+"""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,335 +25,263 @@ from align_jax.losses import (
     targets,
 )
 from align_jax.losses.arrays import Evaluated, dpo_from_indices
-from align_jax.losses.objective import Objective, Term
-from align_jax.losses.pairs import paired
+from align_jax.losses.objective import Inputs, Objective, Term
+from align_jax.losses.options import Option
+from align_jax.losses.pairs import Paired, ReferencePaired, paired
+from align_jax.losses.reduction import (
+    batch_statistics,
+    first_running,
+    needs_statistics,
+    own_statistics,
+    reduce_statistics,
+    total,
+    weights,
+)
 
-__all__ = ["OBJECTIVES", "dpo_from_indices", "jitted", "resolve"]
+__all__ = [
+    "OBJECTIVES",
+    "Inputs",
+    "batch_statistics",
+    "describe_options",
+    "dpo_from_indices",
+    "first_running",
+    "jitted",
+    "needs_statistics",
+    "options",
+    "own_statistics",
+    "reduce_statistics",
+    "resolve",
+    "total",
+    "weights",
+]
 
-_UP = {"metric": "rewards/accuracies up"}
-_WPO = {"option_needs": {"wpo": ("log_sum_sq",)}}
-_PAIRS: dict[str, Any] = {"data": "pairs", "reference": True, **_UP, **_WPO}
-_FREE: dict[str, Any] = {"data": "pairs", **_UP, **_WPO}
-_UNPAIRED: dict[str, Any] = {"data": "unpaired", "reference": True, **_UP}
-_KL: dict[str, Any] = {"mismatched": True, "measure": kto.measure_kl, "summarize": kto.summarize_kl}
+_pairs = functools.partial(Objective, data="pairs", metric="rewards/accuracies up")
+_unpaired = functools.partial(Objective, data="unpaired", metric="rewards/accuracies up")
+_rollout = functools.partial(Objective, data="rollout", metric="reward up")
+_SFT = {"sft_coef": ("sft", 0.0)}
 _ENTROPY = {"entropy_coef": ("entropy", 0.0)}
-_ROLLOUT: dict[str, Any] = {"data": "rollout", "metric": "reward up"}
-_GROUPED: dict[str, Any] = {
-    "reference": True,
-    "reference_option": "beta",
-    "adds": _ENTROPY,
-    **_ROLLOUT,
-}
 
 OBJECTIVES: dict[str, Objective] = {
     # supervised, and reward models
     "sft": Objective(
-        supervised.sft,
+        supervised.Sft,
+        "Σ -m a / Σ m over the global batch",
+        "arXiv 2203.02155",
         data="completions",
-        formula="Σ -m a / Σ m over the global batch",
-        paper="arXiv 2203.02155",
         metric="nll down",
     ),
     "csft": Objective(
-        supervised.csft,
+        supervised.Csft,
+        "sft on both responses, each after a control token",
+        "arXiv 2302.08582",
         data="pairs",
-        formula="sft on both responses, each after a control token",
-        paper="arXiv 2302.08582",
         metric="nll down",
     ),
     "reward": Objective(
-        supervised.reward,
+        supervised.Reward,
+        "-log σ(r_w - r_l - margin) + center_coef (r_w + r_l)²",
+        "arXiv 2203.02155",
         data="pairs",
-        formula="-log σ(r_w - r_l - margin) + center_coef (r_w + r_l)²",
-        paper="arXiv 2203.02155",
         metric="accuracy up",
-        needs=("scores",),
     ),
     "reward_ranked": Objective(
-        supervised.reward_ranked,
+        supervised.RewardRanked,
+        "-Σ_k log softmax(r_k..r_K)[k], or -log σ(r_i - r_j) over pairs, or -log softmax(r)[best]",
+        "arXiv 2305.18290",
         data="ranked",
-        formula="-Σ_k log softmax(r_k..r_K)[k], or -log σ(r_i - r_j) over pairs, or -log "
-        "softmax(r)[best]",
-        paper="arXiv 2305.18290",
         metric="accuracy up",
-        needs=("scores",),
     ),
     # pairs, with a reference
-    "dpo": Objective(
+    "dpo": _pairs(
         paired(preference.dpo),
-        formula="-(1-ε) log σ(β d) - ε log σ(-β d) + sft_coef NLL(chosen)",
-        paper="arXiv 2305.18290",
-        adds={"sft_coef": ("sft", 0.0)},
-        **_PAIRS,
+        "-(1-ε) log σ(β d) - ε log σ(-β d) + sft_coef NLL(chosen)",
+        "arXiv 2305.18290",
+        adds=_SFT,
     ),
-    "robust": Objective(
+    "robust": _pairs(
         paired(preference.robust),
-        formula="(-(1-ε) log σ(β d) + ε log σ(-β d)) / (1 - 2ε)",
-        paper="arXiv 2403.00409",
-        **_PAIRS,
+        "(-(1-ε) log σ(β d) + ε log σ(-β d)) / (1 - 2ε)",
+        "arXiv 2403.00409",
     ),
-    "ipo": Objective(
-        paired(preference.ipo),
-        formula="(x_w/n_w - x_l/n_l - 1/(2β))²",
-        paper="arXiv 2310.12036",
-        **_PAIRS,
+    "ipo": _pairs(paired(preference.ipo), "(x_w/n_w - x_l/n_l - 1/(2β))²", "arXiv 2310.12036"),
+    "hinge": _pairs(paired(preference.hinge), "max(0, 1 - β d)", "arXiv 2309.06657"),
+    "dpo_norm": _pairs(
+        paired(preference.dpo_norm), "-log σ(β (x_w/n_w - x_l/n_l))", "arXiv 2411.15124"
     ),
-    "hinge": Objective(
-        paired(preference.hinge), formula="max(0, 1 - β d)", paper="arXiv 2309.06657", **_PAIRS
-    ),
-    "dpo_norm": Objective(
-        paired(preference.dpo_norm),
-        formula="-log σ(β (x_w/n_w - x_l/n_l))",
-        paper="arXiv 2411.15124",
-        **_PAIRS,
-    ),
-    "exo_pair": Objective(
+    "exo_pair": _pairs(
         paired(preference.exo_pair),
-        formula="σ(β d)(log σ(β d) - log(1-ε)) + σ(-β d)(log σ(-β d) - log ε)",
-        paper="arXiv 2402.00856",
-        **_PAIRS,
+        "σ(β d)(log σ(β d) - log(1-ε)) + σ(-β d)(log σ(-β d) - log ε)",
+        "arXiv 2402.00856",
     ),
-    "nca_pair": Objective(
-        paired(preference.nca_pair, divergences=False),
-        formula="-log σ(β x_w) - ½ log σ(-β x_w) - ½ log σ(-β x_l)",
-        paper="arXiv 2402.05369",
-        **_PAIRS,
+    "nca_pair": _pairs(
+        paired(preference.nca_pair, ReferencePaired),
+        "-log σ(β x_w) - ½ log σ(-β x_w) - ½ log σ(-β x_l)",
+        "arXiv 2402.05369",
     ),
-    "bco_pair": Objective(
-        paired(preference.bco_pair, divergences=False),
-        formula="-log σ(β x_w) - log σ(-β x_l)",
-        paper="arXiv 2404.04656",
-        **_PAIRS,
+    "bco_pair": _pairs(
+        paired(preference.bco_pair, ReferencePaired),
+        "-log σ(β x_w) - log σ(-β x_l)",
+        "arXiv 2404.04656",
     ),
-    "sppo_hard": Objective(
-        paired(preference.sppo_hard, divergences=False),
-        formula="(x_w - 1/(2β))² + (x_l + 1/(2β))²",
-        paper="arXiv 2405.00675",
-        **_PAIRS,
+    "sppo_hard": _pairs(
+        paired(preference.sppo_hard, ReferencePaired),
+        "(x_w - 1/(2β))² + (x_l + 1/(2β))²",
+        "arXiv 2405.00675",
     ),
-    "aot": Objective(
-        batchwise.aot,
-        data="pairs",
-        reference=True,
-        formula="dpo on u = sort(P_w - P_l) - sort(R_w - R_l) over the global batch",
-        paper="arXiv 2406.05882",
-        measure=batchwise.measure_aot,
-        summarize=batchwise.summarize_aot,
-        **_UP,
+    "aot": _pairs(
+        batchwise.Aot,
+        "dpo on u = sort(P_w - P_l) - sort(R_w - R_l) over the global batch",
+        "arXiv 2406.05882",
     ),
-    "aot_unpaired": Objective(
-        batchwise.aot_unpaired,
-        data="pairs",
-        reference=True,
-        formula="dpo on u = sort(x_w) - sort(x_l) over the global batch",
-        paper="arXiv 2406.05882",
-        measure=batchwise.measure_aot_unpaired,
-        summarize=batchwise.summarize_aot_unpaired,
-        **_UP,
+    "aot_unpaired": _pairs(
+        batchwise.AotUnpaired,
+        "dpo on u = sort(x_w) - sort(x_l) over the global batch",
+        "arXiv 2406.05882",
     ),
-    "apo_zero": Objective(
-        paired(preference.apo_zero, divergences=False),
-        formula="1 - σ(β x_w) + σ(β x_l)",
-        paper="arXiv 2408.06266",
-        **_PAIRS,
+    "apo_zero": _pairs(
+        paired(preference.apo_zero, ReferencePaired), "1 - σ(β x_w) + σ(β x_l)", "arXiv 2408.06266"
     ),
-    "apo_down": Objective(
-        paired(preference.apo_down, divergences=False),
-        formula="σ(β x_w) + 1 - σ(β (x_w - x_l))",
-        paper="arXiv 2408.06266",
-        **_PAIRS,
+    "apo_down": _pairs(
+        paired(preference.apo_down, ReferencePaired),
+        "σ(β x_w) + 1 - σ(β (x_w - x_l))",
+        "arXiv 2408.06266",
     ),
-    "discopop": Objective(
+    "discopop": _pairs(
         paired(preference.discopop),
-        formula="(1-g)(-log σ(z)) + g e^(-z), z = β d, g = σ(z/τ)",
-        paper="arXiv 2406.08414",
-        **_PAIRS,
+        "(1-g)(-log σ(z)) + g e^(-z), z = β d, g = σ(z/τ)",
+        "arXiv 2406.08414",
     ),
-    "dpo_sigmoid": Objective(
-        paired(preference.dpo_sigmoid), formula="-σ(β d)", paper="arXiv 2404.04102", **_PAIRS
+    "dpo_sigmoid": _pairs(paired(preference.dpo_sigmoid), "-σ(β d)", "arXiv 2404.04102"),
+    "dpop": _pairs(
+        paired(preference.dpop), "-log σ(β (d - λ max(0, R_w - P_w)))", "arXiv 2402.13228"
     ),
-    "dpop": Objective(
-        paired(preference.dpop),
-        formula="-log σ(β (d - λ max(0, R_w - P_w)))",
-        paper="arXiv 2402.13228",
-        **_PAIRS,
+    "tdpo": _pairs(
+        batchwise.Tdpo,
+        "-log σ(β d - α β (D_l - sg(D_w))), D = Σ_t KL(π_ref||π)",
+        "arXiv 2404.11999",
     ),
-    "tdpo": Objective(
-        batchwise.tdpo,
-        data="pairs",
-        reference=True,
-        formula="-log σ(β d - α β (D_l - sg(D_w))), D = Σ_t KL(π_ref||π)",
-        paper="arXiv 2404.11999",
-        needs=("kl",),
-        **_UP,
-    ),
-    "beta_dpo": Objective(
-        batchwise.beta_dpo,
-        data="pairs",
-        reference=True,
-        formula="-log σ(β d), β = β₀ (1 + α (mean β₀ d - M₀)), M₀ a running mean",
-        paper="arXiv 2407.08639",
-        measure=batchwise.measure_gap,
-        summarize=batchwise.summarize_gap,
-        carry=batchwise.BETA_CARRY,
-        **_UP,
+    "beta_dpo": _pairs(
+        batchwise.BetaDpo,
+        "-log σ(β d), β = β₀ (1 + α (mean β₀ d - M₀)), M₀ a running mean",
+        "arXiv 2407.08639",
     ),
     # pairs, without a reference
-    "simpo": Objective(
-        paired(reference_free.simpo, reference=False, divergences=False, reward="mean"),
-        formula="-log σ(β (p̄_w - p̄_l - γ/β))",
-        paper="arXiv 2405.14734",
-        adds={"sft_coef": ("sft", 0.0)},
-        **_FREE,
+    "simpo": _pairs(
+        paired(reference_free.simpo, Paired, per_token=True),
+        "-log σ(β (p̄_w - p̄_l - γ/β))",
+        "arXiv 2405.14734",
+        adds=_SFT,
     ),
-    "orpo": Objective(
-        paired(reference_free.orpo, reference=False, divergences=False, reward="mean", scale="lam"),
-        formula="sft_coef NLL(chosen) - λ log σ(log odds ratio)",
-        paper="arXiv 2403.07691",
+    "orpo": _pairs(
+        paired(reference_free.orpo, Paired, per_token=True, scale="lam"),
+        "sft_coef NLL(chosen) - λ log σ(log odds ratio)",
+        "arXiv 2403.07691",
         adds={"sft_coef": ("sft", 1.0)},
-        **_FREE,
     ),
-    "cpo": Objective(
-        paired(reference_free.cpo, reference=False, divergences=False),
-        formula="-(1-ε) log σ(β (P_w - P_l)) - ε log σ(-β (P_w - P_l)) + alpha NLL(chosen)",
-        paper="arXiv 2401.08417",
+    "cpo": _pairs(
+        paired(reference_free.cpo, Paired),
+        "-(1-ε) log σ(β (P_w - P_l)) - ε log σ(-β (P_w - P_l)) + alpha NLL(chosen)",
+        "arXiv 2401.08417",
         adds={"alpha": ("sft", 1.0)},
-        **_FREE,
     ),
-    "slic": Objective(
-        paired(reference_free.slic, reference=False, divergences=False),
-        formula="max(0, δ - P_w + P_l) - λ P_w",
-        paper="arXiv 2305.10425",
-        **_FREE,
+    "slic": _pairs(
+        paired(reference_free.slic, Paired), "max(0, δ - P_w + P_l) - λ P_w", "arXiv 2305.10425"
     ),
-    "alphapo": Objective(
-        paired(reference_free.alphapo, reference=False, divergences=False, reward="mean"),
-        formula="-log σ(β (r_w - r_l - γ/β)), r = (1 - e^(-α p̄)) / α",
-        paper="arXiv 2501.03884",
-        adds={"sft_coef": ("sft", 0.0)},
-        **_FREE,
+    "alphapo": _pairs(
+        paired(reference_free.alphapo, Paired, per_token=True),
+        "-log σ(β (r_w - r_l - γ/β)), r = (1 - e^(-α p̄)) / α",
+        "arXiv 2501.03884",
+        adds=_SFT,
     ),
     # unpaired feedback
-    "kto": Objective(
-        kto.kto,
-        formula="w_D (1 - σ(β (x - z₀))), w_U (1 - σ(β (z₀ - x)))",
-        paper="arXiv 2402.01306",
-        **_UNPAIRED,
-        **_KL,
+    "kto": _unpaired(
+        kto.Kto, "w_D (1 - σ(β (x - z₀))), w_U (1 - σ(β (z₀ - x)))", "arXiv 2402.01306"
     ),
-    "kto_zero": Objective(
-        kto.kto_zero,
-        formula="w_D (1 - σ(β x)), w_U (1 - σ(-β x))",
-        paper="arXiv 2402.01306",
-        **_UNPAIRED,
+    "kto_zero": _unpaired(kto.KtoZero, "w_D (1 - σ(β x)), w_U (1 - σ(-β x))", "arXiv 2402.01306"),
+    "kto_logsigmoid": _unpaired(
+        kto.KtoLogsigmoid, "-w_D log σ(β (x - z₀)), -w_U log σ(β (z₀ - x))", "arXiv 2402.01306"
     ),
-    "kto_logsigmoid": Objective(
-        kto.kto_logsigmoid,
-        formula="-w_D log σ(β (x - z₀)), -w_U log σ(β (z₀ - x))",
-        paper="arXiv 2402.01306",
-        **_UNPAIRED,
-        **_KL,
+    "apo_zero_unpaired": _unpaired(kto.KtoZero, "w_D (1 - σ(β x)), w_U σ(β x)", "arXiv 2408.06266"),
+    "bco": _unpaired(
+        kto.Bco,
+        "-w_D log σ(β x - δ), -w_U log σ(-(β x - δ)), δ = running mean of β x",
+        "arXiv 2404.04656",
     ),
-    "apo_zero_unpaired": Objective(
-        kto.apo_zero_unpaired,
-        formula="w_D (1 - σ(β x)), w_U σ(β x)",
-        paper="arXiv 2408.06266",
-        **_UNPAIRED,
+    # its KL term moves all rewards together, so the accuracies say little
+    "ppo_offline": _unpaired(
+        ppo_offline.PpoOffline,
+        "max(-A w, -A clip(w)) + critic_coef ½ (V - target)² + kl_coef (a - b), w = e^(a - b)",
+        "arXiv 1707.06347",
+        metric="rewards/margins up",
     ),
-    "bco": Objective(
-        kto.bco,
-        formula="-w_D log σ(β x - δ), -w_U log σ(-(β x - δ)), δ = running mean of β x",
-        paper="arXiv 2404.04656",
-        measure=kto.measure_rewards,
-        summarize=kto.summarize_rewards,
-        carry=kto.BCO_CARRY,
-        **_UNPAIRED,
-    ),
-    "ppo_offline": Objective(
-        ppo_offline.ppo_offline,
-        needs=("values",),
-        formula="max(-A w, -A clip(w)) + critic_coef ½ (V - target)² + kl_coef (a - b), w = e^(a "
-        "- b)",
-        paper="arXiv 1707.06347",
-        measure=ppo_offline.measure_advantages,
-        summarize=ppo_offline.summarize_advantages,
-        **{**_UNPAIRED, "metric": "rewards/margins up"},
-    ),  # its KL term moves all rewards together
     # policy gradients on rollouts
-    "ppo": Objective(
-        policy_gradient.ppo,
-        needs=("values",),
+    "ppo": _rollout(
+        policy_gradient.Ppo,
+        "max(-A w, -A clip(w, 1±c)) + vf_coef ½ max((V - ret)², (clip(V, V_old ± c_v) - ret)²)",
+        "arXiv 1707.06347",
         adds={"entropy_coef": ("entropy", 0.0), "ptx_coef": ("ptx", 0.0)},
-        formula="max(-A w, -A clip(w, 1±c)) + vf_coef ½ max((V - ret)², (clip(V, V_old ± c_v) - "
-        "ret)²)",
-        paper="arXiv 1707.06347",
-        rollout=targets.PPO,
-        **_ROLLOUT,
+        rollout=targets.PpoRollout,
     ),
-    "grpo": Objective(
-        policy_gradient.grpo,
-        formula="-min(min(w, δ) A, clip(w, 1-ε_low, 1+ε_high) A) + β k3, summed by loss_type",
-        paper="arXiv 2402.03300",
-        rollout=targets.GRPO,
-        **_GROUPED,
-    ),
-    "gspo": Objective(
-        policy_gradient.gspo,
-        formula="grpo with w = exp(mean_t (a - a_old)) for the whole sequence",
-        paper="arXiv 2507.18071",
-        rollout=targets.GRPO,
-        **_GROUPED,
-    ),
-    "cispo": Objective(
-        policy_gradient.cispo,
-        formula="-sg(min(w, ε_high)) A a_t + β k3",
-        paper="arXiv 2506.13585",
-        rollout=targets.GRPO,
-        **_GROUPED,
-    ),
-    "sapo": Objective(
-        policy_gradient.sapo,
-        formula="-(4/τ) σ(τ (w - 1)) A + β k3",
-        paper="arXiv 2511.20347",
-        rollout=targets.GRPO,
-        **_GROUPED,
-    ),
-    "rloo": Objective(
-        policy_gradient.rloo,
-        formula="-min(w A, clip(w, 1-ε_low, 1+ε_high) A), w of the whole sequence",
-        paper="arXiv 2402.14740",
+    "grpo": _rollout(
+        policy_gradient.Grpo,
+        "-min(min(w, δ) A, clip(w, 1-ε_low, 1+ε_high) A) + β k3, summed by loss_type",
+        "arXiv 2402.03300",
         adds=_ENTROPY,
-        rollout=targets.RLOO,
-        **_ROLLOUT,
+        rollout=targets.GrpoRollout,
     ),
-    "reinforce": Objective(
-        policy_gradient.reinforce,
-        formula="-A a_t, A with the batch's mean as baseline",
-        paper="Williams 1992",
+    "gspo": _rollout(
+        policy_gradient.Gspo,
+        "grpo with w = exp(mean_t (a - a_old)) for the whole sequence",
+        "arXiv 2507.18071",
         adds=_ENTROPY,
-        rollout=targets.REINFORCE,
-        **_ROLLOUT,
+        rollout=targets.GrpoRollout,
     ),
-    "reinforce_pp": Objective(
-        policy_gradient.reinforce_pp,
-        formula="-min(w A, clip(w, 1-ε_low, 1+ε_high) A), A normalized globally",
-        paper="arXiv 2501.03262",
+    "cispo": _rollout(
+        policy_gradient.Cispo,
+        "-sg(min(w, ε_high)) A a_t + β k3",
+        "arXiv 2506.13585",
         adds=_ENTROPY,
-        rollout=targets.REINFORCE_PP,
-        **_ROLLOUT,
+        rollout=targets.GrpoRollout,
+    ),
+    "sapo": _rollout(
+        policy_gradient.Sapo,
+        "-(4/τ) σ(τ (w - 1)) A + β k3",
+        "arXiv 2511.20347",
+        adds=_ENTROPY,
+        rollout=targets.GrpoRollout,
+    ),
+    "rloo": _rollout(
+        policy_gradient.Rloo,
+        "-min(w A, clip(w, 1-ε_low, 1+ε_high) A), w of the whole sequence",
+        "arXiv 2402.14740",
+        adds=_ENTROPY,
+        rollout=targets.RlooRollout,
+    ),
+    "reinforce": _rollout(
+        policy_gradient.Reinforce,
+        "-A a_t, A with the batch's mean as baseline",
+        "Williams 1992",
+        adds=_ENTROPY,
+        rollout=targets.ReinforceRollout,
+    ),
+    "reinforce_pp": _rollout(
+        policy_gradient.ReinforcePp,
+        "-min(w A, clip(w, 1-ε_low, 1+ε_high) A), A normalized globally",
+        "arXiv 2501.03262",
+        adds=_ENTROPY,
+        rollout=targets.ReinforcePpRollout,
     ),
     "entropy": Objective(
-        policy_gradient.entropy,
-        formula="-H, mean over tokens; the term that entropy_coef adds",
-        paper="arXiv 1602.01783",
-        needs=("entropy",),
+        policy_gradient.Entropy,
+        "-H, mean over tokens; the term that entropy_coef adds",
+        "arXiv 1602.01783",
         data="rollout",
         metric="entropy up",
     ),
     "ptx": Objective(
-        policy_gradient.ptx,
-        formula="NLL of the groups whose label is false; the term that ptx_coef adds",
-        paper="arXiv 2203.02155",
+        policy_gradient.Ptx,
+        "NLL of the groups whose label is false; the term that ptx_coef adds",
+        "arXiv 2203.02155",
         data="rollout",
         metric="ptx_nll down",
     ),
@@ -370,7 +303,7 @@ def options(name: str, weights: Sequence[float] = (), **values: Any) -> dict[str
     0.2
 
     Raises:
-        KeyError, ValueError: as ``resolve``.
+        ValueError: as ``resolve``.
     """
     terms = resolve(name, values, weights or None)
     known = {
@@ -378,8 +311,23 @@ def options(name: str, weights: Sequence[float] = (), **values: Any) -> dict[str
         for part in name.split("+")
         for option, default in OBJECTIVES[part.strip()].options.items()
     }
-    known |= {option: value for term in terms for option, value in term.options.items()}
+    for term in terms:
+        known |= term.loss.values()
     return {"name": name, "weights": tuple(weights), **known, **values}
+
+
+def describe_options(name: str) -> dict[str, Option]:
+    """Return what is known of each option that an objective, or a sum, accepts.
+
+    The options of the terms that it may add (``sft`` by ``sft_coef``) are among them.
+
+    >>> describe_options("dpo")["beta"].range
+    'above 0'
+
+    Raises:
+        ValueError: an unknown objective.
+    """
+    return objective.accepted(OBJECTIVES, name)
 
 
 def jitted(
@@ -403,7 +351,7 @@ def jitted(
     >>> import jax.numpy as jnp
     >>> dpo = jitted("dpo", beta=0.1)
     >>> found = dpo(jnp.array([-10.0]), jnp.array([-12.0]), jnp.array([-11.0]), jnp.array([-11.0]))
-    >>> [round(x, 4) for x in found.losses.tolist()], [round(x, 4) for x in found.rewards[0].tolist()]
-    ([0.5981], [0.1, -0.1])
+    >>> round(found.losses.item(), 4), [round(x, 4) for x in found.rewards[0].tolist()]
+    (0.5981, [0.1, -0.1])
     """
     return arrays.compile_terms(resolve(name, options, weights))

@@ -2,8 +2,10 @@
 """Advantages, returns and the rewards they are made of: pure functions that the rollout and the
 losses call.
 
-    scores [B, R] ──score shaping──► ──token_rewards (- KL)──► rewards [N, T] ──gae──► advantages, returns [N, T]
-                                   └─group_advantages / leave_one_out / batch_baseline──► [B, R] ──spread──► [N, T]
+    scores [B, R] ──shaping──┬──► token_rewards (less the KL) ──► rewards [N, T]
+                             │                 ──► gae ──► advantages, returns [N, T]
+                             └──► group_advantages / leave_one_out / batch_baseline [B, R]
+                                               ──► spread_to_tokens ──► advantages [N, T]
 
 Arrays [N, T] speak of loss tokens only: where ``mask`` is false they are 0 or ignored, and the next
 token of a response is its next *loss* token, so prompts, padding and tool output between turns do
@@ -54,8 +56,8 @@ def discounted_sum(
     Returns:
         [N, T]; 0 where the mask is false.
 
-    >>> one = jnp.ones((1, 4), bool)
-    >>> discounted_sum(jnp.array([[0.0, 0.0, 1.0, 2.0]]), one, jnp.array([[0, 0, 0, 1]]), 0.5).tolist()
+    >>> one, slot = jnp.ones((1, 4), bool), jnp.array([[0, 0, 0, 1]])
+    >>> discounted_sum(jnp.array([[0.0, 0.0, 1.0, 2.0]]), one, slot, 0.5).tolist()
     [[0.25, 0.5, 1.0, 2.0]]
     """
     _, same = _next_token(mask, slot)
@@ -99,7 +101,8 @@ def gae(
         Schulman et al. 2015, arXiv 1506.02438, equations 11 to 16.
 
     >>> one, slot = jnp.ones((1, 3), bool), jnp.zeros((1, 3), int)
-    >>> advantages, returns = gae(jnp.array([[0.0, 0.0, 1.0]]), jnp.array([[0.5, 0.25, 0.5]]), one, slot, lam=0.5)
+    >>> rewards, values = jnp.array([[0.0, 0.0, 1.0]]), jnp.array([[0.5, 0.25, 0.5]])
+    >>> advantages, returns = gae(rewards, values, one, slot, lam=0.5)
     >>> advantages.tolist(), returns.tolist()
     ([[0.0, 0.5, 0.5]], [[0.5, 0.75, 1.0]])
     """
@@ -251,8 +254,8 @@ def token_rewards(
     References:
         Ziegler et al. 2019, arXiv 1909.08593, equation 2.
 
-    >>> token_rewards(jnp.array([[1.0]]), jnp.array([[0.0, 2.0]]), jnp.ones((1, 2), bool), jnp.zeros((1, 2), int),
-    ...               kl_coef=0.25).tolist()
+    >>> one, slot = jnp.ones((1, 2), bool), jnp.zeros((1, 2), int)
+    >>> token_rewards(jnp.array([[1.0]]), jnp.array([[0.0, 2.0]]), one, slot, kl_coef=0.25).tolist()
     [[0.0, 0.5]]
     """
     _, same = _next_token(mask, slot)
@@ -318,16 +321,6 @@ def overlong_penalty(
         raise ValueError(f"buffer must be in (0, max_length = {max_length}] tokens, got {buffer}")
     over = (lengths.astype(jnp.float32) - (max_length - buffer)) / buffer
     return jnp.clip(-over, -1.0, 0.0)
-
-
-def informative_groups(scores: Float[Array, "B R"]) -> Bool[Array, "B"]:
-    """Tell which groups have unequal scores: those that dynamic sampling keeps (DAPO, arXiv
-    2503.14476, equation 11).
-
-    >>> informative_groups(jnp.array([[1.0, 0.0], [1.0, 1.0]])).tolist()
-    [True, False]
-    """
-    return (scores != scores[:, :1]).any(axis=1)
 
 
 SCORE_CARRY = {"count": 0.0, "mean": 0.0, "variance": 0.0}

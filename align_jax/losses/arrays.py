@@ -2,14 +2,13 @@
 """Objectives on plain arrays of log-probabilities: for notebooks, tests and other people's training
 loops.
 
-The arrays become a Batch and Outputs of one row a response, and go through the same seam as in
+The arrays become a Batch and Outputs of one row a response, and go through the same ``total`` as in
 training.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -17,9 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from align_jax.core.choose import nearest
+from align_jax.core.metrics import divide
 from align_jax.core.schema import Batch, Outputs
-from align_jax.losses import objective
-from align_jax.losses.objective import Metrics, Term
+from align_jax.losses.objective import Inputs, Term, data_kind
+from align_jax.losses.reduction import own_statistics, total
 
 POSITIONAL = {  # what positional arguments mean, by kind of data
     "completions": ("policy",),
@@ -49,65 +50,7 @@ class Evaluated(NamedTuple):
     rewards: Float[Array, "B R"]
     weights: Float[Array, "*K B"]
     loss: Float[Array, ""]
-    metrics: dict[str, Array]
-
-
-def finish_metrics(metrics: Mapping[str, tuple[Any, Any]]) -> dict[str, Array]:
-    """Divide summed metrics, (sum, weight) pairs; a weight of 0 gives 0.
-
-    Unpaired feedback has no margin of its own: it is the chosen rewards' mean less the rejected
-    ones'.
-    """
-    found = {
-        name: jnp.where(weight == 0, 0.0, total / jnp.where(weight == 0, 1.0, weight))
-        for name, (total, weight) in metrics.items()
-    }
-    if "rewards/chosen" in found and "rewards/margins" not in found:
-        found["rewards/margins"] = found["rewards/chosen"] - found["rewards/rejected"]
-    return found
-
-
-def total_loss(
-    terms: Sequence[Term],
-    policy: Outputs,
-    reference: Outputs | None,
-    batch: Batch,
-    *,
-    mismatched: tuple[Outputs, Outputs | None] | None = None,
-    carries: Sequence[Any] | None = None,
-) -> tuple[Array, list[tuple[Array, Array]], Metrics, list[Any]]:
-    """Compute the weighted sum of terms on one whole batch (a step with one microbatch).
-
-    Args:
-        terms: from ``losses.resolve``.
-        policy: the policy's outputs.
-        reference: the reference's, or None.
-        batch: the batch.
-        mismatched: policy's and reference's outputs of ``batch.mismatched``.
-        carries: what each term carries from the step before; None: the first step.
-
-    Returns:
-        The loss, each term's (losses, weights), the metrics of all terms (the first to name one
-        keeps it), the new carries.
-    """
-    loss, parts, metrics, after = jnp.zeros(()), [], {}, []
-    for index, term in enumerate(terms):
-        carry = term.objective.carry if carries is None else carries[index]
-        stats = None
-        if term.objective.measure is not None:
-            measured = objective.measure(term, policy, reference, batch, mismatched)
-            weights = objective.group_weights(term, batch)[None]
-            stats, carry = objective.summarize(
-                term, jax.tree.map(lambda x: x[None], measured), weights, carry
-            )
-            stats = jax.tree.map(lambda x: x[0], stats)
-        losses, weights, found = objective.apply(term, policy, reference, batch, stats)
-        total = weights.sum()
-        loss = loss + term.weight * (losses * weights).sum() / jnp.where(total == 0, 1.0, total)
-        parts.append((losses, weights))
-        metrics = found | metrics
-        after.append(carry)
-    return loss, parts, metrics, after
+    metrics: dict[str, Any]
 
 
 def make_batch(
@@ -149,7 +92,9 @@ def make_batch(
     }
     token_logps = jnp.where(loss_mask, tokens, 0.0)
     zeros = jnp.zeros((rows, length), jnp.int32)
-    known = {name: None if value is None else jnp.asarray(value) for name, value in columns.items()}
+    known: dict[str, Any] = {
+        name: None if value is None else jnp.asarray(value) for name, value in columns.items()
+    }
     batch = Batch(
         tokens=zeros,
         segment_ids=zeros + 1,
@@ -183,48 +128,58 @@ def _stack(arrays: dict[str, Any], name: str) -> Any:
     return jnp.stack([jnp.asarray(chosen), jnp.asarray(rejected)], axis=1)
 
 
-def _evaluate(terms: tuple[Term, ...], kind: str, arrays: dict[str, Any]) -> Evaluated:
-    scored = terms[0].objective.needs == ("scores",)
+def make_inputs(terms: tuple[Term, ...], kind: str, arrays: dict[str, Any]) -> Inputs:
+    """Make what objectives see of arrays by name: see ``losses.jitted``.
+
+    Raises:
+        ValueError: no policy, or one side of a pair alone.
+    """
     policy, reference = (_stack(arrays, name) for name in ("policy", "reference"))
     mask, lengths = _stack(arrays, "mask"), _stack(arrays, "lengths")
     if policy is None:
         raise ValueError("the policy's log-probabilities (or a reward model's scores) are missing")
-    size, grouped = (
-        jnp.shape(policy),
-        kind in ("pairs", "ranked") or (kind == "rollout" and jnp.ndim(policy) == 3),
-    )
+    size = jnp.shape(policy)
+    grouped = kind in ("pairs", "ranked") or (kind == "rollout" and len(size) == 3)
     responses = size[1] if grouped else 1
     rows, tokens = size[0] * responses, kind == "rollout" or len(size) == (3 if grouped else 2)
     others = {name: arrays.pop(f"mismatched_{name}", None) for name in ("policy", "reference")}
-    named = {name: arrays.pop(name) for name in (*FIELDS, *TOKEN_COLUMNS) if name in arrays}
-    named = {name: _flat(x, rows, True) for name, x in named.items()}
+    for name in (*FIELDS, *TOKEN_COLUMNS):
+        if name in arrays:
+            arrays[name] = _flat(arrays[name], rows, True)
     shape = {
         "responses": responses,
         "mask": _flat(mask, rows, True),
         "lengths": _flat(lengths, rows, False),
     }
-    batch, outputs = make_batch(_flat(policy, rows, tokens), **shape, **named, **arrays)
-    if scored:
+    batch, outputs = make_batch(_flat(policy, rows, tokens), **shape, **arrays)
+    if terms[0].needs == ("scores",):
         outputs = outputs._replace(scores=outputs.logps)
     base = None if reference is None else make_batch(_flat(reference, rows, tokens), **shape)[1]
-    mismatched = None
-    if others["policy"] is not None:
-        other, first = make_batch(others["policy"], responses=1)
-        mismatched = (first, make_batch(others["reference"], responses=1)[1])
-        batch = batch._replace(mismatched=other)
-    loss, parts, metrics, _ = total_loss(terms, outputs, base, batch, mismatched=mismatched)
-    ratios = outputs.logps if base is None else outputs.logps - base.logps
-    rewards = jax.lax.stop_gradient(terms[0].options.get("beta", 1.0) * ratios)
-    losses, weights = (jnp.stack(x) for x in zip(*parts))
+    if others["policy"] is None:
+        return Inputs(batch, outputs, base)
+    other, first = make_batch(others["policy"], responses=1)
+    mismatched = first, make_batch(others["reference"], responses=1)[1]
+    return Inputs(batch._replace(mismatched=other), outputs, base, mismatched)
+
+
+def evaluate(terms: tuple[Term, ...], inputs: Inputs) -> Evaluated:
+    """Evaluate a weighted sum of objectives on a whole batch, at the first step of training."""
+    stats, _ = own_statistics(terms, inputs)
+    found = total(terms, inputs, stats)
+    ratios = inputs.policy.logps
+    if inputs.reference is not None:
+        ratios = ratios - inputs.reference.logps
+    rewards = jax.lax.stop_gradient(getattr(terms[0].loss, "beta", 1.0) * ratios)
+    losses, weights = found.losses, found.weights
     if len(terms) == 1:
         losses, weights = losses[0], weights[0]
-    return Evaluated(losses, rewards, weights, loss, finish_metrics(metrics))
+    return Evaluated(losses, rewards, weights, found.loss, divide(found.metrics, empty=0.0))
 
 
 def compile_terms(terms: tuple[Term, ...]) -> Callable[..., Evaluated]:
     """Compile a weighted sum of objectives into a function of plain arrays; see
     ``losses.jitted``."""
-    kind = objective.data_kind(terms)
+    kind = data_kind(terms)
     known = set(POSITIONAL[kind]) | {"policy", "reference", "mask", "lengths", *COLUMNS, *FIELDS}
     if kind == "pairs":
         known |= {
@@ -232,25 +187,22 @@ def compile_terms(terms: tuple[Term, ...]) -> Callable[..., Evaluated]:
         }
     if any(term.objective.mismatched for term in terms):
         known |= {"mismatched_policy", "mismatched_reference"}
-    compiled = jax.jit(functools.partial(_evaluate, terms, kind))
+
+    @jax.jit
+    def compiled(arrays: dict[str, Any]) -> Evaluated:
+        return evaluate(terms, make_inputs(terms, kind, arrays))
 
     def run(*args: Any, **arrays: Any) -> Evaluated:
-        names = POSITIONAL[kind]
-        if len(args) == 1 and kind == "pairs":
-            names = ("policy",)
+        names = ("policy",) if len(args) == 1 and kind == "pairs" else POSITIONAL[kind]
         if len(args) > len(names):
             raise TypeError(f"expected at most {len(names)} arrays {names}, got {len(args)}")
         given = dict(zip(names, args)) | arrays
-        unknown = sorted(set(given) - known)
-        if unknown:
-            raise TypeError(f"unknown arrays {unknown}; known: {sorted(known)}")
-        return compiled(
-            {
-                name: np.asarray(x) if isinstance(x, (list, tuple)) else x
-                for name, x in given.items()
-                if x is not None
-            }
-        )
+        if unknown := sorted(given.keys() - known):
+            raise TypeError(f"unknown array {unknown[0]!r}{nearest(unknown[0], known)}")
+        as_arrays = {
+            name: np.asarray(x) if isinstance(x, (list, tuple)) else x for name, x in given.items()
+        }
+        return compiled({name: x for name, x in as_arrays.items() if x is not None})
 
     return run
 
@@ -279,8 +231,9 @@ def dpo_from_indices(
     References:
         Rafailov et al. 2023, arXiv 2305.18290, appendix B.
 
-    >>> losses, rewards = dpo_from_indices(jnp.array([-10.0, -12.0, -9.0]), jnp.array([-11.0, -11.0, -9.0]),
-    ...                                    jnp.array([0, 2]), jnp.array([1, 1]), beta=0.5)
+    >>> losses, rewards = dpo_from_indices(
+    ...     jnp.array([-10.0, -12.0, -9.0]), jnp.array([-11.0, -11.0, -9.0]),
+    ...     jnp.array([0, 2]), jnp.array([1, 1]), beta=0.5)
     >>> [round(x, 4) for x in losses.tolist()], rewards.tolist()
     ([0.3133, 0.4741], [0.5, -0.5, 0.0])
     """

@@ -7,30 +7,36 @@ another prompt's response), clamped below at 0 after the mean, without gradient.
 global batch, so it does not depend on devices or microbatches.
 """
 
-from __future__ import annotations
+import dataclasses
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal
 
-from collections.abc import Callable, Mapping
-from typing import Any
-
-import jax
 import jax.numpy as jnp
 from jax.nn import log_sigmoid, sigmoid
 from jaxtyping import Array, Float
 
-from align_jax.core.schema import Batch, Outputs
 from align_jax.losses.logprobs import sum_by_slot
-from align_jax.losses.objective import Metrics
+from align_jax.losses.objective import (
+    Inputs,
+    Loss,
+    Metrics,
+    Result,
+    StatisticsLoss,
+    Tree,
+    group_weights,
+    summed,
+    token_weights,
+)
+from align_jax.losses.options import Option
+from align_jax.losses.pairs import Beta
 
-Result = tuple[Float[Array, "B"], Float[Array, "B"], Metrics]
-KL_SCOPES = ("global", "microbatch")
 BALANCE = (1.0, 4.0 / 3.0)  # of w_D n_D to w_U n_U
 
 
 def balance_warning(
     desirable: int, undesirable: int, desirable_weight: float = 1.0, undesirable_weight: float = 1.0
 ) -> str | None:
-    """Return a warning where the classes' total weights are out of the advised proportion, else
-    None.
+    """Return a warning where the classes' total weights are out of the advised proportion.
 
     w_D n_D / (w_U n_U) should lie in [1, 4/3].  One class alone is no mistake, but said.
 
@@ -49,154 +55,82 @@ def balance_warning(
     low, high = (bound * undesirable_weight * undesirable / desirable for bound in BALANCE)
     return (
         f"w_D n_D / (w_U n_U) = {ratio:.3g} lies outside [1, 1.333]: set desirable_weight to "
-        "between "
-        f"{low:.3g} and {high:.3g}"
+        f"between {low:.3g} and {high:.3g}"
     )
 
 
-def log_ratios(policy: Outputs, reference: Outputs, batch: Batch) -> Float[Array, "B"]:
-    """Compute x = P - R of a batch of single responses."""
-    if batch.lengths.shape[1] != 1:
+def log_ratios(policy: Float[Array, "B R"], reference: Float[Array, "B R"]) -> Float[Array, "B"]:
+    """Compute x = P - R of single responses.
+
+    Raises:
+        ValueError: groups of more than one response.
+    """
+    if policy.shape[1] != 1:
         raise ValueError(
-            "an unpaired objective expects groups of R = 1 response, got R = "
-            f"{batch.lengths.shape[1]}"
+            f"an unpaired objective expects groups of R = 1 response, got R = {policy.shape[1]}"
         )
-    return (policy.logps - reference.logps)[:, 0]
+    return (policy - reference)[:, 0]
 
 
-def _labels(batch: Batch) -> Array:
-    if batch.label is None:
-        raise ValueError(
-            "an unpaired objective needs batch.label [B], true for desirable responses; it is None"
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UnpairedLoss(Loss):
+    """A loss of each response's x: the same for both labels, but for its sign and weight.
+
+    desirable: w_D f(z),    undesirable: w_U f(-z),    z = β x - shift
+    """
+
+    beta: Beta = 0.1
+    desirable_weight: Annotated[
+        float, Option("w_D: of desirable responses; see ``kto.balance_warning``", low=0)
+    ] = 1.0
+    undesirable_weight: Annotated[float, Option("w_U: of undesirable responses", low=0)] = 1.0
+
+    reference: ClassVar[bool] = True
+
+    def value(self, z: Float[Array, "B"]) -> Float[Array, "B"]:
+        """Compute f(z) = 1 - σ(z)."""
+        return sigmoid(-z)
+
+    def ratios(self, inputs: Inputs) -> Float[Array, "B"]:
+        """Compute x."""
+        return log_ratios(inputs.policy.logps, inputs.of_reference("logps"))
+
+    def labeled(self, inputs: Inputs, z: Float[Array, "B"]) -> Float[Array, "B"]:
+        """Compute each response's loss by its label."""
+        wanted, unwanted = self.value(z), self.value(-z)
+        return jnp.where(
+            inputs.of_batch("label"),
+            self.desirable_weight * wanted,
+            self.undesirable_weight * unwanted,
         )
-    return jnp.asarray(batch.label)
+
+    def metrics(self, inputs: Inputs, shift: Float[Array, ""]) -> Metrics:
+        """Report rewards; ``shift`` is what a desirable response's reward must exceed."""
+        batch, label, weight = inputs.batch, inputs.of_batch("label"), group_weights(inputs.batch)
+        wanted, unwanted = jnp.where(label, weight, 0.0), jnp.where(label, 0.0, weight)
+        reward, logps = self.beta * self.ratios(inputs), inputs.policy.logps[:, 0]
+        right = ((reward > shift) == label).astype(jnp.float32)
+        metrics = {
+            "rewards/chosen": summed(reward, wanted),
+            "rewards/rejected": summed(reward, unwanted),
+            "rewards/accuracies": summed(right, weight),
+            "logps/chosen": summed(logps, wanted),
+            "logps/rejected": summed(logps, unwanted),
+        }
+        if inputs.policy.entropy is not None:
+            entropy = sum_by_slot(inputs.policy.entropy, batch)[:, 0]
+            metrics["entropy"] = (weight * entropy).sum(), token_weights(batch).sum()
+        return metrics
 
 
-def _finish(
-    losses: Array,
-    x: Array,
-    beta: float,
-    shift: Array,
-    policy: Outputs,
-    batch: Batch,
-    extra: Mapping[str, Array],
-) -> Result:
-    """Add the metrics; ``shift`` is what a desirable response's reward must exceed."""
-    weight = jnp.asarray(batch.weight, jnp.float32)
-    label = _labels(batch)
-    wanted, unwanted = jnp.where(label, weight, 0.0), jnp.where(label, 0.0, weight)
-    reward, logps, total = beta * x, policy.logps[:, 0], weight.sum()
-    metrics = {
-        "rewards/chosen": ((wanted * reward).sum(), wanted.sum()),
-        "rewards/rejected": ((unwanted * reward).sum(), unwanted.sum()),
-        "rewards/accuracies": (
-            (weight * ((reward > shift) == label).astype(jnp.float32)).sum(),
-            total,
-        ),
-        "logps/chosen": ((wanted * logps).sum(), wanted.sum()),
-        "logps/rejected": ((unwanted * logps).sum(), unwanted.sum()),
-    }
-    metrics |= {name: (value * total, total) for name, value in extra.items()}
-    if policy.entropy is not None:
-        entropy = sum_by_slot(policy.entropy, batch)[:, 0]
-        metrics["entropy"] = (
-            (weight * entropy).sum(),
-            (weight * batch.lengths[:, 0].astype(jnp.float32)).sum(),
-        )
-    return losses, weight, jax.tree.map(jax.lax.stop_gradient, metrics)
-
-
-def measure_kl(
-    policy: Outputs,
-    reference: Outputs,
-    batch: Batch,
-    *,
-    mismatched: tuple[Outputs, Outputs],
-    beta: float = 0.1,
-    desirable_weight: float = 1.0,
-    undesirable_weight: float = 1.0,
-    kl_scope: str = "global",
-) -> dict[str, Float[Array, "b"]]:
-    """Measure x of each mismatched response, and its weight (0 where a prompt found no partner)."""
-    return {
-        "x": log_ratios(*mismatched, batch.mismatched),
-        "weight": jnp.asarray(batch.mismatched.weight, jnp.float32),
-    }
-
-
-def summarize_kl(
-    measured: Mapping[str, Float[Array, "M b"]],
-    weights: Float[Array, "M b"],
-    carry: Any,
-    *,
-    beta: float = 0.1,
-    desirable_weight: float = 1.0,
-    undesirable_weight: float = 1.0,
-    kl_scope: str = "global",
-) -> tuple[Float[Array, "M"], Any]:
-    """Compute z₀ = max(0, mean x) over the global batch, or over each microbatch (HALOs, TRL)."""
-    if kl_scope not in KL_SCOPES:
-        raise ValueError(f"kl_scope must be one of {list(KL_SCOPES)}, got {kl_scope!r}")
-    axes = None if kl_scope == "global" else 1
-    total = (measured["x"] * measured["weight"]).sum(axis=axes)
-    count = measured["weight"].sum(axis=axes)
-    return jnp.broadcast_to(
-        jnp.maximum(total / jnp.maximum(count, 1e-30), 0.0), (weights.shape[0],)
-    ), carry
-
-
-def _with_kl(
-    value: Callable[[Array], Array],
-    policy: Outputs,
-    reference: Outputs,
-    batch: Batch,
-    stats: Any,
-    beta: float,
-    desirable_weight: float,
-    undesirable_weight: float,
-    kl_scope: str,
-) -> Result:
-    """Compute w · value(±β (x - z₀)), + for desirable responses."""
-    if kl_scope not in KL_SCOPES:
-        raise ValueError(f"kl_scope must be one of {list(KL_SCOPES)}, got {kl_scope!r}")
-    if stats is None:
-        raise ValueError(
-            "kto needs stats, the KL estimate of the whole batch: call measure and summarize first"
-        )
-    x, label = log_ratios(policy, reference, batch), _labels(batch)
-    z = beta * (x - stats)
-    losses = jnp.where(label, desirable_weight * value(z), undesirable_weight * value(-z))
-    return _finish(losses, x, beta, beta * stats, policy, batch, {"kl": stats})
-
-
-def kto(
-    policy: Outputs,
-    reference: Outputs,
-    batch: Batch,
-    *,
-    stats: Any = None,
-    beta: float = 0.1,
-    desirable_weight: float = 1.0,
-    undesirable_weight: float = 1.0,
-    kl_scope: str = "global",
-) -> Result:
-    """Compute the KTO loss.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Kto(StatisticsLoss, UnpairedLoss):
+    """KTO: how far each response's x lies on the right side of z₀.
 
         desirable:   w_D (1 - σ(β (x - z₀)))
         undesirable: w_U (1 - σ(β (z₀ - x)))
 
-    Args:
-        policy: the policy's outputs, R = 1.
-        reference: the reference's.
-        batch: the batch, with ``label`` and ``mismatched``.
-        stats: z₀, nats.
-        beta: per nat.
-        desirable_weight: w_D.
-        undesirable_weight: w_U; see ``balance_warning``.
-        kl_scope: z₀ over the "global" batch, or over each "microbatch" as HALOs and TRL have it.
-
-    Returns:
-        Losses [B] (1/2 w where the policy is the reference), weights [B], metrics.
+    1/2 w where the policy is the reference.
 
     References:
         Ethayarajh et al. 2024, arXiv 2402.01306, equations 7 and 8.
@@ -208,32 +142,43 @@ def kto(
     >>> [round(x, 4) for x in found.losses.tolist()], round(float(found.metrics["kl"]), 4)
     ([0.3208, 0.4378], 0.5)
     """
-    return _with_kl(
-        lambda z: sigmoid(-z),
-        policy,
-        reference,
-        batch,
-        stats,
-        beta,
-        desirable_weight,
-        undesirable_weight,
-        kl_scope,
-    )
+
+    kl_scope: Annotated[
+        Literal["global", "microbatch"],
+        Option("z₀ over the global batch, or over each microbatch as HALOs and TRL have it"),
+    ] = "global"
+
+    mismatched: ClassVar[bool] = True
+
+    def batch_statistics(self, inputs: Inputs) -> dict[str, Float[Array, "b"]]:
+        """Return x of each mismatched response, and its weight (0 where a prompt found no
+        partner)."""
+        other = inputs.batch.mismatched
+        if other is None or inputs.mismatched is None:
+            raise ValueError("kto needs batch.mismatched and its outputs, got none")
+        policy, reference = inputs.mismatched
+        return {"x": log_ratios(policy.logps, reference.logps), "weight": group_weights(other)}
+
+    def reduce_statistics(
+        self, found: Mapping[str, Float[Array, "M b"]], weights: Float[Array, "M b"], running: Tree
+    ) -> tuple[Tree, Tree]:
+        """Compute z₀ = max(0, mean x)."""
+        axes = None if self.kl_scope == "global" else 1
+        total = (found["x"] * found["weight"]).sum(axis=axes)
+        count = found["weight"].sum(axis=axes)
+        kl = jnp.maximum(total / jnp.maximum(count, 1e-30), 0.0)
+        return jnp.broadcast_to(kl, weights.shape[:1]), running
+
+    def losses(self, inputs: Inputs) -> Result:
+        kl, total = inputs.stats, group_weights(inputs.batch).sum()
+        metrics = self.metrics(inputs, self.beta * kl) | {"kl": (kl * total, total)}
+        return self.labeled(inputs, self.beta * (self.ratios(inputs) - kl)), metrics
 
 
-def kto_logsigmoid(
-    policy: Outputs,
-    reference: Outputs,
-    batch: Batch,
-    *,
-    stats: Any = None,
-    beta: float = 0.1,
-    desirable_weight: float = 1.0,
-    undesirable_weight: float = 1.0,
-    kl_scope: str = "global",
-) -> Result:
-    """Compute KTO with a logistic loss in place of the bounded value: w_D (-log σ(β (x - z₀))) and
-    its mirror.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KtoLogsigmoid(Kto):
+    """KTO with a logistic loss in place of the bounded value: w_D (-log σ(β (x - z₀))) and its
+    mirror.
 
     References:
         Ethayarajh et al. 2024, arXiv 2402.01306: an ablation of the value function.
@@ -244,128 +189,40 @@ def kto_logsigmoid(
     >>> [round(x, 4) for x in found.losses.tolist()]
     [0.3869, 0.5759]
     """
-    return _with_kl(
-        lambda z: -log_sigmoid(z),
-        policy,
-        reference,
-        batch,
-        stats,
-        beta,
-        desirable_weight,
-        undesirable_weight,
-        kl_scope,
-    )
+
+    def value(self, z: Float[Array, "B"]) -> Float[Array, "B"]:
+        return -log_sigmoid(z)
 
 
-def kto_zero(
-    policy: Outputs,
-    reference: Outputs,
-    batch: Batch,
-    *,
-    stats: Any = None,
-    beta: float = 0.1,
-    desirable_weight: float = 1.0,
-    undesirable_weight: float = 1.0,
-) -> Result:
-    """Compute KTO with z₀ = 0, which needs no mismatched responses: w_D (1 - σ(β x)), w_U (1 - σ(-β
-    x)).
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KtoZero(UnpairedLoss):
+    """KTO with z₀ = 0, which needs no mismatched responses: w_D (1 - σ(β x)), w_U (1 - σ(-β x)).
+
+    TRL calls the same numbers APO-zero on unpaired feedback (``apo_zero_unpaired``).
 
     References:
         Ethayarajh et al. 2024, arXiv 2402.01306: an ablation of the reference point.
+        D'Oosterlinck et al. 2024, arXiv 2408.06266, equation 7, each side by itself.
 
     >>> from align_jax.losses import jitted
     >>> found = jitted("kto_zero", beta=0.5)([-8.0, -9.0], [True, False], [-10.0, -9.0])
     >>> [round(x, 4) for x in found.losses.tolist()]
     [0.2689, 0.5]
     """
-    x, label = log_ratios(policy, reference, batch), _labels(batch)
-    losses = jnp.where(
-        label, desirable_weight * sigmoid(-beta * x), undesirable_weight * sigmoid(beta * x)
-    )
-    return _finish(losses, x, beta, jnp.zeros(()), policy, batch, {})
+
+    def losses(self, inputs: Inputs) -> Result:
+        z = self.beta * self.ratios(inputs)
+        return self.labeled(inputs, z), self.metrics(inputs, jnp.zeros(()))
 
 
-def apo_zero_unpaired(
-    policy: Outputs,
-    reference: Outputs,
-    batch: Batch,
-    *,
-    stats: Any = None,
-    beta: float = 0.1,
-    desirable_weight: float = 1.0,
-    undesirable_weight: float = 1.0,
-) -> Result:
-    """Compute APO-zero on unpaired feedback: w_D (1 - σ(β x)), w_U σ(β x).
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bco(StatisticsLoss, UnpairedLoss):
+    """Binary classifier optimization with a reward shift.
 
-    The same numbers as ``kto_zero``, under the name that TRL gives them.
+        desirable: -w_D log σ(β x - δ),    undesirable: -w_U log σ(-(β x - δ))
 
-    References:
-        D'Oosterlinck et al. 2024, arXiv 2408.06266, equation 7, each side by itself.
-
-    >>> from align_jax.losses import jitted
-    >>> found = jitted("apo_zero_unpaired", beta=0.5)([-8.0, -9.0], [True, False], [-10.0, -9.0])
-    >>> [round(x, 4) for x in found.losses.tolist()]
-    [0.2689, 0.5]
-    """
-    return kto_zero(
-        policy,
-        reference,
-        batch,
-        beta=beta,
-        desirable_weight=desirable_weight,
-        undesirable_weight=undesirable_weight,
-    )
-
-
-BCO_CARRY = {"mean": 0.0, "count": 0.0}  # of β x over all batches so far
-
-
-def measure_rewards(
-    policy: Outputs,
-    reference: Outputs,
-    batch: Batch,
-    *,
-    mismatched: Any = None,
-    beta: float = 0.1,
-    desirable_weight: float = 1.0,
-    undesirable_weight: float = 1.0,
-) -> dict[str, Float[Array, "b"]]:
-    """Measure β x."""
-    return {"reward": beta * log_ratios(policy, reference, batch)}
-
-
-def summarize_rewards(
-    measured: Mapping[str, Float[Array, "M b"]],
-    weights: Float[Array, "M b"],
-    carry: Any,
-    *,
-    beta: float = 0.1,
-    desirable_weight: float = 1.0,
-    undesirable_weight: float = 1.0,
-) -> tuple[Float[Array, "M"], Any]:
-    """Update the running mean of the rewards with this batch, and hand it out."""
-    count = jnp.asarray(carry["count"], jnp.float32) + weights.sum()
-    before = jnp.asarray(carry["mean"], jnp.float32)
-    mean = before + (weights * (measured["reward"] - before)).sum() / jnp.maximum(count, 1e-30)
-    return jnp.broadcast_to(mean, (weights.shape[0],)), {"mean": mean, "count": count}
-
-
-def bco(
-    policy: Outputs,
-    reference: Outputs,
-    batch: Batch,
-    *,
-    stats: Any = None,
-    beta: float = 0.1,
-    desirable_weight: float = 1.0,
-    undesirable_weight: float = 1.0,
-) -> Result:
-    """Compute binary classifier optimization with a reward shift.
-
-        desirable: -w_D log σ(β x - δ),    undesirable: -w_U log σ(-(β x - δ)),    δ = running mean of β x
-
-    δ is the mean over all responses seen, this batch's included, without gradient; it is carried in
-    the train state.
+    δ is the running mean of β x over all responses seen, this batch's included, without gradient;
+    it is kept in the train state.
 
     References:
         Jung et al. 2024, arXiv 2404.04656: the reward shift.
@@ -375,13 +232,25 @@ def bco(
     >>> [round(x, 4) for x in found.losses.tolist()], round(float(found.metrics["delta"]), 4)
     ([0.4741, 0.4741], 0.5)
     """
-    if stats is None:
-        raise ValueError(
-            "bco needs stats, the running mean of the rewards: call measure and summarize first"
-        )
-    x, label = log_ratios(policy, reference, batch), _labels(batch)
-    z = beta * x - stats
-    losses = jnp.where(
-        label, -desirable_weight * log_sigmoid(z), -undesirable_weight * log_sigmoid(-z)
-    )
-    return _finish(losses, x, beta, stats, policy, batch, {"delta": stats})
+
+    running: ClassVar[Mapping[str, float]] = {"mean": 0.0, "count": 0.0}  # of β x so far
+
+    def value(self, z: Float[Array, "B"]) -> Float[Array, "B"]:
+        return -log_sigmoid(z)
+
+    def batch_statistics(self, inputs: Inputs) -> dict[str, Float[Array, "b"]]:
+        """Return β x."""
+        return {"reward": self.beta * self.ratios(inputs)}
+
+    def reduce_statistics(
+        self, found: Mapping[str, Float[Array, "M b"]], weights: Float[Array, "M b"], running: Tree
+    ) -> tuple[Tree, Tree]:
+        """Update the running mean of the rewards with this batch, and hand it out."""
+        count, before = running["count"] + weights.sum(), running["mean"]
+        mean = before + (weights * (found["reward"] - before)).sum() / jnp.maximum(count, 1e-30)
+        return jnp.broadcast_to(mean, weights.shape[:1]), {"mean": mean, "count": count}
+
+    def losses(self, inputs: Inputs) -> Result:
+        delta, total = inputs.stats, group_weights(inputs.batch).sum()
+        metrics = self.metrics(inputs, delta) | {"delta": (delta * total, total)}
+        return self.labeled(inputs, self.beta * self.ratios(inputs) - delta), metrics

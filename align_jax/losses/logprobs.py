@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """From hidden states to token log-probabilities, without ever holding all logits.
 
-    hidden [N, T, D] ──gather at loss positions──► [N, P, D] ──scan──► logits [N, c, V] ──► [N, P] ──► [N, T]
+    hidden [N, T, D] ──gather at loss positions──► [N, P, D] ──scan──► logits [N, c, V]
+                                                                  ──► [N, P] ──► [N, T]
 
 The output head is applied only where the loss mask asks.  Each chunk is rematerialized in the
 backward pass, so neither pass holds more than one chunk of logits.  Log-sum-exp and all that
@@ -47,6 +48,13 @@ def spread_to_tokens(x: Float[Array, "B R"], batch: Batch) -> Float[Array, "N T"
     return jnp.where(batch.loss_mask, jnp.take_along_axis(rows, batch.slot, axis=1), 0.0)
 
 
+def blank_outputs(batch: Batch) -> Outputs:
+    """Return log-probabilities of 0: of a model that is not asked for any."""
+    token_logps = jnp.zeros(batch.tokens.shape, jnp.float32)
+    logps = jnp.zeros(batch.lengths.shape, jnp.float32)
+    return Outputs(token_logps, logps, jnp.asarray(batch.lengths))
+
+
 def at_sources(x: Float[Array, "N T"], batch: Batch) -> Float[Array, "N T"]:
     """Move what a head says at the index that predicts token t to index t; 0 where the loss mask is
     false."""
@@ -85,7 +93,7 @@ def _statistics(
         found["entropy"] = log_sum - (p * jnp.where(p > 0, logits, 0.0)).sum(axis=-1)
     if "log_sum_sq" in needs:
         found["log_sum_sq"] = jax.nn.logsumexp(2.0 * logits, axis=-1) - 2.0 * log_sum
-    if "kl" in needs:
+    if reference is not None:
         reference = jax.lax.stop_gradient(reference)
         q_log_sum = jax.nn.logsumexp(reference, axis=-1)
         q = jnp.exp(reference - q_log_sum[:, :, None])
@@ -100,8 +108,7 @@ def token_outputs(
     batch: Batch,
     *,
     needs: Sequence[str] = (),
-    reference_hidden: Float[Array, "N T D"] | None = None,
-    reference_unembed: Callable[[Array], Array] | None = None,
+    reference: tuple[Float[Array, "N T D"], Callable[[Array], Array]] | None = None,
     chunk: int = 256,
 ) -> Outputs:
     """Compute token and sequence log-probabilities of a batch's responses.
@@ -115,9 +122,7 @@ def token_outputs(
         batch: the batch.
         needs: of "entropy", "log_sum_sq", "kl".  "values" and "scores" are the heads' and added by
             the caller.
-        reference_hidden: needed for "kl", with ``reference_unembed``: the reference's hidden
-            states.
-        reference_unembed: the reference's head.
+        reference: needed for "kl": the reference's hidden states and its head.
         chunk: positions of a row whose logits are held at a time: memory is 4 · N · chunk · V
             bytes, twice that in the backward pass.
 
@@ -131,8 +136,8 @@ def token_outputs(
     unknown = [field for field in needs if field not in TOKEN_FIELDS + ("values", "scores")]
     if unknown:
         raise ValueError(f"token_outputs cannot compute {unknown}; known: {list(TOKEN_FIELDS)}")
-    if "kl" in needs and (reference_hidden is None or reference_unembed is None):
-        raise ValueError("'kl' needs reference_hidden and reference_unembed")
+    if "kl" in needs and reference is None:
+        raise ValueError("'kl' needs the reference's hidden states and its head")
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1 position, got {chunk}")
     rows, length = batch.tokens.shape
@@ -151,17 +156,20 @@ def token_outputs(
     def gather(x: Array) -> Array:
         return chunks(jnp.take_along_axis(x, sources[:, :, None], axis=1))
 
-    scanned = [chunks(targets), gather(hidden)]
-    if "kl" in needs:
-        scanned.append(gather(jax.lax.stop_gradient(reference_hidden)))
+    other = None
+    if "kl" in needs and reference is not None:
+        other = gather(jax.lax.stop_gradient(reference[0]))
 
     @jax.checkpoint
-    def body(targets: Array, hidden: Array, *other: Array) -> dict[str, Array]:
-        reference = reference_unembed(other[0]) if other else None
-        return _statistics(unembed(hidden), targets, needs, reference)
+    def of_chunk(targets: Array, hidden: Array, other: Array | None) -> dict[str, Array]:
+        logits = None if other is None or reference is None else reference[1](other)
+        return _statistics(unembed(hidden), targets, needs, logits)
+
+    def body(_: None, xs: tuple) -> tuple[None, dict[str, Array]]:
+        return None, of_chunk(*xs)
 
     with jax.named_scope("token_outputs"):
-        _, found = jax.lax.scan(lambda carry, xs: (carry, body(*xs)), (), tuple(scanned))
+        _, found = jax.lax.scan(body, None, (chunks(targets), gather(hidden), other))
 
     def scatter(x: Array) -> Array:  # [P / c, N, c] -> [N, T]
         x = jnp.moveaxis(x, 0, 1).reshape(rows, -1)

@@ -1,17 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """What all paired objectives have in common: log-ratios, their transforms, weights and metrics.
 
-A paired loss is a small function of a ``Pair``; ``paired`` makes a row's ``fn`` of it, which adds
-the options that all share.  So a new paired objective is one function of a line or two.
+A paired loss is a small function of a ``Pair``; ``paired`` makes an objective of it, which has the
+options that all share.  So a new paired objective is one function of a line or two.
 
-    Outputs, Batch ──ld_alpha──► P, R [B] ──► x = P - R ──f_divergence──► Pair ──loss──► [B] ──wpo──► [B]
+    Inputs ──ld_alpha──► P, R [B] ──► x = P - R ──f_divergence──► Pair ──loss──► [B] ──wpo──► [B]
 """
 
-from __future__ import annotations
-
+import dataclasses
 import inspect
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +20,38 @@ from jaxtyping import Array, Float
 
 from align_jax.core.schema import Batch, Outputs
 from align_jax.losses.logprobs import sum_by_slot
-from align_jax.losses.objective import Metrics
+from align_jax.losses.objective import (
+    Inputs,
+    Loss,
+    Metrics,
+    Result,
+    group_weights,
+    summed,
+    token_counts,
+)
+from align_jax.losses.options import Option
 
-DIVERGENCES = ("reverse_kl", "forward_kl", "js", "alpha")
 EXP_MAX = 80.0  # exp of more would leave float32
+
+Beta = Annotated[
+    float,
+    Option(
+        "scale of log-ratios (or log-probabilities) in the loss: the smaller, the further the "
+        "policy moves",
+        unit="per nat",
+        above=0,
+    ),
+]
+LabelSmoothing = Annotated[
+    float, Option("share of the labels that is taken to be flipped", low=0, below=0.5)
+]
+LdAlpha = Annotated[
+    float | None,
+    Option(
+        "weight of the tokens beyond the shorter response's length (arXiv 2409.06411); None = 1"
+    ),
+]
+Divergence = Literal["reverse_kl", "forward_kl", "js", "alpha"]
 
 
 class Pair(NamedTuple):
@@ -45,15 +72,7 @@ class Pair(NamedTuple):
     margin: Float[Array, "B"]  # in units of reward (beta · nats)
 
 
-def make_pair(
-    policy: Any,
-    reference: Any = None,
-    lengths: Any = None,
-    margin: Any = None,
-    *,
-    f_divergence: str = "reverse_kl",
-    f_alpha: float = 0.5,
-) -> Pair:
+def make_pair(policy: Any, reference: Any = None, lengths: Any = None, margin: Any = None) -> Pair:
     """Make a Pair of sequence log-probabilities.
 
     Args:
@@ -61,28 +80,18 @@ def make_pair(
         reference: the same; None: no reference.
         lengths: [B, 2] tokens; None: 1 each.
         margin: [B], in units of reward; None: 0.
-        f_divergence: one of ``DIVERGENCES``.
-        f_alpha: α of the alpha divergence.
     """
     policy = jnp.asarray(policy, jnp.float32)
     reference = jnp.zeros_like(policy) if reference is None else jnp.asarray(reference, jnp.float32)
-    counts = (
-        jnp.ones_like(policy)
-        if lengths is None
-        else jnp.maximum(jnp.asarray(lengths).astype(jnp.float32), 1.0)
-    )
-    x = transform(policy - reference, f_divergence, f_alpha)
+    counts = jnp.ones_like(policy) if lengths is None else jnp.asarray(lengths).astype(jnp.float32)
+    x, counts = policy - reference, jnp.maximum(counts, 1.0)
     offsets = jnp.zeros_like(policy[:, 0]) if margin is None else jnp.asarray(margin, jnp.float32)
     return Pair(
-        x[:, 0],
-        x[:, 1],
-        counts[:, 0],
-        counts[:, 1],
-        policy[:, 0],
-        policy[:, 1],
-        reference[:, 0],
-        reference[:, 1],
-        offsets,
+        *(x[:, 0], x[:, 1]),
+        *(counts[:, 0], counts[:, 1]),
+        *(policy[:, 0], policy[:, 1]),
+        *(reference[:, 0], reference[:, 1]),
+        margin=offsets,
     )
 
 
@@ -98,11 +107,12 @@ def example_pair(margin: float = 0.0) -> Pair:
 
 
 def transform(
-    x: Float[Array, "B R"], f_divergence: str = "reverse_kl", alpha: float = 0.5
-) -> Float[Array, "B R"]:
+    x: Float[Array, "B"], f_divergence: Divergence = "reverse_kl", alpha: float = 0.5
+) -> Float[Array, "B"]:
     """Apply f' of a divergence to log-ratios, before the difference.
 
-        reverse_kl: x      forward_kl: 1 - e^(-x)      js: log 2 + log σ(x)      alpha: (e^((α-1) x) - 1) / (α - 1)
+        reverse_kl: x                      forward_kl: 1 - e^(-x)
+        js: log 2 + log σ(x)               alpha: (e^((α-1) x) - 1) / (α - 1)
 
     Exponents are cut at 80, where float32 would overflow.  α = 1 is the reverse KL.
 
@@ -110,17 +120,13 @@ def transform(
         Wang et al. 2023, arXiv 2309.16240, table 1.  The alpha divergence in the form of TRL
         1.16.0, ``dpo_trainer.py``.
     """
-    if f_divergence == "reverse_kl":
-        return x
     if f_divergence == "forward_kl":
         return 1.0 - jnp.exp(jnp.minimum(-x, EXP_MAX))
     if f_divergence == "js":
         return np.log(2.0).item() + log_sigmoid(x)
-    if f_divergence == "alpha":
-        if abs(alpha - 1.0) < 1e-6:
-            return x
+    if f_divergence == "alpha" and abs(alpha - 1.0) >= 1e-6:
         return jnp.expm1(jnp.minimum((alpha - 1.0) * x, EXP_MAX)) / (alpha - 1.0)
-    raise ValueError(f"unknown f_divergence {f_divergence!r}; known: {list(DIVERGENCES)}")
+    return x
 
 
 def shared_length_logps(
@@ -135,11 +141,9 @@ def shared_length_logps(
     """
     shared = jnp.broadcast_to(batch.lengths.min(axis=1, keepdims=True), batch.lengths.shape)
     slots = batch.lengths.size // token_logps.shape[0]
-    # [N, T, S]
-    belongs = (batch.slot[:, :, None] == jnp.arange(slots)[None, None]) & batch.loss_mask[
-        :, :, None
-    ]
-    # 1 = a response's first
+    belongs = batch.slot[:, :, None] == jnp.arange(slots)[None, None]  # [N, T, S]
+    belongs &= batch.loss_mask[:, :, None]
+    # a token's place in its response, from 1
     order = jnp.where(belongs, jnp.cumsum(belongs.astype(jnp.int32), axis=1), 0).sum(axis=2)
     limit = jnp.take_along_axis(shared.reshape(-1, slots), batch.slot, axis=1)
     return sum_by_slot(jnp.where(order <= limit, token_logps, alpha * token_logps), batch)
@@ -154,143 +158,159 @@ def on_policy_weights(policy: Outputs, batch: Batch) -> Float[Array, "B"]:
         Zhou et al. 2024, arXiv 2406.11827, equation 2 and section 3.2 (sampled alignment).
     """
     aligned = sum_by_slot(policy.token_logps - policy.log_sum_sq, batch)
-    mean = aligned / jnp.maximum(batch.lengths.astype(jnp.float32), 1.0)
+    mean = aligned / jnp.maximum(token_counts(batch), 1.0)
     return jax.lax.stop_gradient(jnp.exp(mean.sum(axis=1)))
 
 
-def check_pairs(batch: Batch) -> None:
-    """Refuse a batch whose groups are not pairs."""
+def pair_of(inputs: Inputs, ld_alpha: float | None = None, *, reference_free: bool = False) -> Pair:
+    """Make the Pair of a batch: what a paired loss is a function of.
+
+    Raises:
+        ValueError: the groups are not pairs.
+    """
+    batch = inputs.batch
     if batch.lengths.shape[1] != 2:
         raise ValueError(
             "a paired objective expects groups of R = 2 responses, got R = "
             f"{batch.lengths.shape[1]}"
         )
 
+    def sums(outputs: Outputs | None) -> Float[Array, "B 2"] | None:
+        if outputs is None or ld_alpha is None:
+            return outputs and outputs.logps
+        return shared_length_logps(outputs.token_logps, batch, ld_alpha)
 
-def pair_of(
-    policy: Outputs,
-    reference: Outputs | None,
-    batch: Batch,
-    *,
-    f_divergence: str = "reverse_kl",
-    f_alpha: float = 0.5,
-    ld_alpha: float | None = None,
-) -> Pair:
-    """Make the Pair of a batch: what ``paired`` hands to a loss."""
-    check_pairs(batch)
-    if ld_alpha is None:
-        sums = [None if outputs is None else outputs.logps for outputs in (policy, reference)]
-    else:
-        sums = [
-            None if outputs is None else shared_length_logps(outputs.token_logps, batch, ld_alpha)
-            for outputs in (policy, reference)
-        ]
-    return make_pair(*sums, batch.lengths, batch.margin, f_divergence=f_divergence, f_alpha=f_alpha)
+    reference = None if reference_free else inputs.reference
+    return make_pair(sums(inputs.policy), sums(reference), batch.lengths, batch.margin)
 
 
 def pair_metrics(
-    chosen_rewards: Float[Array, "B"],
-    rejected_rewards: Float[Array, "B"],
-    policy: Outputs,
-    batch: Batch,
+    inputs: Inputs, pair: Pair, beta: float = 1.0, *, per_token: bool = False
 ) -> Metrics:
-    """Report rewards and log-probabilities of pairs; accuracy counts strictly greater."""
-    weight = jnp.asarray(batch.weight, jnp.float32)
-    total = weight.sum()
+    """Report rewards and log-probabilities of pairs; accuracy counts strictly greater.
+
+    Args:
+        inputs: where the weights, the log-probabilities and the entropy come from.
+        pair: where the rewards come from, β (P - R) whatever the divergence, so that curves of
+            different objectives compare.
+        beta: units of reward per nat.
+        per_token: rewards are divided by the lengths.
+    """
+    policy, weight = inputs.policy, group_weights(inputs.batch)
+    chosen = beta * (pair.policy_chosen - pair.reference_chosen)
+    rejected = beta * (pair.policy_rejected - pair.reference_rejected)
+    if per_token:
+        chosen, rejected = chosen / pair.chosen_length, rejected / pair.rejected_length
     values = {
-        "rewards/chosen": chosen_rewards,
-        "rewards/rejected": rejected_rewards,
-        "rewards/margins": chosen_rewards - rejected_rewards,
-        "rewards/accuracies": (chosen_rewards > rejected_rewards).astype(jnp.float32),
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/margins": chosen - rejected,
+        "rewards/accuracies": (chosen > rejected).astype(jnp.float32),
         "logps/chosen": policy.logps[:, 0],
         "logps/rejected": policy.logps[:, 1],
     }
-    metrics = {
-        name: (jax.lax.stop_gradient((weight * value).sum()), total)
-        for name, value in values.items()
-    }
+    metrics = {name: summed(value, weight) for name, value in values.items()}
     if policy.entropy is not None:
-        tokens = batch.lengths.astype(jnp.float32) * weight[:, None]
-        metrics["entropy"] = (
-            jax.lax.stop_gradient((sum_by_slot(policy.entropy, batch) * weight[:, None]).sum()),
-            tokens.sum(),
-        )
+        total = (sum_by_slot(policy.entropy, inputs.batch) * weight[:, None]).sum()
+        metrics["entropy"] = total, (token_counts(inputs.batch) * weight[:, None]).sum()
     return metrics
 
 
-def paired(
-    loss: Callable[..., Float[Array, "B"]],
-    *,
-    reference: bool = True,
-    divergences: bool = True,
-    reward: str = "sum",
-    scale: str = "beta",
-) -> Callable[..., tuple[Array, Array, Metrics]]:
-    """Make a row's ``fn`` of a paired loss.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Paired(Loss):
+    """A paired loss, with the options that all of them have."""
 
-    Args:
-        loss: ``loss(pair, **options) -> [B]``.
-        reference: adds the option ``reference_free`` (log-ratios are the policy's
-            log-probabilities).
-        divergences: adds ``f_divergence`` and ``f_alpha``; off for losses that use a log-ratio by
-            itself, for which the transforms are not defined.
-        reward: implicit reward reported, in units of beta: "sum" (log-ratio) or "mean" (log-ratio
-            per token).
-        scale: the option that multiplies it; 1 where the loss has none of this name.
+    ld_alpha: LdAlpha = None
+    wpo: Annotated[
+        bool, Option("weigh pairs by how likely the policy is to write them (arXiv 2406.11827)")
+    ] = False
 
-    Returns:
-        ``fn(policy, reference, batch, *, stats=None, **options)``, whose options are the loss's and
-        ``ld_alpha`` (None: off) and ``wpo`` (False), and those above.
-    """
-    shared: dict[str, Any] = {"ld_alpha": None, "wpo": False}
-    shared |= {"f_divergence": "reverse_kl", "f_alpha": 0.5} if divergences else {}
-    shared |= {"reference_free": False} if reference else {}
-    own = {
-        name: parameter.default
-        for name, parameter in inspect.signature(loss).parameters.items()
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
-    }
+    function: ClassVar[Callable[..., Float[Array, "B"]]]  # (pair, **own options) -> losses
+    own: ClassVar[tuple[str, ...]] = ()  # the function's options
+    scale: ClassVar[str] = "beta"  # of them, the one that multiplies the rewards reported
+    per_token: ClassVar[bool] = False  # report rewards per token
 
-    def fn(
-        policy: Outputs,
-        reference: Outputs | None,
-        batch: Batch,
-        *,
-        stats: Any = None,
-        **options: Any,
-    ) -> tuple[Float[Array, "B"], Float[Array, "B"], Metrics]:
-        options = own | shared | options
-        plain = {name: options[name] for name in own}
-        kinds = {
-            name: options[name]
-            for name in ("f_divergence", "f_alpha", "ld_alpha")
-            if name in options
-        }
-        pair = pair_of(policy, None if options.get("reference_free") else reference, batch, **kinds)
-        losses = loss(pair, **plain)
-        if options["wpo"]:
-            losses = losses * on_policy_weights(policy, batch)
-        # Rewards are beta · x whatever the divergence, so that curves of different objectives
-        # compare.
-        unit = plain.get(scale, 1.0)
-        chosen = unit * (pair.policy_chosen - pair.reference_chosen)
-        rejected = unit * (pair.policy_rejected - pair.reference_rejected)
-        if reward == "mean":
-            chosen, rejected = chosen / pair.chosen_length, rejected / pair.rejected_length
-        return (
-            losses,
-            jnp.asarray(batch.weight, jnp.float32),
-            pair_metrics(chosen, rejected, policy, batch),
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return ("log_sum_sq",) if self.wpo else ()
+
+    def pair(self, inputs: Inputs) -> Pair:
+        """Make what the loss is a function of."""
+        return pair_of(inputs, self.ld_alpha)
+
+    def losses(self, inputs: Inputs) -> Result:
+        pair = self.pair(inputs)
+        losses = type(self).function(pair, **{name: getattr(self, name) for name in self.own})
+        if self.wpo:
+            losses = losses * on_policy_weights(inputs.policy, inputs.batch)
+        beta = getattr(self, self.scale, 1.0)
+        return losses, pair_metrics(inputs, pair, beta, per_token=self.per_token)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReferencePaired(Paired):
+    """A paired loss of log-ratios to the reference."""
+
+    reference_free: Annotated[
+        bool, Option("the log-ratios are the policy's log-probabilities: no reference")
+    ] = False
+
+    reference: ClassVar[bool] = True
+
+    @property
+    def uses_reference(self) -> bool:
+        return not self.reference_free
+
+    def pair(self, inputs: Inputs) -> Pair:
+        return pair_of(inputs, self.ld_alpha, reference_free=self.reference_free)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DivergencePaired(ReferencePaired):
+    """A paired loss of the difference of the two log-ratios, which a divergence may transform."""
+
+    f_divergence: Annotated[
+        Divergence, Option("whose derivative transforms the log-ratios (arXiv 2309.16240)")
+    ] = "reverse_kl"
+    f_alpha: Annotated[float, Option("α of f_divergence = 'alpha'; 1 = reverse_kl")] = 0.5
+
+    def pair(self, inputs: Inputs) -> Pair:
+        pair = super().pair(inputs)
+        return pair._replace(
+            chosen=transform(pair.chosen, self.f_divergence, self.f_alpha),
+            rejected=transform(pair.rejected, self.f_divergence, self.f_alpha),
         )
 
-    keywords = [
-        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default)
-        for name, default in ({"stats": None} | own | shared).items()
+
+def paired(
+    function: Callable[..., Float[Array, "B"]],
+    kind: type[Paired] = DivergencePaired,
+    *,
+    scale: str = "beta",
+    per_token: bool = False,
+) -> type[Paired]:
+    """Make an objective of a paired loss: a class whose fields are its options.
+
+    Args:
+        function: ``function(pair, *, **options) -> [B]``; its options are declared in its
+            annotations.
+        kind: which options it shares with others.
+        scale: the option that multiplies the rewards reported; 1 where it has none of this name.
+        per_token: report log-ratios per token as rewards.
+    """
+    own = [
+        (name, parameter.annotation, parameter.default)
+        for name, parameter in inspect.signature(function).parameters.items()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
     ]
-    positional = [
-        inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-        for name in ("policy", "reference", "batch")
-    ]
-    fn.__signature__ = inspect.Signature(positional + keywords)
-    fn.__name__, fn.__doc__ = loss.__name__, loss.__doc__
-    return fn
+    namespace = {
+        "__doc__": function.__doc__,
+        "__module__": function.__module__,
+        "function": staticmethod(function),
+        "own": tuple(name for name, *_ in own),
+        "scale": scale,
+        "per_token": per_token,
+    }
+    return dataclasses.make_dataclass(
+        function.__name__, own, bases=(kind,), namespace=namespace, frozen=True, kw_only=True
+    )

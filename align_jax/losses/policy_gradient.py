@@ -6,106 +6,84 @@ The rollout source fills ``old_token_logps`` and ``advantages`` [N, T] (and for 
 logarithm cut at ±20; A its advantage.
 """
 
-from __future__ import annotations
-
-from typing import Any
+import dataclasses
+from collections.abc import Sequence
+from typing import Annotated, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from align_jax.core.schema import Batch, Outputs
+from align_jax.core.schema import Batch
 from align_jax.losses.advantages import RATIO_MAX, kl_estimate
 from align_jax.losses.logprobs import spread_to_tokens, sum_by_slot
-from align_jax.losses.objective import Metrics
+from align_jax.losses.objective import (
+    Inputs,
+    Loss,
+    Metrics,
+    Result,
+    group_weights,
+    summed,
+    token_counts,
+    token_weights,
+)
+from align_jax.losses.options import Option
 
-Result = tuple[Float[Array, "B"], Float[Array, "B"], Metrics]
-LOSS_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo")
-IMPORTANCE = ("token", "sequence")
+Parts = dict[str, Float[Array, "N T"]]  # reported quantities of tokens
 
-
-def _fields(batch: Batch, name: str, *fields: str) -> list[Array]:
-    missing = [field for field in fields if getattr(batch, field) is None]
-    if missing:
-        raise ValueError(
-            f"{name} needs batch.{', batch.'.join(missing)} [N, T] from the rollout; they are None"
-        )
-    return [jnp.asarray(getattr(batch, field), jnp.float32) for field in fields]
-
-
-def _log_ratio(policy: Outputs, old: Float[Array, "N T"], batch: Batch) -> Float[Array, "N T"]:
-    return jnp.where(
-        batch.loss_mask, jnp.clip(policy.token_logps - old, -RATIO_MAX, RATIO_MAX), 0.0
-    )
+EpsilonLow = Annotated[float, Option("ratios are clipped below 1 by this", low=0)]
+EpsilonHigh = Annotated[
+    float | None, Option("ratios are clipped above 1 by this; None = epsilon_low", low=0)
+]
 
 
-def _counts(batch: Batch) -> Float[Array, "B R"]:
-    return jnp.asarray(batch.lengths).astype(jnp.float32)
+def token_mean(x: Float[Array, "N T"], batch: Batch) -> Float[Array, "B"]:
+    """Average over all of a group's tokens; ``token_weights`` make it the global batch's mean."""
+    tokens = token_counts(batch).sum(axis=1)
+    return sum_by_slot(x, batch).sum(axis=1) / jnp.maximum(tokens, 1.0)
 
 
-def _over_tokens(
-    x: Float[Array, "N T"], batch: Batch
-) -> tuple[Float[Array, "B"], Float[Array, "B"]]:
-    """Average over a group's tokens, with its token count as weight: the mean over the global
-    batch's tokens."""
-    tokens = _counts(batch).sum(axis=1)
-    return sum_by_slot(x, batch).sum(axis=1) / jnp.maximum(tokens, 1.0), jnp.asarray(
-        batch.weight, jnp.float32
-    ) * tokens
+def response_mean(x: Float[Array, "N T"], batch: Batch) -> Float[Array, "B"]:
+    """Average over each response's tokens, then over the group's responses."""
+    means = sum_by_slot(x, batch) / jnp.maximum(token_counts(batch), 1.0)
+    return means.mean(axis=1)
 
 
-def _over_rows(x: Float[Array, "N T"], batch: Batch) -> tuple[Float[Array, "B"], Float[Array, "B"]]:
-    """Average over each response's tokens, then over responses."""
-    means = sum_by_slot(x, batch) / jnp.maximum(_counts(batch), 1.0)
-    return means.mean(axis=1), jnp.asarray(batch.weight, jnp.float32)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenMeanLoss(Loss):
+    """A loss averaged over the global batch's tokens."""
+
+    def weights(self, batch: Batch) -> Float[Array, "B"]:
+        return token_weights(batch)
 
 
-def _aggregate(
-    x: Float[Array, "N T"], batch: Batch, loss_type: str, max_length: int | None
-) -> tuple[Float[Array, "B"], Float[Array, "B"]]:
-    """Turn token losses into losses and weights of groups, one of ``LOSS_TYPES``."""
-    if loss_type == "grpo":
-        return _over_rows(x, batch)
-    if loss_type in ("bnpo", "dapo"):
-        return _over_tokens(x, batch)
-    weight = jnp.asarray(batch.weight, jnp.float32)
-    if loss_type == "luspo":
-        return sum_by_slot(x, batch).mean(axis=1), weight
-    if loss_type == "dr_grpo":
-        if max_length is None:
-            raise ValueError(
-                "loss_type 'dr_grpo' divides by max_length, the longest completion "
-                "in tokens; it is None"
-            )
-        return sum_by_slot(x, batch).mean(axis=1) / max_length, weight
-    raise ValueError(f"unknown loss_type {loss_type!r}; known: {list(LOSS_TYPES)}")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KlLoss(Loss):
+    """A loss with the KL to the reference beside it."""
+
+    beta: Annotated[
+        float, Option("β: weight of the KL to the reference; 0 = no reference is run", low=0)
+    ] = 0.0
+
+    reference: ClassVar[bool] = True
+
+    @property
+    def uses_reference(self) -> bool:
+        return self.beta != 0
+
+    def penalty(self, inputs: Inputs) -> tuple[Array, Parts]:
+        """Compute β k3 for each token; nothing where β is 0."""
+        if self.beta == 0:
+            return jnp.zeros(()), {}
+        log_ratio = inputs.policy.token_logps - inputs.of_reference("token_logps")
+        kl = jnp.where(inputs.batch.loss_mask, kl_estimate(log_ratio, "k3"), 0.0)
+        return self.beta * kl, {"kl": kl}
 
 
-def _mean_metrics(
-    batch: Batch, policy: Outputs, parts: dict[str, Array], by_row: tuple[str, ...] = ()
-) -> Metrics:
-    """Report token means of [N, T] quantities (row means of those in ``by_row``), lengths and
-    rewards."""
-    metrics: Metrics = {}
-    if policy.entropy is not None:
-        parts = {"entropy": policy.entropy} | parts
-    for name, x in parts.items():
-        values, weights = (_over_rows if name in by_row else _over_tokens)(x, batch)
-        metrics[name] = ((values * weights).sum(), weights.sum())
-    weight = jnp.asarray(batch.weight, jnp.float32)
-    total = weight.sum()
-    metrics["completions/mean_length"] = ((weight * _counts(batch).mean(axis=1)).sum(), total)
-    if batch.scores is not None:
-        scores = jnp.asarray(batch.scores, jnp.float32)
-        metrics["reward"] = ((weight * scores.mean(axis=1)).sum(), total)
-        if scores.shape[1] > 1:
-            std = scores.std(axis=1, ddof=1)
-            metrics["reward_std"] = ((weight * std).sum(), total)
-            metrics["frac_reward_zero_std"] = (
-                (weight * (std == 0).astype(jnp.float32)).sum(),
-                total,
-            )
-    return jax.tree.map(jax.lax.stop_gradient, metrics)
+def rollout_log_ratio(inputs: Inputs) -> Float[Array, "N T"]:
+    """Compute log w of each token."""
+    difference = inputs.policy.token_logps - inputs.of_batch("old_token_logps")
+    return jnp.where(inputs.batch.loss_mask, jnp.clip(difference, -RATIO_MAX, RATIO_MAX), 0.0)
 
 
 def _clipped(
@@ -124,51 +102,39 @@ def _clipped(
     return losses, clips
 
 
-def _kl_term(
-    policy: Outputs, reference: Outputs | None, batch: Batch, beta: float
-) -> tuple[Array, dict[str, Array]]:
-    """Compute β k3 for each token; nothing where β is 0."""
-    if beta == 0:
-        return jnp.zeros(()), {}
-    kl = jnp.where(
-        batch.loss_mask, kl_estimate(policy.token_logps - reference.token_logps, "k3"), 0.0
-    )
-    return beta * kl, {"kl": kl}
+def rollout_metrics(inputs: Inputs, parts: Parts, by_response: Sequence[str] = ()) -> Metrics:
+    """Report token means of [N, T] quantities (response means of those in ``by_response``), lengths
+    and rewards."""
+    batch, weight = inputs.batch, group_weights(inputs.batch)
+    if inputs.policy.entropy is not None:
+        parts = {"entropy": inputs.policy.entropy} | parts
+    values = {
+        name: summed(response_mean(x, batch), weight)
+        if name in by_response
+        else summed(token_mean(x, batch), token_weights(batch))
+        for name, x in parts.items()
+    }
+    values["completions/mean_length"] = summed(token_counts(batch).mean(axis=1), weight)
+    if batch.scores is not None:
+        scores = jnp.asarray(batch.scores, jnp.float32)
+        values["reward"] = summed(scores.mean(axis=1), weight)
+        if scores.shape[1] > 1:
+            std = scores.std(axis=1, ddof=1)
+            values["reward_std"] = summed(std, weight)
+            values["frac_reward_zero_std"] = summed((std == 0).astype(jnp.float32), weight)
+    return values
 
 
-def grpo(
-    policy: Outputs,
-    reference: Outputs | None,
-    batch: Batch,
-    *,
-    stats: Any = None,
-    loss_type: str = "grpo",
-    importance: str = "token",
-    epsilon_low: float = 0.2,
-    epsilon_high: float | None = None,
-    delta: float | None = None,
-    beta: float = 0.0,
-    max_length: int | None = None,
-) -> Result:
-    """Compute the GRPO loss, in one of its aggregations.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Grpo(KlLoss):
+    """The GRPO loss, in one of its aggregations.
 
         -min(min(w, δ) A, clip(w, 1 - ε_low, 1 + ε_high) A) + β k3
 
-        grpo: mean over a response's tokens, then over responses     luspo: sum over tokens, mean over responses
-        bnpo, dapo: mean over the global batch's tokens              dr_grpo: sum over tokens / (responses · max_length)
-
-    Args:
-        policy: the policy's outputs.
-        reference: the reference's; needed where β is not 0.
-        batch: a rollout with ``old_token_logps`` and ``advantages``.
-        stats: not used.
-        loss_type: one of ``LOSS_TYPES``.
-        importance: "token" ratios, or the "sequence"'s: exp of their logarithms' mean (GSPO).
-        epsilon_low: clip range below 1.
-        epsilon_high: above 1; None: ε_low, but 0.28 for dapo.
-        delta: upper bound of ratios on the unclipped side (two-sided clipping); None: off.
-        beta: of the KL to the reference.
-        max_length: tokens; dr_grpo's constant.
+        grpo:        mean over a response's tokens, then over responses
+        bnpo, dapo:  mean over the global batch's tokens
+        luspo:       sum over tokens, mean over responses
+        dr_grpo:     sum over tokens / (responses · max_length)
 
     References:
         Shao et al. 2024, arXiv 2402.03300, equation 3; dr_grpo: Liu et al. 2025, arXiv 2503.20783;
@@ -176,102 +142,128 @@ def grpo(
         ``grpo_trainer.py``.
 
     >>> from align_jax.losses import jitted
-    >>> found = jitted("grpo")(policy=[[[-1.0, -2.0], [-1.0, -3.0]]], old_token_logps=[[[-1.5, -2.0], [-1.0, -3.0]]],
+    >>> found = jitted("grpo")(policy=[[[-1.0, -2.0], [-1.0, -3.0]]],
+    ...                        old_token_logps=[[[-1.5, -2.0], [-1.0, -3.0]]],
     ...                        advantages=[[[1.0, 1.0], [-1.0, -1.0]]])
     >>> [round(x, 4) for x in found.losses.tolist()]
     [-0.05]
     """
-    if importance not in IMPORTANCE:
-        raise ValueError(f"importance must be one of {list(IMPORTANCE)}, got {importance!r}")
-    old, advantages = _fields(batch, "grpo", "old_token_logps", "advantages")
-    log_ratio = _log_ratio(policy, old, batch)
-    if importance == "sequence":
-        log_ratio = spread_to_tokens(
-            sum_by_slot(log_ratio, batch) / jnp.maximum(_counts(batch), 1.0), batch
+
+    own = ("loss_type", "importance", "epsilon_low", "epsilon_high", "delta")
+    loss_type: Annotated[
+        Literal["grpo", "bnpo", "dr_grpo", "dapo", "luspo"],
+        Option("how token losses become a group's; see ``help`` for formulas"),
+    ] = "grpo"
+    importance: Annotated[
+        Literal["token", "sequence"],
+        Option("ratios of tokens, or exp of their logarithms' mean over the sequence (gspo)"),
+    ] = "token"
+    epsilon_low: EpsilonLow = 0.2
+    epsilon_high: Annotated[
+        float | None,
+        Option(
+            "ratios are clipped above 1 by this; None = epsilon_low, but 0.28 for loss_type dapo",
+            low=0,
+        ),
+    ] = None
+    delta: Annotated[
+        float | None,
+        Option("δ: most that a ratio is on the unclipped side (two-sided clipping); None = off"),
+    ] = None
+    max_length: Annotated[
+        int | None, Option("loss_type dr_grpo divides by it", unit="tokens", low=1)
+    ] = None
+
+    def weights(self, batch: Batch) -> Float[Array, "B"]:
+        by_token = self.loss_type in ("bnpo", "dapo")
+        return token_weights(batch) if by_token else group_weights(batch)
+
+    def losses(self, inputs: Inputs) -> Result:
+        batch, log_ratio, high = inputs.batch, rollout_log_ratio(inputs), self.epsilon_high
+        if high is None:
+            high = 0.28 if self.loss_type == "dapo" else self.epsilon_low
+        if self.importance == "sequence":
+            mean = sum_by_slot(log_ratio, batch) / jnp.maximum(token_counts(batch), 1.0)
+            log_ratio = spread_to_tokens(mean, batch)
+        losses, clips = _clipped(
+            jnp.exp(log_ratio), inputs.of_batch("advantages"), self.epsilon_low, high, self.delta
         )
-    if epsilon_high is None:
-        epsilon_high = 0.28 if loss_type == "dapo" else epsilon_low
-    losses, clips = _clipped(jnp.exp(log_ratio), advantages, epsilon_low, epsilon_high, delta)
-    penalty, kl = _kl_term(policy, reference, batch, beta)
-    metrics = _mean_metrics(
-        batch, policy, clips | kl, tuple(clips) if importance == "sequence" else ()
-    )
-    return *_aggregate(losses + penalty, batch, loss_type, max_length), metrics
+        by_response = tuple(clips) if self.importance == "sequence" else ()
+        penalty, kl = self.penalty(inputs)
+        return self._aggregate(losses + penalty, batch), rollout_metrics(
+            inputs, clips | kl, by_response
+        )
+
+    def _aggregate(self, x: Float[Array, "N T"], batch: Batch) -> Float[Array, "B"]:
+        """Turn token losses into losses of groups."""
+        if self.loss_type == "grpo":
+            return response_mean(x, batch)
+        if self.loss_type in ("bnpo", "dapo"):
+            return token_mean(x, batch)
+        sums = sum_by_slot(x, batch).mean(axis=1)
+        if self.loss_type == "luspo":
+            return sums
+        if self.max_length is None:
+            raise ValueError(
+                "loss_type 'dr_grpo' divides by max_length, the longest completion in tokens; it "
+                "is None"
+            )
+        return sums / self.max_length
 
 
-def gspo(
-    policy: Outputs,
-    reference: Outputs | None,
-    batch: Batch,
-    *,
-    stats: Any = None,
-    epsilon_low: float = 3e-4,
-    epsilon_high: float | None = 4e-4,
-    beta: float = 0.0,
-) -> Result:
-    """Compute GSPO: GRPO with one ratio for the whole sequence, w = exp(mean_t (a_t - old_t)).
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Gspo(KlLoss):
+    """GSPO: GRPO with one ratio for the whole sequence, w = exp(mean_t (a_t - old_t)).
 
     References:
         Zheng et al. 2025, arXiv 2507.18071, the GSPO objective and its clip range.
 
     >>> from align_jax.losses import jitted
-    >>> found = jitted("gspo", epsilon_high=0.5)(policy=[[[-1.0, -2.0]]], old_token_logps=[[[-1.5, -2.0]]],
-    ...                                          advantages=[[[1.0, 1.0]]])
+    >>> found = jitted("gspo", epsilon_high=0.5)(
+    ...     policy=[[[-1.0, -2.0]]], old_token_logps=[[[-1.5, -2.0]]], advantages=[[[1.0, 1.0]]])
     >>> [round(x, 4) for x in found.losses.tolist()]
     [-1.284]
     """
-    return grpo(
-        policy,
-        reference,
-        batch,
-        importance="sequence",
-        epsilon_low=epsilon_low,
-        epsilon_high=epsilon_high,
-        beta=beta,
-    )
+
+    own = ("epsilon_low", "epsilon_high")
+    epsilon_low: EpsilonLow = 3e-4
+    epsilon_high: EpsilonHigh = 4e-4
+
+    def losses(self, inputs: Inputs) -> Result:
+        return Grpo(importance="sequence", **self.values()).losses(inputs)
 
 
-def cispo(
-    policy: Outputs,
-    reference: Outputs | None,
-    batch: Batch,
-    *,
-    stats: Any = None,
-    epsilon_high: float = 5.0,
-    beta: float = 0.0,
-) -> Result:
-    """Compute CISPO: -sg(min(w, ε_high)) A a_t + β k3, mean over the global batch's tokens.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cispo(TokenMeanLoss, KlLoss):
+    """CISPO: -sg(min(w, ε_high)) A a_t + β k3, mean over the global batch's tokens.
 
     References:
         MiniMax 2025, arXiv 2506.13585, the CISPO objective.
 
     >>> from align_jax.losses import jitted
-    >>> found = jitted("cispo")(policy=[[[-1.0, -2.0]]], old_token_logps=[[[-1.5, -2.0]]], advantages=[[[1.0, 1.0]]])
+    >>> found = jitted("cispo")(policy=[[[-1.0, -2.0]]], old_token_logps=[[[-1.5, -2.0]]],
+    ...                         advantages=[[[1.0, 1.0]]])
     >>> [round(x, 4) for x in found.losses.tolist()]
     [1.8244]
     """
-    old, advantages = _fields(batch, "cispo", "old_token_logps", "advantages")
-    ratio = jax.lax.stop_gradient(jnp.exp(_log_ratio(policy, old, batch)))
-    losses = -jnp.minimum(ratio, epsilon_high) * advantages * policy.token_logps
-    penalty, kl = _kl_term(policy, reference, batch, beta)
-    clipped = ((ratio > epsilon_high) & (advantages > 0)).astype(jnp.float32)
-    return *_over_tokens(losses + penalty, batch), _mean_metrics(
-        batch, policy, {"cispo_clip_ratio": clipped} | kl
-    )
+
+    own = ("epsilon_high",)
+    epsilon_high: Annotated[float, Option("ratios are cut at this")] = 5.0
+
+    def losses(self, inputs: Inputs) -> Result:
+        advantages = inputs.of_batch("advantages")
+        ratio = jax.lax.stop_gradient(jnp.exp(rollout_log_ratio(inputs)))
+        capped = jnp.minimum(ratio, self.epsilon_high)
+        losses = -capped * advantages * inputs.policy.token_logps
+        penalty, kl = self.penalty(inputs)
+        clipped = ((ratio > self.epsilon_high) & (advantages > 0)).astype(jnp.float32)
+        metrics = rollout_metrics(inputs, {"cispo_clip_ratio": clipped} | kl)
+        return token_mean(losses + penalty, inputs.batch), metrics
 
 
-def sapo(
-    policy: Outputs,
-    reference: Outputs | None,
-    batch: Batch,
-    *,
-    stats: Any = None,
-    tau_positive: float = 1.0,
-    tau_negative: float = 1.05,
-    beta: float = 0.0,
-) -> Result:
-    """Compute SAPO, a soft gate in place of the clip: -(4/τ) σ(τ (w - 1)) A + β k3, averaged as in
-    GRPO.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sapo(KlLoss):
+    """SAPO, a soft gate in place of the clip: -(4/τ) σ(τ (w - 1)) A + β k3, averaged as in GRPO.
 
     τ is ``tau_positive`` where A > 0, else ``tau_negative``.
 
@@ -279,29 +271,27 @@ def sapo(
         Gao et al. 2025, arXiv 2511.20347, the soft gate.
 
     >>> from align_jax.losses import jitted
-    >>> found = jitted("sapo")(policy=[[[-1.0, -2.0]]], old_token_logps=[[[-1.5, -2.0]]], advantages=[[[1.0, 1.0]]])
+    >>> found = jitted("sapo")(policy=[[[-1.0, -2.0]]], old_token_logps=[[[-1.5, -2.0]]],
+    ...                        advantages=[[[1.0, 1.0]]])
     >>> [round(x, 4) for x in found.losses.tolist()]
     [-2.3134]
     """
-    old, advantages = _fields(batch, "sapo", "old_token_logps", "advantages")
-    ratio = jnp.exp(_log_ratio(policy, old, batch))
-    tau = jnp.where(advantages > 0, tau_positive, tau_negative)
-    losses = -jax.nn.sigmoid(tau * (ratio - 1.0)) * 4.0 / tau * advantages
-    penalty, kl = _kl_term(policy, reference, batch, beta)
-    return *_over_rows(losses + penalty, batch), _mean_metrics(batch, policy, kl)
+
+    own = ("tau_positive", "tau_negative")
+    tau_positive: Annotated[float, Option("τ: sharpness of the gate where A > 0", above=0)] = 1.0
+    tau_negative: Annotated[float, Option("τ: sharpness of the gate elsewhere", above=0)] = 1.05
+
+    def losses(self, inputs: Inputs) -> Result:
+        advantages, ratio = inputs.of_batch("advantages"), jnp.exp(rollout_log_ratio(inputs))
+        tau = jnp.where(advantages > 0, self.tau_positive, self.tau_negative)
+        losses = -jax.nn.sigmoid(tau * (ratio - 1.0)) * 4.0 / tau * advantages
+        penalty, kl = self.penalty(inputs)
+        return response_mean(losses + penalty, inputs.batch), rollout_metrics(inputs, kl)
 
 
-def rloo(
-    policy: Outputs,
-    reference: Outputs | None,
-    batch: Batch,
-    *,
-    stats: Any = None,
-    epsilon_low: float = 0.2,
-    epsilon_high: float | None = None,
-) -> Result:
-    """Compute RLOO: -min(w A, clip(w, 1 - ε_low, 1 + ε_high) A) with w the ratio of whole
-    sequences.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rloo(Loss):
+    """RLOO: -min(w A, clip(w, 1 - ε_low, 1 + ε_high) A) with w the ratio of whole sequences.
 
     A is the reward (less the KL) minus the mean of the group's others: ``targets`` makes it.
 
@@ -310,27 +300,32 @@ def rloo(
         ``rloo_trainer.py``.
 
     >>> from align_jax.losses import jitted
-    >>> found = jitted("rloo")(policy=[[[-1.0, -2.0]]], old_token_logps=[[[-1.1, -2.0]]], advantages=[[[1.0, 1.0]]])
+    >>> found = jitted("rloo")(policy=[[[-1.0, -2.0]]], old_token_logps=[[[-1.1, -2.0]]],
+    ...                        advantages=[[[1.0, 1.0]]])
     >>> [round(x, 4) for x in found.losses.tolist()]
     [-1.1052]
     """
-    old, advantages = _fields(batch, "rloo", "old_token_logps", "advantages")
-    difference = sum_by_slot(policy.token_logps - old, batch)
-    ratio = jnp.exp(jnp.clip(difference, -RATIO_MAX, RATIO_MAX))  # [B, R]
-    # the same on all of a response's tokens
-    each = sum_by_slot(advantages, batch) / jnp.maximum(_counts(batch), 1.0)
-    losses, clips = _clipped(
-        ratio, each, epsilon_low, epsilon_low if epsilon_high is None else epsilon_high
-    )
-    spread = {name: spread_to_tokens(x, batch) for name, x in clips.items()}
-    metrics = _mean_metrics(batch, policy, spread, tuple(spread))
-    return losses.mean(axis=1), jnp.asarray(batch.weight, jnp.float32), metrics
+
+    epsilon_low: EpsilonLow = 0.2
+    epsilon_high: EpsilonHigh = None
+
+    def losses(self, inputs: Inputs) -> Result:
+        batch, high = inputs.batch, self.epsilon_high
+        difference = inputs.policy.token_logps - inputs.of_batch("old_token_logps")
+        log_ratio = sum_by_slot(difference, batch)
+        ratio = jnp.exp(jnp.clip(log_ratio, -RATIO_MAX, RATIO_MAX))  # [B, R]
+        # the same on all of a response's tokens
+        sums = sum_by_slot(inputs.of_batch("advantages"), batch)
+        advantages = sums / jnp.maximum(token_counts(batch), 1.0)
+        high = self.epsilon_low if high is None else high
+        losses, clips = _clipped(ratio, advantages, self.epsilon_low, high)
+        parts = {name: spread_to_tokens(x, batch) for name, x in clips.items()}
+        return losses.mean(axis=1), rollout_metrics(inputs, parts, tuple(parts))
 
 
-def reinforce(
-    policy: Outputs, reference: Outputs | None, batch: Batch, *, stats: Any = None
-) -> Result:
-    """Compute REINFORCE: -A a_t, mean over the global batch's tokens.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reinforce(TokenMeanLoss):
+    """REINFORCE: -A a_t, mean over the global batch's tokens.
 
     References:
         Williams 1992, "Simple statistical gradient-following algorithms".
@@ -339,122 +334,121 @@ def reinforce(
     >>> jitted("reinforce")(policy=[[[-1.0, -2.0]]], advantages=[[[1.0, 1.0]]]).losses.tolist()
     [1.5]
     """
-    (advantages,) = _fields(batch, "reinforce", "advantages")
-    return *_over_tokens(-advantages * policy.token_logps, batch), _mean_metrics(batch, policy, {})
+
+    def losses(self, inputs: Inputs) -> Result:
+        losses = -inputs.of_batch("advantages") * inputs.policy.token_logps
+        return token_mean(losses, inputs.batch), rollout_metrics(inputs, {})
 
 
-def reinforce_pp(
-    policy: Outputs,
-    reference: Outputs | None,
-    batch: Batch,
-    *,
-    stats: Any = None,
-    epsilon_low: float = 0.2,
-    epsilon_high: float | None = None,
-) -> Result:
-    """Compute REINFORCE++: PPO's clipped loss without a critic, on globally normalized advantages.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReinforcePp(TokenMeanLoss):
+    """REINFORCE++: PPO's clipped loss without a critic, on globally normalized advantages.
 
     References:
         Hu 2025, arXiv 2501.03262, section 3.
 
     >>> from align_jax.losses import jitted
-    >>> found = jitted("reinforce_pp")(policy=[[[-1.0, -2.0]]], old_token_logps=[[[-1.5, -2.0]]],
-    ...                                advantages=[[[1.0, 1.0]]])
+    >>> found = jitted("reinforce_pp")(
+    ...     policy=[[[-1.0, -2.0]]], old_token_logps=[[[-1.5, -2.0]]], advantages=[[[1.0, 1.0]]])
     >>> [round(x, 4) for x in found.losses.tolist()]
     [-1.1]
     """
-    return grpo(
-        policy,
-        reference,
-        batch,
-        loss_type="bnpo",
-        epsilon_low=epsilon_low,
-        epsilon_high=epsilon_high,
-    )
+
+    epsilon_low: EpsilonLow = 0.2
+    epsilon_high: EpsilonHigh = None
+
+    def losses(self, inputs: Inputs) -> Result:
+        return Grpo(loss_type="bnpo", **self.values()).losses(inputs)
 
 
-def ppo(
-    policy: Outputs,
-    reference: Outputs | None,
-    batch: Batch,
-    *,
-    stats: Any = None,
-    clip: float = 0.2,
-    value_clip: float = 0.2,
-    vf_coef: float = 0.1,
-) -> Result:
-    """Compute the PPO loss, mean over the global batch's tokens.
+def with_label(batch: Batch, label: bool) -> Batch:
+    """Give weight 0 to the groups of another label: PPO-ptx mixes rows of text into a rollout,
+    whose label is false."""
+    own = jnp.asarray(batch.label) if label else ~jnp.asarray(batch.label)
+    return batch._replace(weight=jnp.where(own, jnp.asarray(batch.weight), 0.0))
 
-        max(-A w, -A clip(w, 1 - c, 1 + c)) + vf_coef · ½ max((V - ret)², (clip(V, V_old ± c_v) -
-        ret)²)
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ppo(Loss):
+    """The PPO loss, mean over the global batch's tokens.
+
+        max(-A w, -A clip(w, 1 - c, 1 + c))
+        + vf_coef · ½ max((V - ret)², (clip(V, V_old ± c_v) - ret)²)
 
     Its entropy bonus and PPO-ptx's NLL are the terms that ``entropy_coef`` and ``ptx_coef`` add.
     Groups whose ``batch.label`` is false are rows of text for PPO-ptx, and do not count here.
-
-    Args:
-        policy: the policy's outputs, with ``values``.
-        reference: not used: the KL is in the reward.
-        batch: a rollout with ``old_token_logps``, ``advantages``, ``returns`` and ``old_values``.
-        stats: not used.
-        clip: c.
-        value_clip: c_v, units of reward.
-        vf_coef: weight of the value loss.
 
     References:
         Schulman et al. 2017, arXiv 1707.06347, equations 7 and 9; the value clip: Huang et al.
         2024, arXiv 2403.17031 (value function clipping).
 
     >>> from align_jax.losses import jitted
-    >>> found = jitted("ppo")(policy=[[-1.0, -2.0]], old_token_logps=[[-1.5, -2.0]], advantages=[[1.0, 1.0]],
-    ...                       values=[[0.5, 0.0]], old_values=[[0.0, 0.0]], returns=[[1.0, 0.0]])
+    >>> found = jitted("ppo")(policy=[[-1.0, -2.0]], old_token_logps=[[-1.5, -2.0]],
+    ...                       advantages=[[1.0, 1.0]], values=[[0.5, 0.0]],
+    ...                       old_values=[[0.0, 0.0]], returns=[[1.0, 0.0]])
     >>> [round(x, 4) for x in found.losses.tolist()]
     [-1.084]
     """
-    names = ("old_token_logps", "advantages", "returns", "old_values")
-    old, advantages, returns, old_values = _fields(batch, "ppo", *names)
-    if policy.values is None:
-        raise ValueError("ppo needs policy.values [N, T], from a value head; they are None")
-    if batch.label is not None:
-        batch = batch._replace(
-            weight=jnp.where(jnp.asarray(batch.label), jnp.asarray(batch.weight), 0.0)
-        )
-    log_ratio = _log_ratio(policy, old, batch)
-    ratio = jnp.exp(log_ratio)
-    plain, clipped = -advantages * ratio, -advantages * jnp.clip(ratio, 1.0 - clip, 1.0 + clip)
-    near = jnp.clip(policy.values, old_values - value_clip, old_values + value_clip)
-    free, bound = jnp.square(policy.values - returns), jnp.square(near - returns)
-    parts = {
-        "loss/policy_avg": jnp.maximum(plain, clipped),
-        "loss/value_avg": 0.5 * jnp.maximum(free, bound),
-        "policy/clipfrac_avg": (clipped > plain).astype(jnp.float32),
-        "policy/approxkl_avg": 0.5 * jnp.square(log_ratio),
-        "val/ratio": ratio,
-        "val/clipfrac_avg": (bound > free).astype(jnp.float32),
-    }
-    loss = parts["loss/policy_avg"] + vf_coef * parts["loss/value_avg"]
-    return *_over_tokens(loss, batch), _mean_metrics(batch, policy, parts)
+
+    clip: Annotated[float, Option("c: ratios are clipped to 1 ± c", low=0)] = 0.2
+    value_clip: Annotated[
+        float, Option("c_v: values are clipped to the old ones ± c_v", unit="of reward", low=0)
+    ] = 0.2
+    vf_coef: Annotated[float, Option("weight of the value loss")] = 0.1
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return ("values",)
+
+    def _own(self, batch: Batch) -> Batch:
+        return batch if batch.label is None else with_label(batch, True)
+
+    def weights(self, batch: Batch) -> Float[Array, "B"]:
+        return token_weights(self._own(batch))
+
+    def losses(self, inputs: Inputs) -> Result:
+        inputs = inputs._replace(batch=self._own(inputs.batch))
+        advantages, returns = inputs.of_batch("advantages"), inputs.of_batch("returns")
+        values, old_values = inputs.of_policy("values"), inputs.of_batch("old_values")
+        log_ratio = rollout_log_ratio(inputs)
+        ratio = jnp.exp(log_ratio)
+        plain = -advantages * ratio
+        clipped = -advantages * jnp.clip(ratio, 1.0 - self.clip, 1.0 + self.clip)
+        near = jnp.clip(values, old_values - self.value_clip, old_values + self.value_clip)
+        free, bound = jnp.square(values - returns), jnp.square(near - returns)
+        parts = {
+            "loss/policy_avg": jnp.maximum(plain, clipped),
+            "loss/value_avg": 0.5 * jnp.maximum(free, bound),
+            "policy/clipfrac_avg": (clipped > plain).astype(jnp.float32),
+            "policy/approxkl_avg": 0.5 * jnp.square(log_ratio),
+            "val/ratio": ratio,
+            "val/clipfrac_avg": (bound > free).astype(jnp.float32),
+        }
+        loss = parts["loss/policy_avg"] + self.vf_coef * parts["loss/value_avg"]
+        return token_mean(loss, inputs.batch), rollout_metrics(inputs, parts)
 
 
-def entropy(
-    policy: Outputs, reference: Outputs | None, batch: Batch, *, stats: Any = None
-) -> Result:
-    """Compute minus the entropy of the next-token distributions, mean over the global batch's
-    tokens, nats.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Entropy(TokenMeanLoss):
+    """Minus the entropy of the next-token distributions, mean over the global batch's tokens, nats.
 
     >>> from align_jax.losses import jitted
     >>> jitted("entropy")(policy=[[[-1.0, -2.0]]], entropy=[[[0.5, 1.5]]]).losses.tolist()
     [-1.0]
     """
-    losses, weights = _over_tokens(-policy.entropy, batch)
-    return (
-        losses,
-        weights,
-        {"entropy": (-jax.lax.stop_gradient((losses * weights).sum()), weights.sum())},
-    )
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return ("entropy",)
+
+    def losses(self, inputs: Inputs) -> Result:
+        means = token_mean(inputs.of_policy("entropy"), inputs.batch)
+        return -means, {"entropy": summed(means, self.weights(inputs.batch))}
 
 
-def ptx(policy: Outputs, reference: Outputs | None, batch: Batch, *, stats: Any = None) -> Result:
-    """Compute the NLL of the groups whose ``batch.label`` is false: the text that PPO-ptx mixes in.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ptx(Loss):
+    """The NLL of the groups whose ``batch.label`` is false: the text that PPO-ptx mixes in.
 
     References:
         Ouyang et al. 2022, arXiv 2203.02155, equation 2.
@@ -464,16 +458,14 @@ def ptx(policy: Outputs, reference: Outputs | None, batch: Batch, *, stats: Any 
     >>> found.losses.tolist(), found.weights.tolist(), float(found.loss)
     ([1.5, 4.0], [0.0, 2.0], 4.0)
     """
-    if batch.label is None:
-        raise ValueError(
-            "ptx needs batch.label [B], false for the rows of text mixed in; it is None"
-        )
-    batch = batch._replace(
-        weight=jnp.where(jnp.asarray(batch.label), 0.0, jnp.asarray(batch.weight))
-    )
-    losses, weights = _over_tokens(-policy.token_logps, batch)
-    return (
-        losses,
-        weights,
-        {"ptx_nll": (jax.lax.stop_gradient((losses * weights).sum()), weights.sum())},
-    )
+
+    def weights(self, batch: Batch) -> Float[Array, "B"]:
+        if batch.label is None:
+            raise ValueError(
+                "ptx needs batch.label [B], false for the rows of text mixed in; it is None"
+            )
+        return token_weights(with_label(batch, False))
+
+    def losses(self, inputs: Inputs) -> Result:
+        losses = token_mean(-inputs.policy.token_logps, inputs.batch)
+        return losses, {"ptx_nll": summed(losses, self.weights(inputs.batch))}

@@ -3,28 +3,22 @@
 
 Each is a function of a ``Pair``: x_w, x_l are the log-ratios of policy to reference of the chosen
 and the rejected response, n_w, n_l their lengths, d = x_w - x_l, σ the logistic function, all [B]
-float32, nats and tokens; each returns [B] losses.  ``pairs.paired`` makes table rows of them.  β is
+float32, nats and tokens; each returns [B] losses.  ``pairs.paired`` makes objectives of them.  β is
 per nat, positive.  A ``margin`` (a column of the data, in units of reward) is taken from β d; a
 loss that uses the two log-ratios one by one takes half of it from each side.
 """
 
-from __future__ import annotations
+from typing import Annotated, Literal
 
 import jax.numpy as jnp
 import numpy as np
 from jax.nn import log_sigmoid, sigmoid
 from jaxtyping import Array, Float
 
-from align_jax.losses.pairs import EXP_MAX, Pair
+from align_jax.losses.options import Option
+from align_jax.losses.pairs import EXP_MAX, Beta, LabelSmoothing, Pair
 
 SQUARE_MAX = 1e18  # the square of more would leave float32
-
-
-def check_smoothing(label_smoothing: float, name: str, above: float = -1.0) -> None:
-    """Refuse a share of flipped labels outside [0, 0.5) (or not above ``above``)."""
-    if not (0.0 <= label_smoothing < 0.5 and label_smoothing > above):
-        low = "(0" if above >= 0 else "[0"
-        raise ValueError(f"{name}: label_smoothing must be in {low}, 0.5), got {label_smoothing}")
 
 
 def smoothed_logistic(z: Float[Array, "B"], label_smoothing: float) -> Float[Array, "B"]:
@@ -37,7 +31,7 @@ def square(x: Float[Array, "B"]) -> Float[Array, "B"]:
     return jnp.square(jnp.clip(x, -SQUARE_MAX, SQUARE_MAX))
 
 
-def scaled_difference(pair: Pair, beta: float) -> Float[Array, "B"]:
+def scaled_difference(pair: Pair, beta: float | Float[Array, ""]) -> Float[Array, "B"]:
     """Compute β (x_w - x_l) - margin."""
     return beta * (pair.chosen - pair.rejected) - pair.margin
 
@@ -47,12 +41,14 @@ def scaled_sides(pair: Pair, beta: float) -> tuple[Float[Array, "B"], Float[Arra
     return beta * pair.chosen - 0.5 * pair.margin, beta * pair.rejected + 0.5 * pair.margin
 
 
-def dpo(pair: Pair, *, beta: float = 0.1, label_smoothing: float = 0.0) -> Float[Array, "B"]:
+def dpo(
+    pair: Pair, *, beta: Beta = 0.1, label_smoothing: LabelSmoothing = 0.0
+) -> Float[Array, "B"]:
     """Compute the DPO loss, or cDPO's with label smoothing.
 
         -(1-ε) log σ(β d - margin) - ε log σ(-(β d - margin))
 
-    log 2 where the policy is the reference.  ε in [0, 0.5) is the share of flipped labels.
+    log 2 where the policy is the reference.  ε is the share of flipped labels.
 
     References:
         Rafailov et al. 2023, arXiv 2305.18290, equation 7.  Smoothing: Mitchell 2023, "A note on
@@ -63,11 +59,12 @@ def dpo(pair: Pair, *, beta: float = 0.1, label_smoothing: float = 0.0) -> Float
     >>> [round(x, 4) for x in dpo(example_pair(), beta=0.5).tolist()]
     [0.3133, 0.6931]
     """
-    check_smoothing(label_smoothing, "dpo")
     return smoothed_logistic(scaled_difference(pair, beta), label_smoothing)
 
 
-def robust(pair: Pair, *, beta: float = 0.1, label_smoothing: float = 0.0) -> Float[Array, "B"]:
+def robust(
+    pair: Pair, *, beta: Beta = 0.1, label_smoothing: LabelSmoothing = 0.0
+) -> Float[Array, "B"]:
     """Compute robust DPO: an unbiased estimate of the noise-free loss when a share ε of labels is
     flipped.
 
@@ -80,17 +77,23 @@ def robust(pair: Pair, *, beta: float = 0.1, label_smoothing: float = 0.0) -> Fl
     >>> [round(x, 4) for x in robust(example_pair(), beta=0.5, label_smoothing=0.1).tolist()]
     [0.1883, 0.6931]
     """
-    check_smoothing(label_smoothing, "robust")
     z = scaled_difference(pair, beta)
     clean, flipped = -(1.0 - label_smoothing) * log_sigmoid(z), -label_smoothing * log_sigmoid(-z)
     return (clean - flipped) / (1.0 - 2.0 * label_smoothing)
 
 
-def ipo(pair: Pair, *, beta: float = 0.1, lengths: str = "mean") -> Float[Array, "B"]:
+def ipo(
+    pair: Pair,
+    *,
+    beta: Beta = 0.1,
+    lengths: Annotated[
+        Literal["mean", "sum"], Option("of token log-ratios in a response")
+    ] = "mean",
+) -> Float[Array, "B"]:
     """Compute the IPO loss.
 
         (x_w / n_w - x_l / n_l - margin/β - 1 / (2 β))²    with ``lengths="mean"`` (TRL, HALOs)
-        (x_w - x_l - margin/β - 1 / (2 β))²                with ``lengths="sum"`` (the paper, the DPO repository)
+        (x_w - x_l - margin/β - 1 / (2 β))²                with ``lengths="sum"`` (the paper)
 
     Lengths come from the loss mask; counting log-ratios that are not zero would divide 0 by 0 at
     the first step.
@@ -102,15 +105,13 @@ def ipo(pair: Pair, *, beta: float = 0.1, lengths: str = "mean") -> Float[Array,
     >>> [round(x, 4) for x in ipo(example_pair(), beta=0.5).tolist()]
     [0.3403, 1.1736]
     """
-    if lengths not in ("mean", "sum"):
-        raise ValueError(f"ipo: lengths must be 'mean' or 'sum', got {lengths!r}")
     chosen, rejected = pair.chosen, pair.rejected
     if lengths == "mean":
         chosen, rejected = chosen / pair.chosen_length, rejected / pair.rejected_length
     return square(chosen - rejected - pair.margin / beta - 0.5 / beta)
 
 
-def hinge(pair: Pair, *, beta: float = 0.1) -> Float[Array, "B"]:
+def hinge(pair: Pair, *, beta: Beta = 0.1) -> Float[Array, "B"]:
     """Compute the hinge loss on the normalized margin: max(0, 1 - β d).
 
     References:
@@ -123,7 +124,9 @@ def hinge(pair: Pair, *, beta: float = 0.1) -> Float[Array, "B"]:
     return jnp.maximum(1.0 - scaled_difference(pair, beta), 0.0)
 
 
-def dpo_norm(pair: Pair, *, beta: float = 0.1, label_smoothing: float = 0.0) -> Float[Array, "B"]:
+def dpo_norm(
+    pair: Pair, *, beta: Beta = 0.1, label_smoothing: LabelSmoothing = 0.0
+) -> Float[Array, "B"]:
     """Compute length-normalized DPO: -log σ(β (x_w / n_w - x_l / n_l)).
 
     A log-ratio per token is small: Tülu 3 uses β = 5.
@@ -135,18 +138,24 @@ def dpo_norm(pair: Pair, *, beta: float = 0.1, label_smoothing: float = 0.0) -> 
     >>> [round(x, 4) for x in dpo_norm(example_pair(), beta=5.0).tolist()]
     [0.1174, 0.923]
     """
-    check_smoothing(label_smoothing, "dpo_norm")
     d = pair.chosen / pair.chosen_length - pair.rejected / pair.rejected_length
     return smoothed_logistic(beta * d - pair.margin, label_smoothing)
 
 
-def exo_pair(pair: Pair, *, beta: float = 0.1, label_smoothing: float = 1e-3) -> Float[Array, "B"]:
+def exo_pair(
+    pair: Pair,
+    *,
+    beta: Beta = 0.1,
+    label_smoothing: Annotated[
+        float, Option("share of the labels taken to be flipped", above=0, below=0.5)
+    ] = 1e-3,
+) -> Float[Array, "B"]:
     """Compute EXO's loss for pairs: a reverse KL from the policy's preference to the (smoothed)
     label.
 
         σ(β d) [log σ(β d) - log(1-ε)] + σ(-β d) [log σ(-β d) - log ε]
 
-    ε must be above 0: the label's distribution is its support.
+    ε is above 0: the label's distribution is the support.
 
     References:
         Ji et al. 2024, arXiv 2402.00856, equation 16.
@@ -155,13 +164,12 @@ def exo_pair(pair: Pair, *, beta: float = 0.1, label_smoothing: float = 1e-3) ->
     >>> [round(x, 4) for x in exo_pair(example_pair(), beta=0.5).tolist()]
     [1.2763, 2.7612]
     """
-    check_smoothing(label_smoothing, "exo_pair", above=0.0)
     z = scaled_difference(pair, beta)
     log_kept, log_flipped = np.log1p(-label_smoothing).item(), np.log(label_smoothing).item()
     return sigmoid(z) * (log_sigmoid(z) - log_kept) + sigmoid(-z) * (log_sigmoid(-z) - log_flipped)
 
 
-def nca_pair(pair: Pair, *, beta: float = 0.1) -> Float[Array, "B"]:
+def nca_pair(pair: Pair, *, beta: Beta = 0.1) -> Float[Array, "B"]:
     """Compute the pairwise NCA loss, which keeps the chosen's likelihood from falling.
 
         -log σ(β x_w) - ½ log σ(-β x_w) - ½ log σ(-β x_l)
@@ -173,11 +181,11 @@ def nca_pair(pair: Pair, *, beta: float = 0.1) -> Float[Array, "B"]:
     >>> [round(x, 4) for x in nca_pair(example_pair(), beta=0.5).tolist()]
     [1.1982, 1.4019]
     """
-    w, l = scaled_sides(pair, beta)
-    return -log_sigmoid(w) - 0.5 * log_sigmoid(-w) - 0.5 * log_sigmoid(-l)
+    chosen, rejected = scaled_sides(pair, beta)
+    return -log_sigmoid(chosen) - 0.5 * log_sigmoid(-chosen) - 0.5 * log_sigmoid(-rejected)
 
 
-def bco_pair(pair: Pair, *, beta: float = 0.1) -> Float[Array, "B"]:
+def bco_pair(pair: Pair, *, beta: Beta = 0.1) -> Float[Array, "B"]:
     """Compute binary classifier optimization on pairs: -log σ(β x_w) - log σ(-β x_l), without a
     reward shift.
 
@@ -188,11 +196,11 @@ def bco_pair(pair: Pair, *, beta: float = 0.1) -> Float[Array, "B"]:
     >>> [round(x, 4) for x in bco_pair(example_pair(), beta=0.5).tolist()]
     [0.9482, 1.4019]
     """
-    w, l = scaled_sides(pair, beta)
-    return -log_sigmoid(w) - log_sigmoid(-l)
+    chosen, rejected = scaled_sides(pair, beta)
+    return -log_sigmoid(chosen) - log_sigmoid(-rejected)
 
 
-def sppo_hard(pair: Pair, *, beta: float = 0.1) -> Float[Array, "B"]:
+def sppo_hard(pair: Pair, *, beta: Beta = 0.1) -> Float[Array, "B"]:
     """Compute SPPO with hard labels: (x_w - 1/(2β))² + (x_l + 1/(2β))².
 
     References:
@@ -207,7 +215,7 @@ def sppo_hard(pair: Pair, *, beta: float = 0.1) -> Float[Array, "B"]:
     return square(pair.chosen - half - 0.5 / beta) + square(pair.rejected + half + 0.5 / beta)
 
 
-def apo_zero(pair: Pair, *, beta: float = 0.1) -> Float[Array, "B"]:
+def apo_zero(pair: Pair, *, beta: Beta = 0.1) -> Float[Array, "B"]:
     """Compute APO-zero, for chosen responses better than the model's own: 1 - σ(β x_w) + σ(β x_l).
 
     References:
@@ -217,11 +225,11 @@ def apo_zero(pair: Pair, *, beta: float = 0.1) -> Float[Array, "B"]:
     >>> [round(x, 4) for x in apo_zero(example_pair(), beta=0.5).tolist()]
     [0.7551, 1.0]
     """
-    w, l = scaled_sides(pair, beta)
-    return sigmoid(-w) + sigmoid(l)
+    chosen, rejected = scaled_sides(pair, beta)
+    return sigmoid(-chosen) + sigmoid(rejected)
 
 
-def apo_down(pair: Pair, *, beta: float = 0.1) -> Float[Array, "B"]:
+def apo_down(pair: Pair, *, beta: Beta = 0.1) -> Float[Array, "B"]:
     """Compute APO-down, for chosen responses worse than the model's own: σ(β x_w) + 1 - σ(β (x_w -
     x_l)).
 
@@ -237,7 +245,14 @@ def apo_down(pair: Pair, *, beta: float = 0.1) -> Float[Array, "B"]:
     return sigmoid(beta * pair.chosen) + sigmoid(-scaled_difference(pair, beta))
 
 
-def discopop(pair: Pair, *, beta: float = 0.1, tau: float = 0.05) -> Float[Array, "B"]:
+def discopop(
+    pair: Pair,
+    *,
+    beta: Beta = 0.1,
+    tau: Annotated[
+        float, Option("τ: how softly the two parts blend around β d = 0", above=0)
+    ] = 0.05,
+) -> Float[Array, "B"]:
     """Compute DiscoPOP, the log-ratio modulated loss.
 
         (1-g) (-log σ(z)) + g e^(-z),    z = β d,  g = σ(z / τ)
@@ -252,15 +267,13 @@ def discopop(pair: Pair, *, beta: float = 0.1, tau: float = 0.05) -> Float[Array
     >>> [round(x, 4) for x in discopop(example_pair(), beta=0.5).tolist()]
     [0.3679, 0.8466]
     """
-    if tau <= 0:
-        raise ValueError(f"discopop: tau must be positive, got {tau}")
     z = scaled_difference(pair, beta)
     return -sigmoid(-z / tau) * log_sigmoid(z) + jnp.exp(
         jnp.minimum(log_sigmoid(z / tau) - z, EXP_MAX)
     )
 
 
-def dpo_sigmoid(pair: Pair, *, beta: float = 0.1) -> Float[Array, "B"]:
+def dpo_sigmoid(pair: Pair, *, beta: Beta = 0.1) -> Float[Array, "B"]:
     """Compute the sigmoid loss, bounded and so robust to wrong labels: -σ(β d).
 
     References:
@@ -273,7 +286,14 @@ def dpo_sigmoid(pair: Pair, *, beta: float = 0.1) -> Float[Array, "B"]:
     return -sigmoid(scaled_difference(pair, beta))
 
 
-def dpop(pair: Pair, *, beta: float = 0.1, lam: float = 50.0) -> Float[Array, "B"]:
+def dpop(
+    pair: Pair,
+    *,
+    beta: Beta = 0.1,
+    lam: Annotated[
+        float, Option("λ: weight of the chosen response's fall below the reference")
+    ] = 50.0,
+) -> Float[Array, "B"]:
     """Compute DPO-positive, which forbids the chosen response to become less likely than under the
     reference.
 

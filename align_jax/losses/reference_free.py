@@ -6,16 +6,21 @@ chosen and the rejected response, p̄ = P / n those per token; [B] float32, nats
 returns [B] losses.
 """
 
-from __future__ import annotations
+from typing import Annotated, Literal
 
 import jax.numpy as jnp
 from jax.nn import log_sigmoid
 from jaxtyping import Array, Float
 
-from align_jax.losses.pairs import EXP_MAX, Pair
-from align_jax.losses.preference import check_smoothing, smoothed_logistic, square
+from align_jax.losses.options import Option
+from align_jax.losses.pairs import EXP_MAX, Beta, LabelSmoothing, Pair
+from align_jax.losses.preference import smoothed_logistic, square
 
 CERTAIN = -1e-6  # the odds of a response of mean log-probability 0 would be infinite
+
+GammaBetaRatio = Annotated[
+    float, Option("γ/β: target margin of the log-probability per token", unit="nats a token")
+]
 
 
 def _means(pair: Pair) -> tuple[Float[Array, "B"], Float[Array, "B"]]:
@@ -23,17 +28,15 @@ def _means(pair: Pair) -> tuple[Float[Array, "B"], Float[Array, "B"]]:
 
 
 def simpo(
-    pair: Pair, *, beta: float = 2.0, gamma_beta_ratio: float = 0.5, label_smoothing: float = 0.0
+    pair: Pair,
+    *,
+    beta: Beta = 2.0,
+    gamma_beta_ratio: GammaBetaRatio = 0.5,
+    label_smoothing: LabelSmoothing = 0.0,
 ) -> Float[Array, "B"]:
     """Compute the SimPO loss.
 
         -log σ(β (p̄_w - p̄_l - γ/β) - margin)
-
-    Args:
-        pair: the pairs.
-        beta: per nat a token.
-        gamma_beta_ratio: γ/β, nats a token; the paper's γ is β · gamma_beta_ratio.
-        label_smoothing: ε in [0, 0.5), as in ``dpo``.
 
     References:
         Meng et al. 2024, arXiv 2405.14734, equation 6.
@@ -42,7 +45,6 @@ def simpo(
     >>> [round(x, 4) for x in simpo(example_pair(), beta=2.0).tolist()]
     [2.1269, 0.4144]
     """
-    check_smoothing(label_smoothing, "simpo")
     chosen, rejected = _means(pair)
     return smoothed_logistic(
         beta * (chosen - rejected - gamma_beta_ratio) - pair.margin, label_smoothing
@@ -52,10 +54,10 @@ def simpo(
 def alphapo(
     pair: Pair,
     *,
-    beta: float = 2.0,
-    gamma_beta_ratio: float = 0.5,
-    alpha: float = 0.25,
-    label_smoothing: float = 0.0,
+    beta: Beta = 2.0,
+    gamma_beta_ratio: GammaBetaRatio = 0.5,
+    alpha: Annotated[float, Option("α: shape of the reward; 0 = simpo's")] = 0.25,
+    label_smoothing: LabelSmoothing = 0.0,
 ) -> Float[Array, "B"]:
     """Compute AlphaPO: SimPO on a reward of another shape.
 
@@ -70,7 +72,6 @@ def alphapo(
     >>> [round(x, 4) for x in alphapo(example_pair(), alpha=0.25).tolist()]
     [2.8178, 0.071]
     """
-    check_smoothing(label_smoothing, "alphapo")
     if alpha == 0:
         return simpo(
             pair, beta=beta, gamma_beta_ratio=gamma_beta_ratio, label_smoothing=label_smoothing
@@ -83,7 +84,9 @@ def alphapo(
     )
 
 
-def orpo(pair: Pair, *, lam: float = 0.1) -> Float[Array, "B"]:
+def orpo(
+    pair: Pair, *, lam: Annotated[float, Option("λ: weight of the odds-ratio term")] = 0.1
+) -> Float[Array, "B"]:
     """Compute ORPO's odds-ratio term; its NLL of the chosen response is the term that ``sft_coef``
     adds.
 
@@ -105,7 +108,13 @@ def orpo(pair: Pair, *, lam: float = 0.1) -> Float[Array, "B"]:
 
 
 def cpo(
-    pair: Pair, *, beta: float = 0.1, label_smoothing: float = 0.0, form: str = "sigmoid"
+    pair: Pair,
+    *,
+    beta: Beta = 0.1,
+    label_smoothing: LabelSmoothing = 0.0,
+    form: Annotated[
+        Literal["sigmoid", "hinge", "ipo"], Option("of the loss; see ``help`` for formulas")
+    ] = "sigmoid",
 ) -> Float[Array, "B"]:
     """Compute CPO's preference term; its NLL of the chosen response is the term that ``alpha``
     adds.
@@ -122,7 +131,6 @@ def cpo(
     >>> [round(x, 4) for x in cpo(example_pair(), beta=0.1).tolist()]
     [0.5981, 0.7444]
     """
-    check_smoothing(label_smoothing, "cpo")
     if label_smoothing and form != "sigmoid":
         raise ValueError(f"cpo: label_smoothing is defined for form 'sigmoid' only, got {form!r}")
     z = beta * (pair.policy_chosen - pair.policy_rejected) - pair.margin
@@ -130,13 +138,18 @@ def cpo(
         return smoothed_logistic(z, label_smoothing)
     if form == "hinge":
         return jnp.maximum(1.0 - z, 0.0)
-    if form == "ipo":
-        chosen, rejected = _means(pair)
-        return square(chosen - rejected - pair.margin / beta - 0.5 / beta)
-    raise ValueError(f"cpo: form must be 'sigmoid', 'hinge' or 'ipo', got {form!r}")
+    chosen, rejected = _means(pair)
+    return square(chosen - rejected - pair.margin / beta - 0.5 / beta)
 
 
-def slic(pair: Pair, *, delta: float = 1.0, lam: float = 0.1) -> Float[Array, "B"]:
+def slic(
+    pair: Pair,
+    *,
+    delta: Annotated[
+        float, Option("δ: margin that the chosen response is to have", unit="nats")
+    ] = 1.0,
+    lam: Annotated[float, Option("λ: weight of the chosen response's likelihood")] = 0.1,
+) -> Float[Array, "B"]:
     """Compute SLiC-HF: a calibration loss on sequences, kept near the chosen responses.
 
         max(0, δ + margin - P_w + P_l) - λ P_w

@@ -1,74 +1,73 @@
 # SPDX-License-Identifier: Apache-2.0
 """Supervised objectives: fine-tuning on responses, and reward models on a score head."""
 
-from __future__ import annotations
-
-from typing import Any
+import dataclasses
+from typing import Annotated, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 from jax.nn import log_sigmoid
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
-from align_jax.core.schema import Batch, Outputs
+from align_jax.core.schema import Batch
 from align_jax.losses.logprobs import sum_by_slot
-from align_jax.losses.objective import Metrics
-
-PER = ("token", "sequence")
-
-
-def _token_losses(
-    policy: Outputs, batch: Batch, per: str, dft: bool, responses: slice
-) -> tuple[Float[Array, "B"], Float[Array, "B"], Metrics]:
-    """Compute negative log-likelihoods of some of each group's responses."""
-    if per not in PER:
-        raise ValueError(f"sft: per must be one of {list(PER)}, got {per!r}")
-    weight = jnp.asarray(batch.weight, jnp.float32)
-    counts = batch.lengths[:, responses].astype(jnp.float32)  # [B, r]
-    logps = policy.logps[:, responses]
-    token_losses = -policy.token_logps
-    if dft:
-        token_losses = token_losses * jax.lax.stop_gradient(jnp.exp(policy.token_logps))
-    sums = sum_by_slot(token_losses, batch)[:, responses]  # [B, r]
-    tokens = counts.sum(axis=1)
-    if per == "token":
-        losses, weights = sums.sum(axis=1) / jnp.maximum(tokens, 1.0), weight * tokens
-    else:
-        losses, weights = (sums / jnp.maximum(counts, 1.0)).mean(axis=1), weight
-    total = (weight * tokens).sum()
-    metrics = {"nll": (jax.lax.stop_gradient(-(weight[:, None] * logps).sum()), total)}
-    if policy.entropy is not None:
-        entropy = sum_by_slot(policy.entropy, batch)[:, responses]
-        metrics["entropy"] = (jax.lax.stop_gradient((weight[:, None] * entropy).sum()), total)
-    return losses, weights, metrics
+from align_jax.losses.objective import (
+    Inputs,
+    Loss,
+    Metrics,
+    Result,
+    group_weights,
+    summed,
+    token_counts,
+)
+from align_jax.losses.options import Option
 
 
-def sft(
-    policy: Outputs,
-    reference: Outputs | None,
-    batch: Batch,
-    *,
-    stats: Any = None,
-    per: str = "token",
-    dft: bool = False,
-) -> tuple[Float[Array, "B"], Float[Array, "B"], Metrics]:
-    """Compute the negative log-likelihood of each group's first response: of a pair, the chosen
-    one.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenLoss(Loss):
+    """The negative log-likelihood of some of each group's responses, nats a token."""
+
+    per: Annotated[
+        Literal["token", "sequence"],
+        Option("every token of the global batch counts the same, or every response"),
+    ] = "token"
+
+    responses: ClassVar[slice] = slice(None)  # those of a group that are learned
+
+    def token_losses(self, inputs: Inputs) -> Float[Array, "N T"]:
+        """Compute each token's loss."""
+        return -inputs.policy.token_logps
+
+    def _counts(self, batch: Batch) -> Float[Array, "B r"]:
+        return token_counts(batch)[:, self.responses]
+
+    def weights(self, batch: Batch) -> Float[Array, "B"]:
+        weight = group_weights(batch)
+        return weight * self._counts(batch).sum(axis=1) if self.per == "token" else weight
+
+    def losses(self, inputs: Inputs) -> Result:
+        batch, policy, counts = inputs.batch, inputs.policy, self._counts(inputs.batch)
+        sums = sum_by_slot(self.token_losses(inputs), batch)[:, self.responses]  # [B, r]
+        if self.per == "token":
+            losses = sums.sum(axis=1) / jnp.maximum(counts.sum(axis=1), 1.0)
+        else:
+            losses = (sums / jnp.maximum(counts, 1.0)).mean(axis=1)
+        weight, total = group_weights(batch), (group_weights(batch) * counts.sum(axis=1)).sum()
+        reported = {"nll": -policy.logps[:, self.responses]}
+        if policy.entropy is not None:
+            reported["entropy"] = sum_by_slot(policy.entropy, batch)[:, self.responses]
+        return losses, {
+            name: ((weight[:, None] * value).sum(), total) for name, value in reported.items()
+        }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sft(TokenLoss):
+    """The negative log-likelihood of each group's first response: of a pair, the chosen one.
 
         per token:    Σ_i Σ_t -m_it a_it / Σ_i n_i, over the global batch
         per sequence: the mean over i of Σ_t -m_it a_it / n_i
         dft:          each token's loss times sg(exp a_it)
-
-    Args:
-        policy: the policy's outputs.
-        reference: not used.
-        batch: the batch.
-        stats: not used.
-        per: "token" (every token counts the same) or "sequence" (every response counts the same).
-        dft: dynamic fine-tuning.
-
-    Returns:
-        Losses [B] in nats a token, weights [B] (token counts, or the groups' weights), metrics.
 
     References:
         dft: Wu et al. 2025, arXiv 2508.05629, the DFT loss.
@@ -78,19 +77,21 @@ def sft(
     >>> found.losses.tolist(), found.weights.tolist(), float(found.loss)
     ([2.0, 2.0], [2.0, 1.0], 2.0)
     """
-    return _token_losses(policy, batch, per, dft, slice(0, 1))
+
+    dft: Annotated[bool, Option("dynamic fine-tuning: each token's loss times its probability")] = (
+        False
+    )
+
+    responses: ClassVar[slice] = slice(0, 1)
+
+    def token_losses(self, inputs: Inputs) -> Float[Array, "N T"]:
+        losses, logps = super().token_losses(inputs), inputs.policy.token_logps
+        return losses * jax.lax.stop_gradient(jnp.exp(logps)) if self.dft else losses
 
 
-def csft(
-    policy: Outputs,
-    reference: Outputs | None,
-    batch: Batch,
-    *,
-    stats: Any = None,
-    per: str = "token",
-) -> tuple[Float[Array, "B"], Float[Array, "B"], Metrics]:
-    """Compute conditional fine-tuning: ``sft`` on all of a group's responses, each after its
-    control token.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Csft(TokenLoss):
+    """Conditional fine-tuning: ``sft`` on all of a group's responses, each after its control token.
 
     The data layer writes the control tokens; sampling later conditions on the one for chosen
     responses.
@@ -104,116 +105,77 @@ def csft(
     >>> found.losses.tolist()
     [2.5, 2.0]
     """
-    return _token_losses(policy, batch, per, False, slice(None))
 
 
-def _scores(policy: Outputs) -> Float[Array, "B R"]:
-    if policy.scores is None:
-        raise ValueError(
-            "a reward model's objective needs policy.scores [B, R], from a score "
-            "head; they are None"
-        )
-    return policy.scores
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScoreLoss(Loss):
+    """A loss of a reward model's scores."""
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return ("scores",)
+
+    def metrics(self, inputs: Inputs, real: Bool[Array, "B R"]) -> Metrics:
+        """Report the lowest, mean and highest reward of each group, averaged over the groups."""
+        scores, weight = inputs.of_policy("scores"), group_weights(inputs.batch)
+        count = jnp.maximum(real.astype(jnp.float32).sum(axis=1), 1.0)
+        any_real = real.any(axis=1)
+        low = jnp.where(any_real, jnp.where(real, scores, jnp.inf).min(axis=1), 0.0)
+        high = jnp.where(any_real, jnp.where(real, scores, -jnp.inf).max(axis=1), 0.0)
+        mean = jnp.where(real, scores, 0.0).sum(axis=1) / count
+        values = {"min_reward": low, "mean_reward": mean, "max_reward": high}
+        return {name: summed(value, weight) for name, value in values.items()}
 
 
-def _score_metrics(scores: Float[Array, "B R"], real: Array, weight: Array) -> Metrics:
-    """Report the lowest, mean and highest reward of each group, averaged over the groups."""
-    total = weight.sum()
-    count = jnp.maximum(real.astype(jnp.float32).sum(axis=1), 1.0)
-    any_real = real.any(axis=1)
-    low = jnp.where(any_real, jnp.where(real, scores, jnp.inf).min(axis=1), 0.0)
-    high = jnp.where(any_real, jnp.where(real, scores, -jnp.inf).max(axis=1), 0.0)
-    values = {
-        "min_reward": low,
-        "mean_reward": jnp.where(real, scores, 0.0).sum(axis=1) / count,
-        "max_reward": high,
-    }
-    return {
-        name: (jax.lax.stop_gradient((weight * value).sum()), total)
-        for name, value in values.items()
-    }
-
-
-def reward(
-    policy: Outputs,
-    reference: Outputs | None,
-    batch: Batch,
-    *,
-    stats: Any = None,
-    center_coef: float = 0.0,
-) -> tuple[Float[Array, "B"], Float[Array, "B"], Metrics]:
-    """Compute the Bradley-Terry loss of a reward model on pairs.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reward(ScoreLoss):
+    """The Bradley-Terry loss of a reward model on pairs.
 
         -log σ(r_w - r_l - margin) + center_coef (r_w + r_l)²
 
-    Args:
-        policy: ``scores`` [B, 2], chosen first.
-        reference: not used.
-        batch: the batch; ``margin`` [B] in units of reward, or None.
-        stats: not used.
-        center_coef: keeps the rewards' mean near 0; 0.01 is advised.
-
-    Returns:
-        Losses [B], weights [B], metrics (accuracy counts strictly greater).
+    The accuracy counts strictly greater.
 
     References:
         Ouyang et al. 2022, arXiv 2203.02155, equation 1; margin: Touvron et al. 2023, arXiv
-        2307.09288, equation 2; centring: Eisenstein et al. 2023, arXiv 2312.09244.
+        2307.09288, equation 2; centering: Eisenstein et al. 2023, arXiv 2312.09244.
 
     >>> from align_jax.losses import jitted
-    >>> [round(x, 4) for x in jitted("reward", center_coef=0.01)([[1.0, 0.0], [0.5, 0.5]]).losses.tolist()]
+    >>> found = jitted("reward", center_coef=0.01)([[1.0, 0.0], [0.5, 0.5]])
+    >>> [round(x, 4) for x in found.losses.tolist()]
     [0.3233, 0.7031]
     """
-    scores = _scores(policy)
-    if scores.shape[1] != 2:
-        raise ValueError(
-            f"reward expects pairs (R = 2), got R = {scores.shape[1]}; for more use reward_ranked"
-        )
-    weight = jnp.asarray(batch.weight, jnp.float32)
-    difference = scores[:, 0] - scores[:, 1]
-    margin = (
-        jnp.zeros_like(difference)
-        if batch.margin is None
-        else jnp.asarray(batch.margin, jnp.float32)
-    )
-    losses = -log_sigmoid(difference - margin) + center_coef * jnp.square(
-        scores[:, 0] + scores[:, 1]
-    )
-    total = weight.sum()
-    metrics = _score_metrics(scores, jnp.ones(scores.shape, bool), weight)
-    metrics["accuracy"] = ((weight * (difference > 0).astype(jnp.float32)).sum(), total)
-    metrics["margin"] = (jax.lax.stop_gradient((weight * difference).sum()), total)
-    return losses, weight, metrics
+
+    center_coef: Annotated[
+        float, Option("weight of (r_w + r_l)², which keeps the rewards' mean near 0; 0.01 is usual")
+    ] = 0.0
+
+    def losses(self, inputs: Inputs) -> Result:
+        scores, weight = inputs.of_policy("scores"), group_weights(inputs.batch)
+        if scores.shape[1] != 2:
+            raise ValueError(
+                f"reward expects pairs (R = 2), got R = {scores.shape[1]}; for more use "
+                "reward_ranked"
+            )
+        chosen, rejected = scores.T  # [B] each
+        difference, margin = chosen - rejected, inputs.batch.margin
+        excess = difference if margin is None else difference - jnp.asarray(margin, jnp.float32)
+        losses = -log_sigmoid(excess) + self.center_coef * jnp.square(chosen + rejected)
+        metrics = self.metrics(inputs, jnp.ones(scores.shape, bool))
+        metrics["accuracy"] = summed((difference > 0).astype(jnp.float32), weight)
+        metrics["margin"] = summed(difference, weight)
+        return losses, metrics
 
 
-FORMS = ("plackett_luce", "pairs", "best_of")
-
-
-def reward_ranked(
-    policy: Outputs,
-    reference: Outputs | None,
-    batch: Batch,
-    *,
-    stats: Any = None,
-    form: str = "plackett_luce",
-) -> tuple[Float[Array, "B"], Float[Array, "B"], Metrics]:
-    """Compute a ranking loss of a reward model on K responses, the best first.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RewardRanked(ScoreLoss):
+    """A ranking loss of a reward model on K responses, the best first.
 
         plackett_luce: -Σ_k log softmax(r_k, ..., r_K)[k]
-        pairs:         the mean over i < j of -log σ(r_i - r_j); pairs whose ``batch.scores`` are equal do not count
+        pairs:         the mean over i < j of -log σ(r_i - r_j)
         best_of:       -log softmax(r_1, ..., r_K)[1]
 
-    A response without tokens is not there: groups may hold fewer than K.
-
-    Args:
-        policy: ``scores`` [B, K].
-        reference: not used.
-        batch: the batch; ``scores`` [B, K], if given, tell ties.
-        stats: not used.
-        form: one of ``FORMS``.
-
-    Returns:
-        Losses [B], weights [B], metrics; accuracy is the share of pairs in order.
+    A response without tokens is not there: groups may hold fewer than K.  Pairs whose
+    ``batch.scores`` are equal do not count; accuracy is the share of pairs in order.
 
     References:
         plackett_luce: Rafailov et al. 2023, arXiv 2305.18290, equation 18; pairs: Ouyang et al.
@@ -222,35 +184,42 @@ def reward_ranked(
 
     >>> from align_jax.losses import jitted
     >>> for form in ("plackett_luce", "pairs", "best_of"):
-    ...     print([round(x, 4) for x in jitted("reward_ranked", form=form)([[2.0, 1.0, 0.0]]).losses.tolist()])
-    [0.7209]
-    [0.2512]
-    [0.4076]
+    ...     print(round(jitted("reward_ranked", form=form)([[2.0, 1.0, 0.0]]).losses.item(), 4))
+    0.7209
+    0.2512
+    0.4076
     """
-    if form not in FORMS:
-        raise ValueError(f"reward_ranked: form must be one of {list(FORMS)}, got {form!r}")
-    scores = _scores(policy)
-    weight = jnp.asarray(batch.weight, jnp.float32)
-    real = jnp.asarray(batch.lengths) > 0
-    responses = scores.shape[1]
-    above = jnp.triu(jnp.ones((responses, responses), bool), 1)[None]
-    ordered = above & real[:, :, None] & real[:, None, :]  # [B, K, K]: i before j
-    if batch.scores is not None:
-        ordered &= jnp.asarray(batch.scores)[:, :, None] != jnp.asarray(batch.scores)[:, None, :]
-    difference = scores[:, :, None] - scores[:, None, :]
-    pairs = ordered.astype(jnp.float32)
-    count = pairs.sum(axis=(1, 2))
-    if form == "pairs":
-        losses = (pairs * -log_sigmoid(difference)).sum(axis=(1, 2)) / jnp.maximum(count, 1.0)
-    else:
-        # log-sum-exp over the responses from k on, those that are not there left out
-        rest = (above | jnp.eye(responses, dtype=bool)[None]) & real[:, None, :]
-        masked = jnp.where(rest, jnp.broadcast_to(scores[:, None, :], rest.shape), -1e30)
-        terms = jnp.where(real, jax.nn.logsumexp(masked, axis=2) - scores, 0.0)
-        losses = terms.sum(axis=1) if form == "plackett_luce" else terms[:, 0]
-    correct = (pairs * (difference > 0).astype(jnp.float32)).sum(axis=(1, 2))
-    metrics = _score_metrics(scores, real, weight)
-    metrics["accuracy"] = ((weight * correct).sum(), (weight * count).sum())
-    gap = jax.lax.stop_gradient((pairs * difference).sum(axis=(1, 2)))
-    metrics["margin"] = ((weight * gap).sum(), (weight * count).sum())
-    return losses, weight, metrics
+
+    form: Annotated[
+        Literal["plackett_luce", "pairs", "best_of"],
+        Option("likelihood of the ranking, of each pair's order, or of the best"),
+    ] = "plackett_luce"
+
+    def losses(self, inputs: Inputs) -> Result:
+        batch, scores = inputs.batch, inputs.of_policy("scores")
+        weight, real = group_weights(batch), jnp.asarray(batch.lengths) > 0
+        responses = scores.shape[1]
+        above = jnp.triu(jnp.ones((responses, responses), bool), 1)[None]
+        ordered = above & real[:, :, None] & real[:, None, :]  # [B, K, K]: i before j
+        if batch.scores is not None:
+            known = jnp.asarray(batch.scores)
+            ordered &= known[:, :, None] != known[:, None, :]
+        difference = scores[:, :, None] - scores[:, None, :]
+        pairs = ordered.astype(jnp.float32)
+        count = pairs.sum(axis=(1, 2))
+        if self.form == "pairs":
+            losses = (pairs * -log_sigmoid(difference)).sum(axis=(1, 2)) / jnp.maximum(count, 1.0)
+        else:
+            # log-sum-exp over the responses from k on, those that are not there left out
+            rest = (above | jnp.eye(responses, dtype=bool)[None]) & real[:, None, :]
+            masked = jnp.where(rest, jnp.broadcast_to(scores[:, None, :], rest.shape), -1e30)
+            terms = jnp.where(real, jax.nn.logsumexp(masked, axis=2) - scores, 0.0)
+            losses = terms.sum(axis=1) if self.form == "plackett_luce" else terms[:, 0]
+        metrics = self.metrics(inputs, real)
+        for name, value in (
+            ("accuracy", (difference > 0).astype(jnp.float32)),
+            ("margin", difference),
+        ):
+            in_order = (pairs * value).sum(axis=(1, 2))
+            metrics[name] = (weight * in_order).sum(), (weight * count).sum()
+        return losses, metrics

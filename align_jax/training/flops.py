@@ -173,9 +173,9 @@ def step_flops(
     in_graph = spec.wants_reference and batch.reference_token_logps is None
     reference = forward(spec.base, batch).total if in_graph else 0.0
     statistics = 0.0
-    if spec.measured and spec.microbatches > 1 and train:
+    if spec.wants_statistics and spec.microbatches > 1 and train:
         statistics += once.total
-    if spec.measured and batch.mismatched is not None:
+    if spec.wants_statistics and batch.mismatched is not None:
         statistics += forward(spec.policy, batch.mismatched).total
         statistics += forward(spec.base, batch.mismatched).total if spec.wants_reference else 0.0
     if not train:

@@ -2,10 +2,10 @@
 """The train step and the eval step: pure functions of (state, frozen, batch), the same for every
 objective.
 
-    state   = {"step", "params": what is trained, "opt_state", "carry": running statistics of objectives,
-               "reference": only where the reference moves with the policy}
+    state   = {"step", "params": what is trained, "opt_state", "running": statistics that objectives
+               keep from step to step, "reference": only where it moves with the policy}
     frozen  = {"base": the reference of a full fine-tune, and under LoRA the policy's base too;
-    "reference": overrides}
+               "reference": overrides it}
 
               ┌─ policy forward ────┐
     batch ────┤                     ├─ losses, weights ─ one division ─ gradient ─ optax ─ state
@@ -27,17 +27,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from align_jax.core.metrics import with_margin
+from align_jax import losses
+from align_jax.core.metrics import Sums, divide
 from align_jax.core.schema import Batch, Outputs
-from align_jax.losses import objective
-from align_jax.losses.logprobs import at_last, at_sources, sum_by_slot, token_outputs
+from align_jax.losses.logprobs import at_last, at_sources, blank_outputs, sum_by_slot, token_outputs
 from align_jax.losses.objective import Term
 from align_jax.models.lora import merge
-from align_jax.models.model import Model
+from align_jax.models.model import Aux, Model
 from align_jax.parallel.mesh import ROWS
 
 Tree = Any
-Sums = dict[str, tuple[jax.Array, jax.Array]]  # metric -> (weighted sum, sum of the weights)
+Schedule = Callable[[jax.Array], Any]  # step -> learning rate
 
 
 class StepSpec(NamedTuple):
@@ -47,7 +47,7 @@ class StepSpec(NamedTuple):
     base: Model  # the reference: the same without adapter
     terms: tuple[Term, ...]
     optimizer: optax.GradientTransformation
-    schedule: Any  # step -> learning rate, for the metrics
+    schedule: Schedule  # for the metrics
     microbatches: int = 1
     chunk: int = 128  # loss positions of every row whose logits are alive at once
     seed: int = 0
@@ -75,9 +75,9 @@ class StepSpec(NamedTuple):
         return any(term.reference for term in self.terms)
 
     @property
-    def measured(self) -> tuple[int, ...]:
-        """Terms that need statistics of the whole batch."""
-        return tuple(i for i, term in enumerate(self.terms) if term.objective.measure is not None)
+    def wants_statistics(self) -> bool:
+        """Tell whether any term depends on statistics of the whole batch."""
+        return losses.needs_statistics(self.terms)
 
 
 def init_state(spec: StepSpec, params: Tree) -> Tree:
@@ -86,9 +86,7 @@ def init_state(spec: StepSpec, params: Tree) -> Tree:
         "step": jnp.zeros((), jnp.int32),
         "params": params,
         "opt_state": spec.optimizer.init(params),
-        "carry": {
-            str(i): jax.tree.map(jnp.asarray, spec.terms[i].objective.carry) for i in spec.measured
-        },
+        "running": losses.first_running(spec.terms),
     }
     if spec.sync_every_steps:
         state["reference"] = jax.tree.map(jnp.copy, params)
@@ -124,7 +122,7 @@ def forward(
     reference: tuple[Model, Tree] | None = None,
     key: jax.Array | None = None,
     temperature: float = 1.0,
-) -> tuple[Outputs, dict]:
+) -> tuple[Outputs, Aux]:
     """Run a model over a batch.
 
     Args:
@@ -144,23 +142,14 @@ def forward(
     """
     fields = (batch.tokens, batch.segment_ids, batch.positions, batch.prefix_ids)
     hidden, aux = model.hidden(params, *fields, dropout_key=key)
-    other_hidden = other_unembed = None
+    other = None
     if "kl" in needs and reference is not None:
-        other, other_params = reference
-        other_hidden = other.hidden(other_params, *fields)[0]
-        other_unembed = _unembed(other, other_params, batch, chunk, temperature)
-    outputs = objective.blank_outputs(batch)
+        unembed = _unembed(*reference, batch, chunk, temperature)
+        other = reference[0].hidden(reference[1], *fields)[0], unembed
+    outputs = blank_outputs(batch)
     if logps:
         unembed = _unembed(model, params, batch, chunk, temperature)
-        outputs = token_outputs(
-            hidden,
-            unembed,
-            batch,
-            needs=needs,
-            chunk=chunk,
-            reference_hidden=other_hidden,
-            reference_unembed=other_unembed,
-        )
+        outputs = token_outputs(hidden, unembed, batch, needs=needs, chunk=chunk, reference=other)
     if "scores" in needs:
         outputs = outputs._replace(scores=at_last(model.head(params, "score", hidden), batch))
     if "values" in needs:
@@ -168,127 +157,89 @@ def forward(
     return outputs, aux
 
 
-def _policy(
-    spec: StepSpec,
-    trainable: Tree,
-    frozen: Tree,
-    batch: Batch,
-    reference: tuple[Model, Tree] | None,
-    key: jax.Array | None,
-) -> tuple[Outputs, dict]:
-    with jax.named_scope("policy"):
-        return forward(
-            spec.policy,
-            merge(frozen["base"], trainable),
-            batch,
-            needs=spec.needs,
-            chunk=spec.chunk,
-            logps=spec.wants_logps,
-            value_head=spec.value_head,
-            reference=reference,
-            key=key,
-            temperature=spec.temperature,
-        )
+class Forwards(NamedTuple):
+    """The forwards of one step: what it is compiled from, and the weights that it leaves alone."""
 
+    spec: StepSpec
+    base: Tree  # the frozen weights under what is trained
+    reference_model: Model
+    reference_params: Tree
 
-def _reference_model(spec: StepSpec, state: Tree, frozen: Tree) -> tuple[Model, Tree]:
-    if "reference" in state:  # it moves with the policy
-        return spec.policy, merge(frozen["base"], state["reference"])
-    return spec.base, frozen.get("reference", frozen["base"])
+    def policy(
+        self, trainable: Tree, batch: Batch, key: jax.Array | None = None
+    ) -> tuple[Outputs, Aux]:
+        """Run the policy; return its outputs and auxiliary losses."""
+        spec = self.spec
+        with jax.named_scope("policy"):
+            return forward(
+                spec.policy,
+                merge(self.base, trainable),
+                batch,
+                needs=spec.needs,
+                chunk=spec.chunk,
+                logps=spec.wants_logps,
+                value_head=spec.value_head,
+                reference=(self.reference_model, self.reference_params),
+                key=key,
+                temperature=spec.temperature,
+            )
 
+    def reference(self, batch: Batch) -> Outputs | None:
+        """Run the reference, or take what is cached; None where no term needs it."""
+        spec, token_logps = self.spec, batch.reference_token_logps
+        if not spec.wants_reference:
+            return None
+        if token_logps is not None:
+            return Outputs(token_logps, sum_by_slot(token_logps, batch), batch.lengths)
+        with jax.named_scope("reference"):
+            outputs, _ = forward(
+                self.reference_model,
+                self.reference_params,
+                batch,
+                chunk=spec.chunk,
+                temperature=spec.temperature,
+            )
+        return jax.lax.stop_gradient(outputs)
 
-def _reference(spec: StepSpec, reference: tuple[Model, Tree], batch: Batch) -> Outputs | None:
-    if not spec.wants_reference:
-        return None
-    if batch.reference_token_logps is not None:
-        token_logps = batch.reference_token_logps
-        return Outputs(token_logps, sum_by_slot(token_logps, batch), batch.lengths)
-    with jax.named_scope("reference"):
-        outputs, _ = forward(*reference, batch, chunk=spec.chunk, temperature=spec.temperature)
-    return jax.lax.stop_gradient(outputs)
-
-
-# ------------------------------------------------------------------------ statistics and the losses
-
-
-def _measure(
-    spec: StepSpec,
-    trainable: Tree,
-    frozen: Tree,
-    reference_model: tuple[Model, Tree],
-    policy: Outputs,
-    reference: Outputs | None,
-    batch: Batch,
-) -> dict[str, dict[str, jax.Array]]:
-    """Measure one microbatch, without gradients: per-example quantities, from which summarize makes
-    statistics."""
-    policy, mismatched = jax.lax.stop_gradient(policy), None
-    if batch.mismatched is not None:
-        params = merge(frozen["base"], jax.lax.stop_gradient(trainable))
+    def mismatched(self, trainable: Tree, batch: Batch) -> tuple[Outputs, Outputs] | None:
+        """Run both over each prompt with another prompt's response, without gradient."""
+        other, spec = batch.mismatched, self.spec
+        if other is None or (reference := self.reference(other)) is None:
+            return None
+        params = merge(self.base, jax.lax.stop_gradient(trainable))
         with jax.named_scope("mismatched"):
-            mine, _ = forward(spec.policy, params, batch.mismatched, chunk=spec.chunk)
-            mismatched = (mine, _reference(spec, reference_model, batch.mismatched))
-    return {
-        str(i): objective.measure(spec.terms[i], policy, reference, batch, mismatched)
-        for i in spec.measured
-    }
+            policy, _ = forward(
+                spec.policy, params, other, chunk=spec.chunk, temperature=spec.temperature
+            )
+        return policy, reference
+
+    def inputs(
+        self,
+        trainable: Tree,
+        batch: Batch,
+        key: jax.Array | None = None,
+        reference: Outputs | None = None,
+    ) -> tuple[losses.Inputs, Aux]:
+        """Return what the objectives see of a batch, and the policy's auxiliary losses.
+
+        Args:
+            trainable: what is trained.
+            batch: the rows.
+            key: of dropout; None = off.
+            reference: the reference's outputs, where they are known already.
+        """
+        reference = self.reference(batch) if reference is None else reference
+        policy, aux = self.policy(trainable, batch, key)
+        return losses.Inputs(batch, policy, reference, self.mismatched(trainable, batch)), aux
 
 
-def _summarize(spec: StepSpec, measured: Tree, weights: Tree, carry: Tree) -> tuple[Tree, Tree]:
-    """Turn what was measured, [M, b] arrays over the global batch, into statistics and the next
-    carry."""
-    stats, carried = {}, {}
-    for i in map(str, spec.measured):
-        stats[i], carried[i] = objective.summarize(
-            spec.terms[int(i)], measured[i], weights[int(i)], carry[i]
+def forwards_of(spec: StepSpec, state: Tree, frozen: Tree) -> Forwards:
+    """Say which weights the forwards of a step run with."""
+    if "reference" in state:  # it moves with the policy
+        return Forwards(
+            spec, frozen["base"], spec.policy, merge(frozen["base"], state["reference"])
         )
-    return stats, carried
-
-
-def _weights(spec: StepSpec, batch: Batch) -> list[jax.Array]:
-    """Return every term's weights [b], which depend on the batch alone."""
-    return [objective.group_weights(term, batch) for term in spec.terms]
-
-
-def _own_statistics(
-    spec: StepSpec,
-    trainable: Tree,
-    frozen: Tree,
-    reference_model: tuple[Model, Tree],
-    policy: Outputs,
-    reference: Outputs | None,
-    batch: Batch,
-    carry: Tree,
-) -> tuple[Tree, Tree]:
-    """Make the statistics of a batch that is a single part."""
-    if not spec.measured:
-        return {}, carry
-    measured = _measure(spec, trainable, frozen, reference_model, policy, reference, batch)
-    measured, weights = jax.tree.map(lambda x: x[None], (measured, _weights(spec, batch)))
-    stats, carry = _summarize(spec, measured, weights, carry)
-    return part(stats, 0), carry
-
-
-def _total(
-    spec: StepSpec,
-    policy: Outputs,
-    reference: Outputs | None,
-    batch: Batch,
-    stats: Tree,
-    denominators: list[jax.Array] | None,
-) -> tuple[jax.Array, Sums]:
-    """This microbatch's share of the loss, and its metrics."""
-    total, metrics = jnp.zeros((), jnp.float32), {}
-    for i, term in enumerate(spec.terms):
-        losses, weights, more = objective.apply(term, policy, reference, batch, stats.get(str(i)))
-        summed = jnp.sum(losses * weights)
-        denominator = jnp.sum(weights) if denominators is None else denominators[i]
-        total += term.weight * summed / jnp.maximum(denominator, 1e-8)
-        if len(spec.terms) > 1:
-            more = {**more, f"loss/{term.name}": (summed, jnp.sum(weights))}
-        # where two terms report the same quantity, the first one's stands
-        metrics = {**more, **metrics}
-    return total, jax.lax.stop_gradient(metrics)
+    return Forwards(spec, frozen["base"], spec.base, frozen.get("reference", frozen["base"]))
 
 
 # ------------------------------------------------------------------------------------- microbatches
@@ -346,80 +297,94 @@ def train_step(
         average.  Where the loss or the gradient's norm is not finite the state is returned
         unchanged but for its step, so that nothing is spoiled; the caller stops the run.
     """
-    parts = spec.microbatches
+    parts, forwards = spec.microbatches, forwards_of(spec, state, frozen)
     batches = split(batch, parts)
     keys = jax.random.split(jax.random.fold_in(jax.random.key(spec.seed), state["step"]), parts)
-    reference_model = _reference_model(spec, state, frozen)
+    denominators = losses.weights(spec.terms, batch).sum(axis=1)  # [K]
 
-    def part_loss(
-        trainable: Tree,
-        batch: Batch,
-        key: jax.Array,
-        stats: Tree,
-        reference: Outputs | None,
-        denominators: list[jax.Array] | None,
+    def share(
+        trainable: Tree, batch: Batch, key: jax.Array, reference: Outputs | None, stats: Tree
     ) -> tuple[jax.Array, tuple[Sums, Tree]]:
-        if reference is None:
-            reference = _reference(spec, reference_model, batch)
-        policy, aux = _policy(spec, trainable, frozen, batch, reference_model, key)
-        carry = state["carry"]
+        """A microbatch's share of the loss; without ``stats`` it is the whole batch."""
+        inputs, aux = forwards.inputs(trainable, batch, key, reference)
+        running = state["running"]
         if stats is None:
-            stats, carry = _own_statistics(
-                spec, trainable, frozen, reference_model, policy, reference, batch, carry
-            )
+            stats, running = losses.own_statistics(spec.terms, inputs, running)
         with jax.named_scope("loss"):
-            total, metrics = _total(spec, policy, reference, batch, stats, denominators)
+            total = losses.total(spec.terms, inputs, stats, denominators)
+        loss, metrics = total.loss, total.metrics
         for name, value in aux.items():
-            total += spec.load_balancing * value / parts
+            loss += spec.load_balancing * value / parts
             metrics[f"loss/{name}"] = (jax.lax.stop_gradient(value), jnp.ones(()))
-        return total, (metrics, carry)
+        return loss, (metrics, running)
 
-    grad = jax.value_and_grad(part_loss, has_aux=True)
+    grad = jax.value_and_grad(share, has_aux=True)
     if parts == 1:
-        (loss, (metrics, carry)), grads = grad(
-            state["params"], part(batches, 0), keys[0], None, None, None
+        (loss, (metrics, running)), grads = grad(
+            state["params"], part(batches, 0), keys[0], None, None
         )
     else:
-        loss, metrics, carry, grads = _accumulate(
-            spec, state, frozen, batches, keys, reference_model, grad
-        )
+        references, stats, running = _first_pass(forwards, state, batches, keys)
+        batches = batches._replace(mismatched=None)  # only the first pass looks at them
 
+        def add(grads: Tree, xs: tuple) -> tuple[Tree, tuple[jax.Array, Sums]]:
+            (loss, (metrics, _)), more = grad(state["params"], *xs)
+            return jax.tree.map(jnp.add, grads, more), (loss, metrics)
+
+        zeros = jax.tree.map(jnp.zeros_like, state["params"])
+        grads, shares = jax.lax.scan(add, zeros, (batches, keys, references, stats))
+        loss, metrics = jax.tree.map(lambda x: jnp.sum(x, axis=0), shares)
+
+    new_state, update_metrics = _update(spec, state, loss, grads, running)
+    real = jnp.sum(batch.segment_ids > 0, dtype=jnp.float32)
+    return new_state, {
+        "loss": loss,
+        **update_metrics,
+        "num_tokens": real,
+        "padding_fraction": 1.0 - real / batch.tokens.size,
+        "groups": jnp.sum(batch.weight > 0),
+        **divide(metrics),
+    }
+
+
+def _first_pass(
+    forwards: Forwards, state: Tree, batches: Batch, keys: jax.Array
+) -> tuple[Outputs | None, Tree, Tree]:
+    """Compute the statistics of the whole batch, without gradients, where a term needs any.
+
+    Returns:
+        The reference's outputs, which need not be computed again, the statistics for each
+        microbatch, and the running ones after this step.
+    """
+    terms = forwards.spec.terms
+    if not forwards.spec.wants_statistics:
+        return None, {}, state["running"]
+
+    def of_part(_: None, xs: tuple[Batch, jax.Array]) -> tuple[None, tuple[Outputs | None, Tree]]:
+        inputs, _aux = forwards.inputs(state["params"], *xs)
+        return None, (inputs.reference, losses.batch_statistics(terms, inputs))
+
+    _, (references, found) = jax.lax.scan(of_part, None, (batches, keys))
+    return references, *losses.reduce_statistics(terms, found, state["running"])
+
+
+def _update(
+    spec: StepSpec, state: Tree, loss: jax.Array, grads: Tree, running: Tree
+) -> tuple[Tree, dict[str, jax.Array]]:
+    """Move the parameters, unless the step is not finite."""
     with jax.named_scope("optimizer"):
         norm = optax.global_norm(grads)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes integer counts with floats
             updates, opt_state = spec.optimizer.update(grads, state["opt_state"], state["params"])
             rate = jnp.asarray(spec.schedule(state["step"]), jnp.float32)
-        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-        changed = {
-            "params": optax.apply_updates(state["params"], updates),
-            "opt_state": opt_state,
-            "carry": carry,
-        }
-        step = state["step"] + 1
+        step, params = state["step"] + 1, optax.apply_updates(state["params"], updates)
+        changed = {"params": params, "opt_state": opt_state, "running": running}
         if spec.sync_every_steps:
-            changed["reference"] = _sync(spec, step, state["reference"], changed["params"])
+            changed["reference"] = _sync(spec, step, state["reference"], params)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         kept = {name: state[name] for name in changed}
-        new_state = {
-            "step": step,
-            **jax.tree.map(lambda new, old: jnp.where(finite, new, old), changed, kept),
-        }
-    means = {
-        name: jnp.where(weight > 0, total / jnp.maximum(weight, 1e-8), jnp.nan)
-        for name, (total, weight) in metrics.items()
-    }
-    real = jnp.sum(batch.segment_ids > 0, dtype=jnp.float32)
-    counts = {
-        "num_tokens": real,
-        "padding_fraction": 1.0 - real / batch.tokens.size,
-        "groups": jnp.sum(batch.weight > 0),
-    }
-    return new_state, {
-        "loss": loss,
-        "grad_norm": norm,
-        "learning_rate": rate,
-        **counts,
-        **with_margin(means),
-    }
+        changed = jax.tree.map(lambda new, old: jnp.where(finite, new, old), changed, kept)
+    return {"step": step, **changed}, {"grad_norm": norm, "learning_rate": rate}
 
 
 def _sync(spec: StepSpec, step: jax.Array, reference: Tree, params: Tree) -> Tree:
@@ -429,62 +394,17 @@ def _sync(spec: StepSpec, step: jax.Array, reference: Tree, params: Tree) -> Tre
     return jax.tree.map(lambda r, p: (mix * p + (1.0 - mix) * r).astype(r.dtype), reference, params)
 
 
-def _accumulate(
-    spec: StepSpec,
-    state: Tree,
-    frozen: Tree,
-    batches: Batch,
-    keys: jax.Array,
-    reference_model: tuple[Model, Tree],
-    grad: Any,
-) -> tuple[jax.Array, Sums, Tree, Tree]:
-    """Sum loss, metrics and gradients over the microbatches."""
-    references, stats, carry = None, {}, state["carry"]
-    _, weights = jax.lax.scan(lambda _, batch: (None, _weights(spec, batch)), None, batches)
-    denominators = [jnp.sum(x) for x in weights]
-    if spec.measured:
-
-        def first_pass(_, xs: tuple[Batch, jax.Array]) -> tuple[None, tuple[Tree, Outputs | None]]:
-            batch, key = xs
-            reference = _reference(spec, reference_model, batch)
-            policy, _aux = _policy(spec, state["params"], frozen, batch, reference_model, key)
-            measured = _measure(
-                spec, state["params"], frozen, reference_model, policy, reference, batch
-            )
-            return None, (measured, reference)
-
-        _, (measured, references) = jax.lax.scan(first_pass, None, (batches, keys))
-        stats, carry = _summarize(spec, measured, weights, carry)
-    batches = batches._replace(mismatched=None)  # only the first pass looks at them
-
-    def second_pass(grads: Tree, xs: tuple) -> tuple[Tree, tuple[jax.Array, Sums]]:
-        batch, key, stats, reference = xs
-        (loss, (metrics, _)), more = grad(
-            state["params"], batch, key, stats, reference, denominators
-        )
-        return jax.tree.map(jnp.add, grads, more), (loss, metrics)
-
-    zeros = jax.tree.map(jnp.zeros_like, state["params"])
-    grads, (losses, metrics) = jax.lax.scan(second_pass, zeros, (batches, keys, stats, references))
-    return jnp.sum(losses), jax.tree.map(lambda x: jnp.sum(x, axis=0), metrics), carry, grads
-
-
 def eval_step(spec: StepSpec, state: Tree, frozen: Tree, batch: Batch) -> Sums:
-    """Measure the loss and the metrics of a batch, without dropout and without a gradient.
+    """Evaluate the loss and the metrics of a batch, without dropout and without a gradient.
 
     Returns:
-        (sum, weight) pairs, to be added up over the evaluation set; ``loss`` weighted by the
-        batch's real groups.
+        (sum, weight) pairs, to be added up over the evaluation set and then divided, once; those of
+        ``loss`` have an entry for each term.  Statistics of a whole batch are those of this one.
     """
-    reference_model = _reference_model(spec, state, frozen)
-    reference = _reference(spec, reference_model, batch)
-    policy, _ = _policy(spec, state["params"], frozen, batch, reference_model, None)
-    stats, _ = _own_statistics(
-        spec, state["params"], frozen, reference_model, policy, reference, batch, state["carry"]
-    )
-    total, metrics = _total(spec, policy, reference, batch, stats, None)
-    groups = jnp.sum(batch.weight)
-    return {"loss": (total * groups, groups), **metrics}
+    inputs, _ = forwards_of(spec, state, frozen).inputs(state["params"], batch)
+    stats, _ = losses.own_statistics(spec.terms, inputs, state["running"])
+    total = losses.total(spec.terms, inputs, stats)
+    return {"loss": total.sums, **total.metrics}
 
 
 def reference_step(spec: StepSpec, frozen: Tree, batch: Batch) -> jax.Array:

@@ -4,7 +4,9 @@ losses."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import functools
+import operator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +14,9 @@ import numpy as np
 
 from align_jax import losses
 from align_jax.core.schema import Batch, Outputs
-from align_jax.losses import objective
+from align_jax.losses import Inputs
 from align_jax.losses.logprobs import sum_by_slot
+from align_jax.losses.options import declared
 
 RESPONSES = {"completions": 1, "pairs": 2, "ranked": 4, "unpaired": 1, "rollout": 3}
 # A value other than the default for every option of the table, to be tried one at a time.  A new
@@ -70,21 +73,12 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
 }
 
 
-class Problem(NamedTuple):
-    """A term's batch with what policy and reference say of it."""
-
-    batch: Batch
-    policy: Outputs
-    reference: Outputs
-    mismatched: tuple[Outputs, Outputs] | None
-
-
 def variants(name: str) -> list[dict[str, Any]]:
     """Return the defaults, then every option of an objective changed, one at a time."""
     row = losses.OBJECTIVES[name]
     found: list[dict[str, Any]] = [{}]
     for option in row.options:
-        if option in row.rollout:
+        if row.rollout and option in declared(row.rollout):
             continue
         assert option in VARIANTS, (
             f"give {option!r}, an option of {name!r}, a line in loss_cases.VARIANTS"
@@ -171,7 +165,7 @@ def make_batch(
 
 def make_problem(
     name: str, groups: int = 4, seed: int = 0, *, spread: float = 0.5, **shape: Any
-) -> Problem:
+) -> Inputs:
     """Make a random problem for an objective; ``spread`` is the size of a token's log-ratio, in
     nats."""
     row = losses.OBJECTIVES[name]
@@ -190,18 +184,23 @@ def make_problem(
         batch = batch._replace(mismatched=other)
         x = -np.abs(rng.normal(size=size))
         mismatched = (make_outputs(other, x + 0.3), make_outputs(other, x))
-    return Problem(batch, policy, reference, mismatched)
+    return Inputs(batch, policy, reference, mismatched)
 
 
-def total(terms: Any, problem: Problem) -> jax.Array:
+def whole(terms: Any, problem: Inputs) -> Any:
+    """Compute the Total of a whole batch in one piece."""
+    if not any(term.reference for term in terms):
+        problem = problem._replace(reference=None)
+    stats, _ = losses.own_statistics(terms, problem)
+    return losses.total(terms, problem, stats)
+
+
+def total(terms: Any, problem: Inputs) -> jax.Array:
     """Compute the loss of a whole batch in one piece."""
-    reference = problem.reference if any(term.reference for term in terms) else None
-    return losses.arrays.total_loss(
-        terms, problem.policy, reference, problem.batch, mismatched=problem.mismatched
-    )[0]
+    return whole(terms, problem).loss
 
 
-def value_and_grad(terms: Any, problem: Problem) -> tuple[jax.Array, dict[str, jax.Array]]:
+def value_and_grad(terms: Any, problem: Inputs) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Compute the loss and its gradient with respect to everything that the policy says.
 
     Not compiled: operation by operation the same few kernels serve every objective, which is far
@@ -232,10 +231,13 @@ def split(tree: Any, parts: int) -> list[Any]:
         )
 
     groups = tree.lengths.shape[0]
-    return [jax.tree.map(lambda x: take(x, part, groups), tree) for part in range(parts)]
+    return [
+        jax.tree.map(functools.partial(take, part=part, groups=groups), tree)
+        for part in range(parts)
+    ]
 
 
-def in_microbatches(terms: Any, problem: Problem, parts: int) -> jax.Array:
+def in_microbatches(terms: Any, problem: Inputs, parts: int) -> jax.Array:
     """Compute the same loss as a step does: microbatch by microbatch, denominators and statistics
     first."""
     batches, policies, references = (
@@ -244,17 +246,12 @@ def in_microbatches(terms: Any, problem: Problem, parts: int) -> jax.Array:
     mismatched = [None] * parts
     if problem.mismatched is not None:
         mismatched = list(zip(*(split(x, parts) for x in problem.mismatched)))
-    loss = jnp.zeros(())
-    for term in terms:
-        weights = jnp.stack([objective.group_weights(term, batch) for batch in batches])
-        measured = [
-            objective.measure(term, *three, other)
-            for *three, other in zip(policies, references, batches, mismatched)
-        ]
-        stacked = jax.tree.map(lambda *x: jnp.stack(x), *measured)
-        stats, _ = objective.summarize(term, stacked, weights, term.objective.carry)
-        for m, (policy, reference, batch) in enumerate(zip(policies, references, batches)):
-            mine = jax.tree.map(lambda x: x[m], stats)
-            found, weight, _ = objective.apply(term, policy, reference, batch, mine)
-            loss = loss + term.weight * (found * weight).sum() / weights.sum()
-    return loss
+    pieces = [Inputs(*piece) for piece in zip(batches, policies, references, mismatched)]
+    denominators = losses.weights(terms, problem.batch).sum(axis=1)
+    found = [losses.batch_statistics(terms, piece) for piece in pieces]
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *found)
+    stats, _ = losses.reduce_statistics(terms, stacked, losses.first_running(terms))
+    each = [jax.tree.map(operator.itemgetter(m), stats) for m in range(parts)]
+    return sum(
+        losses.total(terms, piece, own, denominators).loss for piece, own in zip(pieces, each)
+    )

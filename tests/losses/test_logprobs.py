@@ -92,13 +92,7 @@ def test_equals_the_log_softmax_of_all_logits(slots, chunk):
 def test_kl_is_the_reference_to_the_policy():
     batch, (hidden, matrix) = make_batch(), inputs()
     found = logprobs.token_outputs(
-        hidden,
-        head(matrix),
-        batch,
-        needs=("kl",),
-        reference_hidden=0.5 * hidden,
-        reference_unembed=head(matrix),
-        chunk=4,
+        hidden, head(matrix), batch, needs=("kl",), reference=(0.5 * hidden, head(matrix)), chunk=4
     )
     _, policy = direct(hidden, matrix, batch)
     _, reference = direct(0.5 * hidden, matrix, batch)
@@ -108,13 +102,7 @@ def test_kl_is_the_reference_to_the_policy():
     )
     np.testing.assert_allclose(found.kl, wanted, rtol=1e-4, atol=1e-5)
     same = logprobs.token_outputs(
-        hidden,
-        head(matrix),
-        batch,
-        needs=("kl",),
-        reference_hidden=hidden,
-        reference_unembed=head(matrix),
-        chunk=4,
+        hidden, head(matrix), batch, needs=("kl",), reference=(hidden, head(matrix)), chunk=4
     )
     np.testing.assert_allclose(same.kl, 0.0, atol=1e-6)
 
@@ -150,8 +138,7 @@ def test_no_gradient_reaches_the_reference_or_the_alignment_weights():
             batch,
             needs=("kl", "log_sum_sq"),
             chunk=4,
-            reference_hidden=reference,
-            reference_unembed=head(matrix),
+            reference=(reference, head(matrix)),
         )
         return found.kl.sum(), found.log_sum_sq.sum()
 
@@ -167,7 +154,7 @@ def test_compiled_program_holds_one_chunk_of_logits():
     text = jax.jit(grad).lower(hidden, matrix).compile().as_text()
     sizes = [
         np.prod([int(size) for size in shape.split(",")])
-        for shape in re.findall(r"f32\[([\d,]*%d)\]" % V, text)
+        for shape in re.findall(rf"f32\[([\d,]*{V})\]", text)
     ]
     assert max(sizes) == N * 3 * V  # [N, c, V]; not [N, P, V], nor stacked over the chunks
 
@@ -185,8 +172,7 @@ def test_masked_vocabulary_and_bfloat16_hidden_states_are_finite_and_float32():
             batch,
             chunk=4,
             needs=("entropy", "log_sum_sq", "kl"),
-            reference_hidden=hidden,
-            reference_unembed=lambda x: head(matrix)(x) + mask,
+            reference=(hidden, lambda x: head(matrix)(x) + mask),
         )
         assert all(x.dtype == jnp.float32 for x in found if x is not None and x.dtype != jnp.int32)
         return found.token_logps.sum() + found.entropy.sum() + found.kl.sum()
@@ -229,7 +215,7 @@ def test_mistakes_are_named():
     batch, (hidden, matrix) = make_batch(), inputs()
     with pytest.raises(ValueError, match="cannot compute"):
         logprobs.token_outputs(hidden, head(matrix), batch, needs=("entrop",), chunk=4)
-    with pytest.raises(ValueError, match="reference_hidden"):
+    with pytest.raises(ValueError, match="the reference's hidden"):
         logprobs.token_outputs(hidden, head(matrix), batch, needs=("kl",), chunk=4)
     with pytest.raises(ValueError, match="chunk"):
         logprobs.token_outputs(hidden, head(matrix), batch, chunk=0)

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from align_jax import losses, objectives
-from align_jax.losses import kto, objective, pairs
+from align_jax.core.metrics import divide
+from align_jax.losses import kto, pairs
 
 
 def test_a_sum_of_objectives_is_the_weighted_sum():
@@ -47,7 +48,7 @@ def test_an_option_that_adds_a_term_equals_naming_it():
     ],
 )
 def test_unknown_names_and_options_are_errors(name, options, words):
-    with pytest.raises(KeyError, match=words):
+    with pytest.raises(ValueError, match=words):
         losses.resolve(name, options)
 
 
@@ -101,20 +102,18 @@ def test_a_reference_is_asked_for_only_where_it_is_used():
         and wants("grpo", beta=0.1) == [True]
         and wants("grpo", humanline=True) == [True]
     )
-    problem = cases.make_problem("dpo")
-    (term,) = losses.resolve("dpo")
+    problem = cases.make_problem("dpo")._replace(reference=None)
     with pytest.raises(ValueError, match="needs the reference"):
-        objective.apply(term, problem.policy, None, problem.batch)
+        losses.total(losses.resolve("dpo"), problem)
 
 
 def test_statistics_that_nobody_computed_are_errors():
     for name in ("kto", "bco", "aot", "aot_unpaired", "beta_dpo", "ppo_offline"):
-        problem, (term,) = cases.make_problem(name), losses.resolve(name)
         with pytest.raises(ValueError, match="needs stats"):
-            objective.apply(term, problem.policy, problem.reference, problem.batch)
-    problem, (term,) = cases.make_problem("kto"), losses.resolve("kto")
+            losses.total(losses.resolve(name), cases.make_problem(name))
+    problem = cases.make_problem("kto")._replace(mismatched=None)
     with pytest.raises(ValueError, match="mismatched"):
-        objective.measure(term, problem.policy, problem.reference, problem.batch)
+        losses.batch_statistics(losses.resolve("kto"), problem)
 
 
 def test_needs_follow_the_options():
@@ -139,12 +138,10 @@ def test_humanline_has_no_gradient_outside_its_range():
 
 def test_humanline_clamps_the_mismatched_pairs_that_z0_comes_from_too():
     problem = cases.make_problem("kto")  # log-ratios of 0.3 nats a token in the mismatched pairs
-    (term,) = losses.resolve("kto", {"humanline": True, "log_eps_r": 0.1})
-    measured = objective.measure(
-        term, problem.policy, problem.reference, problem.batch, problem.mismatched
-    )
+    terms = losses.resolve("kto", {"humanline": True, "log_eps_r": 0.1})
+    found, _weights = losses.batch_statistics(terms, problem)["0"]
     lengths = np.asarray(problem.batch.mismatched.lengths)[:, 0]
-    np.testing.assert_allclose(measured["x"], 0.1 * lengths, rtol=1e-5)
+    np.testing.assert_allclose(found["x"], 0.1 * lengths, rtol=1e-5)
 
 
 def test_ld_alpha_in_a_packed_row_equals_the_plain_layout():
@@ -192,24 +189,18 @@ def test_tokens_of_probability_one_count_as_tokens():
 def test_slic_takes_sequences_of_different_lengths():
     """HALOs adds a [B, T] to a [B] and crashes."""
     problem = cases.make_problem("slic")
-    (term,) = losses.resolve("slic")
-    assert objective.apply(term, problem.policy, None, problem.batch)[0].shape == (4,)
+    assert cases.whole(losses.resolve("slic"), problem).losses.shape == (1, 4)
 
 
 @pytest.mark.parametrize("label", [True, False])
 def test_kto_on_one_class_is_finite_and_reports_no_reward_of_the_other(label):
     problem = cases.make_problem("kto", label=label)
-    loss, _, metrics, _ = losses.arrays.total_loss(
-        losses.resolve("kto"),
-        problem.policy,
-        problem.reference,
-        problem.batch,
-        mismatched=problem.mismatched,
-    )
-    assert np.isfinite(loss)
+    found = cases.whole(losses.resolve("kto"), problem)
+    assert np.isfinite(found.loss)
     absent = "rewards/rejected" if label else "rewards/chosen"
-    assert float(metrics[absent][1]) == 0.0
-    assert all(np.isfinite(x) for x in losses.arrays.finish_metrics(metrics).values())
+    assert float(found.metrics[absent][1]) == 0.0
+    assert np.isnan(divide(found.metrics)[absent])
+    assert all(np.isfinite(x) for x in divide(found.metrics, empty=0.0).values())
 
 
 def test_kl_scope_decides_whether_z0_is_the_global_batchs():
@@ -223,14 +214,10 @@ def test_kl_scope_decides_whether_z0_is_the_global_batchs():
 
 
 def test_z0_is_clamped_after_the_mean():
-    (term,) = losses.resolve("kto")
-    measured = {"x": jnp.asarray([[-3.0, 1.0]]), "weight": jnp.ones((1, 2))}
-    stats, _ = objective.summarize(term, measured, jnp.ones((1, 2)))
-    assert stats.tolist() == [0.0]
-    stats, _ = objective.summarize(
-        term, {**measured, "weight": jnp.asarray([[0.0, 1.0]])}, jnp.ones((1, 2))
-    )
-    assert stats.tolist() == [1.0]
+    for weight, z0 in (([1.0, 1.0], 0.0), ([0.0, 1.0], 1.0)):
+        found = {"x": jnp.asarray([[-3.0, 1.0]]), "weight": jnp.asarray([weight])}
+        stats, _ = kto.Kto().reduce_statistics(found, jnp.ones((1, 2)), {})
+        assert stats.tolist() == [z0]
 
 
 def test_no_gradient_flows_through_z0():
@@ -284,7 +271,7 @@ def test_jitted_takes_chosen_and_rejected_or_both_stacked():
 
 def test_jitted_names_its_mistakes():
     run = losses.jitted("dpo")
-    with pytest.raises(TypeError, match="unknown arrays"):
+    with pytest.raises(TypeError, match="unknown array"):
         run(policy=[[0.0, 0.0]], label=[True], mismatched_policy=[0.0])
     with pytest.raises(ValueError, match="both chosen and rejected"):
         run(policy_chosen=[0.0])

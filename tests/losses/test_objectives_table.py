@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every row of the table promises; a new row is tested by being there."""
 
+import functools
 import math
 
 import jax
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 
 from align_jax import losses
-from align_jax.losses import OBJECTIVES, objective
+from align_jax.core.metrics import divide
+from align_jax.losses import OBJECTIVES, Inputs
 
 LOG2 = math.log(2.0)
 # The loss at policy = reference with default options, from the formulas; rows without a reference
@@ -77,12 +79,15 @@ def blank(name, groups=2, **shape):
             old_token_logps=0 * ones, advantages=ones, returns=0 * ones, old_values=0 * ones
         )
         batch = batch._replace(label=jnp.full(groups, name != "ptx"))
-    outputs = objective.blank_outputs(batch, (*row.needs, "log_sum_sq"))
+    outputs = cases.make_outputs(batch, jnp.zeros(batch.tokens.shape))
+    for field in (*row.needs, "log_sum_sq"):
+        zeros = outputs.logps if field == "scores" else outputs.token_logps
+        outputs = outputs._replace(**{field: zeros})
     mismatched = None
     if row.mismatched:
         batch = batch._replace(mismatched=batch)
         mismatched = (outputs, outputs)
-    return cases.Problem(batch, outputs, outputs, mismatched)
+    return Inputs(batch, outputs, outputs, mismatched)
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -101,7 +106,7 @@ def test_every_variant_is_finite_and_jit_agrees(name):
         assert np.isfinite(value), options
         assert all(np.isfinite(grad).all() for grad in grads.values()), options
         if not options:
-            compiled = jax.jit(lambda problem: cases.total(terms, problem))(problem)
+            compiled = jax.jit(functools.partial(cases.total, terms))(problem)
             np.testing.assert_allclose(value, compiled, rtol=2e-6, atol=1e-6)
 
 
@@ -203,14 +208,10 @@ def test_loss_and_gradient_are_finite_in_extremes(name, case):
 
 @pytest.mark.parametrize("name", ROWS)
 def test_weights_depend_on_the_batch_alone(name):
-    problem = cases.make_problem(name)
-    for term in losses.resolve(name):
-        before = objective.group_weights(term, problem.batch)
-        _, parts, _, _ = losses.arrays.total_loss(
-            [term], problem.policy, problem.reference, problem.batch, mismatched=problem.mismatched
-        )
-        np.testing.assert_array_equal(before, parts[0][1])
-        assert before.shape == problem.batch.weight.shape
+    problem, terms = cases.make_problem(name), losses.resolve(name)
+    before = losses.weights(terms, problem.batch)
+    np.testing.assert_array_equal(before, cases.whole(terms, problem).weights)
+    assert before.shape == (len(terms), *problem.batch.weight.shape)
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -269,14 +270,12 @@ def test_filler_groups_change_nothing(name):
 def test_metrics_are_sums_and_weights(name):
     problem = cases.make_problem(name)
     terms = losses.resolve(name)
-    _, _, metrics, _ = losses.arrays.total_loss(
-        terms, problem.policy, problem.reference, problem.batch, mismatched=problem.mismatched
-    )
+    metrics = cases.whole(terms, problem).metrics
     for key, (total, weight) in metrics.items():
         assert jnp.shape(total) == jnp.shape(weight) == () and np.isfinite(total) and weight >= 0, (
             key
         )
-    known = set(losses.arrays.finish_metrics(metrics))
+    known = set(divide(metrics))
     assert OBJECTIVES[name].metric.split()[0] in known
     assert OBJECTIVES[name].metric.split()[1] in ("up", "down")
     if OBJECTIVES[name].data in ("pairs", "unpaired") and name not in ("reward", "csft"):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from align_jax import losses
-from align_jax.losses import arrays
+from align_jax.losses import arrays, batchwise, kto, supervised
 
 B, T = 4, 5
 
@@ -334,7 +334,7 @@ def test_loss_and_gradient_equal_numpy_from_the_paper(case, spread):
     rest = {key: x for key, x in given.items() if key not in keys}
 
     def f(said):
-        return arrays._evaluate(terms, kind, {**said, **rest}).loss
+        return arrays.evaluate(terms, arrays.make_inputs(terms, kind, {**said, **rest})).loss
 
     value, grads = jax.value_and_grad(f)({key: given[key] for key in keys})
     np.testing.assert_allclose(value, loss(a), rtol=1e-5)
@@ -356,28 +356,24 @@ def test_every_objective_has_a_parity_test():
 
 def test_beta_dpo_follows_the_running_mean_of_the_gaps():
     """Wu et al. 2407.08639: β = β₀ (1 + α (mean M - M₀)), M₀ <- m M₀ + (1 - m) mean M."""
-    (term,) = losses.resolve("beta_dpo", {"beta": 0.5, "alpha": 0.6, "momentum": 0.9})
-    gaps, carry, running = [[1.0, 3.0], [4.0, 0.0], [-1.0, 1.0]], term.objective.carry, None
+    loss = batchwise.BetaDpo(beta=0.5, alpha=0.6, momentum=0.9)
+    gaps, kept, running = [[1.0, 3.0], [4.0, 0.0], [-1.0, 1.0]], loss.running, None
     for gap in gaps:
-        measured, weights = {"gap": 0.5 * jnp.asarray([gap])}, jnp.ones((1, 2))
-        beta, carry = losses.objective.summarize(term, measured, weights, carry)
+        found, weights = {"gap": 0.5 * jnp.asarray([gap])}, jnp.ones((1, 2))
+        beta, kept = loss.reduce_statistics(found, weights, kept)
         mean = 0.5 * np.mean(gap)
         running = mean if running is None else running
         np.testing.assert_allclose(beta, [0.5 * (1 + 0.6 * (mean - running))], rtol=1e-6)
         running = 0.9 * running + 0.1 * mean
-        np.testing.assert_allclose(carry["mean"], running, rtol=1e-6)
+        np.testing.assert_allclose(kept["mean"], running, rtol=1e-6)
 
 
-def test_bco_carries_the_mean_of_all_rewards_so_far():
-    (term,) = losses.resolve("bco")
-    rewards, carry = (
-        np.random.default_rng(0).normal(size=(3, 2, 4)).astype(np.float32),
-        term.objective.carry,
-    )
+def test_bco_keeps_the_mean_of_all_rewards_so_far():
+    loss, running = kto.Bco(), kto.Bco.running
+    rewards = np.random.default_rng(0).normal(size=(3, 2, 4)).astype(np.float32)
     for step in range(3):
-        delta, carry = losses.objective.summarize(
-            term, {"reward": jnp.asarray(rewards[step])}, jnp.ones((2, 4)), carry
-        )
+        found = {"reward": jnp.asarray(rewards[step])}
+        delta, running = loss.reduce_statistics(found, jnp.ones((2, 4)), running)
         np.testing.assert_allclose(delta, np.full(2, rewards[: step + 1].mean()), rtol=1e-5)
 
 
@@ -391,12 +387,11 @@ def test_ties_and_missing_responses_do_not_count_in_rankings():
         ("pairs", all_pairs),
         ("best_of", best_of),
     ):
-        (term,) = losses.resolve("reward_ranked", {"form": form})
-        found, _, _ = losses.objective.apply(term, outputs, None, batch)
+        found, _ = supervised.RewardRanked(form=form).losses(losses.Inputs(batch, outputs))
         np.testing.assert_allclose(found, [loss(three)], rtol=1e-5)
     tied = batch._replace(scores=jnp.asarray([[2.0, 1.0, 1.0, 0.0]]))
-    (term,) = losses.resolve("reward_ranked", {"form": "pairs"})
-    found, _, metrics = losses.objective.apply(term, outputs, None, tied)
+    loss = supervised.RewardRanked(form="pairs")
+    found, metrics = loss.losses(losses.Inputs(tied, outputs))
     np.testing.assert_allclose(
         found, [-np.mean([log_sigmoid(0.5 - 1.5), log_sigmoid(0.5 + 0.5)])], rtol=1e-5
     )

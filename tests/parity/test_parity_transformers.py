@@ -13,7 +13,6 @@ from align_jax.core.options import DataOptions
 from align_jax.data import datasets, pipeline, tokenizer
 from align_jax.data.layout import BatchSizes
 from align_jax.interop import hf
-from align_jax.losses import objective
 from align_jax.models.model import build
 from align_jax.training import steps
 
@@ -64,8 +63,7 @@ def test_dpo_on_real_pairs_equals_numpy_from_transformers_logits(testdata, tmp_p
         outputs = [
             steps.forward(model, params, batch, chunk=64)[0] for params in (policy, reference)
         ]
-        found, _, metrics = objective.apply(term, *outputs, batch)
-        return found, metrics
+        return term.loss.losses(losses.Inputs(batch, *outputs))
 
     found, metrics = ours(shaken, params, jax.tree.map(jnp.asarray, batch))
     ratios = sequence_logps(tmp_path, batch) - sequence_logps(folder, batch)

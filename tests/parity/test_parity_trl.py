@@ -91,7 +91,9 @@ def test_loss_gradient_and_metrics_equal_trl(index):
         columns["mask"] = mask
 
     def f(policy):
-        found = arrays._evaluate(terms, kind, {"policy": policy, **columns})
+        found = arrays.evaluate(
+            terms, arrays.make_inputs(terms, kind, {"policy": policy, **columns})
+        )
         return found.loss, found.metrics
 
     (loss, metrics), grad = jax.value_and_grad(f, has_aux=True)(policy)

@@ -43,7 +43,7 @@ def _state(mesh, seed=0):
         "step": jnp.int32(seed),
         "params": params,
         "opt_state": optimizer.init(params),
-        "carry": {},
+        "running": {},
     }
     return jax.device_put(state, _shardings(mesh, state))
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The step gives the same result however its batch is split, on one device and on eight."""
 
+import functools
 import re
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from align_jax.core import metrics
 from align_jax.core.options import Config, OptimizerOptions
 from align_jax.core.tree import flatten
 from align_jax.planner import hlo
@@ -130,6 +132,36 @@ def test_chunks_of_the_loss_move_the_output_head_but_once(train_steps):
             sum(one.count * one.traffic for one in found if "fsdp" in one.axes(mesh.shape))
         )
     assert moved[0] < 1.05 * moved[1], moved
+
+
+@pytest.mark.parametrize("name", ["dpo", "sft", "dpo+sft"])
+def test_the_evaluations_batch_size_leaves_its_loss_unchanged(
+    make_step_spec, drawn_weights, make_batch, name
+):
+    """A mean of batches' means would weigh the tokens of a short batch too much."""
+    spec = make_step_spec(name)
+    frozen, trained = drawn_weights(name, options=())
+    batch = make_batch(0)  # 16 groups, the last one a filler
+    noise = np.random.default_rng(0)
+    moved = jax.tree.map(lambda x: x + 0.1 * noise.normal(size=x.shape).astype(x.dtype), trained)
+    state, step = steps.init_state(spec, moved), jax.jit(functools.partial(steps.eval_step, spec))
+
+    def evaluate(size):
+        sums = None
+        for start in range(0, 16, size):
+
+            def take(x, start=start):
+                each = x.shape[0] // 16
+                return x[each * start : each * (start + size)]
+
+            sums = metrics.add_sums(sums, step(state, frozen, jax.tree.map(take, batch)))
+        return metrics.means(sums)
+
+    whole, pieces = evaluate(16), evaluate(4)
+    for key, value in whole.items():
+        assert pieces[key] == pytest.approx(value, rel=1e-5), key
+    if name == "dpo+sft":
+        assert whole["loss"] == pytest.approx(whole["loss/dpo"] + whole["loss/sft"], rel=1e-6)
 
 
 def test_splitting_keeps_groups_whole_and_interleaves_them(make_batch):

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An objective's option: type, range, unit and meaning, declared once, in the annotation.
+
+    Beta = Annotated[float, Option("scale of the log-ratios", unit="per nat", above=0)]
+
+    def dpo(pair, *, beta: Beta = 0.1)            class Kto(Loss): beta: Beta = 0.1
+
+A type checker sees a float, ``help()`` shows it all, ``declared`` reads it for the programs, and a
+value out of range is refused.  Modules that declare options do without
+``from __future__ import annotations``, which would leave ``help()`` the names alone.
+"""
+
+import dataclasses
+import numbers
+import types
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Option:
+    """What is known of an option.
+
+    Attributes:
+        meaning: in one line.
+        unit: of a number.
+        low, high: the least and the greatest value.
+        above, below: what the value must exceed, and stay under.
+        choices: the values that it may have; () = any in the range.
+        default: where nothing is said.
+        kinds: types of its values: a subset of float, int, bool, str, None.
+    """
+
+    meaning: str
+    unit: str = ""
+    low: int | float | None = None
+    high: int | float | None = None
+    above: int | float | None = None
+    below: int | float | None = None
+    choices: tuple[Any, ...] = ()
+    default: Any = None
+    kinds: tuple[type, ...] = ()
+
+    @property
+    def range(self) -> str:
+        """The allowed values in words; "" where any number is.
+
+        >>> Option("", low=0, below=0.5).range, Option("", above=0).range
+        ('in [0, 0.5)', 'above 0')
+        """
+        if self.choices:
+            return "one of " + ", ".join(map(repr, self.choices))
+        first = f"[{self.low:g}" if self.low is not None else f"({self.above or 0:g}"
+        last = f"{self.high:g}]" if self.high is not None else f"{self.below or 0:g})"
+        bounds = {
+            "at least": self.low,
+            "above": self.above,
+            "at most": self.high,
+            "below": self.below,
+        }
+        given = [f"{word} {bound:g}" for word, bound in bounds.items() if bound is not None]
+        return f"in {first}, {last}" if len(given) == 2 else "".join(given)
+
+    def __repr__(self) -> str:
+        """Say it all: what ``help()`` shows of an annotation."""
+        return repr("; ".join(part for part in (self.meaning, self.unit, self.range) if part))
+
+    def accepts(self, value: Any) -> bool:
+        """Tell whether a value has the type and lies in the range."""
+        if value is None:
+            return types.NoneType in self.kinds
+        if self.choices:
+            return value in self.choices
+        if bool in self.kinds:
+            return isinstance(value, (bool, np.bool_))
+        kind = numbers.Real if float in self.kinds else numbers.Integral
+        if isinstance(value, bool) or not isinstance(value, kind):
+            return False
+        number = float(value)
+        return (
+            (self.low is None or number >= self.low)
+            and (self.high is None or number <= self.high)
+            and (self.above is None or number > self.above)
+            and (self.below is None or number < self.below)
+        )
+
+    def check(self, name: str, value: Any) -> None:
+        """Raise a ValueError, with the range, where a value is not accepted."""
+        if not self.accepts(value):
+            kinds = " or ".join(
+                "None" if kind is types.NoneType else kind.__name__ for kind in self.kinds
+            )
+            expected = self.range if self.choices else f"{kinds} {self.range}".strip()
+            raise ValueError(f"{name} = {value!r}: expected {expected}")
+
+
+def declared(options: type["Options"]) -> dict[str, Option]:
+    """Read the options of a class."""
+    return {
+        field.name: read(field.type, field.default)
+        for field in sorted(dataclasses.fields(options), key=lambda x: x.name not in options.own)
+    }
+
+
+def read(annotation: Any, default: Any = None) -> Option:
+    """Make an Option whole from an ``Annotated[type, Option]`` and a default."""
+    kind, option = get_args(annotation)
+    choices = get_args(kind) if get_origin(kind) is Literal else ()
+    kinds = tuple({type(choice) for choice in choices}) or get_args(kind) or (kind,)
+    return dataclasses.replace(option, default=default, choices=choices, kinds=kinds)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """A frozen value whose fields are options."""
+
+    own: ClassVar[tuple[str, ...]] = ()  # fields that are listed before those inherited
+
+    def values(self) -> dict[str, Any]:
+        """Return every option with its value."""
+        return {name: getattr(self, name) for name in declared(type(self))}
+
+
+Kind = TypeVar("Kind", bound=Options)
+
+
+def make(kind: type[Kind], values: Mapping[str, Any]) -> Kind:
+    """Make a value of the options that it has among those given; the others keep their defaults.
+
+    Raises:
+        ValueError: one of them is out of range.
+    """
+    own = {name: option for name, option in declared(kind).items() if name in values}
+    for name, option in own.items():
+        option.check(name, values[name])
+    return kind(**{name: values[name] for name in own})
