@@ -3,7 +3,7 @@
 
 python -m align_jax.export --workdir=DIR --output=HF_DIR [--step=latest|best|N]
 [--dtype=bfloat16] [--adapter]
-python -m align_jax.export --model=HF_DIR --output=HF_DIR          the round trip through our weights
+python -m align_jax.export --model=HF_DIR --output=HF_DIR      the round trip through our weights
 """
 
 from __future__ import annotations

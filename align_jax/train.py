@@ -67,26 +67,28 @@ def make_evaluation(
     """
     if run.held_out is None:
         return None
+
+    def sampled(state: Any, frozen: Any) -> dict[str, float]:
+        return source.evaluate(weights_of(state, frozen))
+
     if run.eval is None:
-        return lambda state, frozen: source.evaluate(weights_of(state, frozen))
-    batches, step = (
-        batches_of(run, run.eval, run.held_out),
-        partitioning.jit_eval_step(run.step_spec, run.mesh),
-    )
+        return sampled
+    batches = batches_of(run, run.eval, run.held_out)
+    step = partitioning.jit_eval_step(run.step_spec, run.mesh)
 
     def evaluate(state: Any, frozen: Any) -> dict[str, float]:
         sums = None
         for batch in batches(0):
             sums = metrics.add_sums(sums, step(state, frozen, put_batch(run.mesh, batch)))
-        return metrics.means(sums)
+        return metrics.means(sums or {})
 
     return evaluate
 
 
 def rows_of(run: Run, batch: Any) -> str:
     """Name the rows of a batch (this process's), for an error's reader."""
-    places = [run.examples[i].source for i in batch.example_index.tolist() if i >= 0]
-    return ", ".join(places[:8]) + (f" and {len(places) - 8} more" if len(places) > 8 else "")
+    rows = [run.examples[i].source for i in batch.example_index.tolist() if i >= 0]
+    return ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
 
 
 def train(config: ConfigDict | Config, workdir: str) -> dict[str, float]:
@@ -190,7 +192,11 @@ def loop(
                 )
             raise
 
+    def newest_weights() -> Weights:
+        return weights_of(state, frozen)
+
     def evaluate_at(step: int) -> dict[str, float]:
+        assert evaluation is not None
         values = {f"eval/{name}": value for name, value in evaluation(state, frozen).items()}
         recorder.write(step, values)
         recorder.note(summary(step, values))
@@ -203,10 +209,7 @@ def loop(
     with debug.traced(folder / "profile", config.debug.profile_steps) as before:
         for step in range(first + 1, run.total_steps + 1):
             before(step)
-            recent = {
-                step - 1: recent.get(step - 1),
-                step: batches.next(lambda: weights_of(state, frozen)),
-            }
+            recent = {step - 1: recent.get(step - 1), step: batches.next(newest_weights)}
             batch = put_batch(run.mesh, recent[step])
             with jax.transfer_guard("disallow"):
                 state, values = train_step(state, frozen, batch)

@@ -24,6 +24,7 @@ fi
 export JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 HF_HUB_OFFLINE=1
 .venv/bin/python -m ruff check
 .venv/bin/python -m ruff format --check
+.venv/bin/python -m mypy
 # One process a core; each begins with a stretch of neighbors, which share what they compile.
 .venv/bin/python -m pytest -rsfE --durations=15 --numprocesses=auto --maxprocesses=4 --dist=worksteal \
   ${tests[@]+"${tests[@]}"} "$@"

@@ -130,11 +130,12 @@ _KINDS: Mapping[Any, tuple[tuple[type, ...], str]] = {
 def _type_mistake(value: Any, expected: Any) -> str:
     origin: Any = typing.get_origin(expected) or expected
     classes, name = _KINDS.get(origin, ((Mapping,), "a dict"))
-    if not isinstance(value, classes) or (isinstance(value, bool) and origin is not bool):
+    fits = isinstance(value, classes) and not (isinstance(value, bool) and origin is not bool)
+    if not fits:
         return f"expected {name}"
     if origin is tuple:
         inner = typing.get_args(expected)[0]
-        found = [problem for item in value if (problem := _type_mistake(item, inner))]
+        found = [problem for item in tuple(value) if (problem := _type_mistake(item, inner))]
         return f"{found[0]} in each place" if found else ""
     return ""
 

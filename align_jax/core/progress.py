@@ -27,7 +27,7 @@ SHOWN = (
 def summary(values: Values) -> dict[str, str]:
     """Pick the few metrics that fit on a line: word -> formatted number.
 
-    >>> summary({"loss": 0.69314, "rewards/accuracies": 0.5, "tokens_per_second": 12345.6, "grad_norm": 1.0})
+    >>> summary({"loss": 0.69314, "rewards/accuracies": 0.5, "tokens_per_second": 12345.6})
     {'loss': '0.6931', 'accuracy': '0.5', 'tokens/s': '12,346'}
     """
     words: dict[str, str] = {}

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A run, from its config: what ``train``, ``plan``, ``export``, ``sample`` and ``evaluate`` share.
 
-config ─ resolve_config ─► terms, tokenizer, models ─ prepare ─► data, step_spec, specs of the parameters ─► Run
-                                            └─ restore ─► what a run has trained
+    config ─ resolve_config ─► terms, tokenizer, models ─ prepare ─► data, specs ─► Run
+
+What a run has trained is read back in ``runs.trained``.
 """
 
 from __future__ import annotations

@@ -83,6 +83,10 @@ class Offline:
         """Return this process's next batch, whatever the weights."""
         return next(self._batches)
 
+    def evaluate(self, weights: Any) -> dict[str, float]:
+        """Sample held-out prompts: a data set's held-out examples have the eval step instead."""
+        raise AssertionError("a fixed data set has no prompts to sample")
+
     def save(self, workdir: Any, step: int, kept: Sequence[int] = ()) -> dict[str, Any]:
         """Return what a checkpoint has to hold beside the step: nothing."""
         return {}
@@ -93,7 +97,7 @@ class Offline:
 
 def make_source(run: Run, first: int, saved: dict[str, Any]) -> Offline | Rollouts:
     """Return where the loop's batches come from, going on after ``first`` steps."""
-    if run.resolved.rollouts is None:
+    if isinstance(run.train, Pipeline):
         return Offline(batches_of(run, run.train, run.examples)(first))
     if saved:
         run.train.restore(run.workdir, saved)
