@@ -270,8 +270,8 @@ def make_feedback(
     unscored = next((one for one in samples if "reward" not in one), None)
     if unscored is not None:
         raise ValueError(
-            f"the sample with prompt_id {unscored['prompt_id']}, sample_id "
-            f"{unscored['sample_id']} has no reward; give --rewards"
+            f"the sample with prompt_id {unscored['prompt_id']}, sample_id {unscored['sample_id']} "
+            "has no reward; give --rewards"
         )
     if kind == "scalar":
         return scalar(samples, round_number)

@@ -224,8 +224,8 @@ def html_table(rows: Sequence[Sequence[str]]) -> str:
 
 
 STYLE = (
-    "body{font:14px sans-serif;margin:2em}table{border-collapse:collapse;margin:1em 0}"
-    "td,th{border:1px solid #ccc;padding:3px 8px;text-align:left}img{max-width:48%}"
+    "body{font:14px sans-serif;margin:2em}table{border-collapse:collapse;margin:1em "
+    "0}td,th{border:1px solid #ccc;padding:3px 8px;text-align:left}img{max-width:48%}"
 )
 
 

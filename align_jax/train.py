@@ -243,8 +243,8 @@ def loop(
                     )
             if stopping and not done:
                 recorder.note(
-                    f"stopped by a signal after step {step}, which is saved; the same "
-                    "command resumes"
+                    f"stopped by a signal after step {step}, which is saved; the same command "
+                    "resumes"
                 )
                 break
     return last_eval
@@ -268,9 +268,8 @@ def describe(run: Run) -> list[str]:
         initialize.count(run.state_specs.frozen),
     )
     return [
-        f"{run.config.objective.name}: {run.train.num_examples} examples, {run.total_steps} "
-        "steps of "
-        f"{shape.groups} groups in {shape.rows} rows of {shape.length} tokens",
+        f"{run.config.objective.name}: {run.train.num_examples} examples, {run.total_steps} steps "
+        f"of {shape.groups} groups in {shape.rows} rows of {shape.length} tokens",
         f"parameters: {trained:,} trained, {frozen:,} frozen; devices: {jax.device_count()} "
         f"{jax.devices()[0].device_kind} {mesh or ''}",
         "data: "

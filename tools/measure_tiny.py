@@ -108,8 +108,7 @@ def table(results: dict[str, dict]) -> str:
         row, entry = results[name], objective(name)
         data = "samples" if row["metric"] == "reward up" else entry.data
         text += (
-            f"| {name} | {data} | {row['metric']} | {row['before']:.3f} | "
-            f"{row['after']:.3f} | "
+            f"| {name} | {data} | {row['metric']} | {row['before']:.3f} | {row['after']:.3f} | "
             f"{row['seconds']:.0f} | {entry.paper} |\n"
         )
     return text

@@ -157,8 +157,8 @@ def train_line(config: str, row: dict[str, Any]) -> str:
     )
     flops = row["flops"]["model"] / 1e15
     return (
-        f"| {config} | {row['topology']} | {mesh} | {used} | {parts} | {flops:.2f} | {moved} "
-        f"| {bound} | {times} |"
+        f"| {config} | {row['topology']} | {mesh} | {used} | {parts} | {flops:.2f} | {moved} | "
+        f"{bound} | {times} |"
     )
 
 
@@ -169,9 +169,8 @@ def other_line(config: str, row: dict[str, Any]) -> str:
     runs = f"{row['runs']:,}" if row["runs"] > 1 else ""
     return (
         f"| {config} | {row['topology']} | {row['program']} | {used} | "
-        f"{kinds['temporaries'] / gib:.2f}, "
-        f"{kinds.get('cache', 0) / gib:.2f} | {moved} | {bound} | "
-        f"{row['seconds']['exposed']:.3f} | {runs} |"
+        f"{kinds['temporaries'] / gib:.2f}, {kinds.get('cache', 0) / gib:.2f} | {moved} | {bound} "
+        f"| {row['seconds']['exposed']:.3f} | {runs} |"
     )
 
 

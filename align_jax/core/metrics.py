@@ -98,12 +98,10 @@ def check_finite(values: Values, *, step: int, saved: int | None, position: str)
     }
     if bad:
         raise FloatingPointError(
-            f"step {step}: {', '.join(f'{name} is {value}' for name, value in bad.items())}. "
-            f"Last good checkpoint: {'none' if saved is None else f'step {saved}'}. Rows: "
-            f"{position}. "
-            "Look at these rows, lower optimizer.learning_rate or optimizer.clip_norm, or find "
-            "the operation with "
-            "--config.debug.nan_check=True"
+            f"step {step}: {', '.join(f'{name} is {value}' for name, value in bad.items())}. Last "
+            f"good checkpoint: {'none' if saved is None else f'step {saved}'}. Rows: {position}. "
+            "Look at these rows, lower optimizer.learning_rate or optimizer.clip_norm, or find the "
+            "operation with --config.debug.nan_check=True"
         )
 
 
@@ -208,9 +206,8 @@ class TensorBoard:
             import tensorboardX
         except ImportError as error:
             raise ModuleNotFoundError(
-                "log.tensorboard needs tensorboardX: pip install "
-                "'align_jax[tensorboard]', "
-                "or set log.tensorboard=False"
+                "log.tensorboard needs tensorboardX: pip install 'align_jax[tensorboard]', or set "
+                "log.tensorboard=False"
             ) from error
         self._writer = tensorboardX.SummaryWriter(
             folder, purge_step=start_step + 1 if start_step else None

@@ -87,8 +87,8 @@ class LoraOptions(Checked):
     dora: bool = option(False, "train each column's norm too (arXiv 2402.09353)")
     path: str = option(
         "",
-        "a PEFT adapter to start from; its rank, alpha, targets and kind then hold (rank: 0 or "
-        "the same)",
+        "a PEFT adapter to start from; its rank, alpha, targets and kind then hold (rank: 0 or the "
+        "same)",
     )
 
 

@@ -37,8 +37,8 @@ class Limits:
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
             raise ValueError(
-                f"config.data.truncation = {self.policy!r} is unknown"
-                f"{nearest(self.policy, POLICIES)}"
+                f"config.data.truncation = {self.policy!r} is "
+                f"unknown{nearest(self.policy, POLICIES)}"
             )
         if self.max_length < 2:
             raise ValueError(f"max_length = {self.max_length}: expected at least 2 tokens")

@@ -265,8 +265,8 @@ class Generator:
         for i, request in enumerate(requests):
             if not 0 < len(request.prompt) < self._max_length:
                 raise ValueError(
-                    f"request {i}: its prompt has {len(request.prompt)} tokens; expected from 1 "
-                    f"to {self._max_length - 1}, so that one new token fits"
+                    f"request {i}: its prompt has {len(request.prompt)} tokens; expected from 1 to "
+                    f"{self._max_length - 1}, so that one new token fits"
                 )
         found: list[list[Completion]] = [[] for _ in requests]
         for call in self._plan(requests):

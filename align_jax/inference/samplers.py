@@ -167,8 +167,8 @@ def adjust(
     if "repetition_penalty" in filters:
         if seen is None:
             raise ValueError(
-                "a repetition penalty needs `seen`, the tokens of the prompt and the completion "
-                "so far"
+                "a repetition penalty needs `seen`, the tokens of the prompt and the completion so "
+                "far"
             )
         logits = penalize(logits, seen, settings.repetition_penalty)
     greedy = (settings.temperature == 0)[:, None]

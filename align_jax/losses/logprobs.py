@@ -69,8 +69,8 @@ def at_last(x: Float[Array, "N T"], batch: Batch) -> Float[Array, "B R"]:
     """
     if batch.last_index is None:
         raise ValueError(
-            "scores need batch.last_index [B, R], the index of each response's last "
-            "token; it is None"
+            "scores need batch.last_index [B, R], the index of each response's last token; it is "
+            "None"
         )
     index = batch.last_index.reshape(x.shape[0], -1)  # [B, R] -> [N, S]
     return jnp.take_along_axis(x, index, axis=1).reshape(batch.last_index.shape)

@@ -66,8 +66,8 @@ def splash(
     """
     if prefix_ids is not None and window is not None:
         raise ValueError(
-            "splash attention has no sliding window over shared prefixes; use "
-            "another row of ATTENTION"
+            "splash attention has no sliding window over shared prefixes; use another row of "
+            "ATTENTION"
         )
     mesh = jax.sharding.get_abstract_mesh()
     sizes = {"sequence": 1, "tensor": 1} if mesh.empty else dict(mesh.shape)

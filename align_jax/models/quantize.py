@@ -193,8 +193,8 @@ def quantized_shapes(
             out[path] = _abstract(leaf, method, role, path, wrong)
     if wrong:
         raise ValueError(
-            f"nf4 needs an axis of which every device holds a multiple of {BLOCK} "
-            "(use int8, or split the model less):\n  " + "\n  ".join(wrong)
+            f"nf4 needs an axis of which every device holds a multiple of {BLOCK} (use int8, or "
+            "split the model less):\n  " + "\n  ".join(wrong)
         )
     return unflatten(out)
 

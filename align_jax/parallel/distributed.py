@@ -62,8 +62,8 @@ def detect(environment: Mapping[str, str], tpu: bool) -> Processes:
         missing = [name for name in EXPLICIT if name not in given]
         if missing:
             raise ValueError(
-                f"{sorted(given)} are set, {missing} are not: set all three, or "
-                "none to let JAX find out"
+                f"{sorted(given)} are set, {missing} are not: set all three, or none to let JAX "
+                "find out"
             )
         address, count, index = (given[name] for name in EXPLICIT)
         if not count.isdigit() or not index.isdigit() or not int(index) < int(count):
@@ -154,9 +154,8 @@ def start(*, wait_seconds: int | None = None, heartbeat_seconds: int | None = No
         this = f"process {found.process_id} of {found.num_processes}"
     with deadline(
         f"{this} waited {wait} s for its peers at the coordinator "
-        f"{found.coordinator or '(found by JAX)'} in "
-        "vain: are all processes started, with the same address, and is the port open "
-        "between the hosts?",
+        f"{found.coordinator or '(found by JAX)'} in vain: are all processes started, with the "
+        "same address, and is the port open between the hosts?",
         wait,
     ):
         try:
@@ -249,8 +248,8 @@ def stop_signal() -> Iterator[Callable[[int], bool]]:
             raise KeyboardInterrupt
         notices.append(signal.Signals(number).name)
         print(
-            f"align_jax: {notices[-1]}: saving after this step, then stopping (Ctrl-C again: "
-            "stop at once)",
+            f"align_jax: {notices[-1]}: saving after this step, then stopping (Ctrl-C again: stop "
+            "at once)",
             file=sys.stderr,
             flush=True,
         )

@@ -46,9 +46,8 @@ def mesh_shape(sizes: Mapping[str, int], devices: int) -> tuple[int, ...]:
         shape[shape.index(-1)] = devices // fixed
     elif fixed != devices:
         raise ValueError(
-            f"mesh {dict(zip(AXES, shape))} needs {fixed} devices, there are "
-            f"{devices}; "
-            "set one axis to -1 to take the rest"
+            f"mesh {dict(zip(AXES, shape))} needs {fixed} devices, there are {devices}; set one "
+            "axis to -1 to take the rest"
         )
     return tuple(shape)
 

@@ -58,8 +58,8 @@ def spec(
         mesh_axes = () if name is None else rules[name]
         if used & set(mesh_axes):
             raise KeyError(
-                f"logical axes {axes}: mesh axes {sorted(used & set(mesh_axes))} "
-                "would be used twice"
+                f"logical axes {axes}: mesh axes {sorted(used & set(mesh_axes))} would be used "
+                "twice"
             )
         used |= set(mesh_axes)
         entries.append(

@@ -40,9 +40,9 @@ def table(estimate: CostEstimate, advice: Sequence[str] = ()) -> str:
     split = [f"{axis}={size}" for axis, size in estimate.mesh.items() if size > 1]
     state = "fits" if estimate.fits else "DOES NOT FIT"
     lines = [
-        f"{estimate.topology.name}: {estimate.topology.chips} chips, "
-        f"mesh {' '.join(split) or 'one device'}: {state} "
-        f"(compiled in {estimate.compile_seconds:.0f} s)",
+        f"{estimate.topology.name}: {estimate.topology.chips} chips, mesh "
+        f"{' '.join(split) or 'one device'}: {state} (compiled in {estimate.compile_seconds:.0f} "
+        "s)",
         f"  HBM a device   {_bytes(memory.used)} of {memory.capacity / GIB:.2f}, "
         f"{memory.free / GIB:.2f} free",
     ]
@@ -53,8 +53,8 @@ def table(estimate: CostEstimate, advice: Sequence[str] = ()) -> str:
     ]
     lines.append(
         f"  FLOPs a step   {_count(flops.model):>9}  ({_count(flops.model / flops.tokens)}a token; "
-        f"policy {_count(flops.policy)}, reference {_count(flops.reference)}, "
-        f"statistics {_count(flops.statistics)}); recomputed besides {_count(flops.recomputed)}"
+        f"policy {_count(flops.policy)}, reference {_count(flops.reference)}, statistics "
+        f"{_count(flops.statistics)}); recomputed besides {_count(flops.recomputed)}"
     )
     if estimate.fits:
         lines += _communication(estimate) + _times(estimate)
@@ -83,8 +83,8 @@ def _times(estimate: CostEstimate) -> list[str]:
     lines = ["  seconds a step at the peaks: " + ", ".join(alone)]
     for name, value in (("overlapped", estimate.overlapped), ("exposed", estimate.exposed)):
         lines.append(
-            f"    {name:<11}{value:8.3f} s {estimate.flops.tokens / value:12,.0f} tokens/s   "
-            f"MFU {estimate.mfu(value):.1%}"
+            f"    {name:<11}{value:8.3f} s {estimate.flops.tokens / value:12,.0f} tokens/s   MFU "
+            f"{estimate.mfu(value):.1%}"
         )
     return lines
 

@@ -70,9 +70,8 @@ def describe_topology(name: str) -> Topology:
     known = [key for key, chip in CHIPS.items() if chip.kind.startswith("TPU")]
     if not match or match[2] not in known:
         raise ValueError(
-            f"topology {name!r}: expected CHIP:AxB or CHIP:AxBxC, with 2* before it "
-            "for two slices, and "
-            f"CHIP one of {', '.join(known)}; for instance v5e:8x8, v5p:2x2x2, "
+            f"topology {name!r}: expected CHIP:AxB or CHIP:AxBxC, with 2* before it for two "
+            f"slices, and CHIP one of {', '.join(known)}; for instance v5e:8x8, v5p:2x2x2, "
             "2*v6e:16x16"
         )
     if importlib.util.find_spec("libtpu") is None:

@@ -83,8 +83,7 @@ def adapter(config: Config, model_config: ModelConfig) -> LoraConfig | None:
     lora, _ = peft.load(options.path, model_config)
     if options.rank not in (0, lora.rank):
         raise ValueError(
-            f"config.model.lora.rank = {options.rank}, but the adapter "
-            f"{options.path!r} has rank "
+            f"config.model.lora.rank = {options.rank}, but the adapter {options.path!r} has rank "
             f"{lora.rank}; leave the rank at 0"
         )
     return dataclasses.replace(lora, dropout=options.dropout)
@@ -117,28 +116,22 @@ def resolve_config(config: Config, devices: int) -> ResolvedConfig:
     )
     if len(tokenizer) > model_config.vocab_size:
         raise ValueError(
-            f"the tokenizer {config.tokenizer or config.model.path!r} has "
-            f"{len(tokenizer)} tokens, the "
-            f"model's vocabulary only {model_config.vocab_size}; use the model's "
-            "own tokenizer"
+            f"the tokenizer {config.tokenizer or config.model.path!r} has {len(tokenizer)} tokens, "
+            f"the model's vocabulary only {model_config.vocab_size}; use the model's own tokenizer"
         )
     if config.max_length > model_config.max_positions:
         raise ValueError(
-            f"config.max_length = {config.max_length} exceeds the "
-            f"{model_config.max_positions} positions "
-            "of the model (max_position_embeddings)"
+            f"config.max_length = {config.max_length} exceeds the {model_config.max_positions} "
+            "positions of the model (max_position_embeddings)"
         )
     if config.reference.mode == "cached" and any("kl" in term.needs for term in terms):
         raise ValueError(
-            "config.reference.mode = 'cached' keeps token log-probabilities; the "
-            "objective "
-            f"{config.objective.name!r} needs whole distributions of the reference; "
-            "use in_graph"
+            "config.reference.mode = 'cached' keeps token log-probabilities; the objective "
+            f"{config.objective.name!r} needs whole distributions of the reference; use in_graph"
         )
     if config.reference.mode == "cached" and any(term.objective.mismatched for term in terms):
         raise ValueError(
-            "config.reference.mode = 'cached' does not hold the mismatched pairs "
-            "of the objective "
+            "config.reference.mode = 'cached' does not hold the mismatched pairs of the objective "
             f"{config.objective.name!r}; use in_graph, or kto_zero"
         )
     lora = adapter(config, model_config)
@@ -148,8 +141,7 @@ def resolve_config(config: Config, devices: int) -> ResolvedConfig:
     kind = data_kind(terms)
     if kind == "rollout" and not config.rewards:
         raise ValueError(
-            f"the objective {config.objective.name!r} learns from the policy's own "
-            "samples: "
+            f"the objective {config.objective.name!r} learns from the policy's own samples: "
             "config.rewards must name at least one reward, such as {'length': 1.0}"
         )
     rollouts = make_rollout_config(terms, config) if config.rewards else None

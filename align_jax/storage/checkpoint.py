@@ -479,8 +479,8 @@ def _read_here(path: epath.Path, abstract_state: Any) -> tuple[dict[str, Any], A
         more = f" and {len(problems) - 20} more" if len(problems) > 20 else ""
         raise MismatchError(
             f"checkpoint {path} is of another model or optimizer: "
-            f"{'; '.join(problems[:20])}{more}. "
-            "Use the configuration that wrote it, or another workdir"
+            f"{'; '.join(problems[:20])}{more}. Use the configuration that wrote it, or another "
+            "workdir"
         )
     record = ocp.JsonCheckpointHandler().restore(path / "extra")
     return record, handler.restore(path / "state", args=ocp.args.StandardRestore(abstract_state))

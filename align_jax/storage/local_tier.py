@@ -424,8 +424,8 @@ def _newest_complete(
                 return _Choice(step, saved_mesh, holders)
         if jax.process_index() == 0:
             _log.warning(
-                "local checkpoint of step %s is not used: processes %s have lost their shards, "
-                "and no other replica holds them",
+                "local checkpoint of step %s is not used: processes %s have lost their shards, and "
+                "no other replica holds them",
                 step,
                 [process for process in range(len(offers)) if process not in found],
             )

@@ -109,8 +109,8 @@ def make_shared_folder(folder: epath.Path) -> None:
     on_first_process(token.parent.rmtree, folder)
     if missing:
         raise ValueError(
-            f"workdir {folder.parent}: not all processes see the same folder"
-            f"{'' if seen else ' (this one does not)'}; use a shared mount or gs://..."
+            f"workdir {folder.parent}: not all processes see the same "
+            f"folder{'' if seen else ' (this one does not)'}; use a shared mount or gs://..."
         )
 
 

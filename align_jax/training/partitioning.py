@@ -49,8 +49,8 @@ def trainable(
     for pattern in freeze:
         if not any(re.search(pattern, path) for path in leaves):
             raise ValueError(
-                f"config.model.freeze: {pattern!r} matches no parameter; paths are "
-                f"like {min(leaves)!r}"
+                f"config.model.freeze: {pattern!r} matches no parameter; paths are like "
+                f"{min(leaves)!r}"
             )
     trained = {
         path: leaf
@@ -60,8 +60,8 @@ def trainable(
     }
     if not trained:
         raise ValueError(
-            f"nothing is left to train: config.model.freeze = {tuple(freeze)} "
-            "matches every parameter"
+            f"nothing is left to train: config.model.freeze = {tuple(freeze)} matches every "
+            "parameter"
         )
     return unflatten(trained), unflatten(
         {path: leaf for path, leaf in leaves.items() if path not in trained}

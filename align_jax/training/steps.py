@@ -258,8 +258,8 @@ def split(batch: Batch, parts: int) -> Batch:
     units = min(rows, groups)  # the smallest pieces that hold whole rows and whole groups
     if units % parts:
         raise ValueError(
-            f"a batch of {units} units (rows with whole groups) does not divide "
-            f"into {parts} microbatches"
+            f"a batch of {units} units (rows with whole groups) does not divide into {parts} "
+            "microbatches"
         )
 
     def interleave(x: jax.Array) -> jax.Array:

@@ -306,8 +306,8 @@ PLAIN = [
     (
         "alpaca",
         {"instruction": "i", "output": "c"},
-        "Below is an instruction that describes a task. Write a response that "
-        "appropriately completes the request.\n\n### Instruction:\ni\n\n### Response:\n",
+        "Below is an instruction that describes a task. Write a response that appropriately "
+        "completes the request.\n\n### Instruction:\ni\n\n### Response:\n",
         ("c",),
     ),
 ]

@@ -19,9 +19,9 @@ with np.load(GOLDEN) as _file:
 HEADER = json.loads(ARRAYS.pop("cases").item())
 CASES = HEADER["cases"]
 ADVICE = (
-    "our loss and TRL {trl}'s differ: find out which formula is right; if TRL's has "
-    "changed on purpose, make the "
-    "golden anew with tools/make_trl_goldens.py in a commit of its own that gives the reason"
+    "our loss and TRL {trl}'s differ: find out which formula is right; if TRL's has changed on "
+    "purpose, make the golden anew with tools/make_trl_goldens.py in a commit of its own that "
+    "gives the reason"
 ).format(**HEADER["versions"])
 # all loss types of DPOTrainer, KTOTrainer, CPOTrainer, ORPOTrainer, RewardTrainer, SFTTrainer, ...
 TRL_OBJECTIVES = {

@@ -26,8 +26,8 @@ def gemma2_fields(full: Mapping[str, Any]) -> dict[str, Any]:
     """
     if full.get("use_bidirectional_attention"):
         raise ValueError(
-            f"{full['model_type']}: use_bidirectional_attention is not supported: a "
-            "decoder is expected"
+            f"{full['model_type']}: use_bidirectional_attention is not supported: a decoder is "
+            "expected"
         )
     return dict(
         norm_offset=True,

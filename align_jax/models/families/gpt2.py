@@ -24,8 +24,7 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
         or not full["scale_attn_weights"]
     ):
         raise ValueError(
-            "gpt2: scale_attn_by_inverse_layer_idx and add_cross_attention must be "
-            "false and "
+            "gpt2: scale_attn_by_inverse_layer_idx and add_cross_attention must be false and "
             "scale_attn_weights true; other variants are not supported"
         )
     hidden_size = full["n_embd"]

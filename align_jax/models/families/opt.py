@@ -25,9 +25,8 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
         or not (full["enable_bias"] and full["layer_norm_elementwise_affine"])
     ):
         raise ValueError(
-            "opt: do_layer_norm_before, enable_bias and "
-            "layer_norm_elementwise_affine must be true and "
-            "word_embed_proj_dim equal to hidden_size (opt-350m is not supported)"
+            "opt: do_layer_norm_before, enable_bias and layer_norm_elementwise_affine must be true "
+            "and word_embed_proj_dim equal to hidden_size (opt-350m is not supported)"
         )
     return decoder_config(
         hf,

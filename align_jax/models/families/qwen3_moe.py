@@ -20,9 +20,8 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     full = complete(hf)
     if full["mlp_only_layers"] or full["decoder_sparse_step"] != 1:
         raise ValueError(
-            "qwen3_moe: every layer must have experts (mlp_only_layers [], "
-            "decoder_sparse_step 1); got "
-            f"{full['mlp_only_layers']} and {full['decoder_sparse_step']}"
+            "qwen3_moe: every layer must have experts (mlp_only_layers [], decoder_sparse_step 1); "
+            f"got {full['mlp_only_layers']} and {full['decoder_sparse_step']}"
         )
     return decoder_config(
         hf,
