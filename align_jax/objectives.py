@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Print the table of objectives: ``python -m align_jax.objectives [NAME ...] [--json=FILE]``."""
+"""Print the table of objectives, with the meaning, unit, range and default of every option.
+
+python -m align_jax.objectives [NAME ...] [--json=FILE]
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+from align_jax.core.choose import choose
 from align_jax.losses import OBJECTIVES
 
 
@@ -16,14 +20,11 @@ def rows(names: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Return the table's rows as plain values; all of them, or the named ones in that order.
 
     Raises:
-        KeyError: an unknown name.
+        ValueError: an unknown name.
     """
-    unknown = [name for name in names if name not in OBJECTIVES]
-    if unknown:
-        raise KeyError(f"unknown objectives {unknown}; known: {list(OBJECTIVES)}")
     found = []
     for name in names or OBJECTIVES:
-        row = OBJECTIVES[name]
+        row = choose(OBJECTIVES, name, "objective")
         found.append(
             {
                 "name": name,
@@ -34,6 +35,7 @@ def rows(names: Sequence[str] = ()) -> list[dict[str, Any]]:
                 "metric": row.metric,
                 "paper": row.paper,
                 "options": row.options,
+                "meanings": {name: option.text for name, option in row.declared.items()},
             }
         )
     return found
@@ -41,22 +43,15 @@ def rows(names: Sequence[str] = ()) -> list[dict[str, Any]]:
 
 def text(table: Sequence[dict[str, Any]]) -> str:
     """Lay rows out for reading, one block an objective."""
-    blocks = []
+    lines = []
     for row in table:
-        options = ", ".join(f"{name}={value!r}" for name, value in row["options"].items()) or "none"
         needs = f", needs {', '.join(row['needs'])}" if row["needs"] else ""
         reference = "with a reference" if row["reference"] else "no reference"
-        blocks.append(
-            "\n".join(
-                [
-                    f"{row['name']:<18} {row['formula']}",
-                    f"{'':<18} {row['data']}, {reference}{needs}; improves {row['metric']}; "
-                    f"{row['paper']}",
-                    f"{'':<18} options: {options}",
-                ]
-            )
-        )
-    return "\n".join(blocks)
+        facts = f"{row['data']}, {reference}{needs}; improves {row['metric']}; {row['paper']}"
+        lines += [f"{row['name']:<18} {row['formula']}", f"{'':<18} {facts}"]
+        for name, default in row["options"].items():
+            lines.append(f"{'':<18} {f'{name}={default!r}':<29} {row['meanings'][name]}")
+    return "\n".join(lines)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -71,8 +66,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     try:
         table = rows(arguments.names)
-    except KeyError as error:
-        parser.error(error.args[0])
+    except ValueError as error:
+        parser.error(str(error))
     print(text(table))
     if arguments.json:
         arguments.json.write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n")

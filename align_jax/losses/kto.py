@@ -81,7 +81,8 @@ class UnpairedLoss(Loss):
 
     beta: Beta = 0.1
     desirable_weight: Annotated[
-        float, Option("w_D: of desirable responses; see ``kto.balance_warning``", low=0)
+        float,
+        Option("w_D: of desirable responses; w_D n_D / (w_U n_U) is to be in [1, 4/3]", low=0),
     ] = 1.0
     undesirable_weight: Annotated[float, Option("w_U: of undesirable responses", low=0)] = 1.0
 

@@ -11,12 +11,15 @@ value out of range is refused.  Modules that declare options do without
 """
 
 import dataclasses
+import math
 import numbers
 import types
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin
 
 import numpy as np
+
+WORDS: dict[type, str] = {float: "a number", int: "an integer", bool: "True or False"}
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -52,20 +55,30 @@ class Option:
         """
         if self.choices:
             return "one of " + ", ".join(map(repr, self.choices))
-        first = f"[{self.low:g}" if self.low is not None else f"({self.above or 0:g}"
-        last = f"{self.high:g}]" if self.high is not None else f"{self.below or 0:g})"
-        bounds = {
-            "at least": self.low,
-            "above": self.above,
-            "at most": self.high,
-            "below": self.below,
-        }
-        given = [f"{word} {bound:g}" for word, bound in bounds.items() if bound is not None]
-        return f"in {first}, {last}" if len(given) == 2 else "".join(given)
+        given = [
+            f"{word} {bound:g}"
+            for word, bound in (
+                ("at least", self.low),
+                ("above", self.above),
+                ("at most", self.high),
+                ("below", self.below),
+            )
+            if bound is not None
+        ]
+        if len(given) < 2:
+            return "".join(given)
+        first = f"({self.above:g}" if self.low is None else f"[{self.low:g}"
+        last = f"{self.below:g})" if self.high is None else f"{self.high:g}]"
+        return f"in {first}, {last}"
+
+    @property
+    def text(self) -> str:
+        """Meaning, unit and range, in a line."""
+        facts = ", ".join(part for part in (self.unit, self.range) if part)
+        return f"{self.meaning} ({facts})" if facts else self.meaning
 
     def __repr__(self) -> str:
-        """Say it all: what ``help()`` shows of an annotation."""
-        return repr("; ".join(part for part in (self.meaning, self.unit, self.range) if part))
+        return repr(self.text)  # what ``help()`` shows of an annotation
 
     def accepts(self, value: Any) -> bool:
         """Tell whether a value has the type and lies in the range."""
@@ -80,7 +93,8 @@ class Option:
             return False
         number = float(value)
         return (
-            (self.low is None or number >= self.low)
+            not math.isnan(number)
+            and (self.low is None or number >= self.low)
             and (self.high is None or number <= self.high)
             and (self.above is None or number > self.above)
             and (self.below is None or number < self.below)
@@ -88,12 +102,13 @@ class Option:
 
     def check(self, name: str, value: Any) -> None:
         """Raise a ValueError, with the range, where a value is not accepted."""
-        if not self.accepts(value):
-            kinds = " or ".join(
-                "None" if kind is types.NoneType else kind.__name__ for kind in self.kinds
-            )
-            expected = self.range if self.choices else f"{kinds} {self.range}".strip()
-            raise ValueError(f"{name} = {value!r}: expected {expected}")
+        if self.accepts(value):
+            return
+        expected = self.range
+        if not self.choices:
+            words = [f"{WORDS[kind]} {self.range}".strip() for kind in self.kinds if kind in WORDS]
+            expected = " or ".join([*words, "None"] if types.NoneType in self.kinds else words)
+        raise ValueError(f"{name} = {value!r}: expected {expected}")
 
 
 def declared(options: type["Options"]) -> dict[str, Option]:

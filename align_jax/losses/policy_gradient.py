@@ -152,7 +152,10 @@ class Grpo(KlLoss):
     own = ("loss_type", "importance", "epsilon_low", "epsilon_high", "delta")
     loss_type: Annotated[
         Literal["grpo", "bnpo", "dr_grpo", "dapo", "luspo"],
-        Option("how token losses become a group's; see ``help`` for formulas"),
+        Option(
+            "token losses are averaged by response (grpo), over all tokens (bnpo, dapo), summed over "
+            "max_length (dr_grpo), or summed (luspo)"
+        ),
     ] = "grpo"
     importance: Annotated[
         Literal["token", "sequence"],

@@ -113,7 +113,7 @@ def cpo(
     beta: Beta = 0.1,
     label_smoothing: LabelSmoothing = 0.0,
     form: Annotated[
-        Literal["sigmoid", "hinge", "ipo"], Option("of the loss; see ``help`` for formulas")
+        Literal["sigmoid", "hinge", "ipo"], Option("a logistic loss, a hinge, or ipo's square")
     ] = "sigmoid",
 ) -> Float[Array, "B"]:
     """Compute CPO's preference term; its NLL of the chosen response is the term that ``alpha``

@@ -21,7 +21,10 @@ from align_jax.losses.options import Option, Options, read
 
 Advantages = Annotated[
     Literal["gae", "group", "leave_one_out", "batch", "global"],
-    Option("how advantages are made of scores; see ``help(targets.make_targets)``"),
+    Option(
+        "of values, over the group's mean, over the group's others, over the batch's mean, or of "
+        "normalized rewards to go"
+    ),
 ]
 Gamma = Annotated[float, Option("γ: discount per token", low=0, high=1)]
 WhitenAdvantages = Annotated[bool, Option("to mean 0 and variance 1 over all tokens")]
@@ -47,7 +50,7 @@ class KlRolloutOptions(RolloutOptions):
         float, Option("of the KL in the reward; 0 = no reference is run", unit="of reward per nat")
     ] = 0.05
     kl_estimator: Annotated[
-        Literal["k1", "k2", "k3"], Option("of the KL in the reward; see ``advantages.kl_estimate``")
+        Literal["k1", "k2", "k3"], Option("of the KL: l, l²/2 or e^(-l) - 1 + l of a log-ratio l")
     ] = "k1"
     kl_target: Annotated[
         float | None,

@@ -3,6 +3,7 @@
 refused or absent here."""
 
 import json
+import pydoc
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ import pytest
 from align_jax import losses, objectives
 from align_jax.core.metrics import divide
 from align_jax.losses import kto, pairs
+from align_jax.losses.options import declared
 
 
 def test_a_sum_of_objectives_is_the_weighted_sum():
@@ -75,6 +77,34 @@ def test_unknown_names_and_options_are_errors(name, options, words):
 def test_values_out_of_range_are_errors(name, options, words):
     with pytest.raises(ValueError, match=words):
         cases.total(losses.resolve(name, options), cases.make_problem(name))
+
+
+@pytest.mark.parametrize("name", losses.OBJECTIVES)
+def test_every_option_says_its_meaning_to_help_and_accepts_its_default(name):
+    row = losses.OBJECTIVES[name]
+    assert row.declared.keys() <= losses.describe_options(name).keys()
+    for option, known in row.declared.items():
+        assert known.meaning and known.kinds and known.accepts(known.default), option
+    shown = pydoc.render_doc(row.loss, renderer=pydoc.plaintext)
+    for option in declared(row.loss).values():
+        assert option.meaning.replace("'", "") in shown.replace("'", "").replace("\\", "")
+
+
+@pytest.mark.parametrize(
+    "name, options, expected",
+    [
+        ("dpo", {"beta": 0}, "beta = 0: expected a number above 0"),
+        ("dpo", {"label_smoothing": 0.5}, r"expected a number in \[0, 0.5\)"),
+        ("dpo", {"wpo": 2}, "wpo = 2: expected True or False"),
+        ("grpo", {"max_length": 1.5}, "max_length = 1.5: expected an integer at least 1 or None"),
+        ("grpo", {"epochs": 0}, "epochs = 0: expected an integer at least 1"),
+        ("kto", {"kl_scope": "device"}, "expected one of 'global', 'microbatch'"),
+        ("dpo", {"sft_coef": "1"}, "sft_coef = '1': expected a number"),
+    ],
+)
+def test_a_value_out_of_range_is_refused_with_the_range(name, options, expected):
+    with pytest.raises(ValueError, match=f"objective '{name}': .*{expected}"):
+        losses.resolve(name, options)
 
 
 def test_sums_over_different_kinds_of_data_are_errors():
@@ -285,6 +315,9 @@ def test_the_program_prints_every_row_and_writes_json(tmp_path, capsys):
     assert [row["name"] for row in rows] == list(losses.OBJECTIVES)
     for row in rows:
         assert row["name"] in printed and row["formula"] in printed and row["paper"] in printed
-        assert set(row["options"]) == set(losses.OBJECTIVES[row["name"]].options)
+        known = losses.OBJECTIVES[row["name"]].declared
+        assert row["options"].keys() == row["meanings"].keys() == known.keys()
+        for option in known.values():
+            assert option.meaning in printed and option.range in printed
     with pytest.raises(SystemExit):
         objectives.main(["dp0"])
