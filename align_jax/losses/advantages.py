@@ -323,12 +323,12 @@ def overlong_penalty(
     return jnp.clip(-over, -1.0, 0.0)
 
 
-SCORE_CARRY = {"count": 0.0, "mean": 0.0, "variance": 0.0}
+FIRST_MOMENTS = {"count": 0.0, "mean": 0.0, "variance": 0.0}
 
 
 def normalize_scores(
     scores: Float[Array, "B R"],
-    carry: dict[str, Any],
+    running: dict[str, Any],
     *,
     shift_mean: bool = True,
     clip: float | None = None,
@@ -338,22 +338,22 @@ def normalize_scores(
 
     Args:
         scores: [B, R].
-        carry: the moments so far; ``SCORE_CARRY`` at first.
+        running: the moments so far; ``FIRST_MOMENTS`` at first.
         shift_mean: take the running mean off as well.
         clip: in units after scaling; None: off.
 
     Returns:
-        The scores and the new carry.
+        The scores, and the moments with these among them.
 
-    >>> found, carry = normalize_scores(jnp.array([[1.0, 3.0]]), SCORE_CARRY)
-    >>> found.round(3).tolist(), float(carry["mean"])
+    >>> found, running = normalize_scores(jnp.array([[1.0, 3.0]]), FIRST_MOMENTS)
+    >>> found.round(3).tolist(), float(running["mean"])
     ([[-1.0, 1.0]], 2.0)
     """
-    before, size = jnp.asarray(carry["count"], jnp.float32), float(scores.size)
+    before, size = jnp.asarray(running["count"], jnp.float32), float(scores.size)
     count = before + size
-    gap = scores.mean() - jnp.asarray(carry["mean"], jnp.float32)
-    mean = carry["mean"] + gap * size / count
-    spread = jnp.asarray(carry["variance"], jnp.float32) * before + scores.var() * size
+    gap = scores.mean() - jnp.asarray(running["mean"], jnp.float32)
+    mean = running["mean"] + gap * size / count
+    spread = jnp.asarray(running["variance"], jnp.float32) * before + scores.var() * size
     variance = (spread + jnp.square(gap) * before * size / count) / count
     scaled = (scores - mean if shift_mean else scores) * jax.lax.rsqrt(variance + 1e-8)
     if clip is not None:

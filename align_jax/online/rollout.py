@@ -288,7 +288,7 @@ class Rollouts:
         self._maker, self._config, self._held_out = maker, maker.config, held_out
         self.shape = maker.shape
         kl_coef = float((maker.config.targets or {}).get("kl_coef", 0.0))
-        self._next = RolloutState(0, kl_coef, dict(estimators.SCORE_CARRY))
+        self._next = RolloutState(0, kl_coef, dict(estimators.FIRST_MOMENTS))
         self._now: Rollout | None = None
         self._slice = 0  # the next one of the rollout now
         # when the rollout now was asked for, on the monotonic clock

@@ -113,14 +113,14 @@ def test_adaptive_coefficient_moves_towards_the_target():
 
 
 def test_running_moments_equal_those_of_all_scores():
-    rng, carry, seen = np.random.default_rng(0), advantages.SCORE_CARRY, []
+    rng, running, seen = np.random.default_rng(0), advantages.FIRST_MOMENTS, []
     for size in (3, 5, 2):
         batch = rng.normal(2.0, 3.0, (size, 2)).astype(np.float32)
         seen.append(batch)
-        found, carry = advantages.normalize_scores(jnp.asarray(batch), carry, clip=1.5)
+        found, running = advantages.normalize_scores(jnp.asarray(batch), running, clip=1.5)
         every = np.concatenate(seen)
-        np.testing.assert_allclose(carry["mean"], every.mean(), rtol=1e-5)
-        np.testing.assert_allclose(carry["variance"], every.var(), rtol=1e-5)
+        np.testing.assert_allclose(running["mean"], every.mean(), rtol=1e-5)
+        np.testing.assert_allclose(running["variance"], every.var(), rtol=1e-5)
         expected = np.clip((batch - every.mean()) / np.sqrt(every.var() + 1e-8), -1.5, 1.5)
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
