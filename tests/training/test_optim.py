@@ -8,7 +8,7 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from align_jax.core.options import OptimizerOptions
+from align_jax.core.options import CheckpointOptions, OptimizerOptions
 from align_jax.core.tree import flatten
 from align_jax.models.roles import Role
 from align_jax.parallel.mesh import make_mesh
@@ -195,9 +195,9 @@ def test_masked_and_partitioned_states_are_checkpointed(name, tmp_path):
     specs = optim.state_shardings(optimizer, drawn(0), shardings, mesh)
     state = jax.device_put(updates(optimizer, drawn(0))[1], specs)
     wanted = {"opt_state": with_shardings(jax.eval_shape(lambda: state), specs)}
-    with Checkpoints(tmp_path) as checkpoints:
+    with Checkpoints(tmp_path, CheckpointOptions()) as checkpoints:
         assert checkpoints.save(2, {"opt_state": state})
-    with Checkpoints(tmp_path) as checkpoints:
+    with Checkpoints(tmp_path, CheckpointOptions()) as checkpoints:
         again = checkpoints.restore(wanted).state["opt_state"]
     assert jax.tree.structure(again) == jax.tree.structure(state)
     jax.tree.map(np.testing.assert_array_equal, again, state)
