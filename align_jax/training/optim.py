@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -171,20 +171,58 @@ def muon(options: OptimizerOptions, rate: Schedule, roles: Roles) -> optax.Gradi
     """
 
     def axes(role: Role, parameter: Any) -> optax.contrib.MuonDimensionNumbers:
-        first = role.leading + role.inputs
-        inputs, outputs = range(role.leading, first), range(first, parameter.ndim)
-        return optax.contrib.MuonDimensionNumbers(tuple(inputs), tuple(outputs))
+        outputs = parameter.ndim - role.leading - role.inputs
+        first = -role.inputs - outputs  # from the end, and so in a layer too
+        return optax.contrib.MuonDimensionNumbers(
+            tuple(range(first, -outputs)), tuple(range(-outputs, 0))
+        )
 
+    layer = jax.tree.map(lambda role: dataclasses.replace(role, leading=role.leading - 1), roles)
     matrices = optax.contrib.muon(
         rate,
         beta=MUON_MOMENTUM,
         weight_decay=options.weight_decay,
         mu_dtype=jnp.dtype(options.moment_dtype),
-        muon_weight_dimension_numbers=by_role(roles, axes),
+        muon_weight_dimension_numbers=by_role(layer, axes),
         consistent_rms=MUON_RMS,
     )
     labels = by_role(roles, lambda role, _: "muon" if role.hidden_matrix else "adamw")
-    return optax.partition({"muon": matrices, "adamw": adamw(options, rate, roles)}, labels)
+    parts = {"muon": layer_by_layer(matrices), "adamw": adamw(options, rate, roles)}
+    return optax.partition(parts, labels)
+
+
+def layer_by_layer(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Let a transformation see one layer after another of parameters that are stacked by layers.
+
+    What it gathers of a matrix to multiply it, each device then holds of one layer at a time.
+    """
+
+    def update(updates: Tree, state: Tree, params: Tree = None) -> tuple[Tree, Tree]:
+        names = flatten(updates)
+        leaves, structure = jax.tree_util.tree_flatten_with_path(state)
+        stacked = [parameter_of(path, names) is not None for path, _ in leaves]
+
+        def step(_: Any, layer: Tree) -> tuple[Tree, Tree]:
+            updates, params, own = layer
+            own = iter(own)
+            here = [next(own) if one else leaf for one, (_, leaf) in zip(stacked, leaves)]
+            updates, after = inner.update(updates, jax.tree.unflatten(structure, here), params)
+            kept, shared = _divided(jax.tree.leaves(after), stacked)
+            return shared, (updates, kept)
+
+        # counts and the like move on once: each layer starts from what they were
+        kept, shared = _divided([leaf for _, leaf in leaves], stacked)
+        shared, (updates, kept) = jax.lax.scan(step, shared, (updates, params, kept))
+        mine, others = iter(kept), iter(shared)
+        found = [next(mine) if one else next(others) for one in stacked]
+        return updates, jax.tree.unflatten(structure, found)
+
+    return optax.GradientTransformation(inner.init, update)
+
+
+def _divided(leaves: Sequence[Any], chosen: Sequence[bool]) -> tuple[list[Any], list[Any]]:
+    pairs = list(zip(leaves, chosen))
+    return [leaf for leaf, one in pairs if one], [leaf for leaf, one in pairs if not one]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,14 +284,28 @@ def make_optimizer(
 # ------------------------------------------------------------------------------ its state
 
 
+def parameter_of(path: tuple[Any, ...], parameters: Container[str]) -> str | None:
+    """Return the parameter that a leaf of an optimizer's state belongs to; None: to none.
+
+    It is the one with whose path the leaf's own ends, wrapped, masked or partitioned as the state
+    may be.
+
+    Args:
+        path: of the leaf, as JAX gives it.
+        parameters: "layers/mlp/up/kernel"-like paths.
+    """
+    keys = [str(key.key) if isinstance(key, jax.tree_util.DictKey) else "" for key in path]
+    ends = ("/".join(keys[start:]) for start in range(len(keys)))  # the longest first
+    return next((end for end in ends if end in parameters), None)
+
+
 def state_shardings(
     optimizer: optax.GradientTransformation, params: Tree, shardings: Tree, mesh: Mesh
 ) -> Tree:
     """Shard the optimizer's state as its parameters, whatever trees it keeps of them.
 
-    A leaf of the state belongs to the parameter with whose path its own path ends, wrapped,
-    masked or partitioned as the state may be; where their shapes differ (factored moments), and
-    where a leaf belongs to none (counts, hyperparameters), it is replicated.
+    Where a leaf has another shape than its parameter (factored moments), and where it belongs to
+    none (counts, hyperparameters), it is replicated.
 
     Args:
         optimizer: the transformation.
@@ -265,11 +317,7 @@ def state_shardings(
     own, shapes = flatten(shardings), flatten(params)
 
     def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        keys = [str(key.key) if isinstance(key, jax.tree_util.DictKey) else "" for key in path]
-        for start in range(len(keys)):  # the longest end first
-            name = "/".join(keys[start:])
-            if name in own:
-                return own[name] if leaf.shape == shapes[name].shape else replicated
-        return replicated
+        name = parameter_of(path, own)
+        return own[name] if name and leaf.shape == shapes[name].shape else replicated
 
     return jax.tree_util.tree_map_with_path(sharding, jax.eval_shape(optimizer.init, params))
