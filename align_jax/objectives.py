@@ -6,14 +6,16 @@ python -m align_jax.objectives [NAME ...] [--json=FILE]
 
 from __future__ import annotations
 
-import argparse
 import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+from absl import flags
+
 from align_jax.core.choose import choose
 from align_jax.losses import OBJECTIVES
+from align_jax.runs import command
 
 
 def rows(names: Sequence[str] = ()) -> list[dict[str, Any]]:
@@ -54,24 +56,15 @@ def text(table: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Print the table, and write it as JSON where asked."""
-    parser = argparse.ArgumentParser(
-        prog="python -m align_jax.objectives", description="Print the objectives."
-    )
-    parser.add_argument("names", nargs="*", help="objectives to print; all by default")
-    parser.add_argument(
-        "--json", metavar="FILE", type=pathlib.Path, help="write the rows to FILE as well"
-    )
-    arguments = parser.parse_args(argv)
-    try:
-        table = rows(arguments.names)
-    except ValueError as error:
-        parser.error(str(error))
+def main(names: Sequence[str]) -> None:
+    """Run from the command line."""
+    table = rows(names)
     print(text(table))
-    if arguments.json:
-        arguments.json.write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n")
+    if flags.FLAGS.json:
+        written = json.dumps(table, indent=1, ensure_ascii=False) + "\n"
+        pathlib.Path(flags.FLAGS.json).write_text(written)
 
 
 if __name__ == "__main__":
-    main()
+    flags.DEFINE_string("json", None, "Write the rows to this file as well.")
+    command.run(main, arguments="names of objectives; none = all")

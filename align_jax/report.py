@@ -11,7 +11,6 @@ on.
 
 from __future__ import annotations
 
-import argparse
 import base64
 import html
 import json
@@ -21,9 +20,11 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from absl import flags
 from etils import epath
 
 from align_jax.core.metrics import read_rows
+from align_jax.runs import command
 from align_jax.storage.workdir import flat
 
 # A panel's title -> the metrics drawn in it, if a run has them (an evaluation's, drawn with
@@ -255,30 +256,22 @@ def write(runs: Sequence[Run], output: str, *, smooth: int = 1, image: str = "sv
     return folder / "report.md"
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(workdirs: Sequence[str]) -> None:
     """Run from the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m align_jax.report",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("workdir", nargs="+", help="--workdir of a run: a local path or gs://...")
-    parser.add_argument("--output", required=True, help="folder to write to")
-    parser.add_argument(
-        "--smooth", type=int, default=1, help="rows to average over in the training curves"
-    )
-    parser.add_argument(
-        "--image", choices=("svg", "png"), default="svg", help="kind of the curves' files"
-    )
-    options = parser.parse_args(argv)
+    values = flags.FLAGS
+    if not workdirs:
+        raise command.Usage("name the --workdir of at least one run")
     path = write(
-        [read_run(workdir) for workdir in options.workdir],
-        options.output,
-        smooth=options.smooth,
-        image=options.image,
+        [read_run(workdir) for workdir in workdirs],
+        values.output,
+        smooth=values.smooth,
+        image=values.image,
     )
     print(f"{path} and {path.with_suffix('.html').name}")
 
 
 if __name__ == "__main__":
-    main()
+    flags.DEFINE_string("output", None, "Folder to write to.", required=True)
+    flags.DEFINE_integer("smooth", 1, "Rows to average over in the training curves.", 1)
+    flags.DEFINE_enum("image", "svg", ["svg", "png"], "Kind of the curves' files.")
+    command.run(main, arguments="workdirs of runs: local paths or gs://...")

@@ -40,19 +40,12 @@ def _run(folder, beta, offset):
 
 
 @pytest.mark.parametrize("image", ["svg", "png"])
-def test_two_runs_are_compared(tmp_path, image, capsys):
+def test_two_runs_are_compared(tmp_path, image):
     pytest.importorskip("matplotlib")
     _run(tmp_path / "a", 0.1, 0.0)
     _run(tmp_path / "b", 0.5, 0.05)
-    report.main(
-        [
-            str(tmp_path / "a"),
-            str(tmp_path / "b"),
-            f"--output={tmp_path}/out",
-            "--smooth=2",
-            f"--image={image}",
-        ]
-    )
+    runs = [report.read_run(str(tmp_path / name)) for name in "ab"]
+    assert report.write(runs, f"{tmp_path}/out", smooth=2, image=image).name == "report.md"
     text = (tmp_path / "out/report.md").read_text()
     assert "| a | dpo | tiny | 4 of 4 | 40 | 1.00 | 250 |  | 8 cpu | 0123456789 |" in text
     assert "| objective.beta | 0.1 | 0.5 |" in text and "total_steps |" not in text
@@ -62,9 +55,8 @@ def test_two_runs_are_compared(tmp_path, image, capsys):
         f"tokens_per_second.{image}",
     ]  # no panel for a metric that has no value
     assert (tmp_path / "out/report.html").read_text().count("<img") == 2
-    assert "report.md" in capsys.readouterr().out
 
 
 def test_a_folder_that_is_no_workdir_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="has no metrics.jsonl"):
-        report.main([str(tmp_path), f"--output={tmp_path}/out"])
+        report.read_run(str(tmp_path))

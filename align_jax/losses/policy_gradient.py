@@ -153,8 +153,8 @@ class Grpo(KlLoss):
     loss_type: Annotated[
         Literal["grpo", "bnpo", "dr_grpo", "dapo", "luspo"],
         Option(
-            "token losses are averaged by response (grpo), over all tokens (bnpo, dapo), summed over "
-            "max_length (dr_grpo), or summed (luspo)"
+            "token losses are averaged by response (grpo), over all tokens (bnpo, dapo), summed "
+            "over max_length (dr_grpo), or summed (luspo)"
         ),
     ] = "grpo"
     importance: Annotated[
