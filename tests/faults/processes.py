@@ -33,7 +33,7 @@ def environment(
         "HF_HUB_OFFLINE": "1",
         "TPU_SKIP_MDS_QUERY": "1",
         # compiled as the tests are; of the two counts of devices the last one holds
-        "XLA_FLAGS": os.environ.get("XLA_FLAGS", "--xla_backend_optimization_level=0")
+        "XLA_FLAGS": os.environ.get("ALIGN_JAX_TEST_FLAGS", "--xla_backend_optimization_level=0")
         + f" --xla_force_host_platform_device_count={devices}",
         "ALIGN_JAX_WAIT_SECONDS": "120",
         "ALIGN_JAX_HEARTBEAT_SECONDS": "10",
