@@ -29,8 +29,7 @@ def make_data(path: pathlib.Path) -> None:
 def start(
     folder: pathlib.Path, name: str, steps: int, count: int = 1, *overrides: str
 ) -> list[processes.Forked]:
-    """Start ``train`` in ``folder/name``, ``count`` processes of it, compiled programs shared
-    through a cache."""
+    """Start ``train`` in ``folder/name``, ``count`` processes of it."""
     data = folder / "pairs.jsonl"
     if not data.exists():
         make_data(data)
@@ -45,7 +44,6 @@ def start(
         ],
         count,
         log=folder / f"{name}.log",
-        cache=folder / "cache",
     )
 
 

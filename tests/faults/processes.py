@@ -15,6 +15,7 @@ import sys
 import time
 
 ROOT = pathlib.Path(__file__).parents[2]
+IMPORTED = ["align_jax.train", "orbax.checkpoint", "transformers.models.auto", __name__]
 
 
 def environment(
@@ -54,48 +55,19 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def start(
-    arguments: list[str], count: int = 1, *, devices: int = 1, log: pathlib.Path, **extra: str
-) -> list[subprocess.Popen]:
-    """Start ``count`` processes of ``python ARGUMENTS``; process i writes to ``LOG.i``.
-
-    Args:
-        arguments: after ``python``.
-        count: how many.
-        devices: simulated devices of each.
-        log: where the output goes.
-        extra: environment variables.
-    """
-    port, started = free_port(), []
-    for index in range(count):
-        with open(f"{log}.{index}", "w") as output:
-            started.append(
-                subprocess.Popen(
-                    [sys.executable, *arguments],
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    env=environment(count, index, port, devices=devices) | extra,
-                    cwd=ROOT,
-                )
-            )
-    return started
-
-
 class Forked:
-    """``python -m MODULE ARGUMENTS``, forked from a process that has done the imports already: five
+    """``python PROGRAM ARGUMENTS``, forked from a process that has done the imports already: five
     seconds less each.
 
     It has ``Popen``'s methods.
     """
 
-    def __init__(self, module: str, arguments: list[str], environment: dict[str, str], log: str):
+    def __init__(self, program: str, arguments: list[str], environment: dict[str, str], log: str):
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(
-            [module, "orbax.checkpoint", "transformers.models.auto", __name__]
-        )
+        context.set_forkserver_preload(IMPORTED)
         # daemon: whatever a failed test leaves behind ends with it
         self._process = context.Process(
-            target=_run, args=(module, arguments, environment, log), daemon=True
+            target=_run, args=(program, arguments, environment, log), daemon=True
         )
         self._process.start()
 
@@ -119,7 +91,7 @@ class Forked:
         os.kill(self._process.pid, number)
 
 
-def _run(module: str, arguments: list[str], environment: dict[str, str], log: str) -> None:
+def _run(program: str, arguments: list[str], environment: dict[str, str], log: str) -> None:
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
@@ -133,33 +105,48 @@ def _run(module: str, arguments: list[str], environment: dict[str, str], log: st
     jax.config.update("jax_compilation_cache_dir", environment["JAX_COMPILATION_CACHE_DIR"])
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
-    sys.argv = [module, *arguments]
+    sys.argv = [program, *arguments]
     try:
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        if program.endswith(".py"):
+            runpy.run_path(program, run_name="__main__")
+        else:
+            runpy.run_module(program, run_name="__main__", alter_sys=True)
+    except Exception:
+        sys.excepthook(*sys.exc_info())  # which may be the package's own, and end this process
+        sys.exit(1)
     finally:
         atexit._run_exitfuncs()  # as at an ordinary end: JAX takes its leave of the other processes
 
 
 def fork(
-    module: str, arguments: list[str], count: int = 1, *, log: pathlib.Path, cache: pathlib.Path
+    program: str, arguments: list[str], count: int = 1, *, devices: int = 1, log: pathlib.Path
 ) -> list[Forked]:
-    """Start ``count`` processes of ``python -m MODULE ARGUMENTS``; process i writes to ``LOG.i``.
+    """Start ``count`` processes of ``python PROGRAM ARGUMENTS``; process i writes to ``LOG.i``.
 
-    Compiled programs are kept in ``cache``, so that a restart does not compile them again.
+    Every compiled program is kept, so that a restart does not compile it again.
+
+    Args:
+        program: a module (``python -m``), or the path of a script.
+        arguments: after it.
+        count: how many.
+        devices: simulated devices of each.
+        log: where the output goes.
     """
-    port, kept = free_port(), {"JAX_COMPILATION_CACHE_DIR": str(cache)}
+    port, cache = free_port(), os.environ.get("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
+    kept = {"JAX_COMPILATION_CACHE_DIR": cache}
     return [
-        Forked(module, arguments, environment(count, index, port) | kept, f"{log}.{index}")
+        Forked(
+            program,
+            arguments,
+            environment(count, index, port, devices=devices) | kept,
+            f"{log}.{index}",
+        )
         for index in range(count)
     ]
 
 
 def wait(
-    started: list[subprocess.Popen] | list[Forked],
-    log: pathlib.Path,
-    *,
-    seconds: float = 120,
-    expect: int | None = 0,
+    started: list[Forked], log: pathlib.Path, *, seconds: float = 120, expect: int | None = 0
 ) -> list[str]:
     """Wait for all; return what they wrote.
 

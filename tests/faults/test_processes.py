@@ -12,7 +12,7 @@ WORKER = str(processes.ROOT / "tests/faults/library_worker.py")
 
 def _run(action, workdir, count, log, **options):
     return processes.wait(
-        processes.start([WORKER, action, str(workdir)], count, log=log), log, **options
+        processes.fork(WORKER, [action, str(workdir)], count, log=log), log, **options
     )
 
 
