@@ -24,7 +24,9 @@ from typing import Any, NamedTuple
 
 from jaxtyping import Bool, Float, Int
 
-Message = Mapping[str, str]  # {"role": "system" | "user" | "assistant" | "tool", "content": text}
+# {"role": "system" | "user" | "assistant" | "tool", "content": text}; what else the chat template
+# reads (tool_calls, name, reasoning_content, ...); "loss": False on a turn that is not learned
+Message = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +45,8 @@ class Example:
         source: where it came from, ``file:line`` or ``name[index]``; every error about it starts
             with this.
         extras: columns kept for rewards and for writing samples (a gold answer, an id).
+        template: what the chat template is given beside the messages: tools, documents, and keyword
+            arguments such as enable_thinking.
     """
 
     prompt: tuple[Message, ...] | str
@@ -53,6 +57,7 @@ class Example:
     weight: float = 1.0
     source: str = ""
     extras: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    template: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 class Batch(NamedTuple):

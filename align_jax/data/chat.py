@@ -16,13 +16,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
 from align_jax.core.schema import Example, Message
 from align_jax.data.tokenizer import bos_ids
+from align_jax.data.transcripts import RowError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,13 +59,15 @@ class Rendered:
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
-    """An example as token ids; ``last_turn`` and ``header`` as in Rendered, in tokens."""
+    """An example as token ids; ``last_turn`` and ``header`` as in Rendered, in tokens; ``refused``
+    says why there are none."""
 
     prompt: list[int]
     responses: tuple[list[int], ...]
     masks: tuple[list[bool], ...]
     last_turn: int
     header: int
+    refused: str = ""
 
 
 def render(example: Example, tokenizer: PreTrainedTokenizerBase) -> Rendered:
@@ -75,8 +78,9 @@ def render(example: Example, tokenizer: PreTrainedTokenizerBase) -> Rendered:
     once.
 
     Raises:
-        ValueError: messages without a chat template, or a template that renders a conversation
-            differently when it goes on (so that there is no telling prompt and response apart).
+        ValueError: messages without a chat template.
+        RowError: a template that refuses the conversation, renders it differently when it goes on
+            (so that there is no telling prompt and response apart), or loses a part of it.
     """
     if isinstance(example.prompt, str):
         return _render_text(example.prompt, example, tokenizer)
@@ -86,36 +90,129 @@ def render(example: Example, tokenizer: PreTrainedTokenizerBase) -> Rendered:
             "--config.data.chat_template, or data of prompts and responses as plain text"
         )
     prompt = list(example.prompt)
-    asked = _apply(tokenizer, prompt, True, example.source)
+    apply: Apply = functools.partial(_apply, tokenizer, source=example.source, **example.template)
+    asked = apply(prompt, header=True)
     conversations = [prompt + _turns(response) for response in example.responses]
-    texts = [_apply(tokenizer, turns, False, example.source) for turns in conversations]
+    texts = [apply(turns, header=False) for turns in conversations]
+    _check_kept(apply, example, conversations, texts)
     if not all(text.startswith(asked) for text in texts):
-        # a header that goes further than the template's own assistant turn (an opened <think>): cut
-        # where they part
-        base = _apply(tokenizer, prompt, False, example.source)
-        asked = os.path.commonprefix([asked, *texts])
-        if len(asked) < len(base):
-            raise ValueError(
-                f"{example.source}: the chat template renders the prompt differently once an "
-                f"answer follows: {base[len(asked) :][:60]!r}"
-            )
+        asked = _assistant_header(apply, example, conversations, texts)
+    if texts and _ignores_header(tokenizer):
+        _check_own_header(apply, tokenizer, prompt, asked)
     responses, closings = [], []
     for turns, text in zip(conversations, texts):
-        spans, closing = _spans(tokenizer, turns, len(prompt), text, len(asked), example.source)
+        spans, closing = _spans(tokenizer, apply, turns, len(prompt), text, len(asked), example)
         responses.append(spans)
         closings.append(closing)
-    last_turn, header = _last_turn(tokenizer, prompt, asked)
+    last_turn, header = _last_turn(apply, prompt, asked)
     return Rendered(asked, tuple(responses), last_turn, header, True, tuple(closings))
+
+
+# Keys of a message, and what the template is given beside the messages, that carry what was said.
+CONTENT_KEYS = ("tool_calls", "reasoning_content", "reasoning", "thinking")
+BESIDE = ("tools", "documents")
+STAND_IN = "\u2063words\u2063"  # an answer that no data has, to see where a template puts it
+
+
+def _check_kept(
+    apply: Apply, example: Example, conversations: list[list[Message]], texts: list[str]
+) -> None:
+    """Refuse an example of whose content the template would drop a part in silence.
+
+    A template may leave out the reasoning of earlier turns; that of the answer it must keep.
+
+    Raises:
+        RowError: naming what is not rendered.
+    """
+    for name in BESIDE:
+        if example.template.get(name):
+            without = [apply(turns, header=False, **{name: None}) for turns in conversations]
+            if texts and without == texts:
+                raise RowError(f"the chat template does not render {name}")
+    for turns, text in zip(conversations, texts):
+        for name in CONTENT_KEYS:
+            places = [i for i, turn in enumerate(turns) if turn.get(name)]
+            places = places if name == "tool_calls" else [i for i in places if i == len(turns) - 1]
+            for i in places:
+                bare = {key: value for key, value in turns[i].items() if key != name}
+                if apply([*turns[:i], bare, *turns[i + 1 :]], header=False) == text:
+                    raise RowError(f"the chat template does not render {name}")
+
+
+def _assistant_header(
+    apply: Apply, example: Example, conversations: list[list[Message]], texts: list[str]
+) -> str:
+    """Return the prompt up to where the template's own assistant turn begins.
+
+    The header that asks for an answer may go further, such as by an opened <think>.  A stand-in for
+    the answer's words shows where they begin, so that none of them is taken for the header.
+
+    Raises:
+        RowError: the template renders the prompt differently once an answer follows.
+    """
+    first = len(example.prompt)
+    headers = []
+    for turns in conversations:
+        words = {key: STAND_IN for key, value in turns[first].items() if isinstance(value, str)}
+        stand_in = {**turns[first], **words, "content": STAND_IN, "role": turns[first]["role"]}
+        headers.append(apply([*turns[:first], stand_in], header=False).partition(STAND_IN)[0])
+    base = apply(conversations[0][:first], header=False)
+    asked = min(headers, key=len)
+    if not asked.startswith(base) or not all(one.startswith(asked) for one in texts):
+        shared = os.path.commonprefix([base, *texts])
+        raise RowError(
+            "the chat template renders the prompt differently once an answer follows",
+            f"{base[len(shared) :][:60]!r} ({example.source})",
+        )
+    return asked
+
+
+@functools.lru_cache(maxsize=8)
+def _ignores_header(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Tell whether a template writes the same with and without a header asked for."""
+    probe = [{"role": "user", "content": STAND_IN}]
+    try:
+        with_header, without = (
+            _apply(tokenizer, probe, header=header, source="") for header in (True, False)
+        )
+    except RowError:
+        return True  # it wants more than a user's turn: looked at row by row
+    return with_header == without
+
+
+def _check_own_header(
+    apply: Apply, tokenizer: PreTrainedTokenizerBase, prompt: list[Message], asked: str
+) -> None:
+    """Refuse a template that writes the next turn's header after an answer, which would be learned.
+
+    Raises:
+        RowError: it does, whether a header is asked for or not.
+    """
+    if apply(prompt, header=False) != asked:
+        return
+    after_answer = _after(apply, [*prompt, {"role": "assistant", "content": STAND_IN}])
+    after_prompt = _after(apply, [*prompt[:-1], {**prompt[-1], "content": STAND_IN}])
+    specials = [one for one in _special_texts(tokenizer) if one and one in after_answer]
+    rest = after_answer
+    for special in specials:
+        rest = rest.replace(special, "")
+    if after_answer == after_prompt and (rest.strip() or len(specials) > 1):
+        raise RowError(
+            "the chat template writes the next answer's header after an answer; write it only "
+            "where add_generation_prompt is true"
+        )
+
+
+def _after(apply: Apply, messages: list[Message]) -> str:
+    """Return what the template writes after the last message's words, which are the stand-in."""
+    return apply(messages, header=False).rpartition(STAND_IN)[2]
 
 
 def _render_text(prompt: str, example: Example, tokenizer: PreTrainedTokenizerBase) -> Rendered:
     responses = []
     for text in example.responses:
         if not isinstance(text, str):
-            raise ValueError(
-                f"{example.source}: the prompt is plain text, so the responses must be plain text "
-                "too"
-            )
+            raise RowError("the prompt is plain text, so the responses must be plain text too")
         responses.append((Span(text, True, not _ends_turn(tokenizer, text)),))
     last_turn = max(prompt.rfind("\n\nHuman:"), 0)
     asks = prompt.rfind("\n\nAssistant:")
@@ -129,18 +226,32 @@ def _turns(response: str | tuple[Message, ...]) -> list[Message]:
     return list(response)
 
 
+Apply = Callable[..., str]  # (messages, header=...) -> the text that the template makes of them
+
+
 def _apply(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], header: bool, source: str
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    *,
+    header: bool,
+    source: str,
+    **template: Any,
 ) -> str:
+    """Render messages; what a template raises is the row's fault.
+
+    Raises:
+        RowError: the template refuses them.
+    """
+    turns = [{key: value for key, value in one.items() if key != "loss"} for one in messages]
     try:
         text = tokenizer.apply_chat_template(
-            [dict(message) for message in messages], tokenize=False, add_generation_prompt=header
+            turns, tokenize=False, add_generation_prompt=header, **template
         )
     # templates raise what they like: Jinja's errors, TypeError, their own messages
     except Exception as error:
-        raise ValueError(
-            f"{source}: the chat template refuses this conversation "
-            f"({[message['role'] for message in messages]}): {error}"
+        roles = [message["role"] for message in messages]
+        raise RowError(
+            "the chat template refuses the conversation", f"{source}: {roles}: {error}"
         ) from error
     return cast(str, text)
 
@@ -158,11 +269,12 @@ def _ends_turn(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
 
 def _spans(
     tokenizer: PreTrainedTokenizerBase,
+    apply: Apply,
     messages: list[Message],
     first: int,
     text: str,
     begin: int,
-    source: str,
+    example: Example,
 ) -> tuple[tuple[Span, ...], str]:
     """Cut a rendered conversation's response into spans.
 
@@ -170,13 +282,17 @@ def _spans(
          loss: true     loss: false                      loss: true
 
     Args:
-        tokenizer: has the template.
+        tokenizer: says which tokens end a turn.
+        apply: renders messages.
         messages: the conversation; the response begins with message number ``first``.
         text: as it is rendered; the response begins at ``begin``.
-        source: of the example.
+        example: what it is of.
 
     Returns:
         The spans, and what follows the last one's end.
+
+    Raises:
+        RowError: the template rewrites an answer.
     """
     last = len(messages) - 1
     while messages[last]["role"] != "assistant":
@@ -187,42 +303,53 @@ def _spans(
         if messages[index]["role"] != "assistant":
             continue
         if index > first:
-            between = len(_prefix(tokenizer, messages[:index], True, text, source))
+            between = len(_prefix(apply, messages[:index], True, text))
             spans.append(Span(closing + text[begin:between], False))
             begin = between
         end = len(text)
         if index < len(messages) - 1:
-            end = len(_prefix(tokenizer, messages[: index + 1], False, text, source))
-        turn = text[begin:end]
+            end = len(_prefix(apply, messages[: index + 1], False, text))
+        turn, learned = text[begin:end], messages[index].get("loss", True)
+        if learned:
+            _check_answer(messages[index]["content"], turn)
         body = turn.rstrip()
         ends = _ends_turn(tokenizer, body)
         # keep the answer's own white space; what the template adds comes after the end
         if not ends and turn.endswith(messages[index]["content"]):
             body = turn
-        spans.append(Span(body, True, not ends))
+        spans.append(Span(body, learned, not ends))
         closing, begin = turn[len(body) :], end
     return tuple(spans), closing
 
 
-def _prefix(
-    tokenizer: PreTrainedTokenizerBase,
-    messages: list[Message],
-    header: bool,
-    text: str,
-    source: str,
-) -> str:
-    part = _apply(tokenizer, messages, header, source)
+def _check_answer(content: str, turn: str) -> None:
+    """Refuse a template that rewrites the answer: what is learned would not be what was said.
+
+    Raises:
+        RowError: with the first words that are lost.
+    """
+    if content.strip() in turn:
+        return
+    written = set(turn.split())
+    lost = [word for word in content.split() if word not in written] or content.split()
+    raise RowError(
+        "the chat template rewrites the answer; give one that keeps it by "
+        "--config.data.chat_template, or take what it drops out of the data",
+        f"lost: {' '.join(lost[:6])!r}",
+    )
+
+
+def _prefix(apply: Apply, messages: list[Message], header: bool, text: str) -> str:
+    part = apply(messages, header=header)
     if not text.startswith(part):
-        raise ValueError(
-            f"{source}: the chat template renders turn {len(messages)} differently once another "
-            "follows; train on the last answer only (--config.data.turns=last)"
+        raise RowError(
+            f"the chat template renders turn {len(messages)} differently once another follows; "
+            "train on the last answer only (--config.data.turns=last)"
         )
     return part
 
 
-def _last_turn(
-    tokenizer: PreTrainedTokenizerBase, prompt: list[Message], asked: str
-) -> tuple[int, int]:
+def _last_turn(apply: Apply, prompt: list[Message], asked: str) -> tuple[int, int]:
     """Return where the last turn begins in the prompt, and the length of what follows its words; in
     characters."""
     content = prompt[-1]["content"].strip()
@@ -233,9 +360,9 @@ def _last_turn(
     if len(prompt) == 1:
         return 0, header
     try:
-        before = _apply(tokenizer, prompt[:-1], False, "")
+        before = apply(prompt[:-1], header=False)
     # a template may refuse a conversation of a system message alone; only truncation asks
-    except ValueError:
+    except RowError:
         before = ""
     return len(before) if asked.startswith(before) and len(before) <= at else at, header
 
@@ -311,27 +438,41 @@ def _encode_prompts(
     return found
 
 
-def encode_many(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> list[Tokens]:
+def encode_many(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, drop: bool = False
+) -> list[Tokens]:
     """Tokenize examples, many at once.
 
     Args:
         examples: the examples.
         tokenizer: the tokenizer; messages need its chat template.
+        drop: give an example that the template refuses no tokens and the reason, instead of an
+            error.
 
     Returns:
         For each its prompt ids (the same for every response), each response's ids and loss mask:
         true on the assistant's tokens, the one that ends the turn included.
 
     Raises:
-        ValueError: as ``render``.
+        ValueError: as ``render``, with the example's place.
     """
-    rendered = [render(example, tokenizer) for example in examples]
+    rendered: list[Rendered] = []
+    refused: dict[int, str] = {}
+    for index, example in enumerate(examples):
+        try:
+            rendered.append(render(example, tokenizer))
+        except RowError as error:
+            if not drop:
+                hint = "--config.data.invalid=drop leaves such rows out"
+                raise ValueError(f"{example.source}: {error}; {hint}") from error
+            refused[index] = error.reason
+            rendered.append(Rendered("", ((),) * len(example.responses)))
     texts: list[str] = []
     for one in rendered:
         for spans in one.responses:
             texts += [span.text for span in spans]
     encoded = iter(_continue(tokenizer, texts))
-    made = []
+    made: list[Tokens] = []
     for one, (prompt, last_turn, header) in zip(rendered, _encode_prompts(rendered, tokenizer)):
         responses, masks = [], []
         for spans in one.responses:
@@ -345,7 +486,8 @@ def encode_many(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase)
                 mask[0] = False  # nothing precedes the first token, so nothing predicts it
             responses.append(ids)
             masks.append(mask)
-        made.append(Tokens(prompt, tuple(responses), tuple(masks), last_turn, header))
+        reason = refused.get(len(made), "")
+        made.append(Tokens(prompt, tuple(responses), tuple(masks), last_turn, header, reason))
     return made
 
 

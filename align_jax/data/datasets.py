@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import json
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -111,6 +111,8 @@ def load(
         items += made
         ends.append(len(items))
         digests.append(rows.digest)
+    if not any(example.weight for example in items):
+        raise ValueError(f"{', '.join(specs)}: all {len(items)} examples have the weight 0")
     inputs = [digests, kind, chat, seed, limit, [getattr(options, name) for name in _READ]]
     return Examples(
         kind,
@@ -131,7 +133,17 @@ def _of_kind(
 ) -> list[Example]:
     """Convert one source's examples to the kind wanted, counting those left out."""
     made = [_reshape(example, options) for example in rows.examples]
-    made = conversions.convert(made, rows.kind, kind, options, seed=seed)
+    try:
+        made = conversions.convert(made, rows.kind, kind, options, seed=seed)
+    except ValueError as error:
+        columns = formats.columns_for(kind, rows.fields)
+        hint = f"; perhaps --config.data.columns='{json.dumps(columns)}'" if columns else ""
+        raise ValueError(
+            f"{rows.where}: a row with the fields {sorted(rows.fields)}, read as format "
+            f"{rows.format!r}: {error}{hint}"
+        ) from error
+    if kind == "pairs":
+        counts["identical answers"] += sum(one.responses[0] == one.responses[1] for one in made)
     if kind == "ranked" and options.responses:
         made, few = conversions.take_responses(made, options.responses)
         counts["dropped: too few responses"] += few
@@ -165,7 +177,9 @@ def hold_out(
         return examples, None
     of_prompt: dict[str, list[int]] = collections.defaultdict(list)
     for index, example in enumerate(examples.items):
-        of_prompt[json.dumps(example.prompt, default=str)].append(index)
+        # plain texts have no prompt: each stands for itself
+        held_by = example.prompt or example.responses
+        of_prompt[json.dumps(held_by, default=str)].append(index)
     if len(of_prompt) < 2:
         raise ValueError(
             f"config.data.eval_fraction = {fraction}: all {len(examples)} examples have the same "
@@ -219,6 +233,9 @@ class _Rows(NamedTuple):
     examples: list[Example]
     kind: str
     digest: str
+    format: str
+    where: str  # of the first row
+    fields: Collection[str]
 
 
 def _read(
@@ -258,7 +275,7 @@ def _read(
                 raise ValueError(
                     f"{where}: {error}; --config.data.invalid=drop leaves such rows out"
                 ) from error
-            counts[f"dropped: {error}"] += 1
+            counts[f"dropped: {error.reason}"] += 1
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{where}: {error}") from error
         else:
@@ -266,16 +283,20 @@ def _read(
     if dataset is not None and dataset.keep is not None:
         before, examples = len(examples), list(dataset.keep(examples, training, seed))
         counts["dropped: the data set's own filter"] += before - len(examples)
-    return _Rows(examples, kind, f"{spec}={source.digest}")
+    digest = f"{spec}={source.digest}"
+    return _Rows(examples, kind, digest, format, source.where(0), source[0].keys())
+
+
+DETECT_ROWS = 64  # rows that are looked at together: a field may be null in the first
 
 
 def _detect(source: Source, columns: Mapping[str, str]) -> str:
-    where = source.where(0)
-    row = _rename(source[0], columns, where)
+    indices = range(min(len(source), DETECT_ROWS))
+    rows = [_rename(source[index], columns, source.where(index)) for index in indices]
     try:
-        return formats.detect(row)
+        return formats.detect(rows)
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
+        raise ValueError(f"{source.where(0)}: {error}") from error
 
 
 def _reshape(example: Example, options: DataOptions) -> Example:

@@ -43,6 +43,7 @@ class Encoded:
         header: how many tokens at the prompt's end ask for the answer.
         label, scores, margin, weight: as in Example; ``scores`` is NaN where there are none.
         prompt_key: equal for equal prompts.
+        refused: why the chat template refused a group, whose tokens are then empty; else "".
     """
 
     prompt_ids: Int[np.ndarray, "p"]
@@ -57,6 +58,7 @@ class Encoded:
     margin: Float[np.ndarray, "G"]
     weight: Float[np.ndarray, "G"]
     prompt_key: Int[np.ndarray, "G"]
+    refused: np.ndarray
 
     @property
     def groups(self) -> int:
@@ -114,13 +116,15 @@ def encode_all(
     path, control = "", list(options.control_tokens)
     if options.cache:
         inputs = [VERSION, digest, tokenizer_digest(tokenizer), responses, control, len(examples)]
+        inputs += [options.invalid]
         key = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
         path = os.path.join(options.cache, f"tokens-{key[:24]}.npz")
         if (found := _load(path)) is not None:
             return found
     if processes is None:
         processes = min(os.cpu_count() or 1, len(examples) // 20_000)
-    encoded = _encode_all(examples, tokenizer, responses, control, processes)
+    drop = options.invalid == "drop"
+    encoded = _encode_all(examples, tokenizer, responses, control, processes, drop)
     if path:
         _save(path, encoded)
     return encoded
@@ -132,14 +136,17 @@ def _encode_all(
     responses: int,
     control: Sequence[str],
     processes: int,
+    drop: bool,
 ) -> Encoded:
-    prompts, texts, masks, turns, headers = [], [], [], [], []
-    for example, tokens in zip(examples, _tokens(examples, tokenizer, responses, processes)):
+    prompts, texts, masks, turns, headers, refused = [], [], [], [], [], []
+    made = _tokens(examples, tokenizer, responses, processes, drop)
+    for example, tokens in zip(examples, made):
+        refused.append(tokens.refused)
         prompts.append(np.asarray(tokens.prompt, np.int32))
         turns.append(tokens.last_turn)
         headers.append(tokens.header)
         for index, (ids, mask) in enumerate(zip(tokens.responses, tokens.masks)):
-            lead = _control_ids(tokenizer, control, example, index)
+            lead = [] if tokens.refused else _control_ids(tokenizer, control, example, index)
             texts.append(np.asarray(lead + ids, np.int32))
             masks.append(np.asarray([False] * len(lead) + mask, np.bool_))
     missing = (float("nan"),) * responses
@@ -157,6 +164,7 @@ def _encode_all(
         margin=np.asarray([example.margin for example in examples], np.float32),
         weight=np.asarray([example.weight for example in examples], np.float32),
         prompt_key=np.asarray([_key(prompt) for prompt in prompts], np.int64),
+        refused=np.asarray(refused, np.str_),
     )
 
 
@@ -166,7 +174,11 @@ def _key(prompt: np.ndarray) -> int:
 
 
 def _tokens(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, responses: int, processes: int
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    responses: int,
+    processes: int,
+    drop: bool,
 ) -> Iterator[chat.Tokens]:
     for example in examples:
         if len(example.responses) != responses:
@@ -178,29 +190,30 @@ def _tokens(
     chunks = [examples[start : start + _CHUNK] for start in range(0, len(examples), _CHUNK)]
     if processes < 2:
         for chunk in chunks:
-            yield from chat.encode_many(chunk, tokenizer)
+            yield from chat.encode_many(chunk, tokenizer, drop=drop)
         return
     # spawned, not forked: the parent may hold an accelerator's threads
     with concurrent.futures.ProcessPoolExecutor(
         processes,
         mp_context=multiprocessing.get_context("spawn"),
         initializer=_start,
-        initargs=(tokenizer,),
+        initargs=(tokenizer, drop),
     ) as pool:
         for made in pool.map(_encode_chunk, chunks):
             yield from made
 
 
-_TOKENIZER: list[PreTrainedTokenizerBase] = []  # of a tokenizing process
+_TOKENIZER: list[tuple[PreTrainedTokenizerBase, bool]] = []  # of a tokenizing process
 
 
-def _start(tokenizer: PreTrainedTokenizerBase) -> None:
+def _start(tokenizer: PreTrainedTokenizerBase, drop: bool) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _TOKENIZER.append(tokenizer)
+    _TOKENIZER.append((tokenizer, drop))
 
 
 def _encode_chunk(chunk: Sequence[Example]) -> list[chat.Tokens]:
-    return chat.encode_many(chunk, _TOKENIZER[0])
+    tokenizer, drop = _TOKENIZER[0]
+    return chat.encode_many(chunk, tokenizer, drop=drop)
 
 
 def _control_ids(

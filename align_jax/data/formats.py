@@ -11,7 +11,10 @@ template.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import json
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 from align_jax.core.choose import choose
 from align_jax.core.schema import Example, Message
@@ -28,7 +31,7 @@ class Format:
         kind: what a row gives: ``completions``, ``pairs``, ``ranked``, ``unpaired``, ``scored``
             (one response with a number) or ``prompts``.
         fields: a row that has all of these is taken for this format, unless an earlier one matches;
-            an alternative is written ``a|b``, a value ``type=sample``.
+            an alternative is written ``a|b``, a value ``type=sample``, a list ``output[]``.
         read: (row, has a chat template) -> an example, or several.
     """
 
@@ -44,24 +47,55 @@ class Format:
 
 
 def _has(row: Row, name: str) -> bool:
+    if name.endswith("[]"):
+        return isinstance(row.get(name[:-2]), (list, tuple))
     name, _, value = name.partition("=")
     return row.get(name) is not None and (not value or row[name] == value)
 
 
-def detect(row: Row) -> str:
-    """Return the name of the first format in the table whose fields the row has.
+def detect(rows: Sequence[Row]) -> str:
+    """Return the name of the first format in the table whose fields the rows have, taken together:
+    a field that is null in one of them is there if another has it.
 
     Raises:
-        ValueError: none; the row's fields and the known formats' are listed.
+        ValueError: none; the rows' fields and the known formats' are listed.
     """
+    together: dict[str, Any] = {}
+    for row in rows:
+        together |= {
+            name: value
+            for name, value in row.items()
+            if value is not None and together.get(name) is None
+        }
     for name, form in FORMATS.items():
-        if not form.missing(row):
+        if not form.missing(together):
             return name
+    fields = sorted({name for row in rows for name in row})
     known = "; ".join(f"{name}: {', '.join(form.fields)}" for name, form in FORMATS.items())
     raise ValueError(
-        f"no known format has only the fields {sorted(row)}; rename them by --config.data.columns, "
+        f"no known format has only the fields {fields}; rename them by --config.data.columns, "
         f"or use one of {known}"
     )
+
+
+def columns_for(kind: str, fields: Collection[str]) -> dict[str, str]:
+    """Guess which columns hold what a format of this kind needs; {} where none is near.
+
+    >>> columns_for("pairs", ["prompt", "chosen_response", "rejected_response"])
+    {'chosen': 'chosen_response', 'rejected': 'rejected_response'}
+    """
+    guesses = []
+    for form in FORMATS.values():
+        names = [] if form.kind != kind else [_plain([field])[0] for field in form.fields]
+        found = {name: _holding(name, fields) for name in names if name not in fields}
+        if found and all(found.values()):
+            guesses.append(found)
+    return min(guesses, key=len, default={})
+
+
+def _holding(name: str, fields: Collection[str]) -> str:
+    """Return the column whose name holds a field's, as chosen_response holds chosen; "" = none."""
+    return next((field for field in sorted(fields) if name in field.split("_")), "")
 
 
 def read(row: Row, name: str, *, chat: bool) -> list[Example]:
@@ -77,7 +111,10 @@ def read(row: Row, name: str, *, chat: bool) -> list[Example]:
         RowError: a response is empty, or the row contradicts itself.
     """
     form = choose(FORMATS, name, "config.data.format")
-    if missing := form.missing(row):
+    missing = form.missing(row)
+    if null := [name for name in _plain(missing) if name in row and row[name] is None]:
+        raise RowError(f"{', '.join(null)}: null")
+    if missing:
         raise ValueError(
             f"format {name!r} needs {', '.join(form.fields)}; the row has no {', '.join(missing)}, "
             f"only {sorted(row)}; name the columns by --config.data.columns"
@@ -89,15 +126,33 @@ def read(row: Row, name: str, *, chat: bool) -> list[Example]:
             raise RowError("empty response")
         if example.prompt == ():
             raise RowError("empty prompt")
+        _check_encodable(example)
     return examples
+
+
+def _plain(fields: Sequence[str]) -> list[str]:
+    """Return the names of fields, alternatives one by one."""
+    return [re.split(r"[=\[]", name)[0] for field in fields for name in field.split("|")]
+
+
+def _check_encodable(example: Example) -> None:
+    """Refuse texts that no tokenizer can read: half of a surrogate pair."""
+    for name, value in (("prompt", example.prompt), ("response", example.responses)):
+        try:
+            json.dumps(value, ensure_ascii=False, default=str).encode()
+        except UnicodeEncodeError as error:
+            raise RowError(f"{name}: a text with half a character (a lone surrogate)") from error
 
 
 def _is_empty(response: str | tuple[Message, ...]) -> bool:
     """Tell whether a response, or one of its turns of the assistant, says nothing."""
     if isinstance(response, str):
         return not response.strip()
-    turns = [message["content"] for message in response if message["role"] == "assistant"]
-    return not turns or not all(turn.strip() for turn in turns)
+    turns = [message for message in response if message["role"] == "assistant"]
+    return not turns or not all(turn["content"].strip() or turn.keys() - _WORDS for turn in turns)
+
+
+_WORDS = {"role", "content", "loss"}  # a turn that has more, such as a tool's call, says something
 
 
 FORMATS: Mapping[str, Format] = {
@@ -153,6 +208,7 @@ FORMATS: Mapping[str, Format] = {
     "messages": Format("completions", ("messages",), rows.read_conversation_completion),
     "sharegpt": Format("completions", ("conversations",), rows.read_conversation_completion),
     "completion": Format("completions", ("prompt", "completion|response"), rows.read_completion),
+    "alpaca_outputs": Format("pairs", ("instruction", "output[]"), rows.read_alpaca_outputs),
     "alpaca": Format("completions", ("instruction", "output"), rows.read_alpaca),
     "question": Format("completions", ("question", "response|answer"), rows.read_question),
     "text": Format("completions", ("text",), rows.read_text),

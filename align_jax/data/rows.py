@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from align_jax.core.choose import nearest
 from align_jax.core.schema import Example, Message
 from align_jax.data import transcripts
 from align_jax.data.transcripts import RowError
@@ -18,6 +20,7 @@ from align_jax.data.transcripts import RowError
 Row = Mapping[str, Any]
 ROLES = {
     "system": "system",
+    "developer": "system",
     "user": "user",
     "human": "user",
     "prompter": "user",
@@ -26,35 +29,135 @@ ROLES = {
     "model": "assistant",
     "bot": "assistant",
     "chatgpt": "assistant",
+    "function_call": "assistant",
     "tool": "tool",
     "observation": "tool",
     "function": "tool",
 }
+MARKS = ("weight", "train", "trainable", "loss")  # on a turn: 0 or false, and it is not learned
+TEMPLATE = ("tools", "documents", "chat_template_kwargs", "enable_thinking")  # columns it is given
+UNREADABLE = ("images", "image", "videos", "audios")  # columns that text alone cannot keep
+
+
+def kind_of(value: Any) -> str:
+    """Say what a value is in the words of JSON.
+
+    >>> kind_of([]), kind_of(True), kind_of(None), kind_of("x")
+    ('a list', 'true or false', 'null', 'a text')
+    """
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true or false"
+    if isinstance(value, (int, float)):
+        return "a number"
+    kinds = ((str, "a text"), ((list, tuple), "a list"), (Mapping, "a dict"))
+    return next((name for kind, name in kinds if isinstance(value, kind)), type(value).__name__)
+
+
+def text_of(value: Any, what: str) -> str:
+    """Read a text, or a list of text parts, which are joined.
+
+    Raises:
+        RowError: anything else, or a part that is no text (an image).
+    """
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, (list, tuple)):
+        raise RowError(f"{what}: expected a text, got {kind_of(value)}")
+    parts = []
+    for part in value:
+        if not isinstance(part, Mapping) or "type" not in part:
+            raise RowError(f"{what}: expected a text or text parts, got a list")
+        if part["type"] != "text" or not isinstance(part.get("text"), str):
+            raise RowError(
+                f"{what}: a part of type {part['type']!r} cannot be kept: text alone can"
+            )
+        parts.append(part["text"])
+    return "".join(parts)
+
+
+def number_of(value: Any, what: str, *, low: float | int = -math.inf) -> float:
+    """Read a finite number.
+
+    Raises:
+        RowError: no number, NaN, infinite, or below ``low``.
+    """
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number) or number < low:
+        least = f" of at least {low:g}" if low > -math.inf else ""
+        given = repr(value) if isinstance(value, (int, float)) else kind_of(value)
+        raise RowError(f"{what}: expected a finite number{least}, got {given}")
+    return number
 
 
 def messages(value: Any, what: str) -> tuple[Message, ...]:
     """Read a list of messages: ``role``/``content``, or ShareGPT's ``from``/``value``.
 
+    Every other key is kept for the chat template, but for the marks of a turn that is not learned.
+
     Raises:
         RowError: not a list of such messages, or an unknown role.
     """
     if isinstance(value, str) and value.lstrip().startswith("["):
-        value = json.loads(value)
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise RowError(f"{what}: a text that begins like JSON, but is none") from error
     if isinstance(value, Mapping):
         value = [value]
     if not isinstance(value, (list, tuple)):
-        raise RowError(f"{what}: expected a list of messages, got {type(value).__name__}")
-    found = []
-    for message in value:
-        role = message.get("role", message.get("from"))
-        content = message.get("content", message.get("value"))
-        if role not in ROLES or not isinstance(content, str):
-            raise RowError(
-                f"{what}: expected messages with a known role and a text, got "
-                f"{dict(message)!r:.200}"
-            )
-        found.append({"role": ROLES[role], "content": content})
-    return tuple(found)
+        raise RowError(f"{what}: expected a list of messages, got {kind_of(value)}")
+    return tuple(_message(one, what) for one in value)
+
+
+def _message(value: Any, what: str) -> Message:
+    if not isinstance(value, Mapping) or not {"role", "from"} & value.keys():
+        raise RowError(f"{what}: expected messages with role and content, got {kind_of(value)}")
+    role = value.get("role", value.get("from"))
+    name = role.lower() if isinstance(role, str) else ""
+    if name not in ROLES:
+        raise RowError(f"{what}: a role is unknown", f"{role!r}{nearest(str(role), ROLES)}")
+    taken = ("role", "from", "content", "value", *MARKS)
+    found = {
+        key: inner
+        for key, inner in value.items()
+        if key not in taken and inner is not None and inner not in ("", [], {})
+    }
+    content = value.get("content", value.get("value"))
+    if name == "function_call":
+        found, content = {"tool_calls": [_function_call(content, what)]}, ""
+    if content is None and found.get("tool_calls"):
+        content = ""
+    if not _learned(value, what):
+        found["loss"] = False
+    return {"role": ROLES[name], "content": text_of(content, f"{what}'s content"), **found}
+
+
+def _function_call(content: Any, what: str) -> dict[str, Any]:
+    """Read ShareGPT's turn that calls a function: its name and arguments as JSON."""
+    try:
+        call = json.loads(content)
+    except (TypeError, json.JSONDecodeError):
+        call = None
+    if not isinstance(call, Mapping) or not isinstance(call.get("name"), str):
+        raise RowError(f"{what}: a function_call turn is no JSON with name and arguments")
+    function = {"name": call["name"], "arguments": call.get("arguments", {})}
+    return {"type": "function", "function": function}
+
+
+def _learned(turn: Mapping[str, Any], what: str) -> bool:
+    """Tell whether a turn's marks leave it to be learned; a share of a turn is refused."""
+    for mark in MARKS:
+        value = turn.get(mark)
+        if value is not None and value not in (0, 1):
+            raise RowError(f"{what}: a turn's {mark} is neither 0 nor 1 (true, false)")
+        if value is not None and not value:
+            return False
+    return True
 
 
 def given(row: Row, *names: str) -> str:
@@ -64,8 +167,23 @@ def given(row: Row, *names: str) -> str:
 
 def system_of(row: Row) -> tuple[Message, ...]:
     """Read the row's system message, if it has one."""
-    text = row.get("system") or row.get("system_prompt")
-    return ({"role": "system", "content": text},) if text else ()
+    name = given(row, "system", "system_prompt")
+    text = row.get(name)
+    return ({"role": "system", "content": text_of(text, name)},) if text else ()
+
+
+def with_system(row: Row, turns: tuple[Message, ...]) -> tuple[Message, ...]:
+    """Put the row's system message before its turns, once.
+
+    Raises:
+        RowError: the turns begin with another one.
+    """
+    system = system_of(row)
+    if system and turns and turns[0]["role"] == "system":
+        if turns[0] != system[0]:
+            raise RowError("two different system messages: the row's own, and the messages' first")
+        return turns
+    return system + turns
 
 
 def user(text: str) -> tuple[Message, ...]:
@@ -74,14 +192,41 @@ def user(text: str) -> tuple[Message, ...]:
 
 
 def about(row: Row, *used: str) -> dict[str, Any]:
-    """Read margin and weight, and keep the columns that are not ``used``."""
+    """Read margin, weight and what the template is given; keep the columns that are not ``used``.
+
+    Raises:
+        RowError: a margin that is no number, a negative weight, or pictures and the like.
+    """
+    for name in UNREADABLE:
+        if row.get(name):
+            raise RowError(f"{name}: a column that text alone cannot keep")
     margin, weight = row.get("margin"), row.get("weight")
-    used = (*used, "margin", "weight")
+    used = (*used, "margin", "weight", *TEMPLATE)
     return {
-        "margin": 0.0 if margin is None else float(margin),
-        "weight": 1.0 if weight is None else float(weight),
+        "margin": 0.0 if margin is None else number_of(margin, "margin"),
+        "weight": 1.0 if weight is None else number_of(weight, "weight", low=0),
         "extras": {key: value for key, value in row.items() if key not in used},
+        "template": _template(row),
     }
+
+
+def _template(row: Row) -> dict[str, Any]:
+    """Read what the chat template is given beside the messages."""
+    found: dict[str, Any] = {}
+    for name in TEMPLATE:
+        value = row.get(name)
+        if isinstance(value, str) and name != "enable_thinking":
+            try:
+                value = json.loads(value)
+            except json.JSONDecodeError as error:
+                raise RowError(f"{name}: a text that is no JSON") from error
+        if name == "chat_template_kwargs" and value:
+            if not isinstance(value, Mapping):
+                raise RowError(f"{name}: expected a dict, got {kind_of(value)}")
+            found |= value
+        elif value is not None and value not in ([], ""):
+            found[name] = value
+    return found
 
 
 def prompt_of(row: Row, name: str = "prompt") -> tuple[Message, ...] | str:
@@ -89,7 +234,9 @@ def prompt_of(row: Row, name: str = "prompt") -> tuple[Message, ...] | str:
     value, system = row[name], system_of(row)
     if isinstance(value, str):
         return system + user(value) if system else value
-    return system + messages(value, name)
+    if not isinstance(value, (list, tuple, Mapping)):
+        raise RowError(f"{name}: expected a text or messages, got {kind_of(value)}")
+    return with_system(row, messages(value, name))
 
 
 def first_answer(turns: Sequence[Message]) -> int:
@@ -100,15 +247,45 @@ def first_answer(turns: Sequence[Message]) -> int:
 def response_of(
     value: Any, prompt: tuple[Message, ...] | str, what: str
 ) -> str | tuple[Message, ...]:
-    """Read a response; messages that repeat the prompt lose it; one assistant turn becomes text."""
+    """Read a response: one text, or one list of messages, which may repeat the prompt.
+
+    Messages that repeat the prompt lose it; a lone turn of the assistant that is text becomes it.
+
+    Raises:
+        RowError: anything else, or messages that begin with other turns than the prompt's.
+    """
     if isinstance(value, str):
         return value
+    is_messages = isinstance(value, (list, tuple)) and all(
+        isinstance(one, Mapping) and {"role", "from"} & one.keys() for one in value
+    )
+    if isinstance(value, Mapping) and {"role", "from"} & value.keys():
+        is_messages = True
+    if not is_messages or not value:
+        raise RowError(f"{what}: expected a text or messages, got {kind_of(value)}")
     turns = messages(value, what)
-    if isinstance(prompt, tuple) and turns[: len(prompt)] == prompt:
-        turns = turns[len(prompt) :]
+    before = user(prompt) if isinstance(prompt, str) else prompt
+    for repeated in (before, before[1:] if before and before[0]["role"] == "system" else before):
+        if repeated and turns[: len(repeated)] == repeated:
+            turns = turns[len(repeated) :]
+            break
     else:
-        turns = turns[first_answer(turns) :]
-    return turns[0]["content"] if len(turns) == 1 and turns[0]["role"] == "assistant" else turns
+        if turns[0]["role"] not in ("assistant", "tool"):
+            raise RowError(
+                f"{what}: its first turns are not the prompt's",
+                f"expected {_brief(before)} or the assistant, got {_brief(turns)}",
+            )
+    if not any(turn["role"] == "assistant" for turn in turns):
+        raise RowError(f"{what}: no turn of the assistant follows the prompt")
+    return turns[0]["content"] if len(turns) == 1 and turns[0].keys() == _PLAIN else turns
+
+
+_PLAIN = {"role", "content"}
+
+
+def _brief(turns: Sequence[Message]) -> str:
+    """Write turns on a line, their first words alone."""
+    return " / ".join(f"{turn['role']}: {turn['content'][:40]!r}" for turn in turns[:4])
 
 
 def pair_scores(row: Row) -> tuple[float, float] | None:
@@ -116,14 +293,15 @@ def pair_scores(row: Row) -> tuple[float, float] | None:
     none."""
     # SimPO's on-policy data: chosen has the highest score, rejected the lowest
     if row.get("all_rm_scores"):
-        return float(max(row["all_rm_scores"])), float(min(row["all_rm_scores"]))
+        found = [number_of(score, "all_rm_scores") for score in row["all_rm_scores"]]
+        return max(found), min(found)
     for chosen, rejected in (
         ("score_chosen", "score_rejected"),
         ("chosen_score", "rejected_score"),
         ("chosen_rating", "rejected_rating"),
     ):
         if row.get(chosen) is not None and row.get(rejected) is not None:
-            return float(row[chosen]), float(row[rejected])
+            return number_of(row[chosen], chosen), number_of(row[rejected], rejected)
     return None
 
 
@@ -141,14 +319,18 @@ def order(example: Example, row: Row) -> Example:
     """Order an example's responses from best to worst by the row's ``ranks`` (0 is best) or
     ``scores``."""
     given_scores = row.get("scores") is not None
-    values = row["scores"] if given_scores else [-float(rank) for rank in row["ranks"]]
+    name = "scores" if given_scores else "ranks"
+    if not isinstance(row[name], (list, tuple)):
+        raise RowError(f"{name}: expected a list of numbers, got {kind_of(row[name])}")
+    values = [number_of(value, name) for value in row[name]]
+    values = values if given_scores else [-value for value in values]
     if len(values) != len(example.responses):
         raise RowError(f"{len(example.responses)} responses, but {len(values)} ranks or scores")
-    best_first = sorted(range(len(values)), key=lambda i: -float(values[i]))
+    best_first = sorted(range(len(values)), key=lambda i: -values[i])
     return dataclasses.replace(
         example,
         responses=tuple(example.responses[i] for i in best_first),
-        scores=tuple(float(values[i]) for i in best_first) if given_scores else None,
+        scores=tuple(values[i] for i in best_first) if given_scores else None,
     )
 
 
@@ -157,31 +339,58 @@ def read_pairs(row: Row, chat: bool) -> Example:
     prompt."""
     name = given(row, "prompt", "conversations")
     prompt = prompt_of(row, name)
-    if isinstance(prompt, str) and not isinstance(row["chosen"], str):
-        # UltraFeedback's way: a prompt as text beside whole conversations that repeat it
-        return read_implicit({**row, "prompt": None}, chat)
-    responses = tuple(response_of(row[side], prompt, side) for side in ("chosen", "rejected"))
-    known = about(row, name, "chosen", "rejected")
-    return Example(prompt, responses, scores=pair_scores(row), **known)
+    sides = ("chosen", "rejected")
+    if isinstance(prompt, str) and not any(isinstance(row[side], str) for side in sides):
+        # UltraFeedback's way: a prompt as text beside whole conversations that begin with it
+        prompt = _shared_prompt(row, prompt)
+    responses = tuple(response_of(row[side], prompt, side) for side in sides)
+    known = about(row, name, *sides)
+    return Example(as_messages(prompt, responses), responses, scores=pair_scores(row), **known)
+
+
+def _shared_prompt(row: Row, prompt: str) -> tuple[Message, ...]:
+    """Return the turns that a text prompt's two conversations share, and that hold it."""
+    chosen, rejected = (
+        messages(value, side) if _holds_messages(value := row[side]) else ()
+        for side in ("chosen", "rejected")
+    )
+    if all(turns and turns[0]["role"] in ("user", "system") for turns in (chosen, rejected)):
+        shared, *_ = transcripts.split_messages(chosen, rejected)
+        if any(turn["content"] == prompt for turn in shared):
+            return shared
+    return user(prompt)
+
+
+def _holds_messages(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and bool(value) and isinstance(value[0], Mapping)
+
+
+def as_messages(
+    prompt: tuple[Message, ...] | str, responses: Sequence[str | tuple[Message, ...]]
+) -> tuple[Message, ...] | str:
+    """Return a prompt as messages where an answer is: a text beside them is one turn of a user."""
+    if isinstance(prompt, str) and any(not isinstance(one, str) for one in responses):
+        return user(prompt)
+    return prompt
 
 
 def read_implicit(row: Row, chat: bool) -> Example:
     """Read chosen, rejected: two conversations (texts, transcripts or messages) that begin
     alike."""
     known = {"scores": pair_scores(row), **about(row, "chosen", "rejected")}
-    if isinstance(row["chosen"], str):
+    if isinstance(row["chosen"], str) and isinstance(row["rejected"], str):
         return Example(*transcripts.split_pair(row["chosen"], row["rejected"], chat=chat), **known)
     prompt, *rests = transcripts.split_messages(
         messages(row["chosen"], "chosen"), messages(row["rejected"], "rejected")
     )
     responses = tuple(response_of(rest, (), "response") for rest in rests)
-    return Example(system_of(row) + prompt, responses, **known)
+    return Example(with_system(row, prompt), responses, **known)
 
 
 def read_conversation_completion(row: Row, chat: bool) -> Example:
     """Read messages: the assistant's turns, from the first on, are the completion."""
     name = given(row, "messages", "conversations")
-    turns = system_of(row) + messages(row[name], name)
+    turns = with_system(row, messages(row[name], name))
     first = first_answer(turns)
     if first == len(turns):
         raise RowError("no turn of the assistant")
@@ -191,17 +400,19 @@ def read_conversation_completion(row: Row, chat: bool) -> Example:
 def read_conversation_label(row: Row, chat: bool) -> Example:
     """Read messages, label: feedback on the last answer; the turns before it are context."""
     name, label = given(row, "messages", "conversations"), given(row, "label", "kto_tag")
-    turns = system_of(row) + messages(row[name], name)
+    turns = with_system(row, messages(row[name], name))
     if not turns or turns[-1]["role"] != "assistant":
         raise RowError("the labeled conversation does not end with the assistant")
     known = about(row, name, label)
-    return Example(turns[:-1], (turns[-1]["content"],), label=label_of(row[label]), **known)
+    response = response_of(turns[-1:], (), name)
+    return Example(turns[:-1], (response,), label=label_of(row[label]), **known)
 
 
 def read_completion(row: Row, chat: bool) -> Example:
     """Read prompt, completion."""
     prompt, name = prompt_of(row), given(row, "completion", "response")
-    return Example(prompt, (response_of(row[name], prompt, name),), **about(row, "prompt", name))
+    response = response_of(row[name], prompt, name)
+    return Example(as_messages(prompt, [response]), (response,), **about(row, "prompt", name))
 
 
 def read_unpaired(row: Row, chat: bool) -> Example:
@@ -209,15 +420,22 @@ def read_unpaired(row: Row, chat: bool) -> Example:
     prompt, name = prompt_of(row), given(row, "completion", "response")
     known = about(row, "prompt", name, "label")
     response = response_of(row[name], prompt, name)
-    return Example(prompt, (response,), label=label_of(row["label"]), **known)
+    label = label_of(row["label"])
+    return Example(as_messages(prompt, [response]), (response,), label=label, **known)
 
 
 def read_ranked(row: Row, chat: bool) -> Example:
     """Read prompt, responses, ranks or scores."""
     prompt = prompt_of(row)
-    responses = tuple(response_of(value, prompt, "responses") for value in row["responses"])
+    responses = tuple(response_of(one, prompt, "responses") for one in _list_of(row, "responses"))
     known = about(row, "prompt", "responses", "ranks", "scores")
-    return order(Example(prompt, responses, **known), row)
+    return order(Example(as_messages(prompt, responses), responses, **known), row)
+
+
+def _list_of(row: Row, name: str) -> Sequence[Any]:
+    if not isinstance(row[name], (list, tuple)):
+        raise RowError(f"{name}: expected a list of answers, got {kind_of(row[name])}")
+    return row[name]
 
 
 def read_only_prompt(row: Row, chat: bool) -> Example:
@@ -227,43 +445,81 @@ def read_only_prompt(row: Row, chat: bool) -> Example:
 
 def read_text(row: Row, chat: bool) -> Example:
     """Read text: all of it is learned."""
-    return Example("", (row["text"],), **about(row, "text"))
+    return Example("", (text_of(row["text"], "text"),), **about(row, "text"))
 
 
 def _alpaca_prompt(row: Row, chat: bool) -> tuple[Message, ...] | str:
-    instruction, extra = row["instruction"], row.get("input") or ""
+    instruction = text_of(row["instruction"], "instruction")
+    extra = text_of(row.get(given(row, "input", "context")) or "", "input")
+    history = _history(row)
     if chat:
-        return system_of(row) + user(f"{instruction}\n\n{extra}" if extra else instruction)
-    lead = "Below is an instruction that describes a task"
+        return with_system(
+            row, history + user(f"{instruction}\n\n{extra}" if extra else instruction)
+        )
+    if history:
+        raise RowError("history: turns need a tokenizer with a chat template")
+    lead = "".join(f"{turn['content']}\n\n" for turn in system_of(row))
+    lead += "Below is an instruction that describes a task"
     lead += ", paired with an input that provides further context. " if extra else ". "
     lead += "Write a response that appropriately completes the request.\n\n"
     given_input = f"### Input:\n{extra}\n\n" if extra else ""
     return f"{lead}### Instruction:\n{instruction}\n\n{given_input}### Response:\n"
 
 
+def _history(row: Row) -> tuple[Message, ...]:
+    """Read the earlier turns of an instruction: [[what the user said, the answer], ...]."""
+    turns: list[Message] = []
+    for pair in row.get("history") or ():
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+            raise RowError("history: expected pairs of a text and its answer")
+        said, answer = (text_of(one, "history") for one in pair)
+        turns += [*user(said), {"role": "assistant", "content": answer}]
+    return tuple(turns)
+
+
 def read_alpaca_pairs(row: Row, chat: bool) -> Example:
     """Read instruction, input, chosen, rejected."""
-    responses, known = (row["chosen"], row["rejected"]), about(row, "chosen", "rejected")
-    return Example(_alpaca_prompt(row, chat), responses, scores=pair_scores(row), **known)
+    return _alpaca_answers(row, chat, row["chosen"], row["rejected"], used=("chosen", "rejected"))
+
+
+def read_alpaca_outputs(row: Row, chat: bool) -> Example:
+    """Read instruction, input, output: the better answer and the worse."""
+    outputs = _list_of(row, "output")
+    if len(outputs) != 2:
+        raise RowError(f"output: expected two answers, the better first, got {len(outputs)}")
+    return _alpaca_answers(row, chat, *outputs, used=("output",))
+
+
+def _alpaca_answers(row: Row, chat: bool, *answers: Any, used: tuple[str, ...]) -> Example:
+    prompt = _alpaca_prompt(row, chat)
+    responses = tuple(
+        response_of(one, prompt, used[i % len(used)]) for i, one in enumerate(answers)
+    )
+    known = about(row, *used)
+    return Example(as_messages(prompt, responses), responses, scores=pair_scores(row), **known)
 
 
 def read_alpaca(row: Row, chat: bool) -> Example:
     """Read instruction, input, output."""
-    return Example(_alpaca_prompt(row, chat), (row["output"],), **about(row, "output"))
+    prompt = _alpaca_prompt(row, chat)
+    response = response_of(row["output"], prompt, "output")
+    return Example(as_messages(prompt, [response]), (response,), **about(row, "output"))
 
 
-def _answered(row: Row, chat: bool, *names: str, **known: Any) -> Example:
-    """Read a question and the answers in these fields, a text or several in each."""
-    answers: list[str] = []
-    for name in names:
-        answers += [row[name]] if isinstance(row[name], str) else row[name]
+def _answered(row: Row, chat: bool, *names: str, several: bool = False, **known: Any) -> Example:
+    """Read a question and the answers in these fields: one in each, or (``several``) a list."""
+    question = text_of(row["question"], "question")
+    values = [
+        (name, one) for name in names for one in (_list_of(row, name) if several else [row[name]])
+    ]
     known |= about(row, "question", "chosen", "rejected", "responses", "response")
-    system = system_of(row)
-    if chat:
-        return Example(system + user(row["question"]), tuple(answers), **known)
-    lead = "".join(f"{message['content']}\n\n" for message in system)
-    prompt = f"{lead}Question: {row['question']}\nAnswer:"
-    return Example(prompt, tuple(f" {answer}" for answer in answers), **known)
+    prompt = with_system(row, user(question))
+    responses = tuple(response_of(value, prompt, name) for name, value in values)
+    if chat or any(not isinstance(one, str) for one in responses):
+        return Example(prompt, responses, **known)
+    lead = "".join(f"{message['content']}\n\n" for message in prompt[:-1])
+    text = f"{lead}Question: {question}\nAnswer:"
+    return Example(text, tuple(f" {answer}" for answer in responses), **known)
 
 
 def read_question_pairs(row: Row, chat: bool) -> Example:
@@ -273,7 +529,7 @@ def read_question_pairs(row: Row, chat: bool) -> Example:
 
 def read_question_ranked(row: Row, chat: bool) -> Example:
     """Read question, responses, ranks or scores."""
-    return order(_answered(row, chat, "responses"), row)
+    return order(_answered(row, chat, "responses", several=True), row)
 
 
 def read_question(row: Row, chat: bool) -> Example:

@@ -121,9 +121,64 @@ def _open_file(path: str) -> Source:
             data = gzip.decompress(data)
         except (OSError, EOFError) as error:
             raise ValueError(f"{path}: not a whole gzip file: {error}") from error
-    if path.removesuffix(".gz").endswith(".json") and data.lstrip()[:1] == b"[":
-        return _open_json_array(path, data)
+    data = _as_utf8(path, data)
+    first = data.lstrip()[:1]
+    if first == b"[" or path.removesuffix(".gz").endswith(".json"):
+        if (found := _whole_document(path, data)) is not None:
+            return _rows_of_document(path, found)
     return _open_json_lines(path, data)
+
+
+def _as_utf8(path: str, data: bytes) -> bytes:
+    """Return a text file's bytes in UTF-8 without its mark; other encodings are named."""
+    for mark, encoding in ((b"\xff\xfe", "utf-16-le"), (b"\xfe\xff", "utf-16-be")):
+        if data.startswith(mark):
+            return data[2:].decode(encoding, errors="replace").encode(errors="surrogatepass")
+    data = data.removeprefix(b"\xef\xbb\xbf")
+    try:
+        data.decode()
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"{path}:{line}: not UTF-8 (byte {data[error.start]:#x}); it may be Latin-1: "
+            f"iconv -f latin1 -t utf8 {path}"
+        ) from error
+    return data
+
+
+def _whole_document(path: str, data: bytes) -> Any:
+    """Read a file that is one JSON value; None where it is several, a line each."""
+    try:
+        return json.loads(data)
+    except json.JSONDecodeError as error:
+        lines = data.split(b"\n", 2)
+        if error.msg == "Extra data" and len(lines) > 1 or data.lstrip()[:1] != b"[":
+            return None
+        raise ValueError(
+            f"{path}:{error.lineno}: malformed JSON: {error.msg} (column {error.colno})"
+        ) from error
+
+
+def _rows_of_document(path: str, value: Any) -> Source:
+    """Find the rows of one JSON value: a list of them, ``{"data": [...]}``, or one row."""
+    if isinstance(value, dict):
+        lists = [name for name, inner in value.items() if isinstance(inner, list)]
+        holding = [name for name in lists if value[name] and isinstance(value[name][0], dict)]
+        if len(value) == len(lists) and len(lists) > 1 and not holding:
+            raise ValueError(
+                f"{path}: one object with a list in each of {sorted(value)}, which looks like "
+                "columns; write a row a line: {"
+                + ", ".join(f'"{name}": ...' for name in sorted(value))
+                + "}"
+            )
+        named = [name for name in ("data", "rows", "examples", "train") if name in holding]
+        value = value[named[0]] if named else [value]
+    where = _numbered(path)
+
+    def read(index: int) -> Row:
+        return _check_row(value[index], where(index))
+
+    return Source(path, _digest(path), len(value), read, where)
 
 
 def _numbered(name: str) -> Callable[[int], str]:
@@ -157,21 +212,6 @@ def _open_json_lines(path: str, data: bytes) -> Source:
         return f"{path}:{numbered[index][0]}"
 
     return Source(path, _digest(path), len(numbered), read, where)
-
-
-def _open_json_array(path: str, data: bytes) -> Source:
-    try:
-        rows = json.loads(data)
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path}:{error.lineno}: malformed JSON: {error.msg} (column {error.colno})"
-        ) from error
-    where = _numbered(path)
-
-    def read(index: int) -> Row:
-        return _check_row(rows[index], where(index))
-
-    return Source(path, _digest(path), len(rows), read, where)
 
 
 def _check_row(row: Any, where: str) -> Row:

@@ -10,13 +10,21 @@ from collections.abc import Sequence
 
 from align_jax.core.schema import Message
 
-_TURN = re.compile(r"\n\n(Human|Assistant):")
+_TURN = re.compile(r"(?:\n\n|\A)(Human|Assistant):")
 _ROLE = {"Human": "user", "Assistant": "assistant"}
 
 
 class RowError(ValueError):
-    """A row that no example can be made of; its text is the reason, by which dropped rows are
-    counted."""
+    """A row that no example can be made of.
+
+    Args:
+        reason: why, without the row's own text: dropped rows are counted by it.
+        detail: what of the row shows it.
+    """
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
 
 
 class TranscriptError(RowError):
@@ -26,8 +34,10 @@ class TranscriptError(RowError):
 
 def is_transcript(text: str) -> bool:
     """Tell whether a text is an Anthropic transcript: turns that begin with "\\n\\nHuman:" and
-    "\\n\\nAssistant:"."""
-    return _TURN.match(text) is not None
+    "\\n\\nAssistant:", the first perhaps without its empty line."""
+    if text.startswith("Human:"):
+        return "\n\nAssistant:" in text
+    return text.startswith(("\n\nHuman:", "\n\nAssistant:"))
 
 
 def turns(text: str) -> tuple[Message, ...]:

@@ -169,7 +169,7 @@ def truncate_all(encoded: Encoded, limits: Limits) -> Truncations:
     for group in range(encoded.groups):
         whole = lengths[group].tolist()
         left = truncate_group(encoded, group, whole, limits)
-        reason = left.reason
+        reason = str(encoded.refused[group]) or left.reason
         if not reason:
             loss_tokens[group] = before[starts[group] + left.lengths] - before[starts[group]]
             reason = "" if loss_tokens[group].all() else "no tokens to learn"

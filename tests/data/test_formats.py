@@ -264,7 +264,7 @@ CASES = [
     "name, row, prompt, responses, known", CASES, ids=[f"{c[0]}-{i}" for i, c in enumerate(CASES)]
 )
 def test_a_row_is_recognized_and_read(name, row, prompt, responses, known):
-    assert formats.detect(row) == name
+    assert formats.detect([row]) == name
     (example,) = formats.read(row, name, chat=True)
     assert example.prompt == prompt
     assert example.responses == responses
@@ -276,6 +276,7 @@ def test_a_row_is_recognized_and_read(name, row, prompt, responses, known):
 
 def test_every_format_is_tested():
     assert set(formats.FORMATS) - {case[0] for case in CASES} == {
+        "alpaca_outputs",
         "oasst_tree",
         "question_ranked",
         "question_label",
@@ -349,7 +350,7 @@ TREE = {
 
 
 def test_a_message_tree_gives_one_ranking_for_each_ranked_set_of_answers():
-    first, second = formats.read(TREE, formats.detect(TREE), chat=True)
+    first, second = formats.read(TREE, formats.detect([TREE]), chat=True)
     assert (first.prompt, first.responses) == ((U("p"),), ("a", "b"))
     assert (second.prompt, second.responses) == ((U("p"), A("b"), U("q")), ("x", "y"))
 
@@ -430,7 +431,7 @@ MISTAKES = [
         "bad role",
         [{"messages": [{"role": "narrator", "content": "x"}]}],
         {"kind": "completions"},
-        "known role",
+        "a role is unknown: 'narrator'",
     ),
     ("no way", [{"text": "t"}], {}, "no conversion from completions to pairs"),
     ("unknown kind", [GOOD], {"kind": "pair"}, "kind = 'pair' is unknown; did you mean 'pairs'"),

@@ -1,0 +1,356 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a user hands in is what is trained, or is refused by name: nothing is dropped in silence."""
+
+import json
+
+import pytest
+
+from align_jax.core.options import DataOptions
+from align_jax.core.schema import Example
+from align_jax.data import chat, datasets, tokenizer
+
+
+def U(text, **more):
+    return {"role": "user", "content": text, **more}
+
+
+def A(text, **more):
+    return {"role": "assistant", "content": text, **more}
+
+
+def S(text):
+    return {"role": "system", "content": text}
+
+
+CALL = {"type": "function", "function": {"name": "search", "arguments": {"q": "x"}}}
+TOOLS = [{"type": "function", "function": {"name": "search", "parameters": {}}}]
+
+
+def load(tmp_path, rows, kind="pairs", *, raw=None, name="data.jsonl", **options):
+    path = tmp_path / name
+    data = raw if raw is not None else "".join(json.dumps(row) + "\n" for row in rows).encode()
+    path.write_bytes(data)
+    return datasets.load([str(path)], kind, DataOptions(**options), chat=True)
+
+
+# row, kind, prompt, responses
+READ = {
+    "history": (
+        {"instruction": "b", "chosen": "c", "rejected": "r", "history": [["a", "x"]]},
+        "pairs",
+        (U("a"), A("x"), U("b")),
+        ("c", "r"),
+    ),
+    "context": (
+        {"instruction": "b", "context": "k", "output": "c"},
+        "completions",
+        (U("b\n\nk"),),
+        ("c",),
+    ),
+    "two outputs": ({"instruction": "q", "output": ["c", "r"]}, "pairs", (U("q"),), ("c", "r")),
+    "text parts": (
+        {
+            "prompt": [U([{"type": "text", "text": "q"}, {"type": "text", "text": "!"}])],
+            "chosen": "c",
+            "rejected": "r",
+        },
+        "pairs",
+        (U("q!"),),
+        ("c", "r"),
+    ),
+    "roles in any case": (
+        {"conversations": [{"from": "User", "value": "q"}, {"from": "GPT", "value": "a"}]},
+        "completions",
+        (U("q"),),
+        ("a",),
+    ),
+    "developer": (
+        {"messages": [{"role": "developer", "content": "s"}, U("q"), A("a")]},
+        "completions",
+        (S("s"), U("q")),
+        ("a",),
+    ),
+    "the system once": (
+        {"system": "s", "messages": [S("s"), U("q"), A("a")]},
+        "completions",
+        (S("s"), U("q")),
+        ("a",),
+    ),
+    "a text prompt beside messages": (
+        {"prompt": "q", "completion": [A("a", reasoning_content="t")]},
+        "completions",
+        (U("q"),),
+        ((A("a", reasoning_content="t"),),),
+    ),
+    "a call without content": (
+        {"prompt": [U("q"), A(None, tool_calls=[CALL])], "chosen": "c", "rejected": "r"},
+        "pairs",
+        (U("q"), A("", tool_calls=[CALL])),
+        ("c", "r"),
+    ),
+    "an answer that is a call": (
+        {"messages": [U("q"), A(None, tool_calls=[CALL])]},
+        "completions",
+        (U("q"),),
+        ((A("", tool_calls=[CALL]),),),
+    ),
+    "sharegpt's call": (
+        {
+            "conversations": [
+                {"from": "human", "value": "q"},
+                {"from": "function_call", "value": json.dumps(CALL["function"])},
+            ]
+        },
+        "completions",
+        (U("q"),),
+        ((A("", tool_calls=[CALL]),),),
+    ),
+    "a marked turn": (
+        {"messages": [U("a"), A("bad", weight=0), U("b"), A("good", train=True)]},
+        "completions",
+        (U("a"),),
+        ((A("bad", loss=False), U("b"), A("good")),),
+    ),
+    "a tool's answer first": (
+        {
+            "prompt": [U("q"), A("call f")],
+            "chosen": [{"role": "tool", "content": "3"}, A("three")],
+            "rejected": "r",
+        },
+        "pairs",
+        (U("q"), A("call f")),
+        (({"role": "tool", "content": "3"}, A("three")), "r"),
+    ),
+    "a transcript without the leading lines": (
+        {"chosen": "Human: q\n\nAssistant: Rome is it", "rejected": "Human: q\n\nAssistant: Rome"},
+        "pairs",
+        (U("q"),),
+        ("Rome is it", "Rome"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", READ)
+def test_a_row_is_read_whole(tmp_path, name):
+    row, kind, prompt, responses = READ[name]
+    found = load(tmp_path, [row], kind).items[0]
+    assert (found.prompt, found.responses) == (prompt, responses)
+
+
+P = {"prompt": "q", "chosen": "c", "rejected": "r"}
+REFUSED = {
+    "a dict": ({"question": "q", "chosen": {"answer": "c"}, "rejected": "r"}, "pairs", "a dict"),
+    "a list": ({"question": "q", "chosen": ["c"], "rejected": "r"}, "pairs", "got a list"),
+    "a truth": ({"instruction": "q", "chosen": True, "rejected": False}, "pairs", "true or false"),
+    "a question of messages": (
+        {"question": [U("q")], "chosen": "c", "rejected": "r"},
+        "pairs",
+        "question: expected a text",
+    ),
+    "texts": ({"text": ["a", "b"]}, "completions", "text: expected a text"),
+    "a system list": (
+        {"system": ["a"], "question": "q", "chosen": "c", "rejected": "r"},
+        "pairs",
+        "system: expected a text",
+    ),
+    "bad JSON": ({"messages": "[{'role': 'user'}]"}, "completions", "begins like JSON"),
+    "two systems": (
+        {"system": "s", "messages": [S("t"), U("q"), A("a")]},
+        "completions",
+        "two different system messages",
+    ),
+    "another prompt": (
+        {"prompt": [U("u2")], "chosen": [U("u1"), A("c")], "rejected": "r"},
+        "pairs",
+        "first turns are not the prompt's: expected user: 'u2'",
+    ),
+    "a user's answer": (
+        {"prompt": [U("q")], "chosen": [U("q"), U("x")], "rejected": "r"},
+        "pairs",
+        "no turn of the assistant",
+    ),
+    "a picture": ({"messages": [U([{"type": "image"}]), A("a")]}, "completions", "'image'"),
+    "pictures": ({"instruction": "q", "output": "a", "images": ["x.png"]}, "completions", "images"),
+    "a surrogate": ({**P, "chosen": "c \ud83d"}, "pairs", "lone surrogate"),
+    "a negative weight": ({**P, "weight": -1}, "pairs", "weight: expected a finite number of at"),
+    "no number": ({**P, "margin": "much"}, "pairs", "margin: expected a finite number, got a text"),
+    "half a turn": ({"messages": [U("q"), A("a", weight=0.5)]}, "completions", "neither 0 nor 1"),
+    "an endless score": (
+        {**P, "score_chosen": float("inf"), "score_rejected": 1},
+        "pairs",
+        "score_chosen: expected a finite number, got inf",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_bad_row_is_named_and_can_be_dropped(tmp_path, name):
+    row, kind, said = REFUSED[name]
+    good = P if kind == "pairs" else {"messages": [U("q"), A("a")]}
+    rows = [{**{key: None for key in good if key in row}, **row}]
+    good = {key: good[key] for key in good} if set(good) <= set(row) else None
+    with pytest.raises(ValueError, match=r"data\.jsonl:1: ") as error:
+        load(tmp_path, rows, kind)
+    assert said in str(error.value) and "--config.data.invalid=drop" in str(error.value)
+    if good:
+        found = load(tmp_path, [*rows, good], kind, invalid="drop")
+        assert len(found) == 1 and any(key.startswith("dropped: ") for key in found.report)
+
+
+def test_drops_are_counted_by_reason_without_the_rows_words(tmp_path):
+    bad = [{**P, "prompt": [{"role": "alien", "content": f"secret {i}"}]} for i in range(3)]
+    report = load(tmp_path, [P, *bad], invalid="drop").report
+    assert report == {"examples": 1, "dropped: prompt: a role is unknown": 3}
+
+
+def test_equal_answers_are_counted_and_weights_of_0_alone_refused(tmp_path):
+    assert load(tmp_path, [{**P, "rejected": "c"}]).report["identical answers"] == 1
+    with pytest.raises(ValueError, match="all 1 examples have the weight 0"):
+        load(tmp_path, [{**P, "weight": 0}])
+
+
+def test_a_field_that_is_null_in_the_first_row_is_a_field(tmp_path):
+    rows = [
+        {"prompt": "q", "completion": "a", "label": None},
+        {"prompt": "q", "completion": "b", "label": True},
+    ]
+    found = load(tmp_path, rows, "unpaired", invalid="drop")
+    assert found.items[0].label is True and found.report["dropped: label: null"] == 1
+
+
+def test_another_kind_is_told_with_the_columns_that_may_hold_it(tmp_path):
+    row = {"prompt": "q", "chosen_response": "c", "rejected_response": "r"}
+    with pytest.raises(
+        ValueError, match=r"data.jsonl:1: .*'prompt'.*config.data.columns="
+    ) as error:
+        load(tmp_path, [row])
+    columns = str(error.value).rpartition("=")[2].strip("'")
+    assert len(load(tmp_path, [row], columns=json.loads(columns))) == 1
+
+
+LIST = json.dumps([P, P]).encode()
+
+
+@pytest.mark.parametrize(
+    "name, raw",
+    [
+        ("a.jsonl", LIST),
+        ("a.jsonl", json.dumps([P, P], indent=1).encode()),
+        ("a.json", b"\xef\xbb\xbf" + LIST),
+        ("a.json", json.dumps({"data": [P, P], "version": 1}).encode()),
+        ("a.jsonl", b"\xef\xbb\xbf" + f"{json.dumps(P)}\n{json.dumps(P)}\n".encode()),
+        ("a.json", json.dumps([P, P]).encode("utf-16")),
+        ("a.json", f"{json.dumps(P)}\n{json.dumps(P)}\n".encode()),
+    ],
+)
+def test_json_is_read_in_the_forms_it_has(tmp_path, name, raw):
+    assert [one.responses for one in load(tmp_path, [], raw=raw, name=name).items] == [
+        ("c", "r")
+    ] * 2
+
+
+@pytest.mark.parametrize(
+    "raw, said",
+    [
+        (json.dumps({"prompt": ["a", "b"], "chosen": ["c", "d"]}).encode(), "looks like columns"),
+        (json.dumps({**P, "prompt": "é"}, ensure_ascii=False).encode("latin-1"), "Latin-1"),
+    ],
+)
+def test_what_is_no_rows_is_said_to_look_like_what_it_is(tmp_path, raw, said):
+    with pytest.raises(ValueError, match=said):
+        load(tmp_path, [], raw=raw, name="a.json")
+
+
+def test_plain_texts_can_be_held_out(tmp_path):
+    found = load(tmp_path, [{"text": str(i)} for i in range(40)], "completions")
+    train, held_out = datasets.hold_out(found, 0.1, most=0, seed=0)
+    assert len(held_out) == 4 and len(train) == 36
+
+
+# ------------------------------------------------------------------------------------ templates
+
+WHOLE = (
+    "{% if tools %}<|system|>TOOLS {{ tools | tojson }}<|end|>{% endif %}{% for m in messages %}"
+    "<|{{ m.role }}|>{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>"
+    "{% endif %}{{ m.content }}{% for t in m.tool_calls or [] %}CALL {{ t.function.name }}"
+    "{% endfor %}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+PLAIN = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+OPENS_THINK = PLAIN.replace("<|assistant|>{% endif %}", "<|assistant|><think>\n{% endif %}")
+DROPS_THINK = PLAIN.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}")
+ALWAYS = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}<|assistant|>"
+NO_SYSTEM = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}" + PLAIN
+
+
+def render(template, prompt, *responses, **given):
+    made = tokenizer.load_tokenizer("byte", chat_template=template)
+    example = Example(tuple(prompt), responses, source="f:1", template=given)
+    return chat.render(example, made)
+
+
+def test_tools_calls_and_reasoning_reach_the_template():
+    found = render(WHOLE, [U("q")], (A("", tool_calls=[CALL]),), tools=TOOLS)
+    assert "TOOLS" in found.prompt and "search" in found.prompt
+    assert found.responses[0][0].text == "CALL search<|end|>"
+    found = render(WHOLE, [U("q")], (A("4", reasoning_content="two"),))
+    assert found.responses[0][0].text == "<think>two</think>4<|end|>"
+
+
+@pytest.mark.parametrize(
+    "response, given, name",
+    [
+        ("a", {"tools": TOOLS}, "tools"),
+        ((A("a", tool_calls=[CALL]),), {}, "tool_calls"),
+        ((A("a", reasoning_content="two"),), {}, "reasoning_content"),
+    ],
+)
+def test_what_a_template_does_not_render_is_an_error(response, given, name):
+    with pytest.raises(ValueError, match=f"does not render {name}"):
+        render(PLAIN, [U("q")], response, **given)
+
+
+def test_a_marked_turn_bears_no_loss():
+    found = render(PLAIN, [U("a")], (A("bad", loss=False), U("b"), A("good")))
+    assert [span.loss for span in found.responses[0] if "bad" in span.text] == [False]
+    assert [span.text for span in found.responses[0] if span.loss] == ["good<|end|>"]
+
+
+@pytest.mark.parametrize(
+    "answer", ["<answer>4</answer>", "<thinking>x</thinking>4", "<table>", "4"]
+)
+def test_the_prompt_ends_at_the_assistants_header_and_never_in_the_answer(answer):
+    found = render(OPENS_THINK, [U("q")], answer)
+    assert found.prompt == "<|user|>q<|end|><|assistant|>"
+    assert "".join(span.text for span in found.responses[0] if span.loss) == f"{answer}<|end|>"
+
+
+def test_a_header_that_closes_its_thinking_gives_way_to_an_answer_that_thinks():
+    template = WHOLE.replace("<|assistant|>{% endif %}", "<|assistant|><think></think>{% endif %}")
+    found = render(template, [U("q")], (A("4", reasoning_content="two"),))
+    assert found.prompt == "<|user|>q<|end|><|assistant|><think>"
+    assert found.responses[0][0].text == "two</think>4<|end|>"
+
+
+def test_a_template_that_rewrites_the_answer_is_refused_with_the_lost_words():
+    with pytest.raises(ValueError, match="rewrites the answer.*lost: '<think>add</think>4'"):
+        render(DROPS_THINK, [U("q")], "<think>add</think>4")
+
+
+def test_a_template_that_always_writes_the_next_header_is_refused():
+    with pytest.raises(ValueError, match="writes the next answer's header"):
+        render(ALWAYS, [U("a")], "b")
+
+
+def test_rows_that_the_template_refuses_can_be_dropped():
+    made = tokenizer.load_tokenizer("byte", chat_template=NO_SYSTEM)
+    examples = [
+        Example((S("s"), U("a")), ("b",), source="f:1"),
+        Example((U("a"),), ("b",), source="f:2"),
+    ]
+    with pytest.raises(ValueError, match="f:1: the chat template refuses"):
+        chat.encode_many(examples, made)
+    first, second = chat.encode_many(examples, made, drop=True)
+    assert first.refused and not any(first.responses) and second.responses[0]
