@@ -113,11 +113,12 @@ def count_records(path: pathlib.Path, settings: dict[str, Any]) -> int:
     """
     if not path.exists():
         return 0
-    text = path.read_text(encoding="utf-8")
-    complete = text[: text.rfind("\n") + 1]
-    if complete != text:
-        path.write_text(complete, encoding="utf-8")
-    lines = complete.splitlines()
+    data = path.read_bytes()
+    complete = data[: data.rfind(b"\n") + 1]
+    if complete != data:
+        path.write_bytes(complete)
+    # by bytes: other line ends may stand in an answer
+    lines = [line for line in complete.split(b"\n") if line]
     if lines and (before := json.loads(lines[0])["sampling"]) != settings:
         raise ValueError(
             f"{path} holds samples made with {before}, not with {settings}; choose another "

@@ -143,18 +143,11 @@ def train(config: ConfigDict | Config, workdir: str) -> dict[str, float]:
         )
         for line in describe(run):
             recorder.note(line)
+        batches = make_source(run, first, extra.get("source", {}))
         try:
-            return loop(
-                run,
-                checkpoints,
-                recorder,
-                stop,
-                first,
-                state,
-                frozen,
-                make_source(run, first, extra.get("source", {})),
-            )
+            return loop(run, checkpoints, recorder, stop, first, state, frozen, batches)
         finally:
+            batches.close()
             recorder.close()
 
 

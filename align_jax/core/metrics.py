@@ -117,17 +117,15 @@ class Writer(Protocol):
 
 
 class JsonLines:
-    """``metrics.jsonl``: one object a line,
-    ``{"step": 10, "time": <unix seconds>, "loss": 0.69, ...}``.
+    """Rows of a run, an object a line: ``metrics.jsonl``, ``samples.jsonl``.
 
-    A number that is not finite is written as null (JSON has no NaN).  A resumed run drops the rows
-    after the step that it resumes from, because it will write them again; a line that a crash cut
-    short is dropped too.
+    A resumed run drops the rows after the step that it resumes from, because it will write them
+    again; a line that a crash cut short is dropped too.
 
     Args:
         path: a local path or ``gs://...``; a local file is appended to, an object written anew
             every half minute.
-        start_step: the step that the run resumes from; 0 for a fresh one.
+        start_step: the step that the run resumes from; below 0 for one that begins.
     """
 
     def __init__(self, path: str | epath.PathLike, *, start_step: int = 0):
@@ -148,9 +146,13 @@ class JsonLines:
             self._file = open(str(self._path), "a", encoding="utf-8", buffering=1)
 
     def write(self, step: int, values: Values) -> None:
-        """Append one row."""
+        """Append a step's metrics; a number that is not finite is null (JSON has no NaN)."""
         numbers = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        line = json.dumps({"step": step, "time": round(time.time(), 3), **numbers}) + "\n"
+        self.append({"step": step, "time": round(time.time(), 3), **numbers})
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Append one row."""
+        line = json.dumps(row) + "\n"
         if not self._remote:
             self._file.write(line)
             return
@@ -174,8 +176,7 @@ class JsonLines:
 
 
 def read_rows(path: str | epath.PathLike) -> list[dict[str, Any]]:
-    """Read ``metrics.jsonl``; a last line that a crash cut short is left out; no file gives no
-    rows.
+    """Read what ``JsonLines`` wrote, without a last line that a crash cut short; no file, no rows.
 
     Raises:
         ValueError: a line before the last one is not a JSON object with ``step``.
@@ -183,12 +184,13 @@ def read_rows(path: str | epath.PathLike) -> list[dict[str, Any]]:
     path = epath.Path(path)
     if not path.exists():
         return []
-    rows, lines = [], path.read_text().splitlines()
+    # by bytes: other line ends may stand in a text, and a crash may cut a character in two
+    rows, lines = [], [line for line in path.read_bytes().split(b"\n") if line]
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
             row["step"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             if number == len(lines):
                 break
             raise ValueError(
@@ -270,7 +272,7 @@ def open_writers(
         ModuleNotFoundError: tensorboardX or wandb is asked for and not installed.
     """
     writers: list[Writer] = [
-        JsonLines(epath.Path(workdir) / "metrics.jsonl", start_step=start_step)
+        JsonLines(epath.Path(workdir) / "metrics.jsonl", start_step=start_step or -1)
     ]
     if tensorboard:
         writers.append(TensorBoard(str(epath.Path(workdir) / "tensorboard"), start_step=start_step))

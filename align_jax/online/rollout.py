@@ -17,7 +17,6 @@ import concurrent.futures
 import dataclasses
 import functools
 import io
-import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -31,6 +30,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 from transformers import PreTrainedTokenizerBase
 
+from align_jax.core.metrics import JsonLines
 from align_jax.core.options import Config
 from align_jax.core.schema import Batch, Example
 from align_jax.data.layout import BatchShape
@@ -290,6 +290,7 @@ class Rollouts:
         kl_coef = float((maker.config.targets or {}).get("kl_coef", 0.0))
         self._next = RolloutState(0, kl_coef, dict(estimators.FIRST_MOMENTS))
         self._now: Rollout | None = None
+        self._log: JsonLines | None = None  # of samples; opened when the first ones are logged
         self._slice = 0  # the next one of the rollout now
         # when the rollout now was asked for, on the monotonic clock
         self._renewed: float | None = None
@@ -440,10 +441,16 @@ class Rollouts:
         """Append the newest rollout's samples, with their rewards, to ``samples.jsonl``; for
         process 0."""
         if self._now is not None:
-            path = epath.Path(workdir) / "samples.jsonl"
-            before = path.read_text() if path.exists() else ""
-            lines = [json.dumps({"step": step, **one}) + "\n" for one in self._now.samples]
-            path.write_text(before + "".join(lines))
+            if self._log is None:  # what an earlier start has logged from here on is logged again
+                path = epath.Path(workdir) / "samples.jsonl"
+                self._log = JsonLines(path, start_step=step - 1)
+            for one in self._now.samples:
+                self._log.append({"step": step, **one})
+
+    def close(self) -> None:
+        """Write what is still buffered of the samples."""
+        if self._log is not None:
+            self._log.close()
 
 
 def _flatten_batch(batch: Batch, prefix: str = "") -> dict[str, np.ndarray]:

@@ -94,6 +94,9 @@ class Offline:
     def log_samples(self, workdir: Any, step: int) -> None:
         """Write the samples: there are none."""
 
+    def close(self) -> None:
+        """Close what is open: nothing."""
+
 
 def make_source(run: Run, first: int, saved: dict[str, Any]) -> Offline | Rollouts:
     """Return where the loop's batches come from, going on after ``first`` steps."""

@@ -81,6 +81,26 @@ def test_a_resumed_run_drops_the_rows_that_it_will_write_again(tmp_path):
     assert (second["step"], second["loss"]) == (2, None)
 
 
+def test_rows_are_read_by_bytes_and_a_cut_character_is_no_end_of_the_run(tmp_path):
+    path = tmp_path / "samples.jsonl"
+    rows = [{"step": 1, "output": "a\u2028b\x85c"}, {"step": 2, "output": "é"}]
+    lines = [json.dumps(row, ensure_ascii=False).encode() for row in rows]
+    path.write_bytes(lines[0] + b"\n" + lines[1][:-4])  # a crash within the character
+    assert metrics.read_rows(path) == rows[:1]
+    writer = metrics.JsonLines(path, start_step=1)
+    writer.append(rows[1])
+    writer.close()
+    assert metrics.read_rows(path) == rows
+
+
+def test_a_run_that_begins_anew_keeps_no_row_of_an_earlier_start(tmp_path):
+    for _ in range(2):  # killed after its first evaluation, before its first checkpoint
+        (writer,) = metrics.open_writers(str(tmp_path))
+        writer.write(0, {"eval/loss": 1.0})
+        writer.close()
+    assert [row["step"] for row in _rows(tmp_path)] == [0]
+
+
 class _Bucket(MemoryFileSystem):
     """A gs:// that lives in memory."""
 
