@@ -226,8 +226,9 @@ class DataOptions(Checked):
     )
     turns: str = option(
         "all",
-        "of a conversation with several answers, learn all or only the last",
-        choices=("all", "last"),
+        "of a conversation with several answers, learn all, only the last, or each as an example "
+        "of its own (for templates that render earlier answers otherwise)",
+        choices=("all", "last", "each"),
     )
     responses: int = option(
         0,

@@ -344,7 +344,8 @@ def _prefix(apply: Apply, messages: list[Message], header: bool, text: str) -> s
     if not text.startswith(part):
         raise RowError(
             f"the chat template renders turn {len(messages)} differently once another follows; "
-            "train on the last answer only (--config.data.turns=last)"
+            "make each answer an example of its own (--config.data.turns=each), or train on the "
+            "last alone (--config.data.turns=last)"
         )
     return part
 

@@ -20,7 +20,7 @@ from align_jax.core.choose import choose, nearest
 from align_jax.core.options import DataOptions
 from align_jax.core.schema import Example
 from align_jax.data import conversions, formats, named
-from align_jax.data.rows import Row
+from align_jax.data.rows import Row, answer_of
 from align_jax.data.sources import Source, open_source
 from align_jax.data.transcripts import RowError, TranscriptError
 
@@ -132,7 +132,7 @@ def _of_kind(
     rows: _Rows, kind: str, options: DataOptions, seed: int, counts: collections.Counter[str]
 ) -> list[Example]:
     """Convert one source's examples to the kind wanted, counting those left out."""
-    made = [_reshape(example, options) for example in rows.examples]
+    made = [one for example in rows.examples for one in _reshape(example, options)]
     try:
         made = conversions.convert(made, rows.kind, kind, options, seed=seed)
     except ValueError as error:
@@ -299,19 +299,30 @@ def _detect(source: Source, columns: Mapping[str, str]) -> str:
         raise ValueError(f"{source.where(0)}: {error}") from error
 
 
-def _reshape(example: Example, options: DataOptions) -> Example:
+def _reshape(example: Example, options: DataOptions) -> list[Example]:
     """Make what ``strings`` and ``turns`` ask for of an example as it was read."""
     prompt, responses = example.prompt, example.responses
     if options.strings == "messages" and isinstance(prompt, str) and prompt:
         prompt = ({"role": "user", "content": prompt},)
+    example = dataclasses.replace(example, prompt=prompt)
     response = responses[0] if len(responses) == 1 else ""
-    if options.turns == "last" and isinstance(prompt, tuple) and isinstance(response, tuple):
-        # the answers before the last become context; what follows the last is left out
-        conversation = [*prompt, *response]
-        while conversation[-1]["role"] != "assistant":
-            conversation.pop()
-        prompt, responses = tuple(conversation[:-1]), (conversation[-1]["content"],)
-    return dataclasses.replace(example, prompt=prompt, responses=responses)
+    if options.turns == "all" or isinstance(prompt, str) or isinstance(response, str):
+        return [example]
+    conversation = [*prompt, *response]
+    answers = [
+        place
+        for place in range(len(prompt), len(conversation))
+        if conversation[place]["role"] == "assistant" and conversation[place].get("loss", True)
+    ]
+    if not answers:
+        return [example]  # nothing to learn: dropped, and counted, when it is tokenized
+    # the turns before an answer become its context; what follows it is left out
+    return [
+        dataclasses.replace(
+            example, prompt=tuple(conversation[:place]), responses=(answer_of(conversation[place]),)
+        )
+        for place in (answers[-1:] if options.turns == "last" else answers)
+    ]
 
 
 def _rename(row: Row, columns: Mapping[str, str], where: str) -> Row:

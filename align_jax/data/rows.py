@@ -277,10 +277,13 @@ def response_of(
             )
     if not any(turn["role"] == "assistant" for turn in turns):
         raise RowError(f"{what}: no turn of the assistant follows the prompt")
-    return turns[0]["content"] if len(turns) == 1 and turns[0].keys() == _PLAIN else turns
+    return answer_of(turns[0]) if len(turns) == 1 else turns
 
 
-_PLAIN = {"role", "content"}
+def answer_of(turn: Message) -> str | tuple[Message, ...]:
+    """Return an answer of one turn: its text, where it is the assistant's and nothing else."""
+    plain = turn["role"] == "assistant" and turn.keys() == {"role", "content"}
+    return turn["content"] if plain else (turn,)
 
 
 def _brief(turns: Sequence[Message]) -> str:

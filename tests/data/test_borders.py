@@ -261,6 +261,13 @@ def test_what_is_no_rows_is_said_to_look_like_what_it_is(tmp_path, raw, said):
         load(tmp_path, [], raw=raw, name="a.json")
 
 
+def test_each_answer_of_a_conversation_can_be_an_example(tmp_path):
+    row = {"messages": [U("a"), A("b"), U("c"), A("no", loss=False), U("d"), A("e")]}
+    found = load(tmp_path, [row], "completions", turns="each").items
+    assert [one.responses for one in found] == [("b",), ("e",)]
+    assert found[1].prompt == (U("a"), A("b"), U("c"), A("no", loss=False), U("d"))
+
+
 def test_plain_texts_can_be_held_out(tmp_path):
     found = load(tmp_path, [{"text": str(i)} for i in range(40)], "completions")
     train, held_out = datasets.hold_out(found, 0.1, most=0, seed=0)
