@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import base64
 import html
-import json
 import math
 import pathlib
 import statistics
@@ -25,7 +24,7 @@ from etils import epath
 
 from align_jax.core.metrics import read_rows
 from align_jax.runs import command
-from align_jax.storage.workdir import flat
+from align_jax.storage.workdir import flat, read_record
 
 # A panel's title -> the metrics drawn in it, if a run has them (an evaluation's, drawn with
 # markers, beside its own).
@@ -66,7 +65,7 @@ def read_run(workdir: str) -> Run:
             "logged a step?)"
         )
     path = folder / "config.json"
-    record = json.loads(path.read_text()) if path.exists() else {}
+    record = read_record(path) if path.exists() else {}
     return Run(folder.name or str(folder), record, read_rows(folder / "metrics.jsonl"))
 
 

@@ -11,16 +11,17 @@ import concurrent.futures
 import dataclasses
 import hashlib
 import json
+import logging
 import multiprocessing
 import os
 import tempfile
-import zipfile
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from transformers import PreTrainedTokenizerBase
 
+from align_jax.core.files import read_arrays
 from align_jax.core.options import DataOptions
 from align_jax.core.schema import Example
 from align_jax.data import chat
@@ -29,6 +30,7 @@ from align_jax.data.tokenizer import tokenizer_digest
 
 VERSION = 2
 _CHUNK = 1024  # examples tokenized at once
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,11 +249,11 @@ def _save(path: str, encoded: Encoded) -> None:
 
 def _load(path: str) -> Encoded | None:
     try:
-        with np.load(path, allow_pickle=False) as arrays:
-            names = [field.name for field in dataclasses.fields(Encoded)]
-            return Encoded(**{name: arrays[name] for name in names})
+        found = Encoded(**read_arrays(path))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile):
-        os.remove(path)  # cut short by a kill: made anew
+    except (ValueError, TypeError) as error:  # TypeError: arrays of other names
+        _log.warning("the token cache is set aside and made anew: %s", error)
+        os.replace(path, f"{path}.damaged")
         return None
+    return found

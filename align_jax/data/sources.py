@@ -14,7 +14,6 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import glob
-import gzip
 import io
 import json
 import pathlib
@@ -26,6 +25,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from align_jax.core import files
 from align_jax.core.choose import nearest
 from align_jax.data import synthetic
 from align_jax.data.rows import Row
@@ -115,12 +115,9 @@ def _open_file(path: str) -> Source:
         raise ValueError(f"{path}: unknown kind of file; known: {', '.join(SUFFIXES)}")
     if path.endswith(".parquet"):
         return _open_parquet(path)
-    data = epath.Path(path).read_bytes()
-    if path.endswith(".gz"):
-        try:
-            data = gzip.decompress(data)
-        except (OSError, EOFError) as error:
-            raise ValueError(f"{path}: not a whole gzip file: {error}") from error
+    data = files.read_bytes(path)
+    if data and (kind := files.signature(data[:512])):
+        raise ValueError(f"{path}: expected rows of JSON, got {kind}")
     data = _as_utf8(path, data)
     first = data.lstrip()[:1]
     if first == b"[" or path.removesuffix(".gz").endswith(".json"):
@@ -229,8 +226,10 @@ def _open_parquet(path: str) -> Source:
         table = pyarrow.parquet.read_table(
             path if "://" not in path else io.BytesIO(epath.Path(path).read_bytes())
         )
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: not a readable Parquet file: {error}") from error
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        raise ValueError(
+            f"{path}: not a readable Parquet file: {error}; it is {files.looks_like(path)}"
+        ) from error
 
     def read(index: int) -> Row:
         return table.slice(index, 1).to_pylist()[0]

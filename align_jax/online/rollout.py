@@ -30,6 +30,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 from transformers import PreTrainedTokenizerBase
 
+from align_jax.core.files import read_arrays
 from align_jax.core.metrics import JsonLines
 from align_jax.core.options import Config
 from align_jax.core.schema import Batch, Example
@@ -430,8 +431,8 @@ class Rollouts:
         parts = []
         for process in range(state["processes"]):
             path = epath.Path(workdir) / f"{state['file']}-{process}.npz"
-            parts.append(np.load(io.BytesIO(path.read_bytes()), allow_pickle=False))
-        fields = {name: np.concatenate([part[name] for part in parts]) for name in parts[0].files}
+            parts.append(read_arrays(path))
+        fields = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         share = len(fields["weight"]) // jax.process_count()
         own = np.arange(jax.process_index() * share, (jax.process_index() + 1) * share)
         batch = batches.take(_unflatten_batch(fields), own)

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from typing import Any, NamedTuple
 
 import jax
@@ -50,7 +49,7 @@ def restore(workdir: str, which: str = "latest") -> Trained:
     path = epath.Path(workdir) / "config.json"
     if not path.exists():
         raise FileNotFoundError(f"{workdir} is not a run's folder: it has no config.json")
-    config = configs.read(configs.from_dict(json.loads(path.read_text())["config"]))
+    config = configs.read(configs.from_dict(record.read_record(path)["config"]))
     # whatever devices there are; the local tier is the trainer's hosts' own
     config = dataclasses.replace(
         config, mesh=MeshOptions(), checkpoint=dataclasses.replace(config.checkpoint, local="")

@@ -17,6 +17,8 @@ from typing import Any
 import jax
 from etils import epath
 
+from align_jax.core.files import read_json
+
 PACKAGES = (
     "align_jax",
     "jax",
@@ -94,7 +96,7 @@ def check(workdir: epath.PathLike, config: Mapping[str, Any], may_change: Collec
         or not any(child.name.isdigit() for child in checkpoints.iterdir())
     ):
         return
-    changes = differing(config, json.loads(record.read_text())["config"], may_change)
+    changes = differing(config, read_record(record)["config"], may_change)
     if changes:
         lines = "\n".join(
             f"  {key}: {was!r} there, {now!r} here" for key, (was, now) in changes.items()
@@ -104,6 +106,22 @@ def check(workdir: epath.PathLike, config: Mapping[str, Any], may_change: Collec
             "Use another --workdir, or the values that it was started with (to begin from its "
             "weights: --config.checkpoint.restore=PATH in a new workdir)"
         )
+
+
+def read_record(path: epath.PathLike) -> dict[str, Any]:
+    """Read a run's ``config.json``, as ``write_record`` wrote it.
+
+    Raises:
+        ValueError: it is damaged, or another program's (a model's, say).
+    """
+    record = read_json(path)
+    if not isinstance(record.get("config"), dict):
+        model = "model_type" in record
+        raise ValueError(
+            f"{path}: expected a run's record, with 'config' and 'versions'"
+            + ("; this is a model's config.json" if model else f"; got {sorted(record)[:10]}")
+        )
+    return record
 
 
 def write_record(workdir: epath.PathLike, config: Mapping[str, Any]) -> dict[str, Any]:

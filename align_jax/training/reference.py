@@ -21,6 +21,7 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
+from align_jax.core.files import read_arrays
 from align_jax.core.schema import Batch
 
 
@@ -145,11 +146,11 @@ def load(path: epath.Path, inputs: Mapping[str, Any]) -> Cache | None:
     if not path.exists():
         return None
     try:
-        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
-            cache = Cache(file["token_logps"], file["ends"])
-            sound = str(file["digest"]) == hashlib.sha256(cache.token_logps.tobytes()).hexdigest()
-            same = str(file["inputs"]) == digest_of(inputs)
-    except (OSError, ValueError, KeyError, EOFError) as error:
+        file = read_arrays(path)
+        cache = Cache(file["token_logps"], file["ends"])
+        sound = str(file["digest"]) == hashlib.sha256(cache.token_logps.tobytes()).hexdigest()
+        same = str(file["inputs"]) == digest_of(inputs)
+    except (ValueError, KeyError) as error:
         raise ValueError(
             f"the reference cache {path} cannot be read ({error}): delete it, it will be made anew"
         ) from error

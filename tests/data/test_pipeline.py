@@ -400,7 +400,9 @@ def test_trim_shortens_rows_to_the_longest_example(byte, pairs):
     assert make(pairs, byte, trim=True).shape.length == -(-longest // 8) * 8
 
 
-def test_tokens_are_kept_on_disk_and_damaged_files_made_anew(byte, pairs, tmp_path, monkeypatch):
+def test_tokens_are_kept_on_disk_and_damaged_files_made_anew(
+    byte, pairs, tmp_path, monkeypatch, caplog
+):
     first = make(pairs, byte, cache=str(tmp_path))
     (path,) = tmp_path.iterdir()
     with monkeypatch.context() as patch:
@@ -412,9 +414,15 @@ def test_tokens_are_kept_on_disk_and_damaged_files_made_anew(byte, pairs, tmp_pa
                 tokenizer.load_tokenizer("byte", chat_template="{{ messages }}"),
                 cache=str(tmp_path),
             )
-    path.write_bytes(path.read_bytes()[:1000])
-    assert_same(make(pairs, byte, cache=str(tmp_path)).batch(0), first.batch(0))
-    assert encoding._load(str(path)) is not None
+    whole = path.read_bytes()
+    shorter = whole.replace(b"'shape': (44,)", b"'shape': (43,)")
+    assert shorter != whole
+    for damaged in (b"", whole[:1000], whole[:-300], shorter, b"version https://git-lfs"):
+        path.write_bytes(damaged)
+        caplog.clear()
+        assert_same(make(pairs, byte, cache=str(tmp_path)).batch(0), first.batch(0))
+        assert f"made anew: {path}" in caplog.text
+        assert path.read_bytes() == whole or encoding._load(str(path)) is not None
 
 
 def test_several_processes_tokenize_as_one_does(byte, pairs):

@@ -85,7 +85,28 @@ def broken_parquet(folder):
     return str(folder / "a.parquet")
 
 
+def holding(name, data):
+    """A file of any bytes under any name."""
+
+    def make(folder):
+        (folder / name).write_bytes(data)
+        return str(folder / name)
+
+    return make
+
+
 MISTAKES = [
+    (holding("p.jsonl", b"version https://git-lfs.github.com/spec/v1\noid x"), ValueError, "git-l"),
+    (holding("p.jsonl.gz", b"version https://git-lfs"), ValueError, "gz: not a whole.*git-lfs"),
+    (holding("h.jsonl", b"<!DOCTYPE html><html>"), ValueError, r"h\.jsonl: expected rows .* HTML"),
+    (holding("z.jsonl", gzip.compress(b"{}")), ValueError, r"got gzip data .*ends in \.gz"),
+    (holding("n.json", bytes(600)), ValueError, "nothing but zero bytes"),
+    (
+        holding("f.jsonl.gz", gzip.compress(b"{}")[:-9] + b"\x07" * 9),
+        ValueError,
+        "f.jsonl.gz: not a",
+    ),
+    (holding("t.parquet", b"<html>"), ValueError, "not a readable Parquet .*an HTML page"),
     (
         lambda folder: str(folder / "train.jsnl"),
         FileNotFoundError,

@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Files that a user hands in: read whole, or refused by name with what they seem to be instead.
+
+A download that failed leaves a file of the right name: a git-lfs pointer, a login page, the first
+half. What a library says of those ("invalid UTF-8", "EOF") names neither file nor remedy.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import zipfile
+import zlib
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+# how a file begins -> what it is
+SIGNATURES: tuple[tuple[bytes, str], ...] = (
+    (b"version https://git-lfs", "a git-lfs pointer, not the file itself (run: git lfs pull)"),
+    (b"<!doctype html", "an HTML page (a login or an error page, saved by a download?)"),
+    (b"<html", "an HTML page (a login or an error page, saved by a download?)"),
+    (b"<?xml", "an XML document (a store's error message, saved by a download?)"),
+    (b"<<<<<<< ", "a file with git's conflict marks"),
+    (b"\x1f\x8b", "gzip data (unpack it, or give it a name that ends in .gz)"),
+    (b"PK\x03\x04", "a zip archive (as torch.save and numpy.savez write)"),
+    (b"\x80\x02", "a Python pickle (as torch.save writes)"),
+    (b"\x80\x04", "a Python pickle"),
+    (b"\x28\xb5\x2f\xfd", "zstd data"),
+    (b"\xfd7zXZ", "xz data"),
+    (b"BZh", "bzip2 data"),
+    (b"GGUF", "a GGUF file (llama.cpp's)"),
+    (b"PAR1", "a Parquet file"),
+    (b"\x93NUMPY", "a numpy array"),
+    (b"\x89HDF", "an HDF5 file"),
+    (b"%PDF", "a PDF document"),
+)
+
+
+def signature(start: bytes) -> str:
+    """Return what data seem to be that cannot be what was wanted; "" where nothing is known.
+
+    Args:
+        start: the first bytes, 512 or so.
+
+    >>> signature(b"version https://git-lfs.github.com/spec/v1")
+    'a git-lfs pointer, not the file itself (run: git lfs pull)'
+    """
+    if not start:
+        return "an empty file"
+    if not start.strip(b"\x00"):
+        return "nothing but zero bytes (a copy that was broken off?)"
+    text = start.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    for mark, kind in SIGNATURES:
+        if start.startswith(mark) or text.startswith(mark):
+            return kind
+    if len(start) > 9 and start[8:10] == b'{"' and start[3:8] == bytes(5):
+        return "a safetensors file"
+    return ""
+
+
+def looks_like(path: epath.PathLike) -> str:
+    """Return what a file seems to be, for a message: "an empty file", "text that begins 'x'"."""
+    file = epath.Path(path)
+    if file.is_dir():
+        return "a directory"
+    with file.open("rb") as opened:
+        start = opened.read(512)
+    if kind := signature(start):
+        return kind
+    head = start[:40]
+    if all(byte >= 32 or byte in b"\t\r\n" for byte in start):
+        return f"text that begins {head.decode(errors='replace')!r}"
+    return f"data that begin {head[:16]!r}"
+
+
+def read_bytes(path: epath.PathLike) -> bytes:
+    """Read a file, unpacked if its name ends in .gz.
+
+    Raises:
+        ValueError: not a whole gzip file.
+    """
+    data = epath.Path(path).read_bytes()
+    if not str(path).endswith(".gz"):
+        return data
+    try:
+        return gzip.decompress(data)
+    except (OSError, EOFError, zlib.error) as error:
+        cut = isinstance(error, EOFError)
+        fault = "it ends too early, as a copy that was broken off" if cut else str(error)
+        kind = "" if data.startswith(b"\x1f\x8b") else f"; it is {looks_like(path)}"
+        raise ValueError(f"{path}: not a whole gzip file: {fault}{kind}") from error
+
+
+def read_json(path: epath.PathLike) -> dict[str, Any]:
+    """Read a JSON file that holds one object, gzipped or not.
+
+    Raises:
+        ValueError: anything else, with the line and what the file seems to be; a key that is given
+            twice with unlike values.
+    """
+    data = read_bytes(path)
+    if kind := signature(data[:512]):
+        raise ValueError(f"{path}: expected a JSON object, got {kind}")
+    try:
+        value = json.loads(data.decode(json.detect_encoding(data)), object_pairs_hook=_no_key_twice)
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"{path}:{line}: not UTF-8 (byte {data[error.start]:#x}): expected a JSON object"
+        ) from error
+    except json.JSONDecodeError as error:
+        cut = " (the file ends there: cut short?)" if not error.doc[error.pos :].strip() else ""
+        raise ValueError(
+            f"{path}:{error.lineno}: malformed JSON: {error.msg} (column {error.colno}){cut}"
+        ) from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; deep nesting
+        raise ValueError(f"{path}: malformed JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {json_kind(value)}")
+    return value
+
+
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found and found[key] != value:
+            raise ValueError(f"{key!r} is given twice: {found[key]!r} and {value!r}")
+        found[key] = value
+    return found
+
+
+def json_kind(value: Any) -> str:
+    """Return a JSON value as a message names it: short, in JSON's words."""
+    if isinstance(value, list):
+        return f"a list of {len(value)}"
+    if isinstance(value, dict):
+        return "an object"
+    text = repr(value) if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def read_arrays(path: epath.PathLike) -> dict[str, np.ndarray]:
+    """Read all arrays of an .npz file.
+
+    Raises:
+        ValueError: the file is cut short, damaged, or another kind of file.
+    """
+    found = {}
+    try:
+        with epath.Path(path).open("rb") as opened, zipfile.ZipFile(opened) as archive:
+            for name in archive.namelist():
+                with archive.open(name) as file:
+                    found[name.removesuffix(".npy")] = np.lib.format.read_array(file)
+                    # at a member's end its checksum is compared; a damaged header may tell of less
+                    if file.read(1):
+                        raise ValueError(f"{name} is longer than it says")
+    # each part of the format has its own errors, a damaged field of flags some more
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"{path}: not a whole .npz file: {error or type(error).__name__}; it is "
+            f"{looks_like(path)}"
+        ) from error
+    return found
