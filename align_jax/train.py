@@ -10,7 +10,7 @@ config ─ data ─ models ─ plan ─ weights ─┬─ batch ─ step ─ met
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -33,7 +33,7 @@ from align_jax.runs.source import Offline, batches_of, make_source
 from align_jax.runs.trained import open_checkpoints
 from align_jax.storage import workdir as record
 from align_jax.storage.checkpoint import Checkpoints
-from align_jax.training import debug, initialize, partitioning
+from align_jax.training import debug, evaluation, initialize, partitioning
 from align_jax.training.flops import step_flops
 
 
@@ -48,13 +48,18 @@ def start(run: Run, checkpoints: Checkpoints) -> tuple[int, Any, Any, dict[str, 
     restored = checkpoints.restore(run.state_specs.state, which, rewind=True)
     if restored is None:
         trained = weights.load_trained(run.step_spec, run.state_specs, frozen, config)
-        return 0, initialize.first_state(run.step_spec, run.state_specs, trained), frozen, {}
+        moving = weights.load_moving_reference(run.step_spec, run.state_specs, config)
+        state = initialize.first_state(run.step_spec, run.state_specs, trained, moving)
+        return 0, state, frozen, {}
     return (restored.step if restored.own else 0), restored.state, frozen, restored.extra
 
 
 def weights_of(state: Any, frozen: Any) -> Weights:
     """Return what an online source generates with, and its reference."""
-    return Weights(merge(frozen["base"], state["params"]), frozen.get("reference", frozen["base"]))
+    reference = frozen.get("reference", frozen["base"])
+    if "reference" in state:  # it moves with the policy
+        reference = merge(frozen["base"], state["reference"])
+    return Weights(merge(frozen["base"], state["params"]), reference)
 
 
 def make_evaluation(
@@ -73,16 +78,12 @@ def make_evaluation(
 
     if run.eval is None:
         return sampled
-    batches = batches_of(run, run.eval, run.held_out)
-    step = partitioning.jit_eval_step(run.step_spec, run.mesh)
+    held_out = batches_of(run, run.eval, run.held_out)
 
-    def evaluate(state: Any, frozen: Any) -> dict[str, float]:
-        sums = None
-        for batch in batches(0):
-            sums = metrics.add_sums(sums, step(state, frozen, put_batch(run.mesh, batch)))
-        return metrics.means(sums or {})
+    def batches() -> Iterator[Any]:
+        return (put_batch(run.mesh, batch) for batch in held_out(0))
 
-    return evaluate
+    return evaluation.make_evaluation(run.step_spec, run.mesh, batches)
 
 
 def rows_of(run: Run, batch: Any) -> str:

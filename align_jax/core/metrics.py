@@ -16,7 +16,7 @@ import pathlib
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -25,32 +25,61 @@ from etils import epath
 
 from align_jax.core.progress import Progress, Values
 
+
+class Least(NamedTuple):
+    """A metric of which several batches have the least; infinite where there is none."""
+
+    value: Any
+
+
+class Greatest(NamedTuple):
+    """A metric of which several batches have the greatest; -infinite where there is none."""
+
+    value: Any
+
+
 # metric -> (weighted sum, sum of the weights): scalars, or of a sum of terms a vector with an entry
-# for each, whose quotients are added
-Sums = Mapping[str, tuple[Any, Any]]
+# for each, whose quotients are added; or an extreme
+Sums = Mapping[str, tuple[Any, Any] | Least | Greatest]
 # of an interval the last value is written; of all others the mean over its steps
 LAST = ("learning_rate",)
 # a bucket's objects cannot be appended to: the file is written anew, at most this often
 UPLOAD_SECONDS = 30.0
 
 
-def add_sums(total: Sums | None, new: Sums) -> dict[str, tuple[Any, Any]]:
+def add_sums(total: Sums | None, new: Sums) -> dict[str, Any]:
     """Add one batch's (sum, weight) pairs to the running ones, on the device, without a
     transfer."""
     if total is None:
         return dict(new)
     if total.keys() != new.keys():
         raise ValueError(f"metrics changed between batches: {sorted(total.keys() ^ new.keys())}")
-    return {name: (total[name][0] + new[name][0], total[name][1] + new[name][1]) for name in new}
+    return {
+        name: join(jax.tree.map(lambda a, b: jnp.stack([a, b]), total[name], new[name]))
+        for name in new
+    }
+
+
+def join(stacked: Any) -> Any:
+    """Reduce one metric of several batches, stacked along a first axis."""
+    if isinstance(stacked, Least):
+        return Least(stacked.value.min(axis=0))
+    if isinstance(stacked, Greatest):
+        return Greatest(stacked.value.max(axis=0))
+    total, weight = stacked
+    return total.sum(axis=0), weight.sum(axis=0)
 
 
 def divide(sums: Sums, empty: float = math.nan) -> dict[str, jax.Array]:
     """Divide scalar sums on the device; ``empty`` where the weight is 0."""
-    quotients = {
-        name: jnp.where(weight > 0, total / jnp.where(weight > 0, weight, 1.0), empty)
-        for name, (total, weight) in sums.items()
-    }
-    return with_margin(quotients)
+
+    def quotient(one: Any) -> jax.Array:
+        if isinstance(one, (Least, Greatest)):
+            return jnp.where(jnp.isfinite(one.value), one.value, empty)
+        total, weight = one
+        return jnp.where(weight > 0, total / jnp.where(weight > 0, weight, 1.0), empty)
+
+    return with_margin({name: quotient(one) for name, one in sums.items()})
 
 
 def means(sums: Sums) -> dict[str, float]:
@@ -60,8 +89,11 @@ def means(sums: Sums) -> dict[str, float]:
     {'accuracy': 0.75, 'loss': 1.25}
     """
     found = {}
-    for name, pair in jax.device_get(dict(sums)).items():
-        total, weight = (np.atleast_1d(np.asarray(x, np.float64)) for x in pair)
+    for name, one in jax.device_get(dict(sums)).items():
+        if isinstance(one, (Least, Greatest)):
+            found[name] = float(one.value) if math.isfinite(one.value) else math.nan
+            continue
+        total, weight = (np.atleast_1d(np.asarray(x, np.float64)) for x in one)
         real = weight > 0
         found[name] = float((total[real] / weight[real]).sum()) if real.any() else math.nan
     return with_margin(found)

@@ -95,6 +95,8 @@ class Batch(NamedTuple):
     old_values: Float[Any, "N T"] | None = None
     # prompt i with another prompt's response (R = 1): forward passes without gradients
     mismatched: Batch | None = None
+    # text beside a rollout (R = 1), for PPO-ptx
+    text: Batch | None = None
 
 
 class Outputs(NamedTuple):

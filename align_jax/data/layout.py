@@ -295,7 +295,7 @@ def make_batch(
     pad: int,
     weight: Float[np.ndarray, "B"],
     mismatched: Batch | None = None,
-    **fields: np.ndarray,
+    **fields: Any,
 ) -> Batch:
     """Write groups into rows.
 

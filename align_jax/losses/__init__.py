@@ -280,7 +280,7 @@ OBJECTIVES: dict[str, Objective] = {
     ),
     "ptx": Objective(
         policy_gradient.Ptx,
-        "NLL of the groups whose label is false; the term that ptx_coef adds",
+        "NLL of the text beside the rollout; the term that ptx_coef adds",
         "arXiv 2203.02155",
         data="rollout",
         metric="ptx_nll down",

@@ -213,7 +213,8 @@ def kl_estimate(log_ratio: Float[Array, "..."], kind: str = "k1") -> Float[Array
 
         k1 = l,    k2 = l² / 2,    k3 = e^(-l) - 1 + l
 
-    k1 is unbiased, k3 unbiased and never negative.  The exponent is cut at 20.
+    k1 is unbiased, k3 unbiased and never negative.  In k3 a log-ratio below -20 is taken for -20 as
+    a whole, in both of its places: cutting the exponent alone would turn the gradient round.
 
     References:
         Schulman 2020, "Approximating KL divergence", joschu.net/blog/kl-approx.html.
@@ -226,7 +227,8 @@ def kl_estimate(log_ratio: Float[Array, "..."], kind: str = "k1") -> Float[Array
     if kind == "k2":
         return 0.5 * jnp.square(log_ratio)
     if kind == "k3":
-        return jnp.expm1(jnp.minimum(-log_ratio, RATIO_MAX)) + log_ratio
+        near = jnp.maximum(log_ratio, -RATIO_MAX)
+        return jnp.expm1(-near) + near
     raise ValueError(f"unknown KL estimator {kind!r}; known: {list(ESTIMATORS)}")
 
 

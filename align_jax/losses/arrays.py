@@ -136,6 +136,7 @@ def make_inputs(terms: tuple[Term, ...], kind: str, arrays: dict[str, Any]) -> I
     """
     policy, reference = (_stack(arrays, name) for name in ("policy", "reference"))
     mask, lengths = _stack(arrays, "mask"), _stack(arrays, "lengths")
+    text = arrays.pop("text", None)
     if policy is None:
         raise ValueError("the policy's log-probabilities (or a reward model's scores) are missing")
     size = jnp.shape(policy)
@@ -155,6 +156,9 @@ def make_inputs(terms: tuple[Term, ...], kind: str, arrays: dict[str, Any]) -> I
     if terms[0].needs == ("scores",):
         outputs = outputs._replace(scores=outputs.logps)
     base = None if reference is None else make_batch(_flat(reference, rows, tokens), **shape)[1]
+    if text is not None:
+        text, said = make_batch(text, responses=1)
+        return Inputs(batch._replace(text=text), outputs, base, text=said)
     if others["policy"] is None:
         return Inputs(batch, outputs, base)
     other, first = make_batch(others["policy"], responses=1)
@@ -181,6 +185,8 @@ def compile_terms(terms: tuple[Term, ...]) -> Callable[..., Evaluated]:
     ``losses.jitted``."""
     kind = data_kind(terms)
     known = set(POSITIONAL[kind]) | {"policy", "reference", "mask", "lengths", *COLUMNS, *FIELDS}
+    if kind == "rollout":
+        known.add("text")
     if kind == "pairs":
         known |= {
             f"{name}_{side}" for name in ("mask", "lengths") for side in ("chosen", "rejected")

@@ -169,8 +169,10 @@ class BetaDpo(StatisticsLoss):
     """
 
     beta: Beta = 0.1
-    alpha: Annotated[float, Option("α: how strongly β follows the batch's mean gap")] = 0.6
-    momentum: Annotated[float, Option("m: of the gap's running mean", low=0, high=1)] = 0.9
+    alpha: Annotated[float, Option("α: how strongly β follows the batch's mean gap", low=0)] = 0.6
+    momentum: Annotated[
+        float, Option("m: of the gap's running mean", low=0, high=1, unless={"alpha": (0,)})
+    ] = 0.9
 
     reference: ClassVar[bool] = True
     # M₀, and whether it has been set
@@ -220,9 +222,9 @@ class Tdpo(Loss):
     """
 
     beta: Beta = 0.1
-    alpha: Annotated[float, Option("α: weight of the difference of the KLs")] = 0.5
+    alpha: Annotated[float, Option("α: weight of the difference of the KLs", low=0)] = 0.5
     stop_gradient_chosen: Annotated[
-        bool, Option("no gradient through the chosen response's KL (TDPO₂)")
+        bool, Option("no gradient through the chosen response's KL (TDPO₂)", unless={"alpha": (0,)})
     ] = True
 
     reference: ClassVar[bool] = True

@@ -19,7 +19,8 @@ from align_jax.core.schema import Batch, Outputs
 from align_jax.losses.logprobs import sum_by_slot
 from align_jax.losses.options import Option, Options, declared, make
 
-Metrics = dict[str, tuple[Array, Array]]  # name -> (weighted sum, sum of the weights), scalars
+# name -> (weighted sum, sum of the weights), scalars; or an extreme (core.metrics)
+Metrics = dict[str, Any]
 Tree = Any  # a pytree of arrays
 
 
@@ -32,6 +33,7 @@ class Inputs(NamedTuple):
         reference: the reference's; None where there is none.
         mismatched: the policy's and the reference's outputs of ``batch.mismatched``.
         stats: the statistics of the whole batch that the objective asked for.
+        text: the policy's outputs of ``batch.text``.
     """
 
     batch: Batch
@@ -39,6 +41,7 @@ class Inputs(NamedTuple):
     reference: Outputs | None = None
     mismatched: tuple[Outputs, Outputs] | None = None
     stats: Tree = None
+    text: Outputs | None = None
 
     def of_policy(self, field: str) -> Array:
         """Return an optional field of the policy's outputs; a ValueError where it is None."""
@@ -96,6 +99,11 @@ class Loss(Options):
     def needs(self) -> tuple[str, ...]:
         """Fields of Outputs, beyond the first three, that it reads of the policy."""
         return ()
+
+    @property
+    def decides(self) -> Mapping[str, Any]:
+        """Rollout options that it decides where they are "auto"."""
+        return {}
 
     @property
     def uses_reference(self) -> bool:
@@ -156,10 +164,14 @@ class Humanline(Options):
     """
 
     humanline: Annotated[bool, Option("clamp token log-ratios to the reference")] = False
-    log_eps_p: Annotated[float, Option("humanline's least log-ratio", unit="nats", below=0)] = -1.0
-    log_eps_r: Annotated[float, Option("humanline's greatest log-ratio", unit="nats", above=0)] = (
-        1.5
-    )
+    log_eps_p: Annotated[
+        float,
+        Option("humanline's least log-ratio", unit="nats", below=0, only={"humanline": (True,)}),
+    ] = -1.0
+    log_eps_r: Annotated[
+        float,
+        Option("humanline's greatest log-ratio", unit="nats", above=0, only={"humanline": (True,)}),
+    ] = 1.5
 
     def clamp(self, policy: Outputs, reference: Outputs, batch: Batch) -> Outputs:
         """Return the policy's outputs, clamped and summed anew."""
@@ -216,7 +228,7 @@ class Objective:
         found = declared(self.loss)
         for option, (other, default) in self.adds.items():
             meaning = f"coefficient of the term {other!r} that it adds; 0 = none"
-            found[option] = Option(meaning, default=default, kinds=(float,))
+            found[option] = Option(meaning, low=0, default=default, kinds=(float,))
         for more in (self.rollout, Humanline if self.reference else None):
             found |= declared(more) if more else {}
         return found
@@ -303,7 +315,8 @@ def resolve(
 
     Raises:
         ValueError: an unknown objective, an option that none of them accepts, a value out of
-            range, weights that do not match the names, or objectives on different kinds of data.
+            range or without effect beside the others, weights that do not match the names, or
+            objectives on different kinds of data.
     """
     options, known = dict(options or {}), accepted(table, name)
     for option in options:
@@ -318,9 +331,21 @@ def resolve(
     terms: list[Term] = []
     for part, coefficient in zip(names, coefficients):
         terms += _terms(table, part, options, coefficient)
+    for option, value in options.items():
+        owners = [term for term in terms if option in term.objective.declared]
+        if not owners and value != known[option].default:
+            raise ValueError(
+                f"objective {name!r}: {option} = {value!r} has no effect: it is of a term that is "
+                "left out, because its coefficient is 0"
+            )
     if len({term.objective.data for term in terms} - {"completions"}) > 1:
         kinds = {term.name: term.objective.data for term in terms}
         raise ValueError(f"objective {name!r} mixes kinds of data: {kinds}")
+    if {"rollout", "completions"} <= {term.objective.data for term in terms}:
+        raise ValueError(
+            f"objective {name!r}: 'sft' would imitate the policy's own samples, good or bad; for "
+            "text beside the rollouts use ptx_coef"
+        )
     return tuple(terms)
 
 
@@ -329,16 +354,21 @@ def _terms(
 ) -> list[Term]:
     """Make an objective's term, and those that it adds."""
     objective, more = table[name], []
-
+    known = objective.declared
+    values = objective.options | {option: options[option] for option in options if option in known}
     try:
         loss = make(objective.loss, options)
         humanline = make(Humanline, options) if objective.reference else Humanline()
         rollout = make(objective.rollout, options).values() if objective.rollout else {}
-        for option, (other, default) in objective.adds.items():
-            coefficient = options.get(option, default)
-            objective.declared[option].check(option, coefficient)
-            if coefficient:
-                more += _terms(table, other, options, weight * float(coefficient))
+        rollout |= {
+            option: value for option, value in loss.decides.items() if rollout[option] == "auto"
+        }
+        for option, (other, _) in objective.adds.items():
+            known[option].check(option, values[option])
+            if values[option]:
+                more += _terms(table, other, options, weight * float(values[option]))
+        for option, value in values.items():
+            known[option].check_effect(option, value, values)
     except ValueError as error:
         raise ValueError(f"objective {name!r}: {error}") from error
     if humanline.humanline and getattr(loss, "reference_free", False):

@@ -34,6 +34,8 @@ class Option:
         choices: the values that it may have; () = any in the range.
         default: where nothing is said.
         kinds: types of its values: a subset of float, int, bool, str, None.
+        only: another option -> its values with which alone this one counts.
+        unless: another option -> its values with which this one has no effect.
     """
 
     meaning: str
@@ -45,6 +47,8 @@ class Option:
     choices: tuple[Any, ...] = ()
     default: Any = None
     kinds: tuple[type, ...] = ()
+    only: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
+    unless: Mapping[str, tuple[Any, ...]] = dataclasses.field(default_factory=dict)
 
     @property
     def range(self) -> str:
@@ -73,8 +77,12 @@ class Option:
 
     @property
     def text(self) -> str:
-        """Meaning, unit and range, in a line."""
-        facts = ", ".join(part for part in (self.unit, self.range) if part)
+        """Meaning, unit, range and what it hangs on, in a line."""
+        hangs = [
+            f"only with {name} {' or '.join(map(repr, values))}"
+            for name, values in self.only.items()
+        ]
+        facts = ", ".join(part for part in (self.unit, self.range, *hangs) if part)
         return f"{self.meaning} ({facts})" if facts else self.meaning
 
     def __repr__(self) -> str:
@@ -93,7 +101,7 @@ class Option:
             return False
         number = float(value)
         return (
-            not math.isnan(number)
+            math.isfinite(number)
             and (self.low is None or number >= self.low)
             and (self.high is None or number <= self.high)
             and (self.above is None or number > self.above)
@@ -109,6 +117,29 @@ class Option:
             words = [f"{WORDS[kind]} {self.range}".strip() for kind in self.kinds if kind in WORDS]
             expected = " or ".join([*words, "None"] if types.NoneType in self.kinds else words)
         raise ValueError(f"{name} = {value!r}: expected {expected}")
+
+    def check_effect(self, name: str, value: Any, others: Mapping[str, Any]) -> None:
+        """Raise a ValueError where a value that is not the default has no effect.
+
+        Args:
+            name: of the option.
+            value: its value.
+            others: all options' values.
+        """
+        if value == self.default:
+            return
+        for other, values in self.only.items():
+            if others[other] not in values:
+                raise ValueError(
+                    f"{name} = {value!r} has no effect with {other} = {others[other]!r}; it needs "
+                    f"{other} = {' or '.join(map(repr, values))}"
+                )
+        for other, values in self.unless.items():
+            if others[other] in values:
+                raise ValueError(
+                    f"{name} = {value!r} has no effect with {other} = {others[other]!r}; give "
+                    f"{other} another value, or leave {name} at {self.default!r}"
+                )
 
 
 def declared(options: type["Options"]) -> dict[str, Option]:

@@ -48,7 +48,9 @@ LabelSmoothing = Annotated[
 LdAlpha = Annotated[
     float | None,
     Option(
-        "weight of the tokens beyond the shorter response's length (arXiv 2409.06411); None = 1"
+        "weight of the tokens beyond the shorter response's length (arXiv 2409.06411); None = 1",
+        low=0,
+        high=1,
     ),
 ]
 Divergence = Literal["reverse_kl", "forward_kl", "js", "alpha"]
@@ -272,7 +274,10 @@ class DivergencePaired(ReferencePaired):
     f_divergence: Annotated[
         Divergence, Option("whose derivative transforms the log-ratios (arXiv 2309.16240)")
     ] = "reverse_kl"
-    f_alpha: Annotated[float, Option("α of f_divergence = 'alpha'; 1 = reverse_kl")] = 0.5
+    f_alpha: Annotated[
+        float,
+        Option("α of the alpha divergence; 1 = reverse_kl", only={"f_divergence": ("alpha",)}),
+    ] = 0.5
 
     def pair(self, inputs: Inputs) -> Pair:
         pair = super().pair(inputs)

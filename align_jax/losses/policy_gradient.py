@@ -71,6 +71,10 @@ class KlLoss(Loss):
     def uses_reference(self) -> bool:
         return self.beta != 0
 
+    @property
+    def decides(self) -> dict[str, str]:
+        return {"scale": "group"}
+
     def penalty(self, inputs: Inputs) -> tuple[Array, Parts]:
         """Compute β k3 for each token; nothing where β is 0."""
         if self.beta == 0:
@@ -134,7 +138,7 @@ class Grpo(KlLoss):
         grpo:        mean over a response's tokens, then over responses
         bnpo, dapo:  mean over the global batch's tokens
         luspo:       sum over tokens, mean over responses
-        dr_grpo:     sum over tokens / (responses · max_length)
+        dr_grpo:     sum over tokens / (responses · max_length), A not divided by std
 
     References:
         Shao et al. 2024, arXiv 2402.03300, equation 3; dr_grpo: Liu et al. 2025, arXiv 2503.20783;
@@ -154,7 +158,7 @@ class Grpo(KlLoss):
         Literal["grpo", "bnpo", "dr_grpo", "dapo", "luspo"],
         Option(
             "token losses are averaged by response (grpo), over all tokens (bnpo, dapo), summed "
-            "over max_length (dr_grpo), or summed (luspo)"
+            "over max_length (dr_grpo), or summed (luspo, with importance 'sequence')"
         ),
     ] = "grpo"
     importance: Annotated[
@@ -171,11 +175,31 @@ class Grpo(KlLoss):
     ] = None
     delta: Annotated[
         float | None,
-        Option("δ: most that a ratio is on the unclipped side (two-sided clipping); None = off"),
+        Option(
+            "δ: most that a ratio is on the unclipped side (two-sided clipping); None = off",
+            above=0,
+        ),
     ] = None
     max_length: Annotated[
-        int | None, Option("loss_type dr_grpo divides by it", unit="tokens", low=1)
+        int | None,
+        Option(
+            "what dr_grpo divides by; None = the most that a completion may have",
+            unit="tokens",
+            low=1,
+            only={"loss_type": ("dr_grpo",)},
+        ),
     ] = None
+
+    def __post_init__(self) -> None:
+        if self.loss_type == "luspo" and self.importance == "token":
+            raise ValueError(
+                "loss_type = 'luspo' scales sequences by their length, which needs ratios of "
+                "sequences: set importance = 'sequence', got 'token'"
+            )
+
+    @property
+    def decides(self) -> dict[str, str]:
+        return {"scale": "none" if self.loss_type == "dr_grpo" else "group"}
 
     def weights(self, batch: Batch) -> Float[Array, "B"]:
         by_token = self.loss_type in ("bnpo", "dapo")
@@ -206,12 +230,8 @@ class Grpo(KlLoss):
         sums = sum_by_slot(x, batch).mean(axis=1)
         if self.loss_type == "luspo":
             return sums
-        if self.max_length is None:
-            raise ValueError(
-                "loss_type 'dr_grpo' divides by max_length, the longest completion in tokens; it "
-                "is None"
-            )
-        return sums / self.max_length
+        slots = batch.lengths.size // batch.tokens.shape[0]
+        return sums / (self.max_length or batch.loss_index.shape[1] // slots)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -251,7 +271,7 @@ class Cispo(TokenMeanLoss, KlLoss):
     """
 
     own = ("epsilon_high",)
-    epsilon_high: Annotated[float, Option("ratios are cut at this")] = 5.0
+    epsilon_high: Annotated[float, Option("ratios are cut at this", above=0)] = 5.0
 
     def losses(self, inputs: Inputs) -> Result:
         advantages = inputs.of_batch("advantages")
@@ -364,22 +384,14 @@ class ReinforcePp(TokenMeanLoss):
         return Grpo(loss_type="bnpo", **self.values()).losses(inputs)
 
 
-def with_label(batch: Batch, label: bool) -> Batch:
-    """Give weight 0 to the groups of another label: PPO-ptx mixes rows of text into a rollout,
-    whose label is false."""
-    own = jnp.asarray(batch.label) if label else ~jnp.asarray(batch.label)
-    return batch._replace(weight=jnp.where(own, jnp.asarray(batch.weight), 0.0))
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Ppo(Loss):
+class Ppo(TokenMeanLoss):
     """The PPO loss, mean over the global batch's tokens.
 
         max(-A w, -A clip(w, 1 - c, 1 + c))
         + vf_coef · ½ max((V - ret)², (clip(V, V_old ± c_v) - ret)²)
 
     Its entropy bonus and PPO-ptx's NLL are the terms that ``entropy_coef`` and ``ptx_coef`` add.
-    Groups whose ``batch.label`` is false are rows of text for PPO-ptx, and do not count here.
 
     References:
         Schulman et al. 2017, arXiv 1707.06347, equations 7 and 9; the value clip: Huang et al.
@@ -395,22 +407,21 @@ class Ppo(Loss):
 
     clip: Annotated[float, Option("c: ratios are clipped to 1 ± c", low=0)] = 0.2
     value_clip: Annotated[
-        float, Option("c_v: values are clipped to the old ones ± c_v", unit="of reward", low=0)
+        float,
+        Option(
+            "c_v: values are clipped to the old ones ± c_v",
+            unit="of reward",
+            low=0,
+            unless={"vf_coef": (0,)},
+        ),
     ] = 0.2
-    vf_coef: Annotated[float, Option("weight of the value loss")] = 0.1
+    vf_coef: Annotated[float, Option("weight of the value loss", low=0)] = 0.1
 
     @property
     def needs(self) -> tuple[str, ...]:
         return ("values",)
 
-    def _own(self, batch: Batch) -> Batch:
-        return batch if batch.label is None else with_label(batch, True)
-
-    def weights(self, batch: Batch) -> Float[Array, "B"]:
-        return token_weights(self._own(batch))
-
     def losses(self, inputs: Inputs) -> Result:
-        inputs = inputs._replace(batch=self._own(inputs.batch))
         advantages, returns = inputs.of_batch("advantages"), inputs.of_batch("returns")
         values, old_values = inputs.of_policy("values"), inputs.of_batch("old_values")
         log_ratio = rollout_log_ratio(inputs)
@@ -451,24 +462,31 @@ class Entropy(TokenMeanLoss):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Ptx(Loss):
-    """The NLL of the groups whose ``batch.label`` is false: the text that PPO-ptx mixes in.
+    """The NLL of ``batch.text``, mean over its tokens: the text that PPO-ptx mixes in.
+
+    It stands beside the rollout in rows of its own, and is computed at temperature 1.  Each group
+    of the rollout bears an equal share of it.
 
     References:
         Ouyang et al. 2022, arXiv 2203.02155, equation 2.
 
     >>> from align_jax.losses import jitted
-    >>> found = jitted("ptx")(policy=[[-1.0, -2.0], [-3.0, -5.0]], label=[True, False])
+    >>> found = jitted("ptx")(policy=[[-1.0, -2.0], [-3.0, -5.0]], text=[[-4.0, -2.0]])
     >>> found.losses.tolist(), found.weights.tolist(), float(found.loss)
-    ([1.5, 4.0], [0.0, 2.0], 4.0)
+    ([3.0, 3.0], [1.0, 1.0], 3.0)
     """
 
     def weights(self, batch: Batch) -> Float[Array, "B"]:
-        if batch.label is None:
-            raise ValueError(
-                "ptx needs batch.label [B], false for the rows of text mixed in; it is None"
-            )
-        return token_weights(with_label(batch, False))
+        if batch.text is None:
+            raise ValueError("ptx needs batch.text, the rows of text beside the rollout; got none")
+        tokens = token_weights(batch.text).sum()
+        return jnp.broadcast_to(tokens / batch.weight.size, batch.weight.shape)
 
     def losses(self, inputs: Inputs) -> Result:
-        losses = token_mean(-inputs.policy.token_logps, inputs.batch)
-        return losses, {"ptx_nll": summed(losses, self.weights(inputs.batch))}
+        text = inputs.batch.text
+        if text is None or inputs.text is None:
+            raise ValueError("ptx needs the policy's outputs of batch.text, got none")
+        weights = token_weights(text)
+        nll = (weights * token_mean(-inputs.text.token_logps, text)).sum(), weights.sum()
+        mean = nll[0] / jnp.maximum(nll[1], 1.0)
+        return jnp.broadcast_to(mean, inputs.batch.weight.shape), {"ptx_nll": nll}

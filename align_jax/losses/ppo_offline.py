@@ -58,18 +58,24 @@ class PpoOffline(StatisticsLoss):
     clip: Annotated[float, Option("c: the ratios' range, see clip_form", above=0)] = 0.5
     gamma: Annotated[float, Option("γ: discount per token", low=0, high=1)] = 0.99
     lam: Annotated[float, Option("λ of the advantages", low=0, high=1)] = 0.95
-    critic_coef: Annotated[float, Option("weight of the value loss")] = 0.01
-    kl_coef: Annotated[float, Option("weight of the log-ratio")] = 0.1
+    critic_coef: Annotated[float, Option("weight of the value loss", low=0)] = 0.01
+    kl_coef: Annotated[float, Option("weight of the log-ratio", low=0)] = 0.1
     clip_form: Annotated[
         Literal["symmetric", "reciprocal"],
         Option("ratios in [1-c, 1+c] (HALOs' code), or [c, 1/c] (its configuration's comment)"),
     ] = "symmetric"
     kl_sign: Annotated[
-        Literal[1, -1], Option("1: log π - log π_ref (HALOs now); -1: its older versions")
+        Literal[1, -1],
+        Option(
+            "1: log π - log π_ref (HALOs now); -1: its older versions", unless={"kl_coef": (0,)}
+        ),
     ] = 1
     critic_target: Annotated[
         Literal["discounted", "gae"],
-        Option("values are trained towards discounted rewards to go (HALOs), or the returns"),
+        Option(
+            "values are trained towards discounted rewards to go (HALOs), or the returns",
+            unless={"critic_coef": (0,)},
+        ),
     ] = "discounted"
     reward: Annotated[
         Literal["label", "score"], Option("±1 by the label, or the score that came with the data")

@@ -291,7 +291,7 @@ def dpop(
     *,
     beta: Beta = 0.1,
     lam: Annotated[
-        float, Option("λ: weight of the chosen response's fall below the reference")
+        float, Option("λ: weight of the chosen response's fall below the reference", low=0)
     ] = 50.0,
 ) -> Float[Array, "B"]:
     """Compute DPO-positive, which forbids the chosen response to become less likely than under the

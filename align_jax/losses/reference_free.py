@@ -19,7 +19,7 @@ from align_jax.losses.preference import smoothed_logistic, square
 CERTAIN = -1e-6  # the odds of a response of mean log-probability 0 would be infinite
 
 GammaBetaRatio = Annotated[
-    float, Option("γ/β: target margin of the log-probability per token", unit="nats a token")
+    float, Option("γ/β: target margin of the log-probability per token", unit="nats a token", low=0)
 ]
 
 
@@ -85,7 +85,7 @@ def alphapo(
 
 
 def orpo(
-    pair: Pair, *, lam: Annotated[float, Option("λ: weight of the odds-ratio term")] = 0.1
+    pair: Pair, *, lam: Annotated[float, Option("λ: weight of the odds-ratio term", low=0)] = 0.1
 ) -> Float[Array, "B"]:
     """Compute ORPO's odds-ratio term; its NLL of the chosen response is the term that ``sft_coef``
     adds.
@@ -111,7 +111,15 @@ def cpo(
     pair: Pair,
     *,
     beta: Beta = 0.1,
-    label_smoothing: LabelSmoothing = 0.0,
+    label_smoothing: Annotated[
+        float,
+        Option(
+            "share of the labels that is taken to be flipped",
+            low=0,
+            below=0.5,
+            only={"form": ("sigmoid",)},
+        ),
+    ] = 0.0,
     form: Annotated[
         Literal["sigmoid", "hinge", "ipo"], Option("a logistic loss, a hinge, or ipo's square")
     ] = "sigmoid",
@@ -131,8 +139,6 @@ def cpo(
     >>> [round(x, 4) for x in cpo(example_pair(), beta=0.1).tolist()]
     [0.5981, 0.7444]
     """
-    if label_smoothing and form != "sigmoid":
-        raise ValueError(f"cpo: label_smoothing is defined for form 'sigmoid' only, got {form!r}")
     z = beta * (pair.policy_chosen - pair.policy_rejected) - pair.margin
     if form == "sigmoid":
         return smoothed_logistic(z, label_smoothing)
@@ -146,9 +152,9 @@ def slic(
     pair: Pair,
     *,
     delta: Annotated[
-        float, Option("δ: margin that the chosen response is to have", unit="nats")
+        float, Option("δ: margin that the chosen response is to have", unit="nats", low=0)
     ] = 1.0,
-    lam: Annotated[float, Option("λ: weight of the chosen response's likelihood")] = 0.1,
+    lam: Annotated[float, Option("λ: weight of the chosen response's likelihood", low=0)] = 0.1,
 ) -> Float[Array, "B"]:
     """Compute SLiC-HF: a calibration loss on sequences, kept near the chosen responses.
 

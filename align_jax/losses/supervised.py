@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.nn import log_sigmoid
 from jaxtyping import Array, Bool, Float
 
+from align_jax.core.metrics import Greatest, Least
 from align_jax.core.schema import Batch
 from align_jax.losses.logprobs import sum_by_slot
 from align_jax.losses.objective import (
@@ -34,6 +35,11 @@ class TokenLoss(Loss):
 
     responses: ClassVar[slice] = slice(None)  # those of a group that are learned
 
+    def _groups(self, batch: Batch) -> Float[Array, "B"]:
+        """Weigh each group; of unpaired feedback the desirable ones alone are imitated."""
+        weight = group_weights(batch)
+        return weight if batch.label is None else jnp.where(batch.label, weight, 0.0)
+
     def token_losses(self, inputs: Inputs) -> Float[Array, "N T"]:
         """Compute each token's loss."""
         return -inputs.policy.token_logps
@@ -42,7 +48,7 @@ class TokenLoss(Loss):
         return token_counts(batch)[:, self.responses]
 
     def weights(self, batch: Batch) -> Float[Array, "B"]:
-        weight = group_weights(batch)
+        weight = self._groups(batch)
         return weight * self._counts(batch).sum(axis=1) if self.per == "token" else weight
 
     def losses(self, inputs: Inputs) -> Result:
@@ -52,7 +58,8 @@ class TokenLoss(Loss):
             losses = sums.sum(axis=1) / jnp.maximum(counts.sum(axis=1), 1.0)
         else:
             losses = (sums / jnp.maximum(counts, 1.0)).mean(axis=1)
-        weight, total = group_weights(batch), (group_weights(batch) * counts.sum(axis=1)).sum()
+        weight = self._groups(batch)
+        total = (weight * counts.sum(axis=1)).sum()
         reported = {"nll": -policy.logps[:, self.responses]}
         if policy.entropy is not None:
             reported["entropy"] = sum_by_slot(policy.entropy, batch)[:, self.responses]
@@ -63,7 +70,8 @@ class TokenLoss(Loss):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sft(TokenLoss):
-    """The negative log-likelihood of each group's first response: of a pair, the chosen one.
+    """The negative log-likelihood of each group's first response: of a pair, the chosen one; of
+    unpaired feedback, the desirable ones'.
 
         per token:    Σ_i Σ_t -m_it a_it / Σ_i n_i, over the global batch
         per sequence: the mean over i of Σ_t -m_it a_it / n_i
@@ -116,15 +124,15 @@ class ScoreLoss(Loss):
         return ("scores",)
 
     def metrics(self, inputs: Inputs, real: Bool[Array, "B R"]) -> Metrics:
-        """Report the lowest, mean and highest reward of each group, averaged over the groups."""
-        scores, weight = inputs.of_policy("scores"), group_weights(inputs.batch)
-        count = jnp.maximum(real.astype(jnp.float32).sum(axis=1), 1.0)
-        any_real = real.any(axis=1)
-        low = jnp.where(any_real, jnp.where(real, scores, jnp.inf).min(axis=1), 0.0)
-        high = jnp.where(any_real, jnp.where(real, scores, -jnp.inf).max(axis=1), 0.0)
-        mean = jnp.where(real, scores, 0.0).sum(axis=1) / count
-        values = {"min_reward": low, "mean_reward": mean, "max_reward": high}
-        return {name: summed(value, weight) for name, value in values.items()}
+        """Report the batch's lowest, mean and highest reward, as TRL does."""
+        scores, weight = inputs.of_policy("scores"), group_weights(inputs.batch)[:, None]
+        real &= weight > 0
+        counts = jnp.where(real, weight, 0.0)
+        return {
+            "min_reward": Least(jnp.where(real, scores, jnp.inf).min()),
+            "mean_reward": ((counts * scores).sum(), counts.sum()),
+            "max_reward": Greatest(jnp.where(real, scores, -jnp.inf).max()),
+        }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -146,7 +154,10 @@ class Reward(ScoreLoss):
     """
 
     center_coef: Annotated[
-        float, Option("weight of (r_w + r_l)², which keeps the rewards' mean near 0; 0.01 is usual")
+        float,
+        Option(
+            "weight of (r_w + r_l)², which keeps the rewards' mean near 0; 0.01 is usual", low=0
+        ),
     ] = 0.0
 
     def losses(self, inputs: Inputs) -> Result:
@@ -174,8 +185,10 @@ class RewardRanked(ScoreLoss):
         pairs:         the mean over i < j of -log σ(r_i - r_j)
         best_of:       -log softmax(r_1, ..., r_K)[1]
 
-    A response without tokens is not there: groups may hold fewer than K.  Pairs whose
-    ``batch.scores`` are equal do not count; accuracy is the share of pairs in order.
+    A response without tokens is not there: groups may hold fewer than K.  Responses whose
+    ``batch.scores`` are equal say nothing of each other: such pairs do not count, neither of the
+    two stands in the other's softmax, and of several best ones the mean is taken.  Accuracy is the
+    share of pairs in order.
 
     References:
         plackett_luce: Rafailov et al. 2023, arXiv 2305.18290, equation 18; pairs: Ouyang et al.
@@ -210,11 +223,14 @@ class RewardRanked(ScoreLoss):
         if self.form == "pairs":
             losses = (pairs * -log_sigmoid(difference)).sum(axis=(1, 2)) / jnp.maximum(count, 1.0)
         else:
-            # log-sum-exp over the responses from k on, those that are not there left out
-            rest = (above | jnp.eye(responses, dtype=bool)[None]) & real[:, None, :]
+            # log-sum-exp over each response and those below it that are there
+            rest = ordered | jnp.eye(responses, dtype=bool)[None]
             masked = jnp.where(rest, jnp.broadcast_to(scores[:, None, :], rest.shape), -1e30)
             terms = jnp.where(real, jax.nn.logsumexp(masked, axis=2) - scores, 0.0)
-            losses = terms.sum(axis=1) if self.form == "plackett_luce" else terms[:, 0]
+            losses = terms.sum(axis=1)
+            if self.form == "best_of":
+                best = (real & ~ordered.any(axis=1)).astype(jnp.float32)
+                losses = (best * terms).sum(axis=1) / jnp.maximum(best.sum(axis=1), 1.0)
         metrics = self.metrics(inputs, real)
         for name, value in (
             ("accuracy", (difference > 0).astype(jnp.float32)),

@@ -26,7 +26,17 @@ Advantages = Annotated[
         "normalized rewards to go"
     ),
 ]
-Gamma = Annotated[float, Option("γ: discount per token", low=0, high=1)]
+# without a value head
+GroupAdvantages = Annotated[
+    Literal["group", "leave_one_out", "batch", "global"],
+    Option(
+        "over the group's mean, over the group's others, over the batch's mean, or of normalized "
+        "rewards to go"
+    ),
+]
+Gamma = Annotated[
+    float, Option("γ: discount per token", low=0, high=1, only={"advantages": ("gae", "global")})
+]
 WhitenAdvantages = Annotated[bool, Option("to mean 0 and variance 1 over all tokens")]
 Epochs = Annotated[int, Option("passes over a rollout", low=1)]
 
@@ -38,7 +48,8 @@ class RolloutOptions(Options):
     epochs: Epochs = 1
     minibatches: Annotated[int, Option("optimizer steps a pass", low=1)] = 1
     missing_eos_penalty: Annotated[
-        float, Option("taken from the score of a response that did not end", unit="of reward")
+        float,
+        Option("taken from the score of a response that did not end", unit="of reward", low=0),
     ] = 0.0
 
 
@@ -47,10 +58,12 @@ class KlRolloutOptions(RolloutOptions):
     """Rewards less the KL to the reference."""
 
     kl_coef: Annotated[
-        float, Option("of the KL in the reward; 0 = no reference is run", unit="of reward per nat")
+        float,
+        Option("of the KL in the reward; 0 = no reference is run", unit="of reward per nat", low=0),
     ] = 0.05
     kl_estimator: Annotated[
-        Literal["k1", "k2", "k3"], Option("of the KL: l, l²/2 or e^(-l) - 1 + l of a log-ratio l")
+        Literal["k1", "k2", "k3"],
+        Option("of the KL: l, l²/2 or e^(-l) - 1 + l of a log-ratio l", unless={"kl_coef": (0,)}),
     ] = "k1"
     kl_target: Annotated[
         float | None,
@@ -58,11 +71,25 @@ class KlRolloutOptions(RolloutOptions):
             "the coefficient adapts towards this KL; None = it stays",
             unit="nats a response",
             above=0,
+            unless={"kl_coef": (0,)},
         ),
     ] = None
     kl_horizon: Annotated[
-        float, Option("how slowly the coefficient adapts", unit="responses", above=0)
+        float,
+        Option(
+            "how slowly the coefficient adapts",
+            unit="responses",
+            above=0,
+            unless={"kl_target": (None,)},
+        ),
     ] = 10000.0
+
+    def __post_init__(self) -> None:
+        if self.values()["advantages"] == "group" and self.kl_coef:
+            raise ValueError(
+                f"kl_coef = {self.kl_coef} puts the KL into the reward, which advantages = 'group' "
+                "do not look at: set kl_coef = 0"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,9 +99,13 @@ class PpoRollout(KlRolloutOptions):
     own = ("advantages", "gamma", "lam", "whiten_advantages", "whiten_rewards")
     advantages: Advantages = "gae"
     gamma: Gamma = 1.0
-    lam: Annotated[float, Option("λ of the advantages", low=0, high=1)] = 0.95
+    lam: Annotated[
+        float, Option("λ of the advantages", low=0, high=1, only={"advantages": ("gae",)})
+    ] = 0.95
     whiten_advantages: WhitenAdvantages = True
-    whiten_rewards: Annotated[bool, Option("token rewards to variance 1, their mean kept")] = False
+    whiten_rewards: Annotated[
+        bool, Option("token rewards to variance 1, their mean kept", only={"advantages": ("gae",)})
+    ] = False
     epochs: Epochs = 4
 
 
@@ -83,10 +114,15 @@ class GrpoRollout(RolloutOptions):
     """GRPO's advantages in a group."""
 
     own = ("advantages", "scale")
-    advantages: Advantages = "group"
+    advantages: GroupAdvantages = "group"
     scale: Annotated[
-        Literal["group", "batch", "none"], Option("whose standard deviation scales the advantages")
-    ] = "group"
+        Literal["auto", "group", "batch", "none"],
+        Option(
+            "whose standard deviation scales the advantages; auto = the group's, none's for "
+            "loss_type dr_grpo",
+            only={"advantages": ("group",)},
+        ),
+    ] = "auto"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,7 +130,7 @@ class RlooRollout(KlRolloutOptions):
     """RLOO's advantages over the group's others."""
 
     own = ("advantages", "whiten_advantages")
-    advantages: Advantages = "leave_one_out"
+    advantages: GroupAdvantages = "leave_one_out"
     whiten_advantages: WhitenAdvantages = False
 
 
@@ -102,7 +138,7 @@ class RlooRollout(KlRolloutOptions):
 class ReinforceRollout(RlooRollout):
     """REINFORCE's advantages over the batch's mean."""
 
-    advantages: Advantages = "batch"
+    advantages: GroupAdvantages = "batch"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,7 +146,7 @@ class ReinforcePpRollout(KlRolloutOptions):
     """REINFORCE++'s discounted rewards to go, normalized over all tokens."""
 
     own = ("advantages", "gamma")
-    advantages: Advantages = "global"
+    advantages: GroupAdvantages = "global"
     gamma: Gamma = 1.0
 
 
@@ -155,6 +191,7 @@ def make_targets(
         batch          s - KL less the batch's mean: REINFORCE
         global         discounted token rewards to go, normalized over all tokens: REINFORCE++
 
+    A response that bears no loss (cut off, and not kept) counts in the baselines with its score.
     Statistics are over this batch: hand in the whole global batch.
 
     Args:
@@ -186,7 +223,8 @@ def make_targets(
         kl_coef=kl_coef,
         kl_estimator=kl_estimator,
     )
-    totals = sum_by_slot(rewards, batch)  # [B, R]: score less KL
+    penalties = kl_coef * sum_by_slot(estimators.kl_estimate(ratio, kl_estimator), batch)
+    totals = scores - penalties  # [B, R]
     returns = None
     if advantages == "gae":
         if whiten_rewards:

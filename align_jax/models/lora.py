@@ -115,7 +115,7 @@ def fresh(key: jax.Array, shapes: Tree, base: Tree) -> dict[str, Any]:
 
     Args:
         key: random key.
-        shapes: the adapted model's tree of shapes and types.
+        shapes: the adapted model's tree of shapes and types; the base lacks its heads.
         base: the base's parameters (read for DoRA's magnitudes only).
     """
     out = {}
@@ -125,7 +125,7 @@ def fresh(key: jax.Array, shapes: Tree, base: Tree) -> dict[str, Any]:
         inner = (
             _pair(jax.random.fold_in(key, index), node, base[name])
             if "lora_a" in node
-            else fresh(jax.random.fold_in(key, index), node, base[name])
+            else fresh(jax.random.fold_in(key, index), node, base.get(name, {}))
         )
         if inner:
             out[name] = inner

@@ -111,7 +111,8 @@ class Model:
             dropout_key: turns on what dropout the options ask for.
 
         Returns:
-            hidden; and auxiliary scalars: of a mixture of experts ``load_balancing``, else none.
+            hidden; and of a mixture of experts the routing's sums (``moe.balance``) over all
+            layers, else nothing.
         """
         rngs = None if dropout_key is None else {"dropout": dropout_key}
         return self._apply(params, "hidden", tokens, segment_ids, positions, prefix_ids, rngs=rngs)

@@ -10,7 +10,7 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import flax.linen as nn
 import jax
@@ -188,15 +188,16 @@ def balance(
     }
 
 
-def load_balancing(sums: dict[str, jax.Array]) -> jax.Array:
-    """Return E sum_e f_e P_e over all layers' tokens, as transformers counts it (k where the load
-    is even).
+def load_balancing(sums: Mapping[str, jax.Array], whole: Mapping[str, jax.Array]) -> jax.Array:
+    """Return a part's share of E sum_e f_e P_e over all layers' tokens of the whole batch, as
+    transformers counts it (k where the load is even).
+
+    f is not differentiable, so the shares' gradients too add up to the whole's.
 
     Args:
-        sums: ``balance`` of each layer, stacked: [L, E], [L, E], [L].
+        sums: ``balance`` of the part, all layers together: [E], [E], [].
+        whole: of the batch that it is a part of.
     """
-    tokens = jnp.maximum(jnp.sum(sums["tokens"]), 1.0)
-    share, probability = (
-        jnp.sum(sums[name], axis=0) / tokens for name in ("chosen", "probability")
-    )
+    tokens = jnp.maximum(whole["tokens"], 1.0)
+    share, probability = whole["chosen"] / tokens, sums["probability"] / tokens
     return share.shape[0] * jnp.sum(share * probability)

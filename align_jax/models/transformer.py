@@ -28,7 +28,7 @@ from align_jax.models.config import ModelConfig
 from align_jax.models.heads import HEADS
 from align_jax.models.layers import ACTIVATIONS, Linear, Norm, array, normal, parameter
 from align_jax.models.lora import LoraConfig
-from align_jax.models.moe import Experts, load_balancing
+from align_jax.models.moe import Experts
 from align_jax.models.roles import Role
 from align_jax.parallel.sharding import constrain
 
@@ -323,7 +323,7 @@ class Decoder(nn.Module):
         """Run whole rows."""
         rows = self._rows(segment_ids, positions, prefix_ids)
         x, _, aux = self._run(tokens, rows, None)
-        return x, {"load_balancing": load_balancing(aux)} if aux else {}
+        return x, {name: sums.sum(axis=0) for name, sums in aux.items()}
 
     def prefill(
         self,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -124,6 +125,7 @@ def resolve_config(config: Config, devices: int) -> ResolvedConfig:
             f"config.max_length = {config.max_length} exceeds the {model_config.max_positions} "
             "positions of the model (max_position_embeddings)"
         )
+    _check_reference(config, terms)
     if config.reference.mode == "cached" and any("kl" in term.needs for term in terms):
         raise ValueError(
             "config.reference.mode = 'cached' keeps token log-probabilities; the objective "
@@ -146,6 +148,35 @@ def resolve_config(config: Config, devices: int) -> ResolvedConfig:
         )
     rollouts = make_rollout_config(terms, config) if config.rewards else None
     return ResolvedConfig(terms, tokenizer, model_config, models, kind, rollouts)
+
+
+def _check_reference(config: Config, terms: Sequence[Term]) -> None:
+    """Refuse keys of the reference that would do nothing, or cannot hold together.
+
+    Raises:
+        ValueError: the key, and what to give instead.
+    """
+    r, name = config.reference, config.objective.name
+    if r.mode == "cached" and config.rewards:
+        raise ValueError(
+            "config.reference.mode = 'cached' computes the reference's log-probabilities of a "
+            "fixed data set once; an online run trains on new samples: use in_graph"
+        )
+    wants = any(term.reference or term.rollout.get("kl_coef") for term in terms)
+    for key in ("path", "sync_every_steps"):
+        if not wants and (value := getattr(r, key)):
+            raise ValueError(
+                f"config.reference.{key} = {value!r}: the objective {name!r} compares with no "
+                "reference, with these options"
+            )
+    whole = not (config.model.lora.rank or config.model.lora.path or config.model.freeze)
+    if r.path and r.sync_every_steps and not whole:
+        raise ValueError(
+            f"config.reference.path = {r.path!r} cannot be where a moving reference starts of "
+            "which only a part is trained (model.lora, model.freeze): what moves is that part, "
+            "over the policy's own weights; leave reference.path at '', or set "
+            "reference.sync_every_steps = 0"
+        )
 
 
 def make_step_spec(config: Config, resolved: ResolvedConfig, total_steps: int) -> StepSpec:
@@ -266,7 +297,10 @@ def prepare(config: Config, workdir: str) -> Run:
             examples.items,
             resolved.tokenizer,
             policy=resolved.models.policy,
-            reference=resolved.models.base,
+            # one that moves is a policy of an earlier step, with its adapter
+            reference=resolved.models.policy
+            if config.reference.sync_every_steps
+            else resolved.models.base,
             mesh=mesh,
             load_model=weights.load_model,
             export=functools.partial(weights.save_policy, resolved.models.policy),

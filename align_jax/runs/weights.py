@@ -156,6 +156,19 @@ def load_frozen(spec: StepSpec, specs: StateSpecs, config: Config) -> Tree:
     return frozen
 
 
+def load_moving_reference(spec: StepSpec, specs: StateSpecs, config: Config) -> Tree | None:
+    """Load where a reference that moves starts; None where it starts from the policy.
+
+    Heads, which it lacks, are the policy's.
+    """
+    if not (spec.sync_every_steps and config.reference.path):
+        return None
+    base = flatten(spec.base.shapes())
+    shapes = {name: leaf for name, leaf in flatten(specs.trained).items() if name in base}
+    key, path = jax.random.key(config.seed), config.reference.path
+    return load_params(spec.base, unflatten(shapes), path=path, key=key)
+
+
 def load_trained(spec: StepSpec, specs: StateSpecs, frozen: Tree, config: Config) -> Tree:
     """Load or draw the trained parameters; they share no buffer with what is frozen, so the state
     can be donated.

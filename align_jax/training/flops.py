@@ -170,11 +170,16 @@ def step_flops(
     # attention has no weights: both of its operands get gradients whether or not anything is
     # adapted
     policy = 2 * frozen + once.attention + 3 * once.adapter if adapted else 3 * frozen
+    if batch.text is not None:
+        text = forward(spec.policy, batch.text)
+        policy += 3 * (text.layers + text.attention + text.head)
     in_graph = spec.wants_reference and batch.reference_token_logps is None
     reference = forward(spec.base, batch).total if in_graph else 0.0
     statistics = 0.0
-    if spec.wants_statistics and spec.microbatches > 1 and train:
+    if spec.wants_statistics and (spec.microbatches > 1 or not train):
         statistics += once.total
+    elif spec.balances and spec.microbatches > 1 and train:
+        statistics += once.total - once.head
     if spec.wants_statistics and batch.mismatched is not None:
         statistics += forward(spec.policy, batch.mismatched).total
         statistics += forward(spec.base, batch.mismatched).total if spec.wants_reference else 0.0

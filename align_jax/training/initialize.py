@@ -101,7 +101,8 @@ def make_state_specs(
         spec: what the step is compiled from.
         mesh: the mesh.
         model: its ``param_dtype``, ``freeze`` and ``quantize`` (of the base's linear maps alone).
-        reference: its ``dtype`` (of all that is frozen) and ``path``.
+        reference: its ``dtype`` (of all that is frozen) and ``path``; one that moves lies in the
+            state.
         with_reference: whether the reference's weights are needed (not where its log-probabilities
             are cached); None: where some objective compares with a reference.
 
@@ -124,7 +125,7 @@ def make_state_specs(
     trained = abstract_params(mesh, trained, axes)
     base = abstract_params(mesh, unflatten(base_leaves), axes)
     other = None
-    if with_reference and reference.path:
+    if with_reference and reference.path and not spec.sync_every_steps:
         other = abstract_params(mesh, base_shapes, axes)
     check_divisible(trained)
     check_divisible(base)
@@ -133,13 +134,20 @@ def make_state_specs(
     return StateSpecs(trained, base, other, abstract_state(spec, trained, mesh))
 
 
-def first_state(spec: StepSpec, specs: StateSpecs, trained: Tree) -> Tree:
-    """Make the state of step 0 in its place on the mesh; the trained parameters' buffers are given
-    away."""
+def first_state(
+    spec: StepSpec, specs: StateSpecs, trained: Tree, reference: Tree | None = None
+) -> Tree:
+    """Make the state of step 0 in its place on the mesh.
+
+    Args:
+        spec: what the step is compiled from.
+        specs: what lies where.
+        trained: the trained parameters, whose buffers are given away.
+        reference: where a moving reference starts; None: where the policy does.
+    """
     shardings = jax.tree.map(lambda x: x.sharding, specs.state)
-    return jax.jit(functools.partial(init_state, spec), donate_argnums=0, out_shardings=shardings)(
-        trained
-    )
+    made = jax.jit(functools.partial(init_state, spec), donate_argnums=0, out_shardings=shardings)
+    return made(trained, reference)
 
 
 def count(tree: Tree) -> int:

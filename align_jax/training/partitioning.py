@@ -22,7 +22,14 @@ from align_jax.models.roles import role_of
 from align_jax.parallel.lowering import lower
 from align_jax.parallel.sharding import is_axes, row_sharding, tree_shardings
 from align_jax.training import optim
-from align_jax.training.steps import StepSpec, eval_step, init_state, reference_step, train_step
+from align_jax.training.steps import (
+    StepSpec,
+    eval_statistics,
+    eval_step,
+    init_state,
+    reference_step,
+    train_step,
+)
 
 Tree = Any
 
@@ -150,10 +157,17 @@ def jit_train_step(
     return jax.jit(functools.partial(train_step, spec), donate_argnums=0, out_shardings=out)
 
 
-def jit_eval_step(spec: StepSpec, mesh: Mesh) -> Callable[[Tree, Tree, Batch], Any]:
+def jit_eval_step(spec: StepSpec, mesh: Mesh) -> Callable[..., Any]:
     """Return the compiled eval step; nothing is donated."""
     return jax.jit(
         functools.partial(eval_step, spec), out_shardings=NamedSharding(mesh, PartitionSpec())
+    )
+
+
+def jit_eval_statistics(spec: StepSpec, mesh: Mesh) -> Callable[[Tree, Tree, Batch], Any]:
+    """Return the compiled first pass of an evaluation."""
+    return jax.jit(
+        functools.partial(eval_statistics, spec), out_shardings=NamedSharding(mesh, PartitionSpec())
     )
 
 

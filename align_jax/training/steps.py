@@ -28,12 +28,13 @@ import jax.numpy as jnp
 import optax
 
 from align_jax import losses
-from align_jax.core.metrics import Sums, divide
+from align_jax.core.metrics import Sums, divide, join
 from align_jax.core.schema import Batch, Outputs
 from align_jax.losses.logprobs import at_last, at_sources, blank_outputs, sum_by_slot, token_outputs
 from align_jax.losses.objective import Term
 from align_jax.models.lora import merge
 from align_jax.models.model import Aux, Model
+from align_jax.models.moe import load_balancing
 from align_jax.parallel.mesh import ROWS
 
 Tree = Any
@@ -79,9 +80,27 @@ class StepSpec(NamedTuple):
         """Tell whether any term depends on statistics of the whole batch."""
         return losses.needs_statistics(self.terms)
 
+    @property
+    def balances(self) -> bool:
+        """Tell whether the loss holds how evenly experts are chosen over the whole batch."""
+        return bool(self.load_balancing and self.policy.config.num_experts)
 
-def init_state(spec: StepSpec, params: Tree) -> Tree:
-    """Make the state of step 0 from the trained parameters."""
+    @property
+    def drops(self) -> bool:
+        """Tell whether dropout acts in training: not where the policy is compared with its own old
+        log-probabilities, which were computed without; their ratio is to begin at 1."""
+        return not any(term.objective.rollout for term in self.terms)
+
+
+def init_state(spec: StepSpec, params: Tree, reference: Tree | None = None) -> Tree:
+    """Make the state of step 0.
+
+    Args:
+        spec: what the step is compiled from.
+        params: the trained parameters.
+        reference: where a moving reference starts; what it lacks (None: all of it) starts from
+            ``params``.
+    """
     state = {
         "step": jnp.zeros((), jnp.int32),
         "params": params,
@@ -89,7 +108,7 @@ def init_state(spec: StepSpec, params: Tree) -> Tree:
         "running": losses.first_running(spec.terms),
     }
     if spec.sync_every_steps:
-        state["reference"] = jax.tree.map(jnp.copy, params)
+        state["reference"] = merge(jax.tree.map(jnp.copy, params), reference or {})
     return state
 
 
@@ -138,7 +157,7 @@ def forward(
         temperature: the logits are divided by it.
 
     Returns:
-        The outputs, and the model's auxiliary losses (sums over layers; empty for dense models).
+        The outputs, and the routing's sums over all layers (empty for dense models).
     """
     fields = (batch.tokens, batch.segment_ids, batch.positions, batch.prefix_ids)
     hidden, aux = model.hidden(params, *fields, dropout_key=key)
@@ -168,7 +187,7 @@ class Forwards(NamedTuple):
     def policy(
         self, trainable: Tree, batch: Batch, key: jax.Array | None = None
     ) -> tuple[Outputs, Aux]:
-        """Run the policy; return its outputs and auxiliary losses."""
+        """Run the policy; return its outputs and the routing's sums."""
         spec = self.spec
         with jax.named_scope("policy"):
             return forward(
@@ -201,6 +220,15 @@ class Forwards(NamedTuple):
             )
         return jax.lax.stop_gradient(outputs)
 
+    def text(self, trainable: Tree, batch: Batch, key: jax.Array | None = None) -> Outputs | None:
+        """Run the policy over the text beside a rollout, at temperature 1."""
+        spec, text = self.spec, batch.text
+        if text is None:
+            return None
+        with jax.named_scope("text"):
+            params = merge(self.base, trainable)
+            return forward(spec.policy, params, text, chunk=spec.chunk, key=key)[0]
+
     def mismatched(self, trainable: Tree, batch: Batch) -> tuple[Outputs, Outputs] | None:
         """Run both over each prompt with another prompt's response, without gradient."""
         other, spec = batch.mismatched, self.spec
@@ -220,7 +248,7 @@ class Forwards(NamedTuple):
         key: jax.Array | None = None,
         reference: Outputs | None = None,
     ) -> tuple[losses.Inputs, Aux]:
-        """Return what the objectives see of a batch, and the policy's auxiliary losses.
+        """Return what the objectives see of a batch, and the routing's sums.
 
         Args:
             trainable: what is trained.
@@ -230,7 +258,8 @@ class Forwards(NamedTuple):
         """
         reference = self.reference(batch) if reference is None else reference
         policy, aux = self.policy(trainable, batch, key)
-        return losses.Inputs(batch, policy, reference, self.mismatched(trainable, batch)), aux
+        mismatched, text = self.mismatched(trainable, batch), self.text(trainable, batch, key)
+        return losses.Inputs(batch, policy, reference, mismatched, text=text), aux
 
 
 def forwards_of(spec: StepSpec, state: Tree, frozen: Tree) -> Forwards:
@@ -254,6 +283,9 @@ def split(batch: Batch, parts: int) -> Batch:
     Raises:
         ValueError: the groups do not divide into so many parts.
     """
+    if batch.text is not None:
+        rest = split(batch._replace(text=None), parts)
+        return rest._replace(text=split(batch.text, parts))
     rows, (groups, _) = batch.tokens.shape[0], batch.lengths.shape
     units = min(rows, groups)  # the smallest pieces that hold whole rows and whole groups
     if units % parts:
@@ -299,43 +331,49 @@ def train_step(
     """
     parts, forwards = spec.microbatches, forwards_of(spec, state, frozen)
     batches = split(batch, parts)
-    keys = jax.random.split(jax.random.fold_in(jax.random.key(spec.seed), state["step"]), parts)
+    key = jax.random.fold_in(jax.random.key(spec.seed), state["step"])
+    keys = jax.random.split(key, parts) if spec.drops else None
     denominators = losses.weights(spec.terms, batch).sum(axis=1)  # [K]
 
     def share(
-        trainable: Tree, batch: Batch, key: jax.Array, reference: Outputs | None, stats: Tree
-    ) -> tuple[jax.Array, tuple[Sums, Tree]]:
-        """A microbatch's share of the loss; without ``stats`` it is the whole batch."""
-        inputs, aux = forwards.inputs(trainable, batch, key, reference)
-        running = state["running"]
-        if stats is None:
-            stats, running = losses.own_statistics(spec.terms, inputs, running)
+        trainable: Tree, xs: tuple[Batch, jax.Array | None], first: FirstPass | None
+    ) -> tuple[jax.Array, tuple[Sums, Aux, Tree]]:
+        """A microbatch's share of the loss; without a first pass it is the whole batch."""
+        inputs, aux = forwards.inputs(trainable, *xs, first and first.reference)
+        if first is None:
+            stats, running = losses.own_statistics(spec.terms, inputs, state["running"])
+        else:
+            stats, running = first.stats, None
         with jax.named_scope("loss"):
             total = losses.total(spec.terms, inputs, stats, denominators)
-        loss, metrics = total.loss, total.metrics
-        for name, value in aux.items():
-            loss += spec.load_balancing * value / parts
-            metrics[f"loss/{name}"] = (jax.lax.stop_gradient(value), jnp.ones(()))
-        return loss, (metrics, running)
+        loss = total.loss
+        if spec.balances:
+            loss += spec.load_balancing * load_balancing(aux, first.routing if first else aux)
+        return loss, (total.metrics, aux, running)
 
     grad = jax.value_and_grad(share, has_aux=True)
     if parts == 1:
-        (loss, (metrics, running)), grads = grad(
-            state["params"], part(batches, 0), keys[0], None, None
-        )
+        xs = part((batches, keys), 0)
+        (loss, (metrics, aux, running)), grads = grad(state["params"], xs, None)
     else:
-        references, stats, running = _first_pass(forwards, state, batches, keys)
+        first, running = _first_pass(forwards, state, batches, keys)
         batches = batches._replace(mismatched=None)  # only the first pass looks at them
 
-        def add(grads: Tree, xs: tuple) -> tuple[Tree, tuple[jax.Array, Sums]]:
-            (loss, (metrics, _)), more = grad(state["params"], *xs)
-            return jax.tree.map(jnp.add, grads, more), (loss, metrics)
+        def add(grads: Tree, xs: tuple) -> tuple[Tree, tuple[jax.Array, Sums, Aux]]:
+            batch, key, reference, stats = xs
+            own = FirstPass(reference, stats, first.routing)
+            (loss, (metrics, aux, _)), more = grad(state["params"], (batch, key), own)
+            return jax.tree.map(jnp.add, grads, _float32(more)), (loss, metrics, aux)
 
-        zeros = jax.tree.map(jnp.zeros_like, state["params"])
-        grads, shares = jax.lax.scan(add, zeros, (batches, keys, references, stats))
-        loss, metrics = jax.tree.map(lambda x: jnp.sum(x, axis=0), shares)
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), state["params"])
+        each = (batches, keys, first.reference, first.stats)
+        grads, (loss, metrics, aux) = jax.lax.scan(add, zeros, each)
+        loss, aux = jax.tree.map(lambda x: jnp.sum(x, axis=0), (loss, aux))
+        metrics = {name: join(one) for name, one in metrics.items()}
 
-    new_state, update_metrics = _update(spec, state, loss, grads, running)
+    if aux:
+        metrics["loss/load_balancing"] = load_balancing(aux, aux), jnp.ones(())
+    new_state, update_metrics = _update(spec, state, loss, _float32(grads), running)
     real = jnp.sum(batch.segment_ids > 0, dtype=jnp.float32)
     return new_state, {
         "loss": loss,
@@ -347,25 +385,43 @@ def train_step(
     }
 
 
+def _float32(grads: Tree) -> Tree:
+    """Widen gradients before they are added up and measured; no copy where they are float32."""
+    return jax.tree.map(lambda x: x.astype(jnp.float32), grads)
+
+
+class FirstPass(NamedTuple):
+    """What the gradient's pass over microbatches finds computed."""
+
+    reference: Outputs | None  # of each microbatch, where it was run
+    stats: Tree  # of the whole batch, for each microbatch
+    routing: Aux  # the routing's sums over the whole batch
+
+
 def _first_pass(
-    forwards: Forwards, state: Tree, batches: Batch, keys: jax.Array
-) -> tuple[Outputs | None, Tree, Tree]:
-    """Compute the statistics of the whole batch, without gradients, where a term needs any.
+    forwards: Forwards, state: Tree, batches: Batch, keys: jax.Array | None
+) -> tuple[FirstPass, Tree]:
+    """Compute the statistics of the whole batch, without gradients, where something needs any.
 
     Returns:
-        The reference's outputs, which need not be computed again, the statistics for each
-        microbatch, and the running ones after this step.
+        What it found, and the running statistics after this step.
     """
-    terms = forwards.spec.terms
-    if not forwards.spec.wants_statistics:
-        return None, {}, state["running"]
+    spec, params = forwards.spec, state["params"]
+    if not (spec.wants_statistics or spec.balances):
+        return FirstPass(None, {}, {}), state["running"]
 
-    def of_part(_: None, xs: tuple[Batch, jax.Array]) -> tuple[None, tuple[Outputs | None, Tree]]:
-        inputs, _aux = forwards.inputs(state["params"], *xs)
-        return None, (inputs.reference, losses.batch_statistics(terms, inputs))
+    def of_part(
+        _: None, xs: tuple[Batch, jax.Array | None]
+    ) -> tuple[None, tuple[Outputs | None, Tree, Aux]]:
+        if not spec.wants_statistics:
+            return None, (None, {}, forwards.policy(params, *xs)[1])
+        inputs, aux = forwards.inputs(params, *xs)
+        return None, (inputs.reference, losses.batch_statistics(spec.terms, inputs), aux)
 
-    _, (references, found) = jax.lax.scan(of_part, None, (batches, keys))
-    return references, *losses.reduce_statistics(terms, found, state["running"])
+    _, (references, found, aux) = jax.lax.scan(of_part, None, (batches, keys))
+    stats, running = losses.reduce_statistics(spec.terms, found, state["running"])
+    routing = jax.tree.map(lambda x: jnp.sum(x, axis=0), aux)
+    return FirstPass(references, stats, routing), running
 
 
 def _update(
@@ -376,8 +432,13 @@ def _update(
         norm = optax.global_norm(grads)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes integer counts with floats
             updates, opt_state = spec.optimizer.update(grads, state["opt_state"], state["params"])
+            # gradients are float32 whatever the parameters; what is kept of them has its own type
+            opt_state = jax.tree.map(
+                lambda x, old: x.astype(old.dtype), opt_state, state["opt_state"]
+            )
             rate = jnp.asarray(spec.schedule(state["step"]), jnp.float32)
-        step, params = state["step"] + 1, optax.apply_updates(state["params"], updates)
+            params = optax.apply_updates(state["params"], updates)
+        step = state["step"] + 1
         changed = {"params": params, "opt_state": opt_state, "running": running}
         if spec.sync_every_steps:
             changed["reference"] = _sync(spec, step, state["reference"], params)
@@ -394,15 +455,28 @@ def _sync(spec: StepSpec, step: jax.Array, reference: Tree, params: Tree) -> Tre
     return jax.tree.map(lambda r, p: (mix * p + (1.0 - mix) * r).astype(r.dtype), reference, params)
 
 
-def eval_step(spec: StepSpec, state: Tree, frozen: Tree, batch: Batch) -> Sums:
+def eval_statistics(spec: StepSpec, state: Tree, frozen: Tree, batch: Batch) -> Tree:
+    """Return a batch's share of the evaluation set's statistics; see
+    ``losses.batch_statistics``."""
+    inputs, _ = forwards_of(spec, state, frozen).inputs(state["params"], batch)
+    return losses.batch_statistics(spec.terms, inputs)
+
+
+def eval_step(spec: StepSpec, state: Tree, frozen: Tree, batch: Batch, stats: Tree = None) -> Sums:
     """Evaluate the loss and the metrics of a batch, without dropout and without a gradient.
+
+    Args:
+        spec, state, frozen, batch: as ``train_step`` takes them.
+        stats: the objectives' statistics of the whole evaluation set, for this batch; None: this
+            batch is all of it.
 
     Returns:
         (sum, weight) pairs, to be added up over the evaluation set and then divided, once; those of
-        ``loss`` have an entry for each term.  Statistics of a whole batch are those of this one.
+        ``loss`` have an entry for each term.
     """
     inputs, _ = forwards_of(spec, state, frozen).inputs(state["params"], batch)
-    stats, _ = losses.own_statistics(spec.terms, inputs, state["running"])
+    if stats is None:
+        stats, _ = losses.own_statistics(spec.terms, inputs, state["running"])
     total = losses.total(spec.terms, inputs, stats)
     return {"loss": total.sums, **total.metrics}
 

@@ -62,8 +62,8 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "vf_coef": [{"vf_coef": 1.0}],
     "entropy_coef": [{"entropy_coef": 0.1}],
     "ptx_coef": [{"ptx_coef": 0.5}],
-    "loss_type": [{"loss_type": kind} for kind in ("bnpo", "dapo", "luspo")]
-    + [{"loss_type": "dr_grpo", "max_length": 16}],
+    "loss_type": [{"loss_type": kind} for kind in ("bnpo", "dapo", "dr_grpo")]
+    + [{"loss_type": "luspo", "importance": "sequence"}],
     "max_length": [{"loss_type": "dr_grpo", "max_length": 16}],
     "importance": [{"importance": "sequence"}],
     "epsilon_low": [{"epsilon_low": 0.1}],
@@ -184,7 +184,12 @@ def make_problem(
         batch = batch._replace(mismatched=other)
         x = -np.abs(rng.normal(size=size))
         mismatched = (make_outputs(other, x + 0.3), make_outputs(other, x))
-    return Inputs(batch, policy, reference, mismatched)
+    text = None
+    if row.data == "rollout":
+        rows = make_batch("completions", groups, seed=seed + 3)
+        batch = batch._replace(text=rows)
+        text = make_outputs(rows, -np.abs(rng.normal(size=rows.tokens.shape)) - 0.1)
+    return Inputs(batch, policy, reference, mismatched, text=text)
 
 
 def whole(terms: Any, problem: Inputs) -> Any:
@@ -208,16 +213,21 @@ def value_and_grad(terms: Any, problem: Inputs) -> tuple[jax.Array, dict[str, ja
     """
 
     def f(said: dict[str, jax.Array]) -> jax.Array:
+        said = dict(said)
+        text = problem.text and problem.text._replace(token_logps=said.pop("text"))
         logps = sum_by_slot(said["token_logps"], problem.batch)
-        return total(terms, problem._replace(policy=problem.policy._replace(logps=logps, **said)))
+        policy = problem.policy._replace(logps=logps, **said)
+        return total(terms, problem._replace(policy=policy, text=text))
 
     fields = ("token_logps", "scores", "values", "kl", "entropy")
+    text = {} if problem.text is None else {"text": problem.text.token_logps}
     return jax.value_and_grad(f)(
         {
             field: getattr(problem.policy, field)
             for field in fields
             if getattr(problem.policy, field) is not None
         }
+        | text
     )
 
 
@@ -231,6 +241,9 @@ def split(tree: Any, parts: int) -> list[Any]:
         )
 
     groups = tree.lengths.shape[0]
+    if getattr(tree, "text", None) is not None:  # a batch's text has groups of its own
+        pairs = zip(split(tree._replace(text=None), parts), split(tree.text, parts))
+        return [piece._replace(text=text) for piece, text in pairs]
     return [
         jax.tree.map(functools.partial(take, part=part, groups=groups), tree)
         for part in range(parts)
@@ -246,7 +259,11 @@ def in_microbatches(terms: Any, problem: Inputs, parts: int) -> jax.Array:
     mismatched = [None] * parts
     if problem.mismatched is not None:
         mismatched = list(zip(*(split(x, parts) for x in problem.mismatched)))
-    pieces = [Inputs(*piece) for piece in zip(batches, policies, references, mismatched)]
+    texts = [None] * parts if problem.text is None else split(problem.text, parts)
+    pieces = [
+        Inputs(*piece, text=text)
+        for *piece, text in zip(batches, policies, references, mismatched, texts)
+    ]
     denominators = losses.weights(terms, problem.batch).sum(axis=1)
     found = [losses.batch_statistics(terms, piece) for piece in pieces]
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *found)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from align_jax import losses
-from align_jax.losses import advantages, targets
+from align_jax.losses import advantages, pairs, targets
 from align_jax.losses.logprobs import sum_by_slot
 
 
@@ -221,20 +221,48 @@ def test_on_policy_the_first_step_of_every_ratio_loss_has_reinforces_gradient():
         np.testing.assert_allclose(grads["token_logps"], plain["token_logps"], rtol=1e-5, atol=1e-7)
 
 
-def test_ppo_ptx_counts_text_rows_apart():
+def test_ptx_is_the_texts_own_mean_beside_the_rollouts():
     problem = cases.make_problem("ppo")
-    label = jnp.array([True, False, True, False])
-    problem = problem._replace(batch=problem.batch._replace(label=label))
     both = cases.total(losses.resolve("ppo", {"ptx_coef": 0.5}), problem)
     alone, text = (cases.total(losses.resolve(name), problem) for name in ("ppo", "ptx"))
     np.testing.assert_allclose(both, alone + 0.5 * text, rtol=1e-5)
-    rows = np.repeat(~np.asarray(label), 3)
-    expected = (
-        -np.asarray(problem.policy.token_logps)[rows].sum()
-        / np.asarray(problem.batch.loss_mask)[rows].sum()
-    )
+    mask = np.asarray(problem.batch.text.loss_mask)
+    expected = -np.asarray(problem.text.token_logps)[mask].mean()
     np.testing.assert_allclose(text, expected, rtol=1e-5)
-    without = problem.batch._replace(label=None, weight=label.astype(jnp.float32))
+    without = problem._replace(batch=problem.batch._replace(text=None), text=None)
+    np.testing.assert_array_equal(alone, cases.total(losses.resolve("ppo"), without))
+
+
+@pytest.mark.parametrize("kind", ["k2", "k3"])
+def test_a_kl_never_pushes_away_from_the_reference(kind):
+    grid = jnp.asarray([-1e4, -100.0, -21.0, -19.0, -1.0, 0.0, 1.0, 19.0, 21.0, 100.0])
+    slopes = jax.vmap(jax.grad(lambda x: advantages.kl_estimate(x, kind)))(grid)
+    assert (slopes * jnp.sign(grid) >= 0).all() and jnp.isfinite(slopes).all()
+
+
+@pytest.mark.parametrize("kind", ["reverse_kl", "forward_kl", "js", "alpha"])
+def test_a_clipped_divergence_never_turns_round(kind):
+    grid = jnp.asarray([-1e4, -200.0, -81.0, -1.0, 0.0, 1.0, 81.0, 200.0, 1e4])
+    for alpha in (0.5, 2.0):
+        _, slopes = jax.jvp(
+            lambda x, a=alpha: pairs.transform(x, kind, a), (grid,), (grid * 0 + 1,)
+        )
+        assert (slopes >= 0).all() and jnp.isfinite(slopes).all()
+
+
+@pytest.mark.parametrize("method", ["leave_one_out", "batch"])
+def test_a_response_that_bears_no_loss_counts_with_its_score(method):
+    problem = cases.make_problem("rloo", groups=2, lengths=3)
+    mask = np.asarray(problem.batch.loss_mask).copy()
+    mask[0] = False  # cut off, and not kept
+    lengths = np.asarray(problem.batch.lengths).copy()
+    lengths[0, 0] = 0
+    batch = problem.batch._replace(loss_mask=jnp.asarray(mask), lengths=jnp.asarray(lengths))
+    filled, found = targets.make_targets(batch, advantages=method)
+    scores = np.asarray(batch.scores)
+    others = (scores[0].sum() - scores[0, 1]) / 2 if method == "leave_one_out" else scores.mean()
     np.testing.assert_allclose(
-        alone, cases.total(losses.resolve("ppo"), problem._replace(batch=without)), rtol=1e-6
+        np.asarray(filled.advantages)[1][mask[1]], scores[0, 1] - others, rtol=1e-5
     )
+    mean = found["objective/rlhf_reward"]
+    np.testing.assert_allclose(mean[0] / mean[1], scores.mean(), rtol=1e-5)

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from align_jax import losses, objectives
+from align_jax.core import metrics
 from align_jax.core.metrics import divide
-from align_jax.losses import kto, pairs
+from align_jax.losses import Inputs, kto, pairs
 from align_jax.losses.options import declared
 
 
@@ -68,7 +69,7 @@ def test_unknown_names_and_options_are_errors(name, options, words):
         ("discopop", {"tau": 0.0}, "tau"),
         ("reward_ranked", {"form": "all"}, "form"),
         ("grpo", {"loss_type": "gpro"}, "loss_type"),
-        ("grpo", {"loss_type": "dr_grpo"}, "max_length"),
+        ("grpo", {"loss_type": "luspo"}, "set importance = 'sequence'"),
         ("ppo_offline", {"clip_form": "both"}, "clip_form"),
         ("ppo_offline", {"kl_sign": 0}, "kl_sign"),
         ("ppo_offline", {"critic_target": "td"}, "critic_target"),
@@ -116,6 +117,100 @@ def test_sums_over_different_kinds_of_data_are_errors():
         losses.resolve("dpo", {"humanline": True, "reference_free": True})
     with pytest.raises(ValueError, match="log_eps_p"):
         losses.resolve("dpo", {"humanline": True, "log_eps_p": 1.0})
+
+
+@pytest.mark.parametrize(
+    "name, options",
+    [
+        ("dpo", {"f_alpha": 0.3}),
+        ("dpo", {"log_eps_p": -0.5}),
+        ("dpo", {"per": "sequence"}),
+        ("cpo", {"alpha": 0.0, "dft": True}),
+        ("tdpo", {"alpha": 0.0, "stop_gradient_chosen": False}),
+        ("beta_dpo", {"alpha": 0.0, "momentum": 0.5}),
+        ("ppo_offline", {"kl_coef": 0.0, "kl_sign": -1}),
+        ("ppo_offline", {"critic_coef": 0.0, "critic_target": "gae"}),
+        ("ppo", {"kl_coef": 0.0, "kl_target": 6.0}),
+        ("ppo", {"kl_horizon": 100.0}),
+        ("ppo", {"kl_coef": 0.0, "kl_estimator": "k3"}),
+        ("ppo", {"vf_coef": 0.0, "value_clip": 0.5}),
+        ("ppo", {"advantages": "batch", "lam": 0.5}),
+        ("rloo", {"kl_coef": 0.0, "kl_target": 6.0}),
+        ("reinforce_pp", {"advantages": "batch", "gamma": 0.5}),
+        ("grpo", {"max_length": 9}),
+        ("grpo", {"advantages": "batch", "scale": "none"}),
+    ],
+)
+def test_an_option_without_effect_is_an_error_that_names_what_it_needs(name, options):
+    changed = list(options)[-1]
+    with pytest.raises(ValueError, match=f"{changed} = .* has no effect"):
+        losses.resolve(name, options)
+
+
+def test_advantages_that_an_objective_cannot_have_are_errors():
+    for name in ("grpo", "rloo", "reinforce", "reinforce_pp"):
+        with pytest.raises(ValueError, match="advantages = 'gae'"):  # no values
+            losses.resolve(name, {"advantages": "gae"})
+    with pytest.raises(ValueError, match="set kl_coef = 0"):
+        losses.resolve("rloo", {"advantages": "group"})
+
+
+def test_dr_grpo_divides_by_no_deviation_and_by_the_longest_completion_there_may_be():
+    assert losses.resolve("grpo")[0].rollout["scale"] == "group"
+    assert losses.resolve("gspo")[0].rollout["scale"] == "group"
+    assert losses.resolve("grpo", {"loss_type": "dr_grpo"})[0].rollout["scale"] == "none"
+    kept = {"loss_type": "dr_grpo", "scale": "batch"}
+    assert losses.resolve("grpo", kept)[0].rollout["scale"] == "batch"
+    problem = cases.make_problem("grpo")  # rows of 7 tokens, of which all may bear loss
+    found, expected = (
+        cases.total(losses.resolve("grpo", {"loss_type": "dr_grpo"} | more), problem)
+        for more in ({}, {"max_length": 7})
+    )
+    assert found == expected
+
+
+def test_sft_beside_unpaired_feedback_imitates_what_was_desirable():
+    problem = cases.make_problem("kto", label=np.array([True, False, True, False]))
+    terms = losses.resolve("kto+sft")
+    _, grads = cases.value_and_grad(terms[1:], problem)
+    moved = np.asarray(cases.sum_by_slot(grads["token_logps"], problem.batch))[:, 0] != 0
+    assert moved.tolist() == [True, False, True, False]
+    assert losses.weights(terms, problem.batch)[1].tolist()[1::2] == [0.0, 0.0]
+    for name in ("grpo+sft", "ppo+sft"):
+        with pytest.raises(ValueError, match="use ptx_coef"):
+            losses.resolve(name)
+
+
+@pytest.mark.parametrize("form", ["plackett_luce", "pairs", "best_of"])
+def test_equal_scores_are_no_preference(form):
+    problem = cases.make_problem("reward_ranked", groups=1, lengths=3)
+    tied = problem._replace(
+        batch=problem.batch._replace(scores=jnp.asarray([[2.0, 2.0, 1.0, 1.0]]))
+    )
+    terms = losses.resolve("reward_ranked", {"form": form})
+    value, grads = cases.value_and_grad(terms, tied)
+    swapped = tied.policy._replace(scores=tied.policy.scores[:, np.array([1, 0, 3, 2])])
+    again, others = cases.value_and_grad(terms, tied._replace(policy=swapped))
+    np.testing.assert_allclose(value, again, rtol=1e-6)
+    order = np.array([1, 0, 3, 2])
+    np.testing.assert_allclose(grads["scores"][:, order], others["scores"], rtol=1e-5, atol=1e-7)
+    equal = problem._replace(batch=problem.batch._replace(scores=jnp.ones((1, 4))))
+    nothing, grads = cases.value_and_grad(terms, equal)
+    assert nothing == 0 and not grads["scores"].any()
+
+
+def test_the_lowest_and_the_highest_reward_are_those_of_all_batches():
+    problem = cases.make_problem("reward")
+    terms, sums = losses.resolve("reward"), None
+    whole = metrics.means(cases.whole(terms, problem).metrics)
+    batches, policies = (cases.split(x, 4) for x in (problem.batch, problem.policy))
+    for batch, policy in zip(batches, policies):
+        sums = metrics.add_sums(sums, cases.whole(terms, Inputs(batch, policy)).metrics)
+    scores = np.asarray(problem.policy.scores)
+    assert metrics.means(sums) == pytest.approx(whole)
+    assert whole["min_reward"] == pytest.approx(scores.min())
+    assert whole["max_reward"] == pytest.approx(scores.max())
+    assert whole["mean_reward"] == pytest.approx(scores.mean())
 
 
 def test_a_reference_is_asked_for_only_where_it_is_used():

@@ -168,6 +168,16 @@ def test_a_run_starts_from_a_peft_adapter(checkpoint, tmp_path):
         assert trained[path].sharding == flatten(specs.trained)[path].sharding
 
 
+@pytest.mark.parametrize("name", ["reward", "reward_ranked", "ppo", "ppo_offline"])
+@pytest.mark.parametrize("options", [{}, {"dora": True}])
+def test_a_fresh_adapter_stands_beside_a_head_that_its_base_lacks(checkpoint, name, options):
+    spec, _, specs = prepared(name, LoraConfig(2, **options), quantize="" if options else "nf4")
+    frozen = weights.load_frozen(spec, specs, started(checkpoint))
+    trained = weights.load_trained(spec, specs, frozen, started(checkpoint))
+    assert jax.tree.structure(trained) == jax.tree.structure(specs.trained)
+    assert set(trained) == {"layers", "score" if "reward" in name else "value"}
+
+
 @pytest.mark.parametrize(
     "objective, head", [("reward", "score"), ("ppo", "value"), ("ppo", "value_mlp")]
 )

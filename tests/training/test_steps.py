@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from align_jax.core import metrics
 from align_jax.core.options import Config, OptimizerOptions
 from align_jax.core.tree import flatten
+from align_jax.parallel.mesh import make_mesh
 from align_jax.planner import hlo
 from align_jax.planner.collectives import read_collectives
 from align_jax.runs import weights
-from align_jax.training import initialize, partitioning, steps
+from align_jax.training import evaluation, initialize, partitioning, steps
 
 SPLIT = (("data", 2), ("fsdp", 2), ("tensor", 2))
 # objective, model, rank of the adapter (0: all is trained), mesh; all shapes:
@@ -73,9 +73,30 @@ def test_weights_drawn_over_a_mesh_are_those_of_one_device(train_steps, drawn_we
     )
 
 
-@pytest.mark.parametrize("name", ["dpo", "kto", "aot", "dpo+sft"])
-def test_microbatches_leave_the_step_unchanged(train_steps, name):
-    same(train_steps(name), train_steps(name, microbatches=4))
+@pytest.mark.parametrize(
+    "name, model",
+    [*((name, "dense") for name in ("dpo", "kto", "aot", "dpo+sft")), ("kto", "experts")],
+)
+def test_microbatches_leave_the_step_unchanged(train_steps, name, model):
+    same(train_steps(name, model=model), train_steps(name, model=model, microbatches=4))
+
+
+def test_gradients_of_bfloat16_parameters_are_added_and_measured_in_float32(
+    make_step_spec, drawn_weights, make_batch
+):
+    spec = make_step_spec("simpo")
+    frozen, trained = drawn_weights("simpo", options=())
+    narrow = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), trained)
+    norms = []
+    for parts in (1, 8):
+        step = jax.jit(functools.partial(steps.train_step, spec._replace(microbatches=parts)))
+        state = steps.init_state(spec, narrow)
+        after, values = step(state, frozen, make_batch(0))
+        assert values["grad_norm"].dtype == jnp.float32
+        assert jax.tree.map(lambda x: x.dtype, after) == jax.tree.map(lambda x: x.dtype, state)
+        norms.append(float(values["grad_norm"]))
+    # added up in bfloat16, eight parts would lose half a percent
+    assert norms[1] == pytest.approx(norms[0], rel=5e-4)
 
 
 @pytest.mark.parametrize(
@@ -134,28 +155,32 @@ def test_chunks_of_the_loss_move_the_output_head_but_once(train_steps):
     assert moved[0] < 1.05 * moved[1], moved
 
 
-@pytest.mark.parametrize("name", ["dpo", "sft", "dpo+sft"])
+@pytest.mark.parametrize("name", ["sft", "dpo+sft", "kto", "aot", "beta_dpo", "reward"])
 def test_the_evaluations_batch_size_leaves_its_loss_unchanged(
     make_step_spec, drawn_weights, make_batch, name
 ):
-    """A mean of batches' means would weigh the tokens of a short batch too much."""
-    spec = make_step_spec(name)
+    """A mean of batches' means would weigh the tokens of a short batch too much, and statistics of
+    a batch are not those of the set."""
+    spec, mesh = make_step_spec(name), make_mesh({"data": 1}, jax.devices()[:1])
     frozen, trained = drawn_weights(name, options=())
-    batch = make_batch(0)  # 16 groups, the last one a filler
+    kind = spec.terms[0].objective.data
+    # 16 groups, the last one a filler
+    batch = make_batch(0, responses=1 if kind == "unpaired" else 2, kind=kind)
     noise = np.random.default_rng(0)
     moved = jax.tree.map(lambda x: x + 0.1 * noise.normal(size=x.shape).astype(x.dtype), trained)
-    state, step = steps.init_state(spec, moved), jax.jit(functools.partial(steps.eval_step, spec))
+    state = steps.init_state(spec, moved)
 
     def evaluate(size):
-        sums = None
-        for start in range(0, 16, size):
+        def batches():
+            for start in range(0, 16, size):
 
-            def take(x, start=start):
-                each = x.shape[0] // 16
-                return x[each * start : each * (start + size)]
+                def take(x, start=start):
+                    each = x.shape[0] // 16
+                    return x[each * start : each * (start + size)]
 
-            sums = metrics.add_sums(sums, step(state, frozen, jax.tree.map(take, batch)))
-        return metrics.means(sums)
+                yield jax.tree.map(take, batch)
+
+        return evaluation.make_evaluation(spec, mesh, batches)(state, frozen)
 
     whole, pieces = evaluate(16), evaluate(4)
     for key, value in whole.items():
@@ -196,6 +221,20 @@ def test_the_reference_follows_the_policy_every_few_steps(train_steps):
     assert metrics[1]["rewards/margins"] != 0  # the policy has left the reference
     # after step 2 they are one again
     assert metrics[2]["loss"] == pytest.approx(np.log(2), abs=1e-6)
+
+
+def test_a_reference_that_moves_starts_from_its_own_weights(make_step_spec, drawn_weights):
+    spec = make_step_spec("ppo", sync_every_steps=2)
+    trained = drawn_weights("ppo", options=())[1]
+    other = {name: leaf for name, leaf in trained.items() if name != "value"}
+    other = jax.tree.map(lambda x: x + 1, other)
+    reference = steps.init_state(spec, trained, other)["reference"]
+    jax.tree.map(np.testing.assert_array_equal, reference, other | {"value": trained["value"]})
+
+
+def test_no_dropout_where_the_old_log_probabilities_had_none(make_step_spec):
+    assert make_step_spec("dpo", rank=2, dropout=0.5).drops
+    assert not make_step_spec("grpo", rank=2, dropout=0.5, options=(("entropy_coef", 0.1),)).drops
 
 
 def test_an_adapter_s_reference_is_its_base_without_a_second_copy(train_steps):
