@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+SAFETENSORS = "a safetensors file"
 # how a file begins -> what it is
 SIGNATURES: tuple[tuple[bytes, str], ...] = (
     (b"version https://git-lfs", "a git-lfs pointer, not the file itself (run: git lfs pull)"),
@@ -36,6 +37,7 @@ SIGNATURES: tuple[tuple[bytes, str], ...] = (
     (b"\x89HDF", "an HDF5 file"),
     (b"%PDF", "a PDF document"),
 )
+MARKS = ((b"\xef\xbb\xbf", "UTF-8 with a mark"), (b"\xff\xfe", "UTF-16"), (b"\xfe\xff", "UTF-16"))
 
 
 def signature(start: bytes) -> str:
@@ -56,7 +58,7 @@ def signature(start: bytes) -> str:
         if start.startswith(mark) or text.startswith(mark):
             return kind
     if len(start) > 9 and start[8:10] == b'{"' and start[3:8] == bytes(5):
-        return "a safetensors file"
+        return SAFETENSORS
     return ""
 
 
@@ -93,6 +95,33 @@ def read_bytes(path: epath.PathLike) -> bytes:
         raise ValueError(f"{path}: not a whole gzip file: {fault}{kind}") from error
 
 
+def read_text(path: epath.PathLike) -> str:
+    """Read a UTF-8 text, gzipped or not.
+
+    Raises:
+        ValueError: it is another kind of file, or in another encoding.
+    """
+    return _decoded(path, read_bytes(path), "a text")
+
+
+def _decoded(path: epath.PathLike, data: bytes, expected: str) -> str:
+    if data and (kind := signature(data[:512])):
+        raise ValueError(f"{path}: expected {expected}, got {kind}")
+    for mark, encoding in MARKS:
+        if data.startswith(mark):
+            raise ValueError(
+                f"{path}: expected {expected} in plain UTF-8, got {encoding} (other libraries stop "
+                f"at its mark: iconv -f {encoding.split()[0]} -t utf-8, without the mark)"
+            )
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"{path}:{line}: not UTF-8 (byte {data[error.start]:#x}): expected {expected}"
+        ) from error
+
+
 def read_json(path: epath.PathLike) -> dict[str, Any]:
     """Read a JSON file that holds one object, gzipped or not.
 
@@ -100,16 +129,11 @@ def read_json(path: epath.PathLike) -> dict[str, Any]:
         ValueError: anything else, with the line and what the file seems to be; a key that is given
             twice with unlike values.
     """
-    data = read_bytes(path)
-    if kind := signature(data[:512]):
-        raise ValueError(f"{path}: expected a JSON object, got {kind}")
+    text = _decoded(path, read_bytes(path), "a JSON object")
+    if not text.strip():
+        raise ValueError(f"{path}: expected a JSON object, got an empty file")
     try:
-        value = json.loads(data.decode(json.detect_encoding(data)), object_pairs_hook=_no_key_twice)
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise ValueError(
-            f"{path}:{line}: not UTF-8 (byte {data[error.start]:#x}): expected a JSON object"
-        ) from error
+        value = json.loads(text, object_pairs_hook=_no_key_twice)
     except json.JSONDecodeError as error:
         cut = " (the file ends there: cut short?)" if not error.doc[error.pos :].strip() else ""
         raise ValueError(

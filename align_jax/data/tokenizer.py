@@ -4,14 +4,26 @@ code."""
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import json
 import os
 from typing import Any
 
+import jinja2
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from align_jax.core.fields import (
+    Kind,
+    faults,
+    is_above_zero,
+    is_bool,
+    is_list_of,
+    is_object,
+    is_object_of,
+    is_text,
+    or_null,
+)
+from align_jax.core.files import json_kind, read_json, read_text
 
 CHOSEN, REJECTED = "<|chosen|>", "<|rejected|>"  # control tokens of conditional fine-tuning
 BYTE_SPECIALS = (
@@ -31,7 +43,27 @@ BYTE_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] "
     "}}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+CONFIG, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
+MODELS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 _END_NAMES = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>")
+
+
+def _is_token(value: Any) -> bool:
+    return value is None or is_text(value.get("content") if is_object(value) else value)
+
+
+def _is_templates(value: Any) -> bool:
+    return value is None or is_text(value) or is_list_of(is_object_of(is_text))(value)
+
+
+SPECIALS = ("bos_token", "eos_token", "pad_token", "unk_token")
+FIELDS = (  # of tokenizer_config.json
+    Kind("text, an object with 'content', or null", _is_token, SPECIALS),
+    Kind("a number above 0, or null", or_null(is_above_zero), ("model_max_length",)),
+    Kind("text or null", or_null(is_text), ("tokenizer_class",)),
+    Kind("a Jinja template, a list of named ones, or null", _is_templates, ("chat_template",)),
+    Kind("true, false or null", or_null(is_bool), ("add_bos_token", "add_eos_token")),
+)
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -74,7 +106,8 @@ def load_tokenizer(path: str, *, chat_template: str | None = None) -> PreTrained
         A fast tokenizer.  Code that comes with a tokenizer is never run.
 
     Raises:
-        ValueError: nothing there, no fast tokenizer, or no end-of-sequence token.
+        ValueError: nothing there, a damaged file (named), no fast tokenizer, no end-of-sequence
+            token, or a chat template that is no Jinja template (with its line).
     """
     tokenizer = _load(path)
     if not tokenizer.is_fast:
@@ -86,16 +119,44 @@ def load_tokenizer(path: str, *, chat_template: str | None = None) -> PreTrained
             f"tokenizer {path!r} has no end-of-sequence token; set eos_token in its "
             "tokenizer_config.json"
         )
-    if chat_template is not None:
-        if os.path.isfile(chat_template):
-            with open(chat_template, encoding="utf-8") as file:
-                chat_template = file.read()
-        elif "{" not in chat_template:
-            raise ValueError(
-                f"chat template {chat_template!r}: neither a file nor a Jinja template"
-            )
+    if chat_template is None:
+        folder = path if os.path.isdir(path) else os.path.dirname(path)
+        own, config = os.path.join(folder, TEMPLATE), os.path.join(folder, CONFIG)
+        if not os.path.exists(own):
+            own = f"{config if os.path.exists(config) else path}: chat_template"
+        _check_template(tokenizer, own)
+    elif os.path.isfile(chat_template):
+        tokenizer.chat_template = _read_template(chat_template)
+        _check_template(tokenizer, chat_template)
+    elif "{" in chat_template:
         tokenizer.chat_template = chat_template
+        _check_template(tokenizer, "the chat template given")
+    else:
+        raise ValueError(f"chat template {chat_template!r}: neither a file nor a Jinja template")
     return tokenizer
+
+
+def _check_template(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
+    """Refuse a chat template that is none.
+
+    Raises:
+        ValueError: with ``where`` and the line.
+    """
+    found = tokenizer.chat_template
+    for template in found.values() if isinstance(found, dict) else [found or ""]:
+        if not isinstance(template, str):
+            raise ValueError(f"{where}: expected a Jinja template, got {json_kind(template)}")
+        try:
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": "a"}], chat_template=template, tokenize=False
+            )
+        except jinja2.TemplateSyntaxError as error:
+            raise ValueError(
+                f"{where}:{error.lineno}: no Jinja template: {error.message}"
+            ) from error
+        # what it makes of conversations, and what it raises at some, is looked at row by row
+        except Exception:
+            continue
 
 
 def _load(path: str) -> PreTrainedTokenizerBase:
@@ -106,29 +167,63 @@ def _load(path: str) -> PreTrainedTokenizerBase:
         return _from_file(path)
     if os.path.exists(zipped):
         return _from_file(zipped)
+    if os.path.isdir(path) and not any(os.path.exists(os.path.join(path, one)) for one in MODELS):
+        raise ValueError(
+            f"tokenizer {path!r}: the folder has no {MODELS[0]}; name another by config.tokenizer"
+        )
+    if os.path.exists(file := os.path.join(path, CONFIG)):
+        _read_config(file)
+    for name in ("special_tokens_map.json", "added_tokens.json"):
+        if os.path.exists(file := os.path.join(path, name)):
+            read_json(file)  # a damaged one is not always seen
+    if os.path.exists(file := os.path.join(path, TEMPLATE)):
+        _read_template(file)
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    # transformers and tokenizers raise what they like at a damaged file, and seldom name it
+    except Exception as error:
+        for name in ("tokenizer.json", "config.json"):
+            if os.path.exists(file := os.path.join(path, name)):
+                _ = _read_backend(file) if name == "tokenizer.json" else read_json(file)
+        said = " ".join(f"{type(error).__name__}: {error}".split())
         raise ValueError(
             f"tokenizer {path!r}: expected 'byte', a directory, a tokenizer.json or a hub id: "
-            f"{error}"
+            f"{said}"
         ) from error
+
+
+def _read_config(path: str) -> dict[str, Any]:
+    config = read_json(path)
+    if wrong := faults(config, FIELDS):
+        raise ValueError(f"{path}: {'; '.join(wrong)}")
+    return config
+
+
+def _read_template(path: str) -> str:
+    if text := read_text(path).strip():
+        return text
+    raise ValueError(f"{path}: expected a Jinja template, got an empty file")
+
+
+def _read_backend(path: str) -> Tokenizer:
+    try:
+        text = read_text(path)
+    except OSError as error:
+        raise ValueError(f"tokenizer {path!r}: {error}") from error
+    try:
+        return Tokenizer.from_str(text)
+    except Exception as error:  # the library has no error of its own
+        read_json(path)
+        raise ValueError(f"{path}: not a tokenizer: {error}") from error
 
 
 def _from_file(path: str) -> PreTrainedTokenizerFast:
     """Load a tokenizer.json, with the special tokens and the template of the config beside it."""
-    try:
-        with (gzip.open if path.endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
-            backend = Tokenizer.from_str(file.read())
-    except OSError as error:
-        raise ValueError(f"tokenizer {path!r}: {error}") from error
-    config_path = os.path.join(os.path.dirname(path), "tokenizer_config.json")
-    config: dict[str, Any] = {}
-    if os.path.exists(config_path):
-        with open(config_path, encoding="utf-8") as file:
-            config = json.load(file)
+    backend = _read_backend(path)
+    config_path = os.path.join(os.path.dirname(path), CONFIG)
+    config = _read_config(config_path) if os.path.exists(config_path) else {}
     names = {}
-    for key in ("bos_token", "eos_token", "pad_token", "unk_token"):
+    for key in SPECIALS:
         value = config.get(key)
         if value is not None:
             names[key] = value["content"] if isinstance(value, dict) else value
@@ -138,6 +233,7 @@ def _from_file(path: str) -> PreTrainedTokenizerFast:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend, clean_up_tokenization_spaces=False, **names
     )
+    tokenizer.name_or_path = path
     tokenizer.chat_template = config.get("chat_template")
     return tokenizer
 

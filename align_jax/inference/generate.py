@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -24,6 +23,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Float, Int
 from transformers import PreTrainedTokenizerBase
 
+from align_jax.core.files import read_json
 from align_jax.core.schema import Example
 from align_jax.data import chat
 from align_jax.inference import decoding
@@ -177,14 +177,22 @@ def stop_tokens(tokenizer: PreTrainedTokenizerBase, path: str = "") -> tuple[int
     """
     found = {tokenizer.eos_token_id}
     if tokenizer.chat_template:
-        rendered = chat.render(Example(({"role": "user", "content": "a"},), ("b",)), tokenizer)
+        try:
+            rendered = chat.render(Example(({"role": "user", "content": "a"},), ("b",)), tokenizer)
+        except chat.RowError as error:
+            raise ValueError(f"the tokenizer {tokenizer.name_or_path!r}: {error}") from error
         last = tokenizer(rendered.responses[0][-1].text, add_special_tokens=False).input_ids[-1]
         special = tokenizer.added_tokens_decoder.get(last)
         found |= {last} if special is not None and special.special else set()
     config = pathlib.Path(path) / "generation_config.json"
     if path and config.is_file():
-        named = json.loads(config.read_text()).get("eos_token_id")
-        found |= set(named if isinstance(named, list) else [named]) - {None}
+        named = read_json(config).get("eos_token_id")
+        ids = named if isinstance(named, list) else [] if named is None else [named]
+        if not all(type(one) is int and one >= 0 for one in ids):
+            raise ValueError(
+                f"{config}: eos_token_id: expected a token's id, or a list of them, got {named!r}"
+            )
+        found |= set(ids)
     return tuple(sorted(found))
 
 

@@ -26,16 +26,21 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from jax.typing import DTypeLike
 
 from align_jax.core.choose import choose
+from align_jax.core.files import json_kind, read_json
 from align_jax.core.tree import flatten, unflatten
-from align_jax.interop import tensor_files as files
+from align_jax.interop import tensor_files
 from align_jax.interop.streaming import read_parameter
 from align_jax.models import FAMILIES
 from align_jax.models.config import ModelConfig
+from align_jax.models.hf_fields import check
+from align_jax.models.layers import ACTIVATIONS
 from align_jax.models.model import build
 from align_jax.models.roles import role_of
 from align_jax.models.tensor_map import TensorMap, linear, names, parse
 
 SHARD_BYTES = 5 * 10**9  # a file's size, as transformers' default
+
+ACTIVATION_FIELDS = ("hidden_act", "hidden_activation", "activation_function")
 
 HEAD_TENSORS: Mapping[str, tuple[TensorMap, ...]] = {
     "score": (TensorMap("score.weight", "score/out/kernel", "1 D -> D 1"),),
@@ -55,12 +60,21 @@ def config_from(hf: Mapping[str, Any]) -> ModelConfig:
     """Turn a Hugging Face configuration into ours.
 
     Raises:
-        ValueError: no or an unknown ``model_type``, or a feature that the family's file does not
-            support.
+        ValueError: no or an unknown ``model_type``, a field of a wrong type or an impossible value,
+            or a feature that the family's file does not support.
     """
-    if not hf.get("model_type"):
-        raise ValueError(f"config.json has no model_type; known: {', '.join(FAMILIES)}")
-    return choose(FAMILIES, hf["model_type"], "model_type").from_hf(hf)
+    kind = hf.get("model_type")
+    if not isinstance(kind, str) or not kind:
+        raise ValueError(
+            f"model_type: expected one of {', '.join(FAMILIES)}; got {json_kind(kind)}"
+        )
+    row = choose(FAMILIES, kind, "model_type")
+    check(hf)
+    config = row.from_hf(hf)
+    if config.activation not in ACTIVATIONS:
+        given = [key for key in ACTIVATION_FIELDS if hf.get(key) == config.activation]
+        choose(ACTIVATIONS, config.activation, *(given or ["activation"])[:1])
+    return config
 
 
 def locate(path: str, file: str = "") -> str:
@@ -92,10 +106,29 @@ def locate(path: str, file: str = "") -> str:
 
 
 def load_config(path: str) -> ModelConfig:
-    """Read the configuration of a checkpoint folder or hub id."""
-    folder = locate(path, "config.json")
-    with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
-        return config_from(json.load(file))
+    """Read the configuration of a checkpoint folder or hub id.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is damaged, or not one that ``config_from`` takes; with the file's path.
+    """
+    file = os.path.join(locate(path, "config.json"), "config.json")
+    if not os.path.exists(file):
+        raise FileNotFoundError(f"no model in {path!r}: there is no {file}{_instead(path)}")
+    found = read_json(file)
+    try:
+        return config_from(found)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+
+
+def _instead(folder: str) -> str:
+    """Say what a folder without a model's config.json holds that was perhaps meant."""
+    if os.path.exists(os.path.join(folder, "adapter_config.json")):
+        return (
+            "; it holds a PEFT adapter: that is config.model.lora.path, its base config.model.path"
+        )
+    return ""
 
 
 # ---------------------------------------------------------------------------------- tensor maps
@@ -163,8 +196,8 @@ def load(
 
     Raises:
         FileNotFoundError: no such folder, id or shard.
-        ValueError: an unknown family, a configuration of another model, or tensors missing,
-            unexpected or mis-shaped: all of them in one message.
+        ValueError: a damaged file, an unknown family, a configuration of another model; or tensors
+            missing, unexpected, mis-shaped, no floats or not finite: all of a kind in one message.
     """
     folder = locate(path)
     own = load_config(folder)
@@ -175,10 +208,12 @@ def load(
     lies = flatten(shardings) if shardings is not None else {}
     default = SingleDeviceSharding(jax.devices()[0])
     out: dict[str, Any] = {}
-    with files.Reader(folder) as reader:
+    with tensor_files.Reader(folder) as reader:
         present = tuple(head for head in heads if HEAD_TENSORS[head][0].name in reader.names)
         entries = _with_base(tensor_maps(config, present, unembed), reader.names, config.family)
         _check_tensors(reader, entries, own, path)
+        if own.tied and unembed and (only is None or "embed/tokens" in only):
+            _check_tied(reader, entries, own, path)
         for entry in entries:
             if only is not None and entry.path not in only:
                 continue
@@ -190,6 +225,7 @@ def load(
                 grow = _grow(letters.index("V"), own.vocab_size, config.vocab_size, sharding)
                 value = grow(value)
             out[entry.path] = value
+        reader.check_finite()
     return config, unflatten(out)
 
 
@@ -238,7 +274,7 @@ def _other_heads(config: ModelConfig) -> set[str]:
 
 
 def _check_tensors(
-    reader: files.Reader, entries: list[TensorMap], config: ModelConfig, path: str
+    reader: tensor_files.Reader, entries: list[TensorMap], config: ModelConfig, path: str
 ) -> None:
     expected = tensor_shapes(entries, config)
     unexpected = reader.names - expected.keys()
@@ -253,12 +289,32 @@ def _check_tensors(
             for name, shape in sorted(expected.items())
             if name in reader.names and reader.shape(name) != shape
         ],
+        tensor_files.NO_FLOATS: [
+            f"{name}: {reader.code(name)}"
+            for name in sorted(expected)
+            if name in reader.names and reader.code(name) not in tensor_files.DTYPES
+        ],
     }
     if any(wrong.values()):
         raise ValueError(
             f"the checkpoint {path!r} does not hold a {config.family} model as its config.json "
-            f"says:\n{files.listed(wrong)}"
+            f"says:\n{tensor_files.listed(wrong)}"
         )
+
+
+def _check_tied(
+    reader: tensor_files.Reader, entries: list[TensorMap], config: ModelConfig, path: str
+) -> None:
+    """Refuse a language-model head that is stored beside the embedding that is to be it, and is
+    another."""
+    (embed,) = (entry.name for entry in entries if entry.path == "embed/tokens")
+    untied = set(tensor_maps(dataclasses.replace(config, tied=False)))
+    for head in {entry.name for entry in untied - set(tensor_maps(config))} & reader.names:
+        if not reader.equal(head, embed):
+            raise ValueError(
+                f"{os.path.join(path, 'config.json')}: tie_word_embeddings is true, but the "
+                f"checkpoint's {head} is not its {embed}: expected false, or no {head}"
+            )
 
 
 # --------------------------------------------------------------------------------------- export
@@ -319,7 +375,7 @@ def save(
         return tensor
 
     main = jax.process_index() == 0
-    files.write(path, shapes, stored, make, shard_bytes, main)
+    tensor_files.write(path, shapes, stored, make, shard_bytes, main)
     if main:
         row = FAMILIES[config.family]
         more = dict(changes or {})

@@ -28,9 +28,11 @@ import numpy as np
 import safetensors.numpy
 from etils import epath
 
+from align_jax.core import fields
+from align_jax.core.files import read_json
 from align_jax.core.tree import flatten, unflatten
 from align_jax.interop import hf
-from align_jax.interop.tensor_files import SINGLE, listed
+from align_jax.interop.tensor_files import DTYPES, NO_FLOATS, SINGLE, Reader, listed
 from align_jax.models import FAMILIES
 from align_jax.models.config import ModelConfig
 from align_jax.models.heads import HEADS
@@ -42,6 +44,11 @@ from align_jax.models.tensor_map import AxisMap, parse
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 SCORE = "score/out/kernel"
+
+
+def _is_share(value: Any) -> bool:
+    return fields.is_not_below_zero(value) and value < 1
+
 
 # keys of adapter_config.json that change what is computed -> the values that we compute the same
 PLAIN: Mapping[str, tuple[Any, ...]] = {
@@ -71,6 +78,27 @@ HARMLESS = frozenset(
     exclude_modules fan_in_fan_out layers_pattern task_type inference_mode auto_mapping
     base_model_name_or_path revision peft_version runtime_config megatron_core qalora_group_size
     loftq_config eva_config corda_config lora_ga_config ensure_weight_tying""".split()
+)
+
+FIELDS = (
+    fields.Kind("a positive integer", fields.is_count, ("r",)),
+    fields.Kind("a number above 0", fields.is_above_zero, ("lora_alpha",)),
+    fields.Kind("a number from 0 to 1, or null", fields.or_null(_is_share), ("lora_dropout",)),
+    fields.Kind(
+        "true, false or null",
+        fields.or_null(fields.is_bool),
+        ("use_rslora", "use_dora", "fan_in_fan_out"),
+    ),
+    fields.Kind(
+        "an object from modules to ranks, or null",
+        fields.or_null(fields.is_object_of(fields.is_count)),
+        ("rank_pattern",),
+    ),
+    fields.Kind(
+        "an object from modules to numbers above 0, or null",
+        fields.or_null(fields.is_object_of(fields.is_above_zero)),
+        ("alpha_pattern",),
+    ),
 )
 
 
@@ -310,10 +338,7 @@ def load(path: str, config: ModelConfig) -> tuple[LoraConfig, dict[str, Any]]:
     """
     folder = hf.locate(path)
     settings = _read_settings(folder, path)
-    tensors = {
-        name.removeprefix(PREFIX): value.astype(np.float32)
-        for name, value in safetensors.numpy.load_file(os.path.join(folder, TENSORS)).items()
-    }
+    tensors = _read_tensors(folder)
     dora, stabilized = bool(settings.get("use_dora")), bool(settings.get("use_rslora"))
     layers = _by_module(tensors, config, LEAVES if dora else LEAVES[:2], path)
     flat, rank = _stack(layers, settings, config)
@@ -335,8 +360,17 @@ def _read_settings(folder: str, path: str) -> dict[str, Any]:
             f"no PEFT adapter in {path!r}: {' and '.join(missing)} not found"
             + (whole if SINGLE in there else "")
         )
-    with open(os.path.join(folder, CONFIG), encoding="utf-8") as file:
-        settings = json.load(file)
+    file = os.path.join(folder, CONFIG)
+    settings = read_json(file)
+    if wrong := fields.faults({"r": None, "lora_alpha": None, **settings}, FIELDS):
+        raise ValueError(f"{file}: {'; '.join(wrong)}")
+    for pattern in settings.get("alpha_pattern") or ():
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ValueError(
+                f"{file}: alpha_pattern: {pattern!r} is no regular expression: {error}"
+            ) from error
     wrong = [
         f"{key} = {settings[key]!r} (expected {', '.join(map(repr, known))})"
         for key, known in PLAIN.items()
@@ -352,6 +386,20 @@ def _read_settings(folder: str, path: str) -> dict[str, Any]:
             f"the adapter {path!r} is of a kind that is not supported: {'; '.join(wrong)}"
         )
     return settings
+
+
+def _read_tensors(folder: str) -> dict[str, np.ndarray]:
+    with Reader(folder, TENSORS) as reader:
+        other = [f"{name}: {reader.code(name)}" for name in sorted(reader.names)]
+        other = [one for one in other if one.rpartition(" ")[2] not in DTYPES]
+        if other:
+            raise ValueError(f"{os.path.join(folder, TENSORS)}:\n{listed({NO_FLOATS: other})}")
+        found = {
+            name.removeprefix(PREFIX): reader.read(name).astype(np.float32)
+            for name in sorted(reader.names)
+        }
+        reader.check_finite()
+    return found
 
 
 Layers = list[dict[str, np.ndarray]]  # of each layer: our leaf -> a module's tensor

@@ -113,7 +113,7 @@ class _Source:
         rows, *rest = self._axes.bounds(index)
         start = self._entry.span[0] if self._entry.span else 0
         bounds = (slice(rows.start + start, rows.stop + start), *rest)
-        return self._axes.to_ours(self._reader.read(name, bounds), index)
+        return self._axes.to_ours(self._reader.read(name, bounds, self._dtype), index)
 
 
 def _chunks(wanted: list[slice], axes: AxisMap, size: int) -> Iterator[list[slice]]:

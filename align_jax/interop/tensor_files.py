@@ -21,36 +21,59 @@ from typing import Any
 import ml_dtypes  # registers bfloat16 with numpy, which safetensors' slices need
 import numpy as np
 from etils import epath
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
-INDEX = "model.safetensors.index.json"
+from align_jax.core.files import SAFETENSORS, json_kind, looks_like, read_json, signature
+
 SINGLE = "model.safetensors"
+INDEX = f"{SINGLE}.index.json"
 DTYPES: Mapping[str, np.dtype] = {
     "F64": np.dtype(np.float64),
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
-    "I64": np.dtype(np.int64),
-    "I32": np.dtype(np.int32),
-    "I8": np.dtype(np.int8),
-    "U8": np.dtype(np.uint8),
-    "BOOL": np.dtype(np.bool_),
 }
+CHUNK_NUMBERS = 1 << 24  # what is counted or compared of a tensor at once
+MOST = 10  # tensors of a kind that a message names
+NO_FLOATS = f"of a type that is no weight's ({', '.join(DTYPES)}; quantized ones are not read)"
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
 class Reader:
     """The tensors of a checkpoint folder, read by slices; nothing is held between reads."""
 
-    def __init__(self, folder: str):
+    def __init__(self, folder: str, single: str = SINGLE):
         """Open the folder's index, or its single file.
+
+        Args:
+            folder: where they lie.
+            single: the file's name; the index's is that with ``.index.json``.
 
         Raises:
             FileNotFoundError: neither is there, or a shard of the index is missing.
+            ValueError: a file is damaged; both are there; a tensor is in none of the files that
+                the index says, or in several.
         """
         self._stack = contextlib.ExitStack()
-        handles = [self._stack.enter_context(safe_open(path, "np")) for path in _files(folder)]
-        self._where = {name: handle for handle in handles for name in handle.keys()}
+        self._folder = folder
+        self._unusable: dict[str, np.dtype] = {}  # tensors not finite -> in which type they are not
+        index, where = _indexed(folder, single)
+        paths = sorted(set(where.values())) or [os.path.join(folder, single)]
+        opened = {path: self._stack.enter_context(_open(path)) for path in paths}
+        holders: dict[str, list[str]] = {}
+        for path, handle in opened.items():
+            for name in handle.keys():
+                holders.setdefault(name, []).append(path)
+        lost = [
+            f"{name} (in {os.path.basename(path)})"
+            for name, path in where.items()
+            if path not in holders.get(name, ())
+        ]
+        twice = [name for name, paths in holders.items() if len(paths) > 1 and name not in where]
+        if lost or twice:
+            wrong = {"in the index, not in its file": lost, "in several files": twice}
+            raise ValueError(f"{index} and its files disagree:\n{listed(wrong)}")
+        self._where = {name: opened[where.get(name, paths[0])] for name, paths in holders.items()}
 
     def __enter__(self) -> Reader:
         return self
@@ -67,48 +90,190 @@ class Reader:
         """Return a tensor's shape."""
         return tuple(self._where[name].get_slice(name).get_shape())
 
+    def code(self, name: str) -> str:
+        """Return a tensor's type as the file names it; ``DTYPES`` has those of weights."""
+        return self._where[name].get_slice(name).get_dtype()
+
     def dtype(self, name: str) -> np.dtype:
-        """Return a tensor's type.
+        """Return the type of a tensor of weights."""
+        return DTYPES[self.code(name)]
+
+    def read(
+        self, name: str, index: Sequence[slice] = (), dtype: np.dtype | None = None
+    ) -> np.ndarray:
+        """Read part of a tensor of weights; ``check_finite`` tells of what is no number in it.
+
+        Args:
+            name: the tensor's.
+            index: which part; () = all.
+            dtype: what it is to be used as; None: as stored.
+        """
+        part = self._where[name].get_slice(name)[tuple(index) or ...]
+        if not is_finite(part):
+            self._unusable[name] = part.dtype
+        elif dtype is not None and _largest(dtype) < _largest(part.dtype):
+            with np.errstate(over="ignore"):
+                part = part.astype(dtype)
+            if not is_finite(part):
+                self._unusable.setdefault(name, dtype)
+        return part
+
+    def check_finite(self) -> None:
+        """Refuse what was read if any of it was not finite.
 
         Raises:
-            ValueError: a type that is no weight's (an 8-bit float, say).
+            ValueError: naming the tensors, and how many of their numbers.
         """
-        code = self._where[name].get_slice(name).get_dtype()
-        if code not in DTYPES:
-            raise ValueError(f"tensor {name!r} is of type {code}; readable: {', '.join(DTYPES)}")
-        return DTYPES[code]
+        bad = sorted(self._unusable)
+        if bad:
+            counted = [self._count(name) for name in bad[:MOST]] + bad[MOST:]
+            raise ValueError(
+                f"{self._folder}: weights that are no numbers:\n{listed({'not finite': counted})}"
+            )
 
-    def read(self, name: str, index: Sequence[slice] = ()) -> np.ndarray:
-        """Read part of a tensor."""
-        return self._where[name].get_slice(name)[tuple(index) or ...]
+    def equal(self, one: str, other: str) -> bool:
+        """Tell whether two tensors hold the same."""
+        if (self.shape(one), self.code(one)) != (self.shape(other), self.code(other)):
+            return False
+        pairs = zip(self._blocks(one), self._blocks(other))
+        return all(a.tobytes() == b.tobytes() for a, b in pairs)
+
+    def _blocks(self, name: str) -> Iterator[np.ndarray]:
+        """Read a tensor some rows at a time."""
+        stored, shape = self._where[name].get_slice(name), self.shape(name)
+        if not shape:
+            yield stored[...]
+            return
+        rows = max(1, CHUNK_NUMBERS // max(math.prod(shape[1:]), 1))
+        for start in range(0, shape[0], rows):
+            yield stored[start : min(start + rows, shape[0])]
+
+    def _count(self, name: str) -> str:
+        """Say how many of a tensor's numbers are not finite."""
+        size, dtype, count = math.prod(self.shape(name)), self._unusable[name], 0
+        with np.errstate(over="ignore"):
+            for block in self._blocks(name):
+                count += int(np.sum(~np.isfinite(block.astype(dtype))))
+        why = "NaN or infinite" if dtype == self.dtype(name) else f"beyond {dtype}'s range"
+        return f"{name}: {count} of {size} {why}"
 
 
-def _files(folder: str) -> list[str]:
-    index = os.path.join(folder, INDEX)
-    if os.path.exists(index):
-        with open(index, encoding="utf-8") as file:
-            shards = sorted(set(json.load(file)["weight_map"].values()))
-        paths = [os.path.join(folder, shard) for shard in shards]
-        missing = [path for path in paths if not os.path.exists(path)]
-        if missing:
-            raise FileNotFoundError(f"{index} names files that are not there: {', '.join(missing)}")
-        return paths
-    single = os.path.join(folder, SINGLE)
-    if not os.path.exists(single):
-        raise FileNotFoundError(
-            f"no weights in {folder}: expected {SINGLE} or {INDEX} (safetensors; convert "
-            "pytorch_model.bin with transformers' save_pretrained)"
+def is_finite(array: np.ndarray) -> bool:
+    """Tell whether no number of a float array is NaN or infinite; fast, and without a copy.
+
+    Their bits are compared as integers: with a sign, the largest are those of infinity and of the
+    NaN with no sign; without, those of their negatives.
+    """
+    signed, unsigned = f"i{array.dtype.itemsize}", f"u{array.dtype.itemsize}"
+    infinity, negative = np.asarray([np.inf, -np.inf], array.dtype)[:, None]
+    return bool(
+        array.view(signed).max(initial=0) < infinity.view(signed)[0]
+        and array.view(unsigned).max(initial=0) < negative.view(unsigned)[0]
+    )
+
+
+def _largest(dtype: np.dtype) -> float:
+    return float(ml_dtypes.finfo(dtype).max)
+
+
+def _open(path: str) -> Any:
+    """Open a safetensors file.
+
+    Raises:
+        ValueError: it is none, or not a whole one.
+    """
+    try:
+        return safe_open(path, "np")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(f"{path}: not a whole safetensors file: {_fault(path, error)}") from error
+
+
+def _fault(path: str, error: Exception) -> str:
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        start = file.read(512)
+        header = int.from_bytes(start[:8], "little")
+        kind = signature(start)
+        if kind and kind != SAFETENSORS:
+            return f"it is {kind}"
+        if size < 8 or header > size - 8:
+            return (
+                f"its first 8 bytes tell of a header of {header:,} bytes, and it has {size:,} in "
+                f"all; it is {looks_like(path)}"
+            )
+        file.seek(8)
+        with contextlib.suppress(ValueError, LookupError, TypeError, AttributeError):
+            ends = [
+                entry["data_offsets"][1]
+                for name, entry in json.loads(file.read(header)).items()
+                if name != "__metadata__"
+            ]
+            if max(ends, default=0) != size - 8 - header:
+                return (
+                    f"its header tells of {max(ends, default=0):,} bytes of tensors, and it has "
+                    f"{size - 8 - header:,} (a copy that was broken off?)"
+                )
+    return str(error)
+
+
+def _indexed(folder: str, single: str) -> tuple[str, dict[str, str]]:
+    """Read the index, if there is one: its path, and tensor -> path of the file that holds it."""
+    path, index = os.path.join(folder, single), os.path.join(folder, f"{single}.index.json")
+    if not os.path.exists(index):
+        if not os.path.exists(path):
+            raise FileNotFoundError(
+                f"no weights in {folder}: expected {single} or {single}.index.json{_others(folder)}"
+            )
+        return index, {}
+    where = read_json(index).get("weight_map")
+    if not isinstance(where, dict) or not where or not all(map(_is_name, where.values())):
+        raise ValueError(
+            f"{index}: weight_map: expected an object from tensors' names to names of files beside "
+            f"it, got {json_kind(where)}"
         )
-    return [single]
+    if os.path.exists(path) and single not in where.values():
+        raise ValueError(
+            f"{folder} holds both {single} and {single}.index.json, which names other files: "
+            "take away the one that is not meant"
+        )
+    paths = {name: os.path.join(folder, file) for name, file in where.items()}
+    missing = sorted({path for path in paths.values() if not os.path.exists(path)})
+    if missing:
+        raise FileNotFoundError(
+            f"{index} names {len(missing)} files that are not there: {', '.join(missing[:10])}"
+        )
+    return index, paths
+
+
+def _is_name(file: Any) -> bool:
+    return isinstance(file, str) and file not in ("", ".", "..") and os.path.basename(file) == file
+
+
+def _others(folder: str) -> str:
+    """Say what else may hold weights in a folder that lacks safetensors."""
+    ends = (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".ckpt", ".safetensors")
+    there = sorted(name for name in os.listdir(folder) if name.endswith(ends))
+    if not there:
+        return ""
+    return (
+        f"; {', '.join(there[:3])} beside it is not read: convert with transformers' "
+        "from_pretrained and save_pretrained"
+    )
 
 
 def listed(wrong: Mapping[str, Sequence[str]]) -> str:
-    """Say what is wrong with a file's tensors: kind of mistake -> tensors."""
-    parts = (
-        f"  {len(found)} {what}:\n    " + "\n    ".join(found)
-        for what, found in wrong.items()
-        if found
-    )
+    """Say what is wrong with a file's tensors: kind of mistake -> tensors, of which the first are
+    named."""
+    parts = []
+    for what, found in wrong.items():
+        if not found:
+            continue
+        lines = [f"  {len(found)} {what}:", *(f"    {one}" for one in found[:MOST])]
+        if len(found) > MOST:
+            prefix = os.path.commonprefix(found)
+            alike = f" (all begin {prefix!r})" if prefix else ""
+            lines.append(f"    and {len(found) - MOST} more{alike}")
+        parts.append("\n".join(lines))
     return "\n".join(parts)
 
 
@@ -145,6 +310,8 @@ def write(
         files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     for file, members in zip(files, shards):
         _write_file(path / file, {name: shapes[name] for name in members}, dtype, make)
+    # a checkpoint that lay here before is not to be read together with this one
+    (path / (SINGLE if len(shards) > 1 else INDEX)).unlink(missing_ok=True)
     if len(shards) > 1:
         where = {name: file for file, members in zip(files, shards) for name in sorted(members)}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}

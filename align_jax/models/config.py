@@ -12,6 +12,10 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from align_jax.core.choose import choose
+from align_jax.core.files import json_kind
+from align_jax.models.hf_fields import ROPE_KINDS
+
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
@@ -99,8 +103,13 @@ class ModelConfig:
                 )
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
-                f"{self.family}: {self.num_heads} query heads are not divisible by "
-                f"{self.num_kv_heads} key-value heads"
+                f"num_key_value_heads: expected a divisor of num_attention_heads, {self.num_heads} "
+                f"(which are not divisible by it), got {self.num_kv_heads}"
+            )
+        if self.experts_per_token > self.num_experts:
+            raise ValueError(
+                f"num_experts_per_tok: expected at most the number of experts, {self.num_experts}, "
+                f"got {self.experts_per_token}"
             )
         if self.vocab_rows < self.vocab_size:
             raise ValueError(
@@ -153,6 +162,9 @@ def complete(hf: Mapping[str, Any]) -> dict[str, Any]:
 
     Configurations are saved without what equals the default, and older ones spell positions as
     ``rope_theta`` and ``rope_scaling``; transformers knows both.
+
+    Raises:
+        ValueError: transformers refuses it.
     """
     from transformers import CONFIG_MAPPING  # here, because importing it takes seconds
 
@@ -161,22 +173,47 @@ def complete(hf: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in hf.items()
         if key not in ("transformers_version", "_name_or_path")
     }
-    return CONFIG_MAPPING[hf["model_type"]].from_dict(known).to_dict()
+    try:
+        return CONFIG_MAPPING[hf["model_type"]].from_dict(known).to_dict()
+    # its dataclasses and each model's own code raise what they like
+    except Exception as error:
+        said = " ".join(str(error.__cause__ or error).split())
+        raise ValueError(
+            f"transformers refuses this {hf['model_type']} configuration: {said}"
+        ) from error
 
 
 def rope_from_hf(parameters: Mapping[str, Any], head_dim: int, max_positions: int) -> Rope:
     """Turn ``rope_parameters`` into a Rope.
 
     Raises:
-        ValueError: an unknown ``rope_type``.
+        ValueError: an unknown ``rope_type``; a scaling that lacks a parameter, or has one that
+            cannot be.
     """
+    if not isinstance(parameters, Mapping):
+        raise ValueError(f"rope_parameters: expected an object, got {json_kind(parameters)}")
     options = dict(parameters)
     kind = options.pop("rope_type", options.pop("type", "default"))
-    known = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
-    if kind not in known:
-        raise ValueError(f"unknown rope_type {kind!r}; known: {', '.join(known)}")
+    needed = choose(ROPE_KINDS, kind, "rope_parameters.rope_type")
+    if missing := [name for name in ("rope_theta", *needed) if options.get(name) is None]:
+        raise ValueError(
+            f"rope_parameters (rope_scaling) of type {kind!r}: expected {', '.join(missing)} too"
+        )
     theta = float(options.pop("rope_theta"))
     rotary_dim = int(head_dim * options.pop("partial_rotary_factor", 1.0))
+    if rotary_dim % 2 or rotary_dim < (4 if kind == "dynamic" else 2):
+        raise ValueError(
+            f"head_dim: expected an even number of features that turn, got {rotary_dim} (of "
+            f"{head_dim} a head)"
+        )
+    for name in ("short_factor", "long_factor"):
+        if name in needed and len(options[name]) != rotary_dim // 2:
+            raise ValueError(
+                f"rope_parameters.{name}: expected {rotary_dim // 2} factors (half the features "
+                f"that turn), got {len(options[name])}"
+            )
+    if kind == "llama3" and options["low_freq_factor"] >= options["high_freq_factor"]:
+        raise ValueError("rope_parameters: expected low_freq_factor below high_freq_factor")
     if kind != "default":
         options.setdefault("max_position_embeddings", max_positions)
     frozen = (
@@ -201,11 +238,22 @@ def decoder_config(hf: Mapping[str, Any], full: Mapping[str, Any], **changes: An
         changes: ModelConfig fields that differ from Llama's reading.
     """
     heads = full["num_attention_heads"]
-    head_dim = changes.pop("head_dim", None) or full.get("head_dim") or full["hidden_size"] // heads
+    head_dim = full.get("head_dim") or full["hidden_size"] // heads
+    derived = not hf.get("head_dim") and head_dim == full["hidden_size"] // heads
+    if derived and full["hidden_size"] % heads:
+        raise ValueError(
+            f"hidden_size: expected a multiple of num_attention_heads, {heads}, or a head_dim; got "
+            f"{full['hidden_size']}"
+        )
     layers = full["num_hidden_layers"]
     max_positions = full["max_position_embeddings"]
     window = full.get("sliding_window") or 0
     types = full.get("layer_types")
+    if types is not None and window == 0 and "sliding_attention" in types:
+        raise ValueError(
+            "sliding_window: expected a window in tokens, since layer_types names layers of "
+            f"sliding_attention; got {json.dumps(full.get('sliding_window'))}"
+        )
     windows = (
         (window,) * layers
         if types is None

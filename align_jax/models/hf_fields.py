@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the fields of a Hugging Face configuration may be: of those that we read, every one."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from align_jax.core.fields import (
+    Kind,
+    faults,
+    is_above_zero,
+    is_bool,
+    is_count,
+    is_integer,
+    is_list_of,
+    is_not_below_zero,
+    is_number,
+    is_object,
+    is_text,
+    or_null,
+)
+
+MOST = 10_000  # layers or experts: more is a damaged number, and would be counted through
+
+
+def _is_few(value: Any) -> bool:
+    return is_count(value) and value <= MOST
+
+
+def _is_part(value: Any) -> bool:
+    return is_number(value) and 0 < value <= 1
+
+
+def _is_small(value: Any) -> bool:
+    return is_number(value) and 0 < value < 1
+
+
+def _is_base(value: Any) -> bool:
+    return is_number(value) and value > 1
+
+
+def _is_attention(value: Any) -> bool:
+    return value in ("full_attention", "sliding_attention")
+
+
+def _is_flag(value: Any) -> bool:
+    return value in (0, 1)
+
+
+def _is_dtype(value: Any) -> bool:
+    return value in ("float32", "bfloat16", "float16", "float64")
+
+
+def _is_ids(value: Any) -> bool:
+    return value is None or is_integer(value) or is_list_of(is_integer)(value)
+
+
+# of every family's configuration, the fields that we read
+FIELDS = (
+    Kind(
+        "a positive integer",
+        is_count,
+        tuple(
+            """vocab_size hidden_size num_attention_heads intermediate_size max_position_embeddings
+            n_embd n_head n_positions ffn_dim word_embed_proj_dim num_experts_per_tok
+            moe_intermediate_size decoder_sparse_step""".split()
+        ),
+    ),
+    Kind(
+        f"an integer from 1 to {MOST}",
+        _is_few,
+        ("num_hidden_layers", "n_layer", "num_local_experts", "num_experts"),
+    ),
+    Kind(
+        "a positive integer or null",
+        or_null(is_count),
+        ("num_key_value_heads", "head_dim", "n_inner", "sliding_window"),
+    ),
+    Kind(
+        "a number between 0 and 1",
+        _is_small,
+        ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon"),
+    ),
+    Kind("a number above 0", is_above_zero, ("query_pre_attn_scalar",)),
+    Kind(
+        "a number above 0 or null",
+        or_null(is_above_zero),
+        ("attn_logit_softcapping", "final_logit_softcapping"),
+    ),
+    Kind("a number above 1", _is_base, ("rope_theta", "rope_local_base_freq", "rotary_emb_base")),
+    Kind("a number above 0, at most 1", _is_part, ("partial_rotary_factor", "rotary_pct")),
+    Kind("a number, at least 0", is_not_below_zero, ("initializer_range", "init_std")),
+    Kind(
+        "true or false",
+        is_bool,
+        tuple(
+            """attention_bias mlp_bias tie_word_embeddings use_parallel_residual
+            do_layer_norm_before enable_bias layer_norm_elementwise_affine scale_attn_weights
+            scale_attn_by_inverse_layer_idx add_cross_attention norm_topk_prob
+            use_sliding_window""".split()
+        ),
+    ),
+    Kind("true, false or null", or_null(is_bool), ("use_bidirectional_attention",)),
+    Kind("the name of an activation", is_text, ("hidden_act", "activation_function")),
+    Kind("the name of an activation or null", or_null(is_text), ("hidden_activation",)),
+    Kind(
+        "an object or null",
+        or_null(is_object),
+        ("rope_parameters", "rope_scaling", "id2label", "label2id"),
+    ),
+    Kind(
+        "a list with 'full_attention' or 'sliding_attention' for each layer, or null",
+        or_null(is_list_of(_is_attention)),
+        ("layer_types",),
+    ),
+    Kind(
+        "a list with 0 or 1 for each layer, or null",
+        or_null(is_list_of(_is_flag)),
+        ("no_rope_layers",),
+    ),
+    Kind("an integer or null", or_null(is_integer), ("bos_token_id", "pad_token_id")),
+    Kind("an integer, a list of them or null", _is_ids, ("eos_token_id",)),
+    Kind("a list of text, or null", or_null(is_list_of(is_text)), ("architectures",)),
+    Kind(
+        "'float32', 'bfloat16', 'float16', 'float64' or null",
+        or_null(_is_dtype),
+        ("dtype", "torch_dtype"),
+    ),
+)
+# of a rotary embedding's scaling
+ROPE_FIELDS = (
+    Kind("a number above 1", _is_base, ("rope_theta",)),
+    Kind("a number above 0, at most 1", _is_part, ("partial_rotary_factor",)),
+    Kind("a name", is_text, ("rope_type", "type")),
+    Kind(
+        "a number above 0 or null",
+        or_null(is_above_zero),
+        tuple(
+            "factor low_freq_factor high_freq_factor attention_factor beta_fast beta_slow".split()
+        ),
+    ),
+    Kind("a number, at least 0, or null", or_null(is_not_below_zero), ("mscale", "mscale_all_dim")),
+    Kind(
+        "a positive integer or null",
+        or_null(is_count),
+        ("original_max_position_embeddings", "max_position_embeddings"),
+    ),
+    Kind("a list of numbers above 0", is_list_of(is_above_zero), ("short_factor", "long_factor")),
+    Kind("true or false", is_bool, ("truncate",)),
+)
+# kind of scaling -> what it cannot do without
+ROPE_KINDS: Mapping[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "longrope": ("short_factor", "long_factor"),
+}
+
+
+def check(hf: Mapping[str, Any]) -> None:
+    """Refuse a Hugging Face configuration with a field of a wrong type or an impossible value.
+
+    Raises:
+        ValueError: all such fields; weights that are not floats; a key that a known one was
+            probably meant by.
+    """
+    wrong = faults(hf, FIELDS)
+    for key in ("rope_parameters", "rope_scaling"):
+        rope = hf.get(key)
+        if isinstance(rope, Mapping):
+            wrong += faults(rope, ROPE_FIELDS, f"{key}.")
+            for kind, part in rope.items():  # where each kind of layer has its own
+                if isinstance(part, Mapping):
+                    wrong += faults(part, ROPE_FIELDS, f"{key}.{kind}.")
+    known = [name for kind in FIELDS for name in kind.names]
+    absent = [name for name in known if name not in hf]
+    for key in hf.keys() - set(known):
+        if close := difflib.get_close_matches(key, absent, n=1, cutoff=0.9):
+            wrong.append(f"{key} is no field; did you mean {close[0]}?")
+    if hf.get("quantization_config") is not None:
+        found = hf["quantization_config"]
+        method = found.get("quant_method", "an unnamed method") if is_object(found) else found
+        wrong.append(
+            f"quantization_config: expected float weights, got ones quantized by {method} "
+            "(transformers' model.dequantize() and save_pretrained write the others)"
+        )
+    if wrong:
+        raise ValueError("; ".join(wrong))
