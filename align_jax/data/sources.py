@@ -224,17 +224,23 @@ def _open_parquet(path: str) -> Source:
 
     try:
         table = pyarrow.parquet.read_table(
-            path if "://" not in path else io.BytesIO(epath.Path(path).read_bytes())
+            path if "://" not in path else io.BytesIO(epath.Path(path).read_bytes()),
+            page_checksum_verification=True,  # where the file has any
         )
     except (OSError, ValueError, pyarrow.ArrowException) as error:
         raise ValueError(
             f"{path}: not a readable Parquet file: {error}; it is {files.looks_like(path)}"
         ) from error
 
-    def read(index: int) -> Row:
-        return table.slice(index, 1).to_pylist()[0]
+    where = _numbered(path)
 
-    return Source(path, _digest(path), table.num_rows, read, _numbered(path))
+    def read(index: int) -> Row:
+        try:
+            return table.slice(index, 1).to_pylist()[0]
+        except (ValueError, pyarrow.ArrowException) as error:
+            raise ValueError(f"{where(index)}: not a readable row: {error}") from error
+
+    return Source(path, _digest(path), table.num_rows, read, where)
 
 
 def _concatenate(spec: str, parts: Sequence[Source]) -> Source:

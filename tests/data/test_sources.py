@@ -62,6 +62,26 @@ def test_parquet_keeps_nested_fields(tmp_path):
     assert len(source) == 3 and source[1] == rows[1]
 
 
+@pytest.mark.parametrize("checked", [True, False])
+def test_damage_within_a_parquet_file_is_named(tmp_path, checked):
+    import pyarrow
+    import pyarrow.parquet
+
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist([{"text": "first row"}, {"text": "second row"}]),
+        path,
+        compression="none",
+        use_dictionary=False,
+        write_statistics=False,
+        write_page_checksum=checked,
+    )
+    path.write_bytes(path.read_bytes().replace(b"second row", b"s\xffcond row"))
+    message = "parquet: not a readable Parquet" if checked else r"parquet\[1\]: not a readable row"
+    with pytest.raises(ValueError, match=message):
+        sources.open_source(str(path))[1]
+
+
 def test_a_glob_is_one_source_in_the_order_of_names(tmp_path):
     write(tmp_path / "b.jsonl", lines(ROWS[3:]))
     write(tmp_path / "a.jsonl.gz", lines(ROWS[:3]))
