@@ -227,6 +227,11 @@ def _example(sample: Sample) -> Example:
     return Example(prompt if isinstance(prompt, str) else tuple(prompt), (), extras=sample)
 
 
+def _finishes(samples: Sequence[Sample]) -> list[str]:
+    """Return how each sample ended; those of other programs do not say, and are taken as whole."""
+    return [str(one.get("finish", "stop")) for one in samples]
+
+
 def score(
     samples: Sequence[Mapping[str, Any]], rewards: WeightedRewards, show: bool = True
 ) -> list[dict[str, Any]]:
@@ -240,7 +245,7 @@ def score(
             total, each = rewards(
                 [prompt_text(example) for example in examples],
                 [one["output"] for one in part],
-                [columns(example) for example in examples],
+                [columns(*pair) for pair in zip(examples, _finishes(part))],
             )
             for i, one in enumerate(part):
                 scored.append({**one, "reward": float(total[i])})

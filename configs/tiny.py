@@ -63,6 +63,8 @@ def get_config(objective: str = "dpo") -> ConfigDict:
         config.rollout.responses_per_prompt = 4
         config.rollout.max_new_tokens = 16
         config.max_length = 64
+    if "ptx" in name.split("+"):
+        config.data.text = f"builtin:{MADE['completions']}:train"
     config.eval.max_examples = 64 if online else 128
 
     config.optimizer.learning_rate = LEARNING_RATE.get(objective, 1e-3)

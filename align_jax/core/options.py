@@ -78,7 +78,13 @@ class LoraOptions(Checked):
     alpha: float = option(
         16.0, "the adapter's output is scaled by alpha / rank (rslora: alpha / sqrt(rank))"
     )
-    dropout: float = option(0.0, "share of the adapter's inputs set to 0", low=0, high=1)
+    dropout: float = option(
+        0.0,
+        "share of the adapter's inputs set to 0 in training; off in policy gradients on rollouts, "
+        "whose old log-probabilities have none",
+        low=0,
+        high=1,
+    )
     targets: str = option(
         "attention/.*|mlp/.*",
         "regular expression of the adapted matrices, as attention/query, mlp/down",
@@ -198,6 +204,12 @@ class DataOptions(Checked):
         "",
         "likewise; '' = hold out eval_fraction of the training examples (builtin data: its own "
         "eval split)",
+    )
+    text: str = option(
+        "", "of objective.ptx_coef: prompts with answers beside the rollouts, named as train is"
+    )
+    text_share: float = option(
+        1.0, "of data.text: examples in a step, as a share of batch_size", above=0
     )
     eval_fraction: float = option(
         0.05,
@@ -446,7 +458,13 @@ class RolloutOptions(Checked):
         resume=True,
     )
     temperature: float = option(1.0, "the logits are divided by it; 0 = greedy", low=0)
-    top_p: float = option(1.0, "share of the probability that is drawn from", above=0, high=1)
+    top_p: float = option(
+        1.0,
+        "share of the probability that is drawn from; policy gradients weigh a token's advantage "
+        "by what top_p, top_k and min_p kept of it",
+        above=0,
+        high=1,
+    )
     top_k: int = option(0, "most probable tokens that are drawn from; 0 = all", low=0)
     min_p: float = option(0.0, "least probability, as a share of the greatest", low=0, high=1)
     stop: tuple[str, ...] = option((), "texts that end a response")

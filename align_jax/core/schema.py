@@ -93,6 +93,8 @@ class Batch(NamedTuple):
     advantages: Float[Any, "N T"] | None = None
     returns: Float[Any, "N T"] | None = None
     old_values: Float[Any, "N T"] | None = None
+    # value behind a response that was cut off; 0 behind one that ended
+    final_values: Float[Any, "B R"] | None = None
     # prompt i with another prompt's response (R = 1): forward passes without gradients
     mismatched: Batch | None = None
     # text beside a rollout (R = 1), for PPO-ptx

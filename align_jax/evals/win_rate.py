@@ -49,7 +49,8 @@ def by_rewards(rewards: WeightedRewards) -> Compare:
         second: Sequence[str],
         extras: Sequence[Mapping[str, Any]],
     ) -> Sequence[float]:
-        mine, other = rewards(prompts, first, extras)[0], rewards(prompts, second, extras)[0]
+        others = [{**row, "finished": row.get("other_finished", True)} for row in extras]
+        mine, other = rewards(prompts, first, extras)[0], rewards(prompts, second, others)[0]
         return (0.5 * (1.0 + np.sign(mine - other))).tolist()
 
     return compare
@@ -136,12 +137,14 @@ def win_rate(
     options = dataclasses.replace(options, responses_per_prompt=1)
     unscored = WeightedRewards(())
     samples = sample(policy, examples, unscored, options, **more)
-    extras = [columns(one.example) for one in samples]
+    extras = [columns(one.example, one.completions[0].finish) for one in samples]
     if policy.reference is not None:
         model, params = policy.reference
         rival = policy._replace(model=model, params=params)
         others = sample(rival, examples, unscored, options, **more)
         second = [one.completions[0].text for one in others]
+        ended = [one.completions[0].finish == "stop" for one in others]
+        extras = [{**row, "other_finished": end} for row, end in zip(extras, ended)]
     elif all("answer" in one for one in extras):
         second = [str(one["answer"]) for one in extras]
     else:

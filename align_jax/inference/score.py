@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +17,17 @@ from transformers import PreTrainedTokenizerBase
 from align_jax.core.schema import Batch, Example
 from align_jax.data import chat
 from align_jax.inference.generate import bucket, context_mesh, local_rows
-from align_jax.losses.logprobs import at_sources, token_outputs
+from align_jax.losses.logprobs import at_last, at_sources, token_outputs
 from align_jax.models.model import LoadedModel, Model, Params
 from align_jax.parallel.mesh import row_shards
 from align_jax.parallel.sharding import put_batch
+
+
+class Values(NamedTuple):
+    """What a value head says of a batch; units of reward."""
+
+    tokens: Float[Array, "N T"]  # of the state before each loss token
+    after: Float[Array, "B R"]  # of the state behind each response's last token
 
 
 @functools.partial(jax.jit, static_argnames=("model", "value_head", "chunk", "temperature"))
@@ -31,7 +39,7 @@ def rescore(
     value_head: str = "",
     chunk: int = 128,
     temperature: float | int = 1.0,
-) -> tuple[Float[Array, "N T"], Float[Array, "N T"] | None]:
+) -> tuple[Float[Array, "N T"], Values | None]:
     """Return a model's log-probability of each loss token, and its values, by one forward over
     whole rows.
 
@@ -44,8 +52,7 @@ def rescore(
         temperature: the logits are divided by it, as in sampling.
 
     Returns:
-        token_logps [N, T] in nats, float32, and values [N, T] or None; zero where ``loss_mask`` is
-        false.
+        token_logps [N, T] in nats, float32, and values or None; zero where ``loss_mask`` is false.
     """
     hidden, _ = model.hidden(
         params, batch.tokens, batch.segment_ids, batch.positions, batch.prefix_ids
@@ -55,8 +62,10 @@ def rescore(
         return model.unembed(params, chunk_hidden) / temperature
 
     outputs = token_outputs(hidden, logits, batch, chunk=chunk)
-    values = at_sources(model.head(params, value_head, hidden), batch) if value_head else None
-    return outputs.token_logps, values
+    if not value_head:
+        return outputs.token_logps, None
+    values = model.head(params, value_head, hidden)
+    return outputs.token_logps, Values(at_sources(values, batch), at_last(values, batch))
 
 
 @functools.partial(jax.jit, static_argnames="model")
@@ -122,12 +131,26 @@ class RewardModel:
         """Whether its tokenizer has a chat template, so that it takes messages."""
         return bool(self._tokenizer.chat_template)
 
-    def __call__(self, examples: Sequence[Example]) -> Float[np.ndarray, "n"]:
-        """Return the reward of each example's first response, float32 [n]."""
+    def __call__(
+        self, examples: Sequence[Example], finished: Sequence[bool] | None = None
+    ) -> Float[np.ndarray, "n"]:
+        """Return the reward of each example's first response, float32 [n].
+
+        Args:
+            examples: prompts with their completions.
+            finished: whether each completion ended by itself; one that was cut off gets no end
+                token.  None: all did.
+        """
         texts = []
-        for example in examples:
+        ends = set(self._tokenizer.all_special_ids)
+        for number, example in enumerate(examples):
             encoded = chat.encode(example, self._tokenizer)
-            texts.append([*encoded.prompt, *encoded.responses[0]][-self._max_length :])
+            response = encoded.responses[0]
+            while finished is not None and not finished[number] and response:
+                if response[-1] not in ends:
+                    break
+                response = response[:-1]
+            texts.append([*encoded.prompt, *response][-self._max_length :])
         found = np.zeros(len(texts), np.float32)
         # processes must run the same programs
         fixed = self._max_length if jax.process_count() > 1 else 0

@@ -79,12 +79,14 @@ def gae(
     *,
     gamma: float = 1.0,
     lam: float = 0.95,
+    final: Float[Array, "B R"] | None = None,
 ) -> tuple[Float[Array, "N T"], Float[Array, "N T"]]:
     """Compute generalized advantage estimates.
 
         δ_t = r_t + γ V_{t+1} - V_t,    A_t = Σ_{k ≥ t} (γ λ)^(k-t) δ_k,    returns = A + V
 
-    The value after a response's last token is 0.  λ = 1 gives Σ γ^k r - V, λ = 0 gives δ.
+    The value after a response's last token is 0, or what ``final`` says.  λ = 1 gives Σ γ^k r - V,
+    λ = 0 gives δ.
 
     Args:
         rewards: [N, T], units of reward.
@@ -93,6 +95,7 @@ def gae(
         slot: which of the row's responses a token belongs to.
         gamma: discount per token, in [0, 1].
         lam: in [0, 1].
+        final: V of the state behind each response's last token; None: 0.
 
     Returns:
         Advantages and returns, [N, T], 0 where the mask is false, without gradient.
@@ -109,6 +112,10 @@ def gae(
     rewards, values = (jnp.where(mask, jax.lax.stop_gradient(x), 0.0) for x in (rewards, values))
     following, same = _next_token(mask, slot)
     after = jnp.take_along_axis(values, following, axis=1) * same
+    if final is not None:
+        by_slot = jax.lax.stop_gradient(final).reshape(mask.shape[0], -1)  # [B, R] -> [N, S]
+        last = jnp.take_along_axis(by_slot, slot, axis=1)
+        after += jnp.where(mask, last * (1.0 - same), 0.0)
     advantages = discounted_sum(rewards + gamma * after - values, mask, slot, gamma * lam)
     return advantages, jnp.where(mask, advantages + values, 0.0)
 

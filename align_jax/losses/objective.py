@@ -94,6 +94,7 @@ class Loss(Options):
 
     reference: ClassVar[bool] = False  # can it compare with the reference?
     mismatched: ClassVar[bool] = False  # does it need each prompt with another prompt's response?
+    text: ClassVar[bool] = False  # does it learn text beside the rollout?
 
     @property
     def needs(self) -> tuple[str, ...]:

@@ -476,6 +476,8 @@ class Ptx(Loss):
     ([3.0, 3.0], [1.0, 1.0], 3.0)
     """
 
+    text: ClassVar[bool] = True
+
     def weights(self, batch: Batch) -> Float[Array, "B"]:
         if batch.text is None:
             raise ValueError("ptx needs batch.text, the rows of text beside the rollout; got none")

@@ -96,12 +96,19 @@ class KlRolloutOptions(RolloutOptions):
 class PpoRollout(KlRolloutOptions):
     """PPO's generalized advantages."""
 
-    own = ("advantages", "gamma", "lam", "whiten_advantages", "whiten_rewards")
+    own = ("advantages", "gamma", "lam", "bootstrap", "whiten_advantages", "whiten_rewards")
     advantages: Advantages = "gae"
     gamma: Gamma = 1.0
     lam: Annotated[
         float, Option("λ of the advantages", low=0, high=1, only={"advantages": ("gae",)})
     ] = 0.95
+    bootstrap: Annotated[
+        bool,
+        Option(
+            "behind a response that was cut off stands the value head's own value, not 0",
+            only={"advantages": ("gae",)},
+        ),
+    ] = False
     whiten_advantages: WhitenAdvantages = True
     whiten_rewards: Annotated[
         bool, Option("token rewards to variance 1, their mean kept", only={"advantages": ("gae",)})
@@ -155,6 +162,7 @@ def _check(
     reference_token_logps: Float[Array, "N T"] | None,
     advantages: str,
     kl_coef: float | Array,
+    bootstrap: bool,
 ) -> None:
     """Refuse what ``make_targets`` cannot work with."""
     read(Advantages).check("advantages", advantages)
@@ -162,6 +170,8 @@ def _check(
         raise ValueError("targets need batch.scores and batch.old_token_logps from the rollout")
     if advantages == "gae" and batch.old_values is None:
         raise ValueError("gae needs batch.old_values [N, T]; they are None")
+    if bootstrap and batch.final_values is None:
+        raise ValueError("to bootstrap needs batch.final_values [B, R]; they are None")
     if isinstance(kl_coef, (int, float)) and kl_coef == 0:
         return
     if reference_token_logps is None:
@@ -177,6 +187,7 @@ def make_targets(
     advantages: str = "gae",
     gamma: float = 1.0,
     lam: float = 0.95,
+    bootstrap: bool = False,
     whiten_advantages: bool = False,
     whiten_rewards: bool = False,
     kl_coef: float | Array = 0.0,
@@ -196,9 +207,10 @@ def make_targets(
 
     Args:
         batch: a rollout with ``scores`` [B, R], and ``old_token_logps``; "gae" needs ``old_values``
-            too.
+            too, and to bootstrap ``final_values``.
         reference_token_logps: [N, T]; needed where ``kl_coef`` is not 0.
-        advantages, gamma, lam, whiten_advantages, whiten_rewards, kl_estimator, scale: as declared.
+        advantages, gamma, lam, bootstrap, whiten_advantages, whiten_rewards, kl_estimator, scale:
+            as declared.
         kl_coef: units of reward per nat, in the reward; "group" has its KL in the loss and takes
             none.
 
@@ -210,7 +222,7 @@ def make_targets(
         ValueError: an unknown method, a field that it needs is None, or a KL where there can be
             none.
     """
-    _check(batch, reference_token_logps, advantages, kl_coef)
+    _check(batch, reference_token_logps, advantages, kl_coef, bootstrap)
     mask, slot = jnp.asarray(batch.loss_mask), jnp.asarray(batch.slot)
     weight, scores = jnp.asarray(batch.weight, jnp.float32), jnp.asarray(batch.scores, jnp.float32)
     token_weight = spread_to_tokens(jnp.broadcast_to(weight[:, None], scores.shape), batch)
@@ -230,7 +242,10 @@ def make_targets(
         if whiten_rewards:
             rewards = estimators.whiten(rewards, token_weight, shift_mean=False)
         values = jnp.asarray(batch.old_values)
-        found, returns = estimators.gae(rewards, values, mask, slot, gamma=gamma, lam=lam)
+        after = batch.final_values if bootstrap else None
+        found, returns = estimators.gae(
+            rewards, values, mask, slot, gamma=gamma, lam=lam, final=after
+        )
     elif advantages == "global":
         rewards_to_go = estimators.discounted_sum(rewards, mask, slot, gamma)
         found = estimators.whiten(rewards_to_go, token_weight)

@@ -11,6 +11,7 @@ import jax
 
 from align_jax.core.choose import choose
 from align_jax.core.options import Config, RolloutOptions
+from align_jax.inference.samplers import Sampling
 from align_jax.losses.objective import Term, data_kind
 from align_jax.online.selection import SELECTIONS, check_unread, group_count
 
@@ -78,6 +79,23 @@ class RolloutConfig:
                 "dynamic sampling (config.rollout.tries > 1) needs "
                 "config.rollout.responses_per_prompt > 1"
             )
+        method = (self.targets or {}).get("advantages")
+        if method in ("group", "leave_one_out") and options.responses_per_prompt < 2:
+            raise ValueError(
+                f"config.objective.advantages = {method!r} compare a prompt's responses: "
+                "config.rollout.responses_per_prompt must be at least 2, got "
+                f"{options.responses_per_prompt}"
+            )
+        if (self.targets or {}).get("bootstrap") and not options.keep_unfinished:
+            raise ValueError(
+                "config.objective.bootstrap gives a value to what follows a response that was cut "
+                "off, which config.rollout.keep_unfinished = False leaves out of the loss"
+            )
+        if self.truncates and options.server.url:
+            raise ValueError(
+                "config.rollout.top_p, top_k and min_p must be 1, 0 and 0 with a policy gradient "
+                "and a server, which does not say with which probability it drew a token"
+            )
         if options.server.url and processes > 1:
             raise ValueError("config.rollout.server works with one process only")
         if options.server.url and options.tensor:
@@ -116,6 +134,12 @@ class RolloutConfig:
         """What the logits are divided by wherever these samples' log-probabilities are computed; 1
         for preferences."""
         return float(self.options.temperature or 1.0) if self.targets is not None else 1.0
+
+    @property
+    def truncates(self) -> bool:
+        """Whether samples of a policy gradient are drawn from a part of the distribution."""
+        truncating = Sampling.of(self.options).filters & {"top_p", "top_k", "min_p"}
+        return bool(self.targets is not None and self.options.temperature and truncating)
 
     @property
     def needs_reference(self) -> bool:

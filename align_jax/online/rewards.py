@@ -7,9 +7,9 @@ A row of ``REWARDS`` takes options and returns a *reward function*
 
     (prompts, completions, extras) -> one number for each completion
 
-where ``extras`` holds the columns of the data's row (a gold answer, a level).  Nothing here is
-random, and nothing depends on the other completions of the batch, so a score never depends on how
-completions were batched.
+where ``extras`` holds the columns of the data's row (a gold answer, a level), and of a sample
+``finished``: whether it ended by itself.  Nothing here is random, and nothing depends on the other
+completions of the batch, so a score never depends on how completions were batched.
 """
 
 from __future__ import annotations
@@ -322,7 +322,8 @@ def model(
         for prompt, completion, row in zip(prompts, completions, extras, strict=True):
             turns = tuple(row["messages"]) if scorer.chat and "messages" in row else prompt
             examples.append(Example(turns, (completion,)))
-        return scorer(examples).tolist()
+        finished = [bool(row.get("finished", True)) for row in extras]
+        return scorer(examples, finished).tolist()
 
     return score
 

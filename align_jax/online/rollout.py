@@ -19,7 +19,7 @@ import functools
 import io
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -35,11 +35,12 @@ from align_jax.core.metrics import JsonLines
 from align_jax.core.options import Config
 from align_jax.core.schema import Batch, Example
 from align_jax.data.layout import BatchShape
+from align_jax.data.pipeline import Pipeline
 from align_jax.data.tokenizer import pad_id
 from align_jax.inference.engines import Engine, Local, Server
 from align_jax.inference.generate import Generator, bucket, local_rows
 from align_jax.inference.resharding import decode_mesh, make_resharder
-from align_jax.inference.score import rescore
+from align_jax.inference.score import Values, rescore
 from align_jax.losses import advantages as estimators
 from align_jax.losses.targets import make_targets
 from align_jax.models.model import Model, Params
@@ -212,16 +213,27 @@ class RolloutMaker:
             old = batches.token_field(batch, groups, completions, "token_logps")
         if config.options.rescore or config.value_head:
             logps, values = self._rescore(self.policy, weights.policy, batch, config.value_head)
-            old, batch = logps if old is None else old, batch._replace(old_values=values)
+            old = logps if old is None else old
+            if values is not None:
+                cut_off = batches.cut_off(groups, completions)
+                final = np.where(cut_off, values.after, 0.0)
+                batch = batch._replace(old_values=values.tokens, final_values=final)
         reference = None
         if config.needs_reference:
             assert weights.reference is not None  # the run loads it where the rollout needs it
             reference, _ = self._rescore(self.reference, weights.reference, batch, "")
-        return self._with_targets(batch._replace(old_token_logps=old), reference, kl_coef)
+        batch = batch._replace(old_token_logps=old)
+        batch, metrics, kl_coef = self._with_targets(batch, reference, kl_coef)
+        if config.truncates:
+            drawn = batches.token_field(batch, groups, completions, "drawn_logps")
+            batch, kept = batches.weigh_by_kept(batch, drawn)
+            top, bottom = sampling.gather(kept).reshape(-1, 2).sum(axis=0)
+            metrics["rollout/kept_probability"] = float(top / max(bottom, 1.0))
+        return batch, metrics, kl_coef
 
     def _rescore(
         self, model: Model, params: Params, batch: Batch, value_head: str
-    ) -> tuple[Float[np.ndarray, "N T"], Float[np.ndarray, "N T"] | None]:
+    ) -> tuple[Float[np.ndarray, "N T"], Values | None]:
         """Run forwards over rows in parts of a microbatch's size; fetch this process's rows."""
         config = self.config
         size = config.batch_size // config.microbatches // jax.process_count()
@@ -237,8 +249,9 @@ class RolloutMaker:
             )
             logps.append(local_rows(part_logps))
             if part_values is not None:
-                values.append(local_rows(part_values))
-        return np.concatenate(logps), np.concatenate(values) if values else None
+                values.append(jax.tree.map(local_rows, part_values))
+        joined = jax.tree.map(lambda *x: np.concatenate(x), *values) if values else None
+        return np.concatenate(logps), joined
 
     def _with_targets(
         self, batch: Batch, reference: Float[np.ndarray, "N T"] | None, kl_coef: float
@@ -255,6 +268,7 @@ class RolloutMaker:
         batch = batch._replace(
             advantages=local_rows(advantages),
             returns=None if returns is None else local_rows(returns),
+            final_values=None,
         )
         metrics = {
             name: float(top) / max(float(bottom), 1e-8) for name, (top, bottom) in sums.items()
@@ -280,12 +294,17 @@ class Rollouts:
     Args:
         maker: makes the rollouts.
         held_out: prompts that are never trained on, for ``evaluate``.
+        text: batches of text, of which each step gets one beside its rollout.
 
     Attributes:
         shape: a step's sizes on the whole mesh.
     """
 
-    def __init__(self, maker: RolloutMaker, held_out: Prompts | None = None) -> None:
+    def __init__(
+        self, maker: RolloutMaker, held_out: Prompts | None = None, text: Pipeline | None = None
+    ) -> None:
+        self._text, self._texts_taken = text, 0
+        self._texts: Iterator[Batch] | None = None  # opened at the first step, or after resuming
         self._maker, self._config, self._held_out = maker, maker.config, held_out
         self.shape = maker.shape
         kl_coef = float((maker.config.targets or {}).get("kl_coef", 0.0))
@@ -303,7 +322,8 @@ class Rollouts:
     def abstract(self) -> Batch:
         """Return the whole mesh's batch as arrays of the right shape and dtype that take no
         memory."""
-        return batches.abstract_batch(self._config, self.shape)
+        batch = batches.abstract_batch(self._config, self.shape)
+        return batch if self._text is None else batch._replace(text=self._text.abstract())
 
     @property
     def num_examples(self) -> int:
@@ -340,7 +360,17 @@ class Rollouts:
             now = self._renew(weights)
         epoch, index = divmod(self._slice, self._config.slices)
         self._slice += 1
-        return batches.take(now.batch, self._chosen(len(now.batch.weight), epoch, index))
+        chosen = self._chosen(len(now.batch.weight), epoch, index)
+        return batches.take(now.batch, chosen)._replace(text=self._next_text())
+
+    def _next_text(self) -> Batch | None:
+        """Return this process's rows of text for a step."""
+        if self._text is None:
+            return None
+        if self._texts is None:
+            self._texts = self._text.iterator(self._texts_taken)
+        self._texts_taken += 1
+        return next(self._texts)
 
     def _chosen(self, groups: int, epoch: int, index: int) -> np.ndarray:
         """Return which groups a slice has, in this process: the first epoch in order, the others
@@ -400,6 +430,7 @@ class Rollouts:
             "kl_coef": self._next.kl_coef,
             "moments": dict(self._next.moments),
             "slice": self._slice,
+            "texts": self._texts_taken,
             "metrics": self.metrics,
             "processes": jax.process_count(),
             "file": "",
@@ -426,6 +457,7 @@ class Rollouts:
         """
         self._next = RolloutState(state["position"], state["kl_coef"], state["moments"])
         self._slice, self._now = state["slice"], None
+        self._texts_taken, self._texts = state["texts"], None
         if not state["file"]:
             return
         parts = []
@@ -484,6 +516,7 @@ def make_rollouts(
     load_model: rewards.LoadModel,
     export: Export,
     held_out: Sequence[Example] = (),
+    text: Pipeline | None = None,
 ) -> Rollouts:
     """Make the source of an online run.
 
@@ -497,6 +530,7 @@ def make_rollouts(
         load_model: loads reward models.
         export: writes the policy's weights for a server.
         held_out: prompts to evaluate on; none: no evaluation.
+        text: batches of text beside the rollouts.
 
     Raises:
         ValueError: no prompts are left, or fewer held-out ones than processes.
@@ -527,7 +561,7 @@ def make_rollouts(
     scored = rewards.resolve(config.rewards, mesh=mesh, load_model=load_model)
     sampler = PromptSampler(rollouts.options, engine, scored)
     maker = RolloutMaker(rollouts, prompts, sampler, pad_id(tokenizer), policy, reference, mesh)
-    return Rollouts(maker, others)
+    return Rollouts(maker, others, text)
 
 
 def generation_mesh(rollouts: RolloutConfig, policy: Model, mesh: Mesh) -> Mesh:

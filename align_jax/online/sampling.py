@@ -147,9 +147,10 @@ def prompt_text(example: Example) -> str:
     return example.prompt if isinstance(example.prompt, str) else example.prompt[-1]["content"]
 
 
-def columns(example: Example) -> dict[str, Any]:
-    """Return the row's columns for reward functions; ``messages`` holds the prompt's turns."""
-    found = dict(example.extras)
+def columns(example: Example, finish: str = "stop") -> dict[str, Any]:
+    """Return the row's columns for reward functions; ``messages`` holds the prompt's turns,
+    ``finished`` whether the completion, of this ``finish``, ended by itself."""
+    found = {**example.extras, "finished": finish == "stop"}
     return found if isinstance(example.prompt, str) else found | {"messages": list(example.prompt)}
 
 
@@ -167,10 +168,16 @@ def shape_scores(
     moments: Moments,
 ) -> tuple[Float[np.ndarray, "q n"], Moments]:
     """Turn rewards into scores: normalize, clip, take off the penalties for completions that are
-    cut off or overlong, as the options say."""
+    cut off or overlong, as the options say.
+
+    The moments are those of all processes' rewards.
+    """
     shaped, clip = jnp.asarray(rewards), options.score_clip or None
     if options.normalize_scores:
-        shaped, found = estimators.normalize_scores(shaped, dict(moments), clip=clip)
+        everyone = jnp.asarray(gather(rewards.reshape(-1)))[:, None]
+        whole, found = estimators.normalize_scores(everyone, dict(moments), clip=clip)
+        first = jax.process_index() * rewards.size
+        shaped = whole[first : first + rewards.size].reshape(rewards.shape)
         moments = {name: float(value) for name, value in found.items()}
     elif clip is not None:
         shaped = jnp.clip(shaped, -clip, clip)
@@ -231,7 +238,11 @@ class PromptSampler:
         total, each = self.rewards(
             [prompt_text(example) for example, _ in chosen for _ in range(n)],
             [one.text for several in completions for one in several],
-            [columns(example) for example, _ in chosen for _ in range(n)],
+            [
+                columns(example, one.finish)
+                for (example, _), several in zip(chosen, completions)
+                for one in several
+            ],
         )
         rewards = total.reshape(-1, n)
         scores, moments = shape_scores(rewards, completions, options, moments)

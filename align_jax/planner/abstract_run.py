@@ -145,7 +145,7 @@ class AbstractRun:
                 train=train,
             )
             if self.rollouts is None
-            else rollout_batch(self.config, self.rollouts)
+            else rollout_batch(self.config, self.rollouts, self.mesh)
         )
         return abstract_batch(self.mesh, host)
 
@@ -183,10 +183,16 @@ def offline_batch(
     )
 
 
-def rollout_batch(config: Config, rollouts: RolloutConfig) -> Batch:
+def rollout_batch(config: Config, rollouts: RolloutConfig, mesh: Mesh) -> Batch:
     """Return a step's batch on rollouts, of arrays that take no memory.
 
-    Its longest prompt fills what the completions leave.
+    Its longest prompt fills what the completions leave; a text beside it fills its rows.
     """
     longest = config.max_length - rollouts.options.max_new_tokens
-    return batches.abstract_batch(rollouts, batches.rollout_shape(rollouts, longest))
+    batch = batches.abstract_batch(rollouts, batches.rollout_shape(rollouts, longest))
+    if not config.data.text:
+        return batch
+    count = round(config.data.text_share * config.batch_size)
+    plain = dataclasses.replace(config, batch_size=count, row_length=0)
+    plain = dataclasses.replace(plain, data=dataclasses.replace(config.data, layout="plain"))
+    return batch._replace(text=offline_batch(plain, "completions", mesh))

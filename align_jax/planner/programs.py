@@ -124,14 +124,17 @@ def rollout_programs(run: AbstractRun, rollouts: RolloutConfig) -> Iterator[Prog
     if rollouts.targets is None:  # the objective takes no old or reference log-probabilities
         return
     groups = np.arange(rollouts.batch_size // rollouts.microbatches)
-    host = rollout_batch(run.config, rollouts)._replace(mismatched=None)
+    host = rollout_batch(run.config, rollouts, run.mesh)._replace(mismatched=None, text=None)
     part = partitioning.abstract_batch(run.mesh, batches.take(host, groups))
     if rollouts.options.rescore or rollouts.value_head:
         head = rollouts.value_head
         yield _rescore(run, rollouts, "rescore", run.spec.policy, policy, part, head)
     if rollouts.needs_reference:
-        weights = run.specs.base if run.specs.reference is None else run.specs.reference
-        yield _rescore(run, rollouts, "rescore reference", run.spec.base, weights, part, "")
+        model, weights = run.spec.base, run.specs.reference
+        if run.spec.sync_every_steps:  # a policy of an earlier step
+            model, weights = run.spec.policy, policy
+        weights = run.specs.base if weights is None else weights
+        yield _rescore(run, rollouts, "rescore reference", model, weights, part, "")
 
 
 def _rescore(

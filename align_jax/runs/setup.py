@@ -146,6 +146,18 @@ def resolve_config(config: Config, devices: int) -> ResolvedConfig:
             f"the objective {config.objective.name!r} learns from the policy's own samples: "
             "config.rewards must name at least one reward, such as {'length': 1.0}"
         )
+    learns_text = any(term.loss.text for term in terms)
+    if learns_text != bool(config.data.text):
+        raise ValueError(
+            f"config.data.text = {config.data.text!r}: "
+            + (
+                f"the objective {config.objective.name!r} learns text beside its rollouts "
+                "(ptx_coef): name a source"
+                if learns_text
+                else f"the objective {config.objective.name!r} has no term that learns it: set "
+                "config.objective.ptx_coef"
+            )
+        )
     rollouts = make_rollout_config(terms, config) if config.rewards else None
     return ResolvedConfig(terms, tokenizer, model_config, models, kind, rollouts)
 
@@ -255,6 +267,40 @@ def read_data(config: Config, resolved: ResolvedConfig) -> tuple[Examples, Examp
     )
 
 
+def make_text(config: Config, resolved: ResolvedConfig, mesh: Mesh) -> Pipeline | None:
+    """Tokenize the text that a step gets beside its rollout; None where there is none.
+
+    Raises:
+        ValueError: the share makes a number of examples that does not divide.
+    """
+    d = config.data
+    if not d.text:
+        return None
+    count, multiple = round(d.text_share * config.batch_size), config.microbatches
+    multiple *= row_shards(mesh)
+    if count < 1 or count % multiple:
+        raise ValueError(
+            f"config.data.text_share = {d.text_share:g} of batch_size = {config.batch_size} are "
+            f"{count} examples of text, which do not divide into {multiple} parts (devices over "
+            f"rows times microbatches); the next share that does: "
+            f"{-(-max(count, 1) // multiple) * multiple / config.batch_size:g}"
+        )
+    options = dataclasses.replace(d, layout="plain", format="auto", columns={}, groups_per_row=0)
+    chat = bool(resolved.tokenizer.chat_template)
+    examples = datasets.load(
+        d.text.split(","), "completions", options=options, seed=config.seed, chat=chat
+    )
+    return pipeline.make_pipeline(
+        examples,
+        resolved.tokenizer,
+        options,
+        BatchSizes(count, config.max_length, row_multiple=multiple),
+        seed=config.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+
+
 def make_pipeline(
     config: Config, resolved: ResolvedConfig, mesh: Mesh, examples: Examples, *, once: bool
 ) -> Pipeline:
@@ -305,6 +351,7 @@ def prepare(config: Config, workdir: str) -> Run:
             load_model=weights.load_model,
             export=functools.partial(weights.save_policy, resolved.models.policy),
             held_out=() if held_out is None else held_out.items,
+            text=make_text(config, resolved, mesh),
         )
     total = config.total_steps_of(train.steps_per_epoch)
     step_spec = make_step_spec(config, resolved, total)

@@ -25,6 +25,7 @@ def run(folder, count):
         "--config.log.every_steps=1",
         "--config.rollout.log_samples_every_steps=1",
         "--config.rollout.tensor=2",
+        "--config.rollout.normalize_scores=True",  # by moments of both processes' scores
     ]
     log = folder.with_suffix(".log")
     started = processes.fork("align_jax.train", arguments, count, devices=4 // count, log=log)

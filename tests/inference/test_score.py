@@ -45,10 +45,10 @@ def classifier(tmp_path_factory):
     return path, model, tokenizer
 
 
-def expected(model, tokenizer, texts):
+def expected(model, tokenizer, texts, ends=True):
     scores = []
     for prompt, completion in texts:
-        ids = tokenizer(prompt + completion).input_ids + [tokenizer.eos_token_id]
+        ids = tokenizer(prompt + completion).input_ids + [tokenizer.eos_token_id] * ends
         with torch.no_grad():
             scores.append(model(torch.tensor([ids[-64:]])).logits.item())
     return np.float32(scores)
@@ -69,6 +69,9 @@ def test_a_reward_model_is_a_row_of_the_rewards(classifier):
     fn = rewards.REWARDS["model"](path=str(path), rows=2, load_model=load_model)
     got = fn([p for p, _ in TEXTS], [c for _, c in TEXTS], [{}] * 4)
     np.testing.assert_allclose(got, expected(model, tokenizer, TEXTS), atol=1e-4)
+    # a completion that was cut off did not end: it is not shown as one that did
+    got = fn([p for p, _ in TEXTS], [c for _, c in TEXTS], [{"finished": False}] * 4)
+    np.testing.assert_allclose(got, expected(model, tokenizer, TEXTS, ends=False), atol=1e-4)
 
 
 def test_an_online_run_s_reward_model_lies_over_its_mesh(classifier, monkeypatch):

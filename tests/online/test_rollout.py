@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rollouts: batches of the right form, exact on resuming, the same numbers as by hand."""
 
+import itertools
 import json
 
 import jax
@@ -14,8 +15,10 @@ from align_jax.core.schema import Example
 from align_jax.data.tokenizer import load_tokenizer, pad_id
 from align_jax.inference.engines import Local
 from align_jax.inference.generate import Generator, Request
+from align_jax.losses import advantages, targets
 from align_jax.models.config import ModelConfig, Rope
 from align_jax.models.model import build
+from align_jax.online import sampling
 from align_jax.online.config import make_rollout_config
 from align_jax.online.rewards import WeightedRewards
 from align_jax.online.rollout import RolloutMaker, Rollouts, Weights
@@ -175,6 +178,83 @@ def test_ppo_batch_has_returns_and_a_kl_in_the_reward(models):
     )
     np.testing.assert_allclose(source.metrics["objective/kl"], kl.mean(), rtol=1e-4)
     assert source.metrics["reward"] == pytest.approx(batch.scores.mean(), rel=1e-5)
+
+
+def test_samples_of_a_part_of_the_distribution_are_weighed_by_what_it_kept(models):
+    source = make(models, "grpo", top_p=0.5)
+    batch = source.next(lambda: models[2])
+    whole, _ = targets.make_targets(batch, advantages="group")
+    counts = batch.loss_mask & (np.asarray(whole.advantages) != 0)
+    kept = batch.advantages[counts] / np.asarray(whole.advantages)[counts]
+    assert (kept >= 0.499).all() and (kept <= 1).all() and kept.min() < 0.9
+    assert 0.5 <= source.metrics["rollout/kept_probability"] < 1
+    with pytest.raises(ValueError, match="does not say"):
+        server = ServerOptions("http://localhost:8000", "policy")
+        make_config("grpo", top_p=0.5, server=server)
+
+
+def test_behind_a_cut_off_response_stands_the_value_where_it_is_asked_for(models):
+    batches = [
+        make(
+            models,
+            "ppo",
+            batch_size=4,
+            responses_per_prompt=1,
+            objective={"whiten_advantages": False, "lam": 1.0, "bootstrap": bootstrap},
+        ).next(lambda: models[2])
+        for bootstrap in (False, True)
+    ]
+    plain, more = batches
+    from align_jax.inference.score import rescore
+
+    rows = jax.tree.map(jnp.asarray, plain)
+    _, values = rescore(models[0], models[2].policy, rows, value_head="value")
+    ends = np.take_along_axis(plain.tokens, plain.last_index, axis=1)[:, 0]
+    cut_off = ends != load_tokenizer("byte").eos_token_id
+    assert cut_off.any()
+    expected = np.where(cut_off, np.asarray(values.after)[:, 0], 0.0)[:, None]
+    gained = np.where(plain.loss_mask, more.returns - plain.returns, expected)
+    np.testing.assert_allclose(gained, np.broadcast_to(expected, gained.shape), atol=1e-5)
+    assert more.final_values is None
+    with pytest.raises(ValueError, match="keep_unfinished"):
+        make_config("ppo", objective={"bootstrap": True}, keep_unfinished=False)
+
+
+def test_one_response_has_no_group_to_be_compared_with():
+    with pytest.raises(ValueError, match="must be at least 2, got 1"):
+        make_config("grpo", responses_per_prompt=1)
+
+
+def test_text_goes_on_beside_the_rollouts_where_a_run_stood(models, tmp_path):
+    rows = make(models, "ppo", responses_per_prompt=1).next(lambda: models[2])
+
+    class Counted:
+        def iterator(self, start):
+            return (rows._replace(weight=np.float32([n, n])) for n in itertools.count(start))
+
+    def start():
+        source = make(models, "ppo", responses_per_prompt=1)
+        source._text = Counted()
+        return source
+
+    source = start()
+    taken = [source.next(lambda: models[2]) for _ in range(3)]
+    assert [batch.text.weight[0] for batch in taken] == [0, 1, 2]
+    saved = json.loads(json.dumps(source.save(tmp_path, 3)))
+    again = start()
+    again.restore(tmp_path, saved)
+    assert again.next(lambda: models[2]).text.weight[0] == 3
+
+
+def test_scores_are_normalized_by_the_moments_of_all_processes(monkeypatch):
+    mine, other = np.float32([[1.0, 2.0]]), np.float32([3.0, 10.0])
+    options = RolloutOptions(normalize_scores=True)
+    monkeypatch.setattr(sampling, "gather", lambda x: np.concatenate([x, other]))
+    shaped, moments = sampling.shape_scores(mine, [], options, advantages.FIRST_MOMENTS)
+    everyone = np.append(mine[0], other)
+    expected = (mine - everyone.mean()) / everyone.std()
+    np.testing.assert_allclose(shaped, expected, rtol=1e-5)
+    assert moments["count"] == 4 and moments["mean"] == pytest.approx(everyone.mean())
 
 
 def test_epochs_hand_out_the_same_rollout_in_other_slices_then_a_new_one(models):
