@@ -10,7 +10,7 @@ from typing import Any
 
 import jinja2
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from align_jax.core.fields import (
     Kind,
@@ -182,14 +182,32 @@ def _load(path: str) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     # transformers and tokenizers raise what they like at a damaged file, and seldom name it
     except Exception as error:
-        for name in ("tokenizer.json", "config.json"):
-            if os.path.exists(file := os.path.join(path, name)):
-                _ = _read_backend(file) if name == "tokenizer.json" else read_json(file)
-        said = " ".join(f"{type(error).__name__}: {error}".split())
+        if os.path.isdir(path):
+            _find_fault(path)
         raise ValueError(
             f"tokenizer {path!r}: expected 'byte', a directory, a tokenizer.json or a hub id: "
-            f"{said}"
+            f"{_said(error)}"
         ) from error
+
+
+def _said(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error.__cause__ or error}".split())
+
+
+def _find_fault(folder: str) -> None:
+    """Find which file of a folder it is that no tokenizer can be made with.
+
+    Raises:
+        ValueError: naming it.
+    """
+    if os.path.exists(file := os.path.join(folder, "tokenizer.json")):
+        _read_backend(file)
+    if os.path.exists(file := os.path.join(folder, "config.json")):  # it is asked for the class
+        read_json(file)
+        try:
+            AutoConfig.from_pretrained(folder)
+        except Exception as error:
+            raise ValueError(f"{file}: transformers refuses it: {_said(error)}") from error
 
 
 def _read_config(path: str) -> dict[str, Any]:

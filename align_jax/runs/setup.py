@@ -102,13 +102,13 @@ def resolve_config(config: Config, devices: int) -> ResolvedConfig:
         ValueError, KeyError, FileNotFoundError: what was expected, what was got, the nearest fix.
     """
     terms = objective_terms(config)
+    # first the model's own file, of which a tokenizer's loader would say less
+    model_config = hf.load_config(config.model.path) if config.model.path else None
     tokenizer = load_tokenizer(
         config.tokenizer or config.model.path or "byte",
         chat_template=config.data.chat_template or None,
     )
-    if config.model.path:
-        model_config = hf.load_config(config.model.path)
-    else:
+    if model_config is None:
         fields = {"vocab_size": len(tokenizer), **config.model.config}
         model_config = hf.config_from({"model_type": config.model.family, **fields})
     tensor = mesh_shape(dataclasses.asdict(config.mesh), devices)[AXES.index("tensor")]

@@ -248,6 +248,20 @@ def test_a_sound_folder_is_read_with_any_ends_of_lines(sound, tmp_path):
     assert config == hf.load_config(str(sound)) and stops == (257, 258)
 
 
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (fields(hidden_size="64"), "config.json: transformers refuses it: .*hidden_size"),
+        (cut, "config.json:\\d+: malformed JSON"),
+    ],
+    ids=["field", "cut"],
+)
+def test_a_tokenizer_names_the_model_file_that_it_stumbles_on(sound, tmp_path, change, message):
+    damaged(sound, tmp_path / "model", CONFIG, change)
+    with pytest.raises(ValueError, match=message):
+        load_tokenizer(str(tmp_path / "model"))
+
+
 def test_many_tensors_of_a_kind_are_counted_and_ten_are_named(sound, tmp_path):
     folder = tmp_path / "model"
     damaged(sound, folder, CONFIG, fields(num_hidden_layers=9))
