@@ -49,7 +49,11 @@ def restore(workdir: str, which: str = "latest") -> Trained:
     path = epath.Path(workdir) / "config.json"
     if not path.exists():
         raise FileNotFoundError(f"{workdir} is not a run's folder: it has no config.json")
-    config = configs.read(configs.from_dict(record.read_record(path)["config"]))
+    found = record.read_record(path)["config"]
+    try:
+        config = configs.read(configs.from_dict(found))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     # whatever devices there are; the local tier is the trainer's hosts' own
     config = dataclasses.replace(
         config, mesh=MeshOptions(), checkpoint=dataclasses.replace(config.checkpoint, local="")

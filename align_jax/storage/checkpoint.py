@@ -34,7 +34,7 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
 from align_jax.core.options import CheckpointOptions
-from align_jax.storage.checksums import checksums, differences
+from align_jax.storage.checksums import checksums, differences, is_sound_extra, json_checksum
 from align_jax.storage.local_tier import LocalCheckpoints
 from align_jax.storage.multihost import (
     CorruptError,
@@ -213,9 +213,14 @@ class Checkpoints:
         self._await_save()
         if step in self.steps():
             return False
+        beside = dict(extra or {})
+        record = {
+            "extra": beside,
+            "extra_checksum": json_checksum(beside),
+            "checksums": checksums(state),
+        }
         items = ocp.args.Composite(
-            state=ocp.args.StandardSave(state),
-            extra=ocp.args.JsonSave({"extra": dict(extra or {}), "checksums": checksums(state)}),
+            state=ocp.args.StandardSave(state), extra=ocp.args.JsonSave(record)
         )
         scores = {}
         if metrics and self._best_metric:
@@ -361,6 +366,8 @@ class Checkpoints:
         wrong = [name for name in found if found[name] != record["checksums"].get(name)]
         if wrong:
             raise CorruptError(f"the contents of {wrong[:5]} are not what was saved")
+        if not is_sound_extra(record):
+            raise CorruptError("extra (the data position, counts) is not what was saved")
         return Restored(int(path.name), state, record["extra"], str(path))
 
     def _await_save(self) -> bool:
@@ -418,8 +425,13 @@ class Checkpoints:
         may be sound."""
         for path in self._folder.glob("*/metrics/metrics"):
             try:
-                json.loads(path.read_text())
+                scores = json.loads(path.read_text())
+                sound = isinstance(scores, dict) and all(
+                    isinstance(score, (int, float)) for score in scores.values()
+                )
             except ValueError:
+                sound = False
+            if not sound:
                 _log.warning("%s cannot be read: this step counts as not evaluated", path)
                 path.parent.rmtree()
 

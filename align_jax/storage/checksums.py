@@ -5,7 +5,9 @@ device's shards; what differs, by name."""
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+import json
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -29,6 +31,18 @@ def checksums(tree: Any) -> dict[str, int]:
     replicated = None if mesh is None else NamedSharding(mesh, PartitionSpec())
     sums = jax.device_get(_bit_sums(replicated)(list(leaves.values())))
     return dict(zip(leaves, map(int, sums)))
+
+
+def json_checksum(value: Any) -> int:
+    """Sum a JSON value, whatever the order of its keys."""
+    text = json.dumps(json.loads(json.dumps(value)), sort_keys=True)
+    return zlib.crc32(text.encode())
+
+
+def is_sound_extra(record: Mapping[str, Any]) -> bool:
+    """Tell whether the JSON beside the arrays is what was saved; earlier records do not tell."""
+    found = json_checksum(record["extra"])
+    return record.get("extra_checksum", found) == found
 
 
 def shard_checksums(arrays: Sequence[jax.Array]) -> dict[jax.Device, list[int]]:

@@ -36,7 +36,14 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from align_jax.storage.checksums import bits_of, checksums, named_leaves, shard_checksums
+from align_jax.storage.checksums import (
+    bits_of,
+    checksums,
+    is_sound_extra,
+    json_checksum,
+    named_leaves,
+    shard_checksums,
+)
 from align_jax.storage.multihost import allgather_messages, any_process, one_line
 
 KEEP = 2  # the newest may be corrupt, or not yet committed on every host
@@ -115,6 +122,7 @@ class LocalCheckpoints:
             "mesh": dict(mesh.shape),
             "processes": jax.process_count(),
             "extra": dict(extra),
+            "extra_checksum": json_checksum(dict(extra)),
             "checksums": checksums(leaves),
             "positions": list(positions.values()),
             "shard_checksums": [sums[device] for device in positions],
@@ -257,6 +265,8 @@ class LocalCheckpoints:
             )
         if list(record["checksums"]) != names:
             return "it holds other arrays than this run's state"
+        if not is_sound_extra(record):
+            return "extra (the data position, counts) is not what was saved"
         return ""
 
     def _read(

@@ -154,6 +154,12 @@ def _flip_a_bit(step):
     largest.write_bytes(bytes(data))
 
 
+def _replace(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
 CORRUPTIONS = {
     "truncated": _truncate,
     "flipped bit": _flip_a_bit,
@@ -168,6 +174,10 @@ CORRUPTIONS = {
     ],
     "no metrics": lambda step: (step / "metrics/metrics").unlink(),
     "broken metrics": lambda step: (step / "metrics/metrics").write_text("{"),
+    "metrics of text": lambda step: (step / "metrics/metrics").write_text('{"eval/loss": "1"}'),
+    "another position": lambda step: _replace(
+        step / "extra/metadata", '"position": 7', '"position": 8'
+    ),
 }
 
 
@@ -177,12 +187,12 @@ def test_a_corrupt_newest_checkpoint_is_set_aside_and_the_one_before_used(
 ):
     with Checkpoints(tmp_path, SCORED, backoff_seconds=0.0) as checkpoints:
         for step in (1, 2):
-            checkpoints.save(step, _state(mesh, step), metrics={"eval/loss": 1.0})
+            checkpoints.save(step, _state(mesh, step), {"position": 7}, metrics={"eval/loss": 1.0})
     CORRUPTIONS[kind](tmp_path / "checkpoints/2")
     with Checkpoints(tmp_path, SCORED, backoff_seconds=0.0) as checkpoints:
         restored = checkpoints.restore(_abstract(mesh, _state(mesh)))
         if restored.step == 2:  # what was corrupted is not needed: the state itself is proved sound
-            assert kind in ("no metadata", "no metrics", "broken metrics")
+            assert kind in ("no metadata", "no metrics", "broken metrics", "metrics of text")
             _equal(restored.state, _state(mesh, 2))
             return
         assert restored.step == 1

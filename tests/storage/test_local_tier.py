@@ -84,6 +84,12 @@ def _fill(opened, mesh, last=10):
                 checkpoints.save(step, _state(mesh, step), {"num_tokens": step * 10}, tier=tier)
 
 
+def _replace(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
 def _flip_a_bit(step):
     largest = max(step.glob("state/**/d/*"), key=lambda path: path.stat().st_size)
     data = bytearray(largest.read_bytes())
@@ -128,6 +134,9 @@ def test_the_state_may_be_donated_as_soon_as_a_local_save_returns(opened, mesh):
 
 CORRUPTIONS = {
     "flipped bit": _flip_a_bit,
+    "another count": lambda step: _replace(
+        step / "record/metadata", '"num_tokens": 100', '"num_tokens": 101'
+    ),
     "no record": lambda step: (step / "record/metadata").unlink(),
     "broken record": lambda step: (step / "record/metadata").write_text("{"),
     "no data": lambda step: [path.unlink() for path in step.glob("state/**/d/*")],
