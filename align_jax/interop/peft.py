@@ -32,7 +32,7 @@ from align_jax.core import fields
 from align_jax.core.files import read_json
 from align_jax.core.tree import flatten, unflatten
 from align_jax.interop import hf
-from align_jax.interop.tensor_files import DTYPES, NO_FLOATS, SINGLE, Reader, listed
+from align_jax.interop.tensor_files import DTYPES, NO_FLOATS, SINGLE, Reader, listed, others
 from align_jax.models import FAMILIES
 from align_jax.models.config import ModelConfig
 from align_jax.models.heads import HEADS
@@ -340,7 +340,7 @@ def load(path: str, config: ModelConfig) -> tuple[LoraConfig, dict[str, Any]]:
     settings = _read_settings(folder, path)
     tensors = _read_tensors(folder)
     dora, stabilized = bool(settings.get("use_dora")), bool(settings.get("use_rslora"))
-    layers = _by_module(tensors, config, LEAVES if dora else LEAVES[:2], path)
+    layers = _by_module(tensors, config, settings, path)
     flat, rank = _stack(layers, settings, config)
     alpha = settings["lora_alpha"]
     if rank != settings["r"]:
@@ -358,19 +358,20 @@ def _read_settings(folder: str, path: str) -> dict[str, Any]:
         whole = "; it holds a whole model: that is config.model.path"
         raise FileNotFoundError(
             f"no PEFT adapter in {path!r}: {' and '.join(missing)} not found"
-            + (whole if SINGLE in there else "")
+            + (whole if SINGLE in there else others(folder))
         )
     file = os.path.join(folder, CONFIG)
     settings = read_json(file)
     if wrong := fields.faults({"r": None, "lora_alpha": None, **settings}, FIELDS):
         raise ValueError(f"{file}: {'; '.join(wrong)}")
-    for pattern in settings.get("alpha_pattern") or ():
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise ValueError(
-                f"{file}: alpha_pattern: {pattern!r} is no regular expression: {error}"
-            ) from error
+    for key in ("alpha_pattern", "rank_pattern"):
+        for pattern in settings.get(key) or ():
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(
+                    f"{file}: {key}: {pattern!r} is no regular expression: {error}"
+                ) from error
     wrong = [
         f"{key} = {settings[key]!r} (expected {', '.join(map(repr, known))})"
         for key, known in PLAIN.items()
@@ -406,12 +407,18 @@ Layers = list[dict[str, np.ndarray]]  # of each layer: our leaf -> a module's te
 
 
 def _by_module(
-    tensors: Mapping[str, np.ndarray], config: ModelConfig, leaves: Sequence[str], path: str
+    tensors: Mapping[str, np.ndarray], config: ModelConfig, settings: Mapping[str, Any], path: str
 ) -> dict[str, Layers]:
     """Sort the file's tensors by module and layer; every mistake is in one error."""
+    leaves = LEAVES if settings.get("use_dora") else LEAVES[:2]
     left = set(tensors) - {"score.weight"}
     missing: list[str] = []
     misshaped: list[str] = []
+    if "score.weight" in tensors and (got := tensors["score.weight"].shape) != (
+        1,
+        config.hidden_size,
+    ):
+        misshaped.append(f"score.weight: expected {(1, config.hidden_size)}, got {got}")
     out: dict[str, Layers] = {}
     modules = adaptable(config)
     for module, parts in modules.items():
@@ -425,8 +432,8 @@ def _by_module(
         missing += sorted(mine - left)
         if mine <= left:
             out[module] = [{leaf: tensors[name] for leaf, name in layer.items()} for layer in names]
-            for layer, found in zip(names, out[module]):
-                rank = found["lora_a"].shape[0]
+            for number, (layer, found) in enumerate(zip(names, out[module])):
+                rank = _of_module(settings, "rank_pattern", module.format(layer=number), "r")
                 shapes = (rank, parts[0].columns), (_rows(parts), rank), (_rows(parts),)
                 misshaped += [
                     f"{layer[leaf]}: expected {shape}, got {found[leaf].shape}"
@@ -448,11 +455,12 @@ def _scale(settings: Mapping[str, Any], rank: int, alpha: float | int) -> float:
     return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 
 
-def _alpha(settings: Mapping[str, Any], module: str) -> float | int:
-    for pattern, alpha in (settings.get("alpha_pattern") or {}).items():
+def _of_module(settings: Mapping[str, Any], patterns: str, module: str, default: str) -> Any:
+    """Return what the patterns say of a module, else the value of all."""
+    for pattern, value in (settings.get(patterns) or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", module):
-            return alpha
-    return settings["lora_alpha"]
+            return value
+    return settings[default]
 
 
 def _stack(
@@ -464,7 +472,7 @@ def _stack(
     for module, layers in modules.items():
         for layer, tensors in enumerate(layers):
             down, up = tensors["lora_a"], tensors["lora_b"]
-            alpha = _alpha(settings, module.format(layer=layer))
+            alpha = _of_module(settings, "alpha_pattern", module.format(layer=layer), "lora_alpha")
             factor = np.float32(_scale(settings, down.shape[0], alpha) / usual)
             ups = [part.read("lora_b", up) for part in maps[module]]
             reaches = np.stack([np.any(b.reshape(len(b), -1) != 0, axis=1) for b in ups])

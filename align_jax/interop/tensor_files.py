@@ -222,7 +222,7 @@ def _indexed(folder: str, single: str) -> tuple[str, dict[str, str]]:
     if not os.path.exists(index):
         if not os.path.exists(path):
             raise FileNotFoundError(
-                f"no weights in {folder}: expected {single} or {single}.index.json{_others(folder)}"
+                f"no weights in {folder}: expected {single} or {single}.index.json{others(folder)}"
             )
         return index, {}
     where = read_json(index).get("weight_map")
@@ -249,7 +249,7 @@ def _is_name(file: Any) -> bool:
     return isinstance(file, str) and file not in ("", ".", "..") and os.path.basename(file) == file
 
 
-def _others(folder: str) -> str:
+def others(folder: str) -> str:
     """Say what else may hold weights in a folder that lacks safetensors."""
     ends = (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".ckpt", ".safetensors")
     there = sorted(name for name in os.listdir(folder) if name.endswith(ends))

@@ -206,10 +206,21 @@ CASES = [  # file, what becomes of its bytes (None: it is taken away), what is s
     (ADAPTER, fields(r="2"), "r: expected a positive integer, got '2'"),
     (ADAPTER, without("r"), "r: expected a positive integer, got null"),
     (ADAPTER, fields(lora_alpha=NAN), "lora_alpha: expected a number above 0, got NaN"),
+    (ADAPTER, fields(r=4), r"(?s)4 mis-shaped:.*lora_A.weight: expected \(4, 16\), got \(2, 16\)"),
+    (ADAPTER, fields(rank_pattern={"[": 1}), "rank_pattern: .* is no regular expression"),
     (ADAPTER, fields(rank_pattern=[1]), "rank_pattern: expected an object"),
     (ADAPTER, fields(alpha_pattern={"(": 1}), "alpha_pattern: .* is no regular expression"),
     (WEIGHTS, cut, "not a whole safetensors file"),
-    (WEIGHTS, None, "not found"),
+    (WEIGHTS, None, "adapter_model.safetensors not found"),
+    (
+        WEIGHTS,
+        tensors(
+            lambda name, found: (
+                found | {"base_model.model.score.weight": np.ones((2, 16), np.float32)}
+            )
+        ),
+        r"score.weight: expected \(1, 16\), got \(2, 16\)",
+    ),
     (WEIGHTS, tensors(poisoned), "(?s)1 not finite:.*NaN or infinite"),
     (WEIGHTS, tensors(lambda name, found: found | {name: found[name].astype("i4")}), ": I32"),
     (
