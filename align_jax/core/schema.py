@@ -115,5 +115,7 @@ class Outputs(NamedTuple):
     log_sum_sq: Float[Any, "N T"] | None = None  # log sum_v p_v^2
     # policy outputs only: KL(reference || policy) of the next-token distribution
     kl: Float[Any, "N T"] | None = None
+    # policy outputs only: a generalized Jensen-Shannon divergence from the reference's distribution
+    divergence: Float[Any, "N T"] | None = None
     values: Float[Any, "N T"] | None = None  # value head, at the index that predicts token t
     scores: Float[Any, "B R"] | None = None  # score head, at each response's last token

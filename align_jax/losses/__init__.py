@@ -15,11 +15,13 @@ from typing import Any
 from align_jax.losses import (
     arrays,
     batchwise,
+    distillation,
     kto,
     objective,
     policy_gradient,
     ppo_offline,
     preference,
+    rankings,
     reference_free,
     supervised,
     targets,
@@ -69,6 +71,14 @@ OBJECTIVES: dict[str, Objective] = {
         "arXiv 2203.02155",
         data="completions",
         metric="nll down",
+    ),
+    "gkd": Objective(
+        distillation.Gkd,
+        "β KL(q||m) + (1-β) KL(p||m), m = β q + (1-β) p; β = 0: KL(q||p), β = 1: KL(p||q)",
+        "arXiv 2306.13649",
+        data="completions",
+        metric="divergence down",
+        adds=_SFT,
     ),
     "csft": Objective(
         supervised.Csft,
@@ -155,6 +165,16 @@ OBJECTIVES: dict[str, Objective] = {
     "dpop": _pairs(
         paired(preference.dpop), "-log σ(β (d - λ max(0, R_w - P_w)))", "arXiv 2402.13228"
     ),
+    "dpo_shift": _pairs(
+        paired(preference.dpo_shift, ReferencePaired),
+        "-log σ(β x_w - f(λ) β x_l)",
+        "arXiv 2502.07599",
+    ),
+    "rpo": _pairs(
+        paired(preference.rpo),
+        "KL of σ(β d) from σ(η margin), or (β d - η margin)²",
+        "arXiv 2502.00203",
+    ),
     "tdpo": _pairs(
         batchwise.Tdpo,
         "-log σ(β d - α β (D_l - sg(D_w))), D = Σ_t KL(π_ref||π)",
@@ -192,6 +212,24 @@ OBJECTIVES: dict[str, Objective] = {
         "-log σ(β (r_w - r_l - γ/β)), r = (1 - e^(-α p̄)) / α",
         "arXiv 2501.03884",
         adds=_SFT,
+    ),
+    "simper": _pairs(
+        paired(reference_free.simper, Paired, per_token=True), "-e^p̄_w + e^p̄_l", "arXiv 2502.00883"
+    ),
+    # rankings
+    "tpo": Objective(
+        rankings.Tpo,
+        "-log σ(β (p̄_w - p̄_l) - γ) - α p̄_gold of (gold, chosen, rejected)",
+        "arXiv 2405.16681",
+        data="ranked",
+        metric="rewards/accuracies up",
+    ),
+    "adpo": Objective(
+        rankings.Adpo,
+        "-Σ_i q_i log softmax(β x)_i, q on the best response or softmax(scores)",
+        "arXiv 2510.18913",
+        data="ranked",
+        metric="rewards/accuracies up",
     ),
     # unpaired feedback
     "kto": _unpaired(

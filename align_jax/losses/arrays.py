@@ -31,7 +31,7 @@ POSITIONAL = {  # what positional arguments mean, by kind of data
 }
 TOKEN_COLUMNS = ("old_token_logps", "advantages", "returns", "old_values")
 COLUMNS = ("weight", "label", "scores", "margin", *TOKEN_COLUMNS)
-FIELDS = ("entropy", "log_sum_sq", "kl", "values")
+FIELDS = ("entropy", "log_sum_sq", "kl", "divergence", "values")
 
 
 class Evaluated(NamedTuple):

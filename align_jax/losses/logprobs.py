@@ -11,7 +11,9 @@ follows is float32: bfloat16 logits would cost about 0.01 nats a token.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +21,52 @@ from jaxtyping import Array, Float, Int
 
 from align_jax.core.schema import Batch, Outputs
 
-TOKEN_FIELDS = ("entropy", "log_sum_sq", "kl")  # what token_outputs computes when asked
+TOKEN_FIELDS = (
+    "entropy",
+    "log_sum_sq",
+    "kl",
+    "divergence",
+)  # what token_outputs computes when asked
+WHOLE = frozenset({"kl", "divergence"})  # of them, what needs the reference's whole distributions
+
+LEAST = -1e30  # a logit that is as good as -inf
+
+
+class Divergence(NamedTuple):
+    """A generalized Jensen-Shannon divergence of the reference q and the policy p.
+
+        β = 0: KL(q || p)      β = 1: KL(p || q)
+        between: β KL(q || m) + (1 - β) KL(p || m),  m = β q + (1 - β) p
+
+    References:
+        Agarwal et al. 2023, arXiv 2306.13649, equation 1.
+    """
+
+    beta: float = 0.5
+    temperature: float = 1.0  # both logits are divided by it
+
+    def __call__(
+        self, logits: Float[Array, "N c V"], reference: Float[Array, "N c V"]
+    ) -> Float[Array, "N c"]:
+        """Compute it for each position, in nats."""
+        # a token that is masked out by -inf would give NaN in the gradient of the mixture
+        p, q = (
+            jax.nn.log_softmax(jnp.maximum(x, LEAST) / self.temperature, axis=-1)
+            for x in (logits, reference)
+        )
+        if self.beta in (0.0, 1.0):
+            return _kl(q, p) if self.beta == 0 else _kl(p, q)
+        m = jnp.logaddexp(q + math.log(self.beta), p + math.log1p(-self.beta))
+        return self.beta * _kl(q, m) + (1.0 - self.beta) * _kl(p, m)
+
+
+JENSEN_SHANNON = Divergence()
+
+
+def _kl(p: Float[Array, "N c V"], q: Float[Array, "N c V"]) -> Float[Array, "N c"]:
+    """Compute KL(p || q) of logarithms of probabilities; what p excludes counts nothing."""
+    probability = jnp.exp(p)
+    return (probability * jnp.where(probability > 0, p - q, 0.0)).sum(axis=-1)
 
 
 def sum_by_slot(x: Float[Array, "N T"], batch: Batch) -> Float[Array, "B R"]:
@@ -81,6 +128,7 @@ def _statistics(
     targets: Int[Array, "N c"],
     needs: Sequence[str],
     reference: Float[Array, "N c V"] | None,
+    divergence: Divergence,
 ) -> dict[str, Float[Array, "N c"]]:
     """Compute what is asked of one chunk's distributions."""
     log_sum = jax.nn.logsumexp(logits, axis=-1)  # [N, c]
@@ -93,8 +141,12 @@ def _statistics(
         found["entropy"] = log_sum - (p * jnp.where(p > 0, logits, 0.0)).sum(axis=-1)
     if "log_sum_sq" in needs:
         found["log_sum_sq"] = jax.nn.logsumexp(2.0 * logits, axis=-1) - 2.0 * log_sum
-    if reference is not None:
-        reference = jax.lax.stop_gradient(reference)
+    if reference is None:
+        return found
+    reference = jax.lax.stop_gradient(reference)
+    if "divergence" in needs:
+        found["divergence"] = divergence(logits, reference)
+    if "kl" in needs:
         q_log_sum = jax.nn.logsumexp(reference, axis=-1)
         q = jnp.exp(reference - q_log_sum[:, :, None])
         difference = jnp.where(q > 0, reference - logits, 0.0)
@@ -109,6 +161,7 @@ def token_outputs(
     *,
     needs: Sequence[str] = (),
     reference: tuple[Float[Array, "N T D"], Callable[[Array], Array]] | None = None,
+    divergence: Divergence = JENSEN_SHANNON,
     chunk: int = 256,
 ) -> Outputs:
     """Compute token and sequence log-probabilities of a batch's responses.
@@ -120,24 +173,27 @@ def token_outputs(
         unembed: [..., D] -> float32 logits [..., V]; closes over traced arrays only (made inside
             the step).
         batch: the batch.
-        needs: of "entropy", "log_sum_sq", "kl".  "values" and "scores" are the heads' and added by
-            the caller.
-        reference: needed for "kl": the reference's hidden states and its head.
+        needs: of ``TOKEN_FIELDS``.  "values" and "scores" are the heads' and added by the caller.
+        reference: needed for "kl" and "divergence": the reference's hidden states and its head.
+        divergence: which one "divergence" is.
         chunk: positions of a row whose logits are held at a time: memory is 4 · N · chunk · V
             bytes, twice that in the backward pass.
 
     Returns:
         Outputs in float32, nats; gradients flow to ``hidden`` and to what ``unembed`` closes over,
-        through ``token_logps``, ``logps``, ``entropy`` and ``kl``; never into the reference.
+        through all but ``log_sum_sq``; never into the reference.
 
     Raises:
-        ValueError: an unknown need, "kl" without a reference, or a chunk below 1.
+        ValueError: an unknown need, "kl" or "divergence" without a reference, or a chunk below 1.
     """
     unknown = [field for field in needs if field not in TOKEN_FIELDS + ("values", "scores")]
     if unknown:
         raise ValueError(f"token_outputs cannot compute {unknown}; known: {list(TOKEN_FIELDS)}")
-    if "kl" in needs and reference is None:
-        raise ValueError("'kl' needs the reference's hidden states and its head")
+    whole = sorted(WHOLE.intersection(needs))
+    if whole and reference is None:
+        raise ValueError(
+            f"{' and '.join(map(repr, whole))} need the reference's hidden states and its head"
+        )
     if chunk < 1:
         raise ValueError(f"chunk must be at least 1 position, got {chunk}")
     rows, length = batch.tokens.shape
@@ -157,13 +213,13 @@ def token_outputs(
         return chunks(jnp.take_along_axis(x, sources[:, :, None], axis=1))
 
     other = None
-    if "kl" in needs and reference is not None:
+    if whole and reference is not None:
         other = gather(jax.lax.stop_gradient(reference[0]))
 
     @jax.checkpoint
     def of_chunk(targets: Array, hidden: Array, other: Array | None) -> dict[str, Array]:
         logits = None if other is None or reference is None else reference[1](other)
-        return _statistics(unembed(hidden), targets, needs, logits)
+        return _statistics(unembed(hidden), targets, needs, logits, divergence)
 
     def body(_: None, xs: tuple) -> tuple[None, dict[str, Array]]:
         return None, of_chunk(*xs)

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from align_jax.core.choose import choose, nearest
 from align_jax.core.schema import Batch, Outputs
-from align_jax.losses.logprobs import sum_by_slot
+from align_jax.losses.logprobs import JENSEN_SHANNON, Divergence, sum_by_slot
 from align_jax.losses.options import Option, Options, declared, make
 
 # name -> (weighted sum, sum of the weights), scalars; or an extreme (core.metrics)
@@ -110,6 +110,11 @@ class Loss(Options):
     def uses_reference(self) -> bool:
         """Whether it compares with the reference, with these options."""
         return self.reference
+
+    @property
+    def divergence(self) -> Divergence:
+        """Which one it reads, where ``needs`` names a divergence from the reference."""
+        return JENSEN_SHANNON
 
     def weights(self, batch: Batch) -> Float[Array, "B"]:
         """Return each group's weight, a function of the batch alone; 0 for fillers."""
@@ -224,13 +229,18 @@ class Objective:
         return self.loss.mismatched
 
     @property
+    def humanline(self) -> bool:
+        """Whether it reads log-ratios to the reference, which humanline would clamp."""
+        return self.reference and "divergence" not in self.needs
+
+    @property
     def declared(self) -> dict[str, Option]:
         """Every option: the loss's, the added terms' coefficients, the rollout's, humanline."""
         found = declared(self.loss)
         for option, (other, default) in self.adds.items():
             meaning = f"coefficient of the term {other!r} that it adds; 0 = none"
             found[option] = Option(meaning, low=0, default=default, kinds=(float,))
-        for more in (self.rollout, Humanline if self.reference else None):
+        for more in (self.rollout, Humanline if self.humanline else None):
             found |= declared(more) if more else {}
         return found
 
@@ -359,7 +369,7 @@ def _terms(
     values = objective.options | {option: options[option] for option in options if option in known}
     try:
         loss = make(objective.loss, options)
-        humanline = make(Humanline, options) if objective.reference else Humanline()
+        humanline = make(Humanline, options) if objective.humanline else Humanline()
         rollout = make(objective.rollout, options).values() if objective.rollout else {}
         rollout |= {
             option: value for option, value in loss.decides.items() if rollout[option] == "auto"

@@ -309,3 +309,61 @@ def dpop(
     """
     penalty = lam * jnp.maximum(pair.reference_chosen - pair.policy_chosen, 0.0)
     return -log_sigmoid(scaled_difference(pair, beta) - beta * penalty)
+
+
+def dpo_shift(
+    pair: Pair,
+    *,
+    beta: Beta = 0.1,
+    shift: Annotated[
+        float, Option("f(λ): what the rejected log-ratio counts; 1 = dpo", above=0, high=1)
+    ] = 0.95,
+) -> Float[Array, "B"]:
+    """Compute DPO-Shift, which trades margin for the chosen response's probability.
+
+        -log σ(β x_w - f(λ) β x_l - margin)
+
+    References:
+        Yang et al. 2025, arXiv 2502.07599, the DPO-Shift loss with a fixed f(λ).
+
+    >>> from align_jax.losses.pairs import example_pair
+    >>> [round(x, 4) for x in dpo_shift(example_pair(), beta=0.5, shift=0.5).tolist()]
+    [0.3869, 0.6326]
+    """
+    return -log_sigmoid(beta * pair.chosen - shift * beta * pair.rejected - pair.margin)
+
+
+def rpo(
+    pair: Pair,
+    *,
+    beta: Beta = 0.1,
+    eta: Annotated[float, Option("η: scale of the data's margins", above=0)] = 1.0,
+    form: Annotated[
+        Literal["backward_kl", "forward_kl", "square"],
+        Option("distance of the implicit reward's gap from the data's"),
+    ] = "backward_kl",
+) -> Float[Array, "B"]:
+    """Compute reward-aware preference optimization: the implicit rewards' gap is to be the data's,
+    not only positive.
+
+        z = β d,    g = η margin
+        backward_kl: σ(g) log(σ(g) / σ(z)) + σ(-g) log(σ(-g) / σ(-z))
+        forward_kl:  σ(z) log(σ(z) / σ(g)) + σ(-z) log(σ(-z) / σ(-g))
+        square:      (z - g)²
+
+    The margin is a target here, not an offset; a pair without one (0) is drawn to indifference.
+
+    References:
+        Sun et al. 2025, arXiv 2502.00203, section 2; NVIDIA 2024, arXiv 2406.11704, section 3.3.2.
+
+    >>> from align_jax.losses.pairs import example_pair
+    >>> [round(x, 4) for x in rpo(example_pair(margin=1.0), beta=0.5).tolist()]
+    [0.0, 0.1109]
+    """
+    z, g = beta * (pair.chosen - pair.rejected), eta * pair.margin
+    if form == "square":
+        return square(z - g)
+    p, q = (z, g) if form == "forward_kl" else (g, z)
+    return sigmoid(p) * (log_sigmoid(p) - log_sigmoid(q)) + sigmoid(-p) * (
+        log_sigmoid(-p) - log_sigmoid(-q)
+    )

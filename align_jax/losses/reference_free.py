@@ -170,3 +170,20 @@ def slic(
     """
     calibration = jnp.maximum(delta + pair.margin - pair.policy_chosen + pair.policy_rejected, 0.0)
     return calibration - lam * pair.policy_chosen
+
+
+def simper(pair: Pair) -> Float[Array, "B"]:
+    """Compute SimPER, the difference of inverse perplexities, which has no option to tune.
+
+        -e^(p̄_w - margin/2) + e^(p̄_l + margin/2)
+
+    References:
+        Xiao et al. 2025, arXiv 2502.00883, the SimPER loss.
+
+    >>> from align_jax.losses.pairs import example_pair
+    >>> [round(x, 4) for x in simper(example_pair()).tolist()]
+    [0.0532, -0.0393]
+    """
+    chosen, rejected = _means(pair)
+    half = 0.5 * pair.margin
+    return jnp.exp(rejected + half) - jnp.exp(chosen - half)

@@ -26,6 +26,7 @@ from align_jax.data.layout import BatchSizes
 from align_jax.data.pipeline import Pipeline
 from align_jax.data.tokenizer import load_tokenizer
 from align_jax.interop import hf, peft
+from align_jax.losses.logprobs import WHOLE
 from align_jax.losses.objective import Term, data_kind
 from align_jax.models.config import ModelConfig
 from align_jax.models.lora import LoraConfig
@@ -126,7 +127,7 @@ def resolve_config(config: Config, devices: int) -> ResolvedConfig:
             "positions of the model (max_position_embeddings)"
         )
     _check_reference(config, terms)
-    if config.reference.mode == "cached" and any("kl" in term.needs for term in terms):
+    if config.reference.mode == "cached" and any(WHOLE & set(term.needs) for term in terms):
         raise ValueError(
             "config.reference.mode = 'cached' keeps token log-probabilities; the objective "
             f"{config.objective.name!r} needs whole distributions of the reference; use in_graph"

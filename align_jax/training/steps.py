@@ -30,7 +30,16 @@ import optax
 from align_jax import losses
 from align_jax.core.metrics import Sums, divide, join
 from align_jax.core.schema import Batch, Outputs
-from align_jax.losses.logprobs import at_last, at_sources, blank_outputs, sum_by_slot, token_outputs
+from align_jax.losses.logprobs import (
+    JENSEN_SHANNON,
+    WHOLE,
+    Divergence,
+    at_last,
+    at_sources,
+    blank_outputs,
+    sum_by_slot,
+    token_outputs,
+)
 from align_jax.losses.objective import Term
 from align_jax.models.lora import merge
 from align_jax.models.model import Aux, Model
@@ -63,6 +72,12 @@ class StepSpec(NamedTuple):
     def needs(self) -> tuple[str, ...]:
         """Fields of Outputs, beyond the basic three, that some term asks for."""
         return tuple(sorted({need for term in self.terms for need in term.needs}))
+
+    @property
+    def divergence(self) -> Divergence:
+        """Which divergence from the reference is computed, where ``needs`` names one."""
+        asked = (term.loss.divergence for term in self.terms if "divergence" in term.needs)
+        return next(asked, JENSEN_SHANNON)
 
     @property
     def wants_logps(self) -> bool:
@@ -139,6 +154,7 @@ def forward(
     logps: bool = True,
     value_head: str = "value",
     reference: tuple[Model, Tree] | None = None,
+    divergence: Divergence = JENSEN_SHANNON,
     key: jax.Array | None = None,
     temperature: float = 1.0,
 ) -> tuple[Outputs, Aux]:
@@ -152,7 +168,8 @@ def forward(
         chunk: loss positions of every row whose logits are alive at once.
         logps: false leaves the output head out (zeros instead): a reward model's.
         value_head: which head gives the values.
-        reference: model and parameters to compare with, where ``"kl"`` is needed.
+        reference: model and parameters to compare with, where whole distributions are.
+        divergence: which one is needed as ``"divergence"``.
         key: of dropout; None = off.
         temperature: the logits are divided by it.
 
@@ -162,13 +179,15 @@ def forward(
     fields = (batch.tokens, batch.segment_ids, batch.positions, batch.prefix_ids)
     hidden, aux = model.hidden(params, *fields, dropout_key=key)
     other = None
-    if "kl" in needs and reference is not None:
+    if WHOLE.intersection(needs) and reference is not None:
         unembed = _unembed(*reference, batch, chunk, temperature)
         other = reference[0].hidden(reference[1], *fields)[0], unembed
     outputs = blank_outputs(batch)
     if logps:
         unembed = _unembed(model, params, batch, chunk, temperature)
-        outputs = token_outputs(hidden, unembed, batch, needs=needs, chunk=chunk, reference=other)
+        outputs = token_outputs(
+            hidden, unembed, batch, needs=needs, chunk=chunk, reference=other, divergence=divergence
+        )
     if "scores" in needs:
         outputs = outputs._replace(scores=at_last(model.head(params, "score", hidden), batch))
     if "values" in needs:
@@ -199,6 +218,7 @@ class Forwards(NamedTuple):
                 logps=spec.wants_logps,
                 value_head=spec.value_head,
                 reference=(self.reference_model, self.reference_params),
+                divergence=spec.divergence,
                 key=key,
                 temperature=spec.temperature,
             )

@@ -27,6 +27,10 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "label_smoothing": [{"label_smoothing": 0.2}],
     "ld_alpha": [{"ld_alpha": 0.3}],
     "wpo": [{"wpo": True}],
+    "temperature": [{"temperature": 2.0}],
+    "shift": [{"shift": 0.5}],
+    "eta": [{"eta": 2.0}],
+    "target": [{"target": "scores"}],
     "f_divergence": [{"f_divergence": kind} for kind in ("forward_kl", "js", "alpha")],
     "f_alpha": [{"f_divergence": "alpha", "f_alpha": 1.0}],
     "reference_free": [{"reference_free": True}],
@@ -40,7 +44,10 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "per": [{"per": "sequence"}],
     "dft": [{"dft": True}],
     "center_coef": [{"center_coef": 0.01}],
-    "form": [{"form": form} for form in ("pairs", "best_of", "hinge", "ipo")],
+    "form": [
+        {"form": form}
+        for form in ("pairs", "best_of", "hinge", "ipo", "sum", "forward_kl", "square")
+    ],
     "alpha": [{"alpha": 0.4}],
     "momentum": [{"momentum": 0.5}],
     "stop_gradient_chosen": [{"stop_gradient_chosen": False}],
@@ -84,8 +91,8 @@ def variants(name: str) -> list[dict[str, Any]]:
             f"give {option!r}, an option of {name!r}, a line in loss_cases.VARIANTS"
         )
         for change in VARIANTS[option]:
-            if option == "form" and (change["form"] in ("hinge", "ipo")) != (name == "cpo"):
-                continue
+            if option == "form" and not row.declared[option].accepts(change[option]):
+                continue  # another objective's
             found.append(change)
     return found
 
@@ -100,7 +107,13 @@ def make_outputs(
     for field in needs:
         shape = batch.lengths.shape if field == "scores" else batch.tokens.shape
         x = rng.normal(size=shape).astype(np.float32)
-        x = -np.abs(x) if field == "log_sum_sq" else np.abs(x) if field in ("kl", "entropy") else x
+        x = (
+            -np.abs(x)
+            if field == "log_sum_sq"
+            else np.abs(x)
+            if field in ("kl", "divergence", "entropy")
+            else x
+        )
         fields[field] = (
             jnp.asarray(x) if field == "scores" else jnp.where(batch.loss_mask, jnp.asarray(x), 0.0)
         )
@@ -219,7 +232,7 @@ def value_and_grad(terms: Any, problem: Inputs) -> tuple[jax.Array, dict[str, ja
         policy = problem.policy._replace(logps=logps, **said)
         return total(terms, problem._replace(policy=policy, text=text))
 
-    fields = ("token_logps", "scores", "values", "kl", "entropy")
+    fields = ("token_logps", "scores", "values", "kl", "divergence", "entropy")
     text = {} if problem.text is None else {"text": problem.text.token_logps}
     return jax.value_and_grad(f)(
         {

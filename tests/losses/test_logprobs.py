@@ -107,6 +107,55 @@ def test_kl_is_the_reference_to_the_policy():
     np.testing.assert_allclose(same.kl, 0.0, atol=1e-6)
 
 
+def log_softmax(x):
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+def jensen_shannon(beta, temperature, xp, log_softmax, policy, reference):
+    """Agarwal et al. 2306.13649, equation 1, of whole logits."""
+    p, q = (log_softmax(logits / temperature) for logits in (policy, reference))
+    if beta in (0.0, 1.0):
+        a, b = (q, p) if beta == 0 else (p, q)
+        return (xp.exp(a) * (a - b)).sum(-1)
+    m = xp.log(beta * xp.exp(q) + (1 - beta) * xp.exp(p))
+    return beta * (xp.exp(q) * (q - m)).sum(-1) + (1 - beta) * (xp.exp(p) * (p - m)).sum(-1)
+
+
+@pytest.mark.parametrize("beta, temperature", [(0.0, 1.0), (1.0, 2.0), (0.5, 1.0), (0.1, 0.7)])
+def test_divergence_and_its_gradient_are_those_of_whole_distributions(beta, temperature):
+    batch, (hidden, matrix) = make_batch(), inputs()
+    divergence = logprobs.Divergence(beta, temperature)
+
+    def chunked(hidden, matrix):
+        found = logprobs.token_outputs(
+            hidden,
+            head(matrix),
+            batch,
+            needs=("divergence",),
+            reference=(0.5 * hidden, head(matrix)),
+            divergence=divergence,
+            chunk=4,
+        )
+        return found.divergence.sum(), found.divergence
+
+    def at_once(hidden, matrix):
+        reference = jax.lax.stop_gradient(head(matrix)(0.5 * hidden))
+        every = jensen_shannon(
+            beta, temperature, jnp, jax.nn.log_softmax, head(matrix)(hidden), reference
+        )
+        every = jnp.take_along_axis(every, batch.source_index, axis=1)
+        return jnp.where(batch.loss_mask, every, 0.0).sum()
+
+    (_, found), grads = jax.value_and_grad(chunked, (0, 1), has_aux=True)(hidden, matrix)
+    _, policy = direct(hidden, matrix, batch)
+    _, reference = direct(0.5 * hidden, matrix, batch)
+    every = jensen_shannon(beta, temperature, np, log_softmax, policy, reference)
+    wanted = np.take_along_axis(every, np.asarray(batch.source_index), 1)
+    np.testing.assert_allclose(found, np.where(batch.loss_mask, wanted, 0), rtol=1e-4, atol=1e-5)
+    for a, b in zip(grads, jax.grad(at_once, (0, 1))(hidden, matrix)):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
 def test_gradient_equals_that_of_all_logits_at_once():
     batch, (hidden, matrix) = make_batch(2), inputs()
     weights = jnp.asarray(np.random.default_rng(2).normal(size=(N, T)), jnp.float32)
@@ -171,11 +220,11 @@ def test_masked_vocabulary_and_bfloat16_hidden_states_are_finite_and_float32():
             lambda x: head(matrix)(x) + mask,
             batch,
             chunk=4,
-            needs=("entropy", "log_sum_sq", "kl"),
+            needs=("entropy", "log_sum_sq", "kl", "divergence"),
             reference=(hidden, lambda x: head(matrix)(x) + mask),
         )
         assert all(x.dtype == jnp.float32 for x in found if x is not None and x.dtype != jnp.int32)
-        return found.token_logps.sum() + found.entropy.sum() + found.kl.sum()
+        return found.token_logps.sum() + found.entropy.sum() + (found.kl + found.divergence).sum()
 
     value, grad = jax.value_and_grad(f)(hidden)
     assert np.isfinite(value) and np.isfinite(grad.astype(jnp.float32)).all()

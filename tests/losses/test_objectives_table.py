@@ -20,6 +20,7 @@ LOG2 = math.log(2.0)
 AT_REFERENCE = {
     "sft": 0.0,
     "csft": 0.0,
+    "gkd": 0.0,
     "reward": LOG2,
     "reward_ranked": math.log(24.0),
     "dpo": LOG2,
@@ -38,6 +39,8 @@ AT_REFERENCE = {
     "discopop": 0.5 * LOG2 + 0.5,
     "dpo_sigmoid": -0.5,
     "dpop": LOG2,
+    "dpo_shift": LOG2,
+    "rpo": 0.0,
     "tdpo": LOG2,
     "beta_dpo": LOG2,
     "simpo": math.log1p(math.e),
@@ -45,6 +48,9 @@ AT_REFERENCE = {
     "orpo": 0.1 * LOG2,
     "cpo": LOG2,
     "slic": 1.0,
+    "simper": 0.0,
+    "tpo": math.log1p(math.exp(0.5)),
+    "adpo": math.log(4.0),
     "kto": 0.5,
     "kto_zero": 0.5,
     "kto_logsigmoid": LOG2,
@@ -116,6 +122,8 @@ def test_gradient_raises_chosen_above_rejected(name):
     # DiscoPOP is not convex, and turns round about d = 0; it is looked at where it is steep.
     problem = cases.make_problem(name, spread=0.05)
     batch = problem.batch
+    if name == "rpo":  # learns how much better the chosen one is: without a margin, nothing
+        problem = problem._replace(batch=batch._replace(margin=jnp.ones(4)))
     if name == "discopop":
         shift = jnp.where(jnp.arange(batch.tokens.shape[0])[:, None] % 2 == 0, 5.0, -5.0)
         problem = problem._replace(

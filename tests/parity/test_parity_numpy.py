@@ -133,6 +133,52 @@ def humanline(a):
     return np.mean(-log_sigmoid(0.1 * (x[:, 0] - x[:, 1])))
 
 
+def dpo_shift(a):
+    """Yang et al. 2502.07599: -log σ(β x_w - f(λ) β x_l)."""
+    x = x_of(a)
+    return np.mean(-log_sigmoid(0.1 * x[:, 0] - 0.95 * 0.1 * x[:, 1]))
+
+
+def rpo(form):
+    def loss(a):
+        """Sun et al. 2502.00203: KL of two Bernoulli distributions, or a squared distance."""
+        z, g = 0.1 * d_of(a), 0.5 * a["margin"]
+        if form == "square":
+            return np.mean((z - g) ** 2)
+        p, q = (sigmoid(z), sigmoid(g)) if form == "forward_kl" else (sigmoid(g), sigmoid(z))
+        return np.mean(p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q)))
+
+    return loss
+
+
+def simper(a):
+    """Xiao et al. 2502.00883: inverse perplexities."""
+    means = sums(a) / a["mask"].sum(-1)
+    return np.mean(np.exp(means[:, 1]) - np.exp(means[:, 0]))
+
+
+def tpo(form):
+    def loss(a):
+        """Saeidi et al. 2405.16681: a preference term, and the gold response's likelihood."""
+        x, margin = sums(a), 0.0
+        if form == "mean":
+            x, margin = x / a["mask"].sum(-1), 0.5
+        return np.mean(-log_sigmoid(2.0 * (x[:, 1] - x[:, 2]) - margin) - x[:, 0])
+
+    return loss
+
+
+def adpo(soft):
+    def loss(a):
+        """Wang 2510.18913: cross entropy of a target over the list of anchored scores."""
+        u = 0.1 * x_of(a)
+        log_p = u - np.log(np.exp(u).sum(1, keepdims=True))
+        q = np.exp(a["scores"]) if soft else np.eye(3)[[0] * B]
+        return -np.mean((q / q.sum(1, keepdims=True) * log_p).sum(1))
+
+    return loss
+
+
 def by_label(a, desirable, undesirable):
     return np.mean(np.where(a["label"], desirable, undesirable))
 
@@ -222,6 +268,7 @@ def reinforce(a):
     return np.mean(-a["advantages"][mask] * a["policy"][mask])
 
 
+RPO_FORMS = ("backward_kl", "forward_kl", "square")
 CASES = {
     "csft": ("csft", {}, csft),
     "plackett_luce": ("reward_ranked", {}, plackett_luce),
@@ -239,6 +286,13 @@ CASES = {
     "slic": ("slic", {}, slic),
     "rpo_per_sequence": ("dpo", {"sft_coef": 0.7, "per": "sequence"}, per_sequence),
     "humanline": ("dpo", {"humanline": True}, humanline),
+    "dpo_shift": ("dpo_shift", {}, dpo_shift),
+    **{f"rpo_{form}": ("rpo", {"eta": 0.5, "form": form}, rpo(form)) for form in RPO_FORMS},
+    "simper": ("simper", {}, simper),
+    "tpo_mean": ("tpo", {}, tpo("mean")),
+    "tpo_sum": ("tpo", {"form": "sum"}, tpo("sum")),
+    "adpo_best": ("adpo", {}, adpo(False)),
+    "adpo_scores": ("adpo", {"target": "scores"}, adpo(True)),
     "kto_zero": ("kto_zero", {}, kto_zero),
     "kto_logsigmoid": (
         "kto_logsigmoid",
@@ -271,17 +325,19 @@ def draw(name, case, spread):
     def exact(x):
         return np.asarray(x).astype(np.float32).astype(np.float64)
 
-    if kind == "ranked":
+    if name.startswith("reward_ranked"):
         return {"policy": exact(10 * spread * rng.normal(size=(B, 4)))}
-    shape = {"pairs": (B, 2, T), "unpaired": (B, T), "rollout": (B, T)}[kind]
+    shape = {"pairs": (B, 2, T), "ranked": (B, 3, T), "unpaired": (B, T), "rollout": (B, T)}[kind]
     mask = np.arange(T) < rng.integers(1, T + 1, shape[:-1])[..., None]
     reference = -rng.gamma(2.0, 0.8, shape) - 0.5
     a = {"mask": mask.astype(np.float64), "reference": exact(reference * mask)}
     a["policy"] = exact(np.minimum(reference + spread * rng.normal(size=shape), -0.01) * mask)
     if kind == "pairs":
         a |= {"kl": exact(rng.gamma(1.0, 1.0, shape) * mask)} if name == "tdpo" else {}
-        a |= {"margin": exact(rng.gamma(1.0, 1.0, B))} if case == "odpo" else {}
+        a |= {"margin": exact(rng.gamma(1.0, 1.0, B))} if case == "odpo" or name == "rpo" else {}
         a |= {"weight": np.array([1.0, 0.0, 2.0, 0.5])} if case == "weighted" else {}
+    if kind == "ranked":
+        a |= {"scores": exact(rng.normal(size=(B, 3)))} if case == "adpo_scores" else {}
     if kind == "unpaired":
         a["label"] = np.array([True, False, False, True])
     if losses.OBJECTIVES[name].mismatched:
@@ -350,7 +406,8 @@ def test_loss_and_gradient_equal_numpy_from_the_paper(case, spread):
 def test_every_objective_has_a_parity_test():
     from test_parity_trl import TRL_OBJECTIVES
 
-    pieces = {"entropy", "ptx"}  # a mean and an NLL; their doctests are their tests
+    # a mean and an NLL, whose doctests are their tests; and a mean of what test_logprobs compares
+    pieces = {"entropy", "ptx", "gkd"}
     assert set(losses.OBJECTIVES) == COVERED | TRL_OBJECTIVES | pieces
 
 

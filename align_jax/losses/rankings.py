@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Policies learned from rankings: a group's responses, the best first."""
+
+import dataclasses
+from typing import Annotated, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.nn import log_sigmoid
+from jaxtyping import Array, Float
+
+from align_jax.core.schema import Batch
+from align_jax.losses.objective import (
+    Inputs,
+    Loss,
+    Metrics,
+    Result,
+    group_weights,
+    summed,
+    token_counts,
+)
+from align_jax.losses.options import Option
+from align_jax.losses.pairs import Beta
+
+
+def _ranking_metrics(
+    batch: Batch, rewards: Float[Array, "B k"], logps: Float[Array, "B k"]
+) -> Metrics:
+    """Report the first response's reward and log-probability as a pair's chosen, the last one's as
+    its rejected."""
+    weight, chosen, rejected = group_weights(batch), rewards[:, 0], rewards[:, -1]
+    values = {
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/margins": chosen - rejected,
+        "rewards/accuracies": (chosen > rejected).astype(jnp.float32),
+        "logps/chosen": logps[:, 0],
+        "logps/rejected": logps[:, -1],
+    }
+    return {name: summed(value, weight) for name, value in values.items()}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tpo(Loss):
+    """Triple preference optimization: a gold response beside a pair, without a reference.
+
+        sum:  -log σ(β (P_w - P_l)) - α P_gold
+        mean: -log σ(β (p̄_w - p̄_l) - γ) - α p̄_gold    (TPO-L)
+
+    Of a ranking the best response is the gold one, the next the chosen, the last the rejected.
+
+    References:
+        Saeidi et al. 2024, arXiv 2405.16681, the TPO and TPO-L losses.
+
+    >>> from align_jax.losses import jitted
+    >>> found = jitted("tpo", form="sum", beta=0.5, alpha=0.1)([[-5.0, -10.0, -12.0]])
+    >>> [round(x, 4) for x in found.losses.tolist()]
+    [0.8133]
+    """
+
+    beta: Beta = 2.0
+    alpha: Annotated[float, Option("α: weight of the gold response's likelihood", low=0)] = 1.0
+    gamma: Annotated[float, Option("γ: target margin of form = 'mean'", unit="of reward")] = 0.5
+    form: Annotated[
+        Literal["mean", "sum"], Option("log-probabilities per token (TPO-L), or of responses (TPO)")
+    ] = "mean"
+
+    def losses(self, inputs: Inputs) -> Result:
+        batch, logps = inputs.batch, inputs.policy.logps
+        if logps.shape[1] < 3:
+            raise ValueError(
+                "tpo expects rankings of R >= 3 responses (gold, chosen, rejected), got R = "
+                f"{logps.shape[1]}"
+            )
+        x, margin = logps, 0.0
+        if self.form == "mean":
+            x, margin = logps / jnp.maximum(token_counts(batch), 1.0), self.gamma
+        last = jnp.maximum((jnp.asarray(batch.lengths) > 0).sum(axis=1, keepdims=True) - 1, 1)
+        x, logps = (
+            jnp.concatenate([of[:, :2], jnp.take_along_axis(of, last, axis=1)], axis=1)
+            for of in (x, logps)
+        )
+        gold, chosen, rejected = x.T  # [B] each
+        losses = -log_sigmoid(self.beta * (chosen - rejected) - margin) - self.alpha * gold
+        metrics = _ranking_metrics(batch, self.beta * x[:, 1:], logps[:, 1:])
+        return losses, metrics | {"logps/gold": summed(logps[:, 0], group_weights(batch))}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Adpo(Loss):
+    """Anchored DPO on lists: a softmax over the responses' log-ratios, drawn to a target.
+
+        -Σ_i q_i log softmax(β x)_i
+        target = "best": q is 1 at the best response;    "scores": q = softmax(scores / temperature)
+
+    A response without tokens is not there: groups may hold fewer than K.
+
+    References:
+        Wang 2025, arXiv 2510.18913, the listwise anchored loss (β is its 1/τ).
+
+    >>> from align_jax.losses import jitted
+    >>> logps = [[-10.0, -12.0, -9.0]]
+    >>> [round(jitted("adpo", beta=0.5)(logps, reference=[[-11.0, -11.0, -9.0]]).loss.item(), 4)]
+    [0.6803]
+    """
+
+    beta: Beta = 0.1
+    target: Annotated[
+        Literal["best", "scores"], Option("all on the best response, or by the data's scores")
+    ] = "best"
+    temperature: Annotated[
+        float, Option("of target = 'scores': the scores are divided by it", above=0)
+    ] = 1.0
+
+    reference: ClassVar[bool] = True
+
+    def losses(self, inputs: Inputs) -> Result:
+        batch = inputs.batch
+        real = jnp.asarray(batch.lengths) > 0
+        rewards = self.beta * (inputs.policy.logps - inputs.of_reference("logps"))
+        logs = jax.nn.log_softmax(jnp.where(real, rewards, -1e30), axis=1)
+        if self.target == "best":
+            losses = -logs[:, 0]
+        else:
+            scores = jnp.where(real, inputs.of_batch("scores") / self.temperature, -1e30)
+            losses = -(jax.nn.softmax(scores, axis=1) * jnp.where(real, logs, 0.0)).sum(axis=1)
+        return losses, _ranking_metrics(batch, rewards, inputs.policy.logps)
