@@ -23,6 +23,7 @@ from align_jax.losses import (
     preference,
     rankings,
     reference_free,
+    sequence_gradient,
     supervised,
     targets,
 )
@@ -285,6 +286,20 @@ OBJECTIVES: dict[str, Objective] = {
         policy_gradient.Sapo,
         "-(4/τ) σ(τ (w - 1)) A + β k3",
         "arXiv 2511.20347",
+        adds=_ENTROPY,
+        rollout=targets.GrpoRollout,
+    ),
+    "vespo": _rollout(
+        sequence_gradient.Vespo,
+        "-sg(φ(W)) A a_t + β k3, φ(W) = W^k e^(λ (1 - W)), W of the whole sequence",
+        "arXiv 2602.10693",
+        adds=_ENTROPY,
+        rollout=targets.GrpoRollout,
+    ),
+    "gmpo": _rollout(
+        sequence_gradient.Gmpo,
+        "-A exp(mean_t l_t) + β k3, l_t = log w_t clipped to ±ε on the side of A",
+        "arXiv 2507.20673",
         adds=_ENTROPY,
         rollout=targets.GrpoRollout,
     ),
