@@ -325,9 +325,20 @@ def rollout(arrays: dict, name: str, options: dict) -> dict[str, np.ndarray]:
     high = {"gspo": 4e-4, "cispo": 5.0, "dapo": 0.28}.get(
         loss_type if name == "grpo" else name, low
     )
+    shape_of = {"positive": "pos", "negative": "neg"}
+    defaults = {
+        "k_positive": 2.0,
+        "lambda_positive": 3.0,
+        "k_negative": 3.0,
+        "lambda_negative": 2.0,
+    }
     args = SimpleNamespace(
         delta=options.get("delta"),
-        use_bias_correction_kl=False,
+        use_bias_correction_kl=options.get("unbiased_kl", False),
+        **{
+            f"vespo_{key.split('_')[0]}_{shape_of[key.split('_')[1]]}": options.get(key, value)
+            for key, value in defaults.items()
+        },
         steps_per_generation=1,
         sapo_temperature_pos=options.get("tau_positive", 1.0),
         sapo_temperature_neg=options.get("tau_negative", 1.05),
@@ -342,7 +353,9 @@ def rollout(arrays: dict, name: str, options: dict) -> dict[str, np.ndarray]:
         epsilon_high=options.get("epsilon_high", high),
         importance_sampling_level=importance,
         top_entropy_quantile=1.0,
-        off_policy_mask_threshold=None,
+        get_off_policy_mask=GRPOTrainer.get_off_policy_mask,
+        get_gamma_weights=GRPOTrainer.get_gamma_weights,
+        off_policy_mask_threshold=options.get("off_policy_threshold"),
         use_vllm=False,
         entropy_coef=options.get("entropy_coef", 0.0),
         _entropy_bonus_enabled="entropy_coef" in options,
@@ -372,6 +385,7 @@ def rollout(arrays: dict, name: str, options: dict) -> dict[str, np.ndarray]:
         "clip_ratio/high_mean",
         "clip_ratio/region_mean",
         "cispo_clip_ratio",
+        "vespo/phi_seq_mean",
     )
     return {
         "loss": loss.item(),
@@ -498,6 +512,13 @@ ROLLOUT: list[tuple[str, dict]] = [
     ("rloo", {"epsilon_low": 0.1, "epsilon_high": 0.3}),
     ("reinforce_pp", {}),
 ]
+# Drawn after all others, whose random numbers stay what they were.
+ROLLOUT_LATER: list[tuple[str, dict]] = [
+    *[(name, {"beta": 0.1, "unbiased_kl": True}) for name in ("grpo", "gspo", "cispo", "sapo")],
+    *[(name, {"off_policy_threshold": 0.1}) for name in ("grpo", "gspo", "cispo", "sapo", "vespo")],
+    ("vespo", {}),
+    ("vespo", {"beta": 0.1, "unbiased_kl": True, "k_positive": 1.0, "lambda_negative": 3.0}),
+]
 
 
 def main() -> None:
@@ -522,6 +543,25 @@ def main() -> None:
         # Where the mask is false TRL's head gives constants, so no gradient passes.
         grad = np.where(columns["mask"], found["grad"], 0) if "mask" in columns else found["grad"]
         arrays.update({f"{index}/loss": found["loss"], f"{index}/grad": grad.astype(np.float32)})
+
+    def add_rollout(name: str, options: dict, spread: float) -> None:
+        columns = draw(rng, 3, 4, LENGTH, spread=spread)
+        old = columns["policy"] + np.where(
+            columns["mask"], spread * rng.normal(size=(3, 4, LENGTH)), 0
+        )
+        columns["old_token_logps"] = np.minimum(old, 0).astype(np.float32)
+        each = rng.normal(size=(3, 4, 1)).astype(np.float32)
+        columns["advantages"] = np.where(columns["mask"], each, np.float32(0))
+        entropy = rng.gamma(1.0, 1.0, columns["mask"].shape).astype(np.float32)
+        columns["entropy"] = np.where(columns["mask"], entropy, np.float32(0))
+        add(
+            name,
+            options,
+            "rollout",
+            "RLOOTrainer" if name == "rloo" else "GRPOTrainer",
+            columns,
+            rollout(columns, name, options),
+        )
 
     for spread in (0.05, 0.8):
         for name, options in PAIRS:
@@ -573,23 +613,10 @@ def main() -> None:
             columns = draw(rng, BATCH, LENGTH, spread=spread)
             add("sft", options, "completions", "SFTTrainer", columns, sft(columns, options))
         for name, options in ROLLOUT:
-            columns = draw(rng, 3, 4, LENGTH, spread=spread)
-            old = columns["policy"] + np.where(
-                columns["mask"], spread * rng.normal(size=(3, 4, LENGTH)), 0
-            )
-            columns["old_token_logps"] = np.minimum(old, 0).astype(np.float32)
-            each = rng.normal(size=(3, 4, 1)).astype(np.float32)
-            columns["advantages"] = np.where(columns["mask"], each, np.float32(0))
-            entropy = rng.gamma(1.0, 1.0, columns["mask"].shape).astype(np.float32)
-            columns["entropy"] = np.where(columns["mask"], entropy, np.float32(0))
-            add(
-                name,
-                options,
-                "rollout",
-                "RLOOTrainer" if name == "rloo" else "GRPOTrainer",
-                columns,
-                rollout(columns, name, options),
-            )
+            add_rollout(name, options, spread)
+    for spread in (0.05, 0.8):
+        for name, options in ROLLOUT_LATER:
+            add_rollout(name, options, spread)
     versions = {
         package: importlib.metadata.version(package)
         for package in ("trl", "torch", "transformers", "numpy")

@@ -59,11 +59,28 @@ class TokenMeanLoss(Loss):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class KlLoss(Loss):
-    """A loss with the KL to the reference beside it."""
+    """A loss with the KL to the reference beside it, which may leave sequences out that have become
+    off-policy.
+
+    References:
+        unbiased_kl, and equation 9, the mask: DeepSeek-AI 2025, arXiv 2512.02556.
+    """
 
     beta: Annotated[
         float, Option("β: weight of the KL to the reference; 0 = no reference is run", low=0)
     ] = 0.0
+    unbiased_kl: Annotated[
+        bool,
+        Option("the KL of a token is multiplied by its importance ratio", unless={"beta": (0,)}),
+    ] = False
+    off_policy_threshold: Annotated[
+        float | None,
+        Option(
+            "sequences with A < 0 whose mean log(old / new) exceeds it are left out; None = none",
+            unit="nats a token",
+            above=0,
+        ),
+    ] = None
 
     reference: ClassVar[bool] = True
 
@@ -75,13 +92,38 @@ class KlLoss(Loss):
     def decides(self) -> dict[str, str]:
         return {"scale": "group"}
 
-    def penalty(self, inputs: Inputs) -> tuple[Array, Parts]:
-        """Compute β k3 for each token; nothing where β is 0."""
+    def penalty(self, inputs: Inputs, ratio: Float[Array, "N T"]) -> tuple[Array, Parts]:
+        """Compute β k3 for each token, times its ratio where ``unbiased_kl``; nothing where β is
+        0."""
         if self.beta == 0:
             return jnp.zeros(()), {}
         log_ratio = inputs.policy.token_logps - inputs.of_reference("token_logps")
         kl = jnp.where(inputs.batch.loss_mask, kl_estimate(log_ratio, "k3"), 0.0)
+        if self.unbiased_kl:
+            kl = kl * ratio
         return self.beta * kl, {"kl": kl}
+
+    def kept(self, inputs: Inputs) -> Array:
+        """Return 1.0 for the responses that count, else 0.0, [B, R]; 1 where there is no
+        threshold."""
+        if self.off_policy_threshold is None:
+            return jnp.ones(())
+        drift = inputs.of_batch("old_token_logps") - inputs.policy.token_logps
+        tokens = jnp.maximum(token_counts(inputs.batch), 1.0)
+        drift = jax.lax.stop_gradient(sum_by_slot(drift, inputs.batch) / tokens)
+        near = drift <= self.off_policy_threshold
+        return ((response_advantages(inputs) >= 0) | near).astype(jnp.float32)
+
+    def kept_tokens(self, inputs: Inputs) -> Array:
+        """Return ``kept`` of each token's response."""
+        kept = self.kept(inputs)
+        return spread_to_tokens(kept, inputs.batch) if kept.ndim else kept
+
+
+def response_advantages(inputs: Inputs) -> Float[Array, "B R"]:
+    """Return each response's advantage: the mean of its tokens'."""
+    sums = sum_by_slot(inputs.of_batch("advantages"), inputs.batch)
+    return sums / jnp.maximum(token_counts(inputs.batch), 1.0)
 
 
 def rollout_log_ratio(inputs: Inputs) -> Float[Array, "N T"]:
@@ -212,11 +254,13 @@ class Grpo(KlLoss):
         if self.importance == "sequence":
             mean = sum_by_slot(log_ratio, batch) / jnp.maximum(token_counts(batch), 1.0)
             log_ratio = spread_to_tokens(mean, batch)
+        ratio = jnp.exp(log_ratio)
         losses, clips = _clipped(
-            jnp.exp(log_ratio), inputs.of_batch("advantages"), self.epsilon_low, high, self.delta
+            ratio, inputs.of_batch("advantages"), self.epsilon_low, high, self.delta
         )
+        losses = self.kept_tokens(inputs) * losses
         by_response = tuple(clips) if self.importance == "sequence" else ()
-        penalty, kl = self.penalty(inputs)
+        penalty, kl = self.penalty(inputs, ratio)
         return self._aggregate(losses + penalty, batch), rollout_metrics(
             inputs, clips | kl, by_response
         )
@@ -275,10 +319,10 @@ class Cispo(TokenMeanLoss, KlLoss):
 
     def losses(self, inputs: Inputs) -> Result:
         advantages = inputs.of_batch("advantages")
-        ratio = jax.lax.stop_gradient(jnp.exp(rollout_log_ratio(inputs)))
-        capped = jnp.minimum(ratio, self.epsilon_high)
-        losses = -capped * advantages * inputs.policy.token_logps
-        penalty, kl = self.penalty(inputs)
+        ratio = jnp.exp(rollout_log_ratio(inputs))
+        capped = jax.lax.stop_gradient(jnp.minimum(ratio, self.epsilon_high))
+        losses = -self.kept_tokens(inputs) * capped * advantages * inputs.policy.token_logps
+        penalty, kl = self.penalty(inputs, ratio)
         clipped = ((ratio > self.epsilon_high) & (advantages > 0)).astype(jnp.float32)
         metrics = rollout_metrics(inputs, {"cispo_clip_ratio": clipped} | kl)
         return token_mean(losses + penalty, inputs.batch), metrics
@@ -308,7 +352,8 @@ class Sapo(KlLoss):
         advantages, ratio = inputs.of_batch("advantages"), jnp.exp(rollout_log_ratio(inputs))
         tau = jnp.where(advantages > 0, self.tau_positive, self.tau_negative)
         losses = -jax.nn.sigmoid(tau * (ratio - 1.0)) * 4.0 / tau * advantages
-        penalty, kl = self.penalty(inputs)
+        losses = self.kept_tokens(inputs) * losses
+        penalty, kl = self.penalty(inputs, ratio)
         return response_mean(losses + penalty, inputs.batch), rollout_metrics(inputs, kl)
 
 
@@ -337,11 +382,8 @@ class Rloo(Loss):
         difference = inputs.policy.token_logps - inputs.of_batch("old_token_logps")
         log_ratio = sum_by_slot(difference, batch)
         ratio = jnp.exp(jnp.clip(log_ratio, -RATIO_MAX, RATIO_MAX))  # [B, R]
-        # the same on all of a response's tokens
-        sums = sum_by_slot(inputs.of_batch("advantages"), batch)
-        advantages = sums / jnp.maximum(token_counts(batch), 1.0)
         high = self.epsilon_low if high is None else high
-        losses, clips = _clipped(ratio, advantages, self.epsilon_low, high)
+        losses, clips = _clipped(ratio, response_advantages(inputs), self.epsilon_low, high)
         parts = {name: spread_to_tokens(x, batch) for name, x in clips.items()}
         return losses.mean(axis=1), rollout_metrics(inputs, parts, tuple(parts))
 

@@ -60,7 +60,9 @@ class Tpo(Loss):
 
     beta: Beta = 2.0
     alpha: Annotated[float, Option("α: weight of the gold response's likelihood", low=0)] = 1.0
-    gamma: Annotated[float, Option("γ: target margin of form = 'mean'", unit="of reward")] = 0.5
+    gamma: Annotated[
+        float, Option("γ: target margin", unit="of reward", only={"form": ("mean",)})
+    ] = 0.5
     form: Annotated[
         Literal["mean", "sum"], Option("log-probabilities per token (TPO-L), or of responses (TPO)")
     ] = "mean"
@@ -109,7 +111,7 @@ class Adpo(Loss):
         Literal["best", "scores"], Option("all on the best response, or by the data's scores")
     ] = "best"
     temperature: Annotated[
-        float, Option("of target = 'scores': the scores are divided by it", above=0)
+        float, Option("the scores are divided by it", above=0, only={"target": ("scores",)})
     ] = 1.0
 
     reference: ClassVar[bool] = True

@@ -11,7 +11,6 @@ from typing import Annotated
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
 from align_jax.losses.advantages import RATIO_MAX
 from align_jax.losses.logprobs import spread_to_tokens, sum_by_slot
@@ -20,6 +19,7 @@ from align_jax.losses.options import Option
 from align_jax.losses.policy_gradient import (
     KlLoss,
     TokenMeanLoss,
+    response_advantages,
     response_mean,
     rollout_log_ratio,
     rollout_metrics,
@@ -27,12 +27,6 @@ from align_jax.losses.policy_gradient import (
 )
 
 LOG_RATIO_MIN = math.log(1e-8)  # a sequence's log-ratio is cut here, as the paper's code does
-
-
-def response_advantages(inputs: Inputs) -> Float[Array, "B R"]:
-    """Return each response's advantage: the mean of its tokens'."""
-    sums = sum_by_slot(inputs.of_batch("advantages"), inputs.batch)
-    return sums / jnp.maximum(token_counts(inputs.batch), 1.0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,13 +55,15 @@ class Vespo(TokenMeanLoss, KlLoss):
 
     def losses(self, inputs: Inputs) -> Result:
         batch, advantages = inputs.batch, response_advantages(inputs)
-        log_ratio = sum_by_slot(rollout_log_ratio(inputs), batch)
+        token_log_ratio = rollout_log_ratio(inputs)
+        log_ratio = sum_by_slot(token_log_ratio, batch)
         log_ratio = jax.lax.stop_gradient(jnp.clip(log_ratio, LOG_RATIO_MIN, RATIO_MAX))
         k = jnp.where(advantages >= 0, self.k_positive, self.k_negative)
         lam = jnp.where(advantages >= 0, self.lambda_positive, self.lambda_negative)
         weight = jnp.exp(k * log_ratio + lam * (1.0 - jnp.exp(log_ratio)))  # [B, R]
-        losses = -spread_to_tokens(weight * advantages, batch) * inputs.policy.token_logps
-        penalty, kl = self.penalty(inputs)
+        scale = self.kept(inputs) * weight * advantages
+        losses = -spread_to_tokens(scale, batch) * inputs.policy.token_logps
+        penalty, kl = self.penalty(inputs, jnp.exp(token_log_ratio))
         parts = {"vespo/phi_seq_mean": spread_to_tokens(weight, batch)} | kl
         metrics = rollout_metrics(inputs, parts, ("vespo/phi_seq_mean",))
         return token_mean(losses + penalty, batch), metrics
@@ -99,11 +95,12 @@ class Gmpo(KlLoss):
     def losses(self, inputs: Inputs) -> Result:
         batch, advantages = inputs.batch, response_advantages(inputs)
         sign = spread_to_tokens(jnp.where(advantages > 0, 1.0, -1.0), batch)
-        log_ratio = sign * rollout_log_ratio(inputs)
+        token_log_ratio = rollout_log_ratio(inputs)
+        log_ratio = sign * token_log_ratio
         clipped = sign * jnp.minimum(log_ratio, self.epsilon)
         mean = sum_by_slot(clipped, batch) / jnp.maximum(token_counts(batch), 1.0)
-        penalty, kl = self.penalty(inputs)
-        losses = -(advantages * jnp.exp(mean)).mean(axis=1)
+        penalty, kl = self.penalty(inputs, jnp.exp(token_log_ratio))
+        losses = -(self.kept(inputs) * advantages * jnp.exp(mean)).mean(axis=1)
         parts = {"clip_ratio/region_mean": (log_ratio > self.epsilon).astype(jnp.float32)} | kl
         if kl:
             losses += response_mean(penalty, batch)

@@ -27,7 +27,14 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "label_smoothing": [{"label_smoothing": 0.2}],
     "ld_alpha": [{"ld_alpha": 0.3}],
     "wpo": [{"wpo": True}],
-    "temperature": [{"temperature": 2.0}],
+    "temperature": [{"temperature": 2.0, "target": "scores"}],
+    "unbiased_kl": [{"unbiased_kl": True, "beta": 0.1}],
+    "off_policy_threshold": [{"off_policy_threshold": 0.01}],
+    "k_positive": [{"k_positive": 1.0}],
+    "lambda_positive": [{"lambda_positive": 2.0}],
+    "k_negative": [{"k_negative": 1.0}],
+    "lambda_negative": [{"lambda_negative": 3.0}],
+    "epsilon": [{"epsilon": 0.1}],
     "shift": [{"shift": 0.5}],
     "eta": [{"eta": 2.0}],
     "target": [{"target": "scores"}],
@@ -90,10 +97,10 @@ def variants(name: str) -> list[dict[str, Any]]:
         assert option in VARIANTS, (
             f"give {option!r}, an option of {name!r}, a line in loss_cases.VARIANTS"
         )
-        for change in VARIANTS[option]:
-            if option == "form" and not row.declared[option].accepts(change[option]):
-                continue  # another objective's
-            found.append(change)
+        for change in VARIANTS[option]:  # what is another objective's is left out
+            own = {key: value for key, value in change.items() if key in row.options}
+            if all(row.declared[key].accepts(value) for key, value in own.items()):
+                found.append(own)
     return found
 
 

@@ -62,6 +62,8 @@ AT_REFERENCE = {
     "gspo": -1.0,
     "cispo": 0.0,
     "sapo": -2.0,
+    "vespo": 0.0,
+    "gmpo": -1.0,
     "rloo": -1.0,
     "reinforce": 0.0,
     "reinforce_pp": -1.0,

@@ -262,6 +262,15 @@ def ppo(a):
     )
 
 
+def gmpo(a):
+    """Zhao et al. 2507.20673: A (Π_t of the clipped ratios)^(1/n), the clip on the side of A."""
+    size = a["mask"].sum(-1)
+    advantage = (a["advantages"] * a["mask"]).sum(-1) / size
+    sign = np.where(advantage > 0, 1.0, -1.0)[:, None]
+    ratio = sign * (a["policy"] - a["old_token_logps"]) * a["mask"]
+    return -np.mean(advantage * np.exp((sign * np.minimum(ratio, 0.4)).sum(-1) / size))
+
+
 def reinforce(a):
     """Williams 1992: -A log π, a mean over tokens."""
     mask = a["mask"].astype(bool)
@@ -312,6 +321,7 @@ CASES = {
         ppo_offline(target="gae", whiten=False),
     ),
     "ppo": ("ppo", {}, ppo),
+    "gmpo": ("gmpo", {}, gmpo),
     "reinforce": ("reinforce", {}, reinforce),
 }
 COVERED = {name for name, _, _ in CASES.values()}

@@ -51,6 +51,7 @@ TRL_OBJECTIVES = {
     "gspo",
     "cispo",
     "sapo",
+    "vespo",
     "rloo",
     "reinforce_pp",
 }
