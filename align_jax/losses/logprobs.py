@@ -144,6 +144,9 @@ def _statistics(
     if reference is None:
         return found
     reference = jax.lax.stop_gradient(reference)
+    if reference.shape[-1] != logits.shape[-1]:  # compared over the tokens that both have
+        logits = logits[..., : reference.shape[-1]]
+        log_sum = jax.nn.logsumexp(logits, axis=-1)
     if "divergence" in needs:
         found["divergence"] = divergence(logits, reference)
     if "kl" in needs:
@@ -152,6 +155,22 @@ def _statistics(
         difference = jnp.where(q > 0, reference - logits, 0.0)
         found["kl"] = (q * difference).sum(axis=-1) - q_log_sum + log_sum
     return found
+
+
+def _check(needs: Sequence[str], has_reference: bool, chunk: int) -> bool:
+    """Refuse what ``token_outputs`` cannot compute; tell whether it compares whole
+    distributions."""
+    unknown = [field for field in needs if field not in TOKEN_FIELDS + ("values", "scores")]
+    if unknown:
+        raise ValueError(f"token_outputs cannot compute {unknown}; known: {list(TOKEN_FIELDS)}")
+    whole = sorted(WHOLE.intersection(needs))
+    if whole and not has_reference:
+        raise ValueError(
+            f"{' and '.join(map(repr, whole))} need the reference's hidden states and its head"
+        )
+    if chunk < 1:
+        raise ValueError(f"chunk must be at least 1 position, got {chunk}")
+    return bool(whole)
 
 
 def token_outputs(
@@ -174,7 +193,8 @@ def token_outputs(
             the step).
         batch: the batch.
         needs: of ``TOKEN_FIELDS``.  "values" and "scores" are the heads' and added by the caller.
-        reference: needed for "kl" and "divergence": the reference's hidden states and its head.
+        reference: needed for "kl" and "divergence": the reference's hidden states and its head; one
+            of fewer logits is compared with over the first of the policy's.
         divergence: which one "divergence" is.
         chunk: positions of a row whose logits are held at a time: memory is 4 · N · chunk · V
             bytes, twice that in the backward pass.
@@ -186,16 +206,7 @@ def token_outputs(
     Raises:
         ValueError: an unknown need, "kl" or "divergence" without a reference, or a chunk below 1.
     """
-    unknown = [field for field in needs if field not in TOKEN_FIELDS + ("values", "scores")]
-    if unknown:
-        raise ValueError(f"token_outputs cannot compute {unknown}; known: {list(TOKEN_FIELDS)}")
-    whole = sorted(WHOLE.intersection(needs))
-    if whole and reference is None:
-        raise ValueError(
-            f"{' and '.join(map(repr, whole))} need the reference's hidden states and its head"
-        )
-    if chunk < 1:
-        raise ValueError(f"chunk must be at least 1 position, got {chunk}")
+    whole = _check(needs, reference is not None, chunk)
     rows, length = batch.tokens.shape
     budget = batch.loss_index.shape[1]
     chunk = min(chunk, max(budget, 1))

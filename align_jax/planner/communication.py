@@ -86,13 +86,13 @@ def model_calls(
 
     yield call(spec.policy, policy, batch, train)
     if spec.wants_reference and batch.reference_token_logps is None:
-        yield call(spec.base, reference, batch)
+        yield call(spec.reference, reference, batch)
     if spec.wants_statistics and microbatches > 1:
         yield call(spec.policy, policy, batch)
     if spec.wants_statistics and batch.mismatched is not None:
         yield call(spec.policy, policy, batch.mismatched)
         if spec.wants_reference:
-            yield call(spec.base, reference, batch.mismatched)
+            yield call(spec.reference, reference, batch.mismatched)
 
 
 def lower_bound(

@@ -110,7 +110,7 @@ def _reference_program(run: AbstractRun, batch: Batch) -> Program:
         (frozen, batch),
         {**run.resident, "reference": frozen, "batch": batch},
         dataclasses.replace(flops, policy=0.0, statistics=0.0),
-        lower_bound([_call(spec.base, weights, batch)], run.mesh.shape),
+        lower_bound([_call(spec.reference, weights, batch)], run.mesh.shape),
     )
 
 
@@ -130,7 +130,7 @@ def rollout_programs(run: AbstractRun, rollouts: RolloutConfig) -> Iterator[Prog
         head = rollouts.value_head
         yield _rescore(run, rollouts, "rescore", run.spec.policy, policy, part, head)
     if rollouts.needs_reference:
-        model, weights = run.spec.base, run.specs.reference
+        model, weights = run.spec.reference, run.specs.reference
         if run.spec.sync_every_steps:  # a policy of an earlier step
             model, weights = run.spec.policy, policy
         weights = run.specs.base if weights is None else weights

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from align_jax.data import datasets, pipeline, synthetic
 from align_jax.data.datasets import Examples
 from align_jax.data.layout import BatchSizes
 from align_jax.data.pipeline import Pipeline
+from align_jax.data.tokenizer import MODELS as TOKENIZER_FILES
 from align_jax.data.tokenizer import load_tokenizer
 from align_jax.interop import hf, peft
 from align_jax.losses.logprobs import WHOLE
@@ -113,9 +115,8 @@ def resolve_config(config: Config, devices: int) -> ResolvedConfig:
         fields = {"vocab_size": len(tokenizer), **config.model.config}
         model_config = hf.config_from({"model_type": config.model.family, **fields})
     tensor = mesh_shape(dataclasses.asdict(config.mesh), devices)[AXES.index("tensor")]
-    model_config = model_config.padded(
-        math.lcm(VOCABULARY_MULTIPLE, tensor, config.rollout.tensor or 1)
-    )
+    multiple = math.lcm(VOCABULARY_MULTIPLE, tensor, config.rollout.tensor or 1)
+    model_config = model_config.padded(multiple)
     if len(tokenizer) > model_config.vocab_size:
         raise ValueError(
             f"the tokenizer {config.tokenizer or config.model.path!r} has {len(tokenizer)} tokens, "
@@ -139,7 +140,12 @@ def resolve_config(config: Config, devices: int) -> ResolvedConfig:
         )
     lora = adapter(config, model_config)
     models = initialize.make_models(
-        model_config, terms, config.model, lora, unembed=bool(config.rewards)
+        model_config,
+        terms,
+        config.model,
+        lora,
+        unembed=bool(config.rewards),
+        reference=_reference_config(config, tokenizer, model_config, multiple),
     )
     kind = data_kind(terms)
     if kind == "rollout" and not config.rewards:
@@ -192,6 +198,47 @@ def _check_reference(config: Config, terms: Sequence[Term]) -> None:
         )
 
 
+def _reference_config(
+    config: Config, tokenizer: Any, policy: ModelConfig, multiple: int
+) -> ModelConfig | None:
+    """Read what the reference is, where it has a checkpoint of its own.
+
+    Raises:
+        ValueError: it moves and is no model of the policy's kind, its vocabulary or positions are
+            too few, or it has another tokenizer.
+    """
+    path = config.reference.path
+    if not path:
+        return None
+    found = hf.load_config(path).padded(multiple)
+    if config.reference.sync_every_steps:
+        if found.sizes != policy.sizes or found.family != policy.family:
+            raise ValueError(
+                f"config.reference.path = {path!r} is a {found.family} of {found.sizes}, the "
+                f"policy a {policy.family} of {policy.sizes}: a reference that moves with the "
+                "policy (reference.sync_every_steps) is a model of its kind"
+            )
+        return None
+    for name, needed, has in (
+        ("tokens in its vocabulary", len(tokenizer), found.vocab_size),
+        ("positions", config.max_length, found.max_positions),
+    ):
+        if has < needed:
+            raise ValueError(
+                f"config.reference.path = {path!r} has {has} {name}; this run needs {needed}"
+            )
+    folder = hf.locate(path)
+    if any(os.path.exists(os.path.join(folder, file)) for file in TOKENIZER_FILES):
+        theirs, ours = load_tokenizer(folder).get_vocab(), tokenizer.get_vocab()
+        if other := sorted(token for token in ours if theirs.get(token) != ours[token]):
+            raise ValueError(
+                f"config.reference.path = {path!r} has another tokenizer: {len(other)} of the "
+                f"policy's {len(ours)} tokens differ, {other[0]!r} among them; the reference sees "
+                "the policy's token ids"
+            )
+    return found
+
+
 def make_step_spec(config: Config, resolved: ResolvedConfig, total_steps: int) -> StepSpec:
     """Put together what the steps are compiled from."""
     models, schedule = resolved.models, optim.make_schedule(config.optimizer, total_steps)
@@ -202,6 +249,7 @@ def make_step_spec(config: Config, resolved: ResolvedConfig, total_steps: int) -
         resolved.terms,
         optimizer,
         schedule,
+        other=models.other,
         microbatches=config.microbatches,
         seed=config.seed,
         value_head=config.model.value_head,
@@ -347,7 +395,7 @@ def prepare(config: Config, workdir: str) -> Run:
             # one that moves is a policy of an earlier step, with its adapter
             reference=resolved.models.policy
             if config.reference.sync_every_steps
-            else resolved.models.base,
+            else resolved.models.other or resolved.models.base,
             mesh=mesh,
             load_model=weights.load_model,
             export=functools.partial(weights.save_policy, resolved.models.policy),

@@ -152,7 +152,7 @@ def load_frozen(spec: StepSpec, specs: StateSpecs, config: Config) -> Tree:
         frozen["base"] = load_params(spec.base, specs.base, path=config.model.path, key=key)
     if specs.reference is not None:
         path = config.reference.path
-        frozen["reference"] = load_params(spec.base, specs.reference, path=path, key=key)
+        frozen["reference"] = load_params(spec.reference, specs.reference, path=path, key=key)
     return frozen
 
 

@@ -174,7 +174,7 @@ def step_flops(
         text = forward(spec.policy, batch.text)
         policy += 3 * (text.layers + text.attention + text.head)
     in_graph = spec.wants_reference and batch.reference_token_logps is None
-    reference = forward(spec.base, batch).total if in_graph else 0.0
+    reference = forward(spec.reference, batch).total if in_graph else 0.0
     statistics = 0.0
     if spec.wants_statistics and (spec.microbatches > 1 or not train):
         statistics += once.total
@@ -182,7 +182,9 @@ def step_flops(
         statistics += once.total - once.head
     if spec.wants_statistics and batch.mismatched is not None:
         statistics += forward(spec.policy, batch.mismatched).total
-        statistics += forward(spec.base, batch.mismatched).total if spec.wants_reference else 0.0
+        statistics += (
+            forward(spec.reference, batch.mismatched).total if spec.wants_reference else 0.0
+        )
     if not train:
         return StepFlops(once.total, reference, statistics, 0.0, batch.tokens.size)
     # kernels recompute the weights from queries and keys whatever the policy

@@ -35,10 +35,12 @@ Tree = Any
 
 
 class Models(NamedTuple):
-    """The policy (with its adapter and heads) and the base alone, which is the reference."""
+    """The policy (with its adapter and heads), the base alone, and the reference where it is
+    another model than the base."""
 
     policy: Model
     base: Model
+    other: Model | None = None
 
 
 class StateSpecs(NamedTuple):
@@ -64,8 +66,9 @@ def make_models(
     lora: LoraConfig | None = None,
     *,
     unembed: bool = False,
+    reference: ModelConfig | None = None,
 ) -> Models:
-    """Build the policy and the base for these objectives.
+    """Build the models for these objectives.
 
     Args:
         config: what the model is.
@@ -74,18 +77,19 @@ def make_models(
         lora: the policy's adapter.
         unembed: keep the output head even where no term looks at log-probabilities (the policy will
             generate).
+        reference: what the reference is, where it is another model.
     """
     needs = {need for term in terms for need in term.needs}
     heads = ("score",) * ("scores" in needs) + (options.value_head,) * ("values" in needs)
     make = functools.partial(
         build,
-        config,
         compute_dtype=options.compute_dtype,
         remat=options.remat,
         attention=options.attention,
         unembed=unembed or any(term.needs != ("scores",) for term in terms),
     )
-    return Models(make(lora=lora, heads=heads), make())
+    other = None if reference is None else make(reference)
+    return Models(make(config, lora=lora, heads=heads), make(config), other)
 
 
 def make_state_specs(
@@ -126,7 +130,9 @@ def make_state_specs(
     base = abstract_params(mesh, unflatten(base_leaves), axes)
     other = None
     if with_reference and reference.path and not spec.sync_every_steps:
-        other = abstract_params(mesh, base_shapes, axes)
+        shapes = spec.reference.shapes(reference.dtype)
+        other = abstract_params(mesh, shapes, spec.reference.axes())
+        check_divisible(other)
     check_divisible(trained)
     check_divisible(base)
     if model.quantize:

@@ -54,7 +54,7 @@ class StepSpec(NamedTuple):
     """What a step is compiled from: everything static."""
 
     policy: Model  # with its adapter, if it has one
-    base: Model  # the reference: the same without adapter
+    base: Model  # the same without adapter
     terms: tuple[Term, ...]
     optimizer: optax.GradientTransformation
     schedule: Schedule  # for the metrics
@@ -66,7 +66,13 @@ class StepSpec(NamedTuple):
     value_head: str = "value"
     # of the samples that a policy gradient learns from: logits are divided by it
     temperature: float = 1.0
+    other: Model | None = None  # the reference, where it is another model than the base
     load_balancing: float = 0.0  # coefficient of a mixture of experts' auxiliary loss
+
+    @property
+    def reference(self) -> Model:
+        """What the policy is compared with: the base, or a model of its own."""
+        return self.other or self.base
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -144,6 +150,11 @@ def _unembed(
     return lambda x: logits(x) / temperature
 
 
+def _first(logits: Callable[[Any], Any], count: int) -> Callable[[Any], Any]:
+    """Return the logits of the first tokens of the vocabulary alone."""
+    return lambda x: logits(x)[..., :count]
+
+
 def forward(
     model: Model,
     params: Tree,
@@ -181,6 +192,9 @@ def forward(
     other = None
     if WHOLE.intersection(needs) and reference is not None:
         unembed = _unembed(*reference, batch, chunk, temperature)
+        both = min(model.config.vocab_size, reference[0].config.vocab_size)
+        if model.config.vocab_size != reference[0].config.vocab_size:
+            unembed = _first(unembed, both)  # of another size, compared over what they share
         other = reference[0].hidden(reference[1], *fields)[0], unembed
     outputs = blank_outputs(batch)
     if logps:
@@ -288,7 +302,7 @@ def forwards_of(spec: StepSpec, state: Tree, frozen: Tree) -> Forwards:
         return Forwards(
             spec, frozen["base"], spec.policy, merge(frozen["base"], state["reference"])
         )
-    return Forwards(spec, frozen["base"], spec.base, frozen.get("reference", frozen["base"]))
+    return Forwards(spec, frozen["base"], spec.reference, frozen.get("reference", frozen["base"]))
 
 
 # ------------------------------------------------------------------------------------- microbatches
@@ -503,5 +517,5 @@ def eval_step(spec: StepSpec, state: Tree, frozen: Tree, batch: Batch, stats: Tr
 
 def reference_step(spec: StepSpec, frozen: Tree, batch: Batch) -> jax.Array:
     """Return the reference's token log-probabilities [N, T], for the cache."""
-    model, params = spec.base, frozen.get("reference", frozen["base"])
+    model, params = spec.reference, frozen.get("reference", frozen["base"])
     return forward(model, params, batch, needs=(), chunk=spec.chunk)[0].token_logps

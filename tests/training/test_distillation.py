@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A student learns a teacher's distributions: a teacher of another size and vocabulary, offline and
+on the student's own samples."""
+
+import json
+import pathlib
+import runpy
+
+import jax
+import numpy as np
+import pytest
+
+from align_jax import train
+from align_jax.core import config as configs
+from align_jax.data.tokenizer import byte_tokenizer
+from align_jax.interop import hf
+from align_jax.models.model import build
+from align_jax.runs import setup
+
+TINY = pathlib.Path(__file__).parents[2] / "configs/tiny.py"
+TEACHER = dict(
+    model_type="qwen3",
+    vocab_size=288,  # the student has 272
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=3,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=16,
+    max_position_embeddings=256,
+    initializer_range=0.3,
+)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory):
+    """A random model of another family and size, with the student's tokenizer beside it."""
+    folder = str(tmp_path_factory.mktemp("teacher"))
+    config = hf.config_from(TEACHER)
+    model = build(config, compute_dtype="float32", remat="none", attention="xla")
+    hf.save(folder, config, model.init(jax.random.key(1)))
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def tiny(objective):
+    return runpy.run_path(str(TINY))["get_config"](objective)
+
+
+def student(teacher, **keys):
+    config = tiny("gkd")
+    config.model.config.update(num_hidden_layers=1, hidden_size=32, intermediate_size=32)
+    config.total_steps, config.batch_size, config.max_length = 8, 8, 64
+    config.eval.every_steps = 0
+    config.log.every_steps = 1
+    config.optimizer.learning_rate = 1e-2
+    config.reference.path = teacher
+    config.update_from_flattened_dict(keys)
+    return config
+
+
+def losses_of(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+def test_a_student_comes_nearer_to_a_teacher_of_another_size(teacher, tmp_path):
+    train.train(student(teacher), str(tmp_path))
+    found = losses_of(tmp_path)
+    assert np.mean(found[-3:]) < 0.9 * found[0]
+
+
+def test_on_the_students_own_samples_as_well(teacher, tmp_path):
+    config = tiny("online_gkd")
+    for key, value in student(teacher).model.config.items():
+        config.model.config[key] = value
+    config.total_steps, config.batch_size, config.max_length = 4, 8, 64
+    config.rollout.prompts, config.rollout.responses_per_prompt = 8, 1
+    config.eval.every_steps, config.log.every_steps = 0, 1
+    config.optimizer.learning_rate = 1e-2
+    config.reference.path = teacher
+    train.train(config, str(tmp_path))
+    found = losses_of(tmp_path)
+    assert len(found) == 4 and found[-1] < found[0]
+
+
+@pytest.mark.parametrize(
+    "keys, words",
+    [
+        ({"reference.mode": "cached"}, "whole distributions"),
+        ({"reference.sync_every_steps": 2}, "a model of its kind"),
+        ({"max_length": 500, "model.config.max_position_embeddings": 512}, "has 256 positions"),
+    ],
+)
+def test_a_teacher_that_does_not_fit_is_refused(teacher, keys, words):
+    with pytest.raises(ValueError, match=words):
+        setup.resolve_config(configs.read(student(teacher, **keys)), 1)
+
+
+def test_a_teacher_with_another_tokenizer_is_refused(teacher, tmp_path):
+    other = byte_tokenizer()
+    other.add_tokens(["<|new|>"])
+    config = student(teacher)
+    other.save_pretrained(tmp_path / "tokenizer")
+    config.tokenizer = str(tmp_path / "tokenizer")
+    config.model.config.vocab_size = 288
+    with pytest.raises(ValueError, match=r"another tokenizer.*'<\|new\|>'"):
+        setup.resolve_config(configs.read(config), 1)
+
+
+def test_a_student_that_is_its_teacher_has_nothing_to_learn(teacher, tmp_path):
+    config = student(teacher, **{"total_steps": 1, "model.path": teacher, "objective.beta": 0.3})
+    train.train(config, str(tmp_path))
+    np.testing.assert_allclose(losses_of(tmp_path), 0.0, atol=1e-5)
