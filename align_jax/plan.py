@@ -57,7 +57,10 @@ def for_planning(config: ConfigDict | Config) -> Config:
         model = dataclasses.replace(model, attention="splash")
     if model.config and model.path:
         model, tokenizer = dataclasses.replace(model, path=""), "byte"
-    return dataclasses.replace(config, model=model, tokenizer=tokenizer)
+    reference = config.reference
+    if reference.config:
+        reference = dataclasses.replace(reference, path="")
+    return dataclasses.replace(config, model=model, reference=reference, tokenizer=tokenizer)
 
 
 def make_run(config: Config, topology: Topology, loss_positions: int = 0) -> AbstractRun:

@@ -81,6 +81,7 @@ def shrunk(spec):
         if config.rewards:  # no reward model to load
             config.rewards = configs.ConfigDict({"length": {"target": 3}})
     config.model.path, config.tokenizer, config.data.format = "", "byte", "auto"
+    config.reference.path, config.reference.config = "", configs.ConfigDict()
     config.model.compute_dtype = "float32"
     config.data.train, config.data.eval = f"builtin:{MADE[kind]}:train?size=64", ""
     config.data.eval_fraction = 0.0

@@ -166,6 +166,10 @@ class ReferenceOptions(Checked):
     """The frozen reference that the policy is compared with."""
 
     path: str = option("", "directory or hub id; '' = the starting weights")
+    family: str = option("llama", "of config", table="align_jax.models:FAMILIES")
+    config: Mapping[str, Any] = option(
+        {}, "fields of path's config.json, with which align_jax.plan does without the checkpoint"
+    )
     dtype: str = option(
         "bfloat16", "of the frozen weights", choices=("float32", "bfloat16", "float16")
     )
@@ -184,6 +188,8 @@ class ReferenceOptions(Checked):
     mix: float = option(1.0, "the policy's share when the reference moves", low=0, high=1)
 
     def check(self) -> Iterator[str]:
+        if self.config and not self.path:
+            yield "config says what reference.path is, which is empty: name the checkpoint"
         if self.sync_every_steps and self.mode == "cached":
             yield (
                 "sync_every_steps moves the reference, which reference.mode = 'cached' has fixed; "

@@ -34,6 +34,20 @@ LLAMA_3_8B: Mapping[str, Any] = {
     "rope_theta": 500000.0,
     "rms_norm_eps": 1e-5,
 }
+# meta-llama/Llama-3.2-1B
+LLAMA_3_1B: Mapping[str, Any] = {
+    "vocab_size": 128256,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "max_position_embeddings": 131072,
+    "rope_theta": 500000.0,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+}
 # EleutherAI/pythia-6.9b-deduped and what is tuned from it
 PYTHIA_6_9B: Mapping[str, Any] = {
     "vocab_size": 50432,

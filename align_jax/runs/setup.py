@@ -207,10 +207,11 @@ def _reference_config(
         ValueError: it moves and is no model of the policy's kind, its vocabulary or positions are
             too few, or it has another tokenizer.
     """
-    path = config.reference.path
-    if not path:
+    path, known = config.reference.path, dict(config.reference.config)
+    if not path and not known:
         return None
-    found = hf.load_config(path).padded(multiple)
+    fields = {"model_type": config.reference.family, **known}
+    found = (hf.load_config(path) if path else hf.config_from(fields)).padded(multiple)
     if config.reference.sync_every_steps:
         if found.sizes != policy.sizes or found.family != policy.family:
             raise ValueError(
@@ -227,7 +228,7 @@ def _reference_config(
             raise ValueError(
                 f"config.reference.path = {path!r} has {has} {name}; this run needs {needed}"
             )
-    folder = hf.locate(path)
+    folder = hf.locate(path) if path else ""
     if any(os.path.exists(os.path.join(folder, file)) for file in TOKENIZER_FILES):
         theirs, ours = load_tokenizer(folder).get_vocab(), tokenizer.get_vocab()
         if other := sorted(token for token in ours if theirs.get(token) != ours[token]):

@@ -15,9 +15,10 @@ from align_jax.core.options import Config, MeshOptions
 from align_jax.models.lora import merge
 from align_jax.parallel.mesh import make_mesh
 from align_jax.runs import weights
-from align_jax.runs.setup import ResolvedConfig, make_state_specs, make_step_spec, resolve_config
+from align_jax.runs.setup import ResolvedConfig, make_step_spec, resolve_config
 from align_jax.storage import workdir as record
 from align_jax.storage.checkpoint import Checkpoints
+from align_jax.training.initialize import make_state_specs
 
 
 def open_checkpoints(config: Config, workdir: str) -> Checkpoints:
@@ -58,10 +59,12 @@ def restore(workdir: str, which: str = "latest") -> Trained:
     config = dataclasses.replace(
         config, mesh=MeshOptions(), checkpoint=dataclasses.replace(config.checkpoint, local="")
     )
-    resolved = resolve_config(config, jax.device_count())
+    # the reference's checkpoint, which may be gone by now, says nothing of the policy
+    alone = dataclasses.replace(config, reference=dataclasses.replace(config.reference, path=""))
+    resolved = resolve_config(alone, jax.device_count())
     mesh = make_mesh(dataclasses.asdict(config.mesh))
-    step_spec = make_step_spec(config, resolved, total_steps=1 + config.optimizer.warmup_steps)
-    specs = make_state_specs(config, resolved, step_spec, mesh)
+    step_spec = make_step_spec(alone, resolved, total_steps=1 + config.optimizer.warmup_steps)
+    specs = make_state_specs(step_spec, mesh, config.model, alone.reference, with_reference=False)
     with jax.set_mesh(mesh), open_checkpoints(config, workdir) as checkpoints:
         restored = checkpoints.restore(specs.state, which)
         if restored is None:

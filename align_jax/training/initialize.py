@@ -105,8 +105,7 @@ def make_state_specs(
         spec: what the step is compiled from.
         mesh: the mesh.
         model: its ``param_dtype``, ``freeze`` and ``quantize`` (of the base's linear maps alone).
-        reference: its ``dtype`` (of all that is frozen) and ``path``; one that moves lies in the
-            state.
+        reference: its ``dtype`` (of all that is frozen).
         with_reference: whether the reference's weights are needed (not where its log-probabilities
             are cached); None: where some objective compares with a reference.
 
@@ -122,14 +121,14 @@ def make_state_specs(
     )
     base_shapes = spec.base.shapes(reference.dtype)
     with_reference = spec.wants_reference if with_reference is None else with_reference
-    whole = with_reference and not reference.path and not spec.sync_every_steps
+    whole = with_reference and spec.other is None and not spec.sync_every_steps
     base_leaves = flatten(base_shapes)
     if not whole:  # what is trained is not needed beside itself
         base_leaves = {path: leaf for path, leaf in base_leaves.items() if path in flatten(rest)}
     trained = abstract_params(mesh, trained, axes)
     base = abstract_params(mesh, unflatten(base_leaves), axes)
     other = None
-    if with_reference and reference.path and not spec.sync_every_steps:
+    if with_reference and spec.other is not None:
         shapes = spec.reference.shapes(reference.dtype)
         other = abstract_params(mesh, shapes, spec.reference.axes())
         check_divisible(other)
