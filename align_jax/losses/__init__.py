@@ -172,7 +172,7 @@ OBJECTIVES: dict[str, Objective] = {
         "arXiv 2502.07599",
     ),
     "rpo": _pairs(
-        paired(preference.rpo),
+        paired(preference.rpo, wants_margin=True),
         "KL of σ(β d) from σ(η margin), or (β d - η margin)²",
         "arXiv 2502.00203",
     ),

@@ -93,6 +93,7 @@ class Loss(Options):
     """An objective with its options; most override ``losses`` alone."""
 
     reference: ClassVar[bool] = False  # can it compare with the reference?
+    wants_margin: ClassVar[bool] = False  # are the pairs' margins what it learns?
     mismatched: ClassVar[bool] = False  # does it need each prompt with another prompt's response?
     text: ClassVar[bool] = False  # does it learn text beside the rollout?
 

@@ -293,6 +293,7 @@ def paired(
     *,
     scale: str = "beta",
     per_token: bool = False,
+    wants_margin: bool = False,
 ) -> type[Paired]:
     """Make an objective of a paired loss: a class whose fields are its options.
 
@@ -302,6 +303,7 @@ def paired(
         kind: which options it shares with others.
         scale: the option that multiplies the rewards reported; 1 where it has none of this name.
         per_token: report log-ratios per token as rewards.
+        wants_margin: pairs without margins teach it nothing.
     """
     own = [
         (name, parameter.annotation, parameter.default)
@@ -315,6 +317,7 @@ def paired(
         "own": tuple(name for name, *_ in own),
         "scale": scale,
         "per_token": per_token,
+        "wants_margin": wants_margin,
     }
     return dataclasses.make_dataclass(
         function.__name__, own, bases=(kind,), namespace=namespace, frozen=True, kw_only=True

@@ -128,16 +128,6 @@ def resolve_config(config: Config, devices: int) -> ResolvedConfig:
             "positions of the model (max_position_embeddings)"
         )
     _check_reference(config, terms)
-    if config.reference.mode == "cached" and any(WHOLE & set(term.needs) for term in terms):
-        raise ValueError(
-            "config.reference.mode = 'cached' keeps token log-probabilities; the objective "
-            f"{config.objective.name!r} needs whole distributions of the reference; use in_graph"
-        )
-    if config.reference.mode == "cached" and any(term.objective.mismatched for term in terms):
-        raise ValueError(
-            "config.reference.mode = 'cached' does not hold the mismatched pairs of the objective "
-            f"{config.objective.name!r}; use in_graph, or kto_zero"
-        )
     lora = adapter(config, model_config)
     models = initialize.make_models(
         model_config,
@@ -180,6 +170,16 @@ def _check_reference(config: Config, terms: Sequence[Term]) -> None:
         raise ValueError(
             "config.reference.mode = 'cached' computes the reference's log-probabilities of a "
             "fixed data set once; an online run trains on new samples: use in_graph"
+        )
+    if r.mode == "cached" and any(WHOLE & set(term.needs) for term in terms):
+        raise ValueError(
+            "config.reference.mode = 'cached' keeps token log-probabilities; the objective "
+            f"{name!r} needs whole distributions of the reference; use in_graph"
+        )
+    if r.mode == "cached" and any(term.objective.mismatched for term in terms):
+        raise ValueError(
+            "config.reference.mode = 'cached' does not hold the mismatched pairs of the objective "
+            f"{name!r}; use in_graph, or kto_zero"
         )
     wants = any(term.reference or term.rollout.get("kl_coef") for term in terms)
     for key in ("path", "sync_every_steps"):
@@ -310,11 +310,23 @@ def read_data(config: Config, resolved: ResolvedConfig) -> tuple[Examples, Examp
         chat=bool(resolved.tokenizer.chat_template),
     )
     examples = load(d.train.split(","), weights=d.weights)
+    _check_margins(resolved.terms, examples)
     if held_out := d.eval or (synthetic.eval_split(d.train) if d.eval_fraction else ""):
         return examples, load(held_out.split(","), limit=config.eval.max_examples or None)
     return datasets.hold_out(
         examples, d.eval_fraction, most=config.eval.max_examples, seed=config.seed
     )
+
+
+def _check_margins(terms: Sequence[Term], examples: Examples) -> None:
+    """Refuse pairs without margins for an objective whose target they are."""
+    wanting = [term.name for term in terms if term.loss.wants_margin]
+    if wanting and not any(example.margin for example in examples.items):
+        raise ValueError(
+            f"objective {wanting[0]!r} learns by how much the chosen answer is better: none of the "
+            f"{len(examples)} pairs has a margin; name its column, such as "
+            '--config.data.columns=\'{"margin": "score_gap"}\''
+        )
 
 
 def make_text(config: Config, resolved: ResolvedConfig, mesh: Mesh) -> Pipeline | None:

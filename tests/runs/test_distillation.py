@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A student learns a teacher's distributions: a teacher of another size and vocabulary, offline and
-on the student's own samples."""
+"""Objectives that ask more of a run than a frozen copy and pairs: a teacher of another size and
+vocabulary, offline and on the student's own samples; margins."""
 
 import json
 import pathlib
@@ -112,3 +112,10 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(teacher, tmp_path):
     config = student(teacher, **{"total_steps": 1, "model.path": teacher, "objective.beta": 0.3})
     train.train(config, str(tmp_path))
     np.testing.assert_allclose(losses_of(tmp_path), 0.0, atol=1e-5)
+
+
+def test_an_objective_of_margins_refuses_pairs_without(tmp_path):
+    config = tiny("rpo")
+    config.data.train += "?size=16"
+    with pytest.raises(ValueError, match=r"none of the \d+ pairs has a margin"):
+        setup.prepare(configs.read(config), str(tmp_path))
