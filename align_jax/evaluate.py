@@ -29,7 +29,7 @@ from align_jax.data.tokenizer import load_tokenizer
 from align_jax.evals import EVALS
 from align_jax.evals.policy import EvaluatedPolicy
 from align_jax.evals.win_rate import Compare, by_judge, by_rewards
-from align_jax.inference.engines import Client
+from align_jax.inference.client import Client
 from align_jax.online.rewards import WeightedRewards, from_json, resolve
 from align_jax.parallel import distributed
 from align_jax.parallel.mesh import make_mesh
@@ -138,6 +138,7 @@ def define_flags() -> None:
         "judge", "", "OpenAI-compatible server that compares answers (its key in OPENAI_API_KEY)."
     )
     flags.DEFINE_string("judge_model", "", "The judge's name on that server.")
+    flags.DEFINE_bool("allow_http", False, "--judge may be plain http to another host.")
     flags.DEFINE_string("json", "", "File for the results.")
     flags.DEFINE_integer("limit", 0, "Rows of each source; 0 = all.", 0)
     flags.DEFINE_integer("batch_size", 16, "Groups at once.", 1)
@@ -162,7 +163,10 @@ def main(argv: Sequence[str]) -> None:
     rewards = None
     if values.rewards:
         rewards = resolve(from_json(values.rewards), load_model=load_model)
-    compare = by_judge(Client(values.judge), values.judge_model) if values.judge else None
+    compare = None
+    if values.judge:
+        client = Client(values.judge, allow_http=values.allow_http)
+        compare = by_judge(client, values.judge_model)
     if values.workdir:
         policy = run_policy(values.workdir, values.step, values.reference)
     else:

@@ -252,6 +252,7 @@ def define_flags() -> None:
         "url", "", "OpenAI-compatible server that serves --model; nothing is loaded here."
     )
     flags.DEFINE_string("prompts", "", "Data source: path, glob, tfds:..., hf:..., builtin:...")
+    flags.DEFINE_bool("allow_http", False, "--url may be plain http to another host.")
     flags.DEFINE_string("output", "", "File of JSON lines.")
     flags.DEFINE_bool("chat", False, "Talk instead of reading prompts.")
     flags.DEFINE_integer("samples_per_prompt", 1, "Completions of each prompt.", 1)
@@ -287,7 +288,8 @@ def main(argv: Sequence[str]) -> None:
     max_length = values.max_length or None
     if values.url:
         tokenizer = load_tokenizer(values.model, chat_template=template)
-        server = engines.Server(ServerOptions(values.url, values.model), tokenizer)
+        options = ServerOptions(values.url, values.model, allow_http=values.allow_http)
+        server = engines.Server(options, tokenizer)
         policy = SamplingPolicy(server, tokenizer, values.model)
     elif values.workdir:
         policy = load_run(values.workdir, rows=rows, which=values.step, max_length=max_length)

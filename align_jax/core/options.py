@@ -15,6 +15,8 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from align_jax.core.address import server_address
+
 
 def option(
     default: Any,
@@ -435,9 +437,24 @@ class ServerOptions(Checked):
     key_variable: str = option(
         "OPENAI_API_KEY", "environment variable with the API key; '' or unset: none is sent"
     )
-    timeout_seconds: float = option(600.0, "for one answer", unit="seconds", above=0)
+    timeout_seconds: float = option(
+        600.0, "for one whole answer", unit="seconds", above=0, high=86400
+    )
+    allow_http: bool = option(
+        False, "take plain http to another host: only where the network between is trusted"
+    )
 
     def check(self) -> Iterator[str]:
+        if self.url:
+            try:
+                server_address(self.url, allow_http=self.allow_http)
+            except ValueError as error:
+                yield f"url: {error}"
+        if self.key_variable and not self.key_variable.isidentifier():
+            yield (
+                "key_variable: expected the name of an environment variable, such as "
+                "OPENAI_API_KEY, not the key itself"
+            )
         if self.url and not self.model:
             yield "model is empty: name the model that the server serves"
 

@@ -16,7 +16,7 @@ from align_jax.core.options import RolloutOptions
 from align_jax.data.datasets import Examples
 from align_jax.evals.generation import ONE_SAMPLE, sample
 from align_jax.evals.policy import EvaluatedPolicy, standard_error
-from align_jax.inference.engines import Client
+from align_jax.inference.client import Client
 from align_jax.online.rewards import WeightedRewards
 from align_jax.online.sampling import columns, prompt_text
 

@@ -9,12 +9,9 @@ weights.
 from __future__ import annotations
 
 import concurrent.futures
-import json
-import os
+import math
 import pathlib
-import time
-import urllib.error
-import urllib.request
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
@@ -23,17 +20,20 @@ from transformers import PreTrainedTokenizerBase
 
 from align_jax.core.choose import choose
 from align_jax.core.options import ServerOptions
+from align_jax.inference.client import RETRY_SECONDS, Client
 from align_jax.inference.generate import (
     Completion,
     Generator,
     Request,
     before_stop,
     completion_text,
+    stop_tokens,
 )
 from align_jax.models.model import Params
 
 _TOKEN_PREFIX = "token_id:"  # how vLLM writes tokens under return_tokens_as_token_ids
-_RETRY_SECONDS = (1.0, 5.0, 20.0)
+_POSITIVE = 1e-3  # nats: a log-probability of 0, rounded
+_BASE_BYTES, _TOKEN_BYTES = 1 << 20, 1 << 10  # of an answer: at all, and for each token
 
 
 def _push_vllm(folder: str) -> tuple[str, dict[str, Any]]:
@@ -107,76 +107,96 @@ class Local:
         self._params = None
 
 
-class Client:
-    """A small client of an OpenAI-compatible server.
+def ordered_choices(request: Request, answer: Any) -> list[Mapping[str, Any]]:
+    """Return the choices of an answer by their index.
+
+    Raises:
+        ValueError: not as many as were asked for, each once, or for another prompt.
+    """
+    choices = answer.get("choices") if isinstance(answer, dict) else None
+    if not isinstance(choices, list) or not all(isinstance(one, dict) for one in choices):
+        raise ValueError("expected an object with choices, a list of objects")
+    if len(choices) != request.samples:
+        raise ValueError(f"gave {len(choices)} completions for a request of {request.samples}")
+    indices = [one.get("index") for one in choices]
+    if any(type(index) is not int for index in indices) or set(indices) != set(range(len(choices))):
+        raise ValueError(f"expected choices with index 0 to {len(choices) - 1}, got {indices}")
+    usage = answer.get("usage")
+    taken = usage.get("prompt_tokens") if isinstance(usage, dict) else None
+    if taken is not None and taken != len(request.prompt):
+        raise ValueError(f"took a prompt of {len(request.prompt)} tokens for one of {taken}")
+    return sorted(choices, key=lambda one: one["index"])
+
+
+def read_choice(
+    request: Request, choice: Mapping[str, Any], vocabulary: int
+) -> tuple[list[int], list[float], str]:
+    """Return a completion's token ids, their log-probabilities (nats) and how it finished.
 
     Args:
-        url: of the server, up to and without ``/v1``.
-        key_variable: environment variable with the API key; "" or unset: none is sent.
-        timeout_seconds: for one answer.
-        retry_seconds: waits before each new try after a network error or a status of 429 or 5xx.
+        request: what was asked.
+        choice: what a server that knows ``return_tokens_as_token_ids`` gave.
+        vocabulary: token ids are below it.
+
+    Raises:
+        ValueError: a completion that cannot be one of the request's.
     """
+    echoed = choice.get("prompt_token_ids")
+    if echoed is not None and echoed != list(request.prompt):
+        raise ValueError("its prompt_token_ids are not the prompt that was sent")
+    logprobs = choice.get("logprobs")
+    logprobs = logprobs if isinstance(logprobs, dict) else {}
+    tokens, logps = logprobs.get("tokens"), logprobs.get("token_logprobs")
+    if not isinstance(tokens, list) or not isinstance(logps, list) or not tokens:
+        raise ValueError(
+            "expected logprobs with tokens and token_logprobs of at least one token; expected a "
+            "server that knows logprobs and return_tokens_as_token_ids, such as vLLM"
+        )
+    ids = [_token_id(token, vocabulary) for token in tokens]
+    if len(ids) > request.max_new_tokens:
+        raise ValueError(f"gave {len(ids)} tokens for max_tokens = {request.max_new_tokens}")
+    if len(logps) != len(ids):
+        raise ValueError(f"gave {len(logps)} log-probabilities for {len(ids)} tokens")
+    for i, logp in enumerate(logps):
+        number = isinstance(logp, (int, float)) and not isinstance(logp, bool)
+        if not number or not -math.inf < logp <= _POSITIVE:
+            raise ValueError(f"token_logprobs[{i}]: expected a number below 0, got {logp!r}")
+    finish = choice.get("finish_reason")
+    if finish not in ("stop", "length"):
+        raise ValueError(f"finish_reason: expected 'stop' or 'length', got {finish!r}")
+    return ids, logps, finish
 
-    def __init__(
-        self,
-        url: str,
-        *,
-        key_variable: str = "OPENAI_API_KEY",
-        timeout_seconds: float = 600.0,
-        retry_seconds: Sequence[float] = _RETRY_SECONDS,
-    ) -> None:
-        self.url = url.rstrip("/").removesuffix("/v1")
-        self._timeout, self._retries = timeout_seconds, tuple(retry_seconds)
-        key = os.environ.get(key_variable, "") if key_variable else ""
-        self._headers = {"Content-Type": "application/json"}
-        if key:
-            self._headers["Authorization"] = f"Bearer {key}"
 
-    def post(self, route: str, body: Mapping[str, Any]) -> Any:
-        """Post JSON and return the JSON of the answer (None for an empty one).
-
-        Raises:
-            ConnectionError: no answer, or an error that retrying did not mend; the server's words
-                are quoted.
-        """
-        request = urllib.request.Request(self.url + route, json.dumps(body).encode(), self._headers)
-        for wait in (*self._retries, None):
-            try:
-                with urllib.request.urlopen(request, timeout=self._timeout) as answer:
-                    text = answer.read()
-                    return json.loads(text) if text else None
-            except urllib.error.HTTPError as error:
-                problem = f"{error.code} {error.read()[:300].decode(errors='replace')}"
-                if error.code != 429 and error.code < 500:
-                    break
-            except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
-                problem = str(error)
-            if wait is not None:
-                time.sleep(wait)
-        raise ConnectionError(f"POST {self.url}{route}: {problem}")
-
-    def chat(self, model: str, messages: Sequence[Mapping[str, str]], **options: Any) -> str:
-        """Return the text of one chat completion."""
-        body = {"model": model, "messages": list(messages), **options}
-        return self.post("/v1/chat/completions", body)["choices"][0]["message"]["content"]
+def _token_id(token: Any, vocabulary: int) -> int:
+    found = re.fullmatch(rf"{_TOKEN_PREFIX}([0-9]{{1,9}})", token) if type(token) is str else None
+    if found is None:
+        raise ValueError(
+            f"gave {token!r}, no token id; expected a server that knows "
+            "return_tokens_as_token_ids, such as vLLM"
+        )
+    if int(found[1]) >= vocabulary:
+        raise ValueError(f"gave token id {found[1]}; the model has {vocabulary}: another model?")
+    return int(found[1])
 
 
 class Server:
     """Generation by an OpenAI-compatible server that takes and gives token ids (vLLM on TPU or
     GPU).
 
-    The log-probabilities are the server's, of the model's own distribution (vLLM's
-    ``raw_logprobs``); those of the distribution after temperature and filters are not told and come
-    as NaN.
+    Every setting of the sampling is sent, neutral ones too: what is absent a server fills from the
+    model's ``generation_config.json``.  The log-probabilities are the server's, of the model's own
+    distribution (vLLM's ``raw_logprobs``); those of the distribution after temperature and filters
+    are not told and come as NaN.
 
     Args:
         options: where it is and what it serves.
         tokenizer: the model's.
         export: writes parameters to a folder as a Hugging Face checkpoint, for `update`.
+        vocabulary: the model's token ids; 0 = the tokenizer's.
         retry_seconds: as `Client` takes them.
 
     Raises:
-        ValueError: an unknown kind of server.
+        ValueError: an unknown kind of server, or as `Client`.
     """
 
     def __init__(
@@ -185,7 +205,8 @@ class Server:
         tokenizer: PreTrainedTokenizerBase,
         *,
         export: Callable[[str, Params], None] | None = None,
-        retry_seconds: Sequence[float] = _RETRY_SECONDS,
+        vocabulary: int = 0,
+        retry_seconds: Sequence[float] = RETRY_SECONDS,
     ) -> None:
         self._push = choose(PUSHES, options.push, "config.rollout.server.push")
         self._client = Client(
@@ -193,8 +214,11 @@ class Server:
             key_variable=options.key_variable,
             timeout_seconds=options.timeout_seconds,
             retry_seconds=retry_seconds,
+            allow_http=options.allow_http,
         )
         self._options, self._tokenizer, self._export = options, tokenizer, export
+        self._vocabulary = vocabulary or len(tokenizer)
+        self._stop_ids = stop_tokens(tokenizer)
 
     def __call__(
         self, requests: Sequence[Request], report: Report | None = None
@@ -203,7 +227,7 @@ class Server:
 
         Raises:
             ConnectionError: as `Client.post`.
-            ValueError: an answer without token ids, or with fewer completions than asked for.
+            ValueError: an answer that is not what was asked for.
         """
         found = []
         with concurrent.futures.ThreadPoolExecutor(self._options.concurrency) as pool:
@@ -222,41 +246,41 @@ class Server:
             "max_tokens": request.max_new_tokens,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
+            "top_k": sampling.top_k or -1,  # SGLang and older vLLM refuse 0
+            "min_p": sampling.min_p,
+            "repetition_penalty": sampling.repetition_penalty,
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
+            "stop": list(request.stop),
+            "stop_token_ids": list(self._stop_ids),
             "seed": request.seed,
             "logprobs": 1,
             "return_tokens_as_token_ids": True,
         }
-        optional = {"top_k": sampling.top_k, "min_p": sampling.min_p, "stop": list(request.stop)}
-        body |= {name: value for name, value in optional.items() if value}
-        if sampling.repetition_penalty != 1.0:
-            body["repetition_penalty"] = sampling.repetition_penalty
-        choices = sorted(
-            self._client.post("/v1/completions", body)["choices"], key=lambda one: one["index"]
-        )
-        if len(choices) != request.samples:
+        most = _BASE_BYTES + _TOKEN_BYTES * request.samples * request.max_new_tokens
+        answer = self._client.post("/v1/completions", body, most=most)
+        try:
+            read = [
+                read_choice(request, choice, self._vocabulary)
+                for choice in ordered_choices(request, answer)
+            ]
+        except ValueError as error:
             raise ValueError(
-                f"{self._client.url} gave {len(choices)} completions for a request of "
-                f"{request.samples}"
-            )
-        return [self._read(request, choice) for choice in choices]
+                f"{self._client.url}: {error}; the answer begins {self._client.excerpt(answer)}"
+            ) from None
+        return [self._completion(request, *one) for one in read]
 
-    def _read(self, request: Request, choice: Mapping[str, Any]) -> Completion:
-        logprobs = choice.get("logprobs") or {}
-        tokens = logprobs.get("tokens") or []
-        if not tokens or not all(token.startswith(_TOKEN_PREFIX) for token in tokens):
-            raise ValueError(
-                f"{self._client.url} gave no token ids ({tokens[:3]}); expected a server that "
-                "knows return_tokens_as_token_ids, such as vLLM"
-            )
-        ids = np.array([int(token.removeprefix(_TOKEN_PREFIX)) for token in tokens], np.int32)
-        text = completion_text(self._tokenizer, request.prompt, ids.tolist())
+    def _completion(
+        self, request: Request, ids: list[int], logps: list[float], finish: str
+    ) -> Completion:
+        text = completion_text(self._tokenizer, request.prompt, ids)
         stopped = before_stop(text, request.stop)
         return Completion(
-            ids,
-            np.array(logprobs["token_logprobs"], np.float32),
+            np.array(ids, np.int32),
+            np.array(logps, np.float32),
             np.full(len(ids), np.nan, np.float32),
             text if stopped is None else stopped,
-            "stop" if choice["finish_reason"] == "stop" else "length",
+            finish,
         )
 
     def update(self, params: Params) -> None:
@@ -273,7 +297,13 @@ class Server:
             )
         folder = str(pathlib.Path(self._options.weights).absolute())
         self._export(folder, params)
-        self._client.post(*self._push(folder))
+        route, body = self._push(folder)
+        answer = self._client.post(route, body)
+        if isinstance(answer, dict) and answer.get("success") is False:  # SGLang's
+            raise ConnectionError(
+                f"{self._client.url}{route} did not take the weights: "
+                f"{self._client.excerpt(answer)}"
+            )
 
     def release(self) -> None:
         """Do nothing: the server's weights are its own."""

@@ -34,7 +34,7 @@ from jaxtyping import Float
 from align_jax.core.choose import choose
 from align_jax.core.schema import Example
 from align_jax.data.tokenizer import load_tokenizer
-from align_jax.inference.engines import Client
+from align_jax.inference.client import Client
 from align_jax.inference.score import RewardModel
 from align_jax.models.model import LoadedModel
 

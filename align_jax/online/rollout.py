@@ -552,7 +552,9 @@ def make_rollouts(
         )
     longest = max(prompts.longest, 0 if others is None else others.longest)
     if rollouts.options.server.url:
-        engine: Engine = Server(rollouts.options.server, tokenizer, export=export)
+        engine: Engine = Server(
+            rollouts.options.server, tokenizer, export=export, vocabulary=policy.config.vocab_size
+        )
     else:
         where = generation_mesh(rollouts, policy, mesh)
         generator = make_generator(rollouts, policy, tokenizer, where, config.max_length, longest)

@@ -16,7 +16,7 @@ from align_jax.data.tokenizer import load_tokenizer
 from align_jax.evals import EVALS
 from align_jax.evals.policy import EvaluatedPolicy
 from align_jax.evals.win_rate import by_judge, by_rewards, tally
-from align_jax.inference.engines import Client
+from align_jax.inference.client import Client
 from align_jax.online import rewards
 from align_jax.parallel.mesh import make_mesh
 from align_jax.runs.weights import load_model

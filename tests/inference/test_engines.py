@@ -3,14 +3,17 @@
 
 import http.server
 import json
+import math
 import threading
 
 import numpy as np
 import pytest
 
+from align_jax.core import config as configs
 from align_jax.core.options import ServerOptions
 from align_jax.data.tokenizer import load_tokenizer
-from align_jax.inference.engines import Client, Server
+from align_jax.inference.client import Client
+from align_jax.inference.engines import Server
 from align_jax.inference.generate import Request
 from align_jax.inference.samplers import Sampling
 
@@ -101,8 +104,109 @@ def test_completions_come_back_as_tokens_with_log_probabilities(server):
         "logprobs": 1,
         "return_tokens_as_token_ids": True,
         "top_k": 3,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
         "stop": ["C"],
+        "stop_token_ids": [load_tokenizer("byte").eos_token_id],
     }
+
+
+def test_neutral_settings_are_sent_too_since_a_server_fills_what_is_absent(server):
+    server.seen.append(None)
+    make(server)([Request((65,), sampling=Sampling())])
+    sent = server.seen[-1][1]
+    neutral = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "stop": []}
+    assert sent | neutral | {"repetition_penalty": 1.0, "max_tokens": 256} == sent
+
+
+def good(i=0, **logprobs):
+    told = {"tokens": ["token_id:66", "token_id:67"], "token_logprobs": [-0.5, -0.0], **logprobs}
+    return {"index": i, "text": "?", "finish_reason": "stop", "logprobs": told}
+
+
+# what the server answers to a request of two completions, and what is said of it
+ANSWERS = {
+    "no object": ([], "an object with choices"),
+    "choices of texts": ({"choices": ["a", "b"]}, "a list of objects"),
+    "one too few": ({"choices": [good()]}, "1 completions for a request of 2"),
+    "one too many": ({"choices": [good(i) for i in range(3)]}, "3 completions for a request of 2"),
+    "twice the same": ({"choices": [good(), good()]}, r"index 0 to 1, got \[0, 0\]"),
+    "no index": ({"choices": [good(), good(None)]}, r"index 0 to 1, got \[0, None\]"),
+    "another prompt": (
+        {"choices": [good(0) | {"prompt_token_ids": [1, 65]}, good(1)]},
+        "not the prompt that was sent",
+    ),
+    "a longer prompt": (
+        {"choices": [good(0), good(1)], "usage": {"prompt_tokens": 2}},
+        "a prompt of 1 tokens for one of 2",
+    ),
+    "no logprobs": ({"choices": [good(0) | {"logprobs": None}, good(1)]}, "at least one token"),
+    "no tokens": ({"choices": [good(0, tokens=[], token_logprobs=[]), good(1)]}, "at least one"),
+    "text": ({"choices": [good(0, tokens=["a", "b"]), good(1)]}, "'a', no token id"),
+    "negative id": ({"choices": [good(0, tokens=["token_id:-1"] * 2), good(1)]}, "no token id"),
+    "another vocabulary": (
+        {"choices": [good(0, tokens=["token_id:66", "token_id:5000"]), good(1)]},
+        "token id 5000; the model has",
+    ),
+    "too long": (
+        {"choices": [good(0, tokens=["token_id:1"] * 9, token_logprobs=[-1.0] * 9), good(1)]},
+        "9 tokens for max_tokens = 4",
+    ),
+    "too few logprobs": ({"choices": [good(0, token_logprobs=[-1.0]), good(1)]}, "1 log-prob"),
+    "logprob null": ({"choices": [good(0, token_logprobs=[None, -1.0]), good(1)]}, "got None"),
+    "logprob nan": ({"choices": [good(0, token_logprobs=[math.nan, -1.0]), good(1)]}, "got nan"),
+    "logprob -inf": ({"choices": [good(0, token_logprobs=[-math.inf, 0]), good(1)]}, "got -inf"),
+    "logprob above 0": ({"choices": [good(0, token_logprobs=[-1.0, 0.5]), good(1)]}, r"\[1\].*0.5"),
+    "logprob text": ({"choices": [good(0, token_logprobs=["-1", -1.0]), good(1)]}, "got '-1'"),
+    "aborted": ({"choices": [good(0) | {"finish_reason": "abort"}, good(1)]}, "got 'abort'"),
+    "unfinished": ({"choices": [good(0) | {"finish_reason": None}, good(1)]}, "got None"),
+}
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_an_answer_that_was_not_asked_for_is_refused(server, monkeypatch, name):
+    answer, message = ANSWERS[name]
+    engine = make(server)
+    monkeypatch.setattr(Client, "post", lambda self, route, body, most: answer)
+    with pytest.raises(ValueError, match=rf"http://127.0.0.1:\d*: .*{message}.*; the answer beg"):
+        engine([Request((65,), samples=2, max_new_tokens=4)])
+
+
+def test_an_answer_with_all_that_servers_add_is_taken(server, monkeypatch):
+    answer = {
+        "choices": [good(i) | {"prompt_token_ids": [65]} for i in (1, 0)],
+        "usage": {"prompt_tokens": 1},
+    }
+    engine = make(server)
+    monkeypatch.setattr(Client, "post", lambda self, route, body, most: answer)
+    ((first, second),) = engine([Request((65,), samples=2, max_new_tokens=2)])
+    assert first.tokens.tolist() == second.tokens.tolist() == [66, 67]
+
+
+def test_a_server_that_did_not_take_the_weights_is_named(server, monkeypatch, tmp_path):
+    engine = make(server, weights=str(tmp_path), export=lambda *args: None, push="sglang")
+    answer = {"success": False, "message": "no such folder"}
+    monkeypatch.setattr(Client, "post", lambda self, route, body: answer)
+    with pytest.raises(ConnectionError, match="did not take the weights.*no such folder"):
+        engine.update({})
+
+
+@pytest.mark.parametrize(
+    "given,message",
+    [
+        ({"url": "http://gpu7:8000/v1"}, "server.url: 'http://gpu7:8000/v1' is plain http.*allow_"),
+        ({"url": "https://a:hunter2@b.c"}, "server.url: expected an address without user"),
+        ({"key_variable": "sk-hunter2"}, "server.key_variable: .* not the key itself"),
+    ],
+)
+def test_the_config_names_an_address_or_a_key_that_may_not_be(given, message):
+    config = configs.defaults()
+    config.rollout.server.update({"model": "m", **given})
+    with pytest.raises(ValueError, match=message) as caught:
+        configs.read(config)
+    assert "hunter2" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
