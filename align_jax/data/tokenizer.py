@@ -4,11 +4,14 @@ code."""
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import os
+import re
 from typing import Any
 
 import jinja2
+import jinja2.meta
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -44,7 +47,7 @@ BYTE_TEMPLATE = (
     "}}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 CONFIG, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
-MODELS = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+VOCABULARY = r"tokenizer\.|vocab|merges|.*\.(model|spm)$"  # files that may hold one
 _END_NAMES = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>")
 
 
@@ -57,6 +60,15 @@ def _is_templates(value: Any) -> bool:
 
 
 SPECIALS = ("bos_token", "eos_token", "pad_token", "unk_token")
+GIVEN = (  # what a chat template may read
+    "messages",
+    "tools",
+    "documents",
+    "add_generation_prompt",
+    "raise_exception",
+    "strftime_now",
+    *SPECIALS,
+)
 FIELDS = (  # of tokenizer_config.json
     Kind("text, an object with 'content', or null", _is_token, SPECIALS),
     Kind("a number above 0, or null", or_null(is_above_zero), ("model_max_length",)),
@@ -154,9 +166,30 @@ def _check_template(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
             raise ValueError(
                 f"{where}:{error.lineno}: no Jinja template: {error.message}"
             ) from error
-        # what it makes of conversations, and what it raises at some, is looked at row by row
-        except Exception:
-            continue
+        except Exception:  # what it makes of conversations is looked at row by row
+            pass
+        _check_names(template, where)
+
+
+def _check_names(template: str, where: str) -> None:
+    """Refuse a template with a name that it is not given and that is nearly one that it is: Jinja
+    writes nothing for a name that there is not.
+
+    Raises:
+        ValueError: with both names.
+    """
+    try:
+        syntax = jinja2.Environment(extensions=["jinja2.ext.loopcontrols"]).parse(template)
+        names = jinja2.meta.find_undeclared_variables(syntax)
+    except jinja2.TemplateSyntaxError:
+        return  # of transformers' own tags
+    for name in names - set(GIVEN):
+        # "message" and "tool" may be names of loops that have ended
+        if close := difflib.get_close_matches(name, GIVEN, n=1, cutoff=0.85):
+            if f"{name}s" != close[0]:
+                raise ValueError(
+                    f"{where}: the template reads {name!r}; did you mean {close[0]!r}?"
+                )
 
 
 def _load(path: str) -> PreTrainedTokenizerBase:
@@ -167,9 +200,10 @@ def _load(path: str) -> PreTrainedTokenizerBase:
         return _from_file(path)
     if os.path.exists(zipped):
         return _from_file(zipped)
-    if os.path.isdir(path) and not any(os.path.exists(os.path.join(path, one)) for one in MODELS):
+    if os.path.isdir(path) and not has_tokenizer(path):
         raise ValueError(
-            f"tokenizer {path!r}: the folder has no {MODELS[0]}; name another by config.tokenizer"
+            f"tokenizer {path!r}: the folder has no tokenizer.json; name another by "
+            "config.tokenizer"
         )
     if os.path.exists(file := os.path.join(path, CONFIG)):
         _read_config(file)
@@ -188,6 +222,11 @@ def _load(path: str) -> PreTrainedTokenizerBase:
             f"tokenizer {path!r}: expected 'byte', a directory, a tokenizer.json or a hub id: "
             f"{_said(error)}"
         ) from error
+
+
+def has_tokenizer(folder: str) -> bool:
+    """Tell whether a model's folder has files of a tokenizer."""
+    return any(re.match(VOCABULARY, one) for one in os.listdir(folder))
 
 
 def _said(error: Exception) -> str:

@@ -26,7 +26,7 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from jax.typing import DTypeLike
 
 from align_jax.core.choose import choose
-from align_jax.core.files import json_kind, read_json
+from align_jax.core.files import json_kind, looks_like, read_json
 from align_jax.core.tree import flatten, unflatten
 from align_jax.interop import tensor_files
 from align_jax.interop.streaming import read_parameter
@@ -90,6 +90,11 @@ def locate(path: str, file: str = "") -> str:
     """
     if os.path.isdir(path):
         return path
+    if os.path.isfile(path):
+        raise FileNotFoundError(
+            f"{path!r} is a file ({looks_like(path)}): expected the folder of a model, with "
+            "config.json and safetensors"
+        )
     if path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise FileNotFoundError(f"no model folder at {path!r} (nor is that a hub id, owner/name)")
     import huggingface_hub  # here, because importing it is slow and most runs are local
@@ -116,6 +121,8 @@ def load_config(path: str) -> ModelConfig:
     if not os.path.exists(file):
         raise FileNotFoundError(f"no model in {path!r}: there is no {file}{_instead(path)}")
     found = read_json(file)
+    if "config" in found and "versions" in found:
+        raise ValueError(f"{file}: expected a model's, got a run's{_of_a_run(path)}")
     try:
         return config_from(found)
     except ValueError as error:
@@ -128,7 +135,14 @@ def _instead(folder: str) -> str:
         return (
             "; it holds a PEFT adapter: that is config.model.lora.path, its base config.model.path"
         )
-    return ""
+    steps = os.path.abspath(folder)
+    if os.path.exists(os.path.join(folder, "state")):  # WORKDIR/checkpoints/120
+        return _of_a_run(os.path.dirname(os.path.dirname(steps)))
+    return tensor_files.others(folder)
+
+
+def _of_a_run(workdir: str) -> str:
+    return f": python -m align_jax.export --workdir={workdir} --output=DIR makes a model of it"
 
 
 # ---------------------------------------------------------------------------------- tensor maps

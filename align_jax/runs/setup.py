@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import os
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -25,8 +24,7 @@ from align_jax.data import datasets, pipeline, synthetic
 from align_jax.data.datasets import Examples
 from align_jax.data.layout import BatchSizes
 from align_jax.data.pipeline import Pipeline
-from align_jax.data.tokenizer import MODELS as TOKENIZER_FILES
-from align_jax.data.tokenizer import load_tokenizer
+from align_jax.data.tokenizer import has_tokenizer, load_tokenizer
 from align_jax.interop import hf, peft
 from align_jax.losses.logprobs import WHOLE
 from align_jax.losses.objective import Term, data_kind
@@ -228,8 +226,7 @@ def _reference_config(
             raise ValueError(
                 f"config.reference.path = {path!r} has {has} {name}; this run needs {needed}"
             )
-    folder = hf.locate(path) if path else ""
-    if any(os.path.exists(os.path.join(folder, file)) for file in TOKENIZER_FILES):
+    if path and has_tokenizer(folder := hf.locate(path)):
         theirs, ours = load_tokenizer(folder).get_vocab(), tokenizer.get_vocab()
         if other := sorted(token for token in ours if theirs.get(token) != ours[token]):
             raise ValueError(

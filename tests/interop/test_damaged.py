@@ -112,6 +112,7 @@ CASES = [  # file, what becomes of its bytes (None: it is taken away), what is s
     (CONFIG, b"[1, 2]", "expected a JSON object, got a list of 2"),
     (CONFIG, cut, r":\d+: malformed JSON"),
     (CONFIG, None, "there is no"),
+    (CONFIG, b'{"config": {}, "versions": {}}', "got a run's: .*export --workdir="),
     (CONFIG, without("model_type"), "model_type: expected one of gemma, .* got null"),
     (CONFIG, fields(model_type=["llama"]), "model_type: expected one of .* got a list of 1"),
     (CONFIG, fields(hidden_size="64"), "hidden_size: expected a positive integer, got '64'"),
@@ -199,7 +200,9 @@ CASES = [  # file, what becomes of its bytes (None: it is taken away), what is s
     (TEMPLATE, b"", "expected a Jinja template, got an empty file"),
     (TEMPLATE, POINTER, "git-lfs pointer"),
     (TEMPLATE, b"a\n{% for x in y %}", ":2: no Jinja template: .*'endfor'"),
-    (TEMPLATE, b"{{ iessages }}", "the chat template"),
+    (TEMPLATE, b"{{ iessages }}", "the template reads 'iessages'; did you mean 'messages'"),
+    (TEMPLATE, b"{{ bos_toke }}{{ messages }}", "did you mean 'bos_token'"),
+    (TEMPLATE, b"{{ messages.x.y }}", "the chat template"),
     ("generation_config.json", cut, "malformed JSON"),
     ("generation_config.json", b'{"eos_token_id": "x"}', "eos_token_id: expected a token's id"),
     (ADAPTER, POINTER, "git-lfs pointer"),
@@ -296,6 +299,23 @@ def test_pickled_weights_are_named_with_what_makes_safetensors_of_them(sound, tm
     (tmp_path / "pytorch_model.bin").write_bytes(b"PK\x03\x04")
     with pytest.raises(FileNotFoundError, match="pytorch_model.bin .*save_pretrained"):
         hf.load(str(tmp_path))
+
+
+def test_a_path_that_is_no_models_folder_is_told_what_it_is(sound, tmp_path):
+    for path, message in (
+        (sound / SHARD, "is a file .a safetensors file.: expected the folder"),
+        (tmp_path / "adapter", "holds a PEFT adapter: that is config.model.lora.path"),
+        (tmp_path / "checkpoints/7", "export --workdir=.* makes a model of it"),
+        (tmp_path / "gguf", "w.gguf beside it is not read"),
+    ):
+        if not path.exists():
+            (path / "state" if path.name == "7" else path).mkdir(parents=True)
+        if path.name == "adapter":
+            shutil.copy(sound / ADAPTER, path)
+        if path.name == "gguf":
+            (path / "w.gguf").write_bytes(b"GGUF")
+        with pytest.raises(FileNotFoundError, match=message):
+            hf.load(str(path))
 
 
 def test_an_export_replaces_what_lay_there(tmp_path):
