@@ -105,7 +105,7 @@ def messages(value: Any, what: str) -> tuple[Message, ...]:
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
             value = json.loads(value)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise RowError(f"{what}: a text that begins like JSON, but is none") from error
     if isinstance(value, Mapping):
         value = [value]
@@ -141,7 +141,7 @@ def _function_call(content: Any, what: str) -> dict[str, Any]:
     """Read ShareGPT's turn that calls a function: its name and arguments as JSON."""
     try:
         call = json.loads(content)
-    except (TypeError, json.JSONDecodeError):
+    except (TypeError, ValueError, RecursionError):
         call = None
     if not isinstance(call, Mapping) or not isinstance(call.get("name"), str):
         raise RowError(f"{what}: a function_call turn is no JSON with name and arguments")
@@ -218,7 +218,7 @@ def _template(row: Row) -> dict[str, Any]:
         if isinstance(value, str) and name != "enable_thinking":
             try:
                 value = json.loads(value)
-            except json.JSONDecodeError as error:
+            except (ValueError, RecursionError) as error:
                 raise RowError(f"{name}: a text that is no JSON") from error
         if name == "chat_template_kwargs" and value:
             if not isinstance(value, Mapping):

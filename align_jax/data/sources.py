@@ -154,6 +154,8 @@ def _whole_document(path: str, data: bytes) -> Any:
         raise ValueError(
             f"{path}:{error.lineno}: malformed JSON: {error.msg} (column {error.colno})"
         ) from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; deep nesting
+        raise ValueError(f"{path}: malformed JSON: {error}") from error
 
 
 def _rows_of_document(path: str, value: Any) -> Source:
@@ -199,7 +201,7 @@ def _open_json_lines(path: str, data: bytes) -> Source:
         number, line = numbered[index]
         try:
             row = json.loads(line)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(
                 f"{path}:{number}: malformed JSON: {error}; the line begins {line[:60]!r}"
             ) from error

@@ -241,6 +241,9 @@ def _find_fault(folder: str) -> None:
     """
     if os.path.exists(file := os.path.join(folder, "tokenizer.json")):
         _read_backend(file)
+    for name in ("vocab.json", "merges.txt", "vocab.txt"):
+        if os.path.exists(file := os.path.join(folder, name)):
+            _ = read_json(file) if name.endswith(".json") else read_text(file)
     if os.path.exists(file := os.path.join(folder, "config.json")):  # it is asked for the class
         read_json(file)
         try:

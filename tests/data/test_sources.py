@@ -90,6 +90,13 @@ def test_a_glob_is_one_source_in_the_order_of_names(tmp_path):
     assert source.where(3) == f"{tmp_path}/b.jsonl:1"
 
 
+@pytest.mark.parametrize("value", ["[" * 100_000, "9" * 5000], ids=["deep", "long"])
+def test_a_line_that_no_reader_takes_is_named(tmp_path, value):
+    source = sources.open_source(write(tmp_path / "a.jsonl", f'{{"a": 1}}\n{{"a": {value}}}'))
+    with pytest.raises(ValueError, match=r"a\.jsonl:2: malformed JSON"):
+        source[1]
+
+
 def test_a_change_of_the_file_changes_its_digest(tmp_path):
     first = sources.open_source(write(tmp_path / "a.jsonl", lines(ROWS))).digest
     assert sources.open_source(write(tmp_path / "a.jsonl", lines(ROWS[:4]))).digest != first
@@ -120,6 +127,8 @@ MISTAKES = [
     (holding("p.jsonl.gz", b"version https://git-lfs"), ValueError, "gz: not a whole.*git-lfs"),
     (holding("h.jsonl", b"<!DOCTYPE html><html>"), ValueError, r"h\.jsonl: expected rows .* HTML"),
     (holding("z.jsonl", gzip.compress(b"{}")), ValueError, r"got gzip data .*ends in \.gz"),
+    (holding("d.json", b"[" * 100_000), ValueError, r"d\.json: malformed JSON"),
+    (holding("i.json", b"[" + b"9" * 5000 + b"]"), ValueError, r"i\.json: malformed JSON"),
     (holding("n.json", bytes(600)), ValueError, "nothing but zero bytes"),
     (
         holding("f.jsonl.gz", gzip.compress(b"{}")[:-9] + b"\x07" * 9),
