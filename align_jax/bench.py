@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import pathlib
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -333,6 +332,7 @@ def table(rows: Mapping[str, Mapping[str, Any]], base: str) -> str:
 def main(argv: Sequence[str]) -> None:
     """Run from the command line."""
     options = flags.FLAGS
+    written = command.output_path("json")
     name = options.preset or DEFAULT.get(jax.default_backend(), "llama_1b_dpo")
     preset = choose(PRESETS, name, "--preset")
     if options.batch_size:
@@ -349,8 +349,8 @@ def main(argv: Sequence[str]) -> None:
         f"{preset.max_length} tokens"
     )
     print(table(rows, names[0]))
-    if options.json:
-        pathlib.Path(options.json).write_text(
+    if written is not None:
+        written.write_text(
             json.dumps(
                 {"preset": name, "devices": devices, "jax": jax.__version__, "variants": rows},
                 indent=2,
@@ -363,8 +363,8 @@ if __name__ == "__main__":
     flags.DEFINE_list(
         "variants", [], "Variants of the step, the first one the base; by default the preset's."
     )
-    flags.DEFINE_integer("batch_size", 0, "Pairs in a step; 0 = the preset's.")
-    flags.DEFINE_integer("rounds", 5, "Turns of each variant; the median counts.")
-    flags.DEFINE_integer("steps", 3, "Optimizer steps in a turn.")
+    flags.DEFINE_integer("batch_size", 0, "Pairs in a step; 0 = the preset's.", 0)
+    flags.DEFINE_integer("rounds", 5, "Turns of each variant; the median counts.", 1)
+    flags.DEFINE_integer("steps", 3, "Optimizer steps in a turn.", 1)
     flags.DEFINE_string("json", "", "Write the measurements to this file.")
     command.run(main)

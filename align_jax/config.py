@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
-import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -123,9 +122,9 @@ def main(groups: Sequence[str]) -> None:
     """Run from the command line."""
     config = configs.defaults() if flags.FLAGS.config is None else flags.FLAGS.config
     found = select(keys(config), groups)
-    if flags.FLAGS.json:
+    if (written := command.output_path("json")) is not None:
         rows = [key._asdict() for key in found]
-        pathlib.Path(flags.FLAGS.json).write_text(json.dumps(rows, indent=1, default=_plain) + "\n")
+        written.write_text(json.dumps(rows, indent=1, default=_plain) + "\n")
     else:
         print(table(found))
 

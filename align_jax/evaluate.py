@@ -16,7 +16,6 @@ A run's reference is what it was trained against; a model's is what ``--referenc
 from __future__ import annotations
 
 import json
-import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,6 +29,7 @@ from align_jax.evals import EVALS
 from align_jax.evals.policy import EvaluatedPolicy
 from align_jax.evals.win_rate import Compare, by_judge, by_rewards
 from align_jax.inference.client import Client
+from align_jax.inference.samplers import Sampling
 from align_jax.online.rewards import WeightedRewards, from_json, resolve
 from align_jax.parallel import distributed
 from align_jax.parallel.mesh import make_mesh
@@ -38,8 +38,13 @@ from align_jax.runs import trained as trained_runs
 from align_jax.runs.weights import load_model
 
 
-def model_policy(path: str, reference: str = "", dtype: str = "float32") -> EvaluatedPolicy:
-    """Return a checkpoint as the policy, another as its reference."""
+def model_policy(path: str, reference: str = "", dtype: str = "") -> EvaluatedPolicy:
+    """Return a checkpoint as the policy, another as its reference.
+
+    Args:
+        path, reference: directories or hub ids; "" = no reference.
+        dtype: of weights and activations; "" as ``runs.weights.load_model`` has it.
+    """
     mesh = make_mesh({"fsdp": -1})
     loaded = load_model(path, mesh=mesh, compute_dtype=dtype)
     other = load_model(reference, mesh=mesh, compute_dtype=dtype) if reference else None
@@ -72,6 +77,7 @@ def evaluate(
     compare: Compare | None = None,
     limit: int | None = None,
     options: Mapping[str, Mapping[str, Any]] | None = None,
+    data: DataOptions | None = None,
 ) -> dict[str, dict[str, float]]:
     """Run evaluations.
 
@@ -82,6 +88,7 @@ def evaluate(
         compare: for win rates.
         limit: at most so many rows of each source.
         options: evaluation -> its keyword arguments.
+        data: how rows are read; None: as by default.
 
     Returns:
         ``name=source`` -> metric -> number.
@@ -89,12 +96,9 @@ def evaluate(
     Raises:
         ValueError: an unknown evaluation, a missing source, or no rewards where they are needed.
     """
-    found = {}
-    for item in wanted:
-        name, _, source = item.partition("=")
-        row = choose(EVALS, name, "--eval")
-        if not source:
-            raise ValueError(f"--eval={item}: expected NAME=SOURCE, such as {name}=data.jsonl")
+    found, data = {}, data or DataOptions()
+    for item, (name, source) in ((item, named_source(item)) for item in wanted):
+        row = EVALS[name]
         takes: list[Any] = []
         if row.takes == "compare" and compare is not None:
             takes = [compare]
@@ -104,10 +108,23 @@ def evaluate(
                 raise ValueError(f"{name} needs --rewards{also}")
             takes = [by_rewards(rewards) if row.takes == "compare" else rewards]
         examples = datasets.load(
-            source, row.kind, DataOptions(), chat=bool(policy.tokenizer.chat_template), limit=limit
+            source, row.kind, data, chat=bool(policy.tokenizer.chat_template), limit=limit
         )
         found[item] = row.fn(policy, examples, *takes, **(options or {}).get(name, {}))
     return found
+
+
+def named_source(item: str) -> tuple[str, str]:
+    """Divide NAME=SOURCE.
+
+    Raises:
+        ValueError: an unknown evaluation, or no source.
+    """
+    name, _, source = item.partition("=")
+    choose(EVALS, name, "--eval")
+    if not source:
+        raise ValueError(f"--eval={item}: expected NAME=SOURCE, such as {name}=data.jsonl")
+    return name, source
 
 
 def table(results: Mapping[str, Mapping[str, float]]) -> str:
@@ -132,7 +149,7 @@ def define_flags() -> None:
     flags.DEFINE_string("workdir", "", "Folder of a training run.")
     flags.DEFINE_string("step", "latest", "Checkpoint of the run: latest, best or a step.")
     flags.DEFINE_string("reference", "", "Checkpoint to compare with.")
-    flags.DEFINE_multi_string("eval", [], "NAME=SOURCE; may be repeated. " + ", ".join(EVALS))
+    flags.DEFINE_multi_string("eval", [], "NAME=SOURCE, NAME one of " + ", ".join(EVALS))
     flags.DEFINE_string("rewards", "", "As config.rewards: JSON, or a file of it.")
     flags.DEFINE_string(
         "judge", "", "OpenAI-compatible server that compares answers (its key in OPENAI_API_KEY)."
@@ -142,23 +159,56 @@ def define_flags() -> None:
     flags.DEFINE_string("json", "", "File for the results.")
     flags.DEFINE_integer("limit", 0, "Rows of each source; 0 = all.", 0)
     flags.DEFINE_integer("batch_size", 16, "Groups at once.", 1)
-    flags.DEFINE_integer("max_length", 1024, "Tokens of prompt and response.", 1)
+    flags.DEFINE_integer(
+        "max_length", 1024, "Tokens of prompt and response; the model's positions, if fewer.", 1
+    )
     flags.DEFINE_integer("samples_per_prompt", 1, "generation: completions of each prompt.", 1)
     flags.DEFINE_integer("max_new_tokens", 128, "generation, win_rate: tokens of a completion.", 1)
-    flags.DEFINE_float("temperature", 1.0, "generation, win_rate: 0 is greedy.")
-    flags.DEFINE_float("top_p", 1.0, "generation, win_rate.")
-    flags.DEFINE_integer("seed", 0, "generation, win_rate: of the samples.")
-    flags.DEFINE_float("beta", 0.1, "preference: of implicit rewards.")
-    flags.DEFINE_string("dtype", "float32", "Of weights and activations (--model).")
+    flags.DEFINE_float(
+        "temperature", Sampling().temperature, "generation, win_rate: 0 is greedy.", 0
+    )
+    flags.DEFINE_float("top_p", 1.0, "generation, win_rate.", 0, 1)
+    flags.DEFINE_integer("seed", 0, "generation, win_rate: of the samples.", 0, 2**31)
+    flags.DEFINE_float("beta", 0.1, "preference: of implicit rewards.", 0)
+    command.define_dtype("Of weights and activations (--model)")
 
 
-def main(argv: Sequence[str]) -> None:
-    """Run from the command line."""
+def check_flags() -> None:
+    """Refuse flags that do not go together.
+
+    Raises:
+        Usage: with what to give instead.
+        ValueError: as ``named_source``, or sampling settings out of range.
+    """
     values = flags.FLAGS
     if bool(values.model) == bool(values.workdir):
         raise command.Usage("give one of --model and --workdir")
     if not values.eval:
         raise command.Usage(f"give at least one --eval=NAME=SOURCE; known: {', '.join(EVALS)}")
+    names = {named_source(item)[0] for item in values.eval}
+    command.belong(("dtype",), "--model", bool(values.model))
+    command.belong(("step",), "--workdir", bool(values.workdir))
+    command.belong(("judge_model",), "--judge", bool(values.judge))
+    command.belong(("judge",), "--eval=win_rate", "win_rate" in names)
+    command.belong(("samples_per_prompt",), "--eval=generation", "generation" in names)
+    command.belong(("beta",), "--eval=preference", "preference" in names)
+    drawn = ("rewards", "max_new_tokens", "temperature", "top_p", "seed")
+    sampling = names & {"generation", "win_rate"}
+    command.belong(drawn, "--eval=generation and --eval=win_rate", bool(sampling))
+    scored = names & {"preference", "perplexity"}
+    command.belong(("batch_size",), "--eval=preference and --eval=perplexity", bool(scored))
+    if "generation" in names and not values.rewards:
+        raise command.Usage("--eval=generation needs --rewards")
+    if "win_rate" in names and not (values.rewards or values.judge):
+        raise command.Usage("--eval=win_rate needs --rewards or --judge")
+    Sampling(values.temperature, top_p=values.top_p)
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run from the command line."""
+    values = flags.FLAGS
+    check_flags()
+    written = command.output_path("json")
     distributed.start()
     rewards = None
     if values.rewards:
@@ -170,7 +220,7 @@ def main(argv: Sequence[str]) -> None:
     if values.workdir:
         policy = run_policy(values.workdir, values.step, values.reference)
     else:
-        policy = model_policy(values.model, values.reference, values.dtype)
+        policy = model_policy(values.model, values.reference, values.dtype or "")
     scored = {"batch_size": values.batch_size, "max_length": values.max_length}
     drawn = RolloutOptions(
         responses_per_prompt=values.samples_per_prompt,
@@ -194,10 +244,8 @@ def main(argv: Sequence[str]) -> None:
         },
     )
     print(table(results))
-    if values.json:
-        pathlib.Path(values.json).write_text(
-            json.dumps({"policy": policy.name, "results": results}, indent=1) + "\n"
-        )
+    if written is not None:
+        written.write_text(json.dumps({"policy": policy.name, "results": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

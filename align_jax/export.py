@@ -82,6 +82,9 @@ def main(argv: Sequence[str]) -> None:
     values = flags.FLAGS
     if bool(values.workdir) == bool(values.model):
         raise command.Usage("give one of --workdir and --model")
+    command.belong(("step", "adapter"), "--workdir", bool(values.workdir))
+    command.belong(("dtype",), "a whole checkpoint, not to --adapter", not values.adapter)
+    command.output_path("output", folder=True)
     distributed.start()
     if values.model:
         export_model(values.model, values.output, dtype=values.dtype)
@@ -99,8 +102,11 @@ if __name__ == "__main__":
     flags.DEFINE_string("model", None, "Hugging Face checkpoint to pass through instead of a run.")
     flags.DEFINE_string("output", None, "Folder to write.", required=True)
     flags.DEFINE_string("step", "latest", "Checkpoint of the run: latest, best or a step.")
-    flags.DEFINE_string(
-        "dtype", None, "Type of the stored tensors; default: as the starting checkpoint's."
+    flags.DEFINE_enum(
+        "dtype",
+        None,
+        ["float32", "bfloat16", "float16"],
+        "Type of the stored tensors; default: as the starting checkpoint's.",
     )
     flags.DEFINE_bool(
         "adapter", False, "Write the low-rank adapter in PEFT's form instead of merging it."

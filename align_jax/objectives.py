@@ -7,7 +7,6 @@ python -m align_jax.objectives [NAME ...] [--json=FILE]
 from __future__ import annotations
 
 import json
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -58,11 +57,10 @@ def text(table: Sequence[dict[str, Any]]) -> str:
 
 def main(names: Sequence[str]) -> None:
     """Run from the command line."""
-    table = rows(names)
+    table, written = rows(names), command.output_path("json")
     print(text(table))
-    if flags.FLAGS.json:
-        written = json.dumps(table, indent=1, ensure_ascii=False) + "\n"
-        pathlib.Path(flags.FLAGS.json).write_text(written)
+    if written is not None:
+        written.write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -155,19 +154,20 @@ def print_search(run: AbstractRun, count: int) -> list[dict[str, Any]]:
 def main(argv: Sequence[str]) -> None:
     """Run from the command line."""
     options = flags.FLAGS
+    written, plot = command.output_path("json"), command.output_path("plot")
     config = for_planning(options.config)
     found, rows = [], []
-    for name in options.topology:
-        run = make_run(config, describe_topology(name), options.loss_positions)
+    for topology in [describe_topology(name) for name in options.topology]:
+        run = make_run(config, topology, options.loss_positions)
         estimates, row = examine(run, options.programs)
         if options.search:
             row["search"] = print_search(run, options.search)
         found += estimates
         rows.append(row)
-    if options.json:
-        pathlib.Path(options.json).write_text(json.dumps(rows, indent=2))
-    if options.plot:
-        pathlib.Path(options.plot).write_text(bars(found))
+    if written is not None:
+        written.write_text(json.dumps(rows, indent=2))
+    if plot is not None:
+        plot.write_text(bars(found))
 
 
 if __name__ == "__main__":
@@ -177,10 +177,13 @@ if __name__ == "__main__":
     flags.DEFINE_multi_string("topology", None, "CHIP:AxB or CHIP:AxBxC; 2*v5e:8x8 is two slices.")
     flags.DEFINE_list("programs", [], "Only these, such as train,eval; none = all.")
     flags.DEFINE_integer(
-        "search", 0, "Try other meshes, microbatches and remat policies: compile so many."
+        "search", 0, "Try other meshes, microbatches and remat policies: compile so many.", 0
     )
     flags.DEFINE_integer(
-        "loss_positions", 0, "Loss tokens of a row at most; 0 = what data.max_prompt_length leaves."
+        "loss_positions",
+        0,
+        "Loss tokens of a row at most; 0 = what data.max_prompt_length leaves.",
+        0,
     )
     flags.DEFINE_string("json", None, "Write the estimates to this file.")
     flags.DEFINE_string("plot", None, "Draw the HBM by kind as an SVG file.")

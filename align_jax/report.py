@@ -259,7 +259,8 @@ def main(workdirs: Sequence[str]) -> None:
     """Run from the command line."""
     values = flags.FLAGS
     if not workdirs:
-        raise command.Usage("name the --workdir of at least one run")
+        raise command.Usage("name the workdir of a run, or of several")
+    command.output_path("output", folder=True)
     path = write(
         [read_run(workdir) for workdir in workdirs],
         values.output,

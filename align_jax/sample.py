@@ -4,7 +4,7 @@
     python -m align_jax.sample (--model=HF_DIR | --workdir=DIR) --prompts=FILE_OR_SOURCE
     --output=FILE.jsonl
         [--samples_per_prompt=4 --temperature=0.7 --top_p=0.95 --max_new_tokens=256 --seed=0]
-    python -m align_jax.sample (--model=HF_DIR | --workdir=DIR) --chat
+    python -m align_jax.sample (--model=HF_DIR | --workdir=DIR) --chat [--temperature=0.7]
 
 A line of the output holds HALOs' fields (prompt, output, generator, dataset, prompt_id, sample_id,
 type), the prompt's own columns, and how it was sampled; ``align_jax.label`` makes feedback of it.
@@ -25,12 +25,13 @@ from absl import flags
 from transformers import PreTrainedTokenizerBase
 
 from align_jax.core.options import DataOptions, ServerOptions
-from align_jax.core.schema import Example
+from align_jax.core.schema import Example, Message
 from align_jax.data import chat, datasets
 from align_jax.data.tokenizer import load_tokenizer
 from align_jax.inference import engines
 from align_jax.inference.generate import Completion, Generator, Request, stop_tokens
 from align_jax.inference.samplers import Sampling
+from align_jax.interop import hf
 from align_jax.parallel import distributed
 from align_jax.parallel.mesh import make_mesh, row_shards
 from align_jax.runs import command
@@ -39,11 +40,21 @@ from align_jax.runs.weights import load_model
 
 
 class SamplingPolicy(NamedTuple):
-    """A policy to sample from: an engine, its tokenizer, and its name in the records."""
+    """A policy to sample from.
+
+    Attributes:
+        engine: what answers.
+        tokenizer: its tokenizer.
+        name: in the records.
+        max_length: tokens of a prompt with its completion; 0: only a server knows.
+        strings: what a prompt is that is a mere text, as ``config.data.strings`` has it.
+    """
 
     engine: engines.Engine
     tokenizer: PreTrainedTokenizerBase
     name: str
+    max_length: int = 0
+    strings: str = "plain"
 
 
 def load_checkpoint(
@@ -51,7 +62,7 @@ def load_checkpoint(
     *,
     rows: int,
     max_length: int | None = None,
-    compute_dtype: str = "bfloat16",
+    compute_dtype: str = "",
     chat_template: str | None = None,
 ) -> SamplingPolicy:
     """Load a Hugging Face checkpoint over all devices, for generation.
@@ -60,9 +71,10 @@ def load_checkpoint(
         path: directory or hub id.
         rows: completions decoded together; rounded up to what the devices divide.
         max_length: tokens of a prompt with its completion; None: the model's positions.
-        compute_dtype: of weights and activations.
+        compute_dtype: of weights and activations; "" as ``runs.weights.load_model`` has it.
         chat_template: replaces the tokenizer's own.
     """
+    limit = max_length or hf.load_config(path).max_positions
     tokenizer, mesh = load_tokenizer(path, chat_template=chat_template), make_mesh({"fsdp": -1})
     model, params = load_model(path, mesh=mesh, compute_dtype=compute_dtype)
     generator = Generator(
@@ -70,10 +82,10 @@ def load_checkpoint(
         tokenizer,
         rows=round_up(rows, row_shards(mesh)),
         mesh=mesh,
-        max_length=max_length,
+        max_length=limit,
         stop_ids=stop_tokens(tokenizer, path),
     )
-    return SamplingPolicy(engines.Local(generator, params), tokenizer, path)
+    return SamplingPolicy(engines.Local(generator, params), tokenizer, path, limit)
 
 
 def load_run(
@@ -89,15 +101,29 @@ def load_run(
     """
     trained = trained_runs.restore(workdir, which)
     tokenizer = trained.resolved.tokenizer
+    limit = max_length or trained.resolved.model_config.max_positions
     generator = Generator(
         trained.resolved.models.policy,
         tokenizer,
         mesh=trained.mesh,
         rows=round_up(rows, row_shards(trained.mesh)),
-        max_length=max_length,
+        max_length=limit,
     )
-    engine = engines.Local(generator, trained.params)
-    return SamplingPolicy(engine, tokenizer, f"{workdir}@{trained.step}")
+    engine, name = engines.Local(generator, trained.params), f"{workdir}@{trained.step}"
+    return SamplingPolicy(engine, tokenizer, name, limit, trained.config.data.strings)
+
+
+def check_room(policy: SamplingPolicy, request: Request) -> None:
+    """Refuse completions that can never fit.
+
+    Raises:
+        ValueError: more new tokens than the model has positions.
+    """
+    if 0 < policy.max_length <= request.max_new_tokens:
+        raise ValueError(
+            f"--max_new_tokens={request.max_new_tokens}: expected at most {policy.max_length - 1}: "
+            f"{policy.name} has room for {policy.max_length} tokens, prompt and completion together"
+        )
 
 
 def round_up(rows: int, multiple: int) -> int:
@@ -177,11 +203,20 @@ def sample_file(
 
     Returns:
         Records written now.
+
+    Raises:
+        ValueError: as ``check_room``, ``datasets.load`` and ``count_records``.
     """
+    check_room(policy, request)
     tokenizer, samples = policy.tokenizer, request.samples
-    examples = datasets.load(
-        prompts, "prompts", DataOptions(), chat=bool(tokenizer.chat_template), limit=limit
-    )
+    options, chatty = DataOptions(strings=policy.strings), bool(tokenizer.chat_template)
+    examples = datasets.load(prompts, "prompts", options, chat=chatty, limit=limit)
+    if chatty and show and isinstance(examples[0].prompt, str):
+        print(
+            f"{prompts}: the prompts are texts, which the model continues; --strings=messages "
+            "makes each a user's turn of the chat template",
+            file=sys.stderr,
+        )
     settings = dataclasses.asdict(request.sampling) | {
         "samples_per_prompt": samples,
         "max_new_tokens": request.max_new_tokens,
@@ -189,6 +224,7 @@ def sample_file(
         "stop": list(request.stop),
         "generator": policy.name,
         "prompts": prompts,
+        "strings": policy.strings,
     }
     path = pathlib.Path(output)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -217,30 +253,85 @@ def sample_file(
     return written
 
 
+COMMANDS = "/quit or Ctrl-D leaves; /reset begins anew; /system WORDS also sets the system turn"
+
+
 def converse(
     policy: SamplingPolicy,
     request: Request,
     *,
     ask: Callable[[str], str] = input,
-    say: Callable[[str], None] = print,
+    write: Callable[[str], Any] = sys.stdout.write,
 ) -> None:
-    """Talk with a model until an empty line or the end of input; without a chat template it
-    continues the text."""
-    turns: list[dict[str, str]] = []
+    """Talk with a model until /quit or the end of input; answers are written as they come.
+
+    Without a chat template the model continues the text so far, the user's and its own.
+    """
+    tokenizer, name = policy.tokenizer, policy.name
+    check_room(policy, request)
+    turns: list[Message] = []
+    write(f"{name}: {COMMANDS}\n")
+    if not tokenizer.chat_template:
+        write("There is no chat template: the model continues the text.\n")
     while True:
         try:
             words = ask("> ")
         except EOFError:
+            write("\n")
             return
-        if not words:
+        command, _, rest = words.strip().partition(" ")
+        if command == "/quit":
             return
-        turns.append({"role": "user", "content": words})
-        prompt = tuple(turns) if policy.tokenizer.chat_template else words
-        ids = chat.encode(Example(prompt, (), source="the conversation"), policy.tokenizer).prompt
-        seed = request.seed + len(turns)
-        [[answer]] = policy.engine([dataclasses.replace(request, prompt=tuple(ids), seed=seed)])
-        say(answer.text)
-        turns.append({"role": "assistant", "content": answer.text})
+        if command == "/system" and rest and tokenizer.chat_template:
+            turns = [{"role": "system", "content": rest}]
+        elif command == "/reset":
+            turns = []
+        elif command.startswith("/"):
+            write(f"{command}: {COMMANDS}\n")
+        elif command:
+            asked = [*turns, {"role": "user", "content": words}]
+            try:
+                answer = _answer(policy, request, asked, write)
+            except ValueError as error:  # no room is left, or the template refuses the turns
+                write(f"{error}; /reset begins anew\n")
+            else:
+                turns = [*asked, {"role": "assistant", "content": answer}]
+
+
+def _answer(
+    policy: SamplingPolicy, request: Request, turns: list[Message], write: Callable[[str], Any]
+) -> str:
+    """Write a conversation's next answer as it comes, and return it."""
+    prompt = tuple(turns) if policy.tokenizer.chat_template else text_of(turns)
+    ids = chat.encode(Example(prompt, (), source="the conversation"), policy.tokenizer).prompt
+    asked = dataclasses.replace(request, prompt=tuple(ids), seed=request.seed + len(turns))
+    written = ""
+    for one in policy.engine.stream(asked):
+        ready = settled(one.text, request.stop)
+        if ready.startswith(written) and ready != written:
+            write(ready[len(written) :])
+            written = ready
+    rest = one.text.removeprefix(written)
+    write(f"{rest}\n" if one.text.startswith(written) else f"\n{one.text}\n")
+    return one.text
+
+
+def text_of(turns: Sequence[Message]) -> str:
+    """Join turns as one text, for a model without a chat template."""
+    return "\n".join(turn["content"] for turn in turns)
+
+
+def settled(text: str, stop: Sequence[str]) -> str:
+    """Return what of a text stays whatever tokens follow.
+
+    The end of a character whose bytes are not all there, and what may begin a stop string, wait.
+
+    >>> settled("na\N{REPLACEMENT CHARACTER}", ()), settled("The end#", ("##",))
+    ('na', 'The end')
+    """
+    text = text.rstrip("\N{REPLACEMENT CHARACTER}")
+    begun = [size for one in stop for size in range(1, len(one)) if text.endswith(one[:size])]
+    return text[: len(text) - max(begun, default=0)]
 
 
 def define_flags() -> None:
@@ -253,35 +344,64 @@ def define_flags() -> None:
     )
     flags.DEFINE_string("prompts", "", "Data source: path, glob, tfds:..., hf:..., builtin:...")
     flags.DEFINE_bool("allow_http", False, "--url may be plain http to another host.")
+    flags.DEFINE_enum(
+        "strings",
+        None,
+        ["plain", "messages"],
+        "A prompt that is a mere text is continued, or is a user's turn of the chat template; "
+        "default: plain, or what the run was trained with.",
+    )
     flags.DEFINE_string("output", "", "File of JSON lines.")
-    flags.DEFINE_bool("chat", False, "Talk instead of reading prompts.")
+    flags.DEFINE_bool("chat", False, f"Talk instead of reading prompts: {COMMANDS}.")
     flags.DEFINE_integer("samples_per_prompt", 1, "Completions of each prompt.", 1)
     flags.DEFINE_integer("max_new_tokens", 256, "Tokens of a completion at most.", 1)
     flags.DEFINE_integer(
         "max_length", 0, "Tokens of prompt and completion; 0 = the model's positions.", 0
     )
-    flags.DEFINE_float("temperature", 0.7, "0 is greedy.")
-    flags.DEFINE_float("top_p", 1.0, "Nucleus; 1 = all.")
-    flags.DEFINE_integer("top_k", 0, "0 = all.")
-    flags.DEFINE_float("min_p", 0.0, "Relative to the most probable token; 0 = all.")
-    flags.DEFINE_float("repetition_penalty", 1.0, "1 = none.")
-    flags.DEFINE_multi_string("stop", [], "String that ends a completion; may be repeated.")
-    flags.DEFINE_integer("seed", 0, "Prompt number i is sampled with seed + i.")
+    flags.DEFINE_float("temperature", Sampling().temperature, "0 is greedy.", 0)
+    flags.DEFINE_float("top_p", 1.0, "Nucleus; 1 = all.", 0, 1)
+    flags.DEFINE_integer("top_k", 0, "0 = all.", 0)
+    flags.DEFINE_float("min_p", 0.0, "Relative to the most probable token; 0 = all.", 0, 1)
+    flags.DEFINE_float("repetition_penalty", 1.0, "1 = none.", 0)
+    flags.DEFINE_multi_string("stop", [], "String that ends a completion.")
+    flags.DEFINE_integer("seed", 0, "Prompt number i is sampled with seed + i.", 0, 2**31)
     flags.DEFINE_integer("rows", 64, "Completions decoded together.", 1)
     flags.DEFINE_integer("limit", 0, "Prompts at most; 0 = all.", 0)
-    flags.DEFINE_string("dtype", "bfloat16", "Of weights and activations (--model).")
+    command.define_dtype("Of weights and activations (--model)")
     flags.DEFINE_string(
         "chat_template", "", "Jinja template or file (--model); default: the tokenizer's own."
     )
 
 
-def main(argv: Sequence[str]) -> None:
-    """Run from the command line."""
+def check_flags() -> None:
+    """Refuse flags that do not go together.
+
+    Raises:
+        Usage: with what to give instead.
+    """
     values = flags.FLAGS
     if bool(values.model) == bool(values.workdir):
         raise command.Usage("give one of --model and --workdir")
     if not values.chat and not (values.prompts and values.output):
         raise command.Usage("give --prompts and --output, or --chat")
+    command.belong(("dtype",), "--model without --url", bool(values.model) and not values.url)
+    command.belong(("chat_template", "url"), "--model", bool(values.model))
+    command.belong(("allow_http",), "--url", bool(values.url))
+    command.belong(("step",), "--workdir", bool(values.workdir))
+    of_files = ("prompts", "output", "strings", "samples_per_prompt", "rows", "limit")
+    command.belong(of_files, "--prompts, not to --chat", not values.chat)
+    if values.stop and not all(values.stop):
+        raise command.Usage("--stop is empty")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run from the command line."""
+    values = flags.FLAGS
+    check_flags()
+    output = command.output_path("output")
+    sampling = Sampling(
+        values.temperature, values.top_k, values.top_p, values.min_p, values.repetition_penalty
+    )
     distributed.start()
     rows = 1 if values.chat else values.rows
     template = values.chat_template or None
@@ -298,12 +418,9 @@ def main(argv: Sequence[str]) -> None:
             values.model,
             rows=rows,
             max_length=max_length,
-            compute_dtype=values.dtype,
+            compute_dtype=values.dtype or "",
             chat_template=template,
         )
-    sampling = Sampling(
-        values.temperature, values.top_k, values.top_p, values.min_p, values.repetition_penalty
-    )
     request = Request(
         (),
         1 if values.chat else values.samples_per_prompt,
@@ -315,7 +432,8 @@ def main(argv: Sequence[str]) -> None:
     if values.chat:
         converse(policy, request)
     else:
-        sample_file(policy, values.prompts, values.output, request, limit=values.limit or None)
+        policy = policy._replace(strings=values.strings or policy.strings)
+        sample_file(policy, values.prompts, str(output), request, limit=values.limit or None)
 
 
 if __name__ == "__main__":

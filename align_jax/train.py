@@ -292,6 +292,7 @@ def summary(step: int, values: dict[str, float]) -> str:
 
 def main(argv: Sequence[str]) -> None:
     """Run from the command line."""
+    command.output_path("workdir", folder=True)
     train(flags.FLAGS.config, flags.FLAGS.workdir)
 
 

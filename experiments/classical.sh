@@ -4,6 +4,12 @@
 # over-optimization shows: the learned reward goes on rising where the true one no longer does.
 #   experiments/classical.sh MODEL_DIR STORIES.txt LEXICON.txt [FOLDER; default runs/classical] [PPO rollouts; default 60]
 set -euo pipefail
+usage() { sed -n '2,/^set /{s/^# \{0,1\}//p}' "$0"; }
+case "${1:-}" in -h|--help) usage; exit 0 ;; esac
+if [ $# -lt 3 ] || [ $# -gt 5 ]; then usage >&2; exit 2; fi
+for path in "$1" "$2" "$3"; do
+  [ -e "$path" ] || { echo "experiments/classical.sh: there is no $path" >&2; exit 2; }
+done
 model="$1" stories="$2" lexicon="$3" runs="${4:-runs/classical}" rollouts="${5:-60}"
 python="$(dirname "$0")/../.venv/bin/python"
 here="$(dirname "$0")"

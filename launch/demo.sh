@@ -1,9 +1,27 @@
 #!/usr/bin/env bash
 # From nothing to an aligned model on a CPU: install, a supervised stage, DPO from it, an export, answers before and after.
 #   launch/demo.sh [FOLDER for the runs; default runs/demo]
+# A FOLDER that is there and was not made by it is left alone; of its own, it removes what it made.
+# $DEMO_STEPS: length of the supervised stage, default 300; DPO takes a third.  $PYTHON: makes .venv, default python3.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+case "${1:-}" in
+  -h|--help) sed -n '2,/^set /{s/^# \{0,1\}//p}' "$0"; exit 0 ;;
+  -*) echo "launch/demo.sh: no option $1; --help says what there is" >&2; exit 2 ;;
+esac
+[ $# -le 1 ] || { echo "launch/demo.sh: expected one FOLDER, got $*" >&2; exit 2; }
+[ $# -eq 1 ] || cd "$(dirname "$0")/.."
 runs="${1:-runs/demo}"
+mark="$runs/.made_by_demo"
+if [ -e "$runs" ] && [ ! -e "$mark" ] && { [ ! -d "$runs" ] || [ -n "$(ls -A "$runs")" ]; }; then
+  echo "launch/demo.sh: $runs is there and was not made by this script; name a FOLDER that is new or empty" >&2
+  exit 2
+fi
+mkdir -p "$runs"
+touch "$mark"
+if [ $# -eq 1 ]; then
+  runs="$(cd "$runs" && pwd)"
+  cd "$(dirname "$0")/.."
+fi
 steps="${DEMO_STEPS:-300}" # of the supervised stage; DPO takes a third of them
 [ -x .venv/bin/python ] || "${PYTHON:-python3}" -m venv .venv
 python=.venv/bin/python
@@ -12,7 +30,7 @@ if ! $python -m pip show --quiet align_jax 2>/dev/null; then
   $python -m pip install --quiet --editable .
 fi
 export JAX_PLATFORMS=cpu
-rm -rf "$runs"
+rm -rf "$runs"/{sft,dpo}{,_hf,.jsonl}
 
 echo "== 1. Supervised fine-tuning on answers of all kinds, the rude ones too"
 $python -m align_jax.train --config=configs/tiny.py:sft --workdir="$runs/sft" --config.total_steps="$steps"

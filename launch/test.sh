@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # Install the test extra into .venv; run ruff, mypy and the whole suite, or with --quick a few telling tests of it.
 #   launch/test.sh [--quick] [pytest arguments]
+# $PYTHON: makes .venv, default python3.
 set -euo pipefail
+case "${1:-}" in -h|--help) sed -n '2,/^set /{s/^# \{0,1\}//p}' "$0"; exit 0 ;; esac
 cd "$(dirname "$0")/.."
 tests=()
 if [ "${1:-}" = --quick ]; then

@@ -4,12 +4,14 @@ the end."""
 
 import json
 
+import numpy as np
 import pytest
 
 from align_jax import label, sample
 from align_jax.core.options import DataOptions
 from align_jax.data import datasets
-from align_jax.inference.generate import Request, stop_tokens
+from align_jax.data.tokenizer import load_tokenizer
+from align_jax.inference.generate import Completion, Request, stop_tokens
 from align_jax.inference.samplers import Sampling
 from align_jax.runs.weights import load_model
 
@@ -116,20 +118,118 @@ def test_unscored_samples_and_broken_records_are_named(policy, prompts, tmp_path
         label.read_samples(str(tmp_path / "broken.jsonl"))
 
 
-def test_a_conversation_goes_on_until_an_empty_line(policy):
-    words, said = iter(["Once upon a time, ", "The end of ", ""]), []
-    sample.converse(
-        policy,
-        Request((), max_new_tokens=8, sampling=Sampling(0.0)),
-        ask=lambda _: next(words),
-        say=said.append,
-    )
-    assert len(said) == 2 and all(said)
+class Parrot:
+    """An engine that says what it was asked, a byte at a time."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.asked = tokenizer, []
+
+    def __call__(self, requests, report=None):
+        return [[*self.stream(one)][-1:] for one in requests]
+
+    def stream(self, request):
+        self.asked.append(self.tokenizer.decode(request.prompt))
+        if len(request.prompt) > 200:
+            raise ValueError("no room is left")
+        for end in range(1, 1 + len(said := "né ##".encode())):
+            text = said[:end].decode(errors="replace").partition("##")[0]
+            yield Completion(np.zeros(1, np.int32), np.zeros(1), np.zeros(1), text, "stop")
+
+    def update(self, params):
+        pass
+
+    def release(self):
+        pass
+
+
+def talk(policy, *words, **options):
+    """Return what a conversation writes, piece by piece."""
+    written, lines = [], iter(words)
+
+    def ask(_):
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    sample.converse(policy, Request((), **options), ask=ask, write=written.append)
+    return written
+
+
+def test_a_conversation_streams_whole_characters_and_keeps_its_turns():
+    tokenizer = load_tokenizer("byte")
+    policy = sample.SamplingPolicy(Parrot(tokenizer), tokenizer, "parrot", 512)
+    written = talk(policy, "Hi", "", "And?", "/reset", "Yo", "/system Be", "Oh", stop=("##",))
+    assert "/quit or Ctrl-D leaves" in written[0]
+    assert written[1:5] == ["n", "é", " ", "\n"]
+    assert "\N{REPLACEMENT CHARACTER}" not in "".join(written) and "#" not in "".join(written)
+    hi, both, anew, system = policy.engine.asked
+    assert both == f"{hi}né <|end|><|user|>And?<|end|><|assistant|>"
+    assert anew == hi.replace("Hi", "Yo") and "<|system|>Be<|end|><|user|>Oh<|end|>" in system
+
+
+def test_a_conversation_ends_with_quit_and_says_what_it_cannot_do():
+    tokenizer = load_tokenizer("byte")
+    policy = sample.SamplingPolicy(Parrot(tokenizer), tokenizer, "parrot", 512)
+    written = talk(policy, "x" * 300, "/help", "Hi", "/quit", "never")
+    assert "no room is left; /reset begins anew" in written[1] and written[2].startswith("/help: ")
+    assert len(policy.engine.asked) == 2 and "xxx" not in policy.engine.asked[1]
+
+
+def test_a_conversation_of_a_real_model_says_what_sampling_says(policy):
+    start, sampling = "Once upon a time, ", Sampling(0.0)
+    written = talk(policy, start, "Then ", max_new_tokens=8, sampling=sampling)
+    assert "continues the text" in written[1] and len(written) > 8
+    ids = tuple(policy.tokenizer(start).input_ids)
+    [[whole]] = policy.engine([Request(ids, max_new_tokens=8, sampling=sampling)])
+    assert "".join(written[2:]).startswith(whole.text + "\n")
+    drawn = Request(ids, max_new_tokens=12, sampling=SAMPLING, seed=3, stop=(" and",))
+    assert [*policy.engine.stream(drawn)][-1].text == policy.engine([drawn])[0][0].text
+
+
+def test_more_new_tokens_than_the_model_has_positions_are_refused(policy, prompts, tmp_path):
+    request = Request((), max_new_tokens=64)
+    with pytest.raises(ValueError, match="--max_new_tokens=64: expected at most 63"):
+        sample.sample_file(policy, prompts, str(tmp_path / "o.jsonl"), request)
+
+
+@pytest.mark.parametrize("strings", ["plain", "messages"])
+def test_a_text_beside_a_chat_template_is_continued_and_said_so(prompts, tmp_path, capsys, strings):
+    tokenizer = load_tokenizer("byte")
+    policy = sample.SamplingPolicy(Parrot(tokenizer), tokenizer, "parrot", 512, strings)
+    sample.sample_file(policy, prompts, str(tmp_path / "o.jsonl"), Request((), max_new_tokens=8))
+    assert ("--strings=messages" in capsys.readouterr().err) == (strings == "plain")
+    assert ("<|user|>" in policy.engine.asked[0]) == (strings == "messages")
+
+
+def test_on_a_cpu_the_default_type_is_the_checkpoints_own(testdata):
+    path = str(testdata / "models" / "TinyStories-656K")
+    assert load_model(path).params["embed"]["tokens"].dtype == "bfloat16"
+    assert sample.Sampling() == Sampling(temperature=1.0)  # evaluate's and the rollouts', too
+
+
+def test_greedy_text_is_transformers_on_24_prompts(policy, testdata, tmp_path):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    rows = json.loads((testdata / "text" / "rasbt_instruction_data.json").read_text())
+    texts = [row["instruction"] for row in rows if len(row["instruction"]) < 40]
+    texts = [text for text in texts if len(policy.tokenizer(text).input_ids) <= 16][:24]
+    assert len(texts) == 24
+    source = tmp_path / "24.jsonl"
+    source.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    request = Request((), max_new_tokens=16, sampling=Sampling(0.0))
+    sample.sample_file(policy, str(source), str(tmp_path / "o.jsonl"), request, show=False)
+    path = testdata / "models" / "TinyStories-656K"
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    for record in records(tmp_path / "o.jsonl"):
+        ids = policy.tokenizer(record["prompt"], return_tensors="pt").input_ids
+        found = theirs.generate(ids, max_new_tokens=16, do_sample=False, pad_token_id=0)[0]
+        asked, whole = (
+            policy.tokenizer.decode(one, skip_special_tokens=True) for one in (ids[0], found)
+        )
+        assert asked + record["output"] == whole
 
 
 def test_stop_tokens_are_the_ends_of_text_and_turn(policy, testdata):
     assert stop_tokens(policy.tokenizer, str(testdata / "models" / "TinyStories-656K")) == (2,)
-    from align_jax.data.tokenizer import load_tokenizer
-
     minimind = load_tokenizer(str(testdata / "tokenizers" / "minimind"))
     assert minimind.convert_tokens_to_ids("<|im_end|>") in stop_tokens(minimind)

@@ -612,9 +612,8 @@ class Config(Checked):
         lengths = ("total_steps", "total_epochs", "total_examples")
         given = {name: getattr(self, name) for name in lengths}
         if sum(value > 0 for value in given.values()) != 1:
-            yield f"exactly one of {', '.join(lengths)} must be positive; got " + ", ".join(
-                f"{name}={value}" for name, value in given.items()
-            )
+            got = ", ".join(f"{name}={value}" for name, value in given.items())
+            yield f"{', '.join(lengths)}: exactly one must be positive; got {got}"
         if self.batch_size % self.microbatches:
             yield (
                 f"batch_size = {self.batch_size} is not divisible by microbatches = "

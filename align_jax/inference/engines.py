@@ -9,10 +9,11 @@ weights.
 from __future__ import annotations
 
 import concurrent.futures
+import dataclasses
 import math
 import pathlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -61,6 +62,9 @@ class Engine(Protocol):
     ) -> list[list[Completion]]:
         """Return each request's completions."""
 
+    def stream(self, request: Request) -> Iterator[Completion]:
+        """Give one completion each time that it has grown, at last the whole."""
+
     def update(self, params: Params) -> None:
         """Take the newest parameters."""
 
@@ -97,6 +101,16 @@ class Local:
         if self._params is None:
             raise ValueError("the engine has no parameters: update it first")
         return self._generator(self._params, requests, report)
+
+    def stream(self, request: Request) -> Iterator[Completion]:
+        """Give one completion token by token, as `Generator.stream`.
+
+        Raises:
+            ValueError: there are no parameters.
+        """
+        if self._params is None:
+            raise ValueError("the engine has no parameters: update it first")
+        return self._generator.stream(self._params, request)
 
     def update(self, params: Params) -> None:
         """Take the newest parameters."""
@@ -236,6 +250,10 @@ class Server:
                     report(len(completions))
                 found.append(completions)
         return found
+
+    def stream(self, request: Request) -> Iterator[Completion]:
+        """Give one completion, whole: the server is asked once."""
+        yield from self._complete(dataclasses.replace(request, samples=1))
 
     def _complete(self, request: Request) -> list[Completion]:
         sampling = request.sampling

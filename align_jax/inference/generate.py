@@ -99,6 +99,14 @@ class _Arrays(NamedTuple):
     filters: frozenset[str]
 
 
+class _Drawn(NamedTuple):
+    """What a call's rows have so far."""
+
+    state: decoding.DecodeState
+    rows: list[RowSample]
+    stops: Mapping[int, tuple[int, str]]  # row -> what `find_stop` found in it
+
+
 class Lowered(NamedTuple):
     """Generation's two programs, lowered."""
 
@@ -270,12 +278,7 @@ class Generator:
         Raises:
             ValueError: a prompt that is empty or leaves no room for a token.
         """
-        for i, request in enumerate(requests):
-            if not 0 < len(request.prompt) < self._max_length:
-                raise ValueError(
-                    f"request {i}: its prompt has {len(request.prompt)} tokens; expected from 1 to "
-                    f"{self._max_length - 1}, so that one new token fits"
-                )
+        self._check(requests)
         found: list[list[Completion]] = [[] for _ in requests]
         for call in self._plan(requests):
             completions = self._run(params, [requests[i] for i in call.indices], call)
@@ -284,6 +287,30 @@ class Generator:
             if report is not None:
                 report(sum(map(len, completions)))
         return found
+
+    def stream(self, params: Params, request: Request) -> Iterator[Completion]:
+        """Generate one completion and give it each time that it has grown, at last the whole.
+
+        Args:
+            params: the model's parameters.
+            request: of one sample; what it draws is what a call with it draws.
+
+        Raises:
+            ValueError: a prompt that is empty or leaves no room for a token.
+        """
+        self._check([request])
+        request = dataclasses.replace(request, samples=1)
+        [call] = self._plan([request])
+        for one in self._states(params, [request], call, every=1):
+            yield self._collect(one, samples=1)[0][0]
+
+    def _check(self, requests: Sequence[Request]) -> None:
+        for i, request in enumerate(requests):
+            if not 0 < len(request.prompt) < self._max_length:
+                raise ValueError(
+                    f"request {i}: its prompt has {len(request.prompt)} tokens; expected from 1 to "
+                    f"{self._max_length - 1}, so that one new token fits"
+                )
 
     def _plan(self, requests: Sequence[Request]) -> Iterator[_Call]:
         """Group requests of like shapes; a request with many samples takes several calls."""
@@ -346,6 +373,18 @@ class Generator:
     def _run(
         self, params: Params, requests: Sequence[Request], call: _Call
     ) -> list[list[Completion]]:
+        looking = jax.process_count() > 1 or any(request.stop for request in requests)
+        every = _STOP_CHECK_TOKENS if looking else self._max_length
+        *_, last = self._states(params, requests, call, every)
+        return self._collect(last, call.samples)
+
+    def _states(
+        self, params: Params, requests: Sequence[Request], call: _Call, every: int
+    ) -> Iterator[_Drawn]:
+        """Prefill and decode to the end, giving what there is after every so many tokens.
+
+        Each is to be read before the next is asked for, which takes its memory.
+        """
         arrays = self._arrays(requests, call)
         tokens, lengths, settings, limits, keys = self._put(arrays[:5])
         row_requests = decoding.RowRequests(
@@ -354,8 +393,21 @@ class Generator:
         with context_mesh(self._mesh):
             sizes = self._static(call, arrays)
             state = decoding.prefill(self._model, params, tokens, lengths, row_requests, **sizes)
-            state, stops = self._decode(params, row_requests, state, arrays)
-        return self._collect(state, arrays.rows, call.samples, stops)
+        stops: dict[int, tuple[int, str]] = {}
+        while True:
+            self._find_stops(state, arrays.rows, stops)
+            done = local_rows(state.done).copy()
+            done[list(stops)] = True
+            step = int(local_rows(state.step))
+            yield _Drawn(state, arrays.rows, stops)
+            if step >= arrays.slots or true_on_all_processes(bool(done.all())):
+                return
+            state = state._replace(done=self._put(done)) if stops else state
+            until = np.int32(min(arrays.slots, step + every))
+            with context_mesh(self._mesh):
+                state = decoding.decode(
+                    self._model, params, row_requests, state, until, filters=arrays.filters
+                )
 
     def lower(
         self, params: Params, requests: Sequence[Request], platform: str | None = None
@@ -418,42 +470,6 @@ class Generator:
         )
         return Lowered(prefill, decode, state, tokens.shape, len(calls))
 
-    def _decode(
-        self,
-        params: Params,
-        row_requests: decoding.RowRequests,
-        state: decoding.DecodeState,
-        arrays: _Arrays,
-    ) -> tuple[decoding.DecodeState, Mapping[int, tuple[int, str]]]:
-        """Decode to the end, looking for stop strings in between where any row has one.
-
-        Returns:
-            The last state, and row -> what `find_stop` found in it.
-        """
-        slots, filters = arrays.slots, arrays.filters
-        if not any(row.request.stop for row in arrays.rows) and jax.process_count() == 1:
-            until = np.int32(slots)
-            state = decoding.decode(
-                self._model, params, row_requests, state, until, filters=filters
-            )
-            return state, {}
-        stops: dict[int, tuple[int, str]] = {}
-        while True:
-            self._find_stops(state, arrays.rows, stops)
-            done = local_rows(state.done).copy()
-            done[list(stops)] = True
-            step = int(local_rows(state.step))
-            if step >= slots or true_on_all_processes(bool(done.all())):
-                return state, stops
-            state = decoding.decode(
-                self._model,
-                params,
-                row_requests,
-                state._replace(done=self._put(done)),
-                np.int32(min(slots, step + _STOP_CHECK_TOKENS)),
-                filters=filters,
-            )
-
     def _find_stops(
         self,
         state: decoding.DecodeState,
@@ -468,15 +484,10 @@ class Generator:
                 if found is not None:
                     stops[row] = found
 
-    def _collect(
-        self,
-        state: decoding.DecodeState,
-        rows: Sequence[RowSample],
-        samples: int,
-        stops: Mapping[int, tuple[int, str]],
-    ) -> list[list[Completion]]:
+    def _collect(self, drawn: _Drawn, samples: int) -> list[list[Completion]]:
+        state, rows, stops = drawn
         tokens, counts = local_rows(state.tokens), local_rows(state.counts)
-        logps, drawn = local_rows(state.token_logps), local_rows(state.drawn_logps)
+        logps, drawn_logps = local_rows(state.token_logps), local_rows(state.drawn_logps)
         stopped = local_rows(state.stopped)
         found: list[list[Completion]] = []
         for row, (request, number) in enumerate(rows):
@@ -490,7 +501,7 @@ class Generator:
             else:
                 text = completion_text(self._tokenizer, request.prompt, tokens[row, :n].tolist())
             finish = "stop" if row in stops or stopped[row] else "length"
-            own, own_logps, own_drawn = (x[row, :n].copy() for x in (tokens, logps, drawn))
+            own, own_logps, own_drawn = (x[row, :n].copy() for x in (tokens, logps, drawn_logps))
             found[-1].append(Completion(own, own_logps, own_drawn, text, finish))
         return found
 

@@ -50,17 +50,17 @@ class Sampling:
 
     def __post_init__(self) -> None:
         ranges = {
-            "temperature": self.temperature >= 0,
+            "temperature": 0 <= self.temperature < math.inf,
             "top_k": self.top_k >= 0,
             "top_p": 0 < self.top_p <= 1,
             "min_p": 0 <= self.min_p <= 1,
-            "repetition_penalty": self.repetition_penalty > 0,
+            "repetition_penalty": 0 < self.repetition_penalty < math.inf,
         }
         wrong = {name: getattr(self, name) for name, fits in ranges.items() if not fits}
         if wrong:
             raise ValueError(
-                f"sampling settings out of range: {wrong}; expected temperature >= 0, top_k >= 0, "
-                "0 < top_p <= 1, 0 <= min_p <= 1, repetition_penalty > 0"
+                f"sampling settings out of range: {wrong}; expected temperature >= 0 and "
+                "finite, top_k >= 0, 0 < top_p <= 1, 0 <= min_p <= 1, repetition_penalty > 0"
             )
 
     @classmethod

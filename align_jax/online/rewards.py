@@ -456,8 +456,21 @@ class RewardTerm(NamedTuple):
 
 
 def from_json(text: str) -> dict[str, Any]:
-    """Return what a command line's ``--rewards`` says: JSON, or a file of it."""
-    return json.loads(pathlib.Path(text).read_text() if os.path.isfile(text) else text)
+    """Return what a command line's ``--rewards`` says: JSON, or a file of it.
+
+    Raises:
+        ValueError: neither a file nor a JSON object.
+    """
+    try:
+        found = json.loads(pathlib.Path(text).read_text() if os.path.isfile(text) else text)
+    except ValueError as error:
+        raise ValueError(
+            f'--rewards={text}: expected JSON such as {{"length": 1.0}}, or a file of it; '
+            f"there is no such file, or it is not JSON: {error}"
+        ) from error
+    if not isinstance(found, dict):
+        raise ValueError(f"--rewards={text}: expected reward -> weight, got {found!r}")
+    return found
 
 
 def read(rewards: Mapping[str, Any]) -> list[RewardTerm]:

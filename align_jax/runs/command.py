@@ -11,29 +11,38 @@ A mistake is its message alone, on standard error; ``--debug`` shows the traceba
 
 from __future__ import annotations
 
+import math
 import os
+import pathlib
 import re
 import sys
+import tempfile
+import textwrap
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from absl import flags, logging
+
+from align_jax.core.choose import nearest
+from align_jax.runs.config_file import ConfigFile, list_keys, value_message, words
+
+
+class Usage(flags.Error):
+    """Flags that do not go together, values out of range, results that cannot be written."""
+
 
 # What the library raises for something that the user gave; anything else has happened.
 MISTAKES = (
     ValueError,
     KeyError,
     FileNotFoundError,
+    FileExistsError,
     IsADirectoryError,
     NotADirectoryError,
     PermissionError,
     flags.Error,
 )
 HELP = ("--help", "-h", "-help", "--helpfull", "--helpshort", "-?")
-
-
-class Usage(ValueError):
-    """Flags that do not go together, or arguments that a program does not take."""
 
 
 def run(main: Callable[[Sequence[str]], None], *, arguments: str = "") -> NoReturn:
@@ -44,18 +53,18 @@ def run(main: Callable[[Sequence[str]], None], *, arguments: str = "") -> NoRetu
         arguments: what that may be, in a word for the help; "" = nothing.
     """
     flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
-    program = f"python -m {sys.modules['__main__'].__spec__.name}"  # type: ignore[union-attr]
+    spec = sys.modules["__main__"].__spec__
+    program = f"python -m {spec.name}" if spec else f"python {sys.argv[0]}"
     if any(word in HELP for word in sys.argv[1:]):
         print(usage(program, arguments))
         sys.exit(0)
     debug = "--debug" in sys.argv[1:]
+    if "config" in flags.FLAGS:
+        flags.FLAGS["config"].parser = ConfigFile()
     try:
         rest = flags.FLAGS(sys.argv)[1:]
-        if rest and not arguments:
-            raise Usage(f"unknown arguments {rest}: flags begin with --")
-        if "config" in flags.FLAGS and flags.FLAGS.config is not None:
-            _ = flags.FLAGS.config.is_locked  # a missing file is told when a key is asked for
-    except Exception as error:  # a config file runs here: whatever it raises is the user's
+        _check(rest, arguments)
+    except flags.Error as error:
         if debug:
             raise
         print(f"{program}: {_flag_message(error)}", file=sys.stderr)
@@ -64,16 +73,20 @@ def run(main: Callable[[Sequence[str]], None], *, arguments: str = "") -> NoRetu
         logging.set_verbosity(logging.WARNING)  # Orbax tells much of little
     try:
         main(rest)
+        sys.stdout.flush()
     except KeyboardInterrupt:
         _leave(130)
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _leave(0)
     except Exception as error:
         if debug:
             raise
         if isinstance(error, MISTAKES):
-            print(f"{program}: {_message(error)}", file=sys.stderr)
+            print(f"{program}: {words(error)}", file=sys.stderr)
             _leave(2)
         print(
-            f"{program}: {type(error).__name__}: {_message(error)}\n(--debug shows where)",
+            f"{program}: {type(error).__name__}: {words(error)}\n(--debug shows where)",
             file=sys.stderr,
         )
         _leave(1)
@@ -81,40 +94,118 @@ def run(main: Callable[[Sequence[str]], None], *, arguments: str = "") -> NoRetu
 
 
 def usage(program: str, arguments: str) -> str:
-    """Return a program's help: what it does, and its flags with their defaults."""
+    """Return a program's help: what it does, its flags with their defaults, the config's keys."""
     main = sys.modules["__main__"]
     lines = [(main.__doc__ or program).strip(), "", "Flags:"]
     for flag in flags.FLAGS.get_flags_for_module(main):
         default = "" if flag.default in (None, "", [], False) else f" (default {flag.default})"
-        lines.append(f"  --{flag.name:<20} {flag.help}{default}")
+        text = re.sub(r"[.;]*\s+repeat this option.*", "; may be repeated.", flag.help)
+        lines.append(f"  --{flag.name:<20} {text}{default}")
     lines.append(f"  --{'debug':<20} Show the traceback of an error.")
     if "config" in flags.FLAGS:
-        lines += ["  --config.KEY=VALUE    Any key of the config: python -m align_jax.config"]
+        about = "Any key; python -m align_jax.config GROUP tells what each is:"
+        space = " " * 25
+        lines.append(f"  --{'config.KEY=VALUE':<20} {about}")
+        lines += textwrap.wrap(list_keys(), 100, initial_indent=space, subsequent_indent=space)
     if arguments:
         lines += ["", f"Arguments: {arguments}"]
     return "\n".join(lines)
 
 
-def _message(error: Exception) -> str:
-    """Return an error's words; a KeyError's would be quoted."""
-    if isinstance(error, KeyError) and error.args:
-        return str(error.args[0])
-    return str(error) or type(error).__name__
+def output_path(name: str, *, folder: bool = False) -> pathlib.Path | None:
+    """Return where a flag says that a result goes; None where it is not given.
+
+    A program asks before it works for hours.  Folders that are missing on the way are made.
+
+    Args:
+        name: of the flag, whose value is a path.
+        folder: the result is a folder, not a file.
+
+    Raises:
+        Usage: nothing can be written there.
+    """
+    value = flags.FLAGS[name].value
+    if not value:
+        return None
+    path = pathlib.Path(value)
+    if "://" in value:
+        return path  # its storage is asked when it is written
+    if path.exists() and path.is_dir() != folder:
+        kind = ("a folder", "a file") if folder else ("a file", "a folder")
+        raise Usage(f"--{name}={value}: expected {kind[0]}, but there is {kind[1]}")
+    above, new = path if folder else path.parent, not path.exists()
+    try:
+        if folder:
+            above = next(one for one in (path, *path.absolute().parents) if one.exists())
+            with tempfile.TemporaryFile(dir=above):
+                pass
+        else:
+            above.mkdir(parents=True, exist_ok=True)
+            path.open("a").close()
+            if new:
+                path.unlink()
+    except OSError as error:
+        raise Usage(f"--{name}={value}: cannot be written to {above}: {error.strerror}") from error
+    return path
 
 
-def _flag_message(error: Exception) -> str:
+def define_dtype(of: str) -> None:
+    """Define ``--dtype``, the same in every program that loads a checkpoint to compute with it."""
+    flags.DEFINE_enum(
+        "dtype",
+        None,
+        ["float32", "bfloat16", "float16"],
+        f"{of}; default: on a CPU the checkpoint's own, elsewhere bfloat16.",
+        module_name=sys.argv[0],
+    )
+
+
+def belong(names: Sequence[str], to: str, given: bool) -> None:
+    """Refuse flags that would have no effect.
+
+    Args:
+        names: of the flags.
+        to: what they belong to, for the message.
+        given: whether that was asked for.
+
+    Raises:
+        Usage: one of them is given all the same.
+    """
+    for name in names:
+        if flags.FLAGS[name].present and not given:
+            raise Usage(f"--{name} belongs to {to}, and would have no effect here")
+
+
+def _check(rest: Sequence[str], arguments: str) -> None:
+    """Refuse arguments that a program does not take, and flags that are empty or not finite.
+
+    Raises:
+        Usage: naming them.
+    """
+    if rest and not arguments:
+        raise Usage(f"unknown arguments {' '.join(rest)}: flags begin with --")
+    for flag in flags.FLAGS.get_flags_for_module(sys.modules["__main__"]):
+        if flag.present and flag.default is None and flag.value == "":
+            raise Usage(f"--{flag.name} is empty")
+        if isinstance(flag.value, float) and not math.isfinite(flag.value):
+            raise Usage(f"--{flag.name}={flag.value}: expected a finite number")
+
+
+def _flag_message(error: flags.Error) -> str:
     """Return what was wrong on the command line, in its words."""
-    text = _message(error)
+    text = words(error)
+    if of_config := value_message(error):
+        return of_config
     if missing := re.findall(r"Flag --(\w+) must have a value other than None", text):
         return f"missing {', '.join(f'--{name}' for name in missing)}; --help shows all flags"
-    if "Failed loading config file" in text:
-        attempted = re.search(r"Attempted.*?\n\s*(\S+)", text, re.DOTALL)
-        return f"no config file at {attempted[1] if attempted else text}"
-    if isinstance(error, AttributeError):  # ml_collections' own did-you-mean
-        words = re.findall(r"['\"](\w+)['\"]", text.replace("\\'", "'"))
-        nearest = f"; did you mean {words[1]!r}?" if len(words) > 1 else ""
-        return f"the config has no key {words[0]!r}{nearest}" if words else text
-    return text
+    if isinstance(error, flags.UnrecognizedFlagError):
+        name = error.flagname
+        own = flags.FLAGS.get_flags_for_module(sys.modules["__main__"])
+        close = nearest(f"--{name}", [f"--{flag.name}" for flag in own])
+        return f"no flag --{name}" + (
+            close if "did you mean" in close else "; --help shows all flags"
+        )
+    return re.sub(r"^flag (--\w+=)", r"\1", text)
 
 
 def _leave(status: int) -> NoReturn:

@@ -46,7 +46,10 @@ def restore(workdir: str, which: str = "latest") -> Trained:
 
     Raises:
         FileNotFoundError: no run, or no such checkpoint, in the folder.
+        ValueError: neither "latest" nor "best" nor a step; a config that this version refuses.
     """
+    if which not in ("latest", "best") and not which.isdigit():
+        raise ValueError(f"--step={which}: expected latest, best or a step, such as 100")
     path = epath.Path(workdir) / "config.json"
     if not path.exists():
         raise FileNotFoundError(f"{workdir} is not a run's folder: it has no config.json")
@@ -68,7 +71,10 @@ def restore(workdir: str, which: str = "latest") -> Trained:
     with jax.set_mesh(mesh), open_checkpoints(config, workdir) as checkpoints:
         restored = checkpoints.restore(specs.state, which)
         if restored is None:
-            raise FileNotFoundError(f"{workdir} has no checkpoint")
+            raise FileNotFoundError(
+                f"{workdir} has no checkpoint: a run saves one at its end, when it is stopped, and "
+                f"every config.checkpoint.every_steps = {config.checkpoint.every_steps} steps"
+            )
         frozen = weights.load_frozen(step_spec, specs, config)
         return Trained(
             config, resolved, mesh, merge(frozen["base"], restored.state["params"]), restored.step

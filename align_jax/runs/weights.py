@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -34,7 +34,7 @@ def load_model(
     path: str,
     *,
     mesh: Mesh | None = None,
-    compute_dtype: str,
+    compute_dtype: str = "",
     param_dtype: str | None = None,
     heads: Sequence[str] = (),
     attention: str = "auto",
@@ -45,7 +45,8 @@ def load_model(
         path: directory or hub id.
         mesh: where it lies, the embedding's rows padded to what the tensor axis divides; None: the
             default device.
-        compute_dtype: of activations and matrix products.
+        compute_dtype: of activations and matrix products; "" = on a CPU the checkpoint's own (its
+            config.json's, float32 where that says none), elsewhere bfloat16.
         param_dtype: of the stored weights; None: ``compute_dtype``.
         heads: scalar heads; a reward model's is ``("score",)``, and it has no language-model head.
         attention: a key of ``models.attention.ATTENTION``, or "auto".
@@ -63,6 +64,7 @@ def load_model(
             "which has a score head (ours are exported as such)"
         )
     config = config.padded(1 if mesh is None else mesh.shape["tensor"])
+    compute_dtype = compute_dtype or _own_dtype(json.loads(config.hf))
     model = build(
         config, compute_dtype=compute_dtype, remat="none", attention=attention, heads=tuple(heads)
     )
@@ -76,6 +78,13 @@ def load_model(
     if missing := [head for head in heads if head not in params]:
         raise ValueError(f"the checkpoint {path!r} has no {' and no '.join(missing)} head")
     return LoadedModel(model, params)
+
+
+def _own_dtype(hf_config: Mapping[str, Any]) -> str:
+    """Return the type to compute in where none is asked for."""
+    if jax.default_backend() != "cpu":
+        return "bfloat16"
+    return hf_config.get("dtype") or hf_config.get("torch_dtype") or "float32"
 
 
 def load_params(model: Model, shapes: Tree, *, path: str, key: jax.Array) -> Tree:

@@ -62,12 +62,19 @@ class Forked:
     It has ``Popen``'s methods.
     """
 
-    def __init__(self, program: str, arguments: list[str], environment: dict[str, str], log: str):
+    def __init__(
+        self,
+        program: str,
+        arguments: list[str],
+        environment: dict[str, str],
+        log: str,
+        folder: pathlib.Path = ROOT,
+    ):
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(IMPORTED)
         # daemon: whatever a failed test leaves behind ends with it
         self._process = context.Process(
-            target=_run, args=(program, arguments, environment, log), daemon=True
+            target=_run, args=(program, arguments, environment, log, folder), daemon=True
         )
         self._process.start()
 
@@ -91,13 +98,15 @@ class Forked:
         os.kill(self._process.pid, number)
 
 
-def _run(program: str, arguments: list[str], environment: dict[str, str], log: str) -> None:
+def _run(
+    program: str, arguments: list[str], environment: dict[str, str], log: str, folder: pathlib.Path
+) -> None:
     output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1)
     os.dup2(output, 2)
     os.environ.clear()
     os.environ.update(environment)
-    os.chdir(ROOT)
+    os.chdir(folder)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     import jax
 
@@ -106,6 +115,7 @@ def _run(program: str, arguments: list[str], environment: dict[str, str], log: s
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
     sys.argv = [program, *arguments]
+    sys.modules.pop(program, None)  # runpy warns of a program that is there already
     try:
         if program.endswith(".py"):
             runpy.run_path(program, run_name="__main__")
@@ -119,7 +129,13 @@ def _run(program: str, arguments: list[str], environment: dict[str, str], log: s
 
 
 def fork(
-    program: str, arguments: list[str], count: int = 1, *, devices: int = 1, log: pathlib.Path
+    program: str,
+    arguments: list[str],
+    count: int = 1,
+    *,
+    devices: int = 1,
+    log: pathlib.Path,
+    folder: pathlib.Path = ROOT,
 ) -> list[Forked]:
     """Start ``count`` processes of ``python PROGRAM ARGUMENTS``; process i writes to ``LOG.i``.
 
@@ -131,6 +147,7 @@ def fork(
         count: how many.
         devices: simulated devices of each.
         log: where the output goes.
+        folder: where it runs.
     """
     port, cache = free_port(), os.environ.get("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
     kept = {"JAX_COMPILATION_CACHE_DIR": cache}
@@ -140,6 +157,7 @@ def fork(
             arguments,
             environment(count, index, port, devices=devices) | kept,
             f"{log}.{index}",
+            folder,
         )
         for index in range(count)
     ]

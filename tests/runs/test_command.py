@@ -1,45 +1,170 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a program says on a terminal: a mistake's message alone, its status, a short help."""
+"""What a program says on a terminal: a mistake's message alone, its status, a short help.
 
+Each row is typed as a user would type it; the programs are forked from one process that has done
+the imports.
+"""
+
+import json
 import pathlib
+import shlex
 import subprocess
 import sys
 
 import pytest
 
+from align_jax.core import config as configs
+
 ROOT = pathlib.Path(__file__).parents[2]
+sys.path.append(str(ROOT / "tests/faults"))
+
+import processes  # noqa: E402
+
 TINY = f"--config={ROOT}/configs/tiny.py:dpo"
+PROGRAMS = "train plan export sample label evaluate report objectives config bench".split()
+CONFIG_FILES = {
+    "raises": 'raise RuntimeError("mine")\n',
+    "lacks": "x = 1\n",
+    "other": "def get_config():\n    return {'seed': 1}\n",
+    "syntax": "def get_config():\n    x = (\n",
+    "imports": "\nimport no_such_module\n",
+    "typo": "from align_jax.core import config\n\ndef get_config():\n    made = config.defaults()\n"
+    "    made.optimizer.learning_rte = 1\n    return made\n",
+}
+
+# what is typed, in a folder as `folder` makes it -> what is said
+MISTAKES = {
+    # the command line
+    "nosuch": "no program 'nosuch'; known: bench, config,",
+    "trian": "no program 'trian'; did you mean 'train'?",
+    "train --workdir=x": "a program of its own: python -m align_jax.train --workdir=x",
+    ".train": "missing --config, --workdir; --help shows all flags",
+    ".train TINY": "missing --workdir; ",
+    ".train --workdir=x": "missing --config; ",
+    ".train TINY --workdir=": "--workdir is empty",
+    ".train TINY --wrkdir=x": "no flag --wrkdir; did you mean '--workdir'?",
+    ".train TINY --workdir=x more": "unknown arguments more: flags begin with --",
+    ".sample --xyzzy=1": "no flag --xyzzy; --help shows all flags",
+    ".bench --prest=tiny_dpo": "did you mean '--preset'?",
+    # the config file
+    ".train --config=typos.py --workdir=x": "--config=typos.py: no such config file; did you mean "
+    "'typo.py'?",
+    ".config --config=nowhere/a.py": "--config=nowhere/a.py: no such config file",
+    ".train --config=raises.py --workdir=x": "raises.py:1: RuntimeError: mine",
+    ".plan --config=lacks.py --topology=v5e:2x2": "lacks.py has no function get_config",
+    ".train --config=other.py --workdir=x": "other.py: get_config returned a dict; expected",
+    ".train --config=syntax.py --workdir=x": "syntax.py:2: '(' was never closed",
+    ".config --config=imports.py": "imports.py:2: ModuleNotFoundError: No module named 'no_such",
+    ".train --config=typo.py --workdir=x": "typo.py:5: the config has no key 'learning_rte'; "
+    "did you mean 'config.optimizer.learning_rate'?",
+    ".train TINY:dp0 --workdir=x": "objective = 'dpo:dp0' is unknown",
+    # its keys
+    ".train TINY --workdir=x --config.optimizer.learning_rte=1": "did you mean "
+    "'--config.optimizer.learning_rate'?",
+    ".train TINY --workdir=x --config.optimiser.b1=1": "did you mean '--config.optimizer'?",
+    ".train TINY --workdir=x --config.learning_rate=1": "did you mean "
+    "'config.optimizer.learning_rate'?",
+    ".train TINY --workdir=x --config.objective.bta=1": "did you mean '--config.objective.beta'?",
+    ".train TINY --workdir=x --config.rewards.length=1": "give it whole, as "
+    "--config.rewards=\"{'length': ...}\"",
+    ".train TINY --workdir=x --config.seed.x=1": "config.seed is a value, not a group of keys",
+    ".train TINY --workdir=x --config.batch_size=3.5": "size=3.5: expected an integer",
+    ".train TINY --workdir=x --config.optimizer.b1=no": "b1=no: expected a number",
+    ".train TINY --workdir=x --config.model.lora.rank=None": "rank=None: expected an integer",
+    ".train TINY --workdir=x --config.optimizer=adam": "did you mean --config.optimizer.name?",
+    ".train TINY --workdir=x --config.optimizer.b1=2": "config.optimizer.b1 = 2.0: expected ",
+    ".train --config.seed=1 TINY --workdir=x": "--config.seed changes a key of a config: give",
+    ".config --config.seed=1": "--config.seed changes a key of a config: give --config=FILE, too",
+    # what is read
+    ".train TINY --workdir=x --config.data.train=no.jsonl": "no such file: 'no.jsonl'",
+    ".train TINY --workdir=x --config.data.train=empty.jsonl": "empty.jsonl: ",
+    ".train TINY --workdir=x --config.model.path=./no": "no model folder at './no'",
+    ".sample --model=./no --prompts=p.jsonl --output=o.jsonl": "no model folder at './no'",
+    ".sample --workdir=no --prompts=p.jsonl --output=o.jsonl": "no is not a run's folder: it has",
+    ".evaluate --workdir=run --eval=preference=builtin:preferences": "run has no checkpoint: ",
+    ".export --workdir=run --output=out --step=first": "--step=first: expected latest, best or a",
+    ".label --samples=no.jsonl --output=o.jsonl": "no such file: 'no.jsonl'",
+    ".report run --output=out": "run is no workdir: it has no metrics.jsonl",
+    ".report --output=out": "name the workdir of a run",
+    ".objectives dp0": "objective = 'dp0' is unknown; did you mean 'dpo'?",
+    # what is written
+    ".train TINY --workdir=empty.jsonl": "--workdir=empty.jsonl: expected a folder, but there is",
+    ".export --workdir=run --output=/proc/no/out": "--output=/proc/no/out: cannot be written",
+    ".sample --model=m --prompts=p --output=/proc/o": "--output=/proc/o: cannot be written",
+    ".objectives --json=run": "--json=run: expected a file, but there is a folder",
+    # values
+    ".sample --model=m": "give --prompts and --output, or --chat",
+    ".sample --model=m --prompts=p --output=o --temperature=-1": "-1.0 is not a non-negative n",
+    ".sample --model=m --prompts=p --output=o --temperature=inf": "expected a finite number",
+    ".sample --model=m --prompts=p --output=o --temperature=nan": "expected a finite number",
+    ".sample --model=m --prompts=p --output=o --top_p=0": "0 < top_p <= 1",
+    ".sample --model=m --prompts=p --output=o --top_p=1.1": "the range [0, 1]",
+    ".sample --model=m --prompts=p --output=o --samples_per_prompt=0": "0 is not a positive",
+    ".sample --model=m --prompts=p --output=o --dtype=fp32": "float32|bfloat16|float16",
+    ".sample --model=m --chat --output=o": "--output belongs to --prompts, not to --chat",
+    ".sample --workdir=run --prompts=p --output=o --dtype=float32": "--dtype belongs to --model",
+    ".evaluate --model=m --eval=prefrence=p": "did you mean 'preference'?",
+    ".evaluate --model=m --eval=generation=p": "--eval=generation needs --rewards",
+    ".evaluate --model=m --eval=generation=p --rewards=[]": "[]: expected reward -> weight",
+    ".evaluate --model=m --eval=generation=p --rewards=x --top_p=-1": "the range [0, 1]",
+    ".evaluate --model=m --eval=preference=p --temperature=0": "--temperature belongs to --eval=",
+    ".export --model=m --output=o --dtype=half": "float32|bfloat16|float16",
+    ".bench --rounds=0": "0 is not a positive integer",
+    ".bench --batch_size=-8": "-8 is not a non-negative integer",
+    ".bench --variants=lora2": "--variants = 'lora2' is unknown; did you mean 'lora'?",
+    ".plan TINY --topology=v5e:2x2 --search=-1": "-1 is not a non-negative integer",
+    ".plan TINY --topology=v9:2x2": "topology 'v9:2x2': expected CHIP:AxB",
+}
 
 
-def run(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    made = tmp_path_factory.mktemp("typed")
+    for name, text in CONFIG_FILES.items():
+        (made / f"{name}.py").write_text(text)
+    (made / "empty.jsonl").touch()
+    (made / "run").mkdir()
+    config = configs.defaults()
+    config.update(total_steps=1)
+    config.data.train, config.model.config = (
+        "builtin:preferences",
+        {"hidden_size": 8, "num_attention_heads": 1},
     )
+    record = {"config": configs.to_dict(configs.read(config))}
+    (made / "run/config.json").write_text(json.dumps(record))
+    return made
 
 
-@pytest.mark.parametrize(
-    "arguments, said",
-    [
-        ((), "missing --config, --workdir"),
-        (("--config=nowhere.py", "--workdir=x"), "no config file at nowhere.py"),
-        ((TINY, "--workdir=x", "--config.optimizer.learning_rte=1"), "did you mean"),
-        ((TINY, "--workdir=x", "--config.optimizer.b1=2"), "config.optimizer.b1 = 2.0: expected"),
-        ((TINY, "--workdir=x", "--config.data.train=nofile.jsonl"), "no such file"),
-    ],
-)
-def test_a_mistake_is_one_message_and_status_2(arguments, said):
-    found = run("align_jax.train", *arguments)
-    assert found.returncode == 2 and said in found.stderr
-    assert "Traceback" not in found.stderr and len(found.stderr.splitlines()) <= 3
-    assert found.stdout == ""
+def typed(line, folder):
+    """Return the status of ``python -m align_jax LINE`` and what it wrote."""
+    program, *arguments = shlex.split(line.replace("TINY", TINY))
+    name = f"align_jax{program}" if program.startswith(".") else "align_jax"
+    arguments = arguments if program.startswith(".") else [program, *arguments]
+    started = processes.fork(name, arguments, log=folder / "log", folder=folder)
+    [output] = processes.wait(started, folder / "log", expect=None)
+    return started[0].wait(), output
 
 
-def test_debug_shows_the_traceback():
-    found = run("align_jax.train", TINY, "--workdir=x", "--config.optimizer.b1=2", "--debug")
-    assert found.returncode == 1 and "Traceback" in found.stderr
+@pytest.mark.parametrize("line", MISTAKES)
+def test_a_mistake_is_one_message_and_status_2(line, folder):
+    status, output = typed(line, folder)
+    assert MISTAKES[line] in output, output
+    assert status == 2 and output.startswith("python -m align_jax"), output
+    assert "Traceback" not in output and len(output.splitlines()) <= 3, output
+    assert not (folder / "x").exists()
 
 
-def test_help_is_short_and_no_failure():
-    found = run("align_jax.train", "--help")
-    assert found.returncode == 0 and found.stderr == ""
-    assert "--workdir" in found.stdout and len(found.stdout.splitlines()) < 40
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_help_is_short_and_no_failure(program, folder):
+    status, output = typed(f".{program} --help", folder)
+    assert status == 0 and len(output.splitlines()) < 50
+    assert ("optimizer.*, " in output) == (program in ("train", "plan", "config"))
+
+
+def test_a_mistake_goes_to_standard_error_and_debug_shows_the_traceback(folder):
+    line = f"{TINY} --workdir=x --config.optimizer.b1=2"
+    command = [sys.executable, "-m", "align_jax.train", *line.split()]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert (found.returncode, found.stdout) == (2, "") and "b1 = 2.0" in found.stderr
+    status, output = typed(f".train {line} --debug", folder)
+    assert status == 1 and "Traceback" in output

@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The flag ``--config``: a file that is run, and keys that the command line changes in what it
+returns."""
+
+from __future__ import annotations
+
+import pathlib
+import re
+import runpy
+import sys
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from align_jax.core import config as configs
+from align_jax.core.choose import nearest
+
+
+class ConfigMistake(flags.Error):
+    """A config file that cannot be read, or a key that it has not."""
+
+
+def words(error: BaseException) -> str:
+    """Return an error's words; a KeyError's would be quoted, an OSError's begin with a number."""
+    if isinstance(error, KeyError) and error.args:
+        return str(error.args[0])
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error) or type(error).__name__
+
+
+class ConfigFile(flags.ArgumentParser):
+    """The parser of ``--config``: runs the file, and says of a mistake in it where it is."""
+
+    def parse(self, argument: str) -> ConfigDict:
+        """Return the file's config; the keys that the command line changes are in it.
+
+        Args:
+            argument: FILE, or FILE:ARGUMENT where its ``get_config`` takes one.
+
+        Raises:
+            ConfigMistake: no such file, or one that fails; a key that the config has not.
+        """
+        if isinstance(argument, ConfigDict):
+            return argument
+        config = _load(*argument.split(":", 1)).lock()
+        given = next(i for i, word in enumerate(sys.argv) if re.match("--?config(=|$)", word))
+        for key in _changed(sys.argv[1:given]):
+            raise ConfigMistake(f"--config.{key} changes a key of a config: give --config first")
+        for key in _changed(sys.argv[given:]):
+            _check_key(config, key)
+        return config
+
+
+def _load(path: str, *argument: str) -> ConfigDict:
+    """Run a config file's ``get_config``."""
+    file = pathlib.Path(path)
+    if not file.is_file():
+        beside = [str(one) for one in file.parent.glob("*.py")] if file.parent.is_dir() else []
+        known = nearest(path, beside) if beside else ""
+        raise ConfigMistake(f"--config={path}: no such config file{known}")
+    try:
+        found = runpy.run_path(path)
+        if "get_config" not in found:
+            raise ConfigMistake(
+                f"{path} has no function get_config; see configs/tiny.py for what a config file is"
+            )
+        config = found["get_config"](*argument)
+    except ConfigMistake:
+        raise
+    except (Exception, SystemExit) as error:  # whatever the file does is the user's
+        if "--debug" in sys.argv[1:]:
+            raise
+        raise ConfigMistake(_file_message(path, error)) from error
+    if not isinstance(config, ConfigDict):
+        raise ConfigMistake(
+            f"{path}: get_config returned a {type(config).__name__}; expected the ConfigDict that "
+            "align_jax.core.config.defaults() makes, with its keys changed"
+        )
+    return config
+
+
+def _file_message(path: str, error: BaseException) -> str:
+    """Return what went wrong in a config file, with its line."""
+    inside = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)]
+    names = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    lines = [line for line, name in zip(inside, names) if name == path]
+    line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else None
+    where = f"{path}:{line}" if line else path
+    if isinstance(error, (AttributeError, KeyError)):  # ml_collections' own words for a wrong key
+        for word in re.findall(r"[\"'](\w+)[\"']", str(error).replace("\\'", "'")):
+            if word not in _leaves(configs.defaults()) and not hasattr(ConfigDict, word):
+                return f"{where}: the config has no key {word!r}{_nearest_key(word)}"
+    if isinstance(error, SyntaxError):
+        return f"{where}: {error.msg}"
+    plain = isinstance(error, ValueError)
+    return f"{where}: {'' if plain else type(error).__name__ + ': '}{words(error)}"
+
+
+def _changed(argv: Sequence[str]) -> Iterator[str]:
+    """Return the dotted keys that a command line changes."""
+    for word in argv:
+        if word == "--":
+            return
+        if match := re.match(r"--?(?:no)?config\.([^=]+)", word):
+            yield match[1]
+
+
+def _check_key(config: ConfigDict, key: str) -> None:
+    """Refuse a key that a config has not.
+
+    Raises:
+        ConfigMistake: with the nearest one.
+    """
+    node: Any = config
+    *groups, name = key.split(".")
+    for depth, part in enumerate((*groups, name)):
+        if isinstance(node, ConfigDict) and part in node:
+            node = node[part]
+            continue
+        group = ".".join(groups[:depth])
+        if not isinstance(node, ConfigDict):
+            raise ConfigMistake(f"--config.{key}: config.{group} is a value, not a group of keys")
+        if group and not node:  # a dict of the user's own, such as config.rewards
+            raise ConfigMistake(
+                f"--config.{key}: config.{group} is empty; give it whole, as "
+                f"--config.{group}=\"{{'{part}': ...}}\""
+            )
+        named = f"--config.{group}.{{}}" if group else "--config.{}"
+        close = nearest(named.format(part), [named.format(one) for one in node])
+        if "did you mean" not in close or part in _leaves(configs.defaults()):
+            close = _nearest_key(part) or close
+        raise ConfigMistake(f"--config.{key}: the config has no key {part!r}{close}")
+
+
+def _leaves(config: ConfigDict, prefix: str = "") -> Mapping[str, str]:
+    """Return the last part of every key -> the whole."""
+    found: dict[str, str] = {}
+    for name, value in config.items():
+        inner = _leaves(value, f"{prefix}{name}.") if isinstance(value, ConfigDict) else {}
+        found = {**inner, **found, name: prefix + name}
+    return found
+
+
+def _nearest_key(name: str) -> str:
+    """Return "did you mean" for the last part of a key, wherever it stands; "" where none is
+    near."""
+    leaves = _leaves(configs.defaults())
+    close = nearest(name, leaves)
+    match = re.match(r"; did you mean '(\w+)'", close)
+    return f"; did you mean 'config.{leaves[match[1]]}'?" if match else ""
+
+
+def list_keys() -> str:
+    """Return the config's keys and groups of keys, in a line."""
+    config = configs.defaults()
+    return ", ".join(
+        f"{name}.*" if isinstance(value, ConfigDict) else name for name, value in config.items()
+    )
+
+
+_EXPECTED: Mapping[type, str] = {
+    bool: "True or False",
+    int: "an integer",
+    float: "a number",
+    tuple: "a tuple, such as (1, 2)",
+    ConfigDict: "a dict, such as {'key': 1}",
+}
+
+
+def value_message(error: flags.Error) -> str:
+    """Return what is wrong with ``--config.KEY=VALUE``; "" for another error."""
+    text = str(error)
+    if isinstance(error, flags.UnrecognizedFlagError) and error.flagname.startswith("config."):
+        return f"--{error.flagname} changes a key of a config: give --config=FILE, too"
+    match = re.match(r"flag --config\.([\w.]+)=(.*?): ", text, re.DOTALL)
+    if not match:
+        return ""
+    key, value = match.groups()
+    node: Any = flags.FLAGS.config
+    for part in key.split("."):
+        node = node[part]
+    if isinstance(node, ConfigDict) and "name" in node:
+        return f"--config.{key}={value}: a group of keys; did you mean --config.{key}.name?"
+    kind = next((kind for one, kind in _EXPECTED.items() if isinstance(node, one)), "a text")
+    return f"--config.{key}={value}: expected {kind}"
