@@ -6,13 +6,22 @@ import ast
 import json
 import pathlib
 import re
+import shlex
+import shutil
 import subprocess
+import sys
+import types
 
 import pytest
 import yaml
 
 LAUNCH = pathlib.Path(__file__).parents[2] / "launch"
 MAIN = LAUNCH.parent / "align_jax"
+sys.path.append(str(LAUNCH.parent / "tests/faults"))
+
+import processes  # noqa: E402
+
+SCRIPTS = [f"{path.parent.name}/{path.name}" for path in LAUNCH.parent.glob("*/*.sh")]
 
 
 @pytest.mark.parametrize("script", sorted(path.name for path in LAUNCH.glob("*.sh")))
@@ -59,7 +68,7 @@ def test_the_workflow_runs_the_whole_suite_on_every_python_that_is_promised():
     assert job["strategy"]["matrix"]["python"] == promised
 
 
-def _code():
+def _code(without=""):
     notebook = json.loads((LAUNCH / "colab.ipynb").read_text())
     assert notebook["nbformat"] == 4 and notebook["nbformat_minor"] == 5
     cells = notebook["cells"]
@@ -68,7 +77,10 @@ def _code():
         assert cell["cell_type"] in ("code", "markdown") and isinstance(cell["metadata"], dict)
         if cell["cell_type"] == "code":
             assert cell["outputs"] == [] and cell["execution_count"] is None
-    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    return [
+        "".join(one["source"]) for one in code if without not in one["metadata"].get("tags", ())
+    ]
 
 
 def test_the_notebook_is_valid_and_its_programs_have_the_options_that_it_gives():
@@ -80,3 +92,88 @@ def test_the_notebook_is_valid_and_its_programs_have_the_options_that_it_gives()
                 assert re.search(rf"""["'](--)?{option}["']""", text), (
                     f"align_jax.{module} has no --{option}"
                 )
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_of_a_script_does_nothing_else(script, tmp_path):
+    copy = tmp_path / script
+    copy.parent.mkdir()
+    shutil.copy(LAUNCH.parent / script, copy)
+    found = subprocess.run(
+        ["bash", str(copy), "--help"], capture_output=True, text=True, timeout=20
+    )
+    assert found.returncode == 0 and found.stderr == "" and f"  {script}" in found.stdout
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [copy]
+
+
+@pytest.fixture
+def demo(tmp_path):
+    """launch/demo.sh beside programs that do nothing."""
+    (tmp_path / "launch").mkdir()
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    python = tmp_path / ".venv/bin/python"
+    python.write_text("#!/bin/sh\n")
+    python.chmod(0o755)
+    script = shutil.copy(LAUNCH / "demo.sh", tmp_path / "launch/demo.sh")
+
+    def run(*arguments):
+        line = ["bash", str(script), *arguments]
+        return subprocess.run(line, capture_output=True, text=True, cwd=tmp_path, timeout=20)
+
+    return run
+
+
+def test_the_demo_leaves_a_folder_alone_that_it_did_not_make(demo, tmp_path):
+    (tmp_path / "mine/sft").mkdir(parents=True)
+    found = demo("mine")
+    assert found.returncode == 2 and "was not made by this script" in found.stderr
+    assert (tmp_path / "mine/sft").is_dir() and not (tmp_path / "mine/.made_by_demo").exists()
+    (tmp_path / "file").write_text("mine")
+    assert demo("file").returncode == demo("a", "b").returncode == demo("--x").returncode == 2
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("arguments, folder", [((), "runs/demo"), (("new",), "new")])
+def test_the_demo_removes_what_it_made_and_no_more(demo, tmp_path, arguments, folder):
+    assert demo(*arguments).returncode == 0
+    for name in ("sft/checkpoints", "dpo_hf", "mine"):
+        (tmp_path / folder / name).mkdir(parents=True)
+    assert demo(*arguments).returncode == 0
+    left = sorted(path.name for path in (tmp_path / folder).iterdir())
+    assert left == [".made_by_demo", "mine"]
+
+
+SMALL = (
+    "--config.total_steps=2 --config.model.config.hidden_size=32 --config.eval.max_examples=32 "
+    "--config.model.config.num_hidden_layers=1 --config.model.config.intermediate_size=64"
+)
+
+
+def test_the_notebooks_cells_run(tmp_path, monkeypatch):
+    """The shell's lines as programs of this tree, /content in a folder of the test."""
+    shown = []
+    display = types.SimpleNamespace(
+        Image=lambda path, width: pathlib.Path(path).read_bytes(),
+        Markdown=str,
+        display=shown.append,
+    )
+    monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(display=display))
+    monkeypatch.setitem(sys.modules, "IPython.display", display)
+
+    def shell(line):
+        words = shlex.split(line.format(sys=sys))
+        if words[1] != "-m":
+            subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
+            return
+        started = processes.fork(words[2], words[3:], log=tmp_path / "log")
+        processes.wait(started, tmp_path / "log")
+
+    names = {"sys": sys, "shell": shell}
+    for source in _code(without="install"):
+        source = source.replace("/content", str(tmp_path)).replace(
+            "--config.total_steps=100", SMALL
+        )
+        exec(re.sub(r"^!(.*)$", lambda line: f"shell({line[1]!r})", source, flags=re.M), names)
+    assert len(shown) == 4 and "| run | dpo |" in shown[0] and shown[1].startswith(b"\x89PNG")
+    assert len((tmp_path / "samples.jsonl").read_text().splitlines()) == 4
+    assert (tmp_path / "hf/model.safetensors").exists()
