@@ -30,6 +30,7 @@ from align_jax.evals.policy import EvaluatedPolicy
 from align_jax.evals.win_rate import Compare, by_judge, by_rewards
 from align_jax.inference.client import Client
 from align_jax.inference.samplers import Sampling
+from align_jax.models.model import LoadedModel
 from align_jax.online.rewards import WeightedRewards, from_json, resolve
 from align_jax.parallel import distributed
 from align_jax.parallel.mesh import make_mesh
@@ -61,7 +62,9 @@ def run_policy(workdir: str, which: str = "latest", reference: str = "") -> Eval
     trained = trained_runs.restore(workdir, which)
     config, resolved, mesh = trained.config, trained.resolved, trained.mesh
     other = None
-    if path := reference or config.reference.path or config.model.path:
+    if trained.reference is not None and not reference:
+        other = LoadedModel(resolved.models.policy, trained.reference)
+    elif path := reference or config.reference.path or config.model.path:
         other = load_model(path, mesh=mesh, compute_dtype=config.model.compute_dtype)
     name = f"{workdir}@{trained.step}"
     return EvaluatedPolicy(

@@ -99,6 +99,13 @@ class LoraOptions(Checked):
         "same)",
     )
 
+    def check(self) -> Iterator[str]:
+        if self.rank or self.path:
+            return
+        for field in dataclasses.fields(self):
+            if (value := getattr(self, field.name)) != field.default:
+                yield f"{field.name} = {value!r} has no effect without an adapter: set rank > 0"
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelOptions(Checked):
@@ -192,6 +199,11 @@ class ReferenceOptions(Checked):
     def check(self) -> Iterator[str]:
         if self.config and not self.path:
             yield "config says what reference.path is, which is empty: name the checkpoint"
+        if self.mix != 1 and not self.sync_every_steps:
+            yield (
+                f"mix = {self.mix:g} has no effect where the reference does not move: set "
+                "reference.sync_every_steps > 0"
+            )
         if self.sync_every_steps and self.mode == "cached":
             yield (
                 "sync_every_steps moves the reference, which reference.mode = 'cached' has fixed; "
@@ -298,6 +310,8 @@ class DataOptions(Checked):
     cache: str = option("", "folder of the tokenized data; '' = not kept", resume=True)
 
     def check(self) -> Iterator[str]:
+        if self.text_share != 1 and not self.text:
+            yield f"text_share = {self.text_share:g} has no effect without data.text"
         if not self.train:
             yield "train is empty: name a file, tfds:..., hf:... or builtin:preferences"
         if self.threshold not in ("mean", "median"):

@@ -91,6 +91,11 @@ class RolloutConfig:
                 "config.objective.bootstrap gives a value to what follows a response that was cut "
                 "off, which config.rollout.keep_unfinished = False leaves out of the loss"
             )
+        if options.stop_kl and options.epochs < 2:
+            raise ValueError(
+                f"config.rollout.stop_kl = {options.stop_kl:g} skips later passes over a rollout; "
+                "with one pass there are none: give more epochs"
+            )
         if self.truncates and options.server.url:
             raise ValueError(
                 "config.rollout.top_p, top_k and min_p must be 1, 0 and 0 with a policy gradient "

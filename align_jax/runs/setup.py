@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from align_jax import losses
 from align_jax.core import config as configs
-from align_jax.core.options import Config
+from align_jax.core.options import Config, ModelOptions, ReferenceOptions
 from align_jax.data import datasets, pipeline, synthetic
 from align_jax.data.datasets import Examples
 from align_jax.data.layout import BatchSizes
@@ -126,6 +126,7 @@ def resolve_config(config: Config, devices: int) -> ResolvedConfig:
             "positions of the model (max_position_embeddings)"
         )
     _check_reference(config, terms)
+    _check_model(config, terms, model_config)
     lora = adapter(config, model_config)
     models = initialize.make_models(
         model_config,
@@ -141,18 +142,7 @@ def resolve_config(config: Config, devices: int) -> ResolvedConfig:
             f"the objective {config.objective.name!r} learns from the policy's own samples: "
             "config.rewards must name at least one reward, such as {'length': 1.0}"
         )
-    learns_text = any(term.loss.text for term in terms)
-    if learns_text != bool(config.data.text):
-        raise ValueError(
-            f"config.data.text = {config.data.text!r}: "
-            + (
-                f"the objective {config.objective.name!r} learns text beside its rollouts "
-                "(ptx_coef): name a source"
-                if learns_text
-                else f"the objective {config.objective.name!r} has no term that learns it: set "
-                "config.objective.ptx_coef"
-            )
-        )
+    _check_text(config, terms)
     rollouts = make_rollout_config(terms, config) if config.rewards else None
     return ResolvedConfig(terms, tokenizer, model_config, models, kind, rollouts)
 
@@ -180,8 +170,9 @@ def _check_reference(config: Config, terms: Sequence[Term]) -> None:
             f"{name!r}; use in_graph, or kto_zero"
         )
     wants = any(term.reference or term.rollout.get("kl_coef") for term in terms)
-    for key in ("path", "sync_every_steps"):
-        if not wants and (value := getattr(r, key)):
+    default = ReferenceOptions()
+    for key in ("path", "mode", "sync_every_steps"):
+        if not wants and (value := getattr(r, key)) != getattr(default, key):
             raise ValueError(
                 f"config.reference.{key} = {value!r}: the objective {name!r} compares with no "
                 "reference, with these options"
@@ -193,6 +184,46 @@ def _check_reference(config: Config, terms: Sequence[Term]) -> None:
             "which only a part is trained (model.lora, model.freeze): what moves is that part, "
             "over the policy's own weights; leave reference.path at '', or set "
             "reference.sync_every_steps = 0"
+        )
+
+
+def _check_model(config: Config, terms: Sequence[Term], model_config: ModelConfig) -> None:
+    """Refuse keys of the model that would do nothing.
+
+    Raises:
+        ValueError: the key.
+    """
+    if config.model.load_balancing and not model_config.num_experts:
+        raise ValueError(
+            f"config.model.load_balancing = {config.model.load_balancing:g} has no effect: the "
+            "model is no mixture of experts"
+        )
+    if config.model.value_head != ModelOptions().value_head and not any(
+        "values" in term.needs for term in terms
+    ):
+        raise ValueError(
+            f"config.model.value_head = {config.model.value_head!r} has no effect: the objective "
+            f"{config.objective.name!r} needs no values"
+        )
+
+
+def _check_text(config: Config, terms: Sequence[Term]) -> None:
+    """Refuse text that no term learns, and a term that has none.
+
+    Raises:
+        ValueError: what to give.
+    """
+    learns_text = any(term.loss.text for term in terms)
+    if learns_text != bool(config.data.text):
+        raise ValueError(
+            f"config.data.text = {config.data.text!r}: "
+            + (
+                f"the objective {config.objective.name!r} learns text beside its rollouts "
+                "(ptx_coef): name a source"
+                if learns_text
+                else f"the objective {config.objective.name!r} has no term that learns it: set "
+                "config.objective.ptx_coef"
+            )
         )
 
 

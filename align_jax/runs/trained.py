@@ -35,6 +35,7 @@ class Trained(NamedTuple):
     mesh: Mesh
     params: Any  # the whole policy: base, adapters and heads
     step: int
+    reference: Any | None = None  # the same of a reference that moved with it
 
 
 def restore(workdir: str, which: str = "latest") -> Trained:
@@ -76,6 +77,7 @@ def restore(workdir: str, which: str = "latest") -> Trained:
                 f"every config.checkpoint.every_steps = {config.checkpoint.every_steps} steps"
             )
         frozen = weights.load_frozen(step_spec, specs, config)
-        return Trained(
-            config, resolved, mesh, merge(frozen["base"], restored.state["params"]), restored.step
-        )
+        base, state = frozen["base"], restored.state
+        moving = merge(base, state["reference"]) if "reference" in state else None
+        params = merge(base, state["params"])
+        return Trained(config, resolved, mesh, params, restored.step, moving)

@@ -36,6 +36,12 @@ def resolve(name, **keys):
         ("ppo", {"objective.ptx_coef": 0.5}, "name a source"),
         ("ppo", {"data.text": "builtin:completions:train"}, "set config.objective.ptx_coef"),
         ("grpo", {"rollout.responses_per_prompt": 1}, "must be at least 2"),
+        ("grpo", {"rollout.stop_kl": 0.1}, "with one pass there are none"),
+        ("dpo", {"model.load_balancing": 0.1}, "no mixture of experts"),
+        ("dpo", {"model.value_head": "value_mlp"}, "needs no values"),
+        ("dpo", {"model.lora.dora": True}, "no effect without an adapter"),
+        ("dpo", {"reference.mix": 0.5}, "does not move"),
+        ("ppo", {"data.text_share": 0.5}, "no effect without data.text"),
         ("ppo", {"objective.kl_coef": 0.0, "objective.kl_target": 6.0}, "has no effect"),
     ],
 )

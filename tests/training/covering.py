@@ -1,0 +1,451 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every objective with every option away from its default, as runs of two steps.
+
+A *case* is an objective, one option (or none), and a setting: how it is trained, laid out, split
+and compared.  Every option of every objective has a case; settings are dealt to them so that each
+objective and each option meets every weights, layout, microbatches and reference, and these meet
+each other: pairwise covering, not the whole product.
+
+    PYTHONPATH=. python tests/training/covering.py [few | FIRST:LAST]       # all cases, or some
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+import itertools
+import json
+import pathlib
+import random
+import sys
+import tempfile
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from align_jax import losses, train
+from align_jax.core import config as configs
+from align_jax.core.tree import flatten
+from align_jax.losses import OBJECTIVES
+from align_jax.parallel.mesh import make_mesh
+from align_jax.parallel.sharding import put_batch
+from align_jax.runs import setup, weights
+from align_jax.runs.source import make_source
+from align_jax.training import partitioning, steps
+
+CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
+SETTINGS = {
+    "weights": ("full", "lora", "dora"),
+    "layout": ("plain", "packed", "shared_prefix"),
+    "microbatches": (1, 4),
+    "reference": ("in_graph", "cached", "moving"),
+}
+KEYS = {
+    "full": {},
+    "lora": {"model.lora.rank": 2},
+    "dora": {"model.lora.rank": 2, "model.lora.dora": True},
+    "in_graph": {},
+    "cached": {"reference.mode": "cached"},
+    "moving": {"reference.sync_every_steps": 1, "reference.mix": 0.5},
+}
+# A value that two steps of a tiny model can tell from the default, and what it needs beside it: a
+# rollout is used twice, so that ratios differ from 1 in the second step.
+CHANGES: dict[str, dict[str, Any]] = {
+    "advantages": {"advantages": "batch"},
+    "alpha": {"alpha": 0.4},
+    "beta": {"beta": 0.7},
+    "bootstrap": {"bootstrap": True},
+    "center_coef": {"center_coef": 0.5},
+    "clip": {"clip": 1e-4},
+    "clip_form": {"clip_form": "reciprocal", "clip": 0.9999},
+    "critic_coef": {"critic_coef": 0.5},
+    "critic_target": {"critic_target": "gae"},
+    "delta": {"delta": 1.00001},
+    "desirable_weight": {"desirable_weight": 1.5},
+    "dft": {"dft": True},
+    "entropy_coef": {"entropy_coef": 0.1},
+    "epochs": {"epochs": 1},
+    "epsilon_high": {"epsilon_high": 1e-5},
+    "epsilon_low": {"epsilon_low": 1e-5},
+    "f_alpha": {"f_divergence": "alpha", "f_alpha": 0.3},
+    "f_divergence": {"f_divergence": "js"},
+    "form": {"form": "pairs"},
+    "gamma": {"gamma": 0.5},
+    "gamma_beta_ratio": {"gamma_beta_ratio": 0.3},
+    "humanline": {"humanline": True, "log_eps_p": -1e-5, "log_eps_r": 1e-5},
+    "importance": {"importance": "sequence"},
+    "kl_coef": {"kl_coef": 0.5, "epochs": 1},
+    "kl_estimator": {"kl_estimator": "k3", "kl_coef": 5.0, "epochs": 1},
+    "kl_horizon": {"kl_horizon": 8.0, "kl_target": 1e-6, "kl_coef": 5.0, "epochs": 1},
+    "kl_scope": {"kl_scope": "microbatch"},
+    "kl_sign": {"kl_sign": -1},
+    "kl_target": {"kl_target": 1e-6, "kl_coef": 5.0, "epochs": 1},
+    "label_smoothing": {"label_smoothing": 0.2},
+    "lam": {"lam": 0.5},
+    "ld_alpha": {"ld_alpha": 0.3},
+    "lengths": {"lengths": "sum"},
+    "log_eps_p": {"humanline": True, "log_eps_p": -1e-5, "log_eps_r": 1e-5},
+    "log_eps_r": {"humanline": True, "log_eps_p": -1e-5, "log_eps_r": 1e-6},
+    "loss_type": {"loss_type": "dr_grpo"},
+    "max_length": {"loss_type": "dr_grpo", "max_length": 99},
+    "minibatches": {"minibatches": 2},
+    "missing_eos_penalty": {"missing_eos_penalty": 0.5, "rollout.missing_eos_penalty": 0.0},
+    "momentum": {"momentum": 0.5},
+    "per": {"per": "sequence"},
+    "ptx_coef": {"ptx_coef": 0.5, "data.text": "builtin:completions:train?size=16"},
+    "reference_free": {"reference_free": True},
+    "reward": {"reward": "score"},
+    "scale": {"scale": "none"},
+    "sft_coef": {"sft_coef": 0.5},
+    "stop_gradient_chosen": {"stop_gradient_chosen": False},
+    "tau": {"tau": 2.0},
+    "tau_negative": {"tau_negative": 0.5},
+    "tau_positive": {"tau_positive": 2.0},
+    "undesirable_weight": {"undesirable_weight": 2.0},
+    "value_clip": {"value_clip": 1e-5},
+    "vf_coef": {"vf_coef": 1.0},
+    "whiten": {"whiten": False},
+    "whiten_advantages": {"whiten_advantages": None},  # the other of the two
+    "whiten_rewards": {"whiten_rewards": True},
+    "wpo": {"wpo": True},
+}
+# keys of the config that act on what an objective sees, each with objectives to try it on
+OTHERS: list[tuple[str, dict[str, Any]]] = [
+    *((name, {"model.lora.rank": 2, "model.lora.dropout": 0.5}) for name in ("dpo", "kto")),
+    *((name, {"model.value_head": "value_mlp"}) for name in ("ppo", "ppo_offline")),
+    *((name, {"rollout.top_p": 0.5}) for name in ("grpo", "ppo", "online_dpo")),
+    *((name, {"rollout.top_k": 3}) for name in ("grpo", "rloo")),
+    *((name, {"rollout.temperature": 0.5}) for name in ("grpo", "online_kto")),
+    *((name, {"rollout.overlong_buffer": 3}) for name in ("grpo", "online_dpo")),
+    *((name, {"rollout.score_clip": 0.1}) for name in ("reinforce", "grpo")),
+    ("grpo", {"rollout.normalize_scores": True, "objective.scale": "none"}),
+    ("rloo", {"rollout.missing_eos_penalty": 0.5}),
+    ("rloo", {"rollout.keep_unfinished": False}),
+    ("ppo", {"rollout.rescore": False}),
+    ("online_dpo", {"rollout.pairing": "random"}),
+    ("online_dpo", {"rollout.min_difference": 9.0}),
+    ("online_kto", {"rollout.threshold": "prompt"}),
+    ("dpo+sft", {}),
+    ("kto+sft", {}),
+    ("dpo+bco_pair+sft", {}),
+]
+SAME = ("minibatches",)  # the first two steps may be the same; their sizes are another test's
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One run of two steps; ``option`` None: the defaults."""
+
+    name: str
+    option: str | None
+    keys: str  # JSON: what is set beside the setting
+    setting: tuple[Any, ...]  # a value of each of SETTINGS
+
+    def __str__(self) -> str:
+        return "-".join(map(str, (self.name, self.option or self.keys, *self.setting)))
+
+
+Row = tuple[str, str | None, str]  # objective, option, keys
+
+
+def rows() -> list[Row]:
+    """Return every (objective, option, keys) that is to be run."""
+    found = []
+    for name, objective in OBJECTIVES.items():
+        found += [(name, None, "{}")]
+        for option in objective.options:
+            found.append((name, option, json.dumps(changed(name, option))))
+    online = [f"online_{name}" for name in ("dpo", "ipo", "kto", "reward", "sft")]
+    found += [(name, None, "{}") for name in online]
+    return found + [(name, None, json.dumps(keys)) for name, keys in OTHERS]
+
+
+def changed(name: str, option: str) -> dict[str, Any]:
+    """Return the keys that change an option of an objective.
+
+    Raises:
+        AssertionError: an option that has no line in ``CHANGES``.
+    """
+    assert option in CHANGES, f"give {option!r}, an option of {name!r}, a line in covering.CHANGES"
+    declared, change = OBJECTIVES[name].declared, dict(CHANGES[option])
+    if change[option] is None:
+        change[option] = not declared[option].default
+    if option == "form" and name == "cpo":
+        change = {"form": "hinge"}
+    if option == "advantages" and change[option] == declared[option].default:
+        change = {"advantages": "global"}
+    if option == "epsilon_high" and name == "cispo":
+        change = {"epsilon_high": 0.5}
+    known = losses.describe_options(name)
+    return {
+        key if "." in key else f"objective.{key}": value
+        for key, value in change.items()
+        if "." in key or key in known
+    }
+
+
+@functools.cache
+def traits(row: Row) -> tuple[bool, bool, bool]:
+    """Tell whether a row learns online, compares with a reference, and could do so with a cached
+    one."""
+    name, keys = row[0].removeprefix("online_"), json.loads(row[2])
+    own = {
+        key.removeprefix("objective."): value
+        for key, value in keys.items()
+        if key.startswith("objective.")
+    }
+    terms = losses.resolve(name, own)
+    online = name != row[0] or any(term.objective.data == "rollout" for term in terms)
+    compares = any(term.reference or term.rollout.get("kl_coef") for term in terms)
+    whole = any(term.objective.mismatched or "kl" in term.needs for term in terms)
+    return online, compares, compares and not online and not whole
+
+
+def refused(row: Row, setting: tuple[Any, ...]) -> bool:
+    """Tell whether a setting has to be refused for these options."""
+    online, compares, cached = traits(row)
+    _, layout, _, reference = setting
+    return (
+        (online and layout == "packed")
+        or (reference == "cached" and not cached)
+        or (reference == "moving" and not compares)
+    )
+
+
+def pairs_of(row: Row, setting: tuple[Any, ...]) -> set[tuple]:
+    """Return the pairs of values that a case covers."""
+    values = [("objective", row[0]), ("option", row[1] or row[2]), *zip(SETTINGS, setting)]
+    return set(itertools.combinations(values, 2))
+
+
+def cases() -> list[Case]:
+    """Deal settings to the rows, greedily, until every pair of values is covered.
+
+    The defaults come first; options then prefer settings that their objective has been run in, so
+    that there is something to compare with.
+    """
+    every = list(itertools.product(*SETTINGS.values()))
+    covered: set[tuple] = set()
+    found: list[Case] = []
+
+    def deal(row: Row, least: int, able: list[tuple[Any, ...]]) -> bool:
+        gains = [len(pairs_of(row, setting) - covered) for setting in able]
+        if not gains or max(gains) < least:
+            return False
+        best = [setting for setting, gain in zip(able, gains) if gain == max(gains)]
+        setting = best[len(found) % len(best)]  # equals take turns: no setting is favored
+        found.append(Case(*row, setting))
+        covered.update(pairs_of(row, setting))
+        return True
+
+    defaults = [row for row in rows() if row[2] == "{}"]
+    for wrong in (False, True):  # what must be refused covers what nothing else can
+        for row in defaults:
+            able = [setting for setting in every if refused(row, setting) == wrong]
+            while deal(row, 1, able):
+                pass
+    changes = [row for row in rows() if row[2] != "{}"]
+    for least in (0, 1):  # each once, then what is left of each option with each setting
+        for row in changes:
+            able = [setting for setting in every if not refused(row, setting)]
+            own = {case.setting for case in found if case.name == row[0] and case.keys == "{}"}
+            able = [setting for setting in able if setting in own] or able
+            while deal(row, least, able) and least:
+                pass
+    return found
+
+
+def few(seed: int = 0, runs: int = 30, refusals: int = 10) -> list[Case]:
+    """Return some of the cases: settings at random, in each its objective's defaults and some
+    options, so that one run serves several comparisons; and some that are to be refused."""
+    every, found = cases(), []
+    random.Random(seed).shuffle(every)
+    wrong = [refused((case.name, case.option, case.keys), case.setting) for case in every]
+    able = [case for case, one in zip(every, wrong) if not one]
+    for default in [case for case in able if case.keys == "{}"]:
+        same = [one for one in able if (one.name, one.setting) == (default.name, default.setting)]
+        options = [one for one in same if one.option][:3]
+        if options and len(found) < runs:
+            found += [default, *options]
+    return found + [case for case, one in zip(every, wrong) if one][:refusals]
+
+
+# -------------------------------------------------------------------------------------- runs
+
+
+@functools.cache
+def module(name: str) -> Any:
+    """Import a config file."""
+    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    return found
+
+
+@functools.cache
+def shared_folder() -> str:
+    """Return where the reference's log-probabilities are kept between cases."""
+    return tempfile.mkdtemp()
+
+
+def config_of(case: Case) -> Any:
+    """Return a case's config: configs/tiny.py, as small as can be."""
+    config = module("tiny").get_config(case.name)
+    config.model.config.update(hidden_size=16, intermediate_size=16, num_hidden_layers=1)
+    config.model.config.update(num_attention_heads=2, num_key_value_heads=1)
+    chosen = dict(zip(SETTINGS, case.setting))
+    online = bool(config.rewards)
+    keys = {
+        "total_steps": 2,
+        "batch_size": 8,
+        "max_length": 40 if online else 112,
+        "eval.every_steps": 0,
+        "data.eval_fraction": 0.0,
+        "data.train": f"{config.data.train}?size=16",
+        "data.layout": chosen["layout"],
+        "microbatches": chosen["microbatches"],
+        "optimizer.learning_rate": 1e-2,
+        "optimizer.schedule": "constant",
+        "optimizer.warmup_fraction": 0.0,
+        "reference.cache": shared_folder(),
+        "mesh.fsdp": 1,
+    }
+    if not online and chosen["layout"] != "plain":
+        keys["data.groups_per_row"] = 1.0
+    if online:
+        keys |= {"rollout.responses_per_prompt": 2, "rollout.max_new_tokens": 6}
+        keys |= {"rollout.rows": 16, "rewards.regex.reward": 0.3}
+        if "epochs" in config.objective:
+            keys["objective.epochs"] = 2
+    keys |= KEYS[chosen["weights"]] | KEYS[chosen["reference"]] | json.loads(case.keys)
+    if "objective.ptx_coef" in keys or "ptx" in case.name:
+        keys["data.text"] = "builtin:completions:train?size=16"
+    config.unlock()
+    config.update_from_flattened_dict(keys)
+    return config
+
+
+_WEIGHTS: dict[Any, Any] = {}  # starting weights, numpy, by what they are drawn for
+
+
+def start(run: setup.Run) -> tuple[Any, Any]:
+    """Return (state, frozen) of step 0; runs that start alike draw their weights once."""
+    spec, specs = run.step_spec, run.state_specs
+    named = (specs.trained, specs.base, specs.reference or {})
+    key = (spec.policy, spec.base, *(tuple(flatten(tree)) for tree in named))
+    if key not in _WEIGHTS:
+        frozen = weights.load_frozen(spec, specs, run.config)
+        trained = weights.load_trained(spec, specs, frozen, run.config)
+        _WEIGHTS[key] = jax.device_get((frozen, trained))
+    frozen, trained = jax.tree.map(jax.numpy.asarray, _WEIGHTS[key])
+    return steps.init_state(spec, trained), frozen
+
+
+UNTIMED = ("seconds", "share", "tokens_per_second")
+
+
+def two_steps(case: Case) -> dict[str, np.ndarray]:
+    """Run a case; return every metric of both steps and every trained parameter.
+
+    Raises:
+        ValueError: the config is refused.
+    """
+    config = configs.read(config_of(case))
+    with tempfile.TemporaryDirectory() as workdir:
+        run = setup.prepare(config, workdir)
+    found: dict[str, np.ndarray] = {}
+    with jax.set_mesh(run.mesh):
+        state, frozen = start(run)
+        source = make_source(run, 0, {})
+        step = partitioning.jit_train_step(run.step_spec, run.state_specs.state, run.mesh)
+        for number in range(2):
+            batch = source.next(functools.partial(train.weights_of, state, frozen))
+            state, values = step(state, frozen, put_batch(run.mesh, batch))
+            for name, value in {**values, **source.metrics}.items():
+                if not any(word in name for word in UNTIMED):
+                    found[f"{name}@{number}"] = np.asarray(value)
+        source.close()
+    params = {name: np.asarray(leaf) for name, leaf in flatten(state["params"]).items()}
+    return found | params
+
+
+def one_device(patch: Any) -> None:
+    """Let runs have one of the simulated devices: eight would compile for minutes."""
+    patch(setup, "make_mesh", functools.partial(make_mesh, devices=jax.devices()[:1]))
+
+
+_DEFAULTS: dict[Case, Any] = {}
+
+
+def check(case: Case) -> str:
+    """Run a case and say what came of it: "changed", "trained" or "refused: why".
+
+    Raises:
+        AssertionError: a loss that is not finite, no gradient, or an option without effect.
+    """
+    wrong = refused((case.name, case.option, case.keys), case.setting)
+    try:
+        found = _DEFAULTS[case] if case in _DEFAULTS else two_steps(case)
+    except ValueError as error:
+        assert wrong, f"{case}: {error}"
+        return f"refused: {error}"
+    assert not wrong, f"{case}: was not refused"
+    for number in range(2):
+        assert np.isfinite(found[f"loss@{number}"]), f"{case}: loss {found[f'loss@{number}']}"
+    assert found["grad_norm@0"] > 0 or found["grad_norm@1"] > 0, f"{case}: no gradient"
+    own = json.loads(case.keys)
+    if not own:
+        _DEFAULTS[case] = found
+    if not own or case.option in SAME:
+        return "trained"
+    changed_key = f"objective.{case.option}" if case.option else list(own)[-1]
+    rest = {key: value for key, value in own.items() if key != changed_key}
+    if case.option == "humanline":
+        rest = {}
+    if "ptx" in changed_key:
+        rest.pop("data.text", None)
+    if case.option == "log_eps_r":
+        rest["objective.log_eps_r"] = 1e-5
+        rest.pop("objective.log_eps_p")
+        rest["objective.log_eps_p"] = -1e-5
+    if case.option == "kl_horizon":
+        rest["objective.kl_horizon"] = 10000.0
+    plain = dataclasses.replace(case, option=None, keys=json.dumps(rest))
+    if plain not in _DEFAULTS:
+        _DEFAULTS[plain] = two_steps(plain)
+    default = _DEFAULTS[plain]
+    same = found.keys() == default.keys() and all(
+        np.array_equal(found[name], default[name], equal_nan=True) for name in found
+    )
+    assert not same, f"{case}: {changed_key} = {own[changed_key]!r} changed nothing"
+    return "changed"
+
+
+def main(argv: list[str]) -> None:
+    """Run all cases (or some: "few", or a slice as "0:100"), and say what came of each."""
+    one_device(setattr)
+    began, counts, failures = time.process_time(), dict.fromkeys(("changed", "trained"), 0), []
+    chosen = few() if argv == ["few"] else cases()
+    if argv and argv != ["few"]:
+        first, last = map(int, argv[0].split(":"))
+        chosen = chosen[first:last]
+    for number, case in enumerate(chosen):
+        try:
+            result = check(case)
+        except Exception as error:  # a campaign: all of it is wanted
+            result = f"FAILED: {type(error).__name__}: {error}"
+            failures.append(case)
+        word = result.partition(":")[0]
+        counts[word] = counts.get(word, 0) + 1
+        seconds = time.process_time() - began
+        print(f"{number} {seconds:.0f}s {case}: {result}"[:600].replace("\n", " "), flush=True)
+    print(f"{len(chosen)} cases, {time.process_time() - began:.0f} s of CPU: {counts}", flush=True)
+    sys.exit(bool(failures))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Each documented option does something, or is refused, in every way of training it.
+
+A few cases of ``covering``, always the same ones; with ALIGN_JAX_COVER=1 all of them, which takes
+about half an hour.  They run in a process of their own, on one device and without the type hook,
+where a case takes a third of the time.
+"""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import covering
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def test_an_option_trains_and_changes_something_or_is_refused():
+    flags = os.environ["ALIGN_JAX_TEST_FLAGS"].replace("device_count=8", "device_count=1")
+    which = [] if os.environ.get("ALIGN_JAX_COVER") else ["few"]
+    done = subprocess.run(
+        [sys.executable, covering.__file__, *which],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    failed = [line for line in done.stdout.splitlines() if "FAILED" in line]
+    assert done.returncode == 0, "\n".join(failed) or done.stderr[-2000:]
+    assert "changed" in done.stdout and "refused" in done.stdout
+
+
+def test_every_option_meets_every_setting_that_is_not_refused():
+    cases = covering.cases()
+    options = {(case.name, case.option) for case in cases if case.option}
+    assert options == {
+        (name, option) for name, row in covering.OBJECTIVES.items() for option in row.options
+    }
+    met = set()
+    for case in cases:
+        met |= covering.pairs_of((case.name, case.option, case.keys), case.setting)
+    for name in covering.OBJECTIVES:
+        for factor, values in covering.SETTINGS.items():
+            for value in values:
+                assert (("objective", name), (factor, value)) in met, (name, factor, value)
