@@ -68,15 +68,19 @@ CHANGES: dict[str, dict[str, Any]] = {
     "dft": {"dft": True},
     "entropy_coef": {"entropy_coef": 0.1},
     "epochs": {"epochs": 1},
+    "epsilon": {"epsilon": 1e-5},
     "epsilon_high": {"epsilon_high": 1e-5},
     "epsilon_low": {"epsilon_low": 1e-5},
+    "eta": {"eta": 2.0},
     "f_alpha": {"f_divergence": "alpha", "f_alpha": 0.3},
     "f_divergence": {"f_divergence": "js"},
-    "form": {"form": "pairs"},
+    "form": {"form": "the last of its choices"},
     "gamma": {"gamma": 0.5},
     "gamma_beta_ratio": {"gamma_beta_ratio": 0.3},
     "humanline": {"humanline": True, "log_eps_p": -1e-5, "log_eps_r": 1e-5},
     "importance": {"importance": "sequence"},
+    "k_negative": {"k_negative": 1.0},
+    "k_positive": {"k_positive": 1.0},
     "kl_coef": {"kl_coef": 0.5, "epochs": 1},
     "kl_estimator": {"kl_estimator": "k3", "kl_coef": 5.0, "epochs": 1},
     "kl_horizon": {"kl_horizon": 8.0, "kl_target": 1e-6, "kl_coef": 5.0, "epochs": 1},
@@ -85,6 +89,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     "kl_target": {"kl_target": 1e-6, "kl_coef": 5.0, "epochs": 1},
     "label_smoothing": {"label_smoothing": 0.2},
     "lam": {"lam": 0.5},
+    "lambda_negative": {"lambda_negative": 1.0},
+    "lambda_positive": {"lambda_positive": 1.0},
     "ld_alpha": {"ld_alpha": 0.3},
     "lengths": {"lengths": "sum"},
     "log_eps_p": {"humanline": True, "log_eps_p": -1e-5, "log_eps_r": 1e-5},
@@ -94,16 +100,21 @@ CHANGES: dict[str, dict[str, Any]] = {
     "minibatches": {"minibatches": 2},
     "missing_eos_penalty": {"missing_eos_penalty": 0.5, "rollout.missing_eos_penalty": 0.0},
     "momentum": {"momentum": 0.5},
+    "off_policy_threshold": {"off_policy_threshold": 1e-6},
     "per": {"per": "sequence"},
     "ptx_coef": {"ptx_coef": 0.5, "data.text": "builtin:completions:train?size=16"},
     "reference_free": {"reference_free": True},
     "reward": {"reward": "score"},
     "scale": {"scale": "none"},
     "sft_coef": {"sft_coef": 0.5},
+    "shift": {"shift": 0.5},
     "stop_gradient_chosen": {"stop_gradient_chosen": False},
+    "target": {"target": "scores"},
     "tau": {"tau": 2.0},
     "tau_negative": {"tau_negative": 0.5},
     "tau_positive": {"tau_positive": 2.0},
+    "temperature": {"temperature": 2.0, "target": "scores"},
+    "unbiased_kl": {"unbiased_kl": True, "beta": 0.5},
     "undesirable_weight": {"undesirable_weight": 2.0},
     "value_clip": {"value_clip": 1e-5},
     "vf_coef": {"vf_coef": 1.0},
@@ -173,10 +184,10 @@ def changed(name: str, option: str) -> dict[str, Any]:
     declared, change = OBJECTIVES[name].declared, dict(CHANGES[option])
     if change[option] is None:
         change[option] = not declared[option].default
-    if option == "form" and name == "cpo":
-        change = {"form": "hinge"}
-    if option == "advantages" and change[option] == declared[option].default:
-        change = {"advantages": "global"}
+    if option == "form":
+        change = {"form": declared[option].choices[-1]}
+    if change[option] == declared[option].default and option != "epochs":
+        change |= {option: "global" if option == "advantages" else 0.5 * change[option]}
     if option == "epsilon_high" and name == "cispo":
         change = {"epsilon_high": 0.5}
     known = losses.describe_options(name)
@@ -200,7 +211,7 @@ def traits(row: Row) -> tuple[bool, bool, bool]:
     terms = losses.resolve(name, own)
     online = name != row[0] or any(term.objective.data == "rollout" for term in terms)
     compares = any(term.reference or term.rollout.get("kl_coef") for term in terms)
-    whole = any(term.objective.mismatched or "kl" in term.needs for term in terms)
+    whole = any(term.objective.mismatched or setup.WHOLE & set(term.needs) for term in terms)
     return online, compares, compares and not online and not whole
 
 
@@ -258,7 +269,7 @@ def cases() -> list[Case]:
     return found
 
 
-def few(seed: int = 0, runs: int = 30, refusals: int = 10) -> list[Case]:
+def few(seed: int = 0, runs: int = 24, refusals: int = 10) -> list[Case]:
     """Return some of the cases: settings at random, in each its objective's defaults and some
     options, so that one run serves several comparisons; and some that are to be refused."""
     every, found = cases(), []
@@ -292,6 +303,18 @@ def shared_folder() -> str:
     return tempfile.mkdtemp()
 
 
+@functools.cache
+def with_margins() -> str:
+    """Write pairs that say by how much the chosen response is better."""
+    path = pathlib.Path(shared_folder()) / "margins.jsonl"
+    pairs = (
+        {"prompt": f"say {i}", "chosen": "yes " * (i + 1), "rejected": "no"} for i in range(16)
+    )
+    rows = [{**pair, "margin": 0.1 * (number + 1)} for number, pair in enumerate(pairs)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
 def config_of(case: Case) -> Any:
     """Return a case's config: configs/tiny.py, as small as can be."""
     config = module("tiny").get_config(case.name)
@@ -321,6 +344,8 @@ def config_of(case: Case) -> Any:
         keys |= {"rollout.rows": 16, "rewards.regex.reward": 0.3}
         if "epochs" in config.objective:
             keys["objective.epochs"] = 2
+    if OBJECTIVES.get(case.name) and OBJECTIVES[case.name].loss.wants_margin:
+        keys["data.train"] = with_margins()
     keys |= KEYS[chosen["weights"]] | KEYS[chosen["reference"]] | json.loads(case.keys)
     if "objective.ptx_coef" in keys or "ptx" in case.name:
         keys["data.text"] = "builtin:completions:train?size=16"
