@@ -26,13 +26,19 @@ from typing import Any
 
 import numpy as np
 import tqdm
-from absl import flags
+from absl import flags, logging
 
 from align_jax.core.choose import nearest
 from align_jax.core.schema import Example
 from align_jax.data.sources import open_source
-from align_jax.online.rewards import WeightedRewards, from_json, resolve
-from align_jax.online.sampling import columns, prompt_text
+from align_jax.online.rewards import (
+    WeightedRewards,
+    by_name,
+    columns,
+    from_json,
+    prompt_text,
+    resolve,
+)
 from align_jax.online.selection import resolve_threshold
 from align_jax.parallel import distributed
 from align_jax.runs import command
@@ -236,7 +242,7 @@ def score(
     samples: Sequence[Mapping[str, Any]], rewards: WeightedRewards, show: bool = True
 ) -> list[dict[str, Any]]:
     """Return the samples with their ``reward``, and with each of several rewards by itself under
-    ``rewards``."""
+    ``rewards``; those of which no reward said anything are left out, and counted in a warning."""
     scored = []
     with tqdm.tqdm(total=len(samples), unit="sample", disable=not show) as bar:
         for begin in range(0, len(samples), _CHUNK):
@@ -248,10 +254,15 @@ def score(
                 [columns(*pair) for pair in zip(examples, _finishes(part))],
             )
             for i, one in enumerate(part):
+                own = by_name(each, i)
+                if own and all(value is None for value in own.values()):
+                    continue  # no reward said anything
                 scored.append({**one, "reward": float(total[i])})
                 if len(each) > 1:
-                    scored[-1]["rewards"] = {name: float(x[i]) for name, x in each.items()}
+                    scored[-1]["rewards"] = own
             bar.update(len(part))
+    if silent := len(samples) - len(scored):
+        logging.warning("%d samples of which no reward said anything are left out", silent)
     return scored
 
 

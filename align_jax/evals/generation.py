@@ -18,7 +18,7 @@ from align_jax.inference.engines import Local
 from align_jax.inference.generate import Completion, Generator, bucket, local_rows
 from align_jax.inference.score import rescore
 from align_jax.online import batches, selection
-from align_jax.online.rewards import WeightedRewards
+from align_jax.online.rewards import WeightedRewards, counted
 from align_jax.online.sampling import Prompts, PromptSampler, PromptSamples
 from align_jax.parallel.mesh import row_shards
 from align_jax.parallel.sharding import put_batch
@@ -35,7 +35,12 @@ def sample(
     max_length: int = 1024,
     seed: int = 0,
 ) -> list[PromptSamples]:
-    """Sample every prompt and score the samples."""
+    """Sample every prompt and score the samples.
+
+    Raises:
+        ValueError: the prompts lack what the rewards read.
+    """
+    rewards.check(examples.items)
     limit = min(max_length, policy.model.config.max_positions)
     prompts = Prompts(
         examples.items,
@@ -80,9 +85,10 @@ def generation(
 
     Returns:
         ``reward`` with ``/stderr`` over prompts, ``best_of_n`` where there are several samples,
-        each reward by itself, ``completions/{mean_length,clipped_ratio}``, ``distinct`` (share of
-        different ones), and ``objective/kl``: the mean over completions of Σ_t log π - log π_ref,
-        nats, at temperature 1.
+        each reward by itself (where it said something),
+        ``completions/{mean_length,clipped_ratio}``, ``distinct`` (share of different ones), and
+        ``objective/kl``: the mean over completions of Σ_t log π - log π_ref, nats, at temperature
+        1.
     """
     samples = sample(policy, examples, rewards, options, max_length=max_length, seed=seed)
     totals = np.stack([one.rewards for one in samples])
@@ -100,8 +106,9 @@ def generation(
         values["best_of_n"] = float(totals.max(axis=1).mean())
     if len(samples[0].each_reward) > 1:
         for name in samples[0].each_reward:
-            own = [one.each_reward[name] for one in samples]
-            values[f"rewards/{name}"] = float(np.mean(own))
+            said = counted(np.concatenate([one.each_reward[name] for one in samples]))
+            if len(said):
+                values[f"rewards/{name}"] = float(said.mean())
     if policy.reference is not None:
         prompts, texts = [one.prompt for one in samples], [one.completions for one in samples]
         kl = divergence(policy, prompts, texts, options.rows)

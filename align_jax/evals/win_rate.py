@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -17,8 +16,8 @@ from align_jax.data.datasets import Examples
 from align_jax.evals.generation import ONE_SAMPLE, sample
 from align_jax.evals.policy import EvaluatedPolicy, standard_error
 from align_jax.inference.client import Client
-from align_jax.online.rewards import WeightedRewards
-from align_jax.online.sampling import columns, prompt_text
+from align_jax.online.judges import check_question, verdict
+from align_jax.online.rewards import WeightedRewards, columns, prompt_text
 
 Compare = Callable[
     [Sequence[str], Sequence[str], Sequence[str], Sequence[Mapping[str, Any]]], Sequence[float]
@@ -65,25 +64,26 @@ def by_judge(
     Args:
         client: of the server.
         model: the judge's name there.
-        question: with the fields ``{prompt}``, ``{a}`` and ``{b}``; the answer's last lone A, B or
-            C counts.
+        question: with the fields ``{prompt}``, ``{a}`` and ``{b}``; the letter A, B or C on the
+            answer's last line counts, else the only one that it names.
         concurrency: questions under way at once.
         options: of the request (``temperature``, ``max_tokens``).
 
     Raises:
-        ValueError: when called, an answer without A, B or C.
+        ValueError: a question without the fields; when called, an answer without A, B or C.
     """
 
+    check_question(question, ("prompt", "a", "b"))
+
     def ask(prompt: str, a: str, b: str) -> float:
-        text = client.chat(
-            model,
-            [{"role": "user", "content": question.format(prompt=prompt, a=a, b=b)}],
-            **options,
-        )
-        letters = re.findall(r"\b[ABC]\b", text)
-        if not letters:
-            raise ValueError(f"the judge {model!r} answered neither A, B nor C: {text[:100]!r}")
-        return {"A": 1.0, "B": 0.0, "C": 0.5}[letters[-1]]
+        asked = question.format(prompt=prompt, a=a, b=b)
+        text = client.chat(model, [{"role": "user", "content": asked}], **options)
+        try:
+            return {"A": 1.0, "B": 0.0, "C": 0.5}[verdict(text)]
+        except ValueError as error:
+            raise ValueError(
+                f"the judge {model!r} at {client.url} {error} (prompt {prompt[-60:]!r})"
+            ) from None
 
     def both(one: tuple[str, str, str]) -> float:
         prompt, first, second = one

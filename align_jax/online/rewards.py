@@ -5,11 +5,12 @@
 
 A row of ``REWARDS`` takes options and returns a *reward function*
 
-    (prompts, completions, extras) -> one number for each completion
+    (prompts, completions, extras) -> one number for each completion, or None: nothing to say
 
 where ``extras`` holds the columns of the data's row (a gold answer, a level), and of a sample
 ``finished``: whether it ended by itself.  Nothing here is random, and nothing depends on the other
-completions of the batch, so a score never depends on how completions were batched.
+completions of the batch, so a score never depends on how completions were batched.  The user's own
+functions are in ``functions``.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import functools
-import importlib
 import inspect
 import json
 import math
 import os
 import pathlib
 import re
+import sysconfig
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -37,9 +39,10 @@ from align_jax.data.tokenizer import load_tokenizer
 from align_jax.inference.client import Client
 from align_jax.inference.score import RewardModel
 from align_jax.models.model import LoadedModel
+from align_jax.online import functions
+from align_jax.online.functions import Columned, Extras, RewardFunction, Scores
+from align_jax.online.judges import check_options, check_question, rating
 
-Extras = Sequence[Mapping[str, Any]]
-RewardFunction = Callable[[Sequence[str], Sequence[str], Extras], Sequence[float]]
 LoadModel = Callable[..., LoadedModel]  # runs.weights.load_model
 
 _NUMBER = r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?|-?\.\d+"
@@ -48,16 +51,54 @@ _MARKED = (
     rf"\\boxed\{{\s*\$?\s*({_NUMBER})[^}}]*\}}",
     rf"(?i)answer(?:\s+is|\s*:)\s*:?\s*\$?\s*({_NUMBER})",
 )
+_SUCH = '{"numeric": 1.0, "short": {"kind": "length", "target": 50, "weight": 0.5}}'
+_GREATEST = float(np.finfo(np.float32).max)
+_EXCERPT = 60  # characters of a prompt or a completion in a message
 # Hutto & Gilbert 2014, vaderSentiment `normalize`: the largest sum to be expected of a sentence
 _VADER_ALPHA = 15.0
+
+
+def prompt_text(example: Example) -> str:
+    """Return what a reward function is given as the prompt: the text, or the last turn's words."""
+    return example.prompt if isinstance(example.prompt, str) else example.prompt[-1]["content"]
+
+
+def columns(example: Example, finish: str = "stop") -> dict[str, Any]:
+    """Return the row's columns for reward functions; ``messages`` holds the prompt's turns,
+    ``finished`` whether the completion, of this ``finish``, ended by itself."""
+    found = {**example.extras, "finished": finish == "stop"}
+    return found if isinstance(example.prompt, str) else found | {"messages": list(example.prompt)}
+
+
+def counted(scores: Float[np.ndarray, "n"]) -> Float[np.ndarray, "m"]:
+    """Return the scores of the completions of which a reward said something."""
+    return scores[~np.isnan(scores)]
+
+
+def by_name(each: Mapping[str, Float[np.ndarray, "n"]], i: int) -> dict[str, float | None]:
+    """Return each reward of completion i, for a record; None where it said nothing."""
+    return {name: None if np.isnan(x[i]) else float(x[i]) for name, x in each.items()}
+
+
+def _gold(row: Mapping[str, Any], column: str) -> str | int | float:
+    """Return a row's gold answer.
+
+    Raises:
+        ValueError: there is no such column, or no text or number in it.
+    """
+    value = choose(row, column, "the reward's column")
+    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        raise ValueError(
+            f"column {column!r}: expected a text or a number, got {str(value)[:80]!r} "
+            f"(a {type(value).__name__})"
+        )
+    return value
 
 
 def _each(score: Callable[[str, str, Mapping[str, Any]], float]) -> RewardFunction:
     """Make a reward function of what scores one completion."""
 
-    def score_all(
-        prompts: Sequence[str], completions: Sequence[str], extras: Extras
-    ) -> Sequence[float]:
+    def score_all(prompts: Sequence[str], completions: Sequence[str], extras: Extras) -> Scores:
         return [float(score(*one)) for one in zip(prompts, completions, extras, strict=True)]
 
     return score_all
@@ -80,10 +121,10 @@ def exact(column: str = "answer", ignore_case: bool = False, extract: str = "") 
             if not found:
                 return 0.0
             completion = found[-1] if isinstance(found[-1], str) else found[-1][0]
-        left, right = completion.strip(), str(choose(extras, column, "the reward's column")).strip()
+        left, right = completion.strip(), str(_gold(extras, column)).strip()
         return float(left.lower() == right.lower() if ignore_case else left == right)
 
-    return _each(score)
+    return Columned(_each(score), lambda row: _gold(row, column))
 
 
 def find_number(text: str, anywhere: bool = True) -> float | None:
@@ -126,15 +167,18 @@ def numeric(
         ValueError: when called, a gold answer without a number.
     """
 
-    def score(prompt: str, completion: str, extras: Mapping[str, Any]) -> float:
-        answer = choose(extras, column, "the reward's column")
-        gold = float(answer) if isinstance(answer, (int, float)) else find_number(str(answer))
-        if gold is None:
+    def gold(row: Mapping[str, Any]) -> float:
+        answer = _gold(row, column)
+        number = find_number(answer) if isinstance(answer, str) else float(answer)
+        if number is None or not math.isfinite(number):
             raise ValueError(f"column {column!r} holds no number: {str(answer)[:80]!r}")
-        got = find_number(completion, anywhere=not marked)
-        return float(got is not None and abs(got - gold) <= tolerance)
+        return number
 
-    return _each(score)
+    def score(prompt: str, completion: str, extras: Mapping[str, Any]) -> float:
+        got = find_number(completion, anywhere=not marked)
+        return float(got is not None and abs(got - gold(extras)) <= tolerance)
+
+    return Columned(_each(score), gold)
 
 
 def regex(
@@ -273,15 +317,13 @@ def lexicon(path: str, form: str = "compound") -> RewardFunction:
 def function(path: str, **options: Any) -> RewardFunction:
     """Use your own reward function, ``module:function``; options are bound as keywords.
 
+    It takes (prompts, completions, extras), or what TRL gives: (completions, **columns); see
+    ``functions``.
+
     Raises:
-        ValueError: a path not of that form.
-        ImportError, AttributeError: as Python's import has them.
+        ValueError: no such function, or one that takes what nothing gives.
     """
-    module, _, name = path.partition(":")
-    if not module or not name:
-        raise ValueError(f"a reward function is named 'module:function', got {path!r}")
-    found = getattr(importlib.import_module(module), name)
-    return functools.partial(found, **options) if options else found
+    return functions.adapt(functions.find(path), path, options)
 
 
 def model(
@@ -315,9 +357,7 @@ def model(
         mesh=mesh,
     )
 
-    def score(
-        prompts: Sequence[str], completions: Sequence[str], extras: Extras
-    ) -> Sequence[float]:
+    def score(prompts: Sequence[str], completions: Sequence[str], extras: Extras) -> Scores:
         examples = []
         for prompt, completion, row in zip(prompts, completions, extras, strict=True):
             turns = tuple(row["messages"]) if scorer.chat and "messages" in row else prompt
@@ -340,48 +380,73 @@ Answer:
 End with a line of the form "Final score: N"."""
 
 
+class RowError(ValueError):
+    """A reward that cannot be given.
+
+    Attributes:
+        row: which of the completions it is about.
+    """
+
+    def __init__(self, row: int, message: str) -> None:
+        super().__init__(message)
+        self.row = row
+
+
 def judge(
     url: str,
     model: str,
     question: str = RATING,
     scale: float = 10.0,
     concurrency: int = 16,
+    key_variable: str = "OPENAI_API_KEY",
+    timeout_seconds: float = 600.0,
+    allow_http: bool = False,
+    abstain: bool = False,
     **options: Any,
 ) -> RewardFunction:
-    """Score by a language model's rating, behind an OpenAI-compatible server (its key in
-    OPENAI_API_KEY).
+    """Score by a language model's rating from 0 to 1, behind an OpenAI-compatible server.
 
     Args:
-        url: of the server.
+        url: of the server: https, or http on this host.
         model: the judge's name there.
-        question: with the fields ``{prompt}`` and ``{completion}``; of the answer the number after
-            "score:" counts, else its last number.
-        scale: the rating is divided by this.
+        question: with the fields ``{prompt}`` and ``{completion}``; of the answer the last number
+            after "score:" counts, else its only one.
+        scale: ratings are from 0 to this, and divided by it.
         concurrency: questions under way at once.
-        options: of the request (``temperature``, ``max_tokens``).
+        key_variable: environment variable with the API key; "" or unset: none is sent.
+        timeout_seconds: for one whole answer.
+        allow_http: take plain http to another host too.
+        abstain: an answer without a rating on the scale counts as none; else it is an error.
+        options: of the request (``temperature``, ``max_tokens``); what is not named is the
+            server's own default.
 
     Raises:
-        ValueError: when called, an answer without a number.
-        ConnectionError: when called, as ``inference.engines.Client.post``.
+        ValueError: a question without the fields, or as ``Client``; when called, an answer without
+            a rating on the scale.
+        ConnectionError: when called, as ``Client.post``.
     """
-    client = Client(url)
+    check_question(question, ("prompt", "completion"))
+    check_options(options, tuple(inspect.signature(judge).parameters))
+    if scale <= 0 or concurrency < 1:
+        raise ValueError(f"expected scale > 0 and concurrency >= 1, got {scale}, {concurrency}")
+    client = Client(
+        url, key_variable=key_variable, timeout_seconds=timeout_seconds, allow_http=allow_http
+    )
 
-    def rate(one: tuple[str, str]) -> float:
-        text = client.chat(
-            model,
-            [{"role": "user", "content": question.format(prompt=one[0], completion=one[1])}],
-            **options,
-        )
-        marked = re.findall(rf"(?i)score:\s*({_NUMBER})", text) or re.findall(_NUMBER, text)
-        if not marked:
-            raise ValueError(f"the judge {model!r} gave no number: {text[:100]!r}")
-        return float(marked[-1].replace(",", "").partition("/")[0]) / scale
+    def rate(one: tuple[int, str, str]) -> float | None:
+        row, prompt, completion = one
+        asked = question.format(prompt=prompt, completion=completion)
+        try:
+            text = client.chat(model, [{"role": "user", "content": asked}], **options)
+            return rating(text, 0.0, scale) / scale
+        except ValueError as error:
+            if abstain:
+                return None
+            raise RowError(row, f"the judge {model!r} {error} ({client.url})") from None
 
-    def score(
-        prompts: Sequence[str], completions: Sequence[str], extras: Extras
-    ) -> Sequence[float]:
+    def score(prompts: Sequence[str], completions: Sequence[str], extras: Extras) -> Scores:
         with concurrent.futures.ThreadPoolExecutor(concurrency) as pool:
-            return list(pool.map(rate, zip(prompts, completions, strict=True)))
+            return list(pool.map(rate, zip(range(len(prompts)), prompts, completions, strict=True)))
 
     return score
 
@@ -420,30 +485,147 @@ class WeightedRewards:
             extras: the columns of their rows.
 
         Returns:
-            The weighted sum, float32 [n], and each reward by itself, unweighted.
+            The weighted sum, float32 [n], of the rewards that said something (0 where none did, as
+            in TRL), and each reward by itself, unweighted, NaN where it said nothing.
 
         Raises:
-            ValueError: a function that returns another number of scores, or one that is not a
-                finite number.
+            ValueError: a function that fails, or returns another number of scores, or one that is
+                not a finite number.
+            ConnectionError: as ``inference.client.Client.post``.
         """
         extras = [{}] * len(prompts) if extras is None else extras
         total, parts = np.zeros(len(completions), np.float32), {}
         for name, weight, fn in self.terms:
-            scores = np.asarray(fn(prompts, completions, extras), np.float32)
-            if scores.shape != total.shape:
-                raise ValueError(
-                    f"reward {name!r} gave scores of shape {scores.shape} for {len(completions)} "
-                    "completions; it must return one number for each"
-                )
-            if not np.isfinite(scores).all():
-                bad = int(np.flatnonzero(~np.isfinite(scores))[0])
-                raise ValueError(
-                    f"reward {name!r} gave {scores[bad]} for the completion "
-                    f"{completions[bad][:80]!r}"
-                )
-            parts[name] = scores
-            total = total + np.float32(weight) * scores
+            given = _ask(name, fn, prompts, completions, extras)
+            scores = parts[name] = read_scores(name, given, prompts, completions)
+            with np.errstate(over="ignore"):
+                total = total + np.float32(weight) * np.nan_to_num(scores)
+        if not np.isfinite(total).all():
+            row = int(np.flatnonzero(~np.isfinite(total))[0])
+            raise ValueError(f"the weighted sum of the rewards is {total[row]} at row {row}")
         return total, parts
+
+    def check(self, examples: Sequence[Example]) -> None:
+        """Check that the data have what the rewards read.
+
+        Raises:
+            ValueError: a column that is missing, or a gold answer that is none, with file and line.
+        """
+        for name, _, fn in self.terms:
+            if not isinstance(fn, Columned):
+                continue
+            wrong: list[str] = []
+            for example in examples:
+                try:
+                    fn.check(columns(example))
+                except ValueError as error:
+                    wrong.append(f"{example.source}: reward {name!r}: {error}")
+            if wrong:
+                more = f" (and so in {len(wrong) - 1} more rows)" if len(wrong) > 1 else ""
+                raise ValueError(wrong[0] + more)
+
+
+def _ask(
+    name: str,
+    fn: RewardFunction,
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    extras: Extras,
+) -> Any:
+    """Call a reward function.
+
+    Raises:
+        ValueError, ConnectionError: whatever it raised, with its name, the row and the place.
+    """
+    try:
+        return fn(prompts, completions, extras)
+    except ConnectionError as error:
+        raise ConnectionError(f"reward {name!r}: {error}") from error
+    except (Exception, SystemExit) as error:
+        if type(error).__module__.startswith("jax"):  # the device's: out of memory, say
+            raise
+        row = (
+            error.row
+            if isinstance(error, RowError)
+            else _failing_row(fn, prompts, completions, extras)
+        )
+        where = "" if row is None else f" at {_place(row, prompts, completions)}"
+        line = _line(error)
+        words = f"{type(error).__name__}: {error} ({line})" if line else str(error)
+        raise ValueError(f"reward {name!r} failed{where}: {words}") from error
+
+
+def _line(error: BaseException) -> str:
+    """Return where in the user's own code an error arose, ``file:line``; "" where in none."""
+    libraries = (os.path.dirname(os.path.dirname(__file__)), *sysconfig.get_paths().values())
+    frames = [
+        f"{one.filename}:{one.lineno}"
+        for one in traceback.extract_tb(error.__traceback__)
+        if not one.filename.startswith((*libraries, "<frozen"))
+    ]
+    return frames[-1] if frames else ""
+
+
+def _place(row: int, prompts: Sequence[str], completions: Sequence[str]) -> str:
+    prompt, completion = prompts[row], completions[row]
+    return f"row {row} (prompt {prompt[-_EXCERPT:]!r}, completion {completion[:_EXCERPT]!r})"
+
+
+def _failing_row(
+    fn: RewardFunction, prompts: Sequence[str], completions: Sequence[str], extras: Extras
+) -> int | None:
+    """Return the first row with which a function fails by itself; None: it fails with none."""
+
+    def fails(low: int, high: int) -> bool:
+        try:
+            fn(prompts[low:high], completions[low:high], extras[low:high])
+        except (Exception, SystemExit):
+            return True
+        return False
+
+    low, high = 0, len(completions)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fails(low, middle) else (middle, high)
+    return low if low < high and fails(low, high) else None
+
+
+def read_scores(
+    name: str, given: Any, prompts: Sequence[str], completions: Sequence[str]
+) -> Float[np.ndarray, "n"]:
+    """Read what a reward function returned: float32, NaN where it said nothing (None).
+
+    Raises:
+        ValueError: not one finite number, true or false, or None for each completion.
+    """
+    if not isinstance(given, (list, tuple)) and not hasattr(given, "__array__"):
+        raise ValueError(
+            f"reward {name!r} returned a {type(given).__name__}; expected a list of one number for "
+            f"each of {len(completions)} completions"
+        )
+    shape = np.shape(given) if hasattr(given, "__array__") else (len(given),)
+    if shape != (len(completions),):
+        raise ValueError(
+            f"reward {name!r} gave scores of shape {shape} for {len(completions)} completions; it "
+            "must return one number for each"
+        )
+    values = list(np.asarray(given)) if hasattr(given, "__array__") else list(given)
+    found = np.full(len(values), np.nan, np.float32)
+    for row, value in enumerate(values):
+        if value is None:
+            continue
+        if isinstance(value, np.ndarray) or hasattr(value, "__array__"):
+            value = np.asarray(value).item() if np.ndim(value) == 0 else value
+        number = isinstance(value, (bool, int, float))
+        finite = number and abs(value) <= _GREATEST  # False for NaN
+        if not finite:
+            kind = "" if number else f" (a {type(value).__name__})"
+            raise ValueError(
+                f"reward {name!r} gave {str(value)[:_EXCERPT]}{kind} at "
+                f"{_place(row, prompts, completions)}; expected a finite number, or None for none"
+            )
+        found[row] = value
+    return found
 
 
 class RewardTerm(NamedTuple):
@@ -459,17 +641,33 @@ def from_json(text: str) -> dict[str, Any]:
     """Return what a command line's ``--rewards`` says: JSON, or a file of it.
 
     Raises:
-        ValueError: neither a file nor a JSON object.
+        ValueError: not JSON, not an object, or a reward named twice.
     """
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"{name!r} is named twice; give one another name and its kind")
+        return dict(pairs)
+
+    is_file = os.path.isfile(text)
+    where = text if is_file else f"--rewards={text[:_EXCERPT]}"
     try:
-        found = json.loads(pathlib.Path(text).read_text() if os.path.isfile(text) else text)
-    except ValueError as error:
+        found = json.loads(
+            pathlib.Path(text).read_text(encoding="utf-8") if is_file else text,
+            object_pairs_hook=once,
+        )
+    except json.JSONDecodeError as error:
+        no_file = "" if is_file else "there is no such file, or "
         raise ValueError(
-            f'--rewards={text}: expected JSON such as {{"length": 1.0}}, or a file of it; '
-            f"there is no such file, or it is not JSON: {error}"
+            f"{where}: expected JSON such as {_SUCH}, or a file of it; {no_file}it is not JSON: "
+            f"{error}"
         ) from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: {error}") from None
     if not isinstance(found, dict):
-        raise ValueError(f"--rewards={text}: expected reward -> weight, got {found!r}")
+        raise ValueError(f"{where}: expected reward -> weight, got {str(found)[:_EXCERPT]}")
     return found
 
 
@@ -481,21 +679,37 @@ def read(rewards: Mapping[str, Any]) -> list[RewardTerm]:
             row of the table; default: the name) are read here, the rest goes to the row's function.
 
     Raises:
-        ValueError: no reward at all, an unknown kind, an option that the row does not take, or one
-            missing.
+        ValueError: no reward at all, an unknown kind, a weight that is not a finite number, an
+            option that the row does not take or of another type, or one missing.
     """
     if not rewards:
         raise ValueError(f"no reward was named; known: {', '.join(REWARDS)}")
     terms = []
     for name, given in rewards.items():
-        options: dict[str, Any] = (
-            {"weight": given} if isinstance(given, (int, float)) else dict(given)
-        )
-        weight, kind = float(options.pop("weight", 1.0)), options.pop("kind", name)
-        choose(REWARDS, kind, "reward")
-        terms.append(RewardTerm(name, weight, kind, options))
+        bare = isinstance(given, (int, float))
+        if not bare and not hasattr(given, "items"):
+            raise ValueError(
+                f"reward {name!r}: expected a weight or options such as {_SUCH}, got {given!r}"
+            )
+        options: dict[str, Any] = {"weight": given} if bare else dict(given.items())
+        weight, kind = options.pop("weight", 1.0), options.pop("kind", name)
+        number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+        if not number or not math.isfinite(weight):
+            raise ValueError(f"reward {name!r}: weight = {weight!r}: expected a finite number")
+        choose(REWARDS, str(kind), "reward")
+        terms.append(RewardTerm(name, float(weight), kind, options))
         _bind(terms[-1], load_model=None, mesh=None)
     return terms
+
+
+def check(rewards: Mapping[str, Any], examples: Sequence[Example]) -> None:
+    """Find every mistake that needs no reward model: before one is loaded.
+
+    Raises:
+        ValueError: as `resolve`, or as `WeightedRewards.check`.
+    """
+    terms = [term for term in read(rewards) if not _loads_model(term)]
+    WeightedRewards(tuple((one.name, one.weight, _make(one)) for one in terms)).check(examples)
 
 
 def resolve(
@@ -514,10 +728,29 @@ def resolve(
     terms = read(rewards)
     return WeightedRewards(
         tuple(
-            (term.name, term.weight, _bind(term, load_model=load_model, mesh=mesh)())
+            (term.name, term.weight, _make(term, load_model=load_model, mesh=mesh))
             for term in terms
         )
     )
+
+
+def _loads_model(term: RewardTerm) -> bool:
+    return "load_model" in inspect.signature(REWARDS[term.kind]).parameters
+
+
+def _make(term: RewardTerm, **resources: Any) -> RewardFunction:
+    """Make a term's function.
+
+    Raises:
+        ValueError: what the row refuses, with the reward's name.
+    """
+    make = _bind(term, **resources)
+    if _loads_model(term):
+        return make()
+    try:
+        return make()
+    except (ValueError, OSError, re.error) as error:
+        raise ValueError(f"reward {term.name!r}: {error}") from error
 
 
 def _bind(term: RewardTerm, **resources: Any) -> Callable[[], RewardFunction]:
@@ -527,10 +760,21 @@ def _bind(term: RewardTerm, **resources: Any) -> Callable[[], RewardFunction]:
     one place that asks it.
     """
     row = REWARDS[term.kind]
-    signature = inspect.signature(row)
+    signature = inspect.signature(row, eval_str=True)
     taken = {key: value for key, value in resources.items() if key in signature.parameters}
     try:
         signature.bind(**term.options, **taken)
     except TypeError as error:
         raise ValueError(f"reward {term.name!r}: {error}; {term.kind} takes {signature}") from None
+    for name, value in term.options.items():
+        parameter = signature.parameters.get(name)
+        expected = None if parameter is None else parameter.annotation
+        fits = isinstance(value, bool) if expected is bool else not isinstance(value, bool)
+        if expected is float:
+            fits = fits and isinstance(value, (int, float)) and math.isfinite(value)
+        elif expected in (int, str):
+            fits = fits and isinstance(value, expected)
+        if expected in (bool, int, float, str) and not fits:
+            wanted = "a finite number" if expected is float else f"a value of {expected}"
+            raise ValueError(f"reward {term.name!r}: {name} = {value!r}: expected {wanted}")
     return functools.partial(row, **term.options, **taken)

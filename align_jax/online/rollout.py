@@ -533,8 +533,10 @@ def make_rollouts(
         text: batches of text beside the rollouts.
 
     Raises:
-        ValueError: no prompts are left, or fewer held-out ones than processes.
+        ValueError: no prompts are left, or fewer held-out ones than processes, or rows without what
+            a reward reads.
     """
+    rewards.check(config.rewards, (*examples, *held_out))
     read = functools.partial(
         Prompts,
         tokenizer=tokenizer,

@@ -27,7 +27,7 @@ from align_jax.inference.engines import Engine
 from align_jax.inference.generate import Completion, Request, true_on_all_processes
 from align_jax.inference.samplers import Sampling
 from align_jax.losses import advantages as estimators
-from align_jax.online.rewards import WeightedRewards
+from align_jax.online.rewards import WeightedRewards, by_name, columns, counted, prompt_text
 
 # running moments of all scores; see losses.advantages.normalize_scores
 Moments = Mapping[str, float]
@@ -129,7 +129,7 @@ class PromptSamples(NamedTuple):
     completions: list[Completion]
     scores: Float[np.ndarray, "n"]  # after shaping: what is trained on
     rewards: Float[np.ndarray, "n"]  # the weighted sum
-    each_reward: dict[str, Float[np.ndarray, "n"]]  # by name, unweighted
+    each_reward: dict[str, Float[np.ndarray, "n"]]  # by name, unweighted; NaN: it said nothing
 
 
 class SampledRollout(NamedTuple):
@@ -140,18 +140,6 @@ class SampledRollout(NamedTuple):
     moments: Moments
     seconds: float  # spent generating, all tries together
     tokens: int  # generated in them
-
-
-def prompt_text(example: Example) -> str:
-    """Return what a reward function is given as the prompt: the text, or the last turn's words."""
-    return example.prompt if isinstance(example.prompt, str) else example.prompt[-1]["content"]
-
-
-def columns(example: Example, finish: str = "stop") -> dict[str, Any]:
-    """Return the row's columns for reward functions; ``messages`` holds the prompt's turns,
-    ``finished`` whether the completion, of this ``finish``, ended by itself."""
-    found = {**example.extras, "finished": finish == "stop"}
-    return found if isinstance(example.prompt, str) else found | {"messages": list(example.prompt)}
 
 
 def gather(x: Float[np.ndarray, "n"]) -> Float[np.ndarray, "m"]:
@@ -301,9 +289,17 @@ def describe(rollout: SampledRollout) -> dict[str, float]:
         "rollout/generation_seconds": rollout.seconds,
         "rollout/tokens_per_second": tokens / rollout.seconds,
     }
+    silent = np.ones(rewards.size, bool)
     for name in rollout.prompts[0].each_reward:
         own = gather(np.concatenate([one.each_reward[name] for one in rollout.prompts]))
-        metrics[f"rewards/{name}"] = float(own.mean())
+        silent &= np.isnan(own)
+        said = counted(own)
+        if len(said):
+            metrics[f"rewards/{name}"] = float(said.mean())
+        if len(said) < len(own):
+            metrics[f"rewards/{name}/abstained"] = float(len(own) - len(said))
+    if rollout.prompts[0].each_reward and silent.any():
+        metrics["rewards/all_abstained"] = float(silent.sum())
     return metrics
 
 
@@ -319,7 +315,7 @@ def records(rollout: SampledRollout, prompts: int = 4) -> list[dict[str, Any]]:
                     "output": one.text,
                     "reward": float(several.rewards[i]),
                     "score": float(several.scores[i]),
-                    "rewards": {name: float(x[i]) for name, x in several.each_reward.items()},
+                    "rewards": by_name(several.each_reward, i),
                     "tokens": len(one.tokens),
                     "finish": one.finish,
                 }

@@ -140,7 +140,7 @@ def test_win_rate_against_itself_is_half_and_against_empty_answers_one(policy, p
 def test_a_judge_is_asked_in_both_orders():
     class Judge(Client):
         def __init__(self, answer):
-            self.answer, self.asked = answer, []
+            self.answer, self.asked, self.url = answer, [], "https://judge"
 
         def chat(self, model, messages, **options):
             self.asked.append(messages[0]["content"])
@@ -155,6 +155,12 @@ def test_a_judge_is_asked_in_both_orders():
     assert tally(np.float32([1.0, 0.5, 0.0, 1.0]))["win_rate"] == 0.625
     with pytest.raises(ValueError, match="neither A, B nor C"):
         by_judge(Judge(lambda text: "well"), "m")(["p"], ["x"], ["y"], [{}])
+    with pytest.raises(ValueError, match="'m' at https://judge named A and B: .*prompt 'p'"):
+        by_judge(Judge(lambda text: "B beats A"), "m")(["p"], ["x"], ["y"], [{}])
+    reasoned = Judge(lambda text: "A good answer beats a bad one.\n**Answer: C**")
+    assert by_judge(reasoned, "m")(["p"], ["x"], ["y"], [{}]) == [0.5]
+    with pytest.raises(ValueError, match="expected the fields {prompt}, {a}, {b}"):
+        by_judge(reasoned, "m", question="Which of {a} and {b}?")
 
 
 def test_the_program_names_mistakes_and_writes_an_aligned_table(policy, pairs):

@@ -2,11 +2,17 @@
 """Text rewards: each row of the table on hand-made cases, and its mistakes."""
 
 import json
+import runpy
+import sys
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from align_jax.online import rewards
+from align_jax import label
+from align_jax.core.schema import Example
+from align_jax.inference.generate import Completion
+from align_jax.online import rewards, sampling
 from align_jax.online.rewards import REWARDS
 from align_jax.runs.weights import load_model
 
@@ -117,7 +123,7 @@ def test_a_judges_rating_is_the_number_after_the_word_score(monkeypatch, answer,
             asked.append((model, messages[0]["content"], options)) or answer
         ),
     )
-    fn = REWARDS["judge"](url="http://nowhere", model="m", max_tokens=9)
+    fn = REWARDS["judge"](url="https://nowhere", model="m", max_tokens=9)
     assert fn(["What?"], ["That."], [{}]) == [pytest.approx(expected)]
     assert (
         asked[0][0] == "m"
@@ -132,7 +138,7 @@ def test_a_judge_without_a_number_is_named(monkeypatch):
         rewards.Client, "chat", lambda self, model, messages, **options: "very good"
     )
     with pytest.raises(ValueError, match="'m' gave no number: 'very good'"):
-        REWARDS["judge"](url="http://nowhere", model="m")(["p"], ["c"], [{}])
+        REWARDS["judge"](url="https://nowhere", model="m")(["p"], ["c"], [{}])
 
 
 @pytest.mark.parametrize(
@@ -144,6 +150,24 @@ def test_a_judge_without_a_number_is_named(monkeypatch):
         ({"length": {"target": 3, "from": 3}}, "from"),
         ({"length": {"target": 3, "unit": "pages"}}, "pages"),
         ({"function": {"path": "shout"}}, "module:function"),
+        ({"length": {"target": "3"}}, "reward 'length': target = '3': expected a value of"),
+        ({"length": {"target": True}}, "target = True"),
+        ({"numeric": {"tolerance": float("nan")}}, "tolerance = nan: expected a finite number"),
+        ({"format": float("nan")}, "reward 'format': weight = nan: expected a finite number"),
+        ({"format": float("inf")}, "weight = inf"),
+        ({"format": True}, "weight = True"),
+        ({"format": {"weight": "1"}}, "weight = '1'"),
+        ({"format": {"weight": None}}, "weight = None"),
+        ({"format": None}, "expected a weight or options such as .*, got None"),
+        ({"format": [1.0]}, r"got \[1.0\]"),
+        ({"format": {"kind": ["length"]}}, "is unknown"),
+        ({"regex": {"pattern": "("}}, "reward 'regex': .*unterminated"),
+        ({"lexicon": {"path": "/no/such/file"}}, "reward 'lexicon': .*No such file.*/no/such/file"),
+        ({"judge": {"url": "http://gpu7:8000", "model": "m"}}, "'judge': .*plain http.*allow_http"),
+        ({"judge": {"url": "https://a", "model": "m", "api_key": "x"}}, "name it in key_variable"),
+        ({"judge": {"url": "https://a", "model": "m", "questoin": "x"}}, "mean 'question'"),
+        ({"judge": {"url": "https://a", "model": "m", "question": "Rate {it}"}}, "the fields"),
+        ({"judge": {"url": "https://a", "model": "m", "scale": 0.0}}, "scale > 0"),
     ],
 )
 def test_mistakes_in_the_config_are_named(given, message):
@@ -151,7 +175,28 @@ def test_mistakes_in_the_config_are_named(given, message):
         rewards.resolve(given, load_model=load_model)
 
 
-@pytest.mark.parametrize("scores,message", [([1.0], "shape"), ([1.0, float("nan")], "nan")])
+@pytest.mark.parametrize(
+    "scores,message",
+    [
+        ([1.0], r"shape \(1,\) for 2 completions"),
+        ([], "shape"),
+        (np.ones((2, 1)), r"shape \(2, 1\)"),
+        (np.float32(1.0), r"shape \(\)"),
+        ([1.0, float("nan")], r"gave nan at row 1 \(prompt 'p', completion 'b'\)"),
+        ([1.0, float("inf")], "inf"),
+        ([1e300, 1.0], "1e.300 at row 0"),
+        ([10**400, 1.0], "row 0"),
+        ([1.0, "1"], r"gave 1 \(a str\) at row 1"),
+        ([1.0, 1j], "a complex"),
+        ([[1.0], [1.0]], r"\(a list\)"),
+        (np.array(["a", "b"]), "a str"),
+        ("ab", "returned a str; expected a list"),
+        ({0: 1.0, 1: 1.0}, "returned a dict"),
+        (None, "returned a NoneType"),
+        (3.0, "returned a float"),
+        ((x for x in (1.0, 2.0)), "returned a generator"),
+    ],
+)
 def test_a_broken_reward_function_is_named(scores, message):
     broken = rewards.WeightedRewards((("mine", 1.0, lambda *_: scores),))
     with pytest.raises(ValueError, match=f"'mine'.*{message}"):
@@ -161,3 +206,229 @@ def test_a_broken_reward_function_is_named(scores, message):
 def test_a_missing_column_is_named_with_the_nearest():
     with pytest.raises(ValueError, match="did you mean 'answers'"):
         rewards.exact()(["p"], ["a"], [{"answers": "a"}])
+
+
+@pytest.mark.parametrize(
+    "scores",
+    [
+        (1, 0),
+        [True, False],
+        [np.float64(1), np.bool_(False)],
+        np.array([1, 0], np.int8),
+        np.array([True, False]),
+        jnp.array([1.0, 0.0]),
+        [jnp.float32(1.0), np.zeros(())],
+    ],
+)
+def test_numbers_of_all_kinds_are_taken(scores):
+    total, _ = rewards.WeightedRewards((("mine", 2.0, lambda *_: scores),))(["p", "p"], ["a", "b"])
+    np.testing.assert_array_equal(total, np.float32([2.0, 0.0]))
+
+
+def test_none_abstains_and_a_row_without_any_reward_gets_zero_as_in_trl():
+    total, parts = rewards.WeightedRewards(
+        (("a", 1.0, lambda *_: [1.0, None, None]), ("b", 0.5, lambda *_: [1.0, 4.0, None]))
+    )(["p"] * 3, ["x"] * 3)
+    np.testing.assert_array_equal(total, np.float32([1.5, 2.0, 0.0]))
+    np.testing.assert_array_equal(parts["a"], np.float32([1.0, np.nan, np.nan]))
+    assert rewards.counted(parts["b"]).tolist() == [1.0, 4.0]
+    assert rewards.by_name(parts, 1) == {"a": None, "b": 4.0}
+
+
+def test_metrics_and_records_of_rewards_that_abstain_have_no_nan():
+    total, parts = rewards.WeightedRewards(
+        (("a", 1.0, lambda *_: [1.0, None]), ("b", 1.0, lambda *_: [None, None]))
+    )(["p"] * 2, ["x"] * 2)
+    one = Completion(np.array([1], np.int32), *[np.zeros(1, np.float32)] * 2, "x", "stop")
+    samples = sampling.PromptSamples(
+        0, Example("p", ()), np.array([1], np.int32), [one, one], total, total, parts
+    )
+    rollout = sampling.SampledRollout([samples], 1, {}, 1.0, 2)
+    found = sampling.describe(rollout)
+    assert found["rewards/a"] == 1.0 and found["rewards/a/abstained"] == 1.0
+    assert found["rewards/b/abstained"] == 2.0 and found["rewards/all_abstained"] == 1.0
+    assert "rewards/b" not in found and np.isfinite(list(found.values())).all()
+    assert sampling.records(rollout)[0]["rewards"] == {"a": 1.0, "b": None}
+    rows = [{"prompt": "p", "output": "x", "prompt_id": i, "sample_id": 0} for i in (0, 1)]
+    scored = label.score(rows, rewards.WeightedRewards((("a", 1.0, lambda *_: [None, 2.0]),)))
+    assert [(one["prompt_id"], one["reward"]) for one in scored] == [(1, 2.0)]
+
+
+def of_completions(completions, **kwargs):
+    assert sorted(kwargs) == ["answer", "level", "prompts"]
+    return [float(text == gold) for text, gold in zip(completions, kwargs["answer"])]
+
+
+def of_column(prompts, completions, answer, level=None):
+    return [float(c == a) if n else None for c, a, n in zip(completions, answer, level)]
+
+
+def of_turns(prompts, completions, **kwargs):
+    return [len(p) + len(c[-1]["content"]) / 10 for p, c in zip(prompts, completions)]
+
+
+async def awaited(completions, **kwargs):
+    return [float(len(text)) for text in completions]
+
+
+def greedy(prompts, completions, answr):
+    return [0.0 for _ in completions]
+
+
+def stateful(completions, completion_ids):
+    return []
+
+
+def strange(a, b):
+    return []
+
+
+def failing(completions, **kwargs):
+    return [1.0 / len(text) for text in completions]
+
+
+def leaving(completions, **kwargs):
+    sys.exit()
+
+
+ROWS = [{"answer": "a", "level": 1}, {"answer": "b", "level": 0}]
+
+
+def user(name, **options):
+    return rewards.WeightedRewards(
+        (("mine", 1.0, rewards.function(f"{__name__}:{name}", **options)),)
+    )
+
+
+@pytest.mark.parametrize(
+    "name,expected", [("of_completions", [1, 0]), ("of_column", [1, 0]), ("awaited", [1, 2])]
+)
+def test_a_function_in_trls_form_gets_the_columns_as_lists(name, expected):
+    total, _ = user(name)(["p", "p"], ["a", "xx"], ROWS)
+    np.testing.assert_array_equal(total, np.float32(expected))
+
+
+def test_a_function_in_trls_form_gets_turns_where_the_data_have_turns():
+    turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
+    total, _ = user("of_turns")(["u", "u"], ["ab", "a"], [{"messages": turns}] * 2)
+    np.testing.assert_allclose(total, [2.2, 2.1])
+
+
+@pytest.mark.parametrize(
+    "name,options,message",
+    [
+        ("shuot", {}, "has no function 'shuot'; did you mean 'shout'"),
+        ("ROWS", {}, "is a list; expected a function"),
+        ("strange", {}, r"takes \(a, b\); expected \(prompts, completions, extras\)"),
+        ("stateful", {}, "needs 'completion_ids', which TRL's trainers give"),
+        ("shout", {"facter": 2.0}, "takes no option 'facter'; did you mean 'factor'"),
+    ],
+)
+def test_a_function_that_cannot_be_called_is_refused_at_the_start(name, options, message):
+    with pytest.raises(ValueError, match=f"reward 'mine': .*{message}"):
+        given = {"mine": {"kind": "function", "path": f"{__name__}:{name}", **options}}
+        rewards.check(given, [])
+
+
+def test_modules_that_cannot_be_imported_are_named(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "needs_more.py").write_text("import no_such_module_at_all")
+    (tmp_path / "leaves.py").write_text("raise SystemExit(0)")
+    for path, message in (
+        ("no_such_module:f", "no module 'no_such_module'; start where it lies"),
+        ("rewards.py:f", "a module, not a file: 'rewards'"),
+        ("needs_more:f", "'needs_more' cannot be imported: No module named 'no_such_module_at"),
+        ("leaves:f", "'leaves' cannot be imported: SystemExit: 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            rewards.function(path)
+
+
+def test_a_script_without_a_main_guard_gives_its_own_function(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(tmp_path))
+    script = tmp_path / "my_run.py"
+    script.write_text(
+        "from align_jax.online import rewards\n"
+        "def mine(completions, **kwargs):\n    return [float(started) for _ in completions]\n"
+        "started = globals().get('started', 0) + 1\n"
+        "score = rewards.function('my_run:mine')(['p'], ['c'], [{}])\n"
+    )
+    assert runpy.run_path(str(script), run_name="__main__")["score"] == [1.0]
+    assert "my_run" not in sys.modules
+
+
+def test_what_the_data_lack_is_said_at_the_start_with_file_and_line():
+    examples = [
+        Example("p", (), source=f"data.jsonl:{i}", extras=row)
+        for i, row in enumerate([{"answer": "4"}, {"answer": "four"}, {"answer": None}, {}], 1)
+    ]
+    mine = {"kind": "function", "path": f"{__name__}:greedy"}
+    for given, message in (
+        ({"numeric": 1.0}, r"data.jsonl:2: reward 'numeric': .*no number: 'four'.* 2 more rows\)"),
+        ({"exact": 1.0}, r"data.jsonl:3: reward 'exact': .*got 'None' \(a NoneType\)"),
+        ({"exact": {"column": "anser"}}, "data.jsonl:1: .*'anser' is unknown; did you mean 'answ"),
+        (
+            {"mine": mine},
+            "data.jsonl:1: reward 'mine': .*'answr' is unknown; did you mean 'answer'",
+        ),
+    ):
+        with pytest.raises(ValueError, match=message):
+            rewards.check(given, examples)
+    rewards.check({"exact": 1.0, "numeric": 1.0, "format": 1.0}, examples[:1])
+
+
+def test_a_function_that_fails_is_named_with_the_row_and_its_line():
+    completions = ["a", "b", "", "c", "d"]
+    with pytest.raises(ValueError) as caught:
+        user("failing")(["p"] * 5, completions, [{}] * 5)
+    assert str(caught.value).startswith(
+        "reward 'mine' failed at row 2 (prompt 'p', completion ''): ZeroDivisionError: "
+    )
+    assert "test_rewards.py:" in str(caught.value)
+    with pytest.raises(ValueError, match=r"'mine' failed at row 0 .*: SystemExit"):
+        user("leaving")(["p"], ["a"], [{}])
+
+
+@pytest.mark.parametrize(
+    "answer,message",
+    [
+        ("Final score: 11", "gave 11; expected 0 to 10"),
+        ("score: -3", "gave -3; expected 0 to 10"),
+        ("score: 1e9", "gave"),
+        ("Score: 4/5", "gave 4/5; expected 0 to 10"),
+        ("It has 2 faults and 3 merits.", "several numbers and marks none"),
+        ("score: 1,000", "gave 1000"),
+    ],
+)
+def test_a_rating_that_is_none_is_an_error_or_none_at_all(monkeypatch, answer, message):
+    monkeypatch.setattr(rewards.Client, "chat", lambda *args, **options: answer)
+    judge = {"url": "https://nowhere", "model": "m"}
+    scored = rewards.WeightedRewards((("mine", 1.0, rewards.judge(**judge)),))
+    with pytest.raises(ValueError, match=f"'mine' failed at row 0 .*'m' .*{message}.*nowhere"):
+        scored(["p"], ["c"])
+    assert rewards.judge(**judge, abstain=True)(["p"], ["c"], [{}]) == [None]
+
+
+@pytest.mark.parametrize("answer", ["**Final score:** 7", "Rating: **7**/10", "7 out of 10", "7."])
+def test_ratings_as_judges_write_them(monkeypatch, answer):
+    monkeypatch.setattr(rewards.Client, "chat", lambda *args, **options: answer)
+    fn = rewards.judge(url="https://nowhere", model="m")
+    assert fn(["p"], ["c"], [{}]) == [0.7]
+
+
+@pytest.mark.parametrize(
+    "text,message",
+    [
+        ('{"format": 1.0, "format": 2.0}', "--rewards={.*: 'format' is named twice"),
+        (
+            "{format: 1}",
+            "--rewards={format: 1}: expected JSON such as .*there is no such file, or it is not",
+        ),
+        ("rewards.jsn", "--rewards=rewards.jsn: .*there is no such file"),
+        ("[1]", "expected reward -> weight, got"),
+        ("[" * 100000, "recursion"),
+    ],
+)
+def test_rewards_of_a_command_line_that_are_none(text, message):
+    with pytest.raises(ValueError, match=message):
+        rewards.from_json(text)

@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The user's own reward function: found, and asked by its signature what it takes, at the start.
+
+    f(prompts, completions, extras)                     extras: each row's columns, a dict a row
+    f(completions, **columns), f(prompts, completions, answer)    TRL's: each column as a list
+
+TRL's form is called by keyword.  Where the data's prompts are turns, prompts and completions are
+turns too, as TRL passes them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import dataclasses
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any
+
+from align_jax.core.choose import choose, nearest
+
+Extras = Sequence[Mapping[str, Any]]
+Scores = Sequence[float | None]  # None: this reward says nothing of that completion
+RewardFunction = Callable[[Sequence[str], Sequence[str], Extras], Scores]
+
+_KINDS = inspect.Parameter
+# what TRL's trainers pass beside the columns
+_TRAINERS = ("completion_ids", "trainer_state", "log_extra", "log_metric", "environments")
+
+
+@dataclasses.dataclass(frozen=True)
+class Columned:
+    """A reward function that reads columns of the data.
+
+    Attributes:
+        fn: the function.
+        check: takes a row's columns; a ValueError says which it lacks, or what is wrong in one.
+    """
+
+    fn: RewardFunction
+    check: Callable[[Mapping[str, Any]], Any]
+
+    def __call__(
+        self, prompts: Sequence[str], completions: Sequence[str], extras: Extras
+    ) -> Scores:
+        return self.fn(prompts, completions, extras)
+
+
+def find(path: str) -> Callable[..., Any]:
+    """Return the function that ``module:function`` names.
+
+    A function of the very script that runs is taken from there: importing a script without a main
+    guard would run it a second time.
+
+    Raises:
+        ValueError: a path not of that form, a module that cannot be imported, no such function.
+    """
+    module, _, name = path.partition(":")
+    if not module or not name:
+        raise ValueError(f"a reward function is named 'module:function', got {path!r}")
+    loaded = _module(module)
+    found = getattr(loaded, name, None)
+    if found is None:
+        known = [key for key, value in vars(loaded).items() if inspect.isfunction(value)]
+        raise ValueError(f"{module!r} has no function {name!r}{nearest(name, known)}")
+    if inspect.isclass(found) or not callable(found):
+        raise ValueError(f"{path!r} is a {type(found).__name__}; expected a function")
+    return found
+
+
+def _module(name: str) -> Any:
+    if name in sys.modules and name != "__main__":
+        return sys.modules[name]
+    main = sys.modules["__main__"]
+    try:
+        origin = getattr(importlib.util.find_spec(name), "origin", None)
+    except (ImportError, ValueError, AttributeError):
+        origin = None
+    if name == "__main__" or (origin and origin == inspect.getabsfile(main)):
+        return main
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and name.split(".")[0] == error.name.split(".")[0]:
+            hint = f" (a module, not a file: {name[:-3]!r}?)" if name.endswith(".py") else ""
+            raise ValueError(
+                f"no module {name!r}{hint}; start where it lies, or name its folder in PYTHONPATH"
+            ) from None
+        raise ValueError(f"the module {name!r} cannot be imported: {error}") from error
+    except (Exception, SystemExit) as error:  # whatever a user's module does
+        raise ValueError(
+            f"the module {name!r} cannot be imported: {type(error).__name__}: {error}"
+        ) from error
+
+
+def adapt(fn: Callable[..., Any], path: str, options: Mapping[str, Any]) -> RewardFunction:
+    """Make a reward function of the user's, whichever of the two forms it has.
+
+    Args:
+        fn: the user's; its result may be awaitable.
+        path: its name, for messages.
+        options: bound as keywords.
+
+    Raises:
+        ValueError: an option that it does not take, or a parameter that nothing gives.
+    """
+    try:
+        parameters = inspect.signature(fn).parameters
+    except (TypeError, ValueError):
+        raise ValueError(f"{path!r} does not say what it takes; wrap it in a function") from None
+    kinds = {one.kind for one in parameters.values()}
+    anything = _KINDS.VAR_KEYWORD in kinds
+    named = {
+        name: one
+        for name, one in parameters.items()
+        if one.kind in (_KINDS.POSITIONAL_OR_KEYWORD, _KINDS.KEYWORD_ONLY)
+    }
+    for name in options:
+        if name not in named and not anything:
+            raise ValueError(f"{path!r} takes no option {name!r}{nearest(name, named)}")
+    needed = {
+        name for name, one in named.items() if one.default is _KINDS.empty and name not in options
+    }
+    if "extras" in named or (_KINDS.VAR_POSITIONAL in kinds and "completions" not in named):
+        return _by_position(fn, path, needed, options)
+    if "completions" not in named and not anything:
+        raise ValueError(
+            f"{path!r} takes ({', '.join(parameters)}); expected (prompts, completions, extras), "
+            "or (completions, **columns) as TRL has it"
+        )
+    for name in needed & set(_TRAINERS):
+        raise ValueError(
+            f"{path!r} needs {name!r}, which TRL's trainers give and nothing here does"
+        )
+    if _KINDS.POSITIONAL_ONLY in kinds:
+        raise ValueError(f"{path!r} takes a parameter by position only; expected keywords")
+    columns = needed - {"prompts", "completions"}
+    return _by_keyword(fn, named, columns, anything, options)
+
+
+def _by_position(
+    fn: Callable[..., Any], path: str, needed: set[str], options: Mapping[str, Any]
+) -> RewardFunction:
+    try:
+        inspect.signature(fn).bind([], [], [], **options)
+    except TypeError as error:
+        raise ValueError(f"{path!r}(prompts, completions, extras): {error}") from None
+
+    def score(prompts: Sequence[str], completions: Sequence[str], extras: Extras) -> Scores:
+        return _result(fn(prompts, completions, extras, **options))
+
+    return score
+
+
+def _by_keyword(
+    fn: Callable[..., Any],
+    named: Mapping[str, Any],
+    columns: set[str],
+    anything: bool,
+    options: Mapping[str, Any],
+) -> RewardFunction:
+    def check(row: Mapping[str, Any]) -> None:
+        for name in sorted(columns):
+            choose(row, name, "the reward's column")
+
+    def score(prompts: Sequence[str], completions: Sequence[str], extras: Extras) -> Scores:
+        for row in extras:
+            check(row)
+        told = {key for row in extras for key in row if key != "messages" or key in named}
+        given: dict[str, Any] = {
+            key: [row.get(key) for row in extras] for key in told if anything or key in named
+        }
+        turns = [row.get("messages") for row in extras]
+        given["prompts"] = [own or text for own, text in zip(turns, prompts, strict=True)]
+        given["completions"] = [
+            [{"role": "assistant", "content": text}] if own else text
+            for own, text in zip(turns, completions, strict=True)
+        ]
+        taken = {key: value for key, value in given.items() if anything or key in named}
+        return _result(fn(**(taken | dict(options))))
+
+    return Columned(score, check)
+
+
+def _result(found: Any) -> Any:
+    """Wait for what is awaitable, in a thread: a notebook's own has a loop that runs already."""
+    if not inspect.isawaitable(found):
+        return found
+
+    async def wait(awaited: Awaitable[Any]) -> Any:
+        return await awaited
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        return pool.submit(asyncio.run, wait(found)).result()

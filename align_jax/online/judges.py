@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a language model that judges is asked, and what of its answer counts."""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Mapping
+from typing import Any
+
+from align_jax.core.choose import nearest
+
+_NUMBER = r"[-+]?(?:\d[\d,]*(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?"
+_RATED = rf"(?<![\w.])({_NUMBER})(?:\s*(?:/|out\s+of)\s*({_NUMBER}))?"
+_MARKED = rf"(?i)\b(?:score|rating)\b[\s*_`\"]*(?::|=|is)[\s*_`\"]*{_RATED}"
+_VERDICT = r"(?i:.*\b(?:answer|verdict|choice|winner)\b[\s*_`\"]*(?::|\bis\b))?\W*([ABC])\W*"
+_SECRETS = ("api_key", "key", "authorization", "headers", "password", "token")
+
+
+def check_question(question: str, fields: tuple[str, ...]) -> None:
+    """Check the template of a judge's question.
+
+    Raises:
+        ValueError: it has not each of these fields, or has others.
+    """
+    try:
+        found = {name for _, name, _, _ in string.Formatter().parse(question) if name is not None}
+    except ValueError as error:
+        raise ValueError(f"question: {error}; a brace that is no field is doubled") from None
+    if found != set(fields):
+        raise ValueError(
+            f"question: expected the fields {', '.join(f'{{{one}}}' for one in fields)}, got "
+            f"{sorted(found)}; a brace that is no field is doubled"
+        )
+
+
+def check_options(options: Mapping[str, Any], known: tuple[str, ...]) -> None:
+    """Check the further fields of a judge's request.
+
+    Args:
+        options: the fields.
+        known: options that are no fields of the request, for the nearest.
+
+    Raises:
+        ValueError: a secret (it would stand in config.json), or the misspelled name of an option.
+    """
+    for name in options:
+        if name.lower() in _SECRETS:
+            raise ValueError(
+                f"{name}: the key is read from an environment variable; name it in key_variable"
+            )
+        if "did you mean" in (hint := nearest(name, known)):
+            raise ValueError(f"no option {name!r}{hint}")
+
+
+def rating(text: str, low: float, high: float) -> float:
+    """Return the number that a judge gave: the last after "score:" or "rating:", else its only one.
+
+    Raises:
+        ValueError: no number, several of which none is marked, or one out of the scale.
+
+    >>> rating("2 faults. **Final score:** 7/10", 0, 10), rating("8.5 out of 10", 0, 10)
+    (7.0, 8.5)
+    """
+    marked = re.findall(_MARKED, text)
+    found = marked or re.findall(_RATED, text)
+    if not found:
+        raise ValueError(f"gave no number: {text[:100]!r}")
+    if not marked and len(found) > 1:
+        raise ValueError(f"gave several numbers and marks none as its score: {text[-100:]!r}")
+    top, bottom = (one.replace(",", "") for one in found[-1])
+    value = float(top)
+    if not low <= value <= high or (bottom and float(bottom) != high):
+        given = f"{top}/{bottom}" if bottom else top
+        raise ValueError(f"gave {given}; expected {low:g} to {high:g}: {text[-100:]!r}")
+    return value
+
+
+def verdict(text: str) -> str:
+    """Return the letter that a judge gave: on its last line, else the only one that it names.
+
+    Raises:
+        ValueError: none of A, B and C, or several.
+
+    >>> verdict("B is clearer than A.\\nAnswer: B"), verdict("I say A")
+    ('B', 'A')
+    """
+    lines = text.strip().splitlines()
+    if lines and (last := re.fullmatch(_VERDICT, lines[-1])):
+        return last[1]
+    letters = set(re.findall(r"\b[ABC]\b", text))
+    if len(letters) != 1:
+        several = f"named {' and '.join(sorted(letters))}" if letters else ""
+        raise ValueError(f"{several or 'answered neither A, B nor C'}: {text[-100:]!r}")
+    return letters.pop()
