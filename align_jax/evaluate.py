@@ -192,6 +192,7 @@ def check_flags() -> None:
     command.belong(("dtype",), "--model", bool(values.model))
     command.belong(("step",), "--workdir", bool(values.workdir))
     command.belong(("judge_model",), "--judge", bool(values.judge))
+    command.belong(("allow_http",), "--judge", bool(values.judge))
     command.belong(("judge",), "--eval=win_rate", "win_rate" in names)
     command.belong(("samples_per_prompt",), "--eval=generation", "generation" in names)
     command.belong(("beta",), "--eval=preference", "preference" in names)

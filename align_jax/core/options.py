@@ -337,7 +337,7 @@ class OptimizerOptions(Checked):
     """How the parameters move."""
 
     name: str = option("adamw", "the optimizer", table="align_jax.training.optim:OPTIMIZERS")
-    learning_rate: float = option(1e-6, "the peak", low=0)
+    learning_rate: float = option(1e-6, "the peak", low=0, high=1)
     schedule: str = option(
         "linear",
         "after the warm-up: constant, linear, cosine (to final_fraction of the peak)",
@@ -631,7 +631,8 @@ class Config(Checked):
         if self.batch_size % self.microbatches:
             yield (
                 f"batch_size = {self.batch_size} is not divisible by microbatches = "
-                f"{self.microbatches}"
+                f"{self.microbatches}; --config.batch_size="
+                f"{-(-self.batch_size // self.microbatches) * self.microbatches} is"
             )
         if self.data.layout == "plain" and (self.row_length or self.data.groups_per_row):
             yield (

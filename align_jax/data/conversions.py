@@ -21,6 +21,9 @@ from align_jax.core.schema import Example
 
 KINDS = ("completions", "pairs", "ranked", "unpaired", "prompts")
 
+# a kind of data -> an objective that trains on it, to be told of
+OBJECTIVE_OF = {"completions": "sft", "pairs": "dpo", "ranked": "reward_ranked", "unpaired": "kto"}
+
 
 def convert(
     examples: Sequence[Example], source: str, target: str, options: DataOptions, *, seed: int = 0
@@ -41,8 +44,13 @@ def convert(
     if target == "prompts":
         return [_without_responses(example, source) for example in _unique(examples)]
     if (source, target) not in CONVERSIONS:
-        ways = sorted(f"{a} to {b}" for a, b in CONVERSIONS)
-        raise ValueError(f"no conversion from {source} to {target}; there are: {', '.join(ways)}")
+        sources = sorted(a for a, b in CONVERSIONS if b == target)
+        others = f", or {', '.join(sources)}, of which they are made" if sources else ""
+        name = OBJECTIVE_OF.get(source, "sft")
+        raise ValueError(
+            f"no conversion from {source} to {target}: give data of {target}{others}; or train on "
+            f"{source}, as by --config.objective=\"{{'name': '{name}'}}\""
+        )
     return CONVERSIONS[source, target](examples, options, seed)
 
 

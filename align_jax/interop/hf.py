@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import json
 import os
+import pathlib
 import re
 from collections.abc import Callable, Container, Mapping
 from typing import Any
@@ -25,7 +26,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Sharding, SingleDeviceSharding
 from jax.typing import DTypeLike
 
-from align_jax.core.choose import choose
+from align_jax.core.choose import choose, nearest
 from align_jax.core.files import json_kind, looks_like, read_json
 from align_jax.core.tree import flatten, unflatten
 from align_jax.interop import tensor_files
@@ -95,8 +96,12 @@ def locate(path: str, file: str = "") -> str:
             f"{path!r} is a file ({looks_like(path)}): expected the folder of a model, with "
             "config.json and safetensors"
         )
+    near = nearest(path, map(str, pathlib.Path(path).parent.glob("*/")))
+    near = near if "did you mean" in near else ""
     if path.startswith((".", "/", "~")) or path.count("/") > 1:
-        raise FileNotFoundError(f"no model folder at {path!r} (nor is that a hub id, owner/name)")
+        raise FileNotFoundError(
+            f"no model folder at {path!r} (nor is that a hub id, owner/name){near}"
+        )
     import huggingface_hub  # here, because importing it is slow and most runs are local
 
     wanted = [file] if file else ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -105,8 +110,8 @@ def locate(path: str, file: str = "") -> str:
         return huggingface_hub.snapshot_download(path, allow_patterns=wanted)
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError) as error:
         raise FileNotFoundError(
-            f"no model folder at {path!r}, and the hub has no such model or cannot be reached: "
-            f"{error}"
+            f"no model folder at {path!r}{near}; the hub has no such model or cannot be "
+            f"reached: {error}"
         ) from error
 
 

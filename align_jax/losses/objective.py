@@ -333,7 +333,10 @@ def resolve(
     options, known = dict(options or {}), accepted(table, name)
     for option in options:
         if option not in known:
-            raise ValueError(f"objective {name!r} has no option {option!r}{nearest(option, known)}")
+            raise ValueError(
+                f"objective {name!r} has no option {option!r}{nearest(option, known)}; its own "
+                f"at their defaults: --config.objective=\"{{'name': '{name}'}}\""
+            )
     names = [part.strip() for part in name.split("+")]
     coefficients = [1.0] * len(names) if weights is None else [float(weight) for weight in weights]
     if len(coefficients) != len(names):

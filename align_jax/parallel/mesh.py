@@ -45,9 +45,12 @@ def mesh_shape(sizes: Mapping[str, int], devices: int) -> tuple[int, ...]:
             )
         shape[shape.index(-1)] = devices // fixed
     elif fixed != devices:
+        largest = shape.index(max(shape))
+        rest = fixed // shape[largest]
+        fix = f"--config.mesh.{AXES[largest]}=-1 takes all of them"
         raise ValueError(
-            f"mesh {dict(zip(AXES, shape))} needs {fixed} devices, there are {devices}; set one "
-            "axis to -1 to take the rest"
+            f"mesh {dict(zip(AXES, shape))} needs {fixed} devices, there are {devices}; "
+            + (fix if devices % rest == 0 else f"the axes must multiply to {devices}")
         )
     return tuple(shape)
 

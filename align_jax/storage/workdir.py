@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import os
 import pathlib
+import shlex
 import subprocess
 import sys
 import time
@@ -101,10 +102,11 @@ def check(workdir: epath.PathLike, config: Mapping[str, Any], may_change: Collec
         lines = "\n".join(
             f"  {key}: {was!r} there, {now!r} here" for key, (was, now) in changes.items()
         )
+        was = [f"--config.{key}={old}" for key, (old, _) in changes.items() if old is not None]
         raise ValueError(
             f"workdir {workdir} holds the checkpoints of another configuration:\n{lines}\n"
-            "Use another --workdir, or the values that it was started with (to begin from its "
-            "weights: --config.checkpoint.restore=PATH in a new workdir)"
+            f"Go on with {shlex.join(was) or 'its values'}, or use another --workdir (to begin "
+            f"from these weights: --config.checkpoint.restore={shlex.quote(str(checkpoints))})"
         )
 
 
