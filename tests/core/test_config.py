@@ -33,8 +33,8 @@ def test_a_misspelled_key_is_an_error():
 @pytest.mark.parametrize(
     "key, value, said",
     [
-        ("total_epochs", 1.0, "exactly one of total_steps"),
-        ("total_steps", 0, "exactly one of total_steps"),
+        ("total_epochs", 1.0, "exactly one must be positive"),
+        ("total_steps", 0, "exactly one must be positive"),
         ("data.train", "", "data.train is empty"),
         ("microbatches", 3, "not divisible by microbatches"),
         ("row_length", 2048, "belong to data.layout"),
