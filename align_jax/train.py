@@ -223,6 +223,7 @@ def loop(
                 if evaluating:
                     last_eval = evaluate_at(step)
                 if saving:
+                    recorder.sync()
                     extra = {
                         "num_tokens": recorder.num_tokens,
                         "source": batches.save(folder, step, kept=checkpoints.resumable()),

@@ -107,6 +107,10 @@ def _parse(
         value: Any = given[name]
         expected: Any = types[name]
         if isinstance(expected, type) and issubclass(expected, Checked):
+            if not isinstance(value, Mapping):
+                keys = ", ".join(_keys(expected))
+                wrong.append(f"{prefix}{name} = {value!r}: expected its keys, {keys}")
+                continue
             made[name] = _parse(expected, value, f"{prefix}{name}.", wrong)
             continue
         value = tuple(value) if isinstance(value, list) else value
@@ -116,6 +120,10 @@ def _parse(
         else:
             made[name] = float(value) if expected is float else value
     return kind(**made)
+
+
+def _keys(kind: type[Checked]) -> list[str]:
+    return [field.name for field in dataclasses.fields(kind)]
 
 
 _KINDS: Mapping[Any, tuple[tuple[type, ...], str]] = {

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import math
 import pathlib
 import threading
@@ -45,6 +46,7 @@ Sums = Mapping[str, tuple[Any, Any] | Least | Greatest]
 LAST = ("learning_rate",)
 # a bucket's objects cannot be appended to: the file is written anew, at most this often
 UPLOAD_SECONDS = 30.0
+_log = logging.getLogger(__name__)
 
 
 def add_sums(total: Sums | None, new: Sums) -> dict[str, Any]:
@@ -144,6 +146,9 @@ class Writer(Protocol):
     def write(self, step: int, values: Values) -> None:
         """Write one row; ``step`` counts finished optimizer steps."""
 
+    def flush(self) -> None:
+        """Let nothing that was written be lost if the process is killed now."""
+
     def close(self) -> None:
         """Write what is still buffered."""
 
@@ -197,14 +202,27 @@ class JsonLines:
             )
             self._upload.start()
 
+    def flush(self) -> None:
+        """Write what is still buffered, so that a checkpoint that follows has no row behind it
+        missing; a local file's rows are written one by one."""
+        if self._remote:
+            try:
+                self._upload_now()
+            except OSError as error:  # the next flush, or the end, writes them all
+                _log.warning("%s could not be written: %s", self._path, error)
+
     def close(self) -> None:
         """Write what is still buffered."""
-        if not self._remote:
+        if self._remote:
+            self._upload_now()
+        else:
             self._file.close()
-            return
+
+    def _upload_now(self) -> None:
         if self._upload is not None:
             self._upload.join()  # an older state of the file must not land after the last one
         self._path.write_text("".join(self._lines))
+        self._uploaded = time.monotonic()
 
 
 def read_rows(path: str | epath.PathLike) -> list[dict[str, Any]]:
@@ -252,6 +270,10 @@ class TensorBoard:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
+    def flush(self) -> None:
+        """Write the events so far."""
+        self._writer.flush()
+
     def close(self) -> None:
         """Flush the event file."""
         self._writer.close()
@@ -276,6 +298,9 @@ class Wandb:
     def write(self, step: int, values: Values) -> None:
         """Log one row."""
         self._run.log(dict(values), step=step)
+
+    def flush(self) -> None:
+        """Do nothing: rows go out in the background."""
 
     def close(self) -> None:
         """End the run."""
@@ -373,6 +398,12 @@ class Recorder:
     def flush(self) -> tuple[int, dict[str, float]] | None:
         """Wait for the newest step's metrics: before a checkpoint, an evaluation and at the end."""
         return self._take()
+
+    def sync(self) -> None:
+        """Have the writers keep their rows for good: before a checkpoint, whose restart writes none
+        of them again."""
+        for writer in self._writers:
+            writer.flush()
 
     def write(self, step: int, values: Values) -> None:
         """Write a row at once (an evaluation's, say)."""

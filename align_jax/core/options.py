@@ -381,7 +381,9 @@ class MeshOptions(Checked):
 class CheckpointOptions(Checked):
     """What is saved, how often, and what a restarted run goes on from."""
 
-    every_steps: int = option(500, "between saves in the workdir", unit="steps", low=0)
+    every_steps: int = option(
+        500, "between saves in the workdir; 0 = only at the end", unit="steps", low=0
+    )
     keep: int = option(2, "newest checkpoints kept, the best one besides", low=1)
     best_metric: str = option(
         "",
@@ -568,11 +570,17 @@ class DebugOptions(Checked):
     )
     dump_hlo: bool = option(False, "write the compiled step's text to WORKDIR/hlo")
     compile_cache: str = option("", "directory of the persistent compilation cache")
-    memory_profile_step: int = option(-1, "write a device memory profile after this step")
+    memory_profile_step: int = option(
+        -1, "write a device memory profile after this step; -1 = never", low=-1
+    )
 
     def check(self) -> Iterator[str]:
         if len(self.profile_steps) not in (0, 2):
             yield f"profile_steps = {self.profile_steps}: expected (first, last) or ()"
+        elif self.profile_steps and not 1 <= self.profile_steps[0] <= self.profile_steps[1]:
+            yield f"profile_steps = {self.profile_steps}: expected 1 <= first <= last"
+        if self.memory_profile_step == 0:
+            yield "memory_profile_step = 0: steps count from 1; -1 = never"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -425,6 +425,8 @@ class Rollouts:
             step: of the checkpoint.
             kept: steps whose checkpoints still exist; the rollouts of others are deleted.
         """
+        if self._log is not None:
+            self._log.flush()
         state = {
             "position": self._next.position,
             "kl_coef": self._next.kl_coef,
@@ -447,7 +449,7 @@ class Rollouts:
             for old in folder.iterdir():
                 if int(old.name.split("-")[0]) not in (*kept, step):
                     old.unlink()
-        return state | {"file": f"{FOLDER}/{step}"}
+        return state | {"file": f"{FOLDER}/{step}", "samples": self._now.samples}
 
     def restore(self, workdir: str | epath.PathLike, state: Mapping[str, Any]) -> None:
         """Go on where `save` stood.
@@ -468,7 +470,8 @@ class Rollouts:
         share = len(fields["weight"]) // jax.process_count()
         own = np.arange(jax.process_index() * share, (jax.process_index() + 1) * share)
         batch = batches.take(_unflatten_batch(fields), own)
-        self._now = Rollout(batch, dict(state["metrics"]), [], self._next)
+        samples = list(state.get("samples", ()))  # a later step of the rollout may log them
+        self._now = Rollout(batch, dict(state["metrics"]), samples, self._next)
 
     def log_samples(self, workdir: str | epath.PathLike, step: int) -> None:
         """Append the newest rollout's samples, with their rewards, to ``samples.jsonl``; for

@@ -45,6 +45,15 @@ def test_a_misspelled_key_is_an_error():
         ("optimizer.learning_rate", -1.0, "at least 0"),
         ("optimizer.warmup_fraction", 1.5, "at most 1"),
         ("debug.profile_steps", (1,), "expected (first, last)"),
+        ("debug.profile_steps", (3, 2), "debug.profile_steps = (3, 2): expected 1 <= first"),
+        ("debug.profile_steps", (0, 2), "debug.profile_steps = (0, 2): expected 1 <= first"),
+        ("debug.memory_profile_step", 0, "debug.memory_profile_step = 0: steps count from 1"),
+        ("model.lora", None, "model.lora = None: expected its keys, rank, alpha"),
+        ("optimizer", None, "optimizer = None: expected its keys, name, learning_rate"),
+        ("log.every_steps", 0, "log.every_steps = 0: expected at least 1"),
+        ("data.train", None, "data.train = None: expected a text"),
+        ("batch_size", None, "batch_size = None: expected an integer"),
+        ("optimizer.b1", None, "optimizer.b1 = None: expected a number"),
     ],
 )
 def test_a_mistake_is_found_and_named(key, value, said):

@@ -128,6 +128,12 @@ def test_in_a_bucket_the_file_is_written_anew(monkeypatch):
     assert [(row["step"], row["loss"]) for row in rows] == [
         (step, step / 2) for step in range(1, 9)
     ]
+    monkeypatch.setattr(metrics, "UPLOAD_SECONDS", 1e9)  # a kill comes before the next upload
+    recorder = metrics.Recorder(metrics.open_writers(bucket, start_step=8), every_steps=1)
+    recorder.push(9, {"loss": 4.5})
+    recorder.flush()
+    recorder.sync()  # a checkpoint follows
+    assert metrics.read_rows(f"{bucket}/metrics.jsonl")[-1]["step"] == 9
 
 
 def test_a_bad_line_in_the_middle_is_named(tmp_path):

@@ -26,7 +26,8 @@ def get_config(data: str) -> ConfigDict:
     config.model.remat = "none"
     config.reference.dtype = "float32"
     config.data.train = data
-    config.data.eval_fraction = 0.0
+    config.data.eval_fraction = 0.1
+    config.eval.every_steps = 7
     config.optimizer.learning_rate = 1e-3
     config.optimizer.warmup_steps = 5
     config.checkpoint.every_steps = 5

@@ -10,11 +10,48 @@ import json
 import pathlib
 import random
 import shutil
+import signal
 import time
+from typing import Any, NamedTuple
 
 import processes
 
 EVERY_STEPS = 10  # between checkpoints
+# what a row says of the clock, which no two runs have alike
+CLOCK = ("time", "tokens_per_second", "mfu", "rollout/seconds", "rollout/generation_seconds")
+CLOCK += ("rollout/tokens_per_second", "rollout/share")
+
+
+class Kind(NamedTuple):
+    """A run to kill: what it trains, and on which (processes, devices of each) its starts are."""
+
+    layouts: tuple[tuple[int, int], ...] = ((1, 1),)  # chosen anew at each start
+    online: bool = False
+    reference: str = "reference"  # the undisturbed run that it is held against
+    exact: bool = True  # one mesh: the same bits; else the same numbers to seven digits
+
+    @property
+    def overrides(self) -> tuple[str, ...]:
+        """Flags of the runs of this kind; a rollout lasts three steps, so that a save of every
+        tenth step, or at a signal, may fall into the middle of one."""
+        return ONLINE if self.online else ()
+
+
+ONLINE = (
+    "--config.objective.name=grpo",
+    "--config.rewards={'length': {'target': 3, 'unit': 'characters'}}",
+    "--config.batch_size=4",
+    "--config.rollout.prompts=12",
+    "--config.rollout.responses_per_prompt=2",
+    "--config.rollout.max_new_tokens=4",
+    "--config.rollout.log_samples_every_steps=3",
+)
+KINDS = {
+    "offline": Kind(),
+    "online": Kind(online=True, reference="reference-online"),
+    "processes": Kind(((2, 1),), reference="reference-processes"),
+    "devices": Kind(((1, 1), (1, 2), (2, 1), (1, 4)), exact=False),
+}
 
 
 def make_data(path: pathlib.Path) -> None:
@@ -27,9 +64,9 @@ def make_data(path: pathlib.Path) -> None:
 
 
 def start(
-    folder: pathlib.Path, name: str, steps: int, count: int = 1, *overrides: str
+    folder: pathlib.Path, name: str, steps: int, count: int = 1, *overrides: str, devices: int = 1
 ) -> list[processes.Forked]:
-    """Start ``train`` in ``folder/name``, ``count`` processes of it."""
+    """Start ``train`` in ``folder/name``, ``count`` processes of it with ``devices`` each."""
     data = folder / "pairs.jsonl"
     if not data.exists():
         make_data(data)
@@ -43,6 +80,7 @@ def start(
             *overrides,
         ],
         count,
+        devices=devices,
         log=folder / f"{name}.log",
     )
 
@@ -67,6 +105,12 @@ def losses(workdir: pathlib.Path) -> dict[int, float]:
             assert row["step"] not in found, f"{path}: step {row['step']} stands there twice"
             found[row["step"]] = row["loss"]
     return found
+
+
+def rows(path: pathlib.Path) -> list[dict[str, Any]]:
+    """Read a finished run's rows, each without the clock's numbers."""
+    found = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [{name: x for name, x in row.items() if name not in CLOCK} for row in found]
 
 
 def newest(workdir: pathlib.Path) -> int:
@@ -100,21 +144,30 @@ def last_step(workdir: pathlib.Path, since: float) -> int:
     return max(losses(workdir), default=0) if path.exists() and path.stat().st_mtime > since else 0
 
 
+def has_rows_since(workdir: pathlib.Path, since: float) -> bool:
+    """Tell whether a row was written since then."""
+    path = workdir / "metrics.jsonl"
+    return path.exists() and path.stat().st_mtime > since and path.stat().st_size > 0
+
+
 def kill_one(
-    workdir: pathlib.Path, started: list[processes.Forked], draw: random.Random, seconds: float
+    workdir: pathlib.Path,
+    started: list[processes.Forked],
+    draw: random.Random,
+    seconds: float,
+    stop: bool = False,
 ) -> str:
-    """Wait for a random moment, then kill one process with signal 9; return where it was, "" if the
-    run had ended."""
-    kind, began, since = (
-        draw.choice(("time", "step", "save", "save")),
-        time.monotonic(),
-        time.time(),
-    )
+    """Wait for a random moment, then kill one process with signal 9, or with ``stop`` ask it to
+    stop (SIGTERM); return where it was, "" if the run had ended."""
+    moments = ("time", "first", "step", "save", "save")
+    kind, began, since = draw.choice(moments), time.monotonic(), time.time()
     first = newest(workdir)
     when, after, saves = draw.uniform(0, seconds), draw.randint(1, 25), draw.randint(1, 3)
     was_saving = False
     while all(process.poll() is None for process in started):
         if kind == "time" and time.monotonic() - began > when:
+            break
+        if kind == "first" and has_rows_since(workdir, since):  # the first evaluation's, say
             break
         if kind == "step" and last_step(workdir, since) >= first + after:
             break
@@ -129,59 +182,82 @@ def kill_one(
     alive = [process for process in started if process.poll() is None]
     if len(alive) < len(started):
         return ""
-    draw.choice(alive).kill()
+    how = "stopped" if stop else "killed"
+    if stop:
+        draw.choice(alive).send_signal(signal.SIGTERM)
+    else:
+        draw.choice(alive).kill()
     for process in started:
         process.wait(120)  # the others notice, and end by themselves
     if saving(workdir, since):
-        return "in a save"
-    return "in a step" if last_step(workdir, since) > first else "in start-up"
+        return f"{how} in a save"
+    if last_step(workdir, since) > first:
+        return f"{how} in a step"
+    evaluated = not first and has_rows_since(workdir, since)
+    return f"{how} after the first evaluation" if evaluated else f"{how} in start-up"
 
 
-def compare(reference: pathlib.Path, other: pathlib.Path) -> None:
-    """Check that two finished runs are the same, bit for bit.
+def compare(reference: pathlib.Path, other: pathlib.Path, exact: bool = True) -> None:
+    """Check that two finished runs are the same: the rows of their metrics and samples without a
+    duplicate or a gap, the numbers, and with ``exact`` every bit.
 
     Raises:
         AssertionError: naming what differs.
     """
     assert newest(reference) == newest(other), f"last steps {newest(reference)} and {newest(other)}"
-    expected, found = checksums(reference), checksums(other)
-    wrong = [name for name in expected | found if expected.get(name) != found.get(name)]
-    assert not wrong, f"arrays that differ: {wrong}"
-    expected, found = losses(reference), losses(other)
-    wrong = [step for step in expected | found if expected.get(step) != found.get(step)]
-    assert not wrong, (
-        f"losses that differ: {[(step, expected.get(step), found.get(step)) for step in wrong[:5]]}"
-    )
+    for file in ("metrics.jsonl", "samples.jsonl"):
+        expected, found = rows(reference / file), rows(other / file)
+        steps = [[row["step"] for row in several] for several in (expected, found)]
+        assert steps[0] == steps[1], f"{other / file}: steps {steps[1]} in place of {steps[0]}"
+        wrong = [pair for pair in zip(expected, found) if not alike(*pair, exact)]
+        assert not wrong, f"{other / file}: {len(wrong)} rows differ, such as {wrong[0]}"
+    if exact:
+        expected, found = checksums(reference), checksums(other)
+        wrong = [name for name in expected | found if expected.get(name) != found.get(name)]
+        assert not wrong, f"arrays that differ: {wrong}"
+
+
+def alike(one: dict[str, Any], other: dict[str, Any], exact: bool) -> bool:
+    """Tell whether two rows say the same: to the bit, or the loss nearly."""
+    if exact:
+        return one == other
+    return one.keys() == other.keys() and abs(one.get("loss", 0) - other.get("loss", 0)) < 1e-5
 
 
 def campaign(
-    folder: pathlib.Path, *, kills: int, count: int, steps: int, seed: int
+    folder: pathlib.Path, *, kills: int, steps: int, seed: int, kind: Kind = KINDS["offline"]
 ) -> dict[str, int]:
     """Run the campaign; return how many kills fell where.
 
     Raises:
         AssertionError: a killed run did not come to the same end.
     """
-    began = time.monotonic()
-    if newest(folder / "reference") < steps:
-        finish(folder, "reference", start(folder, "reference", steps, count))
-    seconds = max(time.monotonic() - began, 5.0)
     draw, rounds = random.Random(seed), 0
+
+    def begin(name: str, layout: tuple[int, int]) -> list[processes.Forked]:
+        count, devices = layout
+        return start(folder, name, steps, count, *kind.overrides, devices=devices)
+
+    began = time.monotonic()
+    if newest(folder / kind.reference) < steps:
+        finish(folder, kind.reference, begin(kind.reference, kind.layouts[0]))
+    seconds = max(time.monotonic() - began, 5.0)
     tally: collections.Counter[str] = collections.Counter()
     while sum(tally.values()) < kills:
         rounds += 1
         victim = f"victim{rounds}"
         while sum(tally.values()) < kills:
-            where = kill_one(folder / victim, start(folder, victim, steps, count), draw, seconds)
+            started = begin(victim, draw.choice(kind.layouts))
+            where = kill_one(folder / victim, started, draw, seconds, draw.random() < 0.25)
             if not where:
                 break
             tally[where] += 1
             print(
-                f"kill {sum(tally.values())}: {where}; the newest checkpoint is step "
+                f"{sum(tally.values())}: {where}; the newest checkpoint is step "
                 f"{newest(folder / victim)}",
                 flush=True,
             )
-        finish(folder, victim, start(folder, victim, steps, count))
-        compare(folder / "reference", folder / victim)
+        finish(folder, victim, begin(victim, draw.choice(kind.layouts)))
+        compare(folder / kind.reference, folder / victim, kind.exact)
         shutil.rmtree(folder / victim)
     return {"runs": rounds, **tally}

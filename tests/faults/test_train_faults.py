@@ -61,5 +61,5 @@ def test_a_run_is_killed_on_two_processes_stopped_on_four_finished_on_one_and_co
 
 
 def test_a_run_killed_at_random_moments_ends_with_the_same_bits(folder):
-    tally = kills.campaign(folder, kills=3, count=1, steps=STEPS, seed=3)
+    tally = kills.campaign(folder, kills=3, steps=STEPS, seed=3)
     assert sum(tally.values()) - tally["runs"] == 3

@@ -302,7 +302,15 @@ def test_resuming_in_mid_rollout_is_exact(models, tmp_path):
     state = json.loads(json.dumps(again.save(tmp_path, 6)))
     resumed = make(models, "ppo", **options)
     resumed.restore(tmp_path, state)
-    for step in range(6, 10):
+    assert state["file"]
+    logged = []
+    for one in (again, resumed):
+        assert equal(one.next(weights), through[6])
+        one.log_samples(tmp_path / "logged", 7)  # of a rollout from before the stop
+        one.close()
+        logged.append((tmp_path / "logged/samples.jsonl").read_text())
+    assert logged[0] == logged[1] != ""
+    for step in range(7, 10):
         assert equal(resumed.next(weights), through[step])
     whole = resumed.save(tmp_path, 10)
     assert not whole["file"] or (tmp_path / f"{whole['file']}-0.npz").exists()
