@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import stat
 import zipfile
 import zlib
 from typing import Any
@@ -77,12 +79,37 @@ def looks_like(path: epath.PathLike) -> str:
     return f"data that begin {head[:16]!r}"
 
 
+SPECIAL = (
+    (stat.S_ISDIR, "a directory"),
+    (stat.S_ISFIFO, "a named pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a character device"),
+    (stat.S_ISBLK, "a block device"),
+)
+
+
+def check_is_file(path: epath.PathLike) -> None:
+    """Refuse what can be opened and never ends, or waits forever.
+
+    Raises:
+        FileNotFoundError: there is nothing.
+        ValueError: a pipe, a socket, a device or a directory.
+    """
+    if "://" in str(path):
+        return
+    mode = os.stat(path).st_mode
+    for is_kind, kind in SPECIAL:
+        if is_kind(mode):
+            raise ValueError(f"{path}: is {kind}, not a file")
+
+
 def read_bytes(path: epath.PathLike) -> bytes:
     """Read a file, unpacked if its name ends in .gz.
 
     Raises:
-        ValueError: not a whole gzip file.
+        ValueError: not a file, or not a whole gzip file.
     """
+    check_is_file(path)
     data = epath.Path(path).read_bytes()
     if not str(path).endswith(".gz"):
         return data

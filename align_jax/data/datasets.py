@@ -6,22 +6,23 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import hashlib
-import itertools
 import json
 import random
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+import tqdm
 from jaxtyping import Bool
 
 from align_jax.core.choose import choose, nearest
 from align_jax.core.options import DataOptions
 from align_jax.core.schema import Example
-from align_jax.data import conversions, formats, named
+from align_jax.data import cache, conversions, formats, named
 from align_jax.data.rows import Row, answer_of
-from align_jax.data.sources import Source, open_source
+from align_jax.data.sources import Source, find_source
 from align_jax.data.transcripts import RowError, TranscriptError
 
 
@@ -31,7 +32,8 @@ class Examples:
 
     Attributes:
         kind: ``completions``, ``pairs``, ``ranked``, ``unpaired`` or ``prompts``.
-        items: the examples, source after source.
+        items: the examples, source after source; they are read when the first is asked for, where
+            all else is known from the cache.
         ends: where each source's examples end.
         weights: each source's share of the training examples; None: as many as it has.
         digest: changes when the examples do; part of cache keys.
@@ -39,7 +41,7 @@ class Examples:
     """
 
     kind: str
-    items: tuple[Example, ...]
+    items: Sequence[Any]  # a check of the elements' type would read them
     ends: tuple[int, ...]
     weights: tuple[float, ...] | None
     digest: str
@@ -52,6 +54,38 @@ class Examples:
         return self.items[index]
 
 
+class Later(Sequence[Example]):
+    """Examples whose number is known, read when the first of them is asked for.
+
+    Args:
+        size: how many there are.
+        read: reads them all.
+    """
+
+    def __init__(self, size: int, read: Callable[[], Sequence[Example]]):
+        self._size, self._read = size, read
+
+    @functools.cached_property
+    def _items(self) -> Sequence[Example]:
+        items = self._read()
+        if len(items) != self._size:
+            raise ValueError(
+                f"{len(items)} examples, where the cache tells of {self._size}: did the data "
+                "change while they were read? Remove config.data.cache"
+            )
+        return items
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._items[index]
+
+    def __iter__(self) -> Iterator[Example]:
+        return iter(self._items)
+
+
+VERSION = 1  # of how rows become examples: what is kept of an older one is made anew
 # what of the options decides which examples there are; the digest is made of it
 _READ = (
     "format",
@@ -98,30 +132,58 @@ def load(
     """
     specs = [specs] if isinstance(specs, str) else list(specs)
     _check(specs, kind, options, weights)
+    found = [_find(spec, options) for spec in specs]
+    inputs = [VERSION, [one.digest for one in found], kind, chat, seed, limit]
+    inputs += [[getattr(options, name) for name in _READ]]
+    digest = hashlib.sha256(json.dumps(inputs, default=dict).encode()).hexdigest()[:24]
+
+    @functools.cache
+    def read() -> tuple[list[Example], list[int], Mapping[str, Any]]:
+        return _read_all(found, kind, options, chat=chat, seed=seed, limit=limit)
+
+    def make() -> cache.Kept:
+        _, ends, report = read()
+        return cache.Kept({"ends": np.asarray(ends, np.int64)}, {"report": report})
+
+    kept = cache.keep(options.cache, f"examples-{digest}", make)
+    ends = tuple(kept.arrays["ends"].tolist())
+    return Examples(
+        kind,
+        Later(ends[-1], lambda: read()[0]),
+        ends,
+        tuple(map(float, weights)) if weights else None,
+        digest,
+        kept.notes["report"],
+    )
+
+
+def _read_all(
+    found: Sequence[_Found],
+    kind: str,
+    options: DataOptions,
+    *,
+    chat: bool,
+    seed: int,
+    limit: int | None,
+) -> tuple[list[Example], list[int], Mapping[str, Any]]:
+    """Read all sources: the examples, where each source's end, and counts by reason."""
     counts: collections.Counter[str] = collections.Counter()
     items: list[Example] = []
-    ends, digests = [], []
-    for spec in specs:
-        rows = _read(spec, options, chat=chat, seed=seed, limit=limit, counts=counts)
+    ends = []
+    for one in found:
+        rows = _read(one, options, chat=chat, seed=seed, limit=limit, counts=counts)
         made = _of_kind(rows, kind, options, seed, counts)
         if not made:
             raise ValueError(
-                f"{spec}: no {kind} are left of {len(rows.examples)} {rows.kind}: {dict(counts)}"
+                f"{one.spec}: no {kind} are left of {len(rows.examples)} {rows.kind}: "
+                f"{dict(counts)}"
             )
         items += made
         ends.append(len(items))
-        digests.append(rows.digest)
     if not any(example.weight for example in items):
-        raise ValueError(f"{', '.join(specs)}: all {len(items)} examples have the weight 0")
-    inputs = [digests, kind, chat, seed, limit, [getattr(options, name) for name in _READ]]
-    return Examples(
-        kind,
-        tuple(items),
-        tuple(ends),
-        tuple(map(float, weights)) if weights else None,
-        hashlib.sha256(json.dumps(inputs, default=dict).encode()).hexdigest()[:24],
-        {"examples": len(items), **_positive(counts)},
-    )
+        specs = ", ".join(one.spec for one in found)
+        raise ValueError(f"{specs}: all {len(items)} examples have the weight 0")
+    return items, ends, {"examples": len(items), **_positive(counts)}
 
 
 def _positive(counts: Mapping[str, int]) -> dict[str, int]:
@@ -154,7 +216,7 @@ def _of_kind(
 
 
 def hold_out(
-    examples: Examples, fraction: float, *, most: int, seed: int
+    examples: Examples, fraction: float, *, most: int, seed: int, folder: str = ""
 ) -> tuple[Examples, Examples | None]:
     """Divide examples into training and held-out ones, by prompt: no prompt is in both.
 
@@ -163,6 +225,7 @@ def hold_out(
         fraction: of the examples, held out; 0: none.
         most: at most about so many examples held out; 0: no limit.
         seed: of the choice.
+        folder: where the choice is kept (``data.cache``); "" = nowhere.
 
     Returns:
         (training, held out); the latter None where nothing is held out.
@@ -175,6 +238,21 @@ def hold_out(
     wanted = min(round(fraction * len(examples)), most or len(examples))
     if not wanted:
         return examples, None
+    suffix = f"{fraction}-{most}-{seed}"
+
+    def choose_held() -> cache.Kept:
+        return cache.Kept({"held": _choose_held(examples, fraction, wanted, seed)}, {})
+
+    held = cache.keep(folder, f"held-{examples.digest}-{suffix}", choose_held).arrays["held"]
+    train = _part(examples, ~held, f"train-{suffix}")
+    held_out = _part(examples, held, f"held_out-{suffix}")
+    return train, dataclasses.replace(held_out, weights=None)
+
+
+def _choose_held(
+    examples: Examples, fraction: float, wanted: int, seed: int
+) -> Bool[np.ndarray, "n"]:
+    """Choose whole prompts, until there are as many examples as wanted."""
     of_prompt: dict[str, list[int]] = collections.defaultdict(list)
     for index, example in enumerate(examples.items):
         # plain texts have no prompt: each stands for itself
@@ -185,24 +263,28 @@ def hold_out(
             f"config.data.eval_fraction = {fraction}: all {len(examples)} examples have the same "
             "prompt, so none can be held out; set it to 0, or name data.eval"
         )
-    held = np.zeros(len(examples), np.bool_)
+    held, count = np.zeros(len(examples), np.bool_), 0
     for prompt in random.Random(seed).sample(sorted(of_prompt), len(of_prompt) - 1):
-        if held.sum() >= wanted:
+        if count >= wanted:
             break
         held[of_prompt[prompt]] = True
-    suffix = f"{fraction}-{most}-{seed}"
-    train = _part(examples, ~held, f"train-{suffix}")
-    held_out = _part(examples, held, f"held_out-{suffix}")
-    return train, dataclasses.replace(held_out, weights=None)
+        count += len(of_prompt[prompt])
+    return held
 
 
 def _part(examples: Examples, chosen: Bool[np.ndarray, "n"], name: str) -> Examples:
     """Return the chosen examples, still source after source."""
     before = np.concatenate([[0], np.cumsum(chosen)])
+
+    def read() -> list[Example]:
+        return [examples[index] for index in np.flatnonzero(chosen).tolist()]
+
     return dataclasses.replace(
         examples,
         digest=f"{examples.digest}-{name}",
-        items=tuple(itertools.compress(examples.items, chosen)),
+        items=Later(
+            int(before[-1]), lambda: [examples[i] for i in np.flatnonzero(chosen).tolist()]
+        ),
         ends=tuple(before[list(examples.ends)].tolist()),
     )
 
@@ -227,19 +309,42 @@ def _check(
         )
 
 
+class _Found(NamedTuple):
+    """A source that is not read yet."""
+
+    spec: str
+    source: Source
+    dataset: named.PublicDataset | None  # a public one, by name
+    format: str
+    training: bool  # no split that is held out
+
+    @property
+    def digest(self) -> str:
+        return f"{self.spec}={self.source.digest}"
+
+
+def _find(spec: str, options: DataOptions) -> _Found:
+    format = options.format
+    if format in named.DATASETS:
+        spec, format = f"set:{format}:{spec}", "auto"
+    if not spec.startswith("set:"):
+        return _Found(spec, find_source(spec), None, format, True)
+    dataset, location, training = named.resolve(spec)
+    return _Found(spec, find_source(location), dataset, format, training)
+
+
 class _Rows(NamedTuple):
     """What was read of one source."""
 
     examples: list[Example]
     kind: str
-    digest: str
     format: str
     where: str  # of the first row
     fields: Collection[str]
 
 
 def _read(
-    spec: str,
+    found: _Found,
     options: DataOptions,
     *,
     chat: bool,
@@ -248,13 +353,7 @@ def _read(
     counts: collections.Counter[str],
 ) -> _Rows:
     """Read one source, counting the rows left out."""
-    format = options.format
-    if format in named.DATASETS:
-        spec, format = f"set:{format}:{spec}", "auto"
-    dataset, location, training = None, spec, True
-    if spec.startswith("set:"):
-        dataset, location, training = named.resolve(spec)
-    source = open_source(location)
+    spec, source, dataset, format, training = found
     size = len(source) if limit is None else min(limit, len(source))
     rows: Iterable[tuple[str, Row]] = (
         (source.where(index), _rename(source[index], options.columns, source.where(index)))
@@ -267,9 +366,9 @@ def _read(
         format = _detect(source, options.columns) if dataset is None else dataset.format
     kind = choose(formats.FORMATS, format, "config.data.format").kind
     examples: list[Example] = []
-    for where, row in rows:
+    for where, row in tqdm.tqdm(rows, desc="reading", total=size, unit="rows", disable=None):
         try:
-            found = formats.read(row, format, chat=chat)
+            read = formats.read(row, format, chat=chat)
         except RowError as error:
             if options.invalid == "error" and not isinstance(error, TranscriptError):
                 raise ValueError(
@@ -279,12 +378,11 @@ def _read(
         except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{where}: {error}") from error
         else:
-            examples += [dataclasses.replace(example, source=where) for example in found]
+            examples += [dataclasses.replace(example, source=where) for example in read]
     if dataset is not None and dataset.keep is not None:
         before, examples = len(examples), list(dataset.keep(examples, training, seed))
         counts["dropped: the data set's own filter"] += before - len(examples)
-    digest = f"{spec}={source.digest}"
-    return _Rows(examples, kind, digest, format, source.where(0), source[0].keys())
+    return _Rows(examples, kind, format, source.where(0), source[0].keys())
 
 
 DETECT_ROWS = 64  # rows that are looked at together: a field may be null in the first

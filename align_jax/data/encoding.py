@@ -8,29 +8,30 @@ are exact, and a batch costs a few copies.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import hashlib
 import json
-import logging
 import multiprocessing
 import os
-import tempfile
-from collections.abc import Iterator, Sequence
+import sys
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
+import tqdm
 from jaxtyping import Bool, Float, Int
 from transformers import PreTrainedTokenizerBase
 
-from align_jax.core.files import read_arrays
 from align_jax.core.options import DataOptions
 from align_jax.core.schema import Example
-from align_jax.data import chat
+from align_jax.data import cache, chat
 from align_jax.data.layout import TokenizedGroup
 from align_jax.data.tokenizer import tokenizer_digest
 
-VERSION = 2
+VERSION = 3
 _CHUNK = 1024  # examples tokenized at once
-_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,11 +42,14 @@ class Encoded:
         prompt_ids, prompt_ends: group g's prompt is
             ``prompt_ids[prompt_ends[g]:prompt_ends[g + 1]]``.
         response_ids, response_mask, response_ends: response r of group g is number ``g * R + r``.
+        loss_tokens: how many tokens of each response are learned.
         last_turn: where the prompt's last turn begins, in tokens.
         header: how many tokens at the prompt's end ask for the answer.
         label, scores, margin, weight: as in Example; ``scores`` is NaN where there are none.
         prompt_key: equal for equal prompts.
-        refused: why the chat template refused a group, whose tokens are then empty; else "".
+        refused: the number of the reason why the chat template refused a group, whose tokens are
+            then empty.
+        reasons: by number; the first is "": not refused.
     """
 
     prompt_ids: Int[np.ndarray, "p"]
@@ -53,6 +57,7 @@ class Encoded:
     response_ids: Int[np.ndarray, "r"]
     response_mask: Bool[np.ndarray, "r"]
     response_ends: Int[np.ndarray, "GR1"]
+    loss_tokens: Int[np.ndarray, "G R"]
     last_turn: Int[np.ndarray, "G"]
     header: Int[np.ndarray, "G"]
     label: Bool[np.ndarray, "G"]
@@ -60,7 +65,8 @@ class Encoded:
     margin: Float[np.ndarray, "G"]
     weight: Float[np.ndarray, "G"]
     prompt_key: Int[np.ndarray, "G"]
-    refused: np.ndarray
+    refused: Int[np.ndarray, "G"]
+    reasons: tuple[str, ...]
 
     @property
     def groups(self) -> int:
@@ -91,97 +97,73 @@ class Encoded:
 
 
 def encode_all(
-    examples: Sequence[Example],
+    examples: Sequence[Any],  # a check of the elements' type would read them
     tokenizer: PreTrainedTokenizerBase,
     options: DataOptions,
     *,
-    responses: int,
     digest: str = "",
     processes: int | None = None,
 ) -> Encoded:
-    """Tokenize all examples.
+    """Tokenize all examples; those whose tokens are kept are not looked at.
 
     Args:
-        examples: the examples, each with ``responses`` responses.
+        examples: the examples, each with as many responses as the first.
         tokenizer: the tokenizer.
         options: ``cache`` is read, and ``control_tokens``: R texts (or special tokens), put without
             loss before each response; or two for unpaired data: before desirable and before
             undesirable ones.
-        responses: R.
         digest: what the examples are made of (``Examples.digest``); part of the cache's key.
         processes: how many tokenize at once; None: one for every 20,000 examples, at most one a
             CPU.
 
     Raises:
-        ValueError: an example of another number of responses, or one that cannot be rendered.
+        ValueError: examples without responses or with unlike numbers of them, or one that cannot be
+            rendered.
     """
-    path, control = "", list(options.control_tokens)
-    if options.cache:
-        inputs = [VERSION, digest, tokenizer_digest(tokenizer), responses, control, len(examples)]
-        inputs += [options.invalid]
-        key = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
-        path = os.path.join(options.cache, f"tokens-{key[:24]}.npz")
-        if (found := _load(path)) is not None:
-            return found
+    control = tuple(options.control_tokens)
+    inputs = [VERSION, digest, tokenizer_digest(tokenizer), control, len(examples), options.invalid]
+    key = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
+    how = _How(tokenizer, control, options.invalid == "drop")
+
+    def make() -> cache.Kept:
+        return _encode_all(examples, how, processes)
+
+    found = cache.keep(options.cache, f"tokens-{key[:24]}", make)
+    return Encoded(**found.arrays, reasons=tuple(found.notes["reasons"]))
+
+
+class _How(NamedTuple):
+    """How examples become tokens: what a tokenizing process is told once."""
+
+    tokenizer: PreTrainedTokenizerBase
+    control: tuple[str, ...]
+    drop: bool
+
+
+def _encode_all(examples: Sequence[Any], how: _How, processes: int | None) -> cache.Kept:
+    _check_responses(examples)
     if processes is None:
-        processes = min(os.cpu_count() or 1, len(examples) // 20_000)
-    drop = options.invalid == "drop"
-    encoded = _encode_all(examples, tokenizer, responses, control, processes, drop)
-    if path:
-        _save(path, encoded)
-    return encoded
+        processes = min(len(os.sched_getaffinity(0)), len(examples) // 20_000)
+    with tqdm.tqdm(total=len(examples), desc="tokenizing", unit="examples", disable=None) as bar:
+        parts: list[Mapping[str, np.ndarray]] = []
+        reasons = {"": 0}
+        for part, refusals in _encoded_chunks(examples, how, processes):
+            numbers = [reasons.setdefault(reason, len(reasons)) for reason in refusals]
+            parts.append({**part, "refused": np.asarray(numbers, np.int32)})
+            bar.update(len(numbers))
+    arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    for name in ("prompt_ends", "response_ends"):
+        arrays[name] = np.concatenate([[0], np.cumsum(arrays[name])])  # of lengths
+    return cache.Kept(arrays, {"reasons": list(reasons)})
 
 
-def _encode_all(
-    examples: Sequence[Example],
-    tokenizer: PreTrainedTokenizerBase,
-    responses: int,
-    control: Sequence[str],
-    processes: int,
-    drop: bool,
-) -> Encoded:
-    prompts, texts, masks, turns, headers, refused = [], [], [], [], [], []
-    made = _tokens(examples, tokenizer, responses, processes, drop)
-    for example, tokens in zip(examples, made):
-        refused.append(tokens.refused)
-        prompts.append(np.asarray(tokens.prompt, np.int32))
-        turns.append(tokens.last_turn)
-        headers.append(tokens.header)
-        for index, (ids, mask) in enumerate(zip(tokens.responses, tokens.masks)):
-            lead = [] if tokens.refused else _control_ids(tokenizer, control, example, index)
-            texts.append(np.asarray(lead + ids, np.int32))
-            masks.append(np.asarray([False] * len(lead) + mask, np.bool_))
-    missing = (float("nan"),) * responses
-    scores = np.asarray([example.scores or missing for example in examples], np.float32)
-    return Encoded(
-        prompt_ids=_flat(prompts, np.int32),
-        prompt_ends=_ends(prompts),
-        response_ids=_flat(texts, np.int32),
-        response_mask=_flat(masks, np.bool_),
-        response_ends=_ends(texts),
-        last_turn=np.asarray(turns, np.int64),
-        header=np.asarray(headers, np.int64),
-        label=np.asarray([bool(example.label) for example in examples], np.bool_),
-        scores=scores.reshape(len(examples), responses),
-        margin=np.asarray([example.margin for example in examples], np.float32),
-        weight=np.asarray([example.weight for example in examples], np.float32),
-        prompt_key=np.asarray([_key(prompt) for prompt in prompts], np.int64),
-        refused=np.asarray(refused, np.str_),
-    )
-
-
-def _key(prompt: np.ndarray) -> int:
-    found = hashlib.blake2b(prompt.tobytes(), digest_size=8).digest()
-    return int.from_bytes(found, "little", signed=True)
-
-
-def _tokens(
-    examples: Sequence[Example],
-    tokenizer: PreTrainedTokenizerBase,
-    responses: int,
-    processes: int,
-    drop: bool,
-) -> Iterator[chat.Tokens]:
+def _check_responses(examples: Sequence[Any]) -> None:
+    responses = len(examples[0].responses)
+    if not responses:
+        raise ValueError(
+            f"{examples[0].source}: prompts without responses: they are for rollouts, not for "
+            "batches"
+        )
     for example in examples:
         if len(example.responses) != responses:
             raise ValueError(
@@ -189,71 +171,109 @@ def _tokens(
                 "the first example; --config.data.responses=2 gives every ranking two (the best, "
                 "the worst) and leaves those with fewer out"
             )
-    chunks = [examples[start : start + _CHUNK] for start in range(0, len(examples), _CHUNK)]
+
+
+_Part = tuple[dict[str, np.ndarray], list[str]]  # Encoded's fields, lengths for ends; refusals
+
+
+def _encoded_chunks(examples: Sequence[Any], how: _How, processes: int) -> Iterator[_Part]:
+    starts = range(0, len(examples), _CHUNK)
     if processes < 2:
-        for chunk in chunks:
-            yield from chat.encode_many(chunk, tokenizer, drop=drop)
+        for start in starts:
+            yield _encode_chunk(examples[start : start + _CHUNK], how)
         return
     # spawned, not forked: the parent may hold an accelerator's threads
     with concurrent.futures.ProcessPoolExecutor(
         processes,
         mp_context=multiprocessing.get_context("spawn"),
         initializer=_start,
-        initargs=(tokenizer, drop),
+        initargs=(how,),
     ) as pool:
-        for made in pool.map(_encode_chunk, chunks):
-            yield from made
+        waiting: list[concurrent.futures.Future[_Part]] = []
+        try:
+            for start in starts:  # a few chunks ahead: what is made is taken as it comes
+                with _without_main():
+                    waiting.append(pool.submit(_encode_told, examples[start : start + _CHUNK]))
+                if len(waiting) > 2 * processes:
+                    yield waiting.pop(0).result()
+            for future in waiting:
+                yield future.result()
+        except concurrent.futures.process.BrokenProcessPool as error:
+            raise RuntimeError(
+                "a process that tokenizes was ended from outside, perhaps for want of memory"
+            ) from error
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
-_TOKENIZER: list[tuple[PreTrainedTokenizerBase, bool]] = []  # of a tokenizing process
+@contextlib.contextmanager
+def _without_main() -> Iterator[None]:
+    """Hide the script from the processes that are spawned: they would run it again, and where it
+    has no main guard they would spawn in turn."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
-def _start(tokenizer: PreTrainedTokenizerBase, drop: bool) -> None:
+_TOLD: list[_How] = []  # a tokenizing process
+
+
+def _start(how: _How) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    _TOKENIZER.append((tokenizer, drop))
+    _TOLD.append(how)
 
 
-def _encode_chunk(chunk: Sequence[Example]) -> list[chat.Tokens]:
-    tokenizer, drop = _TOKENIZER[0]
-    return chat.encode_many(chunk, tokenizer, drop=drop)
+def _encode_told(chunk: Sequence[Example]) -> _Part:
+    return _encode_chunk(chunk, _TOLD[0])
 
 
-def _control_ids(
-    tokenizer: PreTrainedTokenizerBase, control: Sequence[str], example: Example, index: int
-) -> list[int]:
-    if not control:
+def _encode_chunk(chunk: Sequence[Example], how: _How) -> _Part:
+    """Tokenize a chunk into the fields of Encoded, with lengths in the place of ends."""
+    prompts, texts, masks, refusals = [], [], [], []
+    made = chat.encode_many(chunk, how.tokenizer, drop=how.drop)
+    for example, tokens in zip(chunk, made):
+        refusals.append(tokens.refused)
+        prompts.append(np.asarray(tokens.prompt, np.int32))
+        for index, (ids, mask) in enumerate(zip(tokens.responses, tokens.masks)):
+            lead = [] if tokens.refused else _control_ids(how, example, index)
+            texts.append(np.asarray(lead + ids, np.int32))
+            masks.append(np.asarray([False] * len(lead) + mask, np.bool_))
+    responses = len(chunk[0].responses)
+    missing = (float("nan"),) * responses
+    scores = np.asarray([example.scores or missing for example in chunk], np.float32)
+    part: dict[str, np.ndarray] = {
+        "prompt_ids": np.concatenate(prompts),
+        "prompt_ends": np.asarray([len(ids) for ids in prompts], np.int64),
+        "response_ids": np.concatenate(texts),
+        "response_mask": np.concatenate(masks),
+        "response_ends": np.asarray([len(ids) for ids in texts], np.int64),
+        "loss_tokens": np.asarray([mask.sum() for mask in masks], np.int64).reshape(-1, responses),
+        "last_turn": np.asarray([tokens.last_turn for tokens in made], np.int64),
+        "header": np.asarray([tokens.header for tokens in made], np.int64),
+        "label": np.asarray([bool(example.label) for example in chunk], np.bool_),
+        "scores": scores.reshape(-1, responses),
+        "margin": np.asarray([example.margin for example in chunk], np.float32),
+        "weight": np.asarray([example.weight for example in chunk], np.float32),
+        "prompt_key": np.asarray([_key(prompt) for prompt in prompts], np.int64),
+    }
+    return part, refusals
+
+
+def _key(prompt: np.ndarray) -> int:
+    found = hashlib.blake2b(prompt.tobytes(), digest_size=8).digest()
+    return int.from_bytes(found, "little", signed=True)
+
+
+def _control_ids(how: _How, example: Example, index: int) -> list[int]:
+    if not how.control:
         return []
     which = index if example.label is None else int(not example.label)
-    if which >= len(control):
+    if which >= len(how.control):
         raise ValueError(
             f"{example.source}: {len(example.responses)} responses, but control tokens for "
-            f"{len(control)}"
+            f"{len(how.control)}"
         )
-    return list(tokenizer(control[which], add_special_tokens=False).input_ids)
-
-
-def _flat(parts: Sequence[np.ndarray], dtype: type) -> np.ndarray:
-    return np.concatenate([np.zeros(0, dtype), *parts])
-
-
-def _ends(parts: Sequence[np.ndarray]) -> np.ndarray:
-    return np.concatenate([[0], np.cumsum([len(part) for part in parts])]).astype(np.int64)
-
-
-def _save(path: str, encoded: Encoded) -> None:
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=os.path.dirname(path), delete=False) as file:
-        np.savez(file, **dataclasses.asdict(encoded))
-    os.replace(file.name, path)  # another process may be writing the same file
-
-
-def _load(path: str) -> Encoded | None:
-    try:
-        found = Encoded(**read_arrays(path))
-    except FileNotFoundError:
-        return None
-    except (ValueError, TypeError) as error:  # TypeError: arrays of other names
-        _log.warning("the token cache is set aside and made anew: %s", error)
-        os.replace(path, f"{path}.damaged")
-        return None
-    return found
+    return list(how.tokenizer(how.control[which], add_special_tokens=False).input_ids)

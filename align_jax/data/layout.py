@@ -31,13 +31,17 @@ class Layout(NamedTuple):
     packed: bool  # whole groups in a row, as many as fit; else one response
     shared: bool  # a group's prompt stands in its row once
 
-    def tokens(self, prompt: int, responses: Sequence[int]) -> int:
-        """Return how many tokens a group has in all its rows together."""
-        return prompt * (1 if self.shared else len(responses)) + sum(responses)
+    def tokens(
+        self, prompt: Int[np.ndarray, "G"], responses: Int[np.ndarray, "G R"]
+    ) -> Int[np.ndarray, "G"]:
+        """Return how many tokens each group has in all its rows together, by its parts' lengths."""
+        return prompt * (1 if self.shared else responses.shape[1]) + responses.sum(1)
 
-    def row_length(self, prompt: int, responses: Sequence[int]) -> int:
-        """Return how long rows must be to hold a group."""
-        return self.tokens(prompt, responses) if self.packed else prompt + max(responses)
+    def row_length(
+        self, prompt: Int[np.ndarray, "G"], responses: Int[np.ndarray, "G R"]
+    ) -> Int[np.ndarray, "G"]:
+        """Return how long rows must be to hold each group."""
+        return self.tokens(prompt, responses) if self.packed else prompt + responses.max(1)
 
 
 LAYOUTS: Mapping[str, Layout] = {
@@ -206,7 +210,8 @@ def one_group_shape(
     """
     packing = LAYOUTS[layout]
     slots = responses if packing.packed else 1
-    length = round_up(packing.row_length(prompt, [response] * responses), 8)
+    longest = packing.row_length(np.asarray([prompt]), np.full((1, responses), response))
+    length = round_up(int(longest[0]), 8)
     return BatchShape(
         groups * responses // slots, length, slots * response, slots, groups, responses
     )

@@ -119,9 +119,7 @@ class Pipeline:
         )
 
     def _group(self, number: int) -> TokenizedGroup:
-        left = self._truncations.groups[number]
-        assert left is not None, "no bin holds a dropped group"
-        return left.group(self._encoded.group(number))
+        return self._truncations.group(number).group(self._encoded.group(number))
 
     def _group_fields(self, groups: Int[np.ndarray, "B"]) -> dict[str, np.ndarray]:
         """Return what the batch says of groups, in the order of their slots; 0 of fillers."""
@@ -212,11 +210,17 @@ def make_pipeline(
         ValueError: sizes that do not fit or divide, no examples left, or mismatched completions
             with R > 1 or with one prompt only.
     """
-    responses = _check(examples, mismatched, once)
+    if examples.weights is not None and once:
+        raise ValueError("weights mix endless sources: a single pass has none")
+    if not len(examples):
+        raise ValueError("no examples")
     sizes = dataclasses.replace(sizes, row_multiple=math.lcm(sizes.row_multiple, process_count))
-    encoded = encode_all(
-        examples.items, tokenizer, options, responses=responses, digest=examples.digest
-    )
+    encoded = encode_all(examples.items, tokenizer, options, digest=examples.digest)
+    responses = encoded.responses
+    if mismatched and responses != 1:
+        raise ValueError(
+            f"mismatched completions need one response a prompt, these examples have {responses}"
+        )
     limits = Limits.of(options, sizes.max_length, tokenizer.bos_token_id)
     truncations = truncation.truncate_all(encoded, limits)
     shape, bins, ends = _lay_out(examples, truncations, responses, options, sizes)
@@ -243,25 +247,6 @@ def make_pipeline(
     )
 
 
-def _check(examples: Examples, mismatched: bool, once: bool) -> int:
-    """Return R, or raise where the examples do not go with the rest."""
-    if not len(examples):
-        raise ValueError("no examples")
-    responses = len(examples[0].responses)
-    if not responses:
-        raise ValueError(
-            f"{examples[0].source}: prompts without responses: they are for rollouts, not for "
-            "batches"
-        )
-    if mismatched and responses != 1:
-        raise ValueError(
-            f"mismatched completions need one response a prompt, these examples have {responses}"
-        )
-    if examples.weights is not None and once:
-        raise ValueError("weights mix endless sources: a single pass has none")
-    return responses
-
-
 def _lay_out(
     examples: Examples,
     truncations: Truncations,
@@ -275,12 +260,7 @@ def _lay_out(
         The shape, the bins, and where each source's bins begin and end.
     """
     how = choose(LAYOUTS, options.layout, "config.data.layout")
-    lengths = np.asarray(
-        [
-            0 if left is None else how.row_length(left.head + left.tail, left.lengths)
-            for left in truncations.groups
-        ]
-    )
+    lengths = how.row_length(truncations.head + truncations.tail, truncations.lengths)
     if how.packed:
         row_length = sizes.row_length or responses * sizes.max_length
         mean = packing.mean_groups(options, lengths[lengths > 0].tolist(), row_length)
@@ -379,10 +359,10 @@ def _mismatched_shape(
         longest = int(prompts[used].max() + responses[used].max())
         length = min(length, layout.round_up(longest, 8))
     # a response that its own long prompt has cut short may be whole after another prompt
-    loss = [
-        int(encoded.response(group, 0)[1][: limits.max_length].sum()) for group in used.tolist()
-    ]
-    return layout.mismatched_shape(shape, length, max(loss))
+    loss = encoded.loss_tokens[used, 0]
+    for place in np.flatnonzero(np.diff(encoded.response_ends)[used] > limits.max_length).tolist():
+        loss[place] = encoded.response(int(used[place]), 0)[1][: limits.max_length].sum()
+    return layout.mismatched_shape(shape, length, int(loss.max()))
 
 
 def _stream(
@@ -413,8 +393,9 @@ def _fill(
     truncations: Truncations, name: str, bins: Int[np.ndarray, "bins slots"], shape: BatchShape
 ) -> dict[str, int | float]:
     """Report how full rows and steps are, on average over an epoch."""
-    used = [truncations.groups[group] for group in bins[bins != FILLER]]
-    tokens = sum(LAYOUTS[name].tokens(left.head + left.tail, left.lengths) for left in used if left)
+    used = bins[bins != FILLER]
+    prompts = (truncations.head + truncations.tail)[used]
+    tokens = int(LAYOUTS[name].tokens(prompts, truncations.lengths[used]).sum())
     room = len(bins) * shape.rows_per_bin * shape.length
     return {
         "tokens": tokens,

@@ -2,7 +2,7 @@
 """Where rows come from: files, TFDS, the Hugging Face hub, code; all read as random-access rows
 that know their place.
 
-    path, glob, gs://...      .json .jsonl .parquet, each also .gz (not Parquet)
+    path, glob, gs://...      .json .jsonl .csv .tsv (each also .gz) .parquet .arrow .feather
     tfds:name:split           a TFDS builder prepared with file_format="array_record", or its
                               directory
     hf:owner/name[/folder]:split   a data set repository's own JSON or Parquet files
@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import functools
 import glob
-import io
-import json
+import itertools
+import os
 import pathlib
 import re
 import urllib.parse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,41 +29,54 @@ from etils import epath
 from align_jax.core import files
 from align_jax.core.choose import nearest
 from align_jax.data import synthetic
+from align_jax.data.row_files import SUFFIXES, Rows, numbered, open_file
 from align_jax.data.rows import Row
 
-SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".parquet")
+MOST_FILES = 10_000  # of one source
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Rows by number.
+    """Rows by number, opened when the first is asked for.
 
     Attributes:
         spec: what the user wrote.
         digest: changes when the data does (path, size and time of change; or name and version):
             part of cache keys.
-        rows: the number of rows.
-        read: row number -> row; raises ValueError with file and line if the row is malformed.
-        where: row number -> ``file:line`` or ``name[index]``.
+        open: opens it.
     """
 
     spec: str
     digest: str
-    rows: int
-    read: Callable[[int], Row]
-    where: Callable[[int], str]
+    open: Callable[[], Rows]
+
+    @functools.cached_property
+    def rows(self) -> Rows:
+        """The opened rows.
+
+        Raises:
+            ValueError: a damaged file, or no rows.
+        """
+        rows = self.open()
+        if not rows.size:
+            raise ValueError(f"{self.spec}: no rows")
+        return rows
 
     def __len__(self) -> int:
-        return self.rows
+        return self.rows.size
 
     def __getitem__(self, index: int) -> Row:
-        if not 0 <= index < self.rows:
-            raise IndexError(f"{self.spec}: row {index} of {self.rows}")
-        return self.read(index)
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.spec}: row {index} of {len(self)}")
+        return self.rows.read(index)
+
+    def where(self, index: int) -> str:
+        """Return a row's place: ``file:line`` or ``name[index]``."""
+        return self.rows.where(index)
 
 
-def open_source(spec: str) -> Source:
-    """Open a data source as random-access rows.
+def find_source(spec: str) -> Source:
+    """Find a data source, without reading it.
 
     Args:
         spec: a path, a glob, ``tfds:name:split``, ``hf:owner/name:split`` or
@@ -74,29 +88,70 @@ def open_source(spec: str) -> Source:
     Raises:
         FileNotFoundError: no such file, or a glob that matches nothing; the nearest names are
             given.
-        ValueError: a malformed spec, an unknown kind of file, malformed JSON (with file and line),
-            or no rows.
+        ValueError: a malformed spec, an unknown kind of file, or no file (a folder, a pipe).
     """
     scheme = spec.split(":", 1)[0]
     if scheme in SCHEMES:
-        source = SCHEMES[scheme](spec)
-    else:
-        source = _concatenate(spec, [_open_file(path) for path in _expand(spec)])
-    if not len(source):
-        raise ValueError(f"{spec}: no rows")
+        return SCHEMES[scheme](spec)
+    return _concatenate(spec, [_find_file(path) for path in _expand(spec)])
+
+
+def open_source(spec: str) -> Source:
+    """Open a data source as random-access rows.
+
+    Args:
+        spec: as in ``find_source``.
+
+    Raises:
+        FileNotFoundError, ValueError: as ``find_source``; malformed JSON or CSV (with file and
+            line), a damaged file, or no rows.
+    """
+    source = find_source(spec)
+    _ = source.rows
     return source
 
 
+def _find_file(path: str) -> Source:
+    if not path.endswith(tuple(SUFFIXES)):
+        raise ValueError(f"{path}: unknown kind of file; known: {', '.join(SUFFIXES)}")
+    files.check_is_file(path)
+    digest = _digest(path)
+
+    def open_unchanged() -> Rows:
+        rows = open_file(path)
+        if _digest(path) != digest:
+            raise ValueError(f"{path}: it changed while it was read; wait until it is whole")
+        return rows
+
+    return Source(path, digest, open_unchanged)
+
+
+def _digest(path: str) -> str:
+    if "://" in path:
+        stat = epath.Path(path).stat()
+        return f"{path}:{stat.length}:{stat.mtime}"
+    here = os.stat(path)
+    return f"{path}:{here.st_size}:{here.st_mtime_ns}"
+
+
 def _expand(spec: str) -> list[str]:
-    remote = "://" in spec
+    """Return the paths that a path or glob names.
+
+    Raises:
+        FileNotFoundError: none; with the nearest name.
+        ValueError: a folder, an empty name, or too many files.
+    """
+    if not spec.strip():
+        raise ValueError("an empty name among the data sources: is there a comma too many?")
     if any(character in spec for character in "*?["):
-        if remote:
-            folder, _, pattern = spec.rpartition("/")
-            paths = sorted(str(path) for path in epath.Path(folder).glob(pattern))
-        else:
-            paths = sorted(glob.glob(spec, recursive=True))
+        paths = sorted(itertools.islice(_matching(spec), MOST_FILES + 1))
+        if len(paths) > MOST_FILES:
+            raise ValueError(
+                f"{spec!r} matches more than {MOST_FILES:,} files; join them into fewer (cat "
+                "a/*.jsonl > a.jsonl), or give a narrower pattern"
+            )
         if not paths:
-            raise FileNotFoundError(f"no file matches {spec!r}")
+            raise FileNotFoundError(f"no file matches {spec!r}{_nearest(spec)}")
         return paths
     path = epath.Path(spec)
     if path.is_dir():
@@ -104,179 +159,72 @@ def _expand(spec: str) -> list[str]:
             f"{spec!r} is a directory: name its files, for example {spec.rstrip('/')}/*.jsonl"
         )
     if not path.exists():
-        beside = [] if remote or not path.parent.is_dir() else sorted(path.parent.iterdir())
-        known = [str(other) for other in beside if other.name.endswith(SUFFIXES)][:100]
-        raise FileNotFoundError(f"no such file: {spec!r}" + (nearest(spec, known) if known else ""))
+        raise FileNotFoundError(f"no such file: {spec!r}{_nearest(spec)}")
     return [spec]
 
 
-def _open_file(path: str) -> Source:
-    if not path.endswith(SUFFIXES):
-        raise ValueError(f"{path}: unknown kind of file; known: {', '.join(SUFFIXES)}")
-    if path.endswith(".parquet"):
-        return _open_parquet(path)
-    data = files.read_bytes(path)
-    if data and (kind := files.signature(data[:512])):
-        raise ValueError(f"{path}: expected rows of JSON, got {kind}")
-    data = _as_utf8(path, data)
-    first = data.lstrip()[:1]
-    if first == b"[" or path.removesuffix(".gz").endswith(".json"):
-        if (found := _whole_document(path, data)) is not None:
-            return _rows_of_document(path, found)
-    return _open_json_lines(path, data)
+def _matching(spec: str) -> Iterator[str]:
+    if "://" not in spec:
+        return glob.iglob(spec, recursive=True)
+    folder, _, pattern = spec.rpartition("/")
+    return map(str, epath.Path(folder).glob(pattern))
 
 
-def _as_utf8(path: str, data: bytes) -> bytes:
-    """Return a text file's bytes in UTF-8 without its mark; other encodings are named."""
-    for mark, encoding in ((b"\xff\xfe", "utf-16-le"), (b"\xfe\xff", "utf-16-be")):
-        if data.startswith(mark):
-            return data[2:].decode(encoding, errors="replace").encode(errors="surrogatepass")
-    data = data.removeprefix(b"\xef\xbb\xbf")
-    try:
-        data.decode()
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise ValueError(
-            f"{path}:{line}: not UTF-8 (byte {data[error.start]:#x}); it may be Latin-1: "
-            f"iconv -f latin1 -t utf8 {path}"
-        ) from error
-    return data
-
-
-def _whole_document(path: str, data: bytes) -> Any:
-    """Read a file that is one JSON value; None where it is several, a line each."""
-    try:
-        return json.loads(data)
-    except json.JSONDecodeError as error:
-        lines = data.split(b"\n", 2)
-        if error.msg == "Extra data" and len(lines) > 1 or data.lstrip()[:1] != b"[":
-            return None
-        raise ValueError(
-            f"{path}:{error.lineno}: malformed JSON: {error.msg} (column {error.colno})"
-        ) from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits; deep nesting
-        raise ValueError(f"{path}: malformed JSON: {error}") from error
-
-
-def _rows_of_document(path: str, value: Any) -> Source:
-    """Find the rows of one JSON value: a list of them, ``{"data": [...]}``, or one row."""
-    if isinstance(value, dict):
-        lists = [name for name, inner in value.items() if isinstance(inner, list)]
-        holding = [name for name in lists if value[name] and isinstance(value[name][0], dict)]
-        if len(value) == len(lists) and len(lists) > 1 and not holding:
-            raise ValueError(
-                f"{path}: one object with a list in each of {sorted(value)}, which looks like "
-                "columns; write a row a line: {"
-                + ", ".join(f'"{name}": ...' for name in sorted(value))
-                + "}"
-            )
-        named = [name for name in ("data", "rows", "examples", "train") if name in holding]
-        value = value[named[0]] if named else [value]
-    where = _numbered(path)
-
-    def read(index: int) -> Row:
-        return _check_row(value[index], where(index))
-
-    return Source(path, _digest(path), len(value), read, where)
-
-
-def _numbered(name: str) -> Callable[[int], str]:
-    """Return what tells where a row stands that has a number alone."""
-
-    def where(index: int) -> str:
-        return f"{name}[{index}]"
-
-    return where
-
-
-def _digest(path: str) -> str:
-    stat = epath.Path(path).stat()
-    return f"{path}:{stat.length}:{stat.mtime}"
-
-
-def _open_json_lines(path: str, data: bytes) -> Source:
-    numbered = [(number, line) for number, line in enumerate(data.split(b"\n"), 1) if line.strip()]
-
-    def read(index: int) -> Row:
-        number, line = numbered[index]
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(
-                f"{path}:{number}: malformed JSON: {error}; the line begins {line[:60]!r}"
-            ) from error
-        return _check_row(row, f"{path}:{number}")
-
-    def where(index: int) -> str:
-        return f"{path}:{numbered[index][0]}"
-
-    return Source(path, _digest(path), len(numbered), read, where)
-
-
-def _check_row(row: Any, where: str) -> Row:
-    if not isinstance(row, dict):
-        raise ValueError(
-            f"{where}: expected a JSON object with named fields, got {type(row).__name__}"
-        )
-    return row
-
-
-def _open_parquet(path: str) -> Source:
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.read_table(
-            path if "://" not in path else io.BytesIO(epath.Path(path).read_bytes()),
-            page_checksum_verification=True,  # where the file has any
-        )
-    except (OSError, ValueError, pyarrow.ArrowException) as error:
-        raise ValueError(
-            f"{path}: not a readable Parquet file: {error}; it is {files.looks_like(path)}"
-        ) from error
-
-    where = _numbered(path)
-
-    def read(index: int) -> Row:
-        try:
-            return table.slice(index, 1).to_pylist()[0]
-        except (ValueError, pyarrow.ArrowException) as error:
-            raise ValueError(f"{where(index)}: not a readable row: {error}") from error
-
-    return Source(path, _digest(path), table.num_rows, read, where)
+def _nearest(spec: str) -> str:
+    """Say which data file is nearest to one that is not there."""
+    folder = os.path.dirname(spec.partition("*")[0]) or "."
+    if "://" in spec or not os.path.isdir(folder):
+        return ""
+    with os.scandir(folder) as entries:
+        names = [entry.name for entry in itertools.islice(entries, MOST_FILES)]
+    beside = os.path.dirname(spec.partition("*")[0])
+    known = [os.path.join(beside, one) for one in sorted(names) if one.endswith(tuple(SUFFIXES))]
+    return nearest(spec, known[:100]) if known else ""
 
 
 def _concatenate(spec: str, parts: Sequence[Source]) -> Source:
     if len(parts) == 1:
         return dataclasses.replace(parts[0], spec=spec)
-    ends = np.cumsum([len(part) for part in parts]).tolist()
 
-    def locate(index: int) -> tuple[Source, int]:
-        part = bisect.bisect_right(ends, index)
-        return parts[part], index - (ends[part - 1] if part else 0)
+    def open_all() -> Rows:
+        opened = [part.open() for part in parts]
+        ends = np.cumsum([rows.size for rows in opened]).tolist()
 
-    def read(index: int) -> Row:
-        part, offset = locate(index)
-        return part.read(offset)
+        def locate(index: int) -> tuple[Rows, int]:
+            part = bisect.bisect_right(ends, index)
+            return opened[part], index - (ends[part - 1] if part else 0)
 
-    def where(index: int) -> str:
-        part, offset = locate(index)
-        return part.where(offset)
+        def read(index: int) -> Row:
+            rows, offset = locate(index)
+            return rows.read(offset)
 
-    return Source(spec, "|".join(part.digest for part in parts), ends[-1], read, where)
+        def where(index: int) -> str:
+            rows, offset = locate(index)
+            return rows.where(offset)
+
+        return Rows(ends[-1], read, where)
+
+    return Source(spec, "|".join(part.digest for part in parts), open_all)
 
 
 def _open_builtin(spec: str) -> Source:
     head, _, query = spec.partition("?")
     fields = head.split(":")
-    options = dict(urllib.parse.parse_qsl(query, strict_parsing=True)) if query else {}
+    options = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
     unknown = sorted(set(options) - {"seed", "size"})
-    if unknown or len(fields) > 3:
+    if unknown or not 1 < len(fields) < 4:
         raise ValueError(
             f"{spec!r}: expected builtin:NAME:SPLIT?seed=0&size=512, got options {unknown}"
         )
     name, split = fields[1], fields[2] if len(fields) == 3 else "train"
-    made = synthetic.make(name, split, **{key: int(value) for key, value in options.items()})
-    return Source(spec, f"{spec}@{synthetic.VERSION}", made.size, made.row, _numbered(head))
+    numbers = {}
+    for key, value in options.items():
+        if not re.fullmatch(r"[0-9]{1,18}", value):
+            raise ValueError(f"{spec!r}: {key} = {value!r}: expected a whole number, 0 or above")
+        numbers[key] = int(value)
+    made = synthetic.make(name, split, **numbers)
+    rows = Rows(made.size, made.row, numbered(head))
+    return Source(spec, f"{spec}@{synthetic.VERSION}", lambda: rows)
 
 
 def _open_tfds(spec: str) -> Source:
@@ -297,7 +245,8 @@ def _open_tfds(spec: str) -> Source:
     def read(index: int) -> Row:
         return _plain(rows[index])
 
-    return Source(spec, f"{builder.data_dir}:{split}", len(rows), read, _numbered(spec))
+    opened = Rows(len(rows), read, numbered(spec))
+    return Source(spec, f"{builder.data_dir}:{split}", lambda: opened)
 
 
 def _plain(value: Any) -> Any:
@@ -329,7 +278,7 @@ def _open_hub(spec: str) -> Source:
     found = sorted(
         path.relative_to(base).as_posix()
         for path in base.rglob("*")
-        if path.name.endswith(SUFFIXES)
+        if path.name.endswith(tuple(SUFFIXES))
     )
     # train.jsonl, train-00000-of-00002.parquet; else a folder named train; else
     # train_something.json
@@ -339,7 +288,7 @@ def _open_hub(spec: str) -> Source:
         chosen = chosen or [path for path in found if re.fullmatch(rule, path)]
     if not chosen:
         raise ValueError(f"{spec}: no file of split {split!r} among {found[:20]}")
-    source = _concatenate(spec, [_open_file(str(base / path)) for path in chosen])
+    source = _concatenate(spec, [_find_file(str(base / path)) for path in chosen])
     return dataclasses.replace(source, digest=f"{spec}@{pathlib.Path(root).name}")
 
 

@@ -11,6 +11,7 @@ sums whose answers can be checked.
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -60,6 +61,7 @@ CLOSINGS = {
     -1: ("Go away.", "You fool.", "Shame!"),
 }
 SPLITS = {"train": 2048, "eval": 256}  # rows by default
+BYTES_OF_ROW = 2048  # that a row takes as an example in memory, about
 _EVAL_EVERY = 8  # every eighth question is held out
 
 
@@ -83,13 +85,19 @@ def make(
         size: rows; default 2,048 for train and 256 for eval.
 
     Raises:
-        ValueError: an unknown name or split, or a size below 1.
+        ValueError: an unknown name or split, or a size below 1 or beyond this machine's memory.
     """
     make_row = choose(BUILTINS, name, "builtin data set")
     default = choose(SPLITS, split, f"split of builtin:{name}")
     size = default if size is None else size
     if size < 1:
         raise ValueError(f"builtin:{name}:{split}: size must be at least 1, got {size}")
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if size * BYTES_OF_ROW > memory:
+        raise ValueError(
+            f"builtin:{name}:{split}: size = {size:,} rows take about {size * BYTES_OF_ROW:,} "
+            f"bytes; this machine has {memory:,}"
+        )
     stream = (sorted(BUILTINS).index(name), list(SPLITS).index(split), seed)
 
     def row(index: int) -> Mapping[str, Any]:

@@ -143,14 +143,22 @@ class Truncations:
     """What is left of a whole data set.
 
     Attributes:
-        groups: one a group; None where it is dropped.
+        head, tail, lengths: of each group, as in Truncation; all 0 where it is dropped.
         loss_tokens: of each response.
         report: counts by reason.
     """
 
-    groups: tuple[Truncation | None, ...]
+    head: Int[np.ndarray, "G"]
+    tail: Int[np.ndarray, "G"]
+    lengths: Int[np.ndarray, "G R"]
     loss_tokens: Int[np.ndarray, "G R"]
     report: dict[str, int]
+
+    def group(self, number: int) -> Truncation:
+        """Return what is left of a group."""
+        return Truncation(
+            int(self.head[number]), int(self.tail[number]), tuple(self.lengths[number].tolist())
+        )
 
 
 def truncate_all(encoded: Encoded, limits: Limits) -> Truncations:
@@ -159,31 +167,37 @@ def truncate_all(encoded: Encoded, limits: Limits) -> Truncations:
     Raises:
         ValueError: nothing is left.
     """
-    starts = encoded.response_ends[:-1].reshape(-1, encoded.responses)
     lengths = np.diff(encoded.response_ends).reshape(-1, encoded.responses)
-    # loss tokens before each response token, so that any stretch's are a difference
-    before = np.concatenate([[0], np.cumsum(encoded.response_mask)])
-    loss_tokens = np.zeros_like(lengths)
-    kept: list[Truncation | None] = []
+    head = np.diff(encoded.prompt_ends)
+    tail, loss_tokens = np.zeros_like(head), encoded.loss_tokens.copy()
+    reasons = np.asarray(encoded.reasons, np.object_)[encoded.refused]
+    too_long = head + lengths.max(axis=1) > limits.max_length
+    if limits.max_prompt_length:
+        too_long |= head > limits.max_prompt_length
     counts: collections.Counter[str] = collections.Counter()
-    for group in range(encoded.groups):
-        whole = lengths[group].tolist()
+    for group in np.flatnonzero(too_long).tolist():
+        whole = tuple(lengths[group].tolist())
         left = truncate_group(encoded, group, whole, limits)
-        reason = str(encoded.refused[group]) or left.reason
-        if not reason:
-            loss_tokens[group] = before[starts[group] + left.lengths] - before[starts[group]]
-            reason = "" if loss_tokens[group].all() else "no tokens to learn"
-        if reason:
-            counts[f"dropped: {reason}"] += 1
-            kept.append(None)
+        if left.reason:
+            reasons[group] = reasons[group] or left.reason
             continue
-        counts["truncated prompts"] += left.head + left.tail < len(encoded.prompt(group))
-        counts["truncated responses"] += sum(a < b for a, b in zip(left.lengths, whole))
-        kept.append(left)
+        cut = [index for index, length in enumerate(left.lengths) if length < whole[index]]
+        for index in cut:
+            _, mask = encoded.response(group, index)
+            loss_tokens[group, index] = mask[: left.lengths[index]].sum()
+        if loss_tokens[group].all():
+            counts["truncated prompts"] += int(left.head + left.tail < head[group])
+            counts["truncated responses"] += len(cut)
+        head[group], tail[group], lengths[group] = left.head, left.tail, left.lengths
+    reasons[(reasons == "") & ~loss_tokens.all(axis=1)] = "no tokens to learn"
+    dropped = reasons != ""
+    counts.update(f"dropped: {reason}" for reason in reasons[dropped])
     report = {name: count for name, count in counts.items() if count}
-    if all(left is None for left in kept):
+    if dropped.all():
         raise ValueError(
             f"the data set is empty after truncation to max_length={limits.max_length} tokens: "
             f"{report}"
         )
-    return Truncations(tuple(kept), loss_tokens, report)
+    for array in (head, tail, lengths, loss_tokens):
+        array[dropped] = 0
+    return Truncations(head, tail, lengths, loss_tokens, report)

@@ -342,7 +342,7 @@ def read_data(config: Config, resolved: ResolvedConfig) -> tuple[Examples, Examp
     if held_out := d.eval or (synthetic.eval_split(d.train) if d.eval_fraction else ""):
         return examples, load(held_out.split(","), limit=config.eval.max_examples or None)
     return datasets.hold_out(
-        examples, d.eval_fraction, most=config.eval.max_examples, seed=config.seed
+        examples, d.eval_fraction, most=config.eval.max_examples, seed=config.seed, folder=d.cache
     )
 
 

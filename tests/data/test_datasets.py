@@ -25,7 +25,7 @@ def test_a_held_out_prompt_is_held_out_with_all_its_examples(fraction, most, hel
     counts = collections.Counter(example.prompt for example in held_out.items)
     assert set(counts.values()) == {3} and len(held_out) == held
     assert not counts.keys() & {example.prompt for example in train.items}
-    assert sorted(train.items + held_out.items, key=whole.items.index) == list(whole.items)
+    assert sorted([*train.items, *held_out.items], key=whole.items.index) == list(whole.items)
 
 
 def test_each_part_knows_where_its_sources_end():

@@ -9,7 +9,7 @@ import pytest
 
 from align_jax.core.options import DataOptions
 from align_jax.core.schema import Batch, Example
-from align_jax.data import chat, datasets, encoding, packing, pipeline, tokenizer
+from align_jax.data import chat, datasets, encoding, formats, packing, pipeline, tokenizer
 from align_jax.data import layout as layouts
 from align_jax.data.layout import BatchSizes
 
@@ -400,35 +400,39 @@ def test_trim_shortens_rows_to_the_longest_example(byte, pairs):
     assert make(pairs, byte, trim=True).shape.length == -(-longest // 8) * 8
 
 
-def test_tokens_are_kept_on_disk_and_damaged_files_made_anew(
-    byte, pairs, tmp_path, monkeypatch, caplog
-):
-    first = make(pairs, byte, cache=str(tmp_path))
-    (path,) = tmp_path.iterdir()
+def test_a_start_from_the_cache_reads_no_row_and_no_text(byte, tmp_path, monkeypatch):
+    spec, options = "builtin:preferences:train?size=44", DataOptions(cache=str(tmp_path))
+
+    def start(tok=byte):
+        examples = datasets.load(spec, "pairs", options, chat=True)
+        parts = datasets.hold_out(examples, 0.2, most=0, seed=0, folder=options.cache)
+        return [make(part, tok, cache=options.cache, batch_size=4) for part in parts]
+
+    first = start()
     with monkeypatch.context() as patch:
         patch.setattr(chat, "encode_many", None)
-        assert_same(make(pairs, byte, cache=str(tmp_path)).batch(0), first.batch(0))
-        with pytest.raises(TypeError):  # another tokenizer, another key
-            make(
-                pairs,
-                tokenizer.load_tokenizer("byte", chat_template="{{ messages }}"),
-                cache=str(tmp_path),
-            )
-    whole = path.read_bytes()
-    shorter = whole.replace(b"'shape': (44,)", b"'shape': (43,)")
-    assert shorter != whole
-    for damaged in (b"", whole[:1000], whole[:-300], shorter, b"version https://git-lfs"):
-        path.write_bytes(damaged)
-        caplog.clear()
-        assert_same(make(pairs, byte, cache=str(tmp_path)).batch(0), first.batch(0))
-        assert f"made anew: {path}" in caplog.text
-        assert path.read_bytes() == whole or encoding._load(str(path)) is not None
+        patch.setattr(formats, "read", None)
+        again = start()
+        with pytest.raises(ValueError, match="'NoneType'"):  # another tokenizer, another key
+            start(tokenizer.load_tokenizer("byte", chat_template="{{ messages }}"))
+    for left, right in zip(first, again):
+        assert_same(left.batch(0), right.batch(0))
+        assert left.report == right.report
+    assert not again[0]._encoded.prompt_ids.flags.writeable  # mapped
+
+
+def test_examples_are_read_later_where_only_their_number_was_kept(tmp_path):
+    options = DataOptions(cache=str(tmp_path))
+    first, again = (
+        datasets.load("builtin:preferences:train?size=9", "pairs", options, chat=True)
+        for _ in range(2)
+    )
+    assert again.items._read is not first.items._read and list(again.items) == list(first.items)
 
 
 def test_several_processes_tokenize_as_one_does(byte, pairs):
     one, two = (
-        encoding.encode_all(pairs.items, byte, DataOptions(), responses=2, processes=count)
-        for count in (1, 2)
+        encoding.encode_all(pairs.items, byte, DataOptions(), processes=count) for count in (1, 2)
     )
     for field in dataclasses.fields(encoding.Encoded):
         np.testing.assert_array_equal(getattr(one, field.name), getattr(two, field.name))

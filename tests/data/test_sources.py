@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows from files of every kind, TFDS and the hub; each knows its place."""
 
+import csv
 import gzip
+import io
 import json
+import os
 
 import numpy as np
 import pytest
 from etils import epath
 
 from align_jax.core.options import DataOptions
-from align_jax.data import datasets, sources
+from align_jax.data import datasets, row_files, sources
 
 ROWS = [{"prompt": f"p{i}", "chosen": "c", "rejected": "r"} for i in range(5)]
 
@@ -40,26 +43,116 @@ def test_files_give_their_rows(tmp_path, name, text):
     assert source.where(2).startswith(str(tmp_path / name))
 
 
+TABLE = [
+    {"prompt": "a, b", "chosen": [{"role": "assistant", "content": "x"}], "label": True, "n": 1.5},
+    {"prompt": 'say "no"\nand go', "chosen": [], "label": False, "n": None},
+]
+
+
+def write_table(path, kind):
+    import pyarrow
+    import pyarrow.feather
+    import pyarrow.parquet
+
+    table = pyarrow.Table.from_pylist(TABLE)
+    if kind == "parquet":
+        pyarrow.parquet.write_table(table, path)
+    elif kind == "feather":
+        pyarrow.feather.write_feather(table, path)
+    else:
+        writer = {"file": pyarrow.ipc.new_file, "stream": pyarrow.ipc.new_stream}[kind]
+        with writer(str(path), table.schema) as opened:
+            opened.write_table(table)
+
+
+@pytest.mark.parametrize(
+    "name, kind",
+    [
+        ("a.parquet", "parquet"),
+        ("a.feather", "feather"),
+        ("a.arrow", "file"),
+        ("b.arrow", "stream"),
+    ],
+)
+def test_tables_give_their_rows(tmp_path, name, kind):
+    write_table(tmp_path / name, kind)
+    source = sources.open_source(str(tmp_path / name))
+    assert [source[i] for i in range(len(source))] == TABLE
+    assert source.where(1) == f"{tmp_path / name}[1]"
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.csv.gz", "a.tsv", "semicolon.csv"])
+def test_csv_gives_texts_and_the_values_of_json(tmp_path, name):
+    text = io.StringIO(newline="")
+    delimiter = {"a.tsv": "\t", "semicolon.csv": ";"}.get(name, ",")
+    writer = csv.writer(text, delimiter=delimiter)
+    writer.writerow(TABLE[0])
+    for row in TABLE:
+        writer.writerow([row["prompt"], json.dumps(row["chosen"]), row["label"], row["n"]])
+    source = sources.open_source(write(tmp_path / name, "\ufeff" + text.getvalue()))
+    read = [source[i] for i in range(len(source))]
+    assert [row["prompt"] for row in read] == [row["prompt"] for row in TABLE]
+    assert [row["chosen"] for row in read] == [row["chosen"] for row in TABLE]
+    assert [row["label"] for row in read] == ["True", "False"]  # read where a label is needed
+    assert [row["n"] for row in read] == ["1.5", None]
+    assert [source.where(i).rpartition(":")[2] for i in range(2)] == ["2", "3"]
+
+
+def test_pairs_of_csv_are_those_of_json(tmp_path):
+    rows = "prompt,chosen,rejected,margin\nWhat is 2+2?,4,5,\nAnd 3+3?,6,7,0.5\n"
+    examples = datasets.load(
+        write(tmp_path / "a.csv", rows), "pairs", DataOptions(), chat=True, seed=0
+    )
+    assert [(one.responses, one.margin) for one in examples.items] == [
+        (("4", "5"), 0.0),
+        (("6", "7"), 0.5),
+    ]
+
+
+def test_what_is_no_file_is_refused_and_never_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    with pytest.raises(ValueError, match="pipe.jsonl: is a named pipe, not a file"):
+        sources.open_source(str(tmp_path / "pipe.jsonl"))
+    (tmp_path / "folder.jsonl").mkdir()
+    with pytest.raises(ValueError, match="folder.jsonl: is a directory, not a file"):
+        sources.open_source(str(tmp_path / "*.jsonl").replace("*", "f*"))
+
+
+def test_a_file_that_grows_while_it_is_read_is_refused(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.jsonl", lines(ROWS))
+    opened = row_files.open_file
+
+    def grow(path):
+        rows = opened(path)
+        (tmp_path / "a.jsonl").write_text(lines(ROWS + ROWS))
+        return rows
+
+    monkeypatch.setattr(sources, "open_file", grow)
+    with pytest.raises(ValueError, match=r"a\.jsonl: it changed while it was read"):
+        sources.open_source(path)
+
+
+def test_too_many_files_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "MOST_FILES", 2)
+    for name in "abc":
+        write(tmp_path / f"{name}.jsonl", lines(ROWS))
+    with pytest.raises(ValueError, match="matches more than 2 files"):
+        sources.open_source(f"{tmp_path}/*.jsonl")
+
+
+def test_not_utf8_is_named_wherever_it_stands(tmp_path):
+    filler = lines(ROWS) * 20_000  # more than a block
+    (tmp_path / "a.jsonl").write_bytes(filler.encode() + b'{"prompt": "caf\xe9"}\n')
+    number = filler.count("\n") + 1
+    with pytest.raises(ValueError, match=rf"a\.jsonl:{number}: not UTF-8 \(byte 0xe9\)"):
+        sources.open_source(str(tmp_path / "a.jsonl"))
+
+
 def test_places_are_line_numbers(tmp_path):
     source = sources.open_source(write(tmp_path / "a.jsonl", "\n\n" + lines(ROWS[:2])))
     assert [source.where(i).rpartition(":")[2] for i in range(2)] == ["3", "4"]
     with pytest.raises(IndexError):
         source[2]
-
-
-def test_parquet_keeps_nested_fields(tmp_path):
-    import pyarrow
-    import pyarrow.parquet
-
-    rows = [
-        {
-            "chosen": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "c"}],
-            "score": 1.5,
-        }
-    ] * 3
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
-    source = sources.open_source(str(tmp_path / "a.parquet"))
-    assert len(source) == 3 and source[1] == rows[1]
 
 
 @pytest.mark.parametrize("checked", [True, False])
@@ -123,6 +216,21 @@ def holding(name, data):
 
 
 MISTAKES = [
+    (holding("a.csv", b"a,b\n1,2\n1,2,3\n"), ValueError, r"a\.csv:3: 3 cells in a row, 2 names"),
+    (holding("b.csv", b'a,b\n1,"x\n'), ValueError, r"b\.csv:2: malformed CSV"),
+    (holding("c.csv", b"a,a\n1,2\n"), ValueError, r"c\.csv:1: columns without a name, or"),
+    (holding("d.csv", b"a,b\n"), ValueError, "no rows"),
+    (holding("e.arrow", b"<html>"), ValueError, "e.arrow: not a readable Arrow .*an HTML page"),
+    (holding("deep.jsonl", b"[" * 99999), ValueError, r"deep\.jsonl"),
+    (lambda folder: f"{folder}/tran*.jsonl", FileNotFoundError, "did you mean '.*train.jsonl'"),
+    (lambda folder: "", ValueError, "an empty name among the data sources"),
+    (lambda folder: "builtin:preferences:train?size=1e6", ValueError, "size = '1e6': expected a w"),
+    (lambda folder: "builtin:preferences:train?seed=-1", ValueError, "seed = '-1': expected a w"),
+    (
+        lambda folder: "builtin:preferences:train?size=999999999999",
+        ValueError,
+        r"size = 999,999,999,999 rows take about 2,047,\S+ bytes; this machine has",
+    ),
     (holding("p.jsonl", b"version https://git-lfs.github.com/spec/v1\noid x"), ValueError, "git-l"),
     (holding("p.jsonl.gz", b"version https://git-lfs"), ValueError, "gz: not a whole.*git-lfs"),
     (holding("h.jsonl", b"<!DOCTYPE html><html>"), ValueError, r"h\.jsonl: expected rows .* HTML"),
@@ -144,9 +252,9 @@ MISTAKES = [
     (lambda folder: str(folder / "*.csv"), FileNotFoundError, r"no file matches .*\*\.csv"),
     (lambda folder: str(folder), ValueError, "is a directory: name its files"),
     (
-        lambda folder: write(folder / "a.csv", "x"),
+        lambda folder: write(folder / "a.xlsx", "x"),
         ValueError,
-        r"a\.csv: unknown kind of file; known: \.json, ",
+        r"a\.xlsx: unknown kind of file; known: \.json, ",
     ),
     (lambda folder: write(folder / "a.json", "[{},\n{]"), ValueError, r"a\.json:2: malformed JSON"),
     (lambda folder: write(folder / "a.jsonl", "\n"), ValueError, "no rows"),
