@@ -232,7 +232,8 @@ def pairs_of(row: Row, setting: tuple[Any, ...]) -> set[tuple]:
     return set(itertools.combinations(values, 2))
 
 
-def cases() -> list[Case]:
+@functools.cache
+def cases() -> tuple[Case, ...]:
     """Deal settings to the rows, greedily, until every pair of values is covered.
 
     The defaults come first; options then prefer settings that their objective has been run in, so
@@ -266,13 +267,30 @@ def cases() -> list[Case]:
             able = [setting for setting in able if setting in own] or able
             while deal(row, least, able) and least:
                 pass
-    return found
+    return tuple(found)
+
+
+def check_covered() -> None:
+    """Check that nothing was left out.
+
+    Raises:
+        AssertionError: an option without a case, or an objective that a setting has not met.
+    """
+    found = cases()
+    options = {(case.name, case.option) for case in found if case.option}
+    assert options == {(name, option) for name, row in OBJECTIVES.items() for option in row.options}
+    met: set[tuple] = set()
+    for case in found:
+        met |= pairs_of((case.name, case.option, case.keys), case.setting)
+    for name, (factor, values) in itertools.product(OBJECTIVES, SETTINGS.items()):
+        for value in values:
+            assert (("objective", name), (factor, value)) in met, (name, factor, value)
 
 
 def few(seed: int = 0, runs: int = 24, refusals: int = 10) -> list[Case]:
     """Return some of the cases: settings at random, in each its objective's defaults and some
     options, so that one run serves several comparisons; and some that are to be refused."""
-    every, found = cases(), []
+    every, found = list(cases()), []
     random.Random(seed).shuffle(every)
     wrong = [refused((case.name, case.option, case.keys), case.setting) for case in every]
     able = [case for case, one in zip(every, wrong) if not one]
@@ -453,8 +471,9 @@ def check(case: Case) -> str:
 def main(argv: list[str]) -> None:
     """Run all cases (or some: "few", or a slice as "0:100"), and say what came of each."""
     one_device(setattr)
+    check_covered()
     began, counts, failures = time.process_time(), dict.fromkeys(("changed", "trained"), 0), []
-    chosen = few() if argv == ["few"] else cases()
+    chosen = few() if argv == ["few"] else list(cases())
     if argv and argv != ["few"]:
         first, last = map(int, argv[0].split(":"))
         chosen = chosen[first:last]

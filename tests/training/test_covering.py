@@ -29,18 +29,3 @@ def test_an_option_trains_and_changes_something_or_is_refused():
     failed = [line for line in done.stdout.splitlines() if "FAILED" in line]
     assert done.returncode == 0, "\n".join(failed) or done.stderr[-2000:]
     assert "changed" in done.stdout and "refused" in done.stdout
-
-
-def test_every_option_meets_every_setting_that_is_not_refused():
-    cases = covering.cases()
-    options = {(case.name, case.option) for case in cases if case.option}
-    assert options == {
-        (name, option) for name, row in covering.OBJECTIVES.items() for option in row.options
-    }
-    met = set()
-    for case in cases:
-        met |= covering.pairs_of((case.name, case.option, case.keys), case.setting)
-    for name in covering.OBJECTIVES:
-        for factor, values in covering.SETTINGS.items():
-            for value in values:
-                assert (("objective", name), (factor, value)) in met, (name, factor, value)
