@@ -10,6 +10,8 @@ config ─ data ─ models ─ plan ─ weights ─┬─ batch ─ step ─ met
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -29,8 +31,9 @@ from align_jax.parallel.chips import peak_flops
 from align_jax.parallel.sharding import put_batch
 from align_jax.runs import command, weights
 from align_jax.runs.setup import Run, lower, prepare
-from align_jax.runs.source import Offline, batches_of, make_source
+from align_jax.runs.source import Offline, batches_of, check_source, make_source
 from align_jax.runs.trained import open_checkpoints
+from align_jax.storage import lock
 from align_jax.storage import workdir as record
 from align_jax.storage.checkpoint import Checkpoints
 from align_jax.training import debug, evaluation, initialize, partitioning
@@ -45,13 +48,20 @@ def start(run: Run, checkpoints: Checkpoints) -> tuple[int, Any, Any, dict[str, 
     """
     config, which = run.config, str(run.config.checkpoint.restore)
     frozen = weights.load_frozen(run.step_spec, run.state_specs, config)
-    restored = checkpoints.restore(run.state_specs.state, which, rewind=True)
+    restored = checkpoints.restore(
+        run.state_specs.state,
+        which,
+        rewind=True,
+        usable=functools.partial(check_source, run.train, run.workdir),
+    )
     if restored is None:
         trained = weights.load_trained(run.step_spec, run.state_specs, frozen, config)
         moving = weights.load_moving_reference(run.step_spec, run.state_specs, config)
         state = initialize.first_state(run.step_spec, run.state_specs, trained, moving)
         return 0, state, frozen, {}
-    return (restored.step if restored.own else 0), restored.state, frozen, restored.extra
+    if not restored.own:  # where another run stood in its data is not where this one begins
+        return 0, restored.state, frozen, {}
+    return restored.step, restored.state, frozen, restored.extra
 
 
 def weights_of(state: Any, frozen: Any) -> Weights:
@@ -108,13 +118,14 @@ def train(config: ConfigDict | Config, workdir: str) -> dict[str, float]:
         jax.config.update("jax_compilation_cache_dir", config.debug.compile_cache)
     run = prepare(config, workdir)
     main_process = distributed.is_main()
-    if main_process:
-        record.write_record(workdir, configs.to_dict(config))
     with (
+        lock.hold(workdir) if main_process else contextlib.nullcontext(),
         jax.set_mesh(run.mesh),
         open_checkpoints(config, workdir) as checkpoints,
         distributed.stop_signal() as stop,
     ):
+        if main_process:
+            record.write_record(workdir, configs.to_dict(config))
         first, state, frozen, extra = start(run, checkpoints)
         writers = (
             metrics.open_writers(
@@ -142,7 +153,7 @@ def train(config: ConfigDict | Config, workdir: str) -> dict[str, float]:
             flops_per_step=model_flops(run),
             peak_flops=peak_flops(run.mesh.devices.flatten().tolist()),
         )
-        for line in describe(run):
+        for line in describe(run, first):
             recorder.note(line)
         batches = make_source(run, first, extra.get("source", {}))
         try:
@@ -210,7 +221,8 @@ def loop(
             check(recorder.push(step, {**values, **batches.metrics}))
             if step == config.debug.memory_profile_step:
                 debug.save_memory_profile(folder, step)
-            if distributed.is_main() and step % config.rollout.log_samples_every_steps == 0:
+            logged = config.rollout.log_samples_every_steps
+            if distributed.is_main() and logged and step % logged == 0:
                 batches.log_samples(folder, step)
             done, stopping = step == run.total_steps, stop(step)
             evaluating = evaluation is not None and (
@@ -255,13 +267,19 @@ def model_flops(run: Run) -> float:
     ).model
 
 
-def describe(run: Run) -> list[str]:
-    """Say in a few lines what is about to run."""
+def describe(run: Run, first: int = 0) -> list[str]:
+    """Say in a few lines what is about to run, after ``first`` steps."""
     shape, mesh = run.train.shape, {axis: size for axis, size in run.mesh.shape.items() if size > 1}
     trained, frozen = (
         initialize.count(run.state_specs.trained),
         initialize.count(run.state_specs.frozen),
     )
+    resumed = []
+    if first and run.config.rewards and run.config.rollout.overlap:
+        resumed = [
+            "config.rollout.overlap: the rollout that was being made when the run stopped is made "
+            "anew with these weights, so what follows is not the same to the bit"
+        ]
     return [
         f"{run.config.objective.name}: {run.train.num_examples} examples, {run.total_steps} steps "
         f"of {shape.groups} groups in {shape.rows} rows of {shape.length} tokens",
@@ -272,6 +290,7 @@ def describe(run: Run) -> list[str]:
             f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
             for name, value in {**run.examples.report, **run.train.report}.items()
         ),
+        *resumed,
     ]
 
 

@@ -10,6 +10,7 @@ was asked.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import logging
 import math
@@ -254,13 +255,8 @@ class TensorBoard:
     """Event files in ``WORKDIR/tensorboard``, through tensorboardX (no TensorFlow)."""
 
     def __init__(self, folder: str, *, start_step: int = 0):
-        try:
-            import tensorboardX
-        except ImportError as error:
-            raise ModuleNotFoundError(
-                "log.tensorboard needs tensorboardX: pip install 'align_jax[tensorboard]', or set "
-                "log.tensorboard=False"
-            ) from error
+        import tensorboardX  # here, because few runs want it
+
         self._writer = tensorboardX.SummaryWriter(
             folder, purge_step=start_step + 1 if start_step else None
         )
@@ -284,12 +280,8 @@ class Wandb:
     in the same one."""
 
     def __init__(self, workdir: str, project: str, config: Mapping[str, Any]):
-        try:
-            import wandb
-        except ImportError as error:
-            raise ModuleNotFoundError(
-                "log.wandb needs wandb: pip install wandb, or set log.wandb=''"
-            ) from error
+        import wandb  # here, because few runs want it
+
         path = epath.Path(workdir) / "wandb_id"
         name = path.read_text().strip() if path.exists() else wandb.util.generate_id()
         path.write_text(name)
@@ -305,6 +297,30 @@ class Wandb:
     def close(self) -> None:
         """End the run."""
         self._run.finish()
+
+
+# option of log -> the package that it needs, and how it is installed
+NEEDED = {
+    "tensorboard": ("tensorboardX", "pip install 'align_jax[tensorboard]'"),
+    "wandb": ("wandb", "pip install wandb"),
+}
+
+
+def check_installed(asked: Mapping[str, Any]) -> None:
+    """Refuse, before anything is loaded, to log where a package is missing.
+
+    Args:
+        asked: option of ``log`` -> its value; false or empty = not asked for.
+
+    Raises:
+        ValueError: the option, the package, and how it is installed.
+    """
+    for option, (package, command) in NEEDED.items():
+        if asked.get(option) and importlib.util.find_spec(package) is None:
+            raise ValueError(
+                f"config.log.{option} = {asked[option]!r} needs {package}, which is not installed: "
+                f"{command}, or leave config.log.{option} at {type(asked[option])()!r}"
+            )
 
 
 def open_writers(
@@ -326,7 +342,7 @@ def open_writers(
         config: shown by Weights & Biases.
 
     Raises:
-        ModuleNotFoundError: tensorboardX or wandb is asked for and not installed.
+        ImportError: tensorboardX or wandb is asked for and not installed; see ``check_installed``.
     """
     writers: list[Writer] = [
         JsonLines(epath.Path(workdir) / "metrics.jsonl", start_step=start_step or -1)

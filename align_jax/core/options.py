@@ -537,7 +537,9 @@ class RolloutOptions(Checked):
         low=0,
     )
     overlap: bool = option(
-        False, "make the next rollout while this one trains, with weights one rollout old"
+        False,
+        "make the next rollout while this one trains, with weights one rollout old; a resumed run "
+        "makes it anew and is not the same to the bit",
     )
     pairing: str = option(
         "best_worst",
@@ -553,7 +555,7 @@ class RolloutOptions(Checked):
         "mean of the prompt's own",
     )
     log_samples_every_steps: int = option(
-        10, "samples written to WORKDIR/samples.jsonl", unit="steps", low=1, resume=True
+        10, "samples written to WORKDIR/samples.jsonl; 0 = never", unit="steps", low=0, resume=True
     )
     server: ServerOptions = group(ServerOptions)
 

@@ -18,6 +18,7 @@ import dataclasses
 import functools
 import io
 import math
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -447,7 +448,8 @@ class Rollouts:
         (folder / f"{step}-{jax.process_index()}.npz").write_bytes(buffer.getvalue())
         if jax.process_index() == 0:
             for old in folder.iterdir():
-                if int(old.name.split("-")[0]) not in (*kept, step):
+                made = re.fullmatch(r"(\d+)-\d+\.npz", old.name)  # what else lies there stays
+                if made and int(made[1]) not in (*kept, step):
                     old.unlink()
         return state | {"file": f"{FOLDER}/{step}", "samples": self._now.samples}
 
@@ -455,18 +457,14 @@ class Rollouts:
         """Go on where `save` stood.
 
         Raises:
-            FileNotFoundError: the rollout beside the checkpoint is gone.
+            FileNotFoundError, ValueError: the rollout beside the checkpoint is gone, or damaged.
         """
         self._next = RolloutState(state["position"], state["kl_coef"], state["moments"])
         self._slice, self._now = state["slice"], None
         self._texts_taken, self._texts = state["texts"], None
         if not state["file"]:
             return
-        parts = []
-        for process in range(state["processes"]):
-            path = epath.Path(workdir) / f"{state['file']}-{process}.npz"
-            parts.append(read_arrays(path))
-        fields = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        fields = read_saved(workdir, state)
         share = len(fields["weight"]) // jax.process_count()
         own = np.arange(jax.process_index() * share, (jax.process_index() + 1) * share)
         batch = batches.take(_unflatten_batch(fields), own)
@@ -487,6 +485,26 @@ class Rollouts:
         """Write what is still buffered of the samples."""
         if self._log is not None:
             self._log.close()
+
+
+def read_saved(workdir: str | epath.PathLike, state: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Read the rollout that ``save`` wrote beside a checkpoint, of all processes; {} if none was
+    due.
+
+    Raises:
+        FileNotFoundError, ValueError: a file of it is gone, or damaged.
+    """
+    if not state["file"]:
+        return {}
+    files = [
+        epath.Path(workdir) / f"{state['file']}-{process}.npz"
+        for process in range(state["processes"])
+    ]
+    parts = [read_arrays(file) for file in files]
+    for file, part in zip(files, parts):
+        if "weight" not in part or part.keys() != parts[0].keys():
+            raise ValueError(f"{file} is not a rollout's: it holds {sorted(part)}")
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def _flatten_batch(batch: Batch, prefix: str = "") -> dict[str, np.ndarray]:

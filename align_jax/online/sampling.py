@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -36,6 +36,14 @@ Moments = Mapping[str, float]
 @functools.lru_cache(maxsize=2)
 def _order(seed: int, epoch: int, size: int) -> Int[np.ndarray, "n"]:
     return np.random.default_rng((seed, epoch)).permutation(size)
+
+
+def _encoded(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, at_once: int = 1024
+) -> Iterator[chat.Tokens]:
+    """Tokenize in parts: what is between a text and its ids is many times their size."""
+    for begin in range(0, len(examples), at_once):
+        yield from chat.encode_many(examples[begin : begin + at_once], tokenizer)
 
 
 class Prompts:
@@ -77,9 +85,11 @@ class Prompts:
         # prompts give way to completions of the greatest length
         limits = Limits(max_length, truncation, max_length - max_new_tokens, tokenizer.bos_token_id)
         self._seed, self._shuffle = seed, shuffle
-        self._kept: list[tuple[Example, Int[np.ndarray, "p"]]] = []
+        self._examples = examples
+        kept_ids: list[Int[np.ndarray, "p"]] = []
+        kept_examples: list[int] = []
         truncated = 0
-        for example, tokens in zip(examples, chat.encode_many(examples, tokenizer)):
+        for number, tokens in enumerate(_encoded(examples, tokenizer)):
             ids = np.asarray(tokens.prompt, np.int32)
             left = truncate(
                 ids, [max_new_tokens], limits, last_turn=tokens.last_turn, header=tokens.header
@@ -88,32 +98,42 @@ class Prompts:
                 continue
             kept = left.prompt(ids)
             truncated += len(kept) < len(ids)
-            self._kept.append((example, kept))
-        if not self._kept:
+            kept_ids.append(kept)
+            kept_examples.append(number)
+        if not kept_ids:
             raise ValueError(
                 f"no prompts left of {len(examples)}: all are empty or longer than max_length - "
                 f"max_new_tokens = {max_length - max_new_tokens} tokens"
             )
         self.report = {
-            "prompts": len(self._kept),
+            "prompts": len(kept_ids),
             "truncated prompts": int(truncated),
-            "dropped prompts": len(examples) - len(self._kept),
+            "dropped prompts": len(examples) - len(kept_ids),
         }
-        self.longest = max(len(ids) for _, ids in self._kept)
+        self.longest = max(len(ids) for ids in kept_ids)
+        # one after another: an array for each would take more than its tokens do
+        self._tokens = np.concatenate(kept_ids)
+        self._ends = np.cumsum([0, *(len(ids) for ids in kept_ids)])
+        self._numbers = np.asarray(kept_examples, np.int32)
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._numbers)
 
     def index(self, position: int) -> int:
-        """Return which prompt stands at a position of the stream."""
-        epoch, index = divmod(position, len(self._kept))
+        """Return which of the examples stands at a position of the stream."""
+        return int(self._numbers[self._place(position)])
+
+    def _place(self, position: int) -> int:
+        epoch, index = divmod(position, len(self))
         if not self._shuffle:
             return index
-        return int(_order(self._seed, epoch, len(self._kept))[index])
+        return int(_order(self._seed, epoch, len(self))[index])
 
     def __getitem__(self, position: int) -> tuple[Example, Int[np.ndarray, "p"]]:
         """Return the prompt at a position of the stream, as an example and as token ids."""
-        return self._kept[self.index(position)]
+        place = self._place(position)
+        ids = self._tokens[self._ends[place] : self._ends[place + 1]]
+        return self._examples[int(self._numbers[place])], ids
 
     def seed(self, position: int) -> int:
         """Return the seed of the draws at a position of the stream."""

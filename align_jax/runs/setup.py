@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from align_jax import losses
 from align_jax.core import config as configs
+from align_jax.core import metrics
 from align_jax.core.options import Config, ModelOptions, ReferenceOptions
 from align_jax.data import datasets, pipeline, synthetic
 from align_jax.data.datasets import Examples
@@ -416,6 +417,7 @@ def prepare(config: Config, workdir: str) -> Run:
     Raises:
         ValueError, KeyError, FileNotFoundError: a mistake in the config, the data or the workdir.
     """
+    metrics.check_installed(dataclasses.asdict(config.log))
     resolved = resolve_config(config, jax.device_count())
     record.check(workdir, configs.to_dict(config), configs.may_change())
     mesh = make_mesh(dataclasses.asdict(config.mesh))

@@ -8,7 +8,7 @@ prompts ─ rollouts of the policy ───────────────
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import tqdm
@@ -19,7 +19,7 @@ from align_jax.data.pipeline import Pipeline
 from align_jax.data.tokenizer import tokenizer_digest
 from align_jax.data.truncation import Limits
 from align_jax.interop import hf
-from align_jax.online.rollout import Rollouts
+from align_jax.online.rollout import Rollouts, read_saved
 from align_jax.parallel import distributed
 from align_jax.parallel.sharding import put_batch
 from align_jax.runs import weights
@@ -96,6 +96,18 @@ class Offline:
 
     def close(self) -> None:
         """Close what is open: nothing."""
+
+
+def check_source(train: Pipeline | Rollouts, workdir: str, extra: Mapping[str, Any]) -> str:
+    """Tell why a run's batches cannot go on from what a checkpoint holds; "" where they can."""
+    saved = extra.get("source")
+    if isinstance(train, Pipeline) or not saved:
+        return ""
+    try:
+        read_saved(workdir, saved)
+    except (FileNotFoundError, ValueError) as error:
+        return f"the rollout beside it is lost: {error}"
+    return ""
 
 
 def make_source(run: Run, first: int, saved: dict[str, Any]) -> Offline | Rollouts:

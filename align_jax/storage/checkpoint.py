@@ -95,6 +95,7 @@ class Checkpoints:
         self._attempts, self._backoff = attempts, backoff_seconds
         self._failures = 0
         self._pending_step: int | None = None
+        self._usable: Callable[[Mapping[str, Any]], str] | None = None
         make_shared_folder(self._folder)
         policies: list[Any] = [checkpoint_managers.LatestN(options.keep)]
         if self._best_metric:
@@ -251,7 +252,12 @@ class Checkpoints:
         self._manager.close()
 
     def restore(
-        self, abstract_state: Any, which: str | int = "latest", *, rewind: bool = False
+        self,
+        abstract_state: Any,
+        which: str | int = "latest",
+        *,
+        rewind: bool = False,
+        usable: Callable[[Mapping[str, Any]], str] | None = None,
     ) -> Restored | None:
         """Read a checkpoint into the given shapes, dtypes and shardings, whatever mesh or process
         count wrote it.
@@ -265,6 +271,8 @@ class Checkpoints:
             rewind: this run goes on from here: later checkpoints than the one asked for are set
                 aside.  A restart with the same ``which`` then takes the latest, so that a preempted
                 run does not go back again.
+            usable: of what was saved beside the state (``extra``): why this run cannot go on from
+                it, "" where it can.  What is not usable counts as corrupt.
 
         Returns:
             The checkpoint; None if "latest" finds none.
@@ -276,10 +284,13 @@ class Checkpoints:
             StorageError: the store cannot be read.
         """
         self._await_save()
+        self._usable = usable
         which = str(which)
         if which not in ("latest", "best") and not which.isdigit():
-            own = self._restore_latest(abstract_state)
-            return own or self._read_or_stop(self._find(which), abstract_state)._replace(own=False)
+            if (own := self._restore_latest(abstract_state)) is not None:
+                return own
+            self._usable = None  # what lies beside the other run's state is the other run's
+            return self._read_or_stop(self._find(which), abstract_state)._replace(own=False)
         if which == "latest" or rewind and self._rewound_to() == which:
             return self._restore_latest(abstract_state)
         step = int(which) if which.isdigit() else self._best()
@@ -353,6 +364,10 @@ class Checkpoints:
         if self._local is None:
             return None
         found = self._local.restore(abstract_state, at_least=at_least)
+        if found is not None and (fault := self._fault(found.extra)):
+            _log.warning("the local copy of step %d is of no use (%s): deleted", found.step, fault)
+            self._local.clear(after=at_least - 1)
+            return None
         return None if found is None else Restored(*found, f"{self._local.folder}/{found.step}")
 
     def _read(self, path: epath.Path, abstract_state: Any) -> Restored:
@@ -368,7 +383,15 @@ class Checkpoints:
             raise CorruptError(f"the contents of {wrong[:5]} are not what was saved")
         if not is_sound_extra(record):
             raise CorruptError("extra (the data position, counts) is not what was saved")
+        if fault := self._fault(record["extra"]):
+            raise CorruptError(fault)
         return Restored(int(path.name), state, record["extra"], str(path))
+
+    def _fault(self, extra: Mapping[str, Any]) -> str:
+        """Tell why this run cannot go on from a checkpoint, on all processes where one cannot."""
+        fault = self._usable(extra) if self._usable is not None else ""
+        anywhere = any_process(bool(fault))
+        return fault or ("another process cannot go on from it" if anywhere else "")
 
     def _await_save(self) -> bool:
         """Wait for the save in the background.

@@ -150,7 +150,9 @@ def write_record(workdir: epath.PathLike, config: Mapping[str, Any]) -> dict[str
     }
     folder = epath.Path(workdir)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(record, indent=1) + "\n")
+    partial = folder / "config.json.partial"  # a kill here leaves the old file
+    partial.write_text(json.dumps(record, indent=1) + "\n")
+    partial.replace(folder / "config.json")
     return record
 
 

@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The metric log: rows, means, resumption, and what is said without a terminal."""
 
+import functools
+import importlib.util
 import io
 import json
 import math
+import operator
 import sys
 import types
 
@@ -171,16 +174,22 @@ def test_tensorboard_files_appear_when_asked_and_a_missing_package_is_named(tmp_
         writer.write(1, {"loss": 1.0})
         writer.close()
     assert list((tmp_path / "tensorboard").glob("events.*"))
-    monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    with pytest.raises(ModuleNotFoundError, match="pip install"):
-        metrics.open_writers(str(tmp_path), tensorboard=True)
+    asked = {"every_steps": 1, "tensorboard": True, "wandb": "project"}
+    for package, words in (
+        ("tensorboardX", "config.log.tensorboard = True needs tensorboardX.*pip install.* False"),
+        ("wandb", "config.log.wandb = 'project' needs wandb.*pip install wandb.* ''"),
+    ):
+        others = functools.partial(operator.ne, package)
+        monkeypatch.setattr(
+            importlib.util, "find_spec", lambda name, there=others: there(name) or None
+        )
+        with pytest.raises(ValueError, match=words):
+            metrics.check_installed(asked)
+    metrics.check_installed({"every_steps": 1, "tensorboard": False, "wandb": ""})
 
 
 def test_wandb_goes_on_in_the_same_run(tmp_path, monkeypatch):
     runs = []
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ModuleNotFoundError, match="pip install wandb"):
-        metrics.open_writers(str(tmp_path), wandb="project")
     run = types.SimpleNamespace(
         log=lambda values, step: runs.append((step, values)), finish=lambda: None
     )

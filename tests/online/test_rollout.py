@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rollouts: batches of the right form, exact on resuming, the same numbers as by hand."""
 
+import functools
 import itertools
 import json
 
@@ -24,6 +25,7 @@ from align_jax.online.rewards import WeightedRewards
 from align_jax.online.rollout import RolloutMaker, Rollouts, Weights
 from align_jax.online.sampling import Prompts, PromptSampler
 from align_jax.parallel.mesh import make_mesh
+from align_jax.runs.source import check_source
 
 CONFIG = ModelConfig(
     family="llama",
@@ -315,6 +317,37 @@ def test_resuming_in_mid_rollout_is_exact(models, tmp_path):
     whole = resumed.save(tmp_path, 10)
     assert not whole["file"] or (tmp_path / f"{whole['file']}-0.npz").exists()
     assert source.metrics.keys() == resumed.metrics.keys()
+
+
+def test_a_lost_or_damaged_rollout_is_told_and_stray_files_harm_nothing(models, tmp_path):
+    source = make(models, "ppo", objective={"minibatches": 2}, responses_per_prompt=1)
+    source.next(lambda: models[2])
+    (tmp_path / "rollouts").mkdir()
+    for stray in (".DS_Store", "notes.txt", "old-0.npz"):
+        (tmp_path / "rollouts" / stray).write_text("mine")
+    state = source.save(tmp_path, 1)
+    check = functools.partial(check_source, source, str(tmp_path))
+    assert check({"source": state}) == "" == check({})
+    source.save(tmp_path, 2, kept=[1])
+    names = {path.name for path in (tmp_path / "rollouts").iterdir()}
+    assert names == {".DS_Store", "notes.txt", "old-0.npz", "1-0.npz", "2-0.npz"}
+    file = tmp_path / "rollouts/1-0.npz"
+    for damage in (lambda: file.write_bytes(file.read_bytes()[:100]), file.unlink):
+        damage()
+        assert "rollouts/1-0.npz" in check({"source": state})
+
+
+def test_a_batch_names_the_examples_that_it_is_of_where_some_were_dropped():
+    tokenizer = load_tokenizer("byte")
+    examples = [*EXAMPLES, Example("much too long " * 9, (), source="long"), *HELD_OUT]
+    prompts = Prompts(
+        examples, tokenizer, max_length=24, max_new_tokens=6, truncation="drop", seed=1
+    )
+    assert len(prompts) == len(examples) - 1 and prompts.report["dropped prompts"] == 1
+    for position in range(2 * len(prompts)):
+        example, tokens = prompts[position]
+        assert examples[prompts.index(position)] is example
+        assert tokenizer.decode(tokens).endswith(example.prompt)
 
 
 def test_adaptive_coefficient_moves_towards_its_target(models):

@@ -202,6 +202,23 @@ def test_a_corrupt_newest_checkpoint_is_set_aside_and_the_one_before_used(
         assert checkpoints.save(2, _state(mesh, 2), metrics={"eval/loss": 1.0}, wait=True)
 
 
+def test_a_checkpoint_that_the_run_cannot_go_on_from_is_set_aside(tmp_path, mesh, caplog):
+    with Checkpoints(tmp_path, OPTIONS) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, _state(mesh, step), {"file": f"rollouts/{step}"})
+    (tmp_path / "checkpoints/notes.txt").write_text("mine")
+    (tmp_path / "checkpoints/mine").mkdir()
+
+    def usable(extra):
+        return "rollouts/2 is lost" if extra["file"] == "rollouts/2" else ""
+
+    with Checkpoints(tmp_path, OPTIONS) as checkpoints:
+        restored = checkpoints.restore(_abstract(mesh, _state(mesh)), usable=usable)
+    assert restored.step == 1 and "rollouts/2 is lost" in caplog.text
+    assert (tmp_path / "checkpoints/corrupt-2").exists()
+    assert (tmp_path / "checkpoints/notes.txt").exists()
+
+
 def test_a_corrupt_checkpoint_asked_for_by_name_is_an_error(tmp_path, mesh):
     with Checkpoints(tmp_path, OPTIONS) as checkpoints:
         checkpoints.save(1, _state(mesh, 1), wait=True)
