@@ -337,7 +337,7 @@ class OptimizerOptions(Checked):
     """How the parameters move."""
 
     name: str = option("adamw", "the optimizer", table="align_jax.training.optim:OPTIMIZERS")
-    learning_rate: float = option(1e-6, "the peak", low=0, high=1)
+    learning_rate: float = option(1e-6, "the peak", low=0)
     schedule: str = option(
         "linear",
         "after the warm-up: constant, linear, cosine (to final_fraction of the peak)",
