@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from align_jax.core.choose import nearest
 from align_jax.core.options import DataOptions
@@ -165,7 +165,7 @@ def truncate_all(encoded: Encoded, limits: Limits) -> Truncations:
     """Truncate every group, counting what is cut and dropped, and why.
 
     Raises:
-        ValueError: nothing is left.
+        ValueError: nothing is left, or every response is cut.
     """
     lengths = np.diff(encoded.response_ends).reshape(-1, encoded.responses)
     head = np.diff(encoded.prompt_ends)
@@ -198,6 +198,25 @@ def truncate_all(encoded: Encoded, limits: Limits) -> Truncations:
             f"the data set is empty after truncation to max_length={limits.max_length} tokens: "
             f"{report}"
         )
+    _check_room(encoded, lengths, ~dropped, limits)
     for array in (head, tail, lengths, loss_tokens):
         array[dropped] = 0
     return Truncations(head, tail, lengths, loss_tokens, report)
+
+
+def _check_room(
+    encoded: Encoded, left: Int[np.ndarray, "G R"], kept: Bool[np.ndarray, "G"], limits: Limits
+) -> None:
+    """Refuse a length that cuts every answer to every prompt: none would be learned to its end.
+
+    Raises:
+        ValueError: with the length that cuts none.
+    """
+    prompts, whole = np.diff(encoded.prompt_ends), np.diff(encoded.response_ends)
+    whole = whole.reshape(-1, encoded.responses)
+    if prompts.all() and (left < whole)[kept].all():
+        longest = int((prompts[:, None] + whole).max())
+        raise ValueError(
+            f"max_length = {limits.max_length} tokens cut every response; the longest example has "
+            f"{longest}: --config.max_length={longest} cuts none (evaluate: --max_length)"
+        )

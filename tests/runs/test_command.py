@@ -78,6 +78,7 @@ MISTAKES = {
     # what is read
     ".train TINY --workdir=x --config.data.train=no.jsonl": "no such file: 'no.jsonl'",
     ".train TINY --workdir=x --config.data.train=empty.jsonl": "empty.jsonl: ",
+    ".train TINY --workdir=x --config.max_length=8": "cut every response; the longest example has",
     ".train TINY --workdir=x --config.model.path=./no": "no model folder at './no'",
     ".sample --model=./no --prompts=p.jsonl --output=o.jsonl": "no model folder at './no'",
     ".sample --workdir=no --prompts=p.jsonl --output=o.jsonl": "no is not a run's folder: it has",
