@@ -384,29 +384,39 @@ class _Rows:
         self._last_index[row, slot] = begin + learned[-1] if len(learned) else max(end - 1, 0)
 
 
-def next_other(keys: Sequence[Hashable]) -> list[int]:
-    """Return, for each group, the next one (cyclically) with another prompt.
+def mismatch(keys: Sequence[Hashable]) -> list[int]:
+    """Return, for each group, one with another prompt, whose response its prompt gets.
 
-    Whose response it gets as its mismatched completion (KTO's estimate of the KL term).
+    The mismatched completion of KTO's estimate of the KL term.  Groups are laid prompt by prompt,
+    and each takes the one that stands as far on as the commonest prompt has groups: every response
+    is used once, so desirable and undesirable ones are met as often as the data holds them.  Where
+    a prompt has more than half of the groups, the others' responses are used several times.
 
     Args:
-        keys: equal for groups of the same prompt.
+        keys: equal for groups of the same prompt; their order decides who meets whom.
 
     Raises:
         ValueError: all keys are equal.
 
-    >>> next_other([7, 7, 8])
-    [2, 2, 0]
+    >>> mismatch([7, 7, 8, 8]), mismatch([7, 7, 7, 8])
+    ([2, 3, 0, 1], [3, 3, 3, 0])
     """
-    size = len(keys)
-    partners = []
+    of_prompt: dict[Hashable, list[int]] = {}
     for index, key in enumerate(keys):
-        others = (other % size for other in range(index + 1, index + size))
-        partner = next((other for other in others if keys[other] != key), None)
-        if partner is None:
-            raise ValueError(
-                f"mismatched completions need two different prompts; this batch of {size} has one: "
-                "use a larger batch_size (online: rollout.prompts), or data with more prompts"
-            )
-        partners.append(partner)
+        of_prompt.setdefault(key, []).append(index)
+    if len(of_prompt) < 2:
+        raise ValueError(
+            f"mismatched completions need two different prompts; these {len(keys)} groups have "
+            "one: use data with more prompts (online: a larger rollout.prompts)"
+        )
+    order = [index for members in of_prompt.values() for index in members]
+    commonest = max(of_prompt, key=lambda key: len(of_prompt[key]))
+    others = [index for index in order if keys[index] != keys[of_prompt[commonest][0]]]
+    step = len(of_prompt[commonest])
+    partners = [0] * len(keys)
+    for rank, index in enumerate(order):
+        partner = order[(rank + step) % len(order)]
+        if keys[partner] == keys[index]:
+            partner = others[rank % len(others)]
+        partners[index] = partner
     return partners

@@ -24,6 +24,7 @@ from align_jax.core.choose import choose
 from align_jax.core.options import DataOptions
 from align_jax.core.schema import Batch
 from align_jax.data import layout, packing, truncation
+from align_jax.data import mismatched as mismatches
 from align_jax.data.datasets import Examples
 from align_jax.data.encoding import Encoded, encode_all
 from align_jax.data.layout import LAYOUTS, BatchShape, BatchSizes, TokenizedGroup
@@ -57,6 +58,7 @@ class Pipeline:
     _bins: Int[np.ndarray, "bins slots"]  # group numbers, FILLER where there is none
     _stream: grain.MapDataset  # step -> numbers of its bins
     _mismatched: BatchShape | None
+    _partners: Mapping[int, int]  # group -> the one whose response its prompt gets
     _pad: int
     _process: tuple[int, int]  # this process, and how many there are
     _once: bool
@@ -106,15 +108,15 @@ class Pipeline:
         written = [
             [self._group(group) for group in groups if group != FILLER] for groups in mine.tolist()
         ]
-        mismatched = None
+        extra = None
         if self._mismatched is not None:
-            mismatched = self._mismatched_batch(bins.reshape(-1), self._mismatched)
+            extra = self._mismatched_batch(bins.reshape(-1), self._mismatched)
         return layout.make_batch(
             written,
             self.shape,
             self.layout,
             pad=self._pad,
-            mismatched=mismatched,
+            mismatched=extra,
             **self._group_fields(mine.reshape(-1)),
         )
 
@@ -141,44 +143,21 @@ class Pipeline:
         return fields
 
     def _mismatched_batch(self, groups: Int[np.ndarray, "B"], shape: BatchShape) -> Batch:
-        """Pair this process's prompts with responses of the global batch."""
+        """Pair this process's prompts with the responses of their partners."""
         index, count = self._process
-        mine = np.split(np.stack([groups, self._partners(groups)], axis=1), count)[index]
+        mine = np.split(groups, count)[index]
         return layout.make_batch(
             [
-                [] if group == FILLER else [self._pair(group, other)]
-                for group, other in mine.tolist()
+                []
+                if group == FILLER
+                else [mismatches.pair(self._encoded, group, self._partners[group], self._limits)]
+                for group in mine.tolist()
             ],
             shape,
             "plain",
             pad=self._pad,
-            weight=(mine[:, 0] != FILLER).astype(np.float32),
+            weight=(mine != FILLER).astype(np.float32),
         )
-
-    def _partners(self, groups: Int[np.ndarray, "B"]) -> Int[np.ndarray, "B"]:
-        """Return the group whose response each group's prompt gets; FILLER for fillers."""
-        keys, real = self._encoded.prompt_key, groups[groups != FILLER]
-        candidates = real
-        if self._once and len(np.unique(keys[real])) == 1:
-            # a single pass takes batches as they fall, down to a single example: the data's next
-            # other prompt helps out
-            used = self._bins[self._bins != FILLER]
-            candidates = np.append(real, used[keys[used] != keys[real[0]]][:1])
-        found = layout.next_other(keys[candidates].tolist())[: len(real)]
-        partners = np.full_like(groups, FILLER)
-        partners[groups != FILLER] = candidates[found]
-        return partners
-
-    def _pair(self, prompt: int, response: int) -> TokenizedGroup:
-        """Put one group's prompt before another's response, truncated together."""
-        ids, mask = self._encoded.response(response, 0)
-        left = truncation.truncate_group(self._encoded, prompt, (len(ids),), self._limits)
-        if left.reason:
-            raise ValueError(
-                f"the prompt of example {prompt} with the response of example {response} does not "
-                f"fit {self._limits.max_length} tokens: {left.reason}"
-            )
-        return left.group(TokenizedGroup(self._encoded.prompt(prompt), ((ids, mask),)))
 
 
 def make_pipeline(
@@ -200,7 +179,7 @@ def make_pipeline(
         tokenizer: the tokenizer.
         options: how they become rows.
         sizes: of a batch.
-        seed: of the order of examples.
+        seed: of the order of examples, and of the mismatched completions.
         mismatched: add mismatched completions (KTO; R must be 1).
         once: a single pass in the order of the data, the last batch filled up with groups of weight
             0; else epoch after epoch without end.
@@ -228,6 +207,8 @@ def make_pipeline(
         _check_packing(shape, bins, sizes)
     extra = _mismatched_shape(shape, encoded, bins, options, limits) if mismatched else None
     order = _stream(examples, bins, ends, seed if options.shuffle and not once else None, once)
+    used = bins[bins != FILLER]
+    partners = mismatches.partners(encoded, used, limits, seed) if mismatched else {}
     fill = _fill(truncations, options.layout, bins, shape)
     return Pipeline(
         kind=examples.kind,
@@ -240,6 +221,7 @@ def make_pipeline(
         _bins=bins,
         _stream=order.batch(shape.bins),
         _mismatched=extra,
+        _partners=partners,
         _pad=pad_id(tokenizer),
         _process=(process_index, process_count),
         _once=once,
@@ -349,10 +331,6 @@ def _mismatched_shape(
 ) -> BatchShape:
     """Return the sizes of the mismatched completions: any prompt may meet any response."""
     used = bins[bins != FILLER]
-    if len(np.unique(encoded.prompt_key[used])) < 2:
-        raise ValueError(
-            "mismatched completions need two different prompts; all examples have the same one"
-        )
     length = limits.max_length
     if options.trim:
         prompts, responses = np.diff(encoded.prompt_ends), np.diff(encoded.response_ends)

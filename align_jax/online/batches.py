@@ -166,7 +166,7 @@ def mismatched(
     *,
     pad: int,
 ) -> Batch:
-    """Pair each prompt with the response of the next group that has another prompt.
+    """Pair each prompt with the response of a group that has another prompt.
 
     Raises:
         ValueError: all groups have the same prompt.
@@ -174,7 +174,7 @@ def mismatched(
     texts = [prompts[prompt].tobytes() for prompt in groups.prompts]
     samples = list(_samples(groups, completions))  # R = 1
     bins = []
-    for prompt, partner in zip(groups.prompts, layouts.next_other(texts)):
+    for prompt, partner in zip(groups.prompts, layouts.mismatch(texts)):
         ids = samples[partner].tokens
         bins.append([TokenizedGroup(prompts[prompt], ((ids, np.ones(len(ids), np.bool_)),))])
     weight = groups.weight.astype(np.float32)
