@@ -17,9 +17,12 @@ References:
 
 from __future__ import annotations
 
+import collections
 import itertools
 import json
+import math
 import operator
+import os
 import pathlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -30,6 +33,7 @@ from absl import flags, logging
 
 from align_jax.core.choose import nearest
 from align_jax.core.schema import Example
+from align_jax.data.rows import kind_of
 from align_jax.data.sources import open_source
 from align_jax.online.rewards import (
     WeightedRewards,
@@ -205,27 +209,52 @@ def pairwise(
     return feedback
 
 
+FIELDS: Mapping[str, tuple[type, ...]] = {
+    "prompt": (str, list),
+    "output": (str, list),
+    "prompt_id": (int,),
+    "sample_id": (int,),
+}
+
+
 def read_samples(path: str) -> list[dict[str, Any]]:
     """Read samples.
 
     Raises:
-        ValueError: a record without ``prompt``, ``output``, ``prompt_id`` or ``sample_id``, with
-            file and line.
+        ValueError: a record without ``prompt``, ``output``, ``prompt_id`` or ``sample_id``, or one
+            of them or the reward of another type, with file and line.
     """
     source = open_source(path)
     found = []
     for i in range(len(source)):
         row = dict(source[i])
-        missing = [
-            name for name in ("prompt", "output", "prompt_id", "sample_id") if name not in row
-        ]
-        if missing:
+        if missing := [name for name in FIELDS if row.get(name) is None]:
             raise ValueError(
-                f"{source.where(i)}: a sample needs prompt, output, prompt_id and sample_id; this "
-                f"has no {', '.join(missing)}"
+                f"{source.where(i)}: a sample needs {', '.join(FIELDS)}; this has no "
+                f"{', '.join(missing)}"
             )
+        for name, kinds in {**FIELDS, "reward": (int, float, type(None))}.items():
+            value = row.get(name)
+            if not isinstance(value, kinds) or isinstance(value, bool):
+                raise ValueError(f"{source.where(i)}: {name} is {kind_of(value)}")
         found.append(row)
     return found
+
+
+def with_rewards(samples: Sequence[Sample]) -> list[Sample]:
+    """Return the samples whose reward is known: null, NaN and infinity say nothing of an answer.
+
+    Raises:
+        ValueError: none has one.
+    """
+    known = [
+        one
+        for one in samples
+        if one.get("reward") is not None and math.isfinite(float(one["reward"]))
+    ]
+    if not known:
+        raise ValueError(f"none of the {len(samples)} samples has a reward; give --rewards")
+    return known
 
 
 def _example(sample: Sample) -> Example:
@@ -278,17 +307,10 @@ def make_feedback(
     """Turn scored samples into feedback of a kind.
 
     Raises:
-        ValueError: an unknown kind; a sample without a reward; a threshold that the kind does not
-            take.
+        ValueError: an unknown kind, or a threshold that the kind does not take.
     """
     if kind not in KINDS:
         raise ValueError(f"--feedback = {kind!r} is unknown{nearest(kind, KINDS)}")
-    unscored = next((one for one in samples if "reward" not in one), None)
-    if unscored is not None:
-        raise ValueError(
-            f"the sample with prompt_id {unscored['prompt_id']}, sample_id {unscored['sample_id']} "
-            "has no reward; give --rewards"
-        )
     if kind == "scalar":
         return scalar(samples, round_number)
     if kind == "binary":
@@ -296,19 +318,68 @@ def make_feedback(
     return pairwise(samples, pairing, resolve_threshold(threshold, [0.0]), seed, round_number)
 
 
+def summary(
+    kind: str, samples: Sequence[Sample], known: Sequence[Sample], records: Sequence[Sample]
+) -> str:
+    """Say what was made of samples, of which some have a known reward.
+
+    Returns:
+        Counts on one line: of labels, of equal rewards of a prompt, of what was left out.
+    """
+    rewards = collections.defaultdict(list)
+    for one in known:
+        rewards[one["prompt_id"]].append(one["reward"])
+    parts = [f"{len(records)} records of {kind} feedback from {len(samples)} samples"]
+    if kind == "binary":
+        labels = collections.Counter(one["label"] for one in records)
+        parts.append(f"{labels[1]} desirable, {labels[0]} undesirable")
+    if kind == "pairwise":
+        ties = sum(a == b for own in rewards.values() for a, b in itertools.combinations(own, 2))
+        parts.append(f"{ties} ties among a prompt's samples")
+        used = len({one["prompt_id"] for one in records})
+        prompts = len({one["prompt_id"] for one in samples})
+        parts.append(f"{prompts - used} of {prompts} prompts unused")
+    parts.append(f"{len(samples) - len(known)} samples without a reward left out")
+    return "; ".join(parts)
+
+
+def check_useful(kind: str, records: Sequence[Sample], one_class: bool) -> None:
+    """Refuse feedback of which nothing is to be learned.
+
+    Raises:
+        ValueError: no record at all, or labels that are all the same, unless ``one_class``.
+    """
+    if not records:
+        raise ValueError(
+            f"no {kind} feedback: no two samples of a prompt differ by more than --threshold; "
+            "lower it, or sample more of each prompt"
+        )
+    labels = {one["label"] for one in records} if kind == "binary" else set()
+    if len(labels) == 1 and not one_class:
+        rewards = [one["reward"] for one in records]
+        raise ValueError(
+            f"all {len(records)} samples get the label {labels.pop()}: rewards go from "
+            f"{min(rewards):g} to {max(rewards):g}; set --threshold (a number, mean or median), or "
+            "--one_class to write them all the same"
+        )
+
+
 def write(path: str, records: Sequence[Mapping[str, Any]]) -> None:
     """Write records as JSON lines, or as one JSON array where the file's name ends in .json (as
-    HALOs reads it)."""
+    HALOs reads it); a file that is there is replaced when the new one is whole."""
     file = pathlib.Path(path)
     file.parent.mkdir(parents=True, exist_ok=True)
-    if file.suffix == ".json":
-        file.write_text(
-            json.dumps(list(records), ensure_ascii=False, indent=1) + "\n", encoding="utf-8"
-        )
-    else:
-        file.write_text(
-            "".join(json.dumps(one, ensure_ascii=False) + "\n" for one in records), encoding="utf-8"
-        )
+    part = file.with_name(f"{file.name}.{os.getpid()}.part")
+    try:
+        with part.open("w", encoding="utf-8") as out:
+            if file.suffix == ".json":
+                json.dump(list(records), out, ensure_ascii=False, indent=1)
+                out.write("\n")
+            else:
+                out.writelines(json.dumps(one, ensure_ascii=False) + "\n" for one in records)
+        part.replace(file)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def define_flags() -> None:
@@ -333,6 +404,7 @@ def define_flags() -> None:
     flags.DEFINE_integer(
         "round", 0, "Round of sampling: prompt ids of different rounds never meet.", 0
     )
+    flags.DEFINE_bool("one_class", False, "binary: write labels that are all the same, too.")
     flags.DEFINE_integer("seed", 0, "Of random pairing and of which sample is A.")
 
 
@@ -344,19 +416,18 @@ def main(argv: Sequence[str]) -> None:
     if values.rewards:
         rewards = resolve(from_json(values.rewards), load_model=load_model)
         samples = score(samples, rewards)
+    known = with_rewards(samples)
     records = make_feedback(
-        samples,
+        known,
         values.feedback,
         threshold=values.threshold,
         pairing=values.pairing,
         seed=values.seed,
         round_number=values.round,
     )
+    check_useful(values.feedback, records, values.one_class)
     write(values.output, records)
-    print(
-        f"{len(records)} records of {values.feedback} feedback from {len(samples)} samples in "
-        f"{values.output}"
-    )
+    print(f"{values.output}: {summary(values.feedback, samples, known, records)}")
 
 
 if __name__ == "__main__":

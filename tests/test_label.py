@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Feedback from scored samples: thresholds, pairings, determinism, ids over rounds."""
 
+import json
+import math
 import random
 
 import pytest
@@ -97,3 +99,54 @@ def test_ids_of_two_rounds_never_meet_and_scalar_keeps_all_fields():
 def test_mistakes_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call(make([[1.0, 0.0]]))
+
+
+@pytest.mark.parametrize("nothing", [None, math.nan, math.inf])
+def test_a_reward_that_is_no_number_is_missing_and_counted(nothing):
+    samples = make([[1.0, nothing, 0.0], [nothing, 1.0], [2.0, 2.0]])
+    known = label.with_rewards(samples)
+    assert [one["reward"] for one in known] == [1.0, 0.0, 1.0, 2.0, 2.0]
+    records = label.make_feedback(known, "pairwise")
+    assert label.summary("pairwise", samples, known, records) == (
+        "1 records of pairwise feedback from 7 samples; 1 ties among a prompt's samples; 2 of 3 "
+        "prompts unused; 2 samples without a reward left out"
+    )
+    with pytest.raises(ValueError, match="none of the 1 samples has a reward"):
+        label.with_rewards(make([[nothing]]))
+
+
+def test_labels_that_are_all_the_same_are_refused_unless_asked_for():
+    records = label.binary(make([[1.0, 2.0]]))
+    with pytest.raises(ValueError, match="all 2 samples get the label 1: rewards go from 1 to 2"):
+        label.check_useful("binary", records, False)
+    label.check_useful("binary", records, True)
+    with pytest.raises(ValueError, match="no pairwise feedback"):
+        label.check_useful("pairwise", [], False)
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        ({"output": None}, "this has no output"),
+        ({"sample_id": "3"}, "sample_id is a text"),
+        ({"reward": "good"}, "reward is a text"),
+        ({"reward": True}, "reward is true or false"),
+    ],
+)
+def test_a_bad_sample_is_named_by_file_and_line(tmp_path, change, said):
+    good, bad = make([[1.0, 0.0]])
+    path = tmp_path / "s.jsonl"
+    path.write_text(json.dumps(good) + "\n" + json.dumps({**bad, **change}) + "\n")
+    with pytest.raises(ValueError, match=rf"s\.jsonl:2: .*{said}"):
+        label.read_samples(str(path))
+
+
+@pytest.mark.parametrize("name", ["f.jsonl", "f.json"])
+def test_a_file_that_is_there_outlives_a_failure(tmp_path, name):
+    path = tmp_path / name
+    path.write_text("old")
+    with pytest.raises(TypeError):
+        label.write(str(path), [{"a": 1}, {"a": object()}])
+    assert path.read_text() == "old" and [one.name for one in tmp_path.iterdir()] == [name]
+    label.write(str(path), [{"a": 1}])
+    assert "old" not in path.read_text()

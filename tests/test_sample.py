@@ -112,7 +112,7 @@ def test_unscored_samples_and_broken_records_are_named(policy, prompts, tmp_path
     run(policy, prompts, tmp_path / "samples.jsonl", limit=1)
     samples = label.read_samples(str(tmp_path / "samples.jsonl"))
     with pytest.raises(ValueError, match="--rewards"):
-        label.make_feedback(samples, "binary")
+        label.with_rewards(samples)
     (tmp_path / "broken.jsonl").write_text(json.dumps({"prompt": "a", "output": "b"}) + "\n")
     with pytest.raises(ValueError, match=r"broken.jsonl:1.*prompt_id, sample_id"):
         label.read_samples(str(tmp_path / "broken.jsonl"))

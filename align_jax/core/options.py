@@ -246,6 +246,9 @@ class DataOptions(Checked):
         table="align_jax.data:FORMATS",
     )
     columns: Mapping[str, str] = option({}, "field that the format expects -> column of the data")
+    roles: Mapping[str, str] = option(
+        {}, "role that the data names -> system, user, assistant or tool"
+    )
     invalid: str = option(
         "error",
         "a row of which no example can be made: an error, or dropped and counted",

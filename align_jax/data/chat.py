@@ -90,6 +90,7 @@ def render(example: Example, tokenizer: PreTrainedTokenizerBase) -> Rendered:
             "--config.data.chat_template, or data of prompts and responses as plain text"
         )
     prompt = list(example.prompt)
+    _check_continued(prompt, example)
     apply: Apply = functools.partial(_apply, tokenizer, source=example.source, **example.template)
     asked = apply(prompt, header=True)
     conversations = [prompt + _turns(response) for response in example.responses]
@@ -106,6 +107,21 @@ def render(example: Example, tokenizer: PreTrainedTokenizerBase) -> Rendered:
         closings.append(closing)
     last_turn, header = _last_turn(apply, prompt, asked)
     return Rendered(asked, tuple(responses), last_turn, header, True, tuple(closings))
+
+
+def _check_continued(prompt: list[Message], example: Example) -> None:
+    """Refuse an answer that goes on with words of the assistant in the prompt, which a template
+    would take for two answers.
+
+    Raises:
+        RowError: it does.
+    """
+    goes_on = any(_turns(response)[0]["role"] == "assistant" for response in example.responses)
+    if goes_on and prompt and prompt[-1]["role"] == "assistant":
+        raise RowError(
+            "the prompt ends with the assistant, whose answer follows: put the begun answer into "
+            "the responses, and let the prompt end with the user"
+        )
 
 
 # Keys of a message, and what the template is given beside the messages, that carry what was said.

@@ -21,7 +21,7 @@ from align_jax.core.choose import choose, nearest
 from align_jax.core.options import DataOptions
 from align_jax.core.schema import Example
 from align_jax.data import cache, conversions, formats, named
-from align_jax.data.rows import Row, answer_of
+from align_jax.data.rows import ROLES, Row, answer_of, with_roles
 from align_jax.data.sources import Source, find_source
 from align_jax.data.transcripts import RowError, TranscriptError
 
@@ -85,11 +85,12 @@ class Later(Sequence[Example]):
         return iter(self._items)
 
 
-VERSION = 1  # of how rows become examples: what is kept of an older one is made anew
+VERSION = 2  # of how rows become examples: what is kept of an older one is made anew
 # what of the options decides which examples there are; the digest is made of it
 _READ = (
     "format",
     "columns",
+    "roles",
     "invalid",
     "strings",
     "turns",
@@ -176,7 +177,7 @@ def _read_all(
         if not made:
             raise ValueError(
                 f"{one.spec}: no {kind} are left of {len(rows.examples)} {rows.kind}: "
-                f"{dict(counts)}"
+                f"{_positive(counts)}"
             )
         items += made
         ends.append(len(items))
@@ -195,6 +196,9 @@ def _of_kind(
 ) -> list[Example]:
     """Convert one source's examples to the kind wanted, counting those left out."""
     made = [one for example in rows.examples for one in _reshape(example, options)]
+    counts["rankings with ties"] += sum(
+        len(set(one.scores)) < len(one.scores) for one in made if one.scores
+    )
     try:
         made = conversions.convert(made, rows.kind, kind, options, seed=seed)
     except ValueError as error:
@@ -300,6 +304,12 @@ def _check(
             raise ValueError(
                 f"config.data.{field.name} = {value!r} is unknown{nearest(value, choices)}"
             )
+    for role, known in options.roles.items():
+        if known not in ROLES.values():
+            raise ValueError(
+                f"config.data.roles[{role!r}] = {known!r} is unknown"
+                f"{nearest(known, sorted(set(ROLES.values())))}"
+            )
     if not specs:
         raise ValueError("no data source given; set --config.data.train")
     if weights and (len(weights) != len(specs) or min(weights) <= 0):
@@ -367,6 +377,8 @@ def _read(
     kind = choose(formats.FORMATS, format, "config.data.format").kind
     examples: list[Example] = []
     for where, row in tqdm.tqdm(rows, desc="reading", total=size, unit="rows", disable=None):
+        if options.roles:
+            row = with_roles(row, options.roles)
         try:
             read = formats.read(row, format, chat=chat)
         except RowError as error:

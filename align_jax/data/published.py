@@ -11,7 +11,17 @@ from collections.abc import Sequence
 from typing import Any
 
 from align_jax.core.schema import Example, Message
-from align_jax.data.rows import Row, about, label_of, prompt_of, response_of, user
+from align_jax.data.rows import (
+    Row,
+    about,
+    choice_of,
+    label_of,
+    number_of,
+    order,
+    prompt_of,
+    response_of,
+    user,
+)
 from align_jax.data.transcripts import RowError, asking
 
 
@@ -29,7 +39,7 @@ def read_binary_feedback(row: Row, chat: bool) -> Example:
         _prompt(row),
         (_output(row["output"]),),
         label=label_of(row["label"]),
-        scores=None if row.get("reward") is None else (float(row["reward"]),),
+        scores=None if row.get("reward") is None else (number_of(row["reward"], "reward"),),
         **about(row, "prompt", "output", "label"),
     )
 
@@ -41,7 +51,9 @@ def read_pairwise_feedback(row: Row, chat: bool) -> Example:
     return Example(
         _prompt(row),
         tuple(_output(row[f"output_{side}"]) for side in sides),
-        scores=tuple(float(row[f"reward_{side}"]) for side in sides) if given else None,
+        scores=tuple(number_of(row[f"reward_{side}"], "reward") for side in sides)
+        if given
+        else None,
         **about(row, "prompt", "output_A", "output_B", "label"),
     )
 
@@ -49,7 +61,12 @@ def read_pairwise_feedback(row: Row, chat: bool) -> Example:
 def read_scalar_feedback(row: Row, chat: bool) -> Example:
     """Read prompt, output and reward."""
     known = about(row, "prompt", "output")
-    return Example(_prompt(row), (_output(row["output"]),), scores=(float(row["reward"]),), **known)
+    return Example(
+        _prompt(row),
+        (_output(row["output"]),),
+        scores=(number_of(row["reward"], "reward"),),
+        **known,
+    )
 
 
 def read_sample(row: Row, chat: bool) -> Example:
@@ -73,9 +90,10 @@ def _walk(node: Row, before: tuple[Message, ...], found: list[Example], chat: bo
         reply for reply in replies if reply["role"] == "assistant" and reply.get("rank") is not None
     ]
     if len(ranked) > 1:
-        answers = [answer["text"] for answer in sorted(ranked, key=lambda reply: reply["rank"])]
+        answers = [answer["text"] for answer in ranked]
         extras = {"message_id": node.get("message_id"), "lang": node.get("lang")}
-        found.append(Example(*asking(path, answers, chat=chat), extras=extras))
+        example = Example(*asking(path, answers, chat=chat), extras=extras)
+        found.append(order(example, {"ranks": [answer["rank"] for answer in ranked]}))
     for reply in replies:
         _walk(reply, path, found, chat)
 
@@ -100,16 +118,14 @@ def read_shp(row: Row, chat: bool) -> Example:
     responses = [row[f"human_ref_{side}"].strip() for side in sides]
     return Example(
         *asking(user(row["history"].strip()), responses, chat=chat),
-        scores=tuple(float(row[f"score_{side}"]) for side in sides),
+        scores=tuple(number_of(row[f"score_{side}"], "score") for side in sides),
         **about(row, "history", "human_ref_A", "human_ref_B", "labels"),
     )
 
 
 def read_safe_rlhf(row: Row, chat: bool) -> Example:
     """Read PKU-SafeRLHF: two responses, and which of them is better."""
-    better = int(row["better_response_id"])
-    if better not in (0, 1):
-        raise RowError(f"better_response_id: expected 0 or 1, got {better}")
+    better = choice_of(row, "better_response_id")
     responses = (row[f"response_{better}"], row[f"response_{1 - better}"])
     return Example(
         *asking(user(row["prompt"].strip()), responses, chat=chat),
@@ -119,7 +135,7 @@ def read_safe_rlhf(row: Row, chat: bool) -> Example:
 
 def read_comparisons(row: Row, chat: bool) -> Example:
     """Read OpenAI's comparisons of summaries: info.post, two summaries, and which was chosen."""
-    info, choice = row["info"], int(row["choice"])
+    info, choice = row["info"], choice_of(row, "choice")
     lead = f"SUBREDDIT: r/{info['subreddit']}\n\n" if info.get("subreddit") else ""
     lead += f"TITLE: {info['title']}\n\n" if info.get("title") else ""
     post = f"{lead}POST: {info.get('post') or info.get('article')}\n\nTL;DR:"
@@ -136,9 +152,8 @@ def read_scored_completions(row: Row, chat: bool) -> Example:
     scored = [one for one in row["completions"] if one.get("overall_score") is not None]
     if not scored:
         raise RowError("no scored completion")
-    scored.sort(key=lambda one: -float(one["overall_score"]))
-    return Example(
+    example = Example(
         *asking(user(row["instruction"].strip()), [one["response"] for one in scored], chat=chat),
-        scores=tuple(float(one["overall_score"]) for one in scored),
         **about(row, "instruction", "completions"),
     )
+    return order(example, {"scores": [one["overall_score"] for one in scored]})

@@ -85,13 +85,28 @@ def number_of(value: Any, what: str, *, low: float | int = -math.inf) -> float:
     """
     try:
         number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
-    if not math.isfinite(number) or number < low:
+    if not abs(number) <= LARGEST or number < low:
         least = f" of at least {low:g}" if low > -math.inf else ""
-        given = repr(value) if isinstance(value, (int, float)) else kind_of(value)
-        raise RowError(f"{what}: expected a finite number{least}, got {given}")
+        got = f"{value!r:.40}" if isinstance(value, (int, float)) else kind_of(value)
+        raise RowError(f"{what}: expected a finite number{least}", f"got {got}")
     return number
+
+
+LARGEST = 3e38  # training keeps numbers in float32
+
+
+def choice_of(row: Row, name: str) -> int:
+    """Read which of two answers is meant: 0 or 1.
+
+    Raises:
+        RowError: neither.
+    """
+    choice = number_of(row[name], name)
+    if choice not in (0, 1):
+        raise RowError(f"{name}: expected 0 or 1", f"got {choice:g}")
+    return int(choice)
 
 
 def messages(value: Any, what: str) -> tuple[Message, ...]:
@@ -114,13 +129,31 @@ def messages(value: Any, what: str) -> tuple[Message, ...]:
     return tuple(_message(one, what) for one in value)
 
 
+def with_roles(value: Any, roles: Mapping[str, str]) -> Any:
+    """Rename the roles of all messages in a row, as ``config.data.roles`` says."""
+    if isinstance(value, (list, tuple)):
+        return [with_roles(one, roles) for one in value]
+    if not isinstance(value, Mapping):
+        return value
+    turn = {"role", "from"} & value.keys() and {"content", "value"} & value.keys()
+    return {
+        key: roles.get(inner, inner)
+        if turn and key in ("role", "from") and isinstance(inner, str)
+        else with_roles(inner, roles)
+        for key, inner in value.items()
+    }
+
+
 def _message(value: Any, what: str) -> Message:
     if not isinstance(value, Mapping) or not {"role", "from"} & value.keys():
         raise RowError(f"{what}: expected messages with role and content, got {kind_of(value)}")
     role = value.get("role", value.get("from"))
     name = role.lower() if isinstance(role, str) else ""
     if name not in ROLES:
-        raise RowError(f"{what}: a role is unknown", f"{role!r}{nearest(str(role), ROLES)}")
+        hint = f"--config.data.roles='{json.dumps({str(role): 'assistant'})}' says what it is"
+        raise RowError(
+            f"{what}: a role is unknown", f"{role!r:.40}{nearest(str(role), ROLES)}; {hint}"
+        )
     taken = ("role", "from", "content", "value", *MARKS)
     found = {
         key: inner
@@ -315,12 +348,15 @@ def label_of(value: Any) -> bool:
         return True
     if name in ("false", "0", "-1", "undesirable", "rejected"):
         return False
-    raise RowError(f"label: expected true or false, got {value!r}")
+    raise RowError("label: expected true or false", f"got {value!r:.40}")
 
 
 def order(example: Example, row: Row) -> Example:
     """Order an example's responses from best to worst by the row's ``ranks`` (0 is best) or
-    ``scores``."""
+    ``scores``.
+
+    Ranks that are not all different become scores, so that equal ones are no preference.
+    """
     given_scores = row.get("scores") is not None
     name = "scores" if given_scores else "ranks"
     if not isinstance(row[name], (list, tuple)):
@@ -328,12 +364,16 @@ def order(example: Example, row: Row) -> Example:
     values = [number_of(value, name) for value in row[name]]
     values = values if given_scores else [-value for value in values]
     if len(values) != len(example.responses):
-        raise RowError(f"{len(example.responses)} responses, but {len(values)} ranks or scores")
+        raise RowError(
+            "another number of responses than of ranks or scores",
+            f"{len(example.responses)} and {len(values)}",
+        )
     best_first = sorted(range(len(values)), key=lambda i: -values[i])
+    known = given_scores or len(set(values)) < len(values)
     return dataclasses.replace(
         example,
         responses=tuple(example.responses[i] for i in best_first),
-        scores=tuple(values[i] for i in best_first) if given_scores else None,
+        scores=tuple(values[i] for i in best_first) if known else None,
     )
 
 

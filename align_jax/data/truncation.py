@@ -161,6 +161,14 @@ class Truncations:
         )
 
 
+def _made_equal(encoded: Encoded, group: int, left: Truncation, whole: Sequence[int]) -> bool:
+    """Tell whether what sets a pair's answers apart was cut off."""
+    if len(whole) != 2 or tuple(whole) == left.lengths:
+        return False
+    first, second = (encoded.response(group, i)[0][: left.lengths[i]] for i in range(2))
+    return np.array_equal(first, second)
+
+
 def truncate_all(encoded: Encoded, limits: Limits) -> Truncations:
     """Truncate every group, counting what is cut and dropped, and why.
 
@@ -186,7 +194,11 @@ def truncate_all(encoded: Encoded, limits: Limits) -> Truncations:
             _, mask = encoded.response(group, index)
             loss_tokens[group, index] = mask[: left.lengths[index]].sum()
         if loss_tokens[group].all():
-            counts["truncated prompts"] += int(left.head + left.tail < head[group])
+            shorter = bool(left.head + left.tail < head[group])
+            counts["truncated prompts"] += shorter
+            turn = int(head[group] - encoded.last_turn[group])
+            counts["truncated last turns"] += shorter and left.tail < turn
+            counts["answers made equal by truncation"] += _made_equal(encoded, group, left, whole)
             counts["truncated responses"] += len(cut)
         head[group], tail[group], lengths[group] = left.head, left.tail, left.lengths
     reasons[(reasons == "") & ~loss_tokens.all(axis=1)] = "no tokens to learn"

@@ -7,7 +7,7 @@ import pytest
 
 from align_jax.core.options import DataOptions
 from align_jax.core.schema import Example
-from align_jax.data import chat, datasets, tokenizer
+from align_jax.data import chat, datasets, encoding, tokenizer, truncation
 
 
 def U(text, **more):
@@ -173,12 +173,28 @@ REFUSED = {
     "pictures": ({"instruction": "q", "output": "a", "images": ["x.png"]}, "completions", "images"),
     "a surrogate": ({**P, "chosen": "c \ud83d"}, "pairs", "lone surrogate"),
     "a negative weight": ({**P, "weight": -1}, "pairs", "weight: expected a finite number of at"),
-    "no number": ({**P, "margin": "much"}, "pairs", "margin: expected a finite number, got a text"),
+    "no number": ({**P, "margin": "much"}, "pairs", "margin: expected a finite number: got a text"),
     "half a turn": ({"messages": [U("q"), A("a", weight=0.5)]}, "completions", "neither 0 nor 1"),
     "an endless score": (
         {**P, "score_chosen": float("inf"), "score_rejected": 1},
         "pairs",
-        "score_chosen: expected a finite number, got inf",
+        "score_chosen: expected a finite number: got inf",
+    ),
+    "a score beyond float32": (
+        {**P, "score_chosen": 1e39, "score_rejected": 1},
+        "pairs",
+        "score_chosen: expected a finite number: got 1e+39",
+    ),
+    "a margin of 400 digits": ({**P, "margin": 10**400}, "pairs", "margin: expected a finite"),
+    "a reward that is no number": (
+        {"type": "scalar_feedback", "prompt": "q", "output": "a", "reward": float("nan")},
+        "pairs",
+        "reward: expected a finite number",
+    ),
+    "a better one of three": (
+        {"prompt": "q", "response_0": "a", "response_1": "b", "better_response_id": 2},
+        "pairs",
+        "better_response_id: expected 0 or 1",
     ),
 }
 
@@ -201,6 +217,55 @@ def test_drops_are_counted_by_reason_without_the_rows_words(tmp_path):
     bad = [{**P, "prompt": [{"role": "alien", "content": f"secret {i}"}]} for i in range(3)]
     report = load(tmp_path, [P, *bad], invalid="drop").report
     assert report == {"examples": 1, "dropped: prompt: a role is unknown": 3}
+    for field, said in (("weight", "of at least 0"), ("margin", "")):
+        bad = [{**P, field: value} for value in ("x", float("nan"), float("-inf"))]
+        report = load(tmp_path, [P, *bad], invalid="drop").report
+        reason = f"dropped: {field}: expected a finite number {said}".rstrip()
+        assert report == {"examples": 1, reason: 3}
+
+
+def test_a_role_is_what_the_option_says(tmp_path):
+    row = {"messages": [{"role": "human_expert", "content": "q"}, A("a")]}
+    with pytest.raises(ValueError, match='--config.data.roles=\'{"human_expert": '):
+        load(tmp_path, [row], "completions")
+    found = load(tmp_path, [row], "completions", roles={"human_expert": "user"})
+    assert found.items[0].prompt == (U("q"),)
+    with pytest.raises(ValueError, match=r"config.data.roles\['x'\] = 'usr' is unknown"):
+        load(tmp_path, [row], "completions", roles={"x": "usr"})
+
+
+@pytest.mark.parametrize(
+    "pairing, pairs", [("all", ["ac", "bc"]), ("best_worst", ["ac"]), ("adjacent", ["bc"])]
+)
+def test_equal_ranks_are_no_pair(tmp_path, pairing, pairs):
+    row = {"prompt": "q", "responses": ["c", "a", "b"], "ranks": [2, 1, 1]}
+    found = load(tmp_path, [row], pairing=pairing)
+    assert ["".join(one.responses) for one in found.items] == pairs
+    assert found.report["rankings with ties"] == 1
+    assert load(tmp_path, [row], "ranked").items[0].scores == (-1, -1, -2)
+    with pytest.raises(ValueError, match="no pairs are left of 1 ranked"):
+        load(tmp_path, [{**row, "ranks": [1, 1, 1]}])
+
+
+@pytest.mark.parametrize("policy", ["keep_start", "keep_end"])
+@pytest.mark.parametrize("max_length", [16, 24, 32, 80])
+def test_a_short_row_keeps_the_header_and_says_what_was_cut(policy, max_length):
+    made = tokenizer.load_tokenizer("byte", chat_template=PLAIN)
+    example = Example((U("x" * 60), A("y" * 60), U("abc" * 20)), ("yes", "no"), source="f:1")
+    encoded = encoding.encode_all([example], made, DataOptions())
+    left = truncation.truncate_all(encoded, truncation.Limits(max_length, policy))
+    prompt = made.decode(left.group(0).group(encoded.group(0)).prompt)
+    assert prompt.endswith("<|assistant|>") and left.report["truncated prompts"] == 1
+    assert ("truncated last turns" in left.report) == (policy == "keep_start" or max_length < 80)
+
+
+def test_answers_that_truncation_makes_equal_are_counted():
+    made = tokenizer.load_tokenizer("byte")
+    alike = Example("q", ("a" * 90 + "good", "a" * 90 + "bad"), source="f:1")
+    whole = Example("q", ("good", "bad"), source="f:2")
+    encoded = encoding.encode_all([alike, whole], made, DataOptions())
+    report = truncation.truncate_all(encoded, truncation.Limits(64)).report
+    assert report["answers made equal by truncation"] == 1
 
 
 def test_equal_answers_are_counted_and_weights_of_0_alone_refused(tmp_path):
@@ -317,6 +382,12 @@ def test_tools_calls_and_reasoning_reach_the_template():
 def test_what_a_template_does_not_render_is_an_error(response, given, name):
     with pytest.raises(ValueError, match=f"does not render {name}"):
         render(PLAIN, [U("q")], response, **given)
+
+
+def test_an_answer_that_goes_on_with_the_prompts_own_is_refused():
+    with pytest.raises(ValueError, match="the prompt ends with the assistant"):
+        render(PLAIN, [U("q"), A("It is")], " Rome")
+    assert render(PLAIN, [U("q"), A("call f")], ({"role": "tool", "content": "3"}, A("three")))
 
 
 def test_a_marked_turn_bears_no_loss():
