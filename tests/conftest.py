@@ -63,3 +63,18 @@ def testdata() -> pathlib.Path:
     if not DATA.is_dir():
         pytest.skip(f"no real data at {DATA}: set ALIGN_JAX_TESTDATA")
     return DATA
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print what came of each fuzzed border's cases (tests/fuzz)."""
+    reports = [one for reports in terminalreporter.stats.values() for one in reports]
+    ends = [one for one in reports if getattr(one, "when", "") == "teardown"]
+    found = [value for one in ends for name, value in one.user_properties if name == "fuzz"]
+    if found:
+        terminalreporter.section("fuzzed borders")
+        words = ("cases", "accepted", "refused", "raw", "wrong", "hangs", "seconds")
+        terminalreporter.line(f"{'border':<24}" + "".join(f"{word:>10}" for word in words))
+        for row in found:
+            row["cases"] = sum(row[word] for word in words[1:-1])
+            counts = "".join(f"{round(row[word], 1):>10}" for word in words)
+            terminalreporter.line(f"{row['border']:<24}{counts}")

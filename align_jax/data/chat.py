@@ -225,6 +225,11 @@ def _after(apply: Apply, messages: list[Message]) -> str:
 
 
 def _render_text(prompt: str, example: Example, tokenizer: PreTrainedTokenizerBase) -> Rendered:
+    if beside := [name for name in BESIDE if example.template.get(name)]:
+        raise RowError(
+            f"{', '.join(beside)}: the prompt is plain text, which no chat template renders; "
+            "--config.data.strings=messages makes it a turn of a user"
+        )
     responses = []
     for text in example.responses:
         if not isinstance(text, str):

@@ -387,7 +387,7 @@ def _read(
                     f"{where}: {error}; --config.data.invalid=drop leaves such rows out"
                 ) from error
             counts[f"dropped: {error.reason}"] += 1
-        except (ValueError, TypeError, AttributeError) as error:
+        except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
         else:
             examples += [dataclasses.replace(example, source=where) for example in read]

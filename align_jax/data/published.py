@@ -7,7 +7,7 @@ Open-Assistant's message trees, SHP, PKU-SafeRLHF, OpenAI's summary comparisons,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from align_jax.core.schema import Example, Message
@@ -15,18 +15,39 @@ from align_jax.data.rows import (
     Row,
     about,
     choice_of,
+    given,
+    kind_of,
     label_of,
     number_of,
     order,
     prompt_of,
     response_of,
+    text_of,
     user,
 )
 from align_jax.data.transcripts import RowError, asking
 
 
+def _text(row: Row, name: str) -> str:
+    return text_of(row.get(name), name)
+
+
+def _number(row: Row, name: str) -> float:
+    return number_of(row.get(name), name)
+
+
+def _dicts(value: Any, name: str) -> list[Row]:
+    """Read a list of dicts."""
+    if not isinstance(value, (list, tuple)):
+        raise RowError(f"{name}: expected a list of dicts, got {kind_of(value)}")
+    for one in value:
+        if not isinstance(one, Mapping):
+            raise RowError(f"{name}: expected a list of dicts, got {kind_of(one)} in it")
+    return list(value)
+
+
 def _prompt(row: Row) -> tuple[Message, ...] | str:
-    return prompt_of(row) if row.get("prompt") is not None else user(row["instruction"])
+    return prompt_of(row) if row.get("prompt") is not None else user(_text(row, "instruction"))
 
 
 def _output(value: Any) -> Any:
@@ -39,7 +60,7 @@ def read_binary_feedback(row: Row, chat: bool) -> Example:
         _prompt(row),
         (_output(row["output"]),),
         label=label_of(row["label"]),
-        scores=None if row.get("reward") is None else (number_of(row["reward"], "reward"),),
+        scores=None if row.get("reward") is None else (_number(row, "reward"),),
         **about(row, "prompt", "output", "label"),
     )
 
@@ -51,9 +72,7 @@ def read_pairwise_feedback(row: Row, chat: bool) -> Example:
     return Example(
         _prompt(row),
         tuple(_output(row[f"output_{side}"]) for side in sides),
-        scores=tuple(number_of(row[f"reward_{side}"], "reward") for side in sides)
-        if given
-        else None,
+        scores=tuple(_number(row, f"reward_{side}") for side in sides) if given else None,
         **about(row, "prompt", "output_A", "output_B", "label"),
     )
 
@@ -62,10 +81,7 @@ def read_scalar_feedback(row: Row, chat: bool) -> Example:
     """Read prompt, output and reward."""
     known = about(row, "prompt", "output")
     return Example(
-        _prompt(row),
-        (_output(row["output"]),),
-        scores=(number_of(row["reward"], "reward"),),
-        **known,
+        _prompt(row), (_output(row["output"]),), scores=(_number(row, "reward"),), **known
     )
 
 
@@ -78,24 +94,36 @@ def read_oasst_tree(row: Row, chat: bool) -> list[Example]:
     """Read an Open-Assistant message tree: one ranking for each message that has several ranked
     answers."""
     found: list[Example] = []
+    if not isinstance(row["prompt"], Mapping):
+        raise RowError(f"prompt: expected a message tree's dict, got {kind_of(row['prompt'])}")
     _walk(row["prompt"], (), found, chat)
     return found
 
 
 def _walk(node: Row, before: tuple[Message, ...], found: list[Example], chat: bool) -> None:
-    role = "user" if node["role"] == "prompter" else "assistant"
-    path = (*before, {"role": role, "content": node["text"]})
-    replies = [reply for reply in node.get("replies") or () if not reply.get("deleted")]
+    path = (*before, {"role": _tree_role(node), "content": _text(node, "text")})
+    replies = _dicts(node.get("replies") or [], "replies")
+    replies = [reply for reply in replies if not reply.get("deleted")]
     ranked = [
-        reply for reply in replies if reply["role"] == "assistant" and reply.get("rank") is not None
+        reply
+        for reply in replies
+        if _tree_role(reply) == "assistant" and reply.get("rank") is not None
     ]
     if len(ranked) > 1:
-        answers = [answer["text"] for answer in ranked]
+        answers = [_text(answer, "text") for answer in ranked]
         extras = {"message_id": node.get("message_id"), "lang": node.get("lang")}
         example = Example(*asking(path, answers, chat=chat), extras=extras)
         found.append(order(example, {"ranks": [answer["rank"] for answer in ranked]}))
     for reply in replies:
         _walk(reply, path, found, chat)
+
+
+def _tree_role(node: Row) -> str:
+    """Read who speaks in a message tree."""
+    role = node.get("role")
+    if role not in ("prompter", "assistant"):
+        raise RowError("role: expected prompter or assistant in a message tree")
+    return "user" if role == "prompter" else "assistant"
 
 
 def grow_trees(rows: Sequence[Row]) -> list[Row]:
@@ -115,10 +143,10 @@ def read_shp(row: Row, chat: bool) -> Example:
     """Read Stanford Human Preferences: labels is 1 where answer A is preferred; scores are Reddit's
     votes."""
     sides = ("A", "B") if label_of(row["labels"]) else ("B", "A")
-    responses = [row[f"human_ref_{side}"].strip() for side in sides]
+    responses = [_text(row, f"human_ref_{side}").strip() for side in sides]
     return Example(
-        *asking(user(row["history"].strip()), responses, chat=chat),
-        scores=tuple(number_of(row[f"score_{side}"], "score") for side in sides),
+        *asking(user(_text(row, "history").strip()), responses, chat=chat),
+        scores=tuple(_number(row, f"score_{side}") for side in sides),
         **about(row, "history", "human_ref_A", "human_ref_B", "labels"),
     )
 
@@ -126,20 +154,23 @@ def read_shp(row: Row, chat: bool) -> Example:
 def read_safe_rlhf(row: Row, chat: bool) -> Example:
     """Read PKU-SafeRLHF: two responses, and which of them is better."""
     better = choice_of(row, "better_response_id")
-    responses = (row[f"response_{better}"], row[f"response_{1 - better}"])
+    responses = (_text(row, f"response_{better}"), _text(row, f"response_{1 - better}"))
     return Example(
-        *asking(user(row["prompt"].strip()), responses, chat=chat),
+        *asking(user(_text(row, "prompt").strip()), responses, chat=chat),
         **about(row, "prompt", "response_0", "response_1", "better_response_id"),
     )
 
 
 def read_comparisons(row: Row, chat: bool) -> Example:
     """Read OpenAI's comparisons of summaries: info.post, two summaries, and which was chosen."""
-    info, choice = row["info"], choice_of(row, "choice")
-    lead = f"SUBREDDIT: r/{info['subreddit']}\n\n" if info.get("subreddit") else ""
-    lead += f"TITLE: {info['title']}\n\n" if info.get("title") else ""
-    post = f"{lead}POST: {info.get('post') or info.get('article')}\n\nTL;DR:"
-    texts = [row["summaries"][index]["text"].strip() for index in (choice, 1 - choice)]
+    (info,), choice = _dicts([row["info"]], "info"), choice_of(row, "choice")
+    summaries = _dicts(row["summaries"], "summaries")
+    if len(summaries) != 2:
+        raise RowError(f"summaries: expected two, got {len(summaries)}")
+    lead = f"SUBREDDIT: r/{_text(info, 'subreddit')}\n\n" if info.get("subreddit") else ""
+    lead += f"TITLE: {_text(info, 'title')}\n\n" if info.get("title") else ""
+    post = f"{lead}POST: {_text(info, given(info, 'post', 'article'))}\n\nTL;DR:"
+    texts = [_text(summaries[index], "text").strip() for index in (choice, 1 - choice)]
     known = about(row, "info", "summaries", "choice")
     if chat:
         return Example(user(post), tuple(texts), **known)
@@ -149,11 +180,16 @@ def read_comparisons(row: Row, chat: bool) -> Example:
 def read_scored_completions(row: Row, chat: bool) -> Example:
     """Read UltraFeedback as first published: an instruction and several completions with an overall
     score each."""
-    scored = [one for one in row["completions"] if one.get("overall_score") is not None]
+    completions = _dicts(row["completions"], "completions")
+    scored = [one for one in completions if one.get("overall_score") is not None]
     if not scored:
         raise RowError("no scored completion")
     example = Example(
-        *asking(user(row["instruction"].strip()), [one["response"] for one in scored], chat=chat),
+        *asking(
+            user(_text(row, "instruction").strip()),
+            [_text(one, "response") for one in scored],
+            chat=chat,
+        ),
         **about(row, "instruction", "completions"),
     )
     return order(example, {"scores": [one["overall_score"] for one in scored]})

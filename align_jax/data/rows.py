@@ -36,6 +36,25 @@ ROLES = {
 }
 MARKS = ("weight", "train", "trainable", "loss")  # on a turn: 0 or false, and it is not learned
 TEMPLATE = ("tools", "documents", "chat_template_kwargs", "enable_thinking")  # columns it is given
+# what rendering itself says to a chat template
+RENDERED = {
+    "messages",
+    "conversation",
+    "add_generation_prompt",
+    "header",
+    "source",
+    "tokenize",
+    "chat_template",
+    "tokenizer",
+    "continue_final_message",
+    "return_dict",
+    "padding",
+    "return_tensors",
+    "return_assistant_tokens_mask",
+    "truncation",
+    "max_length",
+    "tokenizer_kwargs",
+}
 UNREADABLE = ("images", "image", "videos", "audios")  # columns that text alone cannot keep
 
 
@@ -71,17 +90,17 @@ def text_of(value: Any, what: str) -> str:
             raise RowError(f"{what}: expected a text or text parts, got a list")
         if part["type"] != "text" or not isinstance(part.get("text"), str):
             raise RowError(
-                f"{what}: a part of type {part['type']!r} cannot be kept: text alone can"
+                f"{what}: a part that is no text cannot be kept", f"type {part['type']!r:.60}"
             )
         parts.append(part["text"])
     return "".join(parts)
 
 
 def number_of(value: Any, what: str, *, low: float | int = -math.inf) -> float:
-    """Read a finite number.
+    """Read a finite number of single precision, as batches hold it.
 
     Raises:
-        RowError: no number, NaN, infinite, or below ``low``.
+        RowError: no number, NaN, infinite or above 3e38, or below ``low``.
     """
     try:
         number = math.nan if isinstance(value, bool) else float(value)
@@ -256,6 +275,8 @@ def _template(row: Row) -> dict[str, Any]:
         if name == "chat_template_kwargs" and value:
             if not isinstance(value, Mapping):
                 raise RowError(f"{name}: expected a dict, got {kind_of(value)}")
+            if taken := sorted(RENDERED & value.keys()):
+                raise RowError(f"{name}: {', '.join(taken)} is no keyword that a row may give")
             found |= value
         elif value is not None and value not in ([], ""):
             found[name] = value
