@@ -117,6 +117,7 @@ def train(config: ConfigDict | Config, workdir: str) -> dict[str, float]:
     if config.debug.compile_cache:
         jax.config.update("jax_compilation_cache_dir", config.debug.compile_cache)
     run = prepare(config, workdir)
+    config = run.config  # with what the run's first start has fixed
     main_process = distributed.is_main()
     with (
         lock.hold(workdir) if main_process else contextlib.nullcontext(),

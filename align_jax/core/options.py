@@ -12,6 +12,7 @@ still before the first compile.
 from __future__ import annotations
 
 import dataclasses
+import datetime
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -304,6 +305,11 @@ class DataOptions(Checked):
         0, "0 = what the response leaves of max_length", unit="tokens", low=0
     )
     chat_template: str = option("", "a Jinja template or a file with one; '' = the tokenizer's own")
+    date: str = option(
+        "",
+        "that chat templates are given as today's; '' = the day of the run's first start",
+        unit="YYYY-MM-DD",
+    )
     control_tokens: tuple[str, ...] = option((), "csft: before chosen, before rejected responses")
     trim: bool = option(
         True, "plain rows of the longest example's length where that is below max_length"
@@ -317,6 +323,11 @@ class DataOptions(Checked):
             yield f"text_share = {self.text_share:g} has no effect without data.text"
         if not self.train:
             yield "train is empty: name a file, tfds:..., hf:... or builtin:preferences"
+        if self.date:
+            try:
+                datetime.date.fromisoformat(self.date)
+            except ValueError:
+                yield f"date = {self.date!r}: expected YYYY-MM-DD, such as 2026-01-31"
         if self.threshold not in ("mean", "median"):
             try:
                 float(self.threshold)

@@ -17,11 +17,12 @@ import dataclasses
 import functools
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from align_jax.core.schema import Example, Message
+from align_jax.data import template as templates
 from align_jax.data.tokenizer import bos_ids
 from align_jax.data.transcripts import RowError
 
@@ -262,19 +263,19 @@ def _apply(
 
     Raises:
         RowError: the template refuses them.
+        Endless: it does not end.
     """
     turns = [{key: value for key, value in one.items() if key != "loss"} for one in messages]
     try:
-        text = tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=header, **template
-        )
+        return templates.apply(tokenizer, turns, add_generation_prompt=header, **template)
+    except templates.Endless:
+        raise
     # templates raise what they like: Jinja's errors, TypeError, their own messages
     except Exception as error:
         roles = [message["role"] for message in messages]
         raise RowError(
             "the chat template refuses the conversation", f"{source}: {roles}: {error}"
         ) from error
-    return cast(str, text)
 
 
 @functools.lru_cache(maxsize=8)

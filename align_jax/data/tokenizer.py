@@ -27,6 +27,7 @@ from align_jax.core.fields import (
     or_null,
 )
 from align_jax.core.files import json_kind, read_json, read_text
+from align_jax.data import template as template_at_work
 
 CHOSEN, REJECTED = "<|chosen|>", "<|rejected|>"  # control tokens of conditional fine-tuning
 BYTE_SPECIALS = (
@@ -107,21 +108,25 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def load_tokenizer(path: str, *, chat_template: str | None = None) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    path: str, *, chat_template: str | None = None, date: str = ""
+) -> PreTrainedTokenizerBase:
     """Load a tokenizer.
 
     Args:
         path: ``byte``; a directory; a ``tokenizer.json`` file, also gzipped; or a hub id.
         chat_template: replaces the tokenizer's own: a Jinja template, or a file that holds one.
+        date: that the template is given as today's, YYYY-MM-DD; "" = today's.
 
     Returns:
         A fast tokenizer.  Code that comes with a tokenizer is never run.
 
     Raises:
         ValueError: nothing there, a damaged file (named), no fast tokenizer, no end-of-sequence
-            token, or a chat template that is no Jinja template (with its line).
+            token, or a chat template that is no Jinja template (with its line) or never ends.
     """
     tokenizer = _load(path)
+    template_at_work.set_date(tokenizer, date)
     if not tokenizer.is_fast:
         raise ValueError(
             f"tokenizer {path!r}: only fast tokenizers (with a tokenizer.json) are supported"
@@ -159,9 +164,11 @@ def _check_template(tokenizer: PreTrainedTokenizerBase, where: str) -> None:
         if not isinstance(template, str):
             raise ValueError(f"{where}: expected a Jinja template, got {json_kind(template)}")
         try:
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": "a"}], chat_template=template, tokenize=False
+            template_at_work.apply(
+                tokenizer, [{"role": "user", "content": "a"}], chat_template=template
             )
+        except template_at_work.Endless as error:
+            raise ValueError(f"{where}: {error}") from error
         except jinja2.TemplateSyntaxError as error:
             raise ValueError(
                 f"{where}:{error.lineno}: no Jinja template: {error.message}"
@@ -319,5 +326,6 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
         tokenizer.backend_tokenizer.to_str(),
         str(tokenizer.chat_template),
         str(tokenizer.special_tokens_map),
+        template_at_work.date_read(tokenizer),
     )
     return hashlib.sha256("\x00".join(parts).encode()).hexdigest()[:16]

@@ -9,19 +9,23 @@ What a run has trained is read back in ``runs.trained``.
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from align_jax import losses
 from align_jax.core import config as configs
 from align_jax.core import metrics
 from align_jax.core.options import Config, ModelOptions, ReferenceOptions
-from align_jax.data import datasets, pipeline, synthetic
+from align_jax.data import datasets, pipeline, synthetic, template
 from align_jax.data.datasets import Examples
 from align_jax.data.layout import BatchSizes
 from align_jax.data.pipeline import Pipeline
@@ -109,6 +113,7 @@ def resolve_config(config: Config, devices: int) -> ResolvedConfig:
     tokenizer = load_tokenizer(
         config.tokenizer or config.model.path or "byte",
         chat_template=config.data.chat_template or None,
+        date=config.data.date,
     )
     if model_config is None:
         fields = {"vocab_size": len(tokenizer), **config.model.config}
@@ -410,6 +415,17 @@ def make_pipeline(
     )
 
 
+def first_day(workdir: str) -> str:
+    """Return the day of a run's first start, the same on all processes; today where it has not
+    started yet."""
+    path = epath.Path(workdir) / "config.json"
+    if path.exists():
+        return str(record.read_record(path)["config"].get("data", {}).get("date", ""))
+    today = np.int32(datetime.date.today().toordinal())
+    agreed = multihost_utils.broadcast_one_to_all(today) if jax.process_count() > 1 else today
+    return datetime.date.fromordinal(int(agreed)).isoformat()
+
+
 def prepare(config: Config, workdir: str) -> Run:
     """Check the config, index the data, lay out the parameters; nothing is compiled and no weight
     is read.
@@ -419,6 +435,10 @@ def prepare(config: Config, workdir: str) -> Run:
     """
     metrics.check_installed(dataclasses.asdict(config.log))
     resolved = resolve_config(config, jax.device_count())
+    if not config.data.date and template.date_read(resolved.tokenizer):
+        day = first_day(workdir)
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, date=day))
+        resolved = resolve_config(config, jax.device_count())
     record.check(workdir, configs.to_dict(config), configs.may_change())
     mesh = make_mesh(dataclasses.asdict(config.mesh))
     examples, held_out = read_data(config, resolved)

@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A chat template at work: today's date is one that is fixed for the run, and an end comes whatever
+the template does."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, cast
+
+from transformers import PreTrainedTokenizerBase
+
+SECONDS = 10.0  # that a template may run; a long conversation takes a hundredth of one
+BYTES = 1 << 30  # by which memory may grow meanwhile
+_EVERY = 0.05  # seconds of the processor's time between two looks
+_DATE = "align_jax_date"  # where a tokenizer keeps the date
+
+
+class Endless(ValueError):
+    """A template that does not end, or fills the memory."""
+
+
+def set_date(tokenizer: PreTrainedTokenizerBase, date: str) -> None:
+    """Fix what a tokenizer's chat template is given as today.
+
+    Args:
+        tokenizer: the tokenizer.
+        date: YYYY-MM-DD; "" = the day on which this is called.
+    """
+    tokenizer.init_kwargs[_DATE] = date or datetime.date.today().isoformat()
+
+
+def date_read(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the date that a tokenizer's chat template is given; "" where it reads none."""
+    if "strftime_now" not in str(tokenizer.chat_template):
+        return ""
+    return tokenizer.init_kwargs.get(_DATE) or datetime.date.today().isoformat()
+
+
+def apply(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, Any]], **given: Any
+) -> str:
+    """Render messages by the tokenizer's chat template.
+
+    Args:
+        tokenizer: the tokenizer.
+        messages: the conversation.
+        given: what else ``apply_chat_template`` and the template take.
+
+    Raises:
+        Endless: it runs for more than ``SECONDS``, or memory grows by ``BYTES`` (on the main
+            thread; elsewhere nobody looks).
+    """
+    if date := date_read(tokenizer):
+        own = tokenizer.get_chat_template(given.get("chat_template"), given.get("tools"))
+        given = {**given, "chat_template": _dated(date) + own}
+    turns: Any = list(messages)
+    with _bounded(str(tokenizer.name_or_path)):
+        return cast(str, tokenizer.apply_chat_template(turns, tokenize=False, **given))
+
+
+def _dated(date: str) -> str:
+    """Return a macro that stands before a template and hides the clock: templates are given no
+    functions but those of their environment."""
+    # noon: a template that asks for the hour is given one that is fixed, too
+    noon = datetime.datetime.combine(datetime.date.fromisoformat(date), datetime.time(12))
+    codes = [f"%{flag}{letter}" for flag in ("-", "") for letter in "aAbBcdHIjmMpSUwWxXyY"]
+    body = "".join(f"|replace({code!r}, {noon.strftime(code)!r})" for code in codes)
+    return f"{{% macro strftime_now(format) %}}{{{{ format{body} }}}}{{% endmacro %}}\n"
+
+
+@contextlib.contextmanager
+def _bounded(name: str) -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    begun, at_first = time.monotonic(), 0
+
+    def look(number: int, frame: Any) -> None:
+        nonlocal at_first
+        seconds, resident = time.monotonic() - begun, _resident()
+        at_first = at_first or resident
+        if seconds > SECONDS or resident - at_first > BYTES:
+            raise Endless(
+                f"the chat template of the tokenizer {name!r} (or config.data.chat_template) does "
+                f"not end: after {seconds:.1f} s it had taken {(resident - at_first) >> 20} MiB"
+            )
+
+    before = signal.signal(signal.SIGVTALRM, look)
+    signal.setitimer(signal.ITIMER_VIRTUAL, _EVERY, _EVERY)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+
+
+def _resident() -> int:
+    """Return the bytes of memory that this process has."""
+    with open("/proc/self/statm", encoding="ascii") as file:
+        return int(file.read().split()[1]) * 4096
