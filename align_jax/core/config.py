@@ -157,6 +157,8 @@ def _range_mistake(value: Any, rules: Mapping[str, Any]) -> str:
         return f"expected at least {rules['low']}"
     if rules["above"] is not None and value <= rules["above"]:
         return f"expected more than {rules['above']}"
+    if rules["below"] is not None and value >= rules["below"]:
+        return f"expected less than {rules['below']}"
     if rules["high"] is not None and value > rules["high"]:
         return f"expected at most {rules['high']}"
     return ""

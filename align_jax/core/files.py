@@ -160,7 +160,7 @@ def read_json(path: epath.PathLike) -> dict[str, Any]:
     if not text.strip():
         raise ValueError(f"{path}: expected a JSON object, got an empty file")
     try:
-        value = json.loads(text, object_pairs_hook=_no_key_twice)
+        value = json.loads(text, object_pairs_hook=no_key_twice)
     except json.JSONDecodeError as error:
         cut = " (the file ends there: cut short?)" if not error.doc[error.pos :].strip() else ""
         raise ValueError(
@@ -173,11 +173,12 @@ def read_json(path: epath.PathLike) -> dict[str, Any]:
     return value
 
 
-def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make a JSON object of its pairs; a ValueError where a key has two values."""
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found and found[key] != value:
-            raise ValueError(f"{key!r} is given twice: {found[key]!r} and {value!r}")
+            raise ValueError(f"{key!r} is given twice: {found[key]!r:.40} and {value!r:.40}")
         found[key] = value
     return found
 

@@ -29,6 +29,7 @@ def option(
     low: int | float | None = None,
     high: int | float | None = None,
     above: int | float | None = None,
+    below: int | float | None = None,
     resume: bool = False,
 ) -> Any:
     """Declare a key: a dataclass field that knows what it means.
@@ -40,7 +41,7 @@ def option(
         choices: the values that it may have.
         table: the table whose keys it may have, as ``module:NAME``.
         low, high: the least and the greatest value.
-        above: a value that it must exceed.
+        above, below: values that it must exceed, and stay under.
         resume: a resumed run may change it: where and how fast a run goes on, how long, and what
             is said of it, but not what a step computes.
     """
@@ -52,6 +53,7 @@ def option(
         "low": low,
         "high": high,
         "above": above,
+        "below": below,
         "resume": resume,
     }
     if isinstance(default, dict):
@@ -86,7 +88,7 @@ class LoraOptions(Checked):
         "share of the adapter's inputs set to 0 in training; off in policy gradients on rollouts, "
         "whose old log-probabilities have none",
         low=0,
-        high=1,
+        below=1,
     )
     targets: str = option(
         "attention/.*|mlp/.*",
@@ -364,8 +366,8 @@ class OptimizerOptions(Checked):
     warmup_fraction: float = option(0.0, "of the run's steps", low=0, high=1)
     weight_decay: float = option(0.0, "on matrices; norms and biases are left out", low=0)
     clip_norm: float = option(1.0, "of the gradient's global norm; 0 = no clipping", low=0)
-    b1: float = option(0.9, "decay of the first moment", low=0, high=1)
-    b2: float = option(0.999, "decay of the second moment", low=0, high=1)
+    b1: float = option(0.9, "decay of the first moment", low=0, below=1)
+    b2: float = option(0.999, "decay of the second moment", low=0, below=1)
     eps: float = option(1e-8, "added to the second moment's root", low=0)
     moment_dtype: str = option(
         "float32",

@@ -7,6 +7,7 @@ Open-Assistant's message trees, SHP, PKU-SafeRLHF, OpenAI's summary comparisons,
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from align_jax.data.rows import (
     order,
     prompt_of,
     response_of,
+    system_of,
     text_of,
     user,
 )
@@ -96,8 +98,10 @@ def read_oasst_tree(row: Row, chat: bool) -> list[Example]:
     found: list[Example] = []
     if not isinstance(row["prompt"], Mapping):
         raise RowError(f"prompt: expected a message tree's dict, got {kind_of(row['prompt'])}")
-    _walk(row["prompt"], (), found, chat)
-    return found
+    _walk(row["prompt"], system_of(row), found, chat)
+    known = about(row, "prompt", "system", "system_prompt")
+    beside = known.pop("extras")
+    return [dataclasses.replace(one, extras={**beside, **one.extras}, **known) for one in found]
 
 
 def _walk(node: Row, before: tuple[Message, ...], found: list[Example], chat: bool) -> None:
@@ -129,6 +133,9 @@ def _tree_role(node: Row) -> str:
 def grow_trees(rows: Sequence[Row]) -> list[Row]:
     """Build Open-Assistant message trees from flat messages (message_id, parent_id, role, text,
     rank)."""
+    for index, row in enumerate(rows):
+        if not isinstance(row.get("message_id"), str):
+            raise RowError(f"message {index} has no message_id")
     nodes = {row["message_id"]: {**row, "replies": []} for row in rows}
     trees: list[Row] = []
     for node in nodes.values():
@@ -181,15 +188,14 @@ def read_scored_completions(row: Row, chat: bool) -> Example:
     """Read UltraFeedback as first published: an instruction and several completions with an overall
     score each."""
     completions = _dicts(row["completions"], "completions")
-    scored = [one for one in completions if one.get("overall_score") is not None]
-    if not scored:
-        raise RowError("no scored completion")
+    if not completions or any(one.get("overall_score") is None for one in completions):
+        raise RowError("completions: expected an overall_score in each")
     example = Example(
         *asking(
             user(_text(row, "instruction").strip()),
-            [_text(one, "response") for one in scored],
+            [_text(one, "response") for one in completions],
             chat=chat,
         ),
         **about(row, "instruction", "completions"),
     )
-    return order(example, {"scores": [one["overall_score"] for one in scored]})
+    return order(example, {"scores": [one["overall_score"] for one in completions]})

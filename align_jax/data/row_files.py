@@ -79,7 +79,12 @@ def _as_utf8(path: str, data: bytes) -> bytes:
     """Return a text file's bytes in UTF-8 without its mark; other encodings are named."""
     for mark, encoding in ((b"\xff\xfe", "utf-16-le"), (b"\xfe\xff", "utf-16-be")):
         if data.startswith(mark):
-            return data[2:].decode(encoding, errors="replace").encode(errors="surrogatepass")
+            try:
+                return (
+                    data[2:].decode(encoding, errors="surrogatepass").encode(errors="surrogatepass")
+                )
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path}: its UTF-16 is damaged: {error.reason}") from error
     data = data.removeprefix(b"\xef\xbb\xbf")
     decoder, step = codecs.getincrementaldecoder("utf-8")(), 1 << 20  # never the whole in memory
     for start in range(0, len(data), step):
@@ -99,7 +104,7 @@ def _as_utf8(path: str, data: bytes) -> bytes:
 def _whole_document(path: str, data: bytes) -> Any:
     """Read a file that is one JSON value; None where it is several, a line each."""
     try:
-        return json.loads(data)
+        return json.loads(data, object_pairs_hook=files.no_key_twice)
     except json.JSONDecodeError as error:
         lines = data.split(b"\n", 2)
         if error.msg == "Extra data" and len(lines) > 1 or data.lstrip()[:1] != b"[":
@@ -147,7 +152,7 @@ def _open_json_lines(path: str, data: bytes) -> Rows:
     def read(index: int) -> Row:
         line = data[starts[index] : _line_end(data, starts[index])]
         try:
-            row = json.loads(line)
+            row = json.loads(line, object_pairs_hook=files.no_key_twice)
         except (ValueError, RecursionError) as error:
             raise ValueError(
                 f"{where(index)}: malformed JSON: {error}; the line begins {line[:60]!r}"

@@ -166,20 +166,19 @@ def with_roles(value: Any, roles: Mapping[str, str]) -> Any:
 def _message(value: Any, what: str) -> Message:
     if not isinstance(value, Mapping) or not {"role", "from"} & value.keys():
         raise RowError(f"{what}: expected messages with role and content, got {kind_of(value)}")
-    role = value.get("role", value.get("from"))
+    role = value.get(given(value, "role", "from"))
     name = role.lower() if isinstance(role, str) else ""
     if name not in ROLES:
-        hint = f"--config.data.roles='{json.dumps({str(role): 'assistant'})}' says what it is"
-        raise RowError(
-            f"{what}: a role is unknown", f"{role!r:.40}{nearest(str(role), ROLES)}; {hint}"
-        )
+        short = str(role)[:40]
+        hint = f"--config.data.roles='{json.dumps({short: 'assistant'})}' says what it is"
+        raise RowError(f"{what}: a role is unknown", f"{short!r}{nearest(short, ROLES)}; {hint}")
     taken = ("role", "from", "content", "value", *MARKS)
     found = {
         key: inner
         for key, inner in value.items()
         if key not in taken and inner is not None and inner not in ("", [], {})
     }
-    content = value.get("content", value.get("value"))
+    content = value.get(given(value, "content", "value"))
     if name == "function_call":
         found, content = {"tool_calls": [_function_call(content, what)]}, ""
     if content is None and found.get("tool_calls"):
@@ -213,8 +212,15 @@ def _learned(turn: Mapping[str, Any], what: str) -> bool:
 
 
 def given(row: Row, *names: str) -> str:
-    """Return the first of these fields that the row has; the last where it has none."""
-    return next((name for name in names if row.get(name) is not None), names[-1])
+    """Return the first of these fields that the row has; the last where it has none.
+
+    Raises:
+        RowError: it has several, and they differ.
+    """
+    has = [name for name in names if row.get(name) is not None]
+    if any(row[name] != row[has[0]] for name in has):
+        raise RowError(f"{' and '.join(has)} differ: two names of one thing")
+    return has[0] if has else names[-1]
 
 
 def system_of(row: Row) -> tuple[Message, ...]:
@@ -280,6 +286,9 @@ def _template(row: Row) -> dict[str, Any]:
             found |= value
         elif value is not None and value not in ([], ""):
             found[name] = value
+    for name in ("tools", "documents"):
+        if name in found and not isinstance(found[name], (list, tuple)):
+            raise RowError(f"{name}: expected a list, got {kind_of(found[name])}")
     return found
 
 

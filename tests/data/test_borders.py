@@ -139,6 +139,31 @@ def test_a_row_is_read_whole(tmp_path, name):
 
 P = {"prompt": "q", "chosen": "c", "rejected": "r"}
 REFUSED = {
+    "two names of a role": (
+        {"messages": [{"role": "user", "from": "gpt", "content": "q"}, A("a")]},
+        "completions",
+        "role and from differ",
+    ),
+    "two names of a content": (
+        {"messages": [{"role": "user", "content": "q", "value": "p"}, A("a")]},
+        "completions",
+        "content and value differ",
+    ),
+    "two names of the system": (
+        {**P, "system": "s", "system_prompt": "t"},
+        "pairs",
+        "system and system_prompt differ",
+    ),
+    "tools of a number": ({**P, "tools": 3}, "pairs", "tools: expected a list, got a number"),
+    "documents in a text": ({**P, "documents": '{"text": "d"}'}, "pairs", "expected a list"),
+    "one answer without its score": (
+        {
+            "instruction": "q",
+            "completions": [{"response": "a", "overall_score": 1}, {"response": "b"}],
+        },
+        "ranked",
+        "expected an overall_score in each",
+    ),
     "a dict": ({"question": "q", "chosen": {"answer": "c"}, "rejected": "r"}, "pairs", "a dict"),
     "a list": ({"question": "q", "chosen": ["c"], "rejected": "r"}, "pairs", "got a list"),
     "a truth": ({"instruction": "q", "chosen": True, "rejected": False}, "pairs", "true or false"),
@@ -432,3 +457,18 @@ def test_rows_that_the_template_refuses_can_be_dropped():
         chat.encode_many(examples, made)
     first, second = chat.encode_many(examples, made, drop=True)
     assert first.refused and not any(first.responses) and second.responses[0]
+
+
+def test_what_stands_beside_a_message_tree_is_kept(tmp_path):
+    replies = [{"role": "assistant", "text": text, "rank": rank} for rank, text in enumerate("ab")]
+    tree = {"role": "prompter", "text": "q", "replies": replies}
+    row = {"message_tree_id": "t", "prompt": tree, "system": "s", "weight": 2, "tools": TOOLS}
+    (found,) = load(tmp_path, [row], "ranked")
+    assert found.weight == 2 and found.template == {"tools": TOOLS}
+    assert found.prompt[0] == {"role": "system", "content": "s"}
+
+
+def test_a_key_with_two_values_is_refused(tmp_path):
+    raw = b'{"prompt": "q", "chosen": "c", "rejected": "r", "chosen": "d"}'
+    with pytest.raises(ValueError, match=r"data\.jsonl:1: .*'chosen' is given twice: 'c' and 'd'"):
+        load(tmp_path, [], raw=raw)
