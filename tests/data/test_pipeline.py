@@ -438,7 +438,7 @@ def test_a_start_from_the_cache_reads_no_row_and_no_text(byte, tmp_path, monkeyp
         patch.setattr(chat, "encode_many", None)
         patch.setattr(formats, "read", None)
         again = start()
-        with pytest.raises(ValueError, match="'NoneType'"):  # another tokenizer, another key
+        with pytest.raises(TypeError, match="'NoneType'"):  # another tokenizer, another key
             start(tokenizer.load_tokenizer("byte", chat_template="{{ messages }}"))
     for left, right in zip(first, again):
         assert_same(left.batch(0), right.batch(0))

@@ -90,7 +90,9 @@ def test_losses_of_twenty_steps_equal_trl(method):
     name, options = OPTIONS[method]
     terms = losses.resolve(name, options)
     config = hf.load_config(str(FOLDER / ("reward" if method == "reward" else "causal")))
-    policy, base = make_models(config, terms, ModelOptions(compute_dtype="float32", remat="none"))
+    policy, base, _ = make_models(
+        config, terms, ModelOptions(compute_dtype="float32", remat="none")
+    )
     heads = ("score",) if method == "reward" else ()
     folder = str(FOLDER / ("reward" if method == "reward" else "causal"))
     params = hf.load(folder, dtype=jnp.float32, heads=heads, unembed=method != "reward")[1]
