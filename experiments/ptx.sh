@@ -2,6 +2,12 @@
 # PPO alone and PPO-ptx, from a real tiny model: the reward, and the perplexity of held-out stories.
 #   experiments/ptx.sh MODEL_DIR STORIES.txt LEXICON.txt [FOLDER; default runs/ptx]
 set -euo pipefail
+usage() { sed -n '2,/^set /{s/^# \{0,1\}//p}' "$0"; }
+case "${1:-}" in -h|--help) usage; exit 0 ;; esac
+if [ $# -lt 3 ] || [ $# -gt 4 ]; then usage >&2; exit 2; fi
+for path in "$1" "$2" "$3"; do
+  [ -e "$path" ] || { echo "experiments/ptx.sh: there is no $path" >&2; exit 2; }
+done
 model="$1" stories="$2" lexicon="$3" runs="${4:-runs/ptx}"
 python="$(dirname "$0")/../.venv/bin/python"
 here="$(dirname "$0")"

@@ -399,7 +399,7 @@ def mismatch(keys: Sequence[Hashable]) -> list[int]:
         ValueError: all keys are equal.
 
     >>> mismatch([7, 7, 8, 8]), mismatch([7, 7, 7, 8])
-    ([2, 3, 0, 1], [3, 3, 3, 0])
+    ([2, 3, 0, 1], [3, 3, 3, 2])
     """
     of_prompt: dict[Hashable, list[int]] = {}
     for index, key in enumerate(keys):

@@ -182,7 +182,7 @@ def simper(pair: Pair) -> Float[Array, "B"]:
 
     >>> from align_jax.losses.pairs import example_pair
     >>> [round(x, 4) for x in simper(example_pair()).tolist()]
-    [0.0532, -0.0393]
+    [0.0533, -0.0393]
     """
     chosen, rejected = _means(pair)
     half = 0.5 * pair.margin

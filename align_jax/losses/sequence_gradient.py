@@ -44,7 +44,7 @@ class Vespo(TokenMeanLoss, KlLoss):
     >>> found = jitted("vespo")(policy=[[[-1.0, -2.0]]], old_token_logps=[[[-1.5, -2.0]]],
     ...                         advantages=[[[1.0, 1.0]]])
     >>> [round(x, 4) for x in found.losses.tolist()]
-    [0.5824]
+    [0.5823]
     """
 
     own = ("k_positive", "lambda_positive", "k_negative", "lambda_negative")

@@ -16,6 +16,7 @@ import dataclasses
 import importlib
 import importlib.util
 import inspect
+import os
 import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
@@ -75,11 +76,12 @@ def _module(name: str) -> Any:
     if name in sys.modules and name != "__main__":
         return sys.modules[name]
     main = sys.modules["__main__"]
+    script = getattr(main, "__file__", None)  # none of an interpreter's own prompt
     try:
         origin = getattr(importlib.util.find_spec(name), "origin", None)
     except (ImportError, ValueError, AttributeError):
         origin = None
-    if name == "__main__" or (origin and origin == inspect.getabsfile(main)):
+    if name == "__main__" or (origin and script and origin == os.path.abspath(script)):
         return main
     try:
         return importlib.import_module(name)

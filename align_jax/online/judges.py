@@ -59,7 +59,7 @@ def rating(text: str, low: float, high: float) -> float:
     Raises:
         ValueError: no number, several of which none is marked, or one out of the scale.
 
-    >>> rating("2 faults. **Final score:** 7/10", 0, 10), rating("8.5 out of 10", 0, 10)
+    >>> rating("2 faults. **Final score:** 7/10", 0.0, 10.0), rating("8.5 out of 10", 0.0, 10.0)
     (7.0, 8.5)
     """
     marked = re.findall(_MARKED, text)

@@ -50,7 +50,7 @@ def tiny(objective):
 def student(teacher, **keys):
     config = tiny("gkd")
     config.model.config.update(num_hidden_layers=1, hidden_size=32, intermediate_size=32)
-    config.total_steps, config.batch_size, config.max_length = 8, 8, 64
+    config.total_steps, config.batch_size, config.max_length = 8, 8, 96
     config.eval.every_steps = 0
     config.log.every_steps = 1
     config.optimizer.learning_rate = 1e-2
@@ -74,7 +74,7 @@ def test_on_the_students_own_samples_as_well(teacher, tmp_path):
     config = tiny("online_gkd")
     for key, value in student(teacher).model.config.items():
         config.model.config[key] = value
-    config.total_steps, config.batch_size, config.max_length = 4, 8, 64
+    config.total_steps, config.batch_size, config.max_length = 4, 8, 96
     config.rollout.prompts, config.rollout.responses_per_prompt = 8, 1
     config.eval.every_steps, config.log.every_steps = 0, 1
     config.optimizer.learning_rate = 1e-2
