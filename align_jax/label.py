@@ -20,7 +20,6 @@ from __future__ import annotations
 import collections
 import itertools
 import json
-import math
 import operator
 import os
 import pathlib
@@ -33,7 +32,7 @@ from absl import flags, logging
 
 from align_jax.core.choose import nearest
 from align_jax.core.schema import Example
-from align_jax.data.rows import kind_of
+from align_jax.data.rows import LARGEST, kind_of
 from align_jax.data.sources import open_source
 from align_jax.online.rewards import (
     WeightedRewards,
@@ -244,13 +243,13 @@ def read_samples(path: str) -> list[dict[str, Any]]:
 def with_rewards(samples: Sequence[Sample]) -> list[Sample]:
     """Return the samples whose reward is known: null, NaN and infinity say nothing of an answer.
 
+    Infinity is what no float32 holds, as everywhere: above 3e38.
+
     Raises:
         ValueError: none has one.
     """
     known = [
-        one
-        for one in samples
-        if one.get("reward") is not None and math.isfinite(float(one["reward"]))
+        one for one in samples if one.get("reward") is not None and abs(one["reward"]) <= LARGEST
     ]
     if not known:
         raise ValueError(f"none of the {len(samples)} samples has a reward; give --rewards")

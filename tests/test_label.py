@@ -150,3 +150,15 @@ def test_a_file_that_is_there_outlives_a_failure(tmp_path, name):
     assert path.read_text() == "old" and [one.name for one in tmp_path.iterdir()] == [name]
     label.write(str(path), [{"a": 1}])
     assert "old" not in path.read_text()
+
+
+@pytest.mark.parametrize("threshold", ["nan", "inf", "1e999", "9" * 400, "high", ""])
+def test_a_threshold_that_is_no_finite_number_is_refused(threshold):
+    with pytest.raises(ValueError, match="threshold must be a finite number"):
+        label.binary(make([[0.0, 0.5]]), threshold)
+
+
+@pytest.mark.parametrize("reward", [None, float("nan"), float("inf"), 10**400, 1e39])
+def test_a_reward_that_no_float32_holds_is_none(reward):
+    known = {"reward": 1.0}
+    assert label.with_rewards([known, {"reward": reward}]) == [known]

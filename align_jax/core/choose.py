@@ -33,5 +33,5 @@ def choose(table: Mapping[str, Row], name: str, what: str) -> Row:
         ValueError: an unknown name; the message says the nearest known one.
     """
     if name not in table:
-        raise ValueError(f"{what} = {name!r} is unknown{nearest(str(name), table)}")
+        raise ValueError(f"{what} = {name!r:.60} is unknown{nearest(str(name), table)}")
     return table[name]

@@ -9,7 +9,7 @@ checked everything that the config alone can tell, and reports every mistake in 
 from __future__ import annotations
 
 import dataclasses
-import math
+import sys
 import typing
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -116,14 +116,23 @@ def _parse(
         value = tuple(value) if isinstance(value, list) else value
         problem = _type_mistake(value, expected) or _range_mistake(value, field.metadata)
         if problem:
-            wrong.append(f"{prefix}{name} = {value!r}: {problem}")
+            wrong.append(f"{prefix}{name} = {value!r:.100}: {problem}")
         else:
-            made[name] = float(value) if expected is float else value
+            made[name] = _as_floats(value, expected)
     return kind(**made)
 
 
 def _keys(kind: type[Checked]) -> list[str]:
     return [field.name for field in dataclasses.fields(kind)]
+
+
+def _as_floats(value: Any, expected: Any) -> Any:
+    """Make floats of integers where a key holds numbers."""
+    if expected is float:
+        return float(value)
+    if isinstance(value, tuple) and float in typing.get_args(expected):
+        return tuple(float(item) for item in value)
+    return value
 
 
 _KINDS: Mapping[Any, tuple[tuple[type, ...], str]] = {
@@ -149,7 +158,7 @@ def _type_mistake(value: Any, expected: Any) -> str:
 
 
 def _range_mistake(value: Any, rules: Mapping[str, Any]) -> str:
-    if isinstance(value, float) and not math.isfinite(value):
+    if isinstance(value, (int, float)) and not abs(value) <= sys.float_info.max:
         return "expected a finite number"
     if rules["choices"] and value not in rules["choices"]:
         return f"expected one of {', '.join(map(repr, rules['choices']))}"

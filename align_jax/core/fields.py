@@ -7,7 +7,7 @@ something else.
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -39,8 +39,18 @@ def is_integer(value: Any) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """Tell whether a value is a finite number."""
-    return type(value) in (int, float) and math.isfinite(value)
+    """Tell whether a value is a finite number, and one that a float can hold."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and abs(value) <= sys.float_info.max  # False for NaN
+
+
+def number_in(text: str) -> float | None:
+    """Return the finite number that a text is; None where it is none."""
+    try:
+        number = float(text)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return number if is_number(number) else None
 
 
 def is_above_zero(value: Any) -> bool:

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from align_jax.core.address import server_address
+from align_jax.core.fields import number_in
 
 
 def option(
@@ -330,11 +331,8 @@ class DataOptions(Checked):
                 datetime.date.fromisoformat(self.date)
             except ValueError:
                 yield f"date = {self.date!r}: expected YYYY-MM-DD, such as 2026-01-31"
-        if self.threshold not in ("mean", "median"):
-            try:
-                float(self.threshold)
-            except ValueError:
-                yield f"threshold = {self.threshold!r}: expected a number, 'mean' or 'median'"
+        if self.threshold not in ("mean", "median") and number_in(self.threshold) is None:
+            yield f"threshold = {self.threshold!r:.60}: expected a number, 'mean' or 'median'"
 
 
 @dataclasses.dataclass(frozen=True)

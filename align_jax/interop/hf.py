@@ -108,6 +108,10 @@ def locate(path: str, file: str = "") -> str:
     errors = huggingface_hub.errors
     try:
         return huggingface_hub.snapshot_download(path, allow_patterns=wanted)
+    except errors.HFValidationError:
+        raise FileNotFoundError(
+            f"no model folder at {path!r:.100} (nor is that a hub id, owner/name){near}"
+        ) from None
     except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError) as error:
         raise FileNotFoundError(
             f"no model folder at {path!r}{near}; the hub has no such model or cannot be "

@@ -99,7 +99,10 @@ class Option:
         kind = numbers.Real if float in self.kinds else numbers.Integral
         if isinstance(value, bool) or not isinstance(value, kind):
             return False
-        number = float(value)
+        try:
+            number = float(value)
+        except OverflowError:  # of an integer
+            return False
         return (
             math.isfinite(number)
             and (self.low is None or number >= self.low)
@@ -116,7 +119,7 @@ class Option:
         if not self.choices:
             words = [f"{WORDS[kind]} {self.range}".strip() for kind in self.kinds if kind in WORDS]
             expected = " or ".join([*words, "None"] if types.NoneType in self.kinds else words)
-        raise ValueError(f"{name} = {value!r}: expected {expected}")
+        raise ValueError(f"{name} = {value!r:.100}: expected {expected}")
 
     def check_effect(self, name: str, value: Any, others: Mapping[str, Any]) -> None:
         """Raise a ValueError where a value that is not the default has no effect.
@@ -131,13 +134,13 @@ class Option:
         for other, values in self.only.items():
             if others[other] not in values:
                 raise ValueError(
-                    f"{name} = {value!r} has no effect with {other} = {others[other]!r}; it needs "
-                    f"{other} = {' or '.join(map(repr, values))}"
+                    f"{name} = {value!r:.100} has no effect with {other} = {others[other]!r}; it "
+                    f"needs {other} = {' or '.join(map(repr, values))}"
                 )
         for other, values in self.unless.items():
             if others[other] in values:
                 raise ValueError(
-                    f"{name} = {value!r} has no effect with {other} = {others[other]!r}; give "
+                    f"{name} = {value!r:.100} has no effect with {other} = {others[other]!r}; give "
                     f"{other} another value, or leave {name} at {self.default!r}"
                 )
 
@@ -181,4 +184,10 @@ def make(kind: type[Kind], values: Mapping[str, Any]) -> Kind:
     own = {name: option for name, option in declared(kind).items() if name in values}
     for name, option in own.items():
         option.check(name, values[name])
-    return kind(**{name: values[name] for name in own})
+    return kind(**{name: _as_number(values[name], option) for name, option in own.items()})
+
+
+def _as_number(value: Any, option: Option) -> Any:
+    """Make a float of an integer where the option is one."""
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    return float(value) if whole and float in option.kinds else value

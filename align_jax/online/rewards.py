@@ -34,6 +34,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 
 from align_jax.core.choose import choose
+from align_jax.core.fields import is_number, number_in
 from align_jax.core.schema import Example
 from align_jax.data.tokenizer import load_tokenizer
 from align_jax.inference.client import Client
@@ -169,10 +170,10 @@ def numeric(
 
     def gold(row: Mapping[str, Any]) -> float:
         answer = _gold(row, column)
-        number = find_number(answer) if isinstance(answer, str) else float(answer)
-        if number is None or not math.isfinite(number):
+        number = find_number(answer) if isinstance(answer, str) else answer
+        if number is None or not is_number(number):
             raise ValueError(f"column {column!r} holds no number: {str(answer)[:80]!r}")
-        return number
+        return float(number)
 
     def score(prompt: str, completion: str, extras: Mapping[str, Any]) -> float:
         got = find_number(completion, anywhere=not marked)
@@ -248,12 +249,10 @@ def load_lexicon(path: str) -> Mapping[str, float]:
         if not line.strip():
             continue
         fields = line.split("\t")
-        try:
-            table[fields[0].strip().lower()] = float(fields[1])
-        except (IndexError, ValueError):
-            raise ValueError(
-                f"{path}:{number}: expected 'token<TAB>valence', got {line[:60]!r}"
-            ) from None
+        valence = number_in(fields[1]) if len(fields) > 1 else None
+        if valence is None:
+            raise ValueError(f"{path}:{number}: expected 'token<TAB>valence', got {line[:60]!r}")
+        table[fields[0].strip().lower()] = valence
     return table
 
 
@@ -693,9 +692,8 @@ def read(rewards: Mapping[str, Any]) -> list[RewardTerm]:
             )
         options: dict[str, Any] = {"weight": given} if bare else dict(given.items())
         weight, kind = options.pop("weight", 1.0), options.pop("kind", name)
-        number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
-        if not number or not math.isfinite(weight):
-            raise ValueError(f"reward {name!r}: weight = {weight!r}: expected a finite number")
+        if not is_number(weight):
+            raise ValueError(f"reward {name!r}: weight = {weight!r:.60}: expected a finite number")
         choose(REWARDS, str(kind), "reward")
         terms.append(RewardTerm(name, float(weight), kind, options))
         _bind(terms[-1], load_model=None, mesh=None)
@@ -771,10 +769,10 @@ def _bind(term: RewardTerm, **resources: Any) -> Callable[[], RewardFunction]:
         expected = None if parameter is None else parameter.annotation
         fits = isinstance(value, bool) if expected is bool else not isinstance(value, bool)
         if expected is float:
-            fits = fits and isinstance(value, (int, float)) and math.isfinite(value)
+            fits = fits and is_number(value)
         elif expected in (int, str):
             fits = fits and isinstance(value, expected)
         if expected in (bool, int, float, str) and not fits:
             wanted = "a finite number" if expected is float else f"a value of {expected}"
-            raise ValueError(f"reward {term.name!r}: {name} = {value!r}: expected {wanted}")
+            raise ValueError(f"reward {term.name!r}: {name} = {value!r:.60}: expected {wanted}")
     return functools.partial(row, **term.options, **taken)

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from align_jax.core.fields import number_in
 from align_jax.core.options import RolloutOptions
 
 PAIRINGS = ("best_worst", "random")
@@ -45,12 +46,12 @@ def resolve_threshold(threshold: float | str, rewards: Sequence[float]) -> float
         return float(np.mean(rewards))
     if threshold == "median":
         return float(np.median(rewards))
-    try:
-        return float(threshold)
-    except ValueError:
+    number = number_in(str(threshold))
+    if number is None:
         raise ValueError(
-            f"threshold must be a number, 'mean' or 'median'; got {threshold!r}"
-        ) from None
+            f"threshold must be a finite number, 'mean' or 'median'; got {threshold!r:.60}"
+        )
+    return number
 
 
 def _one_per_prompt(samples: Int[np.ndarray, "G R"], counts: Bool[np.ndarray, "G"]) -> Groups:
