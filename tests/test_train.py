@@ -179,6 +179,10 @@ MISTAKES = {
     "batch and mesh": (dict(batch_size=6), "batch_size 6 is not divisible by 8"),
     "mesh and devices": (dict(mesh__data=3), "divisible|devices"),
     "mesh and parameters": (dict(mesh__tensor=8, mesh__fsdp=1), "does not divide"),
+    "compile cache": (
+        dict(debug__compile_cache="c"),
+        "on 8 CPU devices.*compile_cache='' compiles",
+    ),
     "positions": (dict(max_length=100000), "positions"),
     "malformed line": ([GOOD, "{oops"], r"gz:2"),
     "missing field": ([GOOD, '{"prompt": "a", "chosen": "b"}'], r"gz:2.*rejected"),

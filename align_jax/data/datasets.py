@@ -286,9 +286,7 @@ def _part(examples: Examples, chosen: Bool[np.ndarray, "n"], name: str) -> Examp
     return dataclasses.replace(
         examples,
         digest=f"{examples.digest}-{name}",
-        items=Later(
-            int(before[-1]), lambda: [examples[i] for i in np.flatnonzero(chosen).tolist()]
-        ),
+        items=Later(int(before[-1]), read),
         ends=tuple(before[list(examples.ends)].tolist()),
     )
 

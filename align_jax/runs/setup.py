@@ -434,6 +434,12 @@ def prepare(config: Config, workdir: str) -> Run:
         ValueError, KeyError, FileNotFoundError: a mistake in the config, the data or the workdir.
     """
     metrics.check_installed(dataclasses.asdict(config.log))
+    if config.debug.compile_cache and jax.default_backend() == "cpu" and jax.device_count() > 1:
+        raise ValueError(
+            f"config.debug.compile_cache = {config.debug.compile_cache!r} on {jax.device_count()} "
+            "CPU devices: a program read from it would lose the order of its collectives and "
+            "hang; --config.debug.compile_cache='' compiles it anew"
+        )
     resolved = resolve_config(config, jax.device_count())
     if not config.data.date and template.date_read(resolved.tokenizer):
         day = first_day(workdir)

@@ -463,7 +463,7 @@ def _update(
 ) -> tuple[Tree, dict[str, jax.Array]]:
     """Move the parameters, unless the step is not finite."""
     with jax.named_scope("optimizer"):
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes integer counts with floats
             updates, opt_state = spec.optimizer.update(grads, state["opt_state"], state["params"])
             # gradients are float32 whatever the parameters; what is kept of them has its own type

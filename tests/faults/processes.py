@@ -14,6 +14,8 @@ import subprocess
 import sys
 import time
 
+import compile_cache  # noqa: F401
+
 ROOT = pathlib.Path(__file__).parents[2]
 IMPORTED = ["align_jax.train", "orbax.checkpoint", "transformers.models.auto", __name__]
 
