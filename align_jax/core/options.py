@@ -495,7 +495,9 @@ class RolloutOptions(Checked):
 
     prompts: int = option(0, "in a rollout; 0 = batch_size", unit="prompts", low=0)
     responses_per_prompt: int = option(8, "samples of each", unit="responses", low=1)
-    max_new_tokens: int = option(256, "of a response", unit="tokens", low=1)
+    max_new_tokens: int = option(
+        256, "of a response, with what the environment says in it", unit="tokens", low=1
+    )
     rows: int = option(
         256,
         "completions decoded together, the whole mesh: more are faster, and their cache larger",
@@ -520,7 +522,16 @@ class RolloutOptions(Checked):
     )
     top_k: int = option(0, "most probable tokens that are drawn from; 0 = all", low=0)
     min_p: float = option(0.0, "least probability, as a share of the greatest", low=0, high=1)
-    stop: tuple[str, ...] = option((), "texts that end a response")
+    stop: tuple[str, ...] = option((), "texts that end a response, or one of its answers")
+    environment: str = option(
+        "",
+        "your function or class that answers the model between its turns, module:function; '' = "
+        "one turn",
+    )
+    max_turns: int = option(8, "answers of the model in an episode", unit="answers", low=1)
+    max_turn_tokens: int = option(
+        0, "of one answer; 0 = what is left of max_new_tokens", unit="tokens", low=0
+    )
     epochs: int = option(
         0, "passes over a rollout; 0 = the objective's own, else one", unit="passes", low=0
     )
@@ -572,6 +583,18 @@ class RolloutOptions(Checked):
         10, "samples written to WORKDIR/samples.jsonl; 0 = never", unit="steps", low=0, resume=True
     )
     server: ServerOptions = group(ServerOptions)
+
+    def check(self) -> Iterator[str]:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name in ("max_turns", "max_turn_tokens") and not self.environment:
+                if value != field.default:
+                    yield f"{field.name} = {value} has no effect without rollout.environment"
+        if self.max_turn_tokens > self.max_new_tokens:
+            yield (
+                f"max_turn_tokens = {self.max_turn_tokens}: expected at most max_new_tokens = "
+                f"{self.max_new_tokens}, which holds all turns"
+            )
 
 
 @dataclasses.dataclass(frozen=True)

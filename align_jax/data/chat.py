@@ -517,3 +517,37 @@ def encode_many(
 def encode(example: Example, tokenizer: PreTrainedTokenizerBase) -> Tokens:
     """Tokenize one example; see ``encode_many``."""
     return encode_many([example], tokenizer)[0]
+
+
+def encode_reply(
+    example: Example, tokenizer: PreTrainedTokenizerBase, reply: Message, end: str = ""
+) -> list[int]:
+    """Tokenize what stands between an answer's words and the words of the next answer.
+
+    Of a templated prompt: what the template writes after an answer, the reply as a turn, and the
+    header that asks for the next answer; of plain text the reply's text alone.
+
+    Args:
+        example: its prompt is messages or plain text; its ``template`` is given to the template.
+        tokenizer: the tokenizer.
+        reply: a turn, such as {"role": "tool", "content": "7"}.
+        end: the end of turn that the answer has written itself, which is not written again.
+
+    Raises:
+        RowError: the template refuses a turn of this role, or does not render it.
+    """
+    content = reply["content"]
+    if isinstance(example.prompt, str):
+        return _continue(tokenizer, [content])[0]
+    turns: list[Message] = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": STAND_IN},
+        reply,
+    ]
+    text = _apply(tokenizer, turns, header=True, source=example.source, **example.template)
+    between = text.partition(STAND_IN)[2]
+    if content.strip() not in between:
+        raise RowError("the chat template does not render the reply", f"{dict(reply)!r:.80}")
+    if end and between.lstrip().startswith(end):
+        between = between.lstrip().removeprefix(end)
+    return _continue(tokenizer, [between])[0]

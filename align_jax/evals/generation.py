@@ -18,6 +18,7 @@ from align_jax.inference.engines import Local
 from align_jax.inference.generate import Completion, Generator, bucket, local_rows
 from align_jax.inference.score import rescore
 from align_jax.online import batches, selection
+from align_jax.online.environment import make_player
 from align_jax.online.rewards import WeightedRewards, counted
 from align_jax.online.sampling import Prompts, PromptSampler, PromptSamples
 from align_jax.parallel.mesh import row_shards
@@ -38,7 +39,7 @@ def sample(
     """Sample every prompt and score the samples.
 
     Raises:
-        ValueError: the prompts lack what the rewards read.
+        ValueError: the prompts lack what the rewards or the environment read.
     """
     rewards.check(examples.items)
     limit = min(max_length, policy.model.config.max_positions)
@@ -59,7 +60,15 @@ def sample(
         mesh=policy.mesh,
         prompt_bucket=bucket(prompts.longest, limit - 1),
     )
-    sampler = PromptSampler(options, Local(generator, policy.params), rewards)
+    player = make_player(
+        options,
+        policy.tokenizer,
+        examples.items,
+        longest=prompts.longest,
+        max_length=limit,
+        rewarded=rewards.of_environment,
+    )
+    sampler = PromptSampler(options, Local(generator, policy.params), rewards, player)
     found, _, _ = sampler.sample(prompts, range(len(prompts)), {})
     return found
 
@@ -98,7 +107,7 @@ def generation(
         "prompts": float(len(samples)),
         "reward": float(totals.mean()),
         "reward/stderr": standard_error(totals.mean(axis=1)),
-        "completions/mean_length": float(np.mean([len(one.tokens) for one in completions])),
+        "completions/mean_length": float(np.mean([one.mask.sum() for one in completions])),
         "completions/clipped_ratio": float(np.mean(cut_off)),
         "distinct": len({one.text for one in completions}) / len(completions),
     }

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from transformers import PreTrainedTokenizerBase
 
 from align_jax.core.files import read_json
@@ -49,6 +49,8 @@ class Request:
         sampling: settings.
         seed: of the draws; sample i of a request draws by (seed, i, position).
         stop: strings that end a completion; they are cut off its text, not off its tokens.
+        room: tokens that its prompt and its completion are padded to at least: requests of one room
+            share a program, however their own lengths differ.
     """
 
     prompt: tuple[int, ...]
@@ -57,16 +59,23 @@ class Request:
     sampling: Sampling = Sampling()
     seed: int = 0
     stop: tuple[str, ...] = ()
+    room: tuple[int, int] = (0, 0)
 
 
 class Completion(NamedTuple):
-    """One sampled continuation."""
+    """One sampled continuation; of several turns it holds what was said between them, too."""
 
     tokens: Int[np.ndarray, "n"]  # the stop token included
     token_logps: Float[np.ndarray, "n"]  # nats, under the model: what rescoring gives
     drawn_logps: Float[np.ndarray, "n"]  # nats, under the distribution that was sampled from
     text: str  # without special tokens and without the stop string
     finish: str  # "stop": by a stop token or string; "length": by the limit
+    said: Bool[np.ndarray, "n"] | None = None  # which tokens the model drew; None: all
+
+    @property
+    def mask(self) -> Bool[np.ndarray, "n"]:
+        """Which of the tokens the model drew."""
+        return np.ones(len(self.tokens), np.bool_) if self.said is None else self.said
 
 
 class _Call(NamedTuple):
@@ -317,6 +326,7 @@ class Generator:
         groups: dict[tuple[int, int, int], list[int]] = {}
         for i, request in enumerate(requests):
             size = self._bucket or bucket(len(request.prompt), self._max_length)
+            size = max(size, request.room[0])
             most = min(request.samples, max(1, self._rows // self._shards))
             for first in range(0, request.samples, most):
                 groups.setdefault((size, most, first), []).append(i)
@@ -345,7 +355,8 @@ class Generator:
         )
         seeds = np.array([row.request.seed for row in filled] + fill)
         numbers = np.array([row.number for row in filled] + fill)
-        slots = bucket(max(request.max_new_tokens for request in requests), self._max_length)
+        most = max(max(request.max_new_tokens, request.room[1]) for request in requests)
+        slots = bucket(most, self._max_length)
         keys = np.asarray(jax.random.key_data(row_keys(seeds, numbers)))
         return _Arrays(tokens, lengths, settings, limits, keys, filled, slots, filters)
 

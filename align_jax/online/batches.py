@@ -93,7 +93,7 @@ def write(
         for sample in samples:
             one = completions[prompt][sample]
             learned = keep_unfinished or one.finish == "stop"
-            responses.append((one.tokens, np.full(len(one.tokens), learned)))
+            responses.append((one.tokens, one.mask & learned))
         bins.append([TokenizedGroup(prompts[prompt], tuple(responses))])
     found = np.take_along_axis(scores[groups.prompts], groups.samples, axis=1)
     fields: dict[str, Any] = {"scores": found.astype(np.float32)}
@@ -115,7 +115,7 @@ def token_field(
     for number, one in enumerate(_samples(groups, completions)):
         row, slot = divmod(number, slots)
         at = np.flatnonzero(batch.loss_mask[row] & (batch.slot[row] == slot))
-        out[row, at] = getattr(one, field)[: len(at)]
+        out[row, at] = getattr(one, field)[one.mask][: len(at)]
     return out
 
 
@@ -175,8 +175,8 @@ def mismatched(
     samples = list(_samples(groups, completions))  # R = 1
     bins = []
     for prompt, partner in zip(groups.prompts, layouts.mismatch(texts)):
-        ids = samples[partner].tokens
-        bins.append([TokenizedGroup(prompts[prompt], ((ids, np.ones(len(ids), np.bool_)),))])
+        one = samples[partner]
+        bins.append([TokenizedGroup(prompts[prompt], ((one.tokens, one.mask),))])
     weight = groups.weight.astype(np.float32)
     return layouts.make_batch(bins, shape, "plain", pad=pad, weight=weight)
 

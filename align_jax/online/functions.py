@@ -18,6 +18,8 @@ import importlib.util
 import inspect
 import os
 import sys
+import sysconfig
+import traceback
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
@@ -50,25 +52,35 @@ class Columned:
         return self.fn(prompts, completions, extras)
 
 
-def find(path: str) -> Callable[..., Any]:
+def find(path: str, what: str = "a reward function", classes: bool = False) -> Callable[..., Any]:
     """Return the function that ``module:function`` names.
 
     A function of the very script that runs is taken from there: importing a script without a main
     guard would run it a second time.
 
+    Args:
+        path: its name.
+        what: it is for, in messages.
+        classes: it may be a class.
+
     Raises:
         ValueError: a path not of that form, a module that cannot be imported, no such function.
     """
     module, _, name = path.partition(":")
+    kind = "function or class" if classes else "function"
     if not module or not name:
-        raise ValueError(f"a reward function is named 'module:function', got {path!r}")
+        raise ValueError(f"{what} is named 'module:function', got {path!r}")
     loaded = _module(module)
     found = getattr(loaded, name, None)
     if found is None:
-        known = [key for key, value in vars(loaded).items() if inspect.isfunction(value)]
-        raise ValueError(f"{module!r} has no function {name!r}{nearest(name, known)}")
-    if inspect.isclass(found) or not callable(found):
-        raise ValueError(f"{path!r} is a {type(found).__name__}; expected a function")
+        known = [
+            key
+            for key, value in vars(loaded).items()
+            if inspect.isfunction(value) or (classes and inspect.isclass(value))
+        ]
+        raise ValueError(f"{module!r} has no {kind} {name!r}{nearest(name, known)}")
+    if (inspect.isclass(found) and not classes) or not callable(found):
+        raise ValueError(f"{path!r} is a {type(found).__name__}; expected a {kind}")
     return found
 
 
@@ -152,7 +164,7 @@ def _by_position(
         raise ValueError(f"{path!r}(prompts, completions, extras): {error}") from None
 
     def score(prompts: Sequence[str], completions: Sequence[str], extras: Extras) -> Scores:
-        return _result(fn(prompts, completions, extras, **options))
+        return awaited(fn(prompts, completions, extras, **options))
 
     return score
 
@@ -178,22 +190,34 @@ def _by_keyword(
         turns = [row.get("messages") for row in extras]
         given["prompts"] = [own or text for own, text in zip(turns, prompts, strict=True)]
         given["completions"] = [
-            [{"role": "assistant", "content": text}] if own else text
-            for own, text in zip(turns, completions, strict=True)
+            row.get("turns", [{"role": "assistant", "content": text}]) if own else text
+            for row, own, text in zip(extras, turns, completions, strict=True)
         ]
         taken = {key: value for key, value in given.items() if anything or key in named}
-        return _result(fn(**(taken | dict(options))))
+        return awaited(fn(**(taken | dict(options))))
 
     return Columned(score, check)
 
 
-def _result(found: Any) -> Any:
-    """Wait for what is awaitable, in a thread: a notebook's own has a loop that runs already."""
+def awaited(found: Any) -> Any:
+    """Return what a user's function gave, once it is there: waiting is done in a thread, since a
+    notebook's own has a loop that runs already."""
     if not inspect.isawaitable(found):
         return found
 
-    async def wait(awaited: Awaitable[Any]) -> Any:
-        return await awaited
+    async def wait(one: Awaitable[Any]) -> Any:
+        return await one
 
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         return pool.submit(asyncio.run, wait(found)).result()
+
+
+def line_of(error: BaseException) -> str:
+    """Return where in the user's own code an error arose, ``file:line``; "" where in none."""
+    libraries = (os.path.dirname(os.path.dirname(__file__)), *sysconfig.get_paths().values())
+    frames = [
+        f"{one.filename}:{one.lineno}"
+        for one in traceback.extract_tb(error.__traceback__)
+        if not one.filename.startswith((*libraries, "<frozen"))
+    ]
+    return frames[-1] if frames else ""

@@ -24,8 +24,6 @@ import math
 import os
 import pathlib
 import re
-import sysconfig
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -325,6 +323,19 @@ def function(path: str, **options: Any) -> RewardFunction:
     return functions.adapt(functions.find(path), path, options)
 
 
+def _of_environment(prompts: Sequence[str], completions: Sequence[str], extras: Extras) -> Scores:
+    if any("environment_reward" not in row for row in extras):
+        raise ValueError(
+            "it is what config.rollout.environment gives in an online run, and there is none here"
+        )
+    return [row["environment_reward"] for row in extras]
+
+
+def environment() -> RewardFunction:
+    """Give what the environment of ``config.rollout.environment`` gave: the sum over the turns."""
+    return _of_environment
+
+
 def model(
     path: str,
     rows: int = 16,
@@ -458,6 +469,7 @@ REWARDS: Mapping[str, Callable[..., RewardFunction]] = {
     "length": length,
     "lexicon": lexicon,
     "function": function,
+    "environment": environment,
     "model": model,
     "judge": judge,
 }
@@ -472,6 +484,11 @@ class WeightedRewards:
     """
 
     terms: tuple[tuple[str, float, RewardFunction], ...]
+
+    @property
+    def of_environment(self) -> bool:
+        """Whether what an environment gives counts among them."""
+        return any(fn is _of_environment for _, _, fn in self.terms)
 
     def __call__(
         self, prompts: Sequence[str], completions: Sequence[str], extras: Extras | None = None
@@ -549,20 +566,9 @@ def _ask(
             else _failing_row(fn, prompts, completions, extras)
         )
         where = "" if row is None else f" at {_place(row, prompts, completions)}"
-        line = _line(error)
+        line = functions.line_of(error)
         words = f"{type(error).__name__}: {error} ({line})" if line else str(error)
         raise ValueError(f"reward {name!r} failed{where}: {words}") from error
-
-
-def _line(error: BaseException) -> str:
-    """Return where in the user's own code an error arose, ``file:line``; "" where in none."""
-    libraries = (os.path.dirname(os.path.dirname(__file__)), *sysconfig.get_paths().values())
-    frames = [
-        f"{one.filename}:{one.lineno}"
-        for one in traceback.extract_tb(error.__traceback__)
-        if not one.filename.startswith((*libraries, "<frozen"))
-    ]
-    return frames[-1] if frames else ""
 
 
 def _place(row: int, prompts: Sequence[str], completions: Sequence[str]) -> str:

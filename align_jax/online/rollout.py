@@ -47,6 +47,7 @@ from align_jax.losses.targets import make_targets
 from align_jax.models.model import Model, Params
 from align_jax.online import batches, rewards, sampling
 from align_jax.online.config import RolloutConfig
+from align_jax.online.environment import make_player
 from align_jax.online.sampling import Prompts, PromptSampler, PromptSamples, SampledRollout
 from align_jax.online.selection import SELECTIONS
 from align_jax.parallel.mesh import row_shards
@@ -574,6 +575,14 @@ def make_rollouts(
             "at least"
         )
     longest = max(prompts.longest, 0 if others is None else others.longest)
+    player = make_player(
+        rollouts.options,
+        tokenizer,
+        (*examples, *held_out),
+        longest=longest,
+        max_length=config.max_length,
+        rewarded=any(term.kind == "environment" for term in rewards.read(config.rewards)),
+    )
     if rollouts.options.server.url:
         engine: Engine = Server(
             rollouts.options.server, tokenizer, export=export, vocabulary=policy.config.vocab_size
@@ -584,7 +593,7 @@ def make_rollouts(
         reshard = make_resharder(policy, where) if rollouts.options.tensor else None
         engine = Local(generator, reshard=reshard)
     scored = rewards.resolve(config.rewards, mesh=mesh, load_model=load_model)
-    sampler = PromptSampler(rollouts.options, engine, scored)
+    sampler = PromptSampler(rollouts.options, engine, scored, player)
     maker = RolloutMaker(rollouts, prompts, sampler, pad_id(tokenizer), policy, reference, mesh)
     return Rollouts(maker, others, text)
 

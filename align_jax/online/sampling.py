@@ -27,6 +27,7 @@ from align_jax.inference.engines import Engine
 from align_jax.inference.generate import Completion, Request, true_on_all_processes
 from align_jax.inference.samplers import Sampling
 from align_jax.losses import advantages as estimators
+from align_jax.online.environment import Episode, Player
 from align_jax.online.rewards import WeightedRewards, by_name, columns, counted, prompt_text
 
 # running moments of all scores; see losses.advantages.normalize_scores
@@ -150,6 +151,7 @@ class PromptSamples(NamedTuple):
     scores: Float[np.ndarray, "n"]  # after shaping: what is trained on
     rewards: Float[np.ndarray, "n"]  # the weighted sum
     each_reward: dict[str, Float[np.ndarray, "n"]]  # by name, unweighted; NaN: it said nothing
+    episodes: list[Episode] = []  # of the samples, where an environment answers
 
 
 class SampledRollout(NamedTuple):
@@ -212,11 +214,13 @@ class PromptSampler:
         options: how.
         engine: what generates.
         rewards: what a completion is worth.
+        player: plays episodes of several turns; None: a completion has one.
     """
 
     options: RolloutOptions
     engine: Engine
     rewards: WeightedRewards
+    player: Player | None = None
 
     def sample(
         self, prompts: Prompts, positions: Sequence[int], moments: Moments
@@ -233,7 +237,7 @@ class PromptSampler:
             Request(
                 tuple(ids.tolist()),
                 n,
-                options.max_new_tokens,
+                options.max_turn_tokens or options.max_new_tokens,
                 sampling,
                 prompts.seed(position),
                 options.stop,
@@ -241,16 +245,26 @@ class PromptSampler:
             for position, (_, ids) in zip(positions, chosen)
         ]
         began = time.monotonic()
-        completions = self.engine(requests)
+        examples = [example for example, _ in chosen]
+        episodes: list[list[Episode]] = [[] for _ in chosen]
+        if self.player is None:
+            completions = self.engine(requests)
+        else:
+            played = self.player(self.engine, requests, examples)
+            completions = [one.completions for one in played]
+            episodes = [one.episodes for one in played]
         seconds = time.monotonic() - began
+        extras = [
+            columns(example, one.finish)
+            for example, several in zip(examples, completions)
+            for one in several
+        ]
+        for row, episode in zip(extras, (one for several in episodes for one in several)):
+            row |= episode.columns()
         total, each = self.rewards(
-            [prompt_text(example) for example, _ in chosen for _ in range(n)],
+            [prompt_text(example) for example in examples for _ in range(n)],
             [one.text for several in completions for one in several],
-            [
-                columns(example, one.finish)
-                for (example, _), several in zip(chosen, completions)
-                for one in several
-            ],
+            extras,
         )
         rewards = total.reshape(-1, n)
         scores, moments = shape_scores(rewards, completions, options, moments)
@@ -258,7 +272,9 @@ class PromptSampler:
         for i, (position, (example, ids)) in enumerate(zip(positions, chosen)):
             own = {name: values.reshape(-1, n)[i] for name, values in each.items()}
             found.append(
-                PromptSamples(position, example, ids, completions[i], scores[i], rewards[i], own)
+                PromptSamples(
+                    position, example, ids, completions[i], scores[i], rewards[i], own, episodes[i]
+                )
             )
         return found, moments, seconds
 
@@ -281,7 +297,7 @@ class PromptSampler:
             first = position + tries * options.prompts + jax.process_index() * share
             found, moments, taken = self.sample(prompts, range(first, first + share), moments)
             seconds += taken
-            tokens += sum(len(one.tokens) for each in found for one in each.completions)
+            tokens += sum(int(one.mask.sum()) for each in found for one in each.completions)
             for one in found:
                 (kept if options.tries == 1 or np.ptp(one.scores) > 0 else spare).append(one)
             tries += 1
@@ -294,7 +310,7 @@ def describe(rollout: SampledRollout) -> dict[str, float]:
     rewards = gather(np.concatenate([one.rewards for one in rollout.prompts]))
     rewards = rewards.reshape(-1, responses)
     completions = [one for several in rollout.prompts for one in several.completions]
-    lengths = gather(np.array([len(one.tokens) for one in completions], np.float32))
+    lengths = gather(np.array([one.mask.sum() for one in completions], np.float32))
     cut_off = gather(np.array([one.finish == "length" for one in completions], np.float32))
     tokens = float(gather(np.array([rollout.tokens], np.float32)).sum())
     metrics = {
@@ -320,12 +336,33 @@ def describe(rollout: SampledRollout) -> dict[str, float]:
             metrics[f"rewards/{name}/abstained"] = float(len(own) - len(said))
     if rollout.prompts[0].each_reward and silent.any():
         metrics["rewards/all_abstained"] = float(silent.sum())
-    return metrics
+    return metrics | _describe_episodes(rollout)
+
+
+def _describe_episodes(rollout: SampledRollout) -> dict[str, float]:
+    """Return the metrics of episodes of several turns, over all processes."""
+    episodes = [one for several in rollout.prompts for one in several.episodes]
+    if not episodes:
+        return {}
+    completions = [one for several in rollout.prompts for one in several.completions]
+    facts = [
+        (one.answers, not one.done, one.no_room, (~whole.mask).sum(), len(whole.tokens))
+        for one, whole in zip(episodes, completions)
+    ]
+    turns, unfinished, no_room, said, tokens = (
+        float(gather(np.array(x, np.float32)).mean()) for x in zip(*facts)
+    )
+    return {
+        "environment/turns": turns,
+        "environment/unfinished": unfinished,
+        "environment/no_room": no_room,
+        "environment/tokens_share": said / tokens,
+    }
 
 
 def records(rollout: SampledRollout, prompts: int = 4) -> list[dict[str, Any]]:
     """Return some samples as JSON-able records, for people to read."""
-    found = []
+    found: list[dict[str, Any]] = []
     for several in rollout.prompts[:prompts]:
         prompt = several.example.prompt
         for i, one in enumerate(several.completions):
@@ -340,4 +377,8 @@ def records(rollout: SampledRollout, prompts: int = 4) -> list[dict[str, Any]]:
                     "finish": one.finish,
                 }
             )
+            if several.episodes:
+                episode = several.episodes[i]
+                turns = {"turns": list(episode.turns), "turn_rewards": list(episode.rewards)}
+                found[-1] |= turns | {"done": episode.done}
     return found

@@ -1,0 +1,463 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rollouts of several turns: a user's Python answers the model, and the model goes on.
+
+    prompt [answer <end>] [reply, header] [answer <end>] [reply, header] [answer <end>]
+            learned        masked          learned        masked          learned
+
+``config.rollout.environment`` names a function, or a class of which each episode gets an object:
+
+    def check(said, **columns)                       asked once a turn
+    class Game:
+        def __init__(self, **columns)                once an episode
+        def step(self, said)                         once a turn
+
+``said`` is the text of the model's answer.  The others are given by name, those that are named (all
+to ``**columns``): columns of the data's row, ``messages`` (the prompt's turns), and
+``seed`` (of the prompt's place in the stream: the same for all its samples, and again on resuming).
+What they return is a ``Reply``, or a tuple that begins like one, a text (the episode goes on), or
+None (it is over).
+
+An answer's tokens are the very ones that were sampled.  After each turn the context is prefilled
+anew, padded to one length: no program is compiled after the second turn, and no cache is kept from
+turn to turn.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import math
+import numbers
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Int
+from transformers import PreTrainedTokenizerBase
+
+from align_jax.core.choose import choose
+from align_jax.core.options import RolloutOptions
+from align_jax.core.schema import Example, Message
+from align_jax.data import chat
+from align_jax.inference.engines import Engine
+from align_jax.inference.generate import (
+    Completion,
+    Request,
+    bucket,
+    stop_tokens,
+    true_on_all_processes,
+)
+from align_jax.online import functions
+
+ROLES = ("user", "tool", "system")  # whose turn a reply may be
+_SAID = "said"  # the parameter that takes what the model said
+_EXCERPT = 60  # characters of an answer in a message
+_RETURNS = (
+    "expected a text, None (the episode is over), or (text, done), (text, done, reward), "
+    "(text, done, reward, role)"
+)
+
+
+class Reply(NamedTuple):
+    """What an environment says to an answer.
+
+    Attributes:
+        text: the next turn; where the episode is over it is only logged.
+        done: the episode is over.
+        reward: of this turn; an episode's rewards are summed, and count as the reward
+            "environment".
+        role: whose turn it is, one of ``ROLES``; plain text has no roles.
+    """
+
+    text: str = ""
+    done: bool = False
+    reward: float | None = None
+    role: str = "user"
+
+
+def read_reply(found: Any) -> Reply:
+    """Read what a user's environment returned.
+
+    Raises:
+        ValueError: no reply.
+    """
+    if found is None:
+        return Reply(done=True)
+    given = found if isinstance(found, tuple) else (found,)
+    if not 1 <= len(given) <= len(Reply._fields):
+        raise ValueError(f"returned {len(given)} values; {_RETURNS}")
+    reply = Reply(*given)
+    if not isinstance(reply.text, str):
+        kind = type(reply.text).__name__
+        raise ValueError(f"returned {str(found)[:_EXCERPT]} (a {kind}); {_RETURNS}")
+    if not isinstance(reply.done, (bool, np.bool_)):
+        raise ValueError(f"returned done = {reply.done!r}; expected True or False")
+    if reply.role not in ROLES:
+        raise ValueError(f"returned the role {reply.role!r}; expected one of {', '.join(ROLES)}")
+    reward = reply.reward
+    if reward is not None:
+        if not isinstance(reward, (numbers.Real, np.bool_)) or not math.isfinite(reward):
+            raise ValueError(f"returned the reward {reward!r}; expected a finite number, or None")
+        reward = float(reward)
+    if not reply.text and not reply.done:
+        raise ValueError("returned an empty text, and not that the episode is over (done)")
+    return reply._replace(done=bool(reply.done), reward=reward)
+
+
+Step = Callable[[str], Any]  # from an answer to what `read_reply` reads
+
+
+@dataclasses.dataclass(frozen=True)
+class Environment:
+    """A user's environment, found and asked by its signature what it takes.
+
+    Attributes:
+        path: its name, ``module:function``.
+        made: the function or class.
+        named: the parameters that it takes by name, ``said`` not among them.
+        needed: those of them without a default.
+        anything: it takes any column.
+    """
+
+    path: str
+    made: Callable[..., Any]
+    named: frozenset[str]
+    needed: frozenset[str]
+    anything: bool
+
+    def check(self, columns: Mapping[str, Any]) -> None:
+        """Check that a row has what it takes.
+
+        Raises:
+            ValueError: a column is missing.
+        """
+        for name in sorted(self.needed - {"seed"}):
+            choose(columns, name, "the environment's column")
+
+    def start(self, columns: Mapping[str, Any], seed: int) -> Step:
+        """Begin an episode.
+
+        Args:
+            columns: of its row.
+            seed: of its prompt.
+        """
+        given = {"seed": seed, **columns}
+        taken = {name: x for name, x in given.items() if self.anything or name in self.named}
+        if inspect.isclass(self.made):
+            game: Any = self.made(**taken)
+            step: Step = game.step
+            return step
+        return lambda said: self.made(**taken | {_SAID: said})
+
+
+def find(path: str) -> Environment:
+    """Find the function or class that ``module:function`` names.
+
+    Raises:
+        ValueError: there is none, or one that cannot be an environment.
+    """
+    made = functions.find(path, "an environment", classes=True)
+    try:
+        parameters = dict(inspect.signature(made).parameters)
+    except (TypeError, ValueError):
+        raise ValueError(f"{path!r} does not say what it takes; wrap it in a function") from None
+    if inspect.isclass(made):
+        step = getattr(made, "step", None)
+        try:
+            inspect.signature(step).bind(None, "")  # type: ignore[arg-type]
+        except (TypeError, ValueError):
+            raise ValueError(f"{path!r} has no method step(self, said)") from None
+    elif _SAID in parameters:
+        del parameters[_SAID]
+    else:
+        raise ValueError(
+            f"{path!r} takes ({', '.join(parameters)}); expected (said, **columns), or a class "
+            "with step(self, said)"
+        )
+    kinds = {one.kind for one in parameters.values()}
+    if inspect.Parameter.POSITIONAL_ONLY in kinds or inspect.Parameter.VAR_POSITIONAL in kinds:
+        raise ValueError(f"{path!r} takes a parameter by position only; expected columns by name")
+    named = {
+        name: one
+        for name, one in parameters.items()
+        if one.kind is not inspect.Parameter.VAR_KEYWORD
+    }
+    needed = {name for name, one in named.items() if one.default is inspect.Parameter.empty}
+    anything = inspect.Parameter.VAR_KEYWORD in kinds
+    return Environment(path, made, frozenset(named), frozenset(needed), anything)
+
+
+def columns_of(example: Example) -> dict[str, Any]:
+    """Return the columns of an example's row for environments, and the prompt's turns."""
+    if isinstance(example.prompt, str):
+        return dict(example.extras)
+    return {**example.extras, "messages": list(example.prompt)}
+
+
+class Episode(NamedTuple):
+    """What was said in a sample of several turns."""
+
+    turns: tuple[Message, ...]  # after the prompt
+    rewards: tuple[float | None, ...]  # that the environment gave, of each answer
+    done: bool  # the environment ended it
+    no_room: bool  # a reply was left out: no answer would have fitted behind it
+
+    @property
+    def answers(self) -> int:
+        """How often the model spoke."""
+        return len(self.rewards)
+
+    def columns(self) -> dict[str, Any]:
+        """Return what reward functions are told beside the row's columns."""
+        given = [one for one in self.rewards if one is not None]
+        return {
+            "turns": [dict(turn) for turn in self.turns],
+            "environment_reward": sum(given) if given else None,
+        }
+
+
+class Played(NamedTuple):
+    """A request's samples: as one completion each, and by their turns."""
+
+    completions: list[Completion]
+    episodes: list[Episode]
+
+
+@dataclasses.dataclass
+class _Playing:
+    """An episode under way."""
+
+    example: Example
+    request: Request  # the first turn's
+    sample: int
+    step: Step
+    parts: list[tuple[Any, Any, Any, bool]]  # tokens, their log-probabilities, said by the model?
+    turns: list[Message]
+    rewards: list[float | None]
+    done: bool = False
+    no_room: bool = False
+    over: bool = False
+    finish: str = "length"
+
+    @property
+    def tokens(self) -> Int[np.ndarray, "n"]:
+        """Of all turns, the environment's among them."""
+        return np.concatenate([part[0] for part in self.parts]).astype(np.int32)
+
+    def take(self, answer: Completion) -> None:
+        """Append an answer."""
+        self.parts.append((answer.tokens, answer.token_logps, answer.drawn_logps, True))
+        self.turns.append({"role": "assistant", "content": answer.text})
+        self.finish = answer.finish
+
+    def append(self, ids: Sequence[int]) -> None:
+        """Append what the environment said, of no log-probability."""
+        none = np.zeros(len(ids), np.float32)
+        self.parts.append((np.array(ids, np.int32), none, none, False))
+
+    def completion(self, room: int) -> Completion:
+        """Return all of it as one completion.
+
+        Args:
+            room: tokens that an episode may have at most.
+        """
+        tokens = self.tokens
+        said = np.concatenate([np.full(len(part[0]), part[3]) for part in self.parts])
+        logps, drawn = (
+            np.concatenate([part[i] for part in self.parts]).astype(np.float32) for i in (1, 2)
+        )
+        ended = self.done and (self.finish == "stop" or len(tokens) < room)
+        words = [turn["content"] for turn in self.turns[: len(self.parts)]]
+        text = ("" if isinstance(self.example.prompt, str) else "\n").join(words)
+        return Completion(tokens, logps, drawn, text, "stop" if ended else "length", said)
+
+    def episode(self) -> Episode:
+        """Return what was said."""
+        return Episode(tuple(self.turns), tuple(self.rewards), self.done, self.no_room)
+
+
+@dataclasses.dataclass(frozen=True)
+class Player:
+    """Plays episodes: engine and environment by turns.
+
+    Attributes:
+        environment: the user's.
+        tokenizer: the policy's.
+        options: limits, and how answers are sampled.
+        width: the padded length of the contexts of later turns, tokens.
+        rewarded: what the environment gives counts among the rewards.
+    """
+
+    environment: Environment
+    tokenizer: PreTrainedTokenizerBase
+    options: RolloutOptions
+    width: int
+    rewarded: bool
+
+    @functools.cached_property
+    def _ends(self) -> tuple[int, ...]:
+        return stop_tokens(self.tokenizer)
+
+    @property
+    def turn_tokens(self) -> int:
+        """Tokens of an answer at most."""
+        return self.options.max_turn_tokens or self.options.max_new_tokens
+
+    def __call__(
+        self, engine: Engine, requests: Sequence[Request], examples: Sequence[Example]
+    ) -> list[Played]:
+        """Play each request's samples.
+
+        Args:
+            engine: what generates.
+            requests: of the first turn.
+            examples: of each request.
+
+        Raises:
+            ValueError: the environment fails, with its name, the row, the sample and the turn.
+        """
+        playing: list[list[_Playing]] = []
+        first = engine(requests)
+        for request, example in zip(requests, examples, strict=True):
+            playing.append([])
+            for sample in range(request.samples):
+                row = columns_of(example)
+                begin = functools.partial(self.environment.start, row, request.seed)
+                step = self._asked(begin, example, sample, "before its first turn")
+                playing[-1].append(_Playing(example, request, sample, step, [], [], []))
+        everyone = [one for several in playing for one in several]
+        for one, answer in zip(everyone, (one for several in first for one in several)):
+            self._turn(one, answer)
+        for turn in range(1, self.options.max_turns):
+            # processes must make the same calls: there the episodes that are over ask for nothing
+            several = jax.process_count() > 1
+            going = everyone if several else [one for one in everyone if not one.over]
+            if true_on_all_processes(all(one.over for one in everyone)):
+                break
+            answers = engine([self._request(one, turn) for one in going])
+            for one, [answer] in zip(going, answers):
+                if not one.over:
+                    self._turn(one, answer)
+        room = self.options.max_new_tokens
+        return [
+            Played([one.completion(room) for one in several], [one.episode() for one in several])
+            for several in playing
+        ]
+
+    def _request(self, one: _Playing, turn: int) -> Request:
+        """Ask for an episode's next answer; of one that is over, for none."""
+        first, left = one.request, self.options.max_new_tokens
+        prompt = first.prompt
+        if not one.over:
+            tokens = one.tokens
+            prompt, left = (*prompt, *tokens.tolist()), left - len(tokens)
+        seed = np.random.SeedSequence((first.seed, one.sample, turn)).generate_state(1)[0]
+        return Request(
+            prompt,
+            1,
+            0 if one.over else min(left, self.turn_tokens),
+            first.sampling,
+            int(seed),
+            first.stop,
+            (self.width, self.turn_tokens),
+        )
+
+    def _turn(self, one: _Playing, answer: Completion) -> None:
+        """Take an answer, and what the environment says to it."""
+        one.take(answer)
+        words = one.turns[-1]["content"]
+        where = f"turn {len(one.rewards) + 1} (answer {words[:_EXCERPT]!r})"
+        ask = functools.partial(self._reply, one.step, words)
+        reply: Reply = self._asked(ask, one.example, one.sample, where)
+        one.rewards.append(reply.reward)
+        last = len(one.rewards) == self.options.max_turns
+        if reply.done or last:
+            one.done, one.over = reply.done, True
+            if reply.text:  # for people to read
+                one.turns.append({"role": reply.role, "content": reply.text})
+            return
+        end = ""
+        if len(answer.tokens) and answer.tokens[-1] in self._ends:
+            end = str(self.tokenizer.decode([int(answer.tokens[-1])]))
+        turn = {"role": reply.role, "content": reply.text}
+        encode = functools.partial(chat.encode_reply, one.example, self.tokenizer, turn, end)
+        ids = self._asked(encode, one.example, one.sample, where)
+        if len(one.tokens) + len(ids) >= self.options.max_new_tokens:
+            one.no_room = one.over = True
+            return
+        one.turns.append(turn)
+        one.append(ids)
+
+    def _reply(self, step: Step, answer: str) -> Reply:
+        reply = read_reply(functions.awaited(step(answer)))
+        if reply.reward is not None and not self.rewarded:
+            raise ValueError(
+                "gave a reward, which counts for nothing: name the reward 'environment' in "
+                "config.rewards"
+            )
+        return reply
+
+    def _asked(self, ask: Callable[[], Any], example: Example, sample: int, where: str) -> Any:
+        """Call the user's code.
+
+        Raises:
+            ValueError, ConnectionError: whatever it raised, with its name and the place.
+        """
+        place = f"environment {self.environment.path!r} at {example.source}, sample {sample}"
+        try:
+            return ask()
+        except ConnectionError as error:
+            raise ConnectionError(f"{place}, {where}: {error}") from error
+        except (Exception, SystemExit) as error:
+            line = functions.line_of(error)
+            words = f"{type(error).__name__}: {error} ({line})" if line else str(error)
+            raise ValueError(f"{place}, {where}: {words}") from error
+
+
+def make_player(
+    options: RolloutOptions,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    *,
+    longest: int,
+    max_length: int,
+    rewarded: bool,
+) -> Player | None:
+    """Make what plays a rollout's episodes; None where it has one turn.
+
+    Args:
+        options: the rollout's.
+        tokenizer: the policy's.
+        examples: prompts.
+        longest: tokens of the longest prompt.
+        max_length: tokens of a prompt with its response.
+        rewarded: what the environment gives counts among the rewards.
+
+    Raises:
+        ValueError: no such environment, a row without what it takes, or a chat template that
+            renders no reply.
+    """
+    if not options.environment:
+        if rewarded:
+            raise ValueError(
+                "the reward 'environment' is what an environment gives: set "
+                "config.rollout.environment"
+            )
+        return None
+    try:
+        environment = find(options.environment)
+    except ValueError as error:
+        raise ValueError(f"config.rollout.environment: {error}") from error
+    for example in examples:
+        try:
+            environment.check(columns_of(example))
+        except ValueError as error:
+            raise ValueError(f"{example.source}: {options.environment!r}: {error}") from error
+    try:
+        chat.encode_reply(examples[0], tokenizer, {"role": "user", "content": "a"})
+    except chat.RowError as error:
+        raise ValueError(f"config.rollout.environment: {error}") from error
+    width = bucket(longest + options.max_new_tokens - 1, max_length - 1)
+    return Player(environment, tokenizer, options, width, rewarded)
