@@ -52,6 +52,18 @@ class Columned:
         return self.fn(prompts, completions, extras)
 
 
+class RowError(ValueError):
+    """A reward that cannot be given.
+
+    Attributes:
+        row: which of the completions it is about.
+    """
+
+    def __init__(self, row: int, message: str) -> None:
+        super().__init__(message)
+        self.row = row
+
+
 def find(path: str, what: str = "a reward function", classes: bool = False) -> Callable[..., Any]:
     """Return the function that ``module:function`` names.
 

@@ -3,18 +3,33 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import inspect
 import re
 import string
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from align_jax.core.choose import nearest
+from align_jax.inference.client import Client
+from align_jax.online.functions import Extras, RewardFunction, RowError, Scores
 
 _NUMBER = r"[-+]?(?:\d[\d,]*(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?"
 _RATED = rf"(?<![\w.])({_NUMBER})(?:\s*(?:/|out\s+of)\s*({_NUMBER}))?"
 _MARKED = rf"(?i)\b(?:score|rating)\b[\s*_`\"]*(?::|=|is)[\s*_`\"]*{_RATED}"
 _VERDICT = r"(?i:.*\b(?:answer|verdict|choice|winner)\b[\s*_`\"]*(?::|\bis\b))?\W*([ABC])\W*"
 _SECRETS = ("api_key", "key", "authorization", "headers", "password", "token")
+
+RATING = """Rate the answer to the request from 0 (useless) to 10 (perfect) for help, correctness \
+and clarity.
+
+Request:
+{prompt}
+
+Answer:
+{completion}
+
+End with a line of the form "Final score: N"."""
 
 
 def check_question(question: str, fields: tuple[str, ...]) -> None:
@@ -93,3 +108,62 @@ def verdict(text: str) -> str:
         several = f"named {' and '.join(sorted(letters))}" if letters else ""
         raise ValueError(f"{several or 'answered neither A, B nor C'}: {text[-100:]!r}")
     return letters.pop()
+
+
+def judge(
+    url: str,
+    model: str,
+    question: str = RATING,
+    scale: float = 10.0,
+    concurrency: int = 16,
+    key_variable: str = "OPENAI_API_KEY",
+    timeout_seconds: float = 600.0,
+    allow_http: bool = False,
+    abstain: bool = False,
+    **options: Any,
+) -> RewardFunction:
+    """Score by a language model's rating from 0 to 1, behind an OpenAI-compatible server.
+
+    Args:
+        url: of the server: https, or http on this host.
+        model: the judge's name there.
+        question: with the fields ``{prompt}`` and ``{completion}``; of the answer the last number
+            after "score:" counts, else its only one.
+        scale: ratings are from 0 to this, and divided by it.
+        concurrency: questions under way at once.
+        key_variable: environment variable with the API key; "" or unset: none is sent.
+        timeout_seconds: for one whole answer.
+        allow_http: take plain http to another host too.
+        abstain: an answer without a rating on the scale counts as none; else it is an error.
+        options: of the request (``temperature``, ``max_tokens``); what is not named is the
+            server's own default.
+
+    Raises:
+        ValueError: a question without the fields, or as ``Client``; when called, an answer without
+            a rating on the scale.
+        ConnectionError: when called, as ``Client.post``.
+    """
+    check_question(question, ("prompt", "completion"))
+    check_options(options, tuple(inspect.signature(judge).parameters))
+    if scale <= 0 or concurrency < 1:
+        raise ValueError(f"expected scale > 0 and concurrency >= 1, got {scale}, {concurrency}")
+    client = Client(
+        url, key_variable=key_variable, timeout_seconds=timeout_seconds, allow_http=allow_http
+    )
+
+    def rate(one: tuple[int, str, str]) -> float | None:
+        row, prompt, completion = one
+        asked = question.format(prompt=prompt, completion=completion)
+        try:
+            text = client.chat(model, [{"role": "user", "content": asked}], **options)
+            return rating(text, 0.0, scale) / scale
+        except ValueError as error:
+            if abstain:
+                return None
+            raise RowError(row, f"the judge {model!r} {error} ({client.url})") from None
+
+    def score(prompts: Sequence[str], completions: Sequence[str], extras: Extras) -> Scores:
+        with concurrent.futures.ThreadPoolExecutor(concurrency) as pool:
+            return list(pool.map(rate, zip(range(len(prompts)), prompts, completions, strict=True)))
+
+    return score

@@ -11,8 +11,9 @@ import pytest
 
 from align_jax import label
 from align_jax.core.schema import Example
+from align_jax.inference.client import Client
 from align_jax.inference.generate import Completion
-from align_jax.online import rewards, sampling
+from align_jax.online import judges, rewards, rules, sampling
 from align_jax.online.rewards import REWARDS
 from align_jax.runs.weights import load_model
 
@@ -54,22 +55,22 @@ def test_lexicon_sums_valences_of_words_and_phrases(tmp_path):
     path = tmp_path / "lexicon.txt"
     path.write_text("good\t2.0\t0.1\t[]\nbad\t-3.0\nfed up\t-1.5\n:)\t1.0\n")
     text = 'It was Good, "good" and :) but we were fed up.'
-    table = rewards.load_lexicon(str(path))
-    assert rewards.valences(text, table, rewards.longest_phrase(table)) == [2.0, 2.0, 1.0, -1.5]
+    table = rules.load_lexicon(str(path))
+    assert rules.valences(text, table, rules.longest_phrase(table)) == [2.0, 2.0, 1.0, -1.5]
     for form, expected in (
         ("sum", 3.5),
         ("mean", 3.5 / 11),
         ("compound", 3.5 / np.sqrt(3.5**2 + 15)),
     ):
-        fn = rewards.lexicon(str(path), form=form)
+        fn = rules.lexicon(str(path), form=form)
         np.testing.assert_allclose(fn(["", ""], [text, ""], [{}, {}]), [expected, 0.0], rtol=1e-12)
     (tmp_path / "broken.txt").write_text("good\t2.0\nbad -3.0\n")
     with pytest.raises(ValueError, match="broken.txt:2"):
-        rewards.lexicon(str(tmp_path / "broken.txt"))
+        rules.lexicon(str(tmp_path / "broken.txt"))
 
 
 def test_vader_lexicon_prefers_the_happy_story(testdata):
-    fn = rewards.lexicon(str(testdata / "reward" / "vader_lexicon.txt"))
+    fn = rules.lexicon(str(testdata / "reward" / "vader_lexicon.txt"))
     happy, sad = fn(
         ["", ""],
         ["She was happy and loved her friend.", "He was sad and hated the pain."],
@@ -80,9 +81,9 @@ def test_vader_lexicon_prefers_the_happy_story(testdata):
 
 def test_every_gold_answer_of_gsm8k_scores_one_against_itself(testdata):
     rows = [json.loads(line) for line in (testdata / "rlvr" / "gsm8k_test.jsonl").open()]
-    fn = rewards.numeric()
+    fn = rules.numeric()
     assert sum(fn([r["question"] for r in rows], [r["answer"] for r in rows], rows)) == len(rows)
-    wrong = [f"#### {rewards.find_number(r['answer']) + 1}" for r in rows]
+    wrong = [f"#### {rules.find_number(r['answer']) + 1}" for r in rows]
     assert sum(fn([r["question"] for r in rows], wrong, rows)) == 0
 
 
@@ -117,7 +118,7 @@ def test_weighted_sum_of_named_kinds_and_of_the_users_own_function():
 def test_a_judges_rating_is_the_number_after_the_word_score(monkeypatch, answer, expected):
     asked = []
     monkeypatch.setattr(
-        rewards.Client,
+        Client,
         "chat",
         lambda self, model, messages, **options: (
             asked.append((model, messages[0]["content"], options)) or answer
@@ -134,9 +135,7 @@ def test_a_judges_rating_is_the_number_after_the_word_score(monkeypatch, answer,
 
 
 def test_a_judge_without_a_number_is_named(monkeypatch):
-    monkeypatch.setattr(
-        rewards.Client, "chat", lambda self, model, messages, **options: "very good"
-    )
+    monkeypatch.setattr(Client, "chat", lambda self, model, messages, **options: "very good")
     with pytest.raises(ValueError, match="'m' gave no number: 'very good'"):
         REWARDS["judge"](url="https://nowhere", model="m")(["p"], ["c"], [{}])
 
@@ -205,7 +204,7 @@ def test_a_broken_reward_function_is_named(scores, message):
 
 def test_a_missing_column_is_named_with_the_nearest():
     with pytest.raises(ValueError, match="did you mean 'answers'"):
-        rewards.exact()(["p"], ["a"], [{"answers": "a"}])
+        rules.exact()(["p"], ["a"], [{"answers": "a"}])
 
 
 @pytest.mark.parametrize(
@@ -401,18 +400,18 @@ def test_a_function_that_fails_is_named_with_the_row_and_its_line():
     ],
 )
 def test_a_rating_that_is_none_is_an_error_or_none_at_all(monkeypatch, answer, message):
-    monkeypatch.setattr(rewards.Client, "chat", lambda *args, **options: answer)
+    monkeypatch.setattr(Client, "chat", lambda *args, **options: answer)
     judge = {"url": "https://nowhere", "model": "m"}
-    scored = rewards.WeightedRewards((("mine", 1.0, rewards.judge(**judge)),))
+    scored = rewards.WeightedRewards((("mine", 1.0, judges.judge(**judge)),))
     with pytest.raises(ValueError, match=f"'mine' failed at row 0 .*'m' .*{message}.*nowhere"):
         scored(["p"], ["c"])
-    assert rewards.judge(**judge, abstain=True)(["p"], ["c"], [{}]) == [None]
+    assert judges.judge(**judge, abstain=True)(["p"], ["c"], [{}]) == [None]
 
 
 @pytest.mark.parametrize("answer", ["**Final score:** 7", "Rating: **7**/10", "7 out of 10", "7."])
 def test_ratings_as_judges_write_them(monkeypatch, answer):
-    monkeypatch.setattr(rewards.Client, "chat", lambda *args, **options: answer)
-    fn = rewards.judge(url="https://nowhere", model="m")
+    monkeypatch.setattr(Client, "chat", lambda *args, **options: answer)
+    fn = judges.judge(url="https://nowhere", model="m")
     assert fn(["p"], ["c"], [{}]) == [0.7]
 
 
