@@ -21,8 +21,11 @@ from __future__ import annotations
 
 import collections
 import importlib.metadata
+import inspect
 import json
+import math
 import pathlib
+import textwrap
 from types import SimpleNamespace
 from typing import Any
 
@@ -37,6 +40,7 @@ from trl.trainer.kto_trainer import KTOTrainer
 from trl.trainer.reward_trainer import RewardTrainer
 from trl.trainer.rloo_trainer import RLOOTrainer
 from trl.trainer.sft_trainer import SFTTrainer
+from trl.trainer.utils import nanmax, nanmin
 
 SEED = 20240611
 OUTPUT = pathlib.Path(__file__).parents[1] / "tests/golden/trl_objectives.npz"
@@ -304,6 +308,36 @@ def sft(arrays: dict, options: dict) -> dict[str, np.ndarray]:
     return {"loss": loss.item(), "grad": policy.grad.numpy(), "metrics": {}}
 
 
+def sampler_ratio(me: SimpleNamespace, inputs: dict, sampler: torch.Tensor) -> torch.Tensor:
+    """Run the parts of GRPOTrainer._generate_and_score_completions that compare the sampler's
+    log-probabilities with the trainer's: the ratio, and its metrics."""
+    condition = "if self.use_vllm and self.vllm_importance_sampling_correction:"
+    lines = inspect.getsource(GRPOTrainer._generate_and_score_completions).splitlines()
+    scope = {
+        "self": me,
+        "torch": torch,
+        "math": math,
+        "nanmin": nanmin,
+        "nanmax": nanmax,
+        "tool_mask": None,
+        "mode": "train",
+        "device": "cpu",
+        "completion_mask": inputs["completion_mask"],
+        "old_per_token_logps": inputs["old_per_token_logps"],
+        "sampling_per_token_logps": sampler,
+        "output": {},
+    }
+    for first in (i for i, line in enumerate(lines) if line.strip() == condition):
+        depth = len(lines[first]) - len(lines[first].lstrip())
+        body = [lines[first]]
+        for line in lines[first + 1 :]:
+            if line.strip() and len(line) - len(line.lstrip()) <= depth:
+                break
+            body.append(line)
+        exec(textwrap.dedent("\n".join(body)), scope)
+    return scope["output"]["importance_sampling_ratio"]
+
+
 def rollout(arrays: dict, name: str, options: dict) -> dict[str, np.ndarray]:
     """Call GRPOTrainer._compute_loss or RLOOTrainer._compute_loss on [B, R, T] flattened to
     rows."""
@@ -356,12 +390,15 @@ def rollout(arrays: dict, name: str, options: dict) -> dict[str, np.ndarray]:
         get_off_policy_mask=GRPOTrainer.get_off_policy_mask,
         get_gamma_weights=GRPOTrainer.get_gamma_weights,
         off_policy_mask_threshold=options.get("off_policy_threshold"),
-        use_vllm=False,
+        use_vllm="sampler_token_logps" in arrays,
+        vllm_importance_sampling_mode=options.get("sampler_correction"),
+        vllm_importance_sampling_clip_max=options.get("sampler_ratio_max", 3.0),
+        vllm_importance_sampling_clip_min=options.get("sampler_ratio_min"),
         entropy_coef=options.get("entropy_coef", 0.0),
         _entropy_bonus_enabled="entropy_coef" in options,
         use_adaptive_entropy=False,
         max_completion_length=options.get("max_length"),
-        vllm_importance_sampling_correction=False,
+        vllm_importance_sampling_correction="sampler_token_logps" in arrays,
         _get_per_token_logps_and_entropies=lambda *args, **kwargs: (rows, entropies, None),
     )
     ones = torch.ones(rows.shape[0], 1)
@@ -376,6 +413,11 @@ def rollout(arrays: dict, name: str, options: dict) -> dict[str, np.ndarray]:
         "ref_per_token_logps": flat["reference"],
         "num_items_in_batch": mask.sum(),
     }
+    if me.use_vllm:
+        sampler = torch.tensor(arrays["sampler_token_logps"].reshape(-1, shape[-1]))
+        ratio = sampler_ratio(me, inputs, sampler)
+        inputs |= {"importance_sampling_ratio": ratio, "sampling_per_token_logps": sampler}
+        arrays["sampler_ratio"] = (ratio * mask).reshape(shape).numpy()
     loss = (RLOOTrainer if name == "rloo" else GRPOTrainer)._compute_loss(me, me.model, inputs)
     loss.backward()
     found = me._metrics["train"]
@@ -386,6 +428,7 @@ def rollout(arrays: dict, name: str, options: dict) -> dict[str, np.ndarray]:
         "clip_ratio/region_mean",
         "cispo_clip_ratio",
         "vespo/phi_seq_mean",
+        *(key for key in found if key.startswith("sampling/")),
     )
     return {
         "loss": loss.item(),
@@ -521,6 +564,29 @@ ROLLOUT_LATER: list[tuple[str, dict]] = [
 ]
 
 
+# Later still: samples of another distribution than the trainer's.
+_MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+CORRECTED: list[tuple[str, dict]] = [
+    *[("grpo", {"sampler_correction": mode}) for mode in _MODES],
+    ("grpo", {"sampler_correction": "token_mask", "sampler_ratio_min": 0.5, "beta": 0.1}),
+    (
+        "grpo",
+        {
+            "sampler_correction": "sequence_truncate",
+            "sampler_ratio_min": 0.9,
+            "sampler_ratio_max": 1.1,
+            "loss_type": "dapo",
+        },
+    ),
+    ("grpo", {"sampler_correction": "token_truncate", "off_policy_threshold": 0.1}),
+    ("gspo", {"sampler_correction": "token_truncate", "sampler_ratio_max": 1.05}),
+    ("cispo", {"sampler_correction": "sequence_mask"}),
+    ("sapo", {"sampler_correction": "token_mask", "sampler_ratio_max": 1.05}),
+    ("vespo", {"sampler_correction": "token_truncate", "sampler_ratio_max": 1.05}),
+    ("vespo", {"sampler_correction": "token_mask", "sampler_ratio_min": 0.9}),
+]
+
+
 def main() -> None:
     """Make all cases, at small and at large log-ratios."""
     rng = np.random.default_rng(SEED)
@@ -544,7 +610,7 @@ def main() -> None:
         grad = np.where(columns["mask"], found["grad"], 0) if "mask" in columns else found["grad"]
         arrays.update({f"{index}/loss": found["loss"], f"{index}/grad": grad.astype(np.float32)})
 
-    def add_rollout(name: str, options: dict, spread: float) -> None:
+    def add_rollout(name: str, options: dict, spread: float, sampler: bool = False) -> None:
         columns = draw(rng, 3, 4, LENGTH, spread=spread)
         old = columns["policy"] + np.where(
             columns["mask"], spread * rng.normal(size=(3, 4, LENGTH)), 0
@@ -554,6 +620,9 @@ def main() -> None:
         columns["advantages"] = np.where(columns["mask"], each, np.float32(0))
         entropy = rng.gamma(1.0, 1.0, columns["mask"].shape).astype(np.float32)
         columns["entropy"] = np.where(columns["mask"], entropy, np.float32(0))
+        if sampler:
+            gap = np.where(columns["mask"], spread * rng.normal(size=columns["mask"].shape), 0)
+            columns["sampler_token_logps"] = columns["old_token_logps"] - gap.astype(np.float32)
         add(
             name,
             options,
@@ -617,6 +686,9 @@ def main() -> None:
     for spread in (0.05, 0.8):
         for name, options in ROLLOUT_LATER:
             add_rollout(name, options, spread)
+    for spread in (0.05, 0.8):
+        for name, options in CORRECTED:
+            add_rollout(name, options, spread, sampler=True)
     versions = {
         package: importlib.metadata.version(package)
         for package in ("trl", "torch", "transformers", "numpy")

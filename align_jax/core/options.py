@@ -463,6 +463,12 @@ class ServerOptions(Checked):
         "the kind of server: how it is told to read the weights",
         table="align_jax.inference.engines:PUSHES",
     )
+    logprobs: str = option(
+        "raw",
+        "what the server's log-probabilities are of: raw, the model's own distribution; processed, "
+        "after temperature and filters (vLLM's --logprobs-mode processed_logprobs)",
+        choices=("raw", "processed"),
+    )
     concurrency: int = option(32, "requests under way at once", unit="requests", low=1)
     key_variable: str = option(
         "OPENAI_API_KEY", "environment variable with the API key; '' or unset: none is sent"
@@ -515,8 +521,8 @@ class RolloutOptions(Checked):
     temperature: float = option(1.0, "the logits are divided by it; 0 = greedy", low=0)
     top_p: float = option(
         1.0,
-        "share of the probability that is drawn from; policy gradients weigh a token's advantage "
-        "by what top_p, top_k and min_p kept of it",
+        "share of the probability that is drawn from; policy gradients correct for what top_p, "
+        "top_k and min_p left out (objective.sampler_correction)",
         above=0,
         high=1,
     )

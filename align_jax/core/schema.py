@@ -90,6 +90,9 @@ class Batch(NamedTuple):
     margin: Float[Any, "B"] | None = None
     reference_token_logps: Float[Any, "N T"] | None = None  # cached: the reference is then not run
     old_token_logps: Float[Any, "N T"] | None = None  # of the behavior policy
+    # of what drew the samples, and what corrects for their difference (losses.sampler)
+    sampler_token_logps: Float[Any, "N T"] | None = None
+    sampler_ratio: Float[Any, "N T"] | None = None
     advantages: Float[Any, "N T"] | None = None
     returns: Float[Any, "N T"] | None = None
     old_values: Float[Any, "N T"] | None = None

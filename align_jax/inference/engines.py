@@ -199,8 +199,8 @@ class Server:
 
     Every setting of the sampling is sent, neutral ones too: what is absent a server fills from the
     model's ``generation_config.json``.  The log-probabilities are the server's, of the model's own
-    distribution (vLLM's ``raw_logprobs``); those of the distribution after temperature and filters
-    are not told and come as NaN.
+    distribution or of that after temperature and filters (``options.logprobs``); the others are not
+    told and come as NaN, where the sampling makes them differ.
 
     Args:
         options: where it is and what it serves.
@@ -293,10 +293,12 @@ class Server:
     ) -> Completion:
         text = completion_text(self._tokenizer, request.prompt, ids)
         stopped = before_stop(text, request.stop)
+        told, untold = np.array(logps, np.float32), np.full(len(ids), np.nan, np.float32)
+        same, raw = not request.sampling.filters, self._options.logprobs == "raw"
         return Completion(
             np.array(ids, np.int32),
-            np.array(logps, np.float32),
-            np.full(len(ids), np.nan, np.float32),
+            told if same or raw else untold,
+            told if same or not raw else untold,
             text if stopped is None else stopped,
             finish,
         )

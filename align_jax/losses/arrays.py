@@ -29,7 +29,14 @@ POSITIONAL = {  # what positional arguments mean, by kind of data
     "unpaired": ("policy", "label", "reference"),
     "rollout": ("policy", "old_token_logps", "advantages"),
 }
-TOKEN_COLUMNS = ("old_token_logps", "advantages", "returns", "old_values")
+TOKEN_COLUMNS = (
+    "old_token_logps",
+    "sampler_token_logps",
+    "sampler_ratio",
+    "advantages",
+    "returns",
+    "old_values",
+)
 COLUMNS = ("weight", "label", "scores", "margin", *TOKEN_COLUMNS)
 FIELDS = ("entropy", "log_sum_sq", "kl", "divergence", "values")
 

@@ -28,6 +28,7 @@ from align_jax.losses.objective import (
     token_weights,
 )
 from align_jax.losses.options import Option
+from align_jax.losses.sampler import response_weights, sampler_weights
 
 Parts = dict[str, Float[Array, "N T"]]  # reported quantities of tokens
 
@@ -105,19 +106,26 @@ class KlLoss(Loss):
 
     def kept(self, inputs: Inputs) -> Array:
         """Return 1.0 for the responses that count, else 0.0, [B, R]; 1 where there is no
-        threshold."""
+        threshold.
+
+        Where the sampler's own log-probabilities are known, they are the old ones here.
+        """
         if self.off_policy_threshold is None:
             return jnp.ones(())
-        drift = inputs.of_batch("old_token_logps") - inputs.policy.token_logps
+        sampler = inputs.batch.sampler_token_logps
+        old = inputs.of_batch("old_token_logps") if sampler is None else jnp.asarray(sampler)
+        drift = old - inputs.policy.token_logps
         tokens = jnp.maximum(token_counts(inputs.batch), 1.0)
         drift = jax.lax.stop_gradient(sum_by_slot(drift, inputs.batch) / tokens)
         near = drift <= self.off_policy_threshold
         return ((response_advantages(inputs) >= 0) | near).astype(jnp.float32)
 
-    def kept_tokens(self, inputs: Inputs) -> Array:
-        """Return ``kept`` of each token's response."""
+    def token_factors(self, inputs: Inputs) -> Array:
+        """Return what weighs each token's policy loss: ``kept`` of its response, times what
+        corrects for the sampler."""
         kept = self.kept(inputs)
-        return spread_to_tokens(kept, inputs.batch) if kept.ndim else kept
+        kept = spread_to_tokens(kept, inputs.batch) if kept.ndim else kept
+        return kept * sampler_weights(inputs)
 
 
 def response_advantages(inputs: Inputs) -> Float[Array, "B R"]:
@@ -258,7 +266,7 @@ class Grpo(KlLoss):
         losses, clips = _clipped(
             ratio, inputs.of_batch("advantages"), self.epsilon_low, high, self.delta
         )
-        losses = self.kept_tokens(inputs) * losses
+        losses = self.token_factors(inputs) * losses
         by_response = tuple(clips) if self.importance == "sequence" else ()
         penalty, kl = self.penalty(inputs, ratio)
         return self._aggregate(losses + penalty, batch), rollout_metrics(
@@ -321,7 +329,7 @@ class Cispo(TokenMeanLoss, KlLoss):
         advantages = inputs.of_batch("advantages")
         ratio = jnp.exp(rollout_log_ratio(inputs))
         capped = jax.lax.stop_gradient(jnp.minimum(ratio, self.epsilon_high))
-        losses = -self.kept_tokens(inputs) * capped * advantages * inputs.policy.token_logps
+        losses = -self.token_factors(inputs) * capped * advantages * inputs.policy.token_logps
         penalty, kl = self.penalty(inputs, ratio)
         clipped = ((ratio > self.epsilon_high) & (advantages > 0)).astype(jnp.float32)
         metrics = rollout_metrics(inputs, {"cispo_clip_ratio": clipped} | kl)
@@ -352,7 +360,7 @@ class Sapo(KlLoss):
         advantages, ratio = inputs.of_batch("advantages"), jnp.exp(rollout_log_ratio(inputs))
         tau = jnp.where(advantages > 0, self.tau_positive, self.tau_negative)
         losses = -jax.nn.sigmoid(tau * (ratio - 1.0)) * 4.0 / tau * advantages
-        losses = self.kept_tokens(inputs) * losses
+        losses = self.token_factors(inputs) * losses
         penalty, kl = self.penalty(inputs, ratio)
         return response_mean(losses + penalty, inputs.batch), rollout_metrics(inputs, kl)
 
@@ -385,7 +393,8 @@ class Rloo(Loss):
         high = self.epsilon_low if high is None else high
         losses, clips = _clipped(ratio, response_advantages(inputs), self.epsilon_low, high)
         parts = {name: spread_to_tokens(x, batch) for name, x in clips.items()}
-        return losses.mean(axis=1), rollout_metrics(inputs, parts, tuple(parts))
+        losses = (response_weights(inputs) * losses).mean(axis=1)
+        return losses, rollout_metrics(inputs, parts, tuple(parts))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -401,7 +410,8 @@ class Reinforce(TokenMeanLoss):
     """
 
     def losses(self, inputs: Inputs) -> Result:
-        losses = -inputs.of_batch("advantages") * inputs.policy.token_logps
+        losses = -sampler_weights(inputs) * inputs.of_batch("advantages")
+        losses = losses * inputs.policy.token_logps
         return token_mean(losses, inputs.batch), rollout_metrics(inputs, {})
 
 
@@ -473,7 +483,7 @@ class Ppo(TokenMeanLoss):
         near = jnp.clip(values, old_values - self.value_clip, old_values + self.value_clip)
         free, bound = jnp.square(values - returns), jnp.square(near - returns)
         parts = {
-            "loss/policy_avg": jnp.maximum(plain, clipped),
+            "loss/policy_avg": sampler_weights(inputs) * jnp.maximum(plain, clipped),
             "loss/value_avg": 0.5 * jnp.maximum(free, bound),
             "policy/clipfrac_avg": (clipped > plain).astype(jnp.float32),
             "policy/approxkl_avg": 0.5 * jnp.square(log_ratio),

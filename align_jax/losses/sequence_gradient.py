@@ -25,8 +25,9 @@ from align_jax.losses.policy_gradient import (
     rollout_metrics,
     token_mean,
 )
+from align_jax.losses.sampler import response_weights, sampler_weights
 
-LOG_RATIO_MIN = math.log(1e-8)  # a sequence's log-ratio is cut here, as the paper's code does
+LEAST_RATIO = 1e-8  # a sequence's ratio is cut here, as the paper's code does
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,8 +57,9 @@ class Vespo(TokenMeanLoss, KlLoss):
     def losses(self, inputs: Inputs) -> Result:
         batch, advantages = inputs.batch, response_advantages(inputs)
         token_log_ratio = rollout_log_ratio(inputs)
-        log_ratio = sum_by_slot(token_log_ratio, batch)
-        log_ratio = jax.lax.stop_gradient(jnp.clip(log_ratio, LOG_RATIO_MIN, RATIO_MAX))
+        to_sampler = jnp.log(jnp.maximum(sampler_weights(inputs), LEAST_RATIO))  # W is π / μ
+        log_ratio = sum_by_slot(token_log_ratio + to_sampler, batch)
+        log_ratio = jax.lax.stop_gradient(jnp.clip(log_ratio, math.log(LEAST_RATIO), RATIO_MAX))
         k = jnp.where(advantages >= 0, self.k_positive, self.k_negative)
         lam = jnp.where(advantages >= 0, self.lambda_positive, self.lambda_negative)
         weight = jnp.exp(k * log_ratio + lam * (1.0 - jnp.exp(log_ratio)))  # [B, R]
@@ -100,7 +102,8 @@ class Gmpo(KlLoss):
         clipped = sign * jnp.minimum(log_ratio, self.epsilon)
         mean = sum_by_slot(clipped, batch) / jnp.maximum(token_counts(batch), 1.0)
         penalty, kl = self.penalty(inputs, jnp.exp(token_log_ratio))
-        losses = -(self.kept(inputs) * advantages * jnp.exp(mean)).mean(axis=1)
+        kept = self.kept(inputs) * response_weights(inputs)
+        losses = -(kept * advantages * jnp.exp(mean)).mean(axis=1)
         parts = {"clip_ratio/region_mean": (log_ratio > self.epsilon).astype(jnp.float32)} | kl
         if kl:
             losses += response_mean(penalty, batch)

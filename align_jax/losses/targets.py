@@ -17,7 +17,8 @@ from align_jax.core.schema import Batch
 from align_jax.losses import advantages as estimators
 from align_jax.losses.logprobs import spread_to_tokens, sum_by_slot
 from align_jax.losses.objective import Metrics, summed
-from align_jax.losses.options import Option, Options, read
+from align_jax.losses.options import Option, read
+from align_jax.losses.sampler import SamplerOptions
 
 Advantages = Annotated[
     Literal["gae", "group", "leave_one_out", "batch", "global"],
@@ -42,7 +43,7 @@ Epochs = Annotated[int, Option("passes over a rollout", low=1)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RolloutOptions(Options):
+class RolloutOptions(SamplerOptions):
     """What the rollout source reads of an objective: how its samples are used."""
 
     epochs: Epochs = 1
@@ -85,6 +86,7 @@ class KlRolloutOptions(RolloutOptions):
     ] = 10000.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.values()["advantages"] == "group" and self.kl_coef:
             raise ValueError(
                 f"kl_coef = {self.kl_coef} puts the KL into the reward, which advantages = 'group' "

@@ -54,6 +54,7 @@ def abstract_batch(config: RolloutConfig, shape: BatchShape) -> Batch:
         shape: from ``rollout_shape``.
     """
     filled = ["old_token_logps", "advantages"] if config.targets is not None else []
+    filled += ["sampler_token_logps", "sampler_ratio"] if config.correction else []
     filled += ["returns", "old_values"] if config.value_head else []
     return layouts.abstract_batch(
         shape,
@@ -123,32 +124,6 @@ def cut_off(groups: Groups, completions: Completions) -> Bool[np.ndarray, "G R"]
     """Tell which samples were cut off by the limit."""
     found = [one.finish == "length" for one in _samples(groups, completions)]
     return np.array(found).reshape(groups.samples.shape)
-
-
-def weigh_by_kept(
-    batch: Batch, drawn: Float[np.ndarray, "N T"]
-) -> tuple[Batch, Float[np.ndarray, "2"]]:
-    """Correct advantages for samples of a truncated distribution (top-p, top-k, min-p).
-
-        A_t <- A_t π_old(t) / μ(t),    μ the distribution drawn from
-
-    The weight is the probability that the truncation kept: at most 1, so nothing has to be cut.
-
-    Args:
-        batch: a rollout with ``old_token_logps`` and ``advantages``.
-        drawn: log μ of each token, nats.
-
-    Returns:
-        The batch, and the weights' sum and number.
-
-    References:
-        Owen 2013, "Monte Carlo theory, methods and examples", section 9.1 (importance weights).
-    """
-    mask = batch.loss_mask
-    kept = np.exp(np.minimum(batch.old_token_logps - drawn, 0.0))
-    kept = np.where(mask, kept, 0.0).astype(np.float32)
-    sums = np.array([kept.sum(), mask.sum()], np.float32)
-    return batch._replace(advantages=batch.advantages * kept), sums
 
 
 def _samples(groups: Groups, completions: Completions) -> Iterator[Completion]:

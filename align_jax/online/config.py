@@ -13,6 +13,8 @@ from align_jax.core.choose import choose
 from align_jax.core.options import Config, RolloutOptions
 from align_jax.inference.samplers import Sampling
 from align_jax.losses.objective import Term, data_kind
+from align_jax.losses.options import declared
+from align_jax.losses.sampler import Correction, SamplerOptions
 from align_jax.online.selection import SELECTIONS, check_unread, group_count
 
 # what an objective may decide in place of config.rollout
@@ -33,6 +35,7 @@ class RolloutConfig:
         targets: options of ``losses.targets.make_targets``; None where the objective needs no
             advantages.
         kl_target, kl_horizon: of the adaptive KL coefficient, nats and responses; None: it stays.
+        correction: for samples of another distribution than the trainer's; None: none.
         value_head: the policy's head that gives values; "" = none.
         mismatched: add mismatched completions.
         seed: of the prompts' order, the draws and the slices.
@@ -49,6 +52,7 @@ class RolloutConfig:
     targets: Mapping[str, Any] | None = None
     kl_target: float | None = None
     kl_horizon: float = 10000.0
+    correction: Correction | None = None
     value_head: str = ""
     mismatched: bool = False
     seed: int = 0
@@ -96,11 +100,8 @@ class RolloutConfig:
                 f"config.rollout.stop_kl = {options.stop_kl:g} skips later passes over a rollout; "
                 "with one pass there are none: give more epochs"
             )
-        if self.truncates and options.server.url:
-            raise ValueError(
-                "config.rollout.top_p, top_k and min_p must be 1, 0 and 0 with a policy gradient "
-                "and a server, which does not say with which probability it drew a token"
-            )
+        if self.correction is not None:
+            _check_correction(self.correction, options)
         if options.server.url and processes > 1:
             raise ValueError("config.rollout.server works with one process only")
         if options.server.url and options.tensor:
@@ -141,12 +142,6 @@ class RolloutConfig:
         return float(self.options.temperature or 1.0) if self.targets is not None else 1.0
 
     @property
-    def truncates(self) -> bool:
-        """Whether samples of a policy gradient are drawn from a part of the distribution."""
-        truncating = Sampling.of(self.options).filters & {"top_p", "top_k", "min_p"}
-        return bool(self.targets is not None and self.options.temperature and truncating)
-
-    @property
     def needs_reference(self) -> bool:
         """Whether the rollout itself compares with the reference: its KL is in the reward."""
         return bool(self.targets and self.targets.get("kl_coef"))
@@ -176,6 +171,7 @@ def make_rollout_config(terms: Sequence[Term], config: Config) -> RolloutConfig:
             )
     kl = {name: own.pop(name) for name in ("kl_target", "kl_horizon") if name in own}
     groups = config.batch_size * own.pop("minibatches", 1)
+    correction = _correction(own, options)
     resolved = {
         "epochs": options.epochs or 1,
         "prompts": options.prompts or _prompts(kind, groups, options.responses_per_prompt),
@@ -189,10 +185,60 @@ def make_rollout_config(terms: Sequence[Term], config: Config) -> RolloutConfig:
         config.data.layout,
         targets,
         **kl,
+        correction=correction,
         value_head=config.model.value_head if "values" in needs else "",
         mismatched=any(term.objective.mismatched for term in terms),
         seed=config.seed,
     )
+
+
+def _truncates(options: RolloutOptions) -> bool:
+    """Tell whether samples are drawn from a part of the distribution."""
+    filters = Sampling.of(options).filters & {"top_p", "top_k", "min_p"}
+    return bool(options.temperature and filters)
+
+
+def _correction(own: dict[str, Any], options: RolloutOptions) -> Correction | None:
+    """Take the sampler's options out of a policy gradient's, and say what is corrected with
+    them."""
+    given = [own.pop(name) for name in declared(SamplerOptions) if name in own]
+    if not given:
+        return None
+    mode, high, low = given
+    if mode == "auto":
+        server = options.server.url and options.rescore and options.temperature
+        mode = "sequence_mask" if server else "none"
+        mode = "token_truncate" if _truncates(options) else mode
+    return None if mode == "none" else Correction(mode, high, low)
+
+
+def _check_correction(correction: Correction, options: RolloutOptions) -> None:
+    """Refuse a correction for which the probabilities are not known, or that does nothing."""
+    truncates, server = _truncates(options), options.server
+    name = f"the correction for the sampler, {correction.mode!r},"
+    if not options.temperature:
+        raise ValueError(
+            f"{name} compares probabilities of draws: set config.rollout.temperature > 0"
+        )
+    if server.url and server.logprobs == "raw" and (truncates or options.temperature != 1):
+        raise ValueError(
+            f"{name} needs the probabilities with which the server drew, which are not the model's "
+            "own with config.rollout.temperature, top_p, top_k or min_p: serve with "
+            "--logprobs-mode processed_logprobs and set config.rollout.server.logprobs = "
+            "'processed', or set config.objective.sampler_correction = 'none'"
+        )
+    if options.rescore:
+        return
+    if not truncates:
+        raise ValueError(
+            f"{name} has no effect with config.rollout.rescore = False: the old log-probabilities "
+            "are then the sampler's own"
+        )
+    if server.url:
+        raise ValueError(
+            "config.rollout.rescore = False takes the old log-probabilities from the server, which "
+            "tells those after top_p, top_k and min_p: set it to True"
+        )
 
 
 def _prompts(kind: str, groups: int, responses: int) -> int:

@@ -32,7 +32,7 @@ from jaxtyping import Float
 from transformers import PreTrainedTokenizerBase
 
 from align_jax.core.files import read_arrays
-from align_jax.core.metrics import JsonLines
+from align_jax.core.metrics import JsonLines, means
 from align_jax.core.options import Config
 from align_jax.core.schema import Batch, Example
 from align_jax.data.layout import BatchShape
@@ -43,6 +43,7 @@ from align_jax.inference.generate import Generator, bucket, local_rows
 from align_jax.inference.resharding import decode_mesh, make_resharder
 from align_jax.inference.score import Values, rescore
 from align_jax.losses import advantages as estimators
+from align_jax.losses.sampler import correct
 from align_jax.losses.targets import make_targets
 from align_jax.models.model import Model, Params
 from align_jax.online import batches, rewards, sampling
@@ -96,6 +97,9 @@ def _targets(
     filled, metrics = make_targets(batch, reference_token_logps=reference, **keywords)
     assert filled.advantages is not None  # it fills them always
     return filled.advantages, filled.returns, metrics
+
+
+_correct = jax.jit(correct, static_argnums=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,12 +230,17 @@ class RolloutMaker:
             reference, _ = self._rescore(self.reference, weights.reference, batch, "")
         batch = batch._replace(old_token_logps=old)
         batch, metrics, kl_coef = self._with_targets(batch, reference, kl_coef)
-        if config.truncates:
+        if config.correction is not None:
             drawn = batches.token_field(batch, groups, completions, "drawn_logps")
-            batch, kept = batches.weigh_by_kept(batch, drawn)
-            top, bottom = sampling.gather(kept).reshape(-1, 2).sum(axis=0)
-            metrics["rollout/kept_probability"] = float(top / max(bottom, 1.0))
+            batch, corrected = self._corrected(batch._replace(sampler_token_logps=drawn))
+            metrics |= corrected
         return batch, metrics, kl_coef
+
+    def _corrected(self, batch: Batch) -> tuple[Batch, dict[str, float]]:
+        """Fill in what corrects for the sampler, and say how far it is from the trainer."""
+        placed = put_batch(self.mesh, batch._replace(mismatched=None))
+        ratio, sums = _correct(placed, self.config.correction)
+        return batch._replace(sampler_ratio=local_rows(ratio)), means(sums)
 
     def _rescore(
         self, model: Model, params: Params, batch: Batch, value_head: str

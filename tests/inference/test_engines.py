@@ -113,6 +113,19 @@ def test_completions_come_back_as_tokens_with_log_probabilities(server):
     }
 
 
+@pytest.mark.parametrize(
+    "temperature,logprobs,known",
+    [(1.0, "raw", "both"), (1.0, "processed", "both"), (0.5, "processed", "drawn_logps")],
+)
+def test_log_probabilities_are_of_what_the_server_says(server, temperature, logprobs, known):
+    server.seen.append(None)
+    request = Request((65,), sampling=Sampling(temperature=temperature))
+    (((one,)),) = make(server, logprobs=logprobs)([request])
+    for name in ("token_logps", "drawn_logps"):
+        expected = np.float32([-0.5]) if known in (name, "both") else np.float32([np.nan])
+        np.testing.assert_array_equal(getattr(one, name), expected)
+
+
 def test_neutral_settings_are_sent_too_since_a_server_fills_what_is_absent(server):
     server.seen.append(None)
     make(server)([Request((65,), sampling=Sampling())])

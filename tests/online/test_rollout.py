@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rollouts: batches of the right form, exact on resuming, the same numbers as by hand."""
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -17,9 +18,11 @@ from align_jax.data.tokenizer import load_tokenizer, pad_id
 from align_jax.inference.engines import Local
 from align_jax.inference.generate import Generator, Request
 from align_jax.losses import advantages, targets
+from align_jax.losses.logprobs import sum_by_slot
 from align_jax.models.config import ModelConfig, Rope
 from align_jax.models.model import build
 from align_jax.online import sampling
+from align_jax.online.batches import abstract_batch, rollout_shape
 from align_jax.online.config import make_rollout_config
 from align_jax.online.rewards import WeightedRewards
 from align_jax.online.rollout import RolloutMaker, Rollouts, Weights
@@ -121,8 +124,6 @@ def test_grpo_batch_has_group_advantages_of_its_scores_and_the_policys_own_logps
     assert (
         batch.advantages[~batch.loss_mask].max() == 0 and sum(map(len, each)) == batch.lengths.sum()
     )
-    from align_jax.losses.logprobs import sum_by_slot
-
     means = np.asarray(sum_by_slot(jnp.asarray(batch.advantages), batch)) / batch.lengths
     np.testing.assert_allclose(means, expected, rtol=1e-4)
     generated = make(models, "grpo", layout=layout, rescore=False).next(lambda: models[2])
@@ -186,13 +187,99 @@ def test_samples_of_a_part_of_the_distribution_are_weighed_by_what_it_kept(model
     source = make(models, "grpo", top_p=0.5)
     batch = source.next(lambda: models[2])
     whole, _ = targets.make_targets(batch, advantages="group")
-    counts = batch.loss_mask & (np.asarray(whole.advantages) != 0)
-    kept = batch.advantages[counts] / np.asarray(whole.advantages)[counts]
-    assert (kept >= 0.499).all() and (kept <= 1).all() and kept.min() < 0.9
-    assert 0.5 <= source.metrics["rollout/kept_probability"] < 1
-    with pytest.raises(ValueError, match="does not say"):
-        server = ServerOptions("http://localhost:8000", "policy")
-        make_config("grpo", top_p=0.5, server=server)
+    np.testing.assert_array_equal(batch.advantages, whole.advantages)
+    kept = batch.sampler_ratio[batch.loss_mask]
+    assert (kept >= 0.499).all() and (kept <= 1 + 1e-5).all() and kept.min() < 0.9
+    assert (batch.sampler_ratio[~batch.loss_mask] == 0).all()
+    mean = source.metrics["sampling/importance_sampling_ratio/mean"]
+    assert mean == pytest.approx(kept.mean(), rel=1e-5)
+
+
+SERVER = ServerOptions("http://localhost:8000", "policy")
+TELLS = dataclasses.replace(SERVER, logprobs="processed")
+
+
+@pytest.mark.parametrize(
+    "objective,rollout,expected",
+    [
+        ({}, {}, None),
+        ({}, {"server": SERVER}, ("sequence_mask", 3.0, None)),
+        ({}, {"server": SERVER, "rescore": False}, None),
+        ({}, {"server": SERVER, "temperature": 0.0}, None),
+        ({}, {"server": TELLS, "temperature": 0.7}, ("sequence_mask", 3.0, None)),
+        ({}, {"server": TELLS, "top_p": 0.9}, ("token_truncate", 3.0, None)),
+        ({}, {"top_k": 4, "rescore": False}, ("token_truncate", 3.0, None)),
+        ({"sampler_correction": "none"}, {"server": SERVER, "temperature": 0.7}, None),
+        (
+            {
+                "sampler_correction": "token_mask",
+                "sampler_ratio_min": 0.5,
+                "sampler_ratio_max": 5.0,
+            },
+            {},
+            ("token_mask", 5, 0.5),
+        ),
+        ({}, {"server": SERVER, "temperature": 0.7}, "logprobs = 'processed'"),
+        ({}, {"server": SERVER, "top_p": 0.9}, "logprobs = 'processed'"),
+        ({"sampler_correction": "token_mask"}, {"rescore": False}, "rescore = False"),
+        ({}, {"server": TELLS, "top_p": 0.9, "rescore": False}, "set it to True"),
+        ({"sampler_correction": "token_mask"}, {"temperature": 0.0}, "temperature > 0"),
+        ({"sampler_ratio_max": 2.0}, {}, "no effect with sampler_correction = 'auto'"),
+        (
+            {"sampler_correction": "token_mask", "sampler_ratio_min": 3.0},
+            {},
+            "expected less than sampler_ratio_max = 3",
+        ),
+        (
+            {"sampler_correction": "token_truncate", "sampler_ratio_max": None},
+            {},
+            "set sampler_ratio_max or sampler_ratio_min",
+        ),
+    ],
+)
+def test_the_sampler_is_corrected_for_where_it_is_another_program(objective, rollout, expected):
+    for name in ("grpo", "ppo"):
+        if isinstance(expected, str):
+            with pytest.raises(ValueError, match=expected):
+                make_config(name, objective=objective, **rollout)
+        else:
+            found = make_config(name, objective=objective, **rollout)
+            assert found.correction == expected
+            names = {"sampler_token_logps", "sampler_ratio"}
+            source_has = {
+                field
+                for field, x in abstract_batch(found, rollout_shape(found, 8))._asdict().items()
+                if x is not None
+            }
+            assert names & source_has == (names if expected else set())
+    assert make_config("dpo", server=SERVER, temperature=0.7).correction is None
+
+
+def test_another_sampler_s_log_probabilities_are_kept_and_its_samples_weighed(models):
+    options = dict(objective={"sampler_correction": "sequence_truncate", "sampler_ratio_max": 1.2})
+    source = make(models, "rloo", **options)
+    engine = source._maker.sampler.engine
+
+    class Other(Local):  # of another opinion of each completion's first token
+        def __call__(self, requests, report=None):
+            for several in (found := super().__call__(requests, report)):
+                for number, one in enumerate(several):
+                    one.drawn_logps[0] += 0.1 * (number - 2)
+            return found
+
+    sampler = dataclasses.replace(source._maker.sampler, engine=Other(engine._generator))
+    source._maker = dataclasses.replace(source._maker, sampler=sampler)
+    batch = source.next(lambda: models[2])
+    ratio = np.asarray(batch.sampler_ratio)[batch.loss_mask]
+    allowed = np.exp(-0.1 * (np.arange(4) - 2)).clip(max=1.2)
+    np.testing.assert_allclose(sorted(set(ratio.round(3))), sorted(allowed.round(3)), atol=2e-3)
+    gap = (batch.old_token_logps - batch.sampler_token_logps)[batch.loss_mask]
+    found = {name: x for name, x in source.metrics.items() if name.startswith("sampling/")}
+    assert found["sampling/sampling_logp_difference/max"] == pytest.approx(0.2, abs=1e-3)
+    mean = found["sampling/sampling_logp_difference/mean"]
+    assert mean == pytest.approx(np.abs(gap).mean(), rel=1e-4)
+    assert found["sampling/importance_sampling_ratio/max"] == pytest.approx(1.2)
+    assert found["sampling/importance_sampling_ratio/min"] == pytest.approx(np.exp(-0.1), rel=1e-3)
 
 
 def test_behind_a_cut_off_response_stands_the_value_where_it_is_asked_for(models):

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 from align_jax import losses
+from align_jax.core.metrics import means
 from align_jax.losses import arrays
+from align_jax.losses.sampler import Correction, correct
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "trl_objectives.npz"
 with np.load(GOLDEN) as _file:
@@ -101,6 +103,33 @@ def test_loss_gradient_and_metrics_equal_trl(index):
     close(loss, ARRAYS[f"{index}/loss"])
     close(grad, ARRAYS[f"{index}/grad"])
     for key, value in case["metrics"].items():
+        if key.startswith("sampling/"):
+            continue  # of a rollout, not of a step
         np.testing.assert_allclose(
             metrics[key], value, rtol=2e-5, atol=2e-6, err_msg=f"{key}: {ADVICE}"
         )
+
+
+CORRECTED = [i for i, case in enumerate(CASES) if "sampler_ratio" in case["columns"]]
+
+
+@pytest.mark.parametrize("index", CORRECTED, ids=label)
+def test_the_correction_for_the_sampler_equals_trl(index):
+    case = CASES[index]
+    columns = {key: ARRAYS[f"{index}/{key}"] for key in case["columns"]}
+    rows = {
+        key: columns[key].reshape(-1, columns[key].shape[-1])
+        for key in ("policy", "mask", "old_token_logps", "sampler_token_logps")
+    }
+    batch, _ = arrays.make_batch(rows.pop("policy"), responses=columns["policy"].shape[1], **rows)
+    options = case["options"]
+    names = ("sampler_correction", "sampler_ratio_max", "sampler_ratio_min")
+    defaults = losses.OBJECTIVES["grpo"].options
+    given = Correction(*(options.get(name, defaults[name]) for name in names))
+    ratio, sums = correct(batch, given)
+    close(ratio, columns["sampler_ratio"].reshape(ratio.shape))
+    found = means(sums)
+    expected = {key: x for key, x in case["metrics"].items() if key.startswith("sampling/")}
+    assert expected.keys() == found.keys() and len(found) == 5
+    for key, value in expected.items():
+        np.testing.assert_allclose(found[key], value, rtol=2e-5, atol=2e-6, err_msg=key)
