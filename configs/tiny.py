@@ -33,6 +33,7 @@ MADE = {
     "pairs": "preferences",
     "ranked": "ranked",
     "unpaired": "unpaired",
+    "scored": "ranked",
     "rollout": "arithmetic",
 }  # the objective's kind of data -> the data set made by code
 LEARNING_RATE = {"ppo_offline": 3e-4}  # where 1e-3 is not a good one: all log-probabilities fall

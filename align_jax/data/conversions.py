@@ -19,10 +19,16 @@ import numpy as np
 from align_jax.core.options import DataOptions
 from align_jax.core.schema import Example
 
-KINDS = ("completions", "pairs", "ranked", "unpaired", "prompts")
+KINDS = ("completions", "pairs", "ranked", "unpaired", "scored", "prompts")
 
 # a kind of data -> an objective that trains on it, to be told of
-OBJECTIVE_OF = {"completions": "sft", "pairs": "dpo", "ranked": "reward_ranked", "unpaired": "kto"}
+OBJECTIVE_OF = {
+    "completions": "sft",
+    "pairs": "dpo",
+    "ranked": "reward_ranked",
+    "unpaired": "kto",
+    "scored": "reward_regression",
+}
 
 
 def convert(
@@ -162,6 +168,21 @@ def _score(example: Example) -> float:
     return example.scores[0] if example.scores else float(bool(example.label))
 
 
+def _each_scored(examples: Sequence[Example], options: DataOptions, seed: int) -> list[Example]:
+    """Take each response by itself, with its score; of feedback by labels 1 or 0."""
+    made = []
+    for example in examples:
+        if example.scores is None and example.label is None:
+            raise ValueError(
+                f"{example.source}: no score: a column score or reward holds a number for each "
+                "response (of pairs: score_chosen and score_rejected)"
+            )
+        for index in range(len(example.responses)):
+            one = _take(example, index)
+            made.append(dataclasses.replace(one, scores=(_score(one),), label=None, margin=0.0))
+    return made
+
+
 def _rank_by_prompt(examples: Sequence[Example], options: DataOptions, seed: int) -> list[Example]:
     """Gather scored responses by prompt into rankings; prompts with one response are left out."""
     groups: dict[str, list[Example]] = {}
@@ -206,6 +227,10 @@ CONVERSIONS: Mapping[tuple[str, str], Conversion] = {
     ("scored", "ranked"): _rank_by_prompt,
     ("scored", "unpaired"): _label_by_score,
     ("scored", "completions"): _unscored,
+    ("completions", "scored"): _each_scored,
+    ("pairs", "scored"): _each_scored,
+    ("ranked", "scored"): _each_scored,
+    ("unpaired", "scored"): _each_scored,
 }
 
 

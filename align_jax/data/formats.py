@@ -121,6 +121,8 @@ def read(row: Row, name: str, *, chat: bool) -> list[Example]:
         )
     found = form.read(row, chat)
     examples = [found] if isinstance(found, Example) else found
+    if form.kind == "completions":
+        examples = [dataclasses.replace(one, scores=rows.score_of(row)) for one in examples]
     for example in examples:
         if any(_is_empty(response) for response in example.responses):
             raise RowError("empty response")

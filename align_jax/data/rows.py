@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from align_jax.core.choose import nearest
+from align_jax.core.fields import is_number
 from align_jax.core.schema import Example, Message
 from align_jax.data import transcripts
 from align_jax.data.transcripts import RowError
@@ -368,6 +369,14 @@ def pair_scores(row: Row) -> tuple[float, float] | None:
     ):
         if row.get(chosen) is not None and row.get(rejected) is not None:
             return number_of(row[chosen], chosen), number_of(row[rejected], rejected)
+    return None
+
+
+def score_of(row: Row) -> tuple[float] | None:
+    """Read a single response's score, from a column ``score`` or ``reward`` that holds a number."""
+    for name in ("score", "reward"):
+        if is_number(row.get(name)):
+            return (number_of(row[name], name),)
     return None
 
 

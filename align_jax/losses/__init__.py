@@ -18,6 +18,7 @@ from align_jax.losses import (
     distillation,
     kto,
     objective,
+    pointwise,
     policy_gradient,
     ppo_offline,
     preference,
@@ -100,6 +101,20 @@ OBJECTIVES: dict[str, Objective] = {
         "-Σ_k log softmax(r_k..r_K)[k], or -log σ(r_i - r_j) over pairs, or -log softmax(r)[best]",
         "arXiv 2305.18290",
         data="ranked",
+        metric="accuracy up",
+    ),
+    "reward_regression": Objective(
+        pointwise.RewardRegression,
+        "(r - s)², s the data's score",
+        "arXiv 2406.08673",
+        data="scored",
+        metric="absolute_error down",
+    ),
+    "reward_classification": Objective(
+        pointwise.RewardClassification,
+        "-w log σ(r) of desirable responses, -log σ(-r) of undesirable ones",
+        "arXiv 2110.14168",
+        data="unpaired",
         metric="accuracy up",
     ),
     # pairs, with a reference
@@ -398,8 +413,9 @@ def jitted(
         ``Evaluated(losses, rewards, weights, loss, metrics)``.  Positional arguments, by kind of
         data: pairs (policy_chosen, policy_rejected, reference_chosen, reference_rejected), or one
         stacked [B, 2]; unpaired (policy, label, reference), and by name ``mismatched_policy`` and
-        ``mismatched_reference`` for KTO; completions (policy); ranked and reward models (scores [B,
-        R]).  By name: ``mask`` or ``lengths``, ``weight``, ``margin``, ``label``, ``kl``, ...
+        ``mismatched_reference`` for KTO; completions (policy); ranked and reward models (scores
+        [B, R], or [B]).  By name: ``mask`` or ``lengths``, ``weight``, ``margin``, ``label``,
+        ``kl``, ...
 
     >>> import jax.numpy as jnp
     >>> dpo = jitted("dpo", beta=0.1)

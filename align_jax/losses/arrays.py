@@ -27,6 +27,7 @@ POSITIONAL = {  # what positional arguments mean, by kind of data
     "pairs": ("policy_chosen", "policy_rejected", "reference_chosen", "reference_rejected"),
     "ranked": ("policy",),
     "unpaired": ("policy", "label", "reference"),
+    "scored": ("policy", "scores"),
     "rollout": ("policy", "old_token_logps", "advantages"),
 }
 TOKEN_COLUMNS = (

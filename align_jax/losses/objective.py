@@ -197,7 +197,7 @@ class Objective:
         formula: in one line.
         paper: arXiv id, or authors and year.
         data: "completions" (R = 1), "pairs" (R = 2, chosen first), "ranked" (R = K, best first),
-            "unpaired" (R = 1 with a label) or "rollout".
+            "unpaired" (R = 1 with a label), "scored" (R = 1 with a number) or "rollout".
         metric: the held-out metric that training should improve, with its direction:
             "rewards/accuracies up".
         adds: option -> (objective, default): a further term of the sum whose coefficient is this

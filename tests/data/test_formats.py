@@ -564,6 +564,15 @@ CONVERSIONS = [
         {"pairing": "all"},
         [(("y", "x"), None, None), (("z", "x"), None, None)],
     ),
+    ("ranked", "scored", [RANKED], {}, [((x,), None, (s,)) for x, s in zip("abc", (3, 2, 0.5))]),
+    (
+        "unpaired",
+        "scored",
+        [one("x", label=True), one("y", label=False)],
+        {},
+        [(("x",), None, (1.0,)), (("y",), None, (0.0,))],
+    ),
+    ("completions", "scored", [one("x", scores=(2.0,))], {}, [(("x",), None, (2.0,))]),
     ("completions", "prompts", [one("x"), one("y")], {}, [((), None, None)]),
 ]
 
@@ -576,6 +585,15 @@ CONVERSIONS = [
 def test_kinds_are_converted(source, target, examples, options, expected):
     made = conversions.convert(examples, source, target, DataOptions(**options))
     assert [(example.responses, example.label, example.scores) for example in made] == expected
+
+
+def test_a_score_beside_a_completion_is_kept_and_a_missing_one_is_named():
+    row = {"prompt": "p", "completion": "c"}
+    for score, read in ((2, (2.0,)), ("2", None), (True, None), (None, None)):
+        (example,) = formats.read({**row, "score": score}, "completion", chat=False)
+        assert example.scores == read
+    with pytest.raises(ValueError, match="no score: a column score or reward"):
+        conversions.convert([example], "completions", "scored", DataOptions())
 
 
 def test_a_random_pairing_is_fixed_by_its_seed():

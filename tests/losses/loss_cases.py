@@ -18,7 +18,7 @@ from align_jax.losses import Inputs
 from align_jax.losses.logprobs import sum_by_slot
 from align_jax.losses.options import declared
 
-RESPONSES = {"completions": 1, "pairs": 2, "ranked": 4, "unpaired": 1, "rollout": 3}
+RESPONSES = {"completions": 1, "pairs": 2, "ranked": 4, "unpaired": 1, "scored": 1, "rollout": 3}
 # A value other than the default for every option of the table, to be tried one at a time.  A new
 # option fails the tests until it has a line here; {"needs": other options} where it is not valid
 # alone.
@@ -28,6 +28,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "ld_alpha": [{"ld_alpha": 0.3}],
     "wpo": [{"wpo": True}],
     "temperature": [{"temperature": 2.0, "target": "scores"}],
+    "positive_weight": [{"positive_weight": 3.0}],
     "unbiased_kl": [{"unbiased_kl": True, "beta": 0.1}],
     "off_policy_threshold": [{"off_policy_threshold": 0.01}],
     "k_positive": [{"k_positive": 1.0}],

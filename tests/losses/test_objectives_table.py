@@ -23,6 +23,8 @@ AT_REFERENCE = {
     "gkd": 0.0,
     "reward": LOG2,
     "reward_ranked": math.log(24.0),
+    "reward_regression": 4.0,
+    "reward_classification": LOG2,
     "dpo": LOG2,
     "robust": LOG2,
     "ipo": 25.0,
@@ -74,7 +76,9 @@ ROWS = list(OBJECTIVES)
 PAIRS = [
     name for name, row in OBJECTIVES.items() if row.data == "pairs" and row.needs != ("scores",)
 ]
-UNPAIRED = [name for name, row in OBJECTIVES.items() if row.data == "unpaired"]
+UNPAIRED = [
+    name for name, row in OBJECTIVES.items() if row.data == "unpaired" and row.needs != ("scores",)
+]
 
 
 def blank(name, groups=2, **shape):
@@ -87,6 +91,8 @@ def blank(name, groups=2, **shape):
             old_token_logps=0 * ones, advantages=ones, returns=0 * ones, old_values=0 * ones
         )
         batch = batch._replace(text=cases.make_batch("completions", groups))
+    if row.data == "scored":
+        batch = batch._replace(scores=jnp.full(batch.lengths.shape, 2.0))
     outputs = cases.make_outputs(batch, jnp.zeros(batch.tokens.shape))
     for field in (*row.needs, "log_sum_sq"):
         zeros = outputs.logps if field == "scores" else outputs.token_logps
@@ -290,7 +296,7 @@ def test_metrics_are_sums_and_weights(name):
     known = set(divide(metrics))
     assert OBJECTIVES[name].metric.split()[0] in known
     assert OBJECTIVES[name].metric.split()[1] in ("up", "down")
-    if OBJECTIVES[name].data in ("pairs", "unpaired") and name not in ("reward", "csft"):
+    if name in (*PAIRS, *UNPAIRED) and name != "csft":
         assert {
             f"rewards/{key}" for key in ("chosen", "rejected", "margins", "accuracies")
         } <= known

@@ -207,6 +207,21 @@ def bco(a, delta=None):
     return by_label(a, -log_sigmoid(z), -log_sigmoid(-z))
 
 
+def regression(a):
+    """Squared error: transformers' MSELoss of one label."""
+    return np.mean((a["policy"] - a["scores"][:, 0]) ** 2)
+
+
+def classification(weight):
+    """Binary cross-entropy, arXiv 2110.14168 section 4.2; torch's ``pos_weight``."""
+
+    def loss(a):
+        r, y = a["policy"], a["label"]
+        return np.mean(np.where(y, -weight * log_sigmoid(r), -log_sigmoid(-r)))
+
+    return loss
+
+
 def gae_loop(rewards, values, gamma, lam):
     """Schulman et al. 1506.02438, equation 16, token by token."""
     advantage, found = 0.0, np.zeros(len(rewards))
@@ -309,6 +324,13 @@ CASES = {
         kto_logsigmoid,
     ),
     "bco": ("bco", {}, bco),
+    "reward_regression": ("reward_regression", {}, regression),
+    "reward_classification": ("reward_classification", {}, classification(1.0)),
+    "reward_classification_weighted": (
+        "reward_classification",
+        {"positive_weight": 2.5},
+        classification(2.5),
+    ),
     "ppo_offline": ("ppo_offline", {}, ppo_offline()),
     "ppo_offline_reciprocal": (
         "ppo_offline",
@@ -337,6 +359,11 @@ def draw(name, case, spread):
 
     if name.startswith("reward_ranked"):
         return {"policy": exact(10 * spread * rng.normal(size=(B, 4)))}
+    if name in ("reward_regression", "reward_classification"):
+        feedback = {"scores": exact(rng.normal(size=(B, 1)))}
+        if kind == "unpaired":
+            feedback = {"label": np.array([True, False, False, True])}
+        return {"policy": exact(10 * spread * rng.normal(size=B)), **feedback}
     shape = {"pairs": (B, 2, T), "ranked": (B, 3, T), "unpaired": (B, T), "rollout": (B, T)}[kind]
     mask = np.arange(T) < rng.integers(1, T + 1, shape[:-1])[..., None]
     reference = -rng.gamma(2.0, 0.8, shape) - 0.5

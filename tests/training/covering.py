@@ -102,6 +102,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "momentum": {"momentum": 0.5},
     "off_policy_threshold": {"off_policy_threshold": 1e-6},
     "per": {"per": "sequence"},
+    "positive_weight": {"positive_weight": 3.0},
     "ptx_coef": {"ptx_coef": 0.5, "data.text": "builtin:completions:train?size=16"},
     "reference_free": {"reference_free": True},
     "reward": {"reward": "score"},
