@@ -31,8 +31,8 @@ import tqdm
 from absl import flags, logging
 
 from align_jax.core.choose import nearest
-from align_jax.core.schema import Example
-from align_jax.data.rows import LARGEST, kind_of
+from align_jax.core.schema import Example, Message
+from align_jax.data.rows import LARGEST, kind_of, prompt_of, response_of
 from align_jax.data.sources import open_source
 from align_jax.online.rewards import (
     WeightedRewards,
@@ -221,7 +221,7 @@ def read_samples(path: str) -> list[dict[str, Any]]:
 
     Raises:
         ValueError: a record without ``prompt``, ``output``, ``prompt_id`` or ``sample_id``, or one
-            of them or the reward of another type, with file and line.
+            of them or the reward of another type or form, with file and line.
     """
     source = open_source(path)
     found = []
@@ -236,6 +236,14 @@ def read_samples(path: str) -> list[dict[str, Any]]:
             value = row.get(name)
             if not isinstance(value, kinds) or isinstance(value, bool):
                 raise ValueError(f"{source.where(i)}: {name} is {kind_of(value)}")
+        try:
+            prompt = prompt_of(row)
+            if prompt == ():
+                raise ValueError("prompt: no messages")
+            response_of(row["output"], prompt, "output")
+            round_id(row["prompt_id"], 0)
+        except ValueError as error:
+            raise ValueError(f"{source.where(i)}: {error}") from error
         found.append(row)
     return found
 
@@ -257,8 +265,13 @@ def with_rewards(samples: Sequence[Sample]) -> list[Sample]:
 
 
 def _example(sample: Sample) -> Example:
-    prompt = sample["prompt"]
-    return Example(prompt if isinstance(prompt, str) else tuple(prompt), (), extras=sample)
+    prompt = prompt_of(sample)
+    return Example(prompt, (response_of(sample["output"], prompt, "output"),), extras=sample)
+
+
+def _text(response: str | Sequence[Message]) -> str:
+    """Return what a reward function is given as the completion: the text, or the last turn's."""
+    return response if isinstance(response, str) else response[-1]["content"]
 
 
 def _finishes(samples: Sequence[Sample]) -> list[str]:
@@ -278,7 +291,7 @@ def score(
             examples = [_example(one) for one in part]
             total, each = rewards(
                 [prompt_text(example) for example in examples],
-                [one["output"] for one in part],
+                [_text(example.responses[0]) for example in examples],
                 [columns(*pair) for pair in zip(examples, _finishes(part))],
             )
             for i, one in enumerate(part):
@@ -370,7 +383,8 @@ def write(path: str, records: Sequence[Mapping[str, Any]]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f"{file.name}.{os.getpid()}.part")
     try:
-        with part.open("w", encoding="utf-8") as out:
+        # what is no character, half a pair of surrogates, is written as JSON escapes it
+        with part.open("w", encoding="utf-8", errors="backslashreplace") as out:
             if file.suffix == ".json":
                 json.dump(list(records), out, ensure_ascii=False, indent=1)
                 out.write("\n")

@@ -8,6 +8,7 @@ import random
 import pytest
 
 from align_jax import label
+from align_jax.online.rewards import WeightedRewards
 
 
 def make(rewards_by_prompt, chat=True):
@@ -131,6 +132,10 @@ def test_labels_that_are_all_the_same_are_refused_unless_asked_for():
         ({"sample_id": "3"}, "sample_id is a text"),
         ({"reward": "good"}, "reward is a text"),
         ({"reward": True}, "reward is true or false"),
+        ({"prompt": []}, "prompt: no messages"),
+        ({"prompt": [{"a": 1}]}, "prompt: expected messages with role and content"),
+        ({"output": [3]}, "output: expected a text or messages"),
+        ({"prompt_id": -1}, "expected an integer prompt_id from 0"),
     ],
 )
 def test_a_bad_sample_is_named_by_file_and_line(tmp_path, change, said):
@@ -162,3 +167,15 @@ def test_a_threshold_that_is_no_finite_number_is_refused(threshold):
 def test_a_reward_that_no_float32_holds_is_none(reward):
     known = {"reward": 1.0}
     assert label.with_rewards([known, {"reward": reward}]) == [known]
+
+
+def test_an_output_of_messages_is_scored_by_its_words():
+    (sample,) = make([[None]])
+    sample["output"] = [{"role": "assistant", "content": "four"}]
+    rewards = WeightedRewards((("long", 1.0, lambda p, c, e: [len(one) for one in c]),))
+    assert [one["reward"] for one in label.score([sample], rewards, show=False)] == [4.0]
+
+
+def test_half_a_character_is_written_as_json_escapes_it(tmp_path):
+    label.write(str(tmp_path / "a.jsonl"), [{"output": "a\ud83d"}])
+    assert json.loads((tmp_path / "a.jsonl").read_text()) == {"output": "a\ud83d"}

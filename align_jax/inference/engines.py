@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
-import math
 import pathlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from align_jax.core.choose import choose
+from align_jax.core.fields import is_number
 from align_jax.core.options import ServerOptions
 from align_jax.inference.client import RETRY_SECONDS, Client
 from align_jax.inference.generate import (
@@ -34,6 +34,7 @@ from align_jax.models.model import Params
 
 _TOKEN_PREFIX = "token_id:"  # how vLLM writes tokens under return_tokens_as_token_ids
 _POSITIVE = 1e-3  # nats: a log-probability of 0, rounded
+_LEAST = -3e38  # float32 holds no less
 _BASE_BYTES, _TOKEN_BYTES = 1 << 20, 1 << 10  # of an answer: at all, and for each token
 
 
@@ -172,13 +173,12 @@ def read_choice(
     if len(logps) != len(ids):
         raise ValueError(f"gave {len(logps)} log-probabilities for {len(ids)} tokens")
     for i, logp in enumerate(logps):
-        number = isinstance(logp, (int, float)) and not isinstance(logp, bool)
-        if not number or not -math.inf < logp <= _POSITIVE:
-            raise ValueError(f"token_logprobs[{i}]: expected a number below 0, got {logp!r}")
+        if not is_number(logp) or not _LEAST <= logp <= _POSITIVE:
+            raise ValueError(f"token_logprobs[{i}]: expected a number below 0, got {logp!r:.60}")
     finish = choice.get("finish_reason")
     if finish not in ("stop", "length"):
         raise ValueError(f"finish_reason: expected 'stop' or 'length', got {finish!r}")
-    return ids, logps, finish
+    return ids, [float(logp) for logp in logps], finish
 
 
 def _token_id(token: Any, vocabulary: int) -> int:

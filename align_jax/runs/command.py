@@ -11,6 +11,7 @@ A mistake is its message alone, on standard error; ``--debug`` shows the traceba
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import pathlib
@@ -58,6 +59,8 @@ def run(main: Callable[[Sequence[str]], None], *, arguments: str = "") -> NoRetu
     if any(word in HELP for word in sys.argv[1:]):
         print(usage(program, arguments))
         sys.exit(0)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # no terminal has every character
+        sys.stdout.reconfigure(errors="backslashreplace")
     debug = "--debug" in sys.argv[1:]
     if "config" in flags.FLAGS:
         flags.FLAGS["config"].parser = ConfigFile()
@@ -67,7 +70,9 @@ def run(main: Callable[[Sequence[str]], None], *, arguments: str = "") -> NoRetu
     except flags.Error as error:
         if debug:
             raise
-        print(f"{program}: {_flag_message(error)}", file=sys.stderr)
+        # a value may be whatever was pasted by mistake
+        message = re.sub(r"(\S{200})\S+", r"\1...", _flag_message(error))
+        print(f"{program}: {message}", file=sys.stderr)
         sys.exit(2)
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax tells much of little

@@ -30,7 +30,7 @@ CASES = int(os.environ.get("ALIGN_JAX_FUZZ_CASES", "0"))  # of each border; 0 = 
 SHORT = 25
 SECONDS = 5.0  # of CPU, for one case
 MOST_LINES, MOST_CHARACTERS = 12, 3000  # of a message
-REFUSALS = (ValueError, FileNotFoundError, SystemExit)
+REFUSALS = (ValueError, FileNotFoundError, ConnectionError, SystemExit)
 
 Value = TypeVar("Value")
 
