@@ -10,6 +10,8 @@ import pytest
 from align_jax import losses
 from align_jax.losses import advantages, pairs, targets
 from align_jax.losses.logprobs import sum_by_slot
+from align_jax.losses.options import declared
+from align_jax.losses.sampler import SamplerOptions
 
 
 def packed(seed=0, rows=3, length=12):
@@ -200,6 +202,7 @@ def test_rollout_options_are_what_make_targets_takes(name):
     term = losses.resolve(name)[0]
     # the rollout source's own
     others = {"epochs", "minibatches", "missing_eos_penalty", "kl_target", "kl_horizon"}
+    others |= declared(SamplerOptions).keys()
     batch, reference = rollout()
     options = {key: value for key, value in term.rollout.items() if key not in others}
     found, _ = targets.make_targets(batch, reference_token_logps=reference, **options)
