@@ -276,7 +276,7 @@ def describe(run: Run, first: int = 0) -> list[str]:
         initialize.count(run.state_specs.frozen),
     )
     resumed = []
-    if first and run.config.rewards and run.config.rollout.overlap:
+    if first and run.resolved.rollouts is not None and run.config.rollout.overlap:
         resumed = [
             "config.rollout.overlap: the rollout that was being made when the run stopped is made "
             "anew with these weights, so what follows is not the same to the bit"

@@ -5,8 +5,10 @@
     python -m align_jax.plan --config=configs/gkd_llama3_1b.py --topology=v5e:4x4
 
 Recipe: Agarwal et al. 2023, arXiv 2306.13649 (generalized Jensen-Shannon divergence, beta 0.5), on
-a data set's answers.  On the student's own samples: --config.rewards='{"length": 1.0}' and
---config.rollout.responses_per_prompt=1 (the reward is reported, not learned).
+a data set's answers.  Half of the prompts on the student's own samples (the paper's lambda):
+--config.objective.on_policy=0.5 --config.rollout.responses_per_prompt=1, of at most
+--config.rollout.max_new_tokens; what is held out is then sampled, and has no divergence to be best
+by: --config.checkpoint.best_metric="".
 Differences: the paper's models are T5; the learning rate is that of supervised fine-tuning of a
 model of this size.
 Topology: v5e:4x4.  Not yet run.

@@ -82,6 +82,15 @@ OBJECTIVES: dict[str, Objective] = {
         metric="divergence down",
         adds=_SFT,
     ),
+    "minillm": Objective(
+        distillation.MiniLlm,
+        "KL_t(p||q) - min(w A, clip(w, 1±ε) A), A_t = A + mean_{s>t} log(q/p)(y_s)",
+        "arXiv 2306.08543",
+        data="rollout",
+        metric="reverse_kl down",
+        adds={"entropy_coef": ("entropy", 0.0), "ptx_coef": ("ptx", 0.0)},
+        rollout=targets.GrpoRollout,
+    ),
     "csft": Objective(
         supervised.Csft,
         "sft on both responses, each after a control token",

@@ -8,13 +8,22 @@ distributions are compared chunk by chunk (``logprobs.token_outputs``); neither 
 import dataclasses
 from typing import Annotated, ClassVar
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from align_jax.core.schema import Batch
+from align_jax.losses.advantages import discounted_sum
 from align_jax.losses.logprobs import Divergence, sum_by_slot
 from align_jax.losses.objective import Inputs, Loss, Result, summed, token_counts, token_weights
 from align_jax.losses.options import Option
+from align_jax.losses.policy_gradient import (
+    TokenMeanLoss,
+    rollout_log_ratio,
+    rollout_metrics,
+    token_mean,
+)
+from align_jax.losses.sampler import sampler_weights
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,13 +35,13 @@ class Gkd(Loss):
         β = 0: KL(q || p), plain distillation of logits    β = 1: KL(p || q), MiniLLM's direction
         between: β KL(q || m) + (1 - β) KL(p || m),  m = β q + (1 - β) p
 
-    On a data set's answers it is supervised; with ``config.rewards`` it learns on the student's own
-    samples.
+    On a data set's answers it is supervised; a share λ of the prompts (``on_policy``) may get the
+    student's own samples in their place.
 
     References:
-        Agarwal et al. 2023, arXiv 2306.13649, equations 1 and 4; β = 0: Hinton et al. 2015, arXiv
-        1503.02531; β = 1: Gu et al. 2023, arXiv 2306.08543, without the policy gradient of its
-        later steps.
+        Agarwal et al. 2023, arXiv 2306.13649, equations 1 and 4, λ: algorithm 1; β = 0: Hinton et
+        al. 2015, arXiv 1503.02531; β = 1: the direction of Gu et al. 2023, arXiv 2306.08543, whose
+        whole gradient is ``minillm``.
 
     >>> from align_jax.losses import jitted
     >>> logps = [[-1.0, -3.0]]
@@ -45,8 +54,21 @@ class Gkd(Loss):
         float, Option("β: 0 = KL(teacher || student), 1 = KL(student || teacher)", low=0, high=1)
     ] = 0.5
     temperature: Annotated[float, Option("both logits are divided by it", above=0)] = 1.0
+    on_policy: Annotated[
+        float,
+        Option(
+            "λ: share of the prompts that are learned on the student's own samples, the others on "
+            "the data's answers",
+            low=0,
+            high=1,
+        ),
+    ] = 0.0
 
     reference: ClassVar[bool] = True
+
+    @property
+    def own_share(self) -> float:
+        return self.on_policy
 
     @property
     def needs(self) -> tuple[str, ...]:
@@ -65,3 +87,85 @@ class Gkd(Loss):
         losses = sum_by_slot(inputs.of_policy("divergence"), batch).sum(axis=1) / tokens
         nll = -inputs.policy.logps.sum(axis=1) / tokens
         return losses, {"divergence": summed(losses, weight), "nll": summed(nll, weight)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MiniLlm(TokenMeanLoss):
+    """MiniLLM: the reverse KL of whole responses, KL(p || q), on the student's own samples.
+
+        KL_t(p || q) - min(w A, clip(w, 1 ± ε) A),    r_t = log q(y_t) - log p(y_t), no gradient
+        A_t = A_reward + Σ_{s>t} γ^(s-t-1) r_s / Σ_{s>t} γ^(s-t-1)
+
+    The first part, of whole distributions, is the token's own step; the second is what the token
+    does to the steps behind it, their mean rather than their sum (``length_normalization``).
+    Without ``single_step`` the sums begin at t and do all of it.  A_reward is 0 without rewards.
+    Mean over the global batch's tokens.
+
+    References:
+        Gu et al. 2023, arXiv 2306.08543, equation 3, the single-step decomposition and the length
+        normalization of section 2.2.  Its third device, samples mixed with the teacher's, is left
+        out; its fourth, text beside the samples, is ``ptx_coef``.
+
+    >>> from align_jax.losses import jitted
+    >>> logps = [[[-1.0, -2.0]]]
+    >>> found = jitted("minillm")(logps, reference=[[[-1.0, -1.5]]], old_token_logps=logps,
+    ...                           advantages=[[[0.0, 0.0]]], divergence=[[[0.25, 0.75]]])
+    >>> found.losses.tolist()
+    [0.25]
+    """
+
+    own = ("single_step", "length_normalization", "gamma", "epsilon")
+    single_step: Annotated[
+        bool, Option("a token's own step is the KL of whole distributions, not a sample of it")
+    ] = True
+    length_normalization: Annotated[
+        bool, Option("the mean of the later steps, which does not favor short responses")
+    ] = True
+    gamma: Annotated[float, Option("γ: discount per token", above=0, high=1)] = 1.0
+    epsilon: Annotated[float, Option("ε: ratios are clipped to 1 ± this", above=0)] = 0.2
+
+    reference: ClassVar[bool] = True
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return ("divergence",) if self.single_step else ()
+
+    @property
+    def decides(self) -> dict[str, str]:
+        return {"scale": "group"}
+
+    @property
+    def own_share(self) -> float:
+        return 1.0
+
+    @property
+    def divergence(self) -> Divergence:
+        return Divergence(1.0)
+
+    def later(self, inputs: Inputs) -> Float[Array, "N T"]:
+        """Compute what is behind each token: the sum of r, or its mean."""
+        batch = inputs.batch
+        mask, slot = jnp.asarray(batch.loss_mask), jnp.asarray(batch.slot)
+        r = inputs.of_reference("token_logps") - inputs.policy.token_logps
+        r = jax.lax.stop_gradient(jnp.where(mask, r, 0.0))
+        ones = mask.astype(jnp.float32)
+        found, lengths = (discounted_sum(x, mask, slot, self.gamma) for x in (r, ones))
+        if self.single_step:
+            found, lengths = (found - r) / self.gamma, (lengths - ones) / self.gamma
+        # at least one token, but for the last one, behind which there is none
+        return found / jnp.maximum(lengths, 1.0) if self.length_normalization else found
+
+    def losses(self, inputs: Inputs) -> Result:
+        batch, ratio = inputs.batch, jnp.exp(rollout_log_ratio(inputs))
+        advantages = inputs.of_batch("advantages") + self.later(inputs)
+        clipped = jnp.clip(ratio, 1.0 - self.epsilon, 1.0 + self.epsilon)
+        losses = -sampler_weights(inputs) * jnp.minimum(ratio * advantages, clipped * advantages)
+        log_ratio = inputs.policy.token_logps - inputs.of_reference("token_logps")
+        parts = {
+            "reverse_kl": jnp.where(batch.loss_mask, log_ratio, 0.0),
+            "clip_ratio/region_mean": (clipped != ratio).astype(jnp.float32),
+        }
+        if self.single_step:
+            parts["divergence"] = inputs.of_policy("divergence")
+            losses += parts["divergence"]
+        return token_mean(losses, batch), rollout_metrics(inputs, parts)

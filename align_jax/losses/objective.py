@@ -113,6 +113,12 @@ class Loss(Options):
         return self.reference
 
     @property
+    def own_share(self) -> float | None:
+        """Share of the prompts whose responses are the policy's own samples, the others being the
+        data's answers; None: rewards decide whether all are."""
+        return None
+
+    @property
     def divergence(self) -> Divergence:
         """Which one it reads, where ``needs`` names a divergence from the reference."""
         return JENSEN_SHANNON

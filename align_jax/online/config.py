@@ -38,6 +38,7 @@ class RolloutConfig:
         correction: for samples of another distribution than the trainer's; None: none.
         value_head: the policy's head that gives values; "" = none.
         mismatched: add mismatched completions.
+        own_share: of the prompts whose responses are sampled; the others have the data's answer.
         seed: of the prompts' order, the draws and the slices.
 
     Raises:
@@ -55,6 +56,7 @@ class RolloutConfig:
     correction: Correction | None = None
     value_head: str = ""
     mismatched: bool = False
+    own_share: float = 1.0
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -102,6 +104,8 @@ class RolloutConfig:
             )
         if self.correction is not None:
             _check_correction(self.correction, options)
+        if self.own_share < 1:
+            self._check_answers(options.prompts // processes)
         if options.server.url and processes > 1:
             raise ValueError("config.rollout.server works with one process only")
         if options.server.url and options.tensor:
@@ -114,6 +118,30 @@ class RolloutConfig:
                 "config.rollout.overlap works in one process only: threads of several processes "
                 "would meet in different orders"
             )
+
+    def _check_answers(self, share: int) -> None:
+        """Refuse what does not go with data's answers in the place of samples.
+
+        Args:
+            share: prompts of a rollout in this process.
+        """
+        if abs(round(self.own_share * share) - self.own_share * share) > 1e-6:
+            nearest = max(1, round(self.own_share * share)) / share
+            raise ValueError(
+                f"config.objective.on_policy = {self.own_share:g} of {share} prompts of a rollout "
+                f"is no whole number of them; {nearest:g} is, or give another "
+                "config.rollout.prompts"
+            )
+        if self.options.tries > 1 or self.options.environment:
+            raise ValueError(
+                "config.rollout.tries and config.rollout.environment are for samples alone: set "
+                f"config.objective.on_policy = 1, got {self.own_share:g}"
+            )
+
+    @property
+    def answers(self) -> bool:
+        """Whether the data's answers are needed beside the prompts."""
+        return self.own_share < 1
 
     @property
     def groups(self) -> tuple[int, int]:
@@ -145,6 +173,40 @@ class RolloutConfig:
     def needs_reference(self) -> bool:
         """Whether the rollout itself compares with the reference: its KL is in the reward."""
         return bool(self.targets and self.targets.get("kl_coef"))
+
+
+def is_online(terms: Sequence[Term], config: Config) -> bool:
+    """Tell whether these objectives learn from samples of the policy's own.
+
+    Raises:
+        ValueError: nothing says what samples are worth, or rewards that nothing would be given.
+    """
+    shares = [(term.name, term.loss.own_share) for term in terms]
+    own = next((share for _, share in shares if share is not None), None)
+    if config.rewards and own == 0:
+        name = next(name for name, share in shares if share is not None)
+        raise ValueError(
+            f"config.rewards say what samples are worth, of which the objective {name!r} learns "
+            "none: set config.objective.on_policy (1: on samples alone), or config.rewards = {}"
+        )
+    if data_kind(terms) == "rollout" and not config.rewards and not own:
+        raise ValueError(
+            f"the objective {config.objective.name!r} learns from the policy's own samples: "
+            "config.rewards must name at least one reward, such as {'length': 1.0}"
+        )
+    if not config.rewards and own and data_kind(terms) == "completions":
+        if any(share is None for _, share in shares):
+            raise ValueError(
+                f"objective {config.objective.name!r}: 'sft' would imitate the student's own "
+                "samples, good or bad: set on_policy = 0, or leave it out"
+            )
+        if config.rollout.responses_per_prompt != 1:
+            raise ValueError(
+                f"config.rollout.responses_per_prompt = {config.rollout.responses_per_prompt}: "
+                "without config.rewards no sample of a prompt is its best, which alone is "
+                "learned: set it to 1"
+            )
+    return bool(config.rewards) or bool(own)
 
 
 def make_rollout_config(terms: Sequence[Term], config: Config) -> RolloutConfig:
@@ -188,6 +250,7 @@ def make_rollout_config(terms: Sequence[Term], config: Config) -> RolloutConfig:
         correction=correction,
         value_head=config.model.value_head if "values" in needs else "",
         mismatched=any(term.objective.mismatched for term in terms),
+        own_share=next((x for term in terms if (x := term.loss.own_share)), 1.0),
         seed=config.seed,
     )
 

@@ -567,7 +567,8 @@ def make_rollouts(
         ValueError: no prompts are left, or fewer held-out ones than processes, or rows without what
             a reward reads.
     """
-    rewards.check(config.rewards, (*examples, *held_out))
+    if config.rewards:
+        rewards.check(config.rewards, (*examples, *held_out))
     read = functools.partial(
         Prompts,
         tokenizer=tokenizer,
@@ -576,7 +577,7 @@ def make_rollouts(
         truncation=config.data.truncation,
         seed=config.seed,
     )
-    prompts = read(examples, shuffle=config.data.shuffle)
+    prompts = read(examples, shuffle=config.data.shuffle, answers=rollouts.answers)
     others = read(held_out, shuffle=False) if held_out else None
     if others is not None and len(others) < jax.process_count():
         raise ValueError(
@@ -590,7 +591,10 @@ def make_rollouts(
         (*examples, *held_out),
         longest=longest,
         max_length=config.max_length,
-        rewarded=any(term.kind == "environment" for term in rewards.read(config.rewards)),
+        rewarded=any(
+            term.kind == "environment"
+            for term in (rewards.read(config.rewards) if config.rewards else ())
+        ),
     )
     if rollouts.options.server.url:
         engine: Engine = Server(
@@ -601,8 +605,10 @@ def make_rollouts(
         generator = make_generator(rollouts, policy, tokenizer, where, config.max_length, longest)
         reshard = make_resharder(policy, where) if rollouts.options.tensor else None
         engine = Local(generator, reshard=reshard)
-    scored = rewards.resolve(config.rewards, mesh=mesh, load_model=load_model)
-    sampler = PromptSampler(rollouts.options, engine, scored, player)
+    scored = rewards.WeightedRewards(())
+    if config.rewards:
+        scored = rewards.resolve(config.rewards, mesh=mesh, load_model=load_model)
+    sampler = PromptSampler(rollouts.options, engine, scored, player, rollouts.own_share)
     maker = RolloutMaker(rollouts, prompts, sampler, pad_id(tokenizer), policy, reference, mesh)
     return Rollouts(maker, others, text)
 

@@ -28,6 +28,7 @@ from align_jax.inference.generate import Completion, Request, true_on_all_proces
 from align_jax.inference.samplers import Sampling
 from align_jax.losses import advantages as estimators
 from align_jax.online.environment import Episode, Player
+from align_jax.online.partners import Answers, sampled_positions
 from align_jax.online.rewards import WeightedRewards, by_name, columns, counted, prompt_text
 
 # running moments of all scores; see losses.advantages.normalize_scores
@@ -58,6 +59,7 @@ class Prompts:
         truncation: of prompts that are too long: "keep_start", "keep_end", or "drop" the prompt.
         seed: of the order and of the draws.
         shuffle: a new order each epoch; else the data's own.
+        answers: keep the examples' first responses too, at most ``max_new_tokens`` of them.
 
     Attributes:
         report: counts of truncated and dropped prompts.
@@ -77,6 +79,7 @@ class Prompts:
         truncation: str = "keep_end",
         seed: int = 0,
         shuffle: bool = True,
+        answers: bool = False,
     ) -> None:
         if max_new_tokens >= max_length:
             raise ValueError(
@@ -86,7 +89,8 @@ class Prompts:
         # prompts give way to completions of the greatest length
         limits = Limits(max_length, truncation, max_length - max_new_tokens, tokenizer.bos_token_id)
         self._seed, self._shuffle = seed, shuffle
-        self._examples = examples
+        self._examples, self._tokenizer = examples, tokenizer
+        self._answers = Answers(max_new_tokens) if answers else None
         kept_ids: list[Int[np.ndarray, "p"]] = []
         kept_examples: list[int] = []
         truncated = 0
@@ -101,6 +105,8 @@ class Prompts:
             truncated += len(kept) < len(ids)
             kept_ids.append(kept)
             kept_examples.append(number)
+            if self._answers is not None:
+                self._answers.add(tokens)
         if not kept_ids:
             raise ValueError(
                 f"no prompts left of {len(examples)}: all are empty or longer than max_length - "
@@ -111,6 +117,8 @@ class Prompts:
             "truncated prompts": int(truncated),
             "dropped prompts": len(examples) - len(kept_ids),
         }
+        if self._answers is not None:
+            self.report["truncated answers"] = self._answers.truncated
         self.longest = max(len(ids) for ids in kept_ids)
         # one after another: an array for each would take more than its tokens do
         self._tokens = np.concatenate(kept_ids)
@@ -136,6 +144,18 @@ class Prompts:
         ids = self._tokens[self._ends[place] : self._ends[place + 1]]
         return self._examples[int(self._numbers[place])], ids
 
+    def answer(self, position: int) -> Completion:
+        """Return the data's answer to the prompt at a position of the stream, as a completion that
+        nobody drew.
+
+        Raises:
+            ValueError: no answers were kept.
+        """
+        if self._answers is None:
+            raise ValueError("these prompts were read without their answers")
+        _, prompt = self[position]
+        return self._answers.completion(self._place(position), prompt, self._tokenizer)
+
     def seed(self, position: int) -> int:
         """Return the seed of the draws at a position of the stream."""
         return int(np.random.SeedSequence((self._seed, position)).generate_state(1)[0])
@@ -152,6 +172,7 @@ class PromptSamples(NamedTuple):
     rewards: Float[np.ndarray, "n"]  # the weighted sum
     each_reward: dict[str, Float[np.ndarray, "n"]]  # by name, unweighted; NaN: it said nothing
     episodes: list[Episode] = []  # of the samples, where an environment answers
+    sampled: bool = True  # else the completions are the data's answer
 
 
 class SampledRollout(NamedTuple):
@@ -215,12 +236,14 @@ class PromptSampler:
         engine: what generates.
         rewards: what a completion is worth.
         player: plays episodes of several turns; None: a completion has one.
+        own_share: of the prompts whose responses are sampled; the others have the data's answer.
     """
 
     options: RolloutOptions
     engine: Engine
     rewards: WeightedRewards
     player: Player | None = None
+    own_share: float = 1.0
 
     def sample(
         self, prompts: Prompts, positions: Sequence[int], moments: Moments
@@ -295,17 +318,31 @@ class PromptSampler:
             tries == 0 or not true_on_all_processes(len(kept) >= share)
         ):
             first = position + tries * options.prompts + jax.process_index() * share
-            found, moments, taken = self.sample(prompts, range(first, first + share), moments)
+            positions = range(first, first + share)
+            sampled = sampled_positions(positions, self.own_share)
+            found, moments, taken = self.sample(prompts, sampled, moments)
             seconds += taken
             tokens += sum(int(one.mask.sum()) for each in found for one in each.completions)
+            found += [self._answered(prompts, one) for one in positions if one not in sampled]
+            found.sort(key=lambda one: one.position)
             for one in found:
                 (kept if options.tries == 1 or np.ptp(one.scores) > 0 else spare).append(one)
             tries += 1
         return SampledRollout((kept + spare)[:share], tries, moments, seconds, tokens)
 
+    def _answered(self, prompts: Prompts, position: int) -> PromptSamples:
+        """Take the data's answer in the place of samples."""
+        example, ids = prompts[position]
+        n = self.options.responses_per_prompt
+        zeros = np.zeros(n, np.float32)
+        answers = [prompts.answer(position)] * n
+        return PromptSamples(position, example, ids, answers, zeros, zeros, {}, sampled=False)
+
 
 def describe(rollout: SampledRollout) -> dict[str, float]:
-    """Return a rollout's metrics over all processes, by the names that dashboards know."""
+    """Return the metrics of a rollout's samples over all processes, by the names that dashboards
+    know."""
+    rollout = rollout._replace(prompts=[one for one in rollout.prompts if one.sampled])
     responses = len(rollout.prompts[0].rewards)
     rewards = gather(np.concatenate([one.rewards for one in rollout.prompts]))
     rewards = rewards.reshape(-1, responses)
@@ -314,9 +351,6 @@ def describe(rollout: SampledRollout) -> dict[str, float]:
     cut_off = gather(np.array([one.finish == "length" for one in completions], np.float32))
     tokens = float(gather(np.array([rollout.tokens], np.float32)).sum())
     metrics = {
-        "reward": float(rewards.mean()),
-        "reward_std": float(rewards.std(axis=1, ddof=1).mean()) if responses > 1 else 0.0,
-        "frac_reward_zero_std": float((np.ptp(rewards, axis=1) == 0).mean()),
         "completions/mean_length": float(lengths.mean()),
         "completions/min_length": float(lengths.min()),
         "completions/max_length": float(lengths.max()),
@@ -325,8 +359,14 @@ def describe(rollout: SampledRollout) -> dict[str, float]:
         "rollout/generation_seconds": rollout.seconds,
         "rollout/tokens_per_second": tokens / rollout.seconds,
     }
-    silent = np.ones(rewards.size, bool)
-    for name in rollout.prompts[0].each_reward:
+    silent, each_reward = np.ones(rewards.size, bool), rollout.prompts[0].each_reward
+    if each_reward:
+        metrics |= {
+            "reward": float(rewards.mean()),
+            "reward_std": float(rewards.std(axis=1, ddof=1).mean()) if responses > 1 else 0.0,
+            "frac_reward_zero_std": float((np.ptp(rewards, axis=1) == 0).mean()),
+        }
+    for name in each_reward:
         own = gather(np.concatenate([one.each_reward[name] for one in rollout.prompts]))
         silent &= np.isnan(own)
         said = counted(own)
@@ -334,7 +374,7 @@ def describe(rollout: SampledRollout) -> dict[str, float]:
             metrics[f"rewards/{name}"] = float(said.mean())
         if len(said) < len(own):
             metrics[f"rewards/{name}/abstained"] = float(len(own) - len(said))
-    if rollout.prompts[0].each_reward and silent.any():
+    if each_reward and silent.any():
         metrics["rewards/all_abstained"] = float(silent.sum())
     return metrics | _describe_episodes(rollout)
 
@@ -363,7 +403,7 @@ def _describe_episodes(rollout: SampledRollout) -> dict[str, float]:
 def records(rollout: SampledRollout, prompts: int = 4) -> list[dict[str, Any]]:
     """Return some samples as JSON-able records, for people to read."""
     found: list[dict[str, Any]] = []
-    for several in rollout.prompts[:prompts]:
+    for several in [one for one in rollout.prompts if one.sampled][:prompts]:
         prompt = several.example.prompt
         for i, one in enumerate(several.completions):
             found.append(

@@ -58,7 +58,7 @@ def reward_models(
         load_config: reads a checkpoint's config; raises OSError where it cannot.
     """
     found = {}
-    for term in rewards.read(config.rewards):
+    for term in rewards.read(config.rewards) if config.rewards else ():
         if term.kind == "model":
             options, path, note = term.options, term.options["path"], ""
             try:

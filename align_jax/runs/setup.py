@@ -35,7 +35,7 @@ from align_jax.losses.logprobs import WHOLE
 from align_jax.losses.objective import Term, data_kind
 from align_jax.models.config import ModelConfig
 from align_jax.models.lora import LoraConfig
-from align_jax.online.config import RolloutConfig, make_rollout_config
+from align_jax.online.config import RolloutConfig, is_online, make_rollout_config
 from align_jax.online.rollout import Rollouts, make_rollouts
 from align_jax.parallel.mesh import AXES, make_mesh, mesh_shape, row_shards
 from align_jax.runs import weights
@@ -133,24 +133,18 @@ def resolve_config(config: Config, devices: int) -> ResolvedConfig:
         )
     _check_reference(config, terms)
     _check_model(config, terms, model_config)
-    lora = adapter(config, model_config)
+    lora, online = adapter(config, model_config), is_online(terms, config)
     models = initialize.make_models(
         model_config,
         terms,
         config.model,
         lora,
-        unembed=bool(config.rewards),
+        unembed=online,
         reference=_reference_config(config, tokenizer, model_config, multiple),
     )
-    kind = data_kind(terms)
-    if kind == "rollout" and not config.rewards:
-        raise ValueError(
-            f"the objective {config.objective.name!r} learns from the policy's own samples: "
-            "config.rewards must name at least one reward, such as {'length': 1.0}"
-        )
     _check_text(config, terms)
-    rollouts = make_rollout_config(terms, config) if config.rewards else None
-    return ResolvedConfig(terms, tokenizer, model_config, models, kind, rollouts)
+    rollouts = make_rollout_config(terms, config) if online else None
+    return ResolvedConfig(terms, tokenizer, model_config, models, data_kind(terms), rollouts)
 
 
 def _check_reference(config: Config, terms: Sequence[Term]) -> None:
@@ -160,7 +154,7 @@ def _check_reference(config: Config, terms: Sequence[Term]) -> None:
         ValueError: the key, and what to give instead.
     """
     r, name = config.reference, config.objective.name
-    if r.mode == "cached" and config.rewards:
+    if r.mode == "cached" and is_online(terms, config):
         raise ValueError(
             "config.reference.mode = 'cached' computes the reference's log-probabilities of a "
             "fixed data set once; an online run trains on new samples: use in_graph"
@@ -335,10 +329,12 @@ class Run(NamedTuple):
 
 def read_data(config: Config, resolved: ResolvedConfig) -> tuple[Examples, Examples | None]:
     """Read the training and the held-out examples; every malformed row is found here."""
-    d = config.data
+    d, kind = config.data, resolved.kind
+    if resolved.rollouts is not None:
+        kind = "completions" if resolved.rollouts.answers else "prompts"
     load = functools.partial(
         datasets.load,
-        kind=resolved.kind if resolved.rollouts is None else "prompts",
+        kind=kind,
         options=d,
         seed=config.seed,
         chat=bool(resolved.tokenizer.chat_template),

@@ -24,6 +24,9 @@ RESPONSES = {"completions": 1, "pairs": 2, "ranked": 4, "unpaired": 1, "scored":
 # alone.
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "beta": [{"beta": 0.7}],
+    "on_policy": [{"on_policy": 0.5}],
+    "single_step": [{"single_step": False}],
+    "length_normalization": [{"length_normalization": False}],
     "label_smoothing": [{"label_smoothing": 0.2}],
     "ld_alpha": [{"ld_alpha": 0.3}],
     "wpo": [{"wpo": True}],

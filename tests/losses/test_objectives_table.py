@@ -21,6 +21,7 @@ AT_REFERENCE = {
     "sft": 0.0,
     "csft": 0.0,
     "gkd": 0.0,
+    "minillm": -1.0,
     "reward": LOG2,
     "reward_ranked": math.log(24.0),
     "reward_regression": 4.0,

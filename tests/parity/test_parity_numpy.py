@@ -286,6 +286,27 @@ def gmpo(a):
     return -np.mean(advantage * np.exp((sign * np.minimum(ratio, 0.4)).sum(-1) / size))
 
 
+def minillm(gamma=1.0, normal=True, single=True):
+    """Gu et al. 2306.08543: equation 3's rewards to go, of later tokens beside the single step's
+    KL, their mean where normalized."""
+
+    def loss(a):
+        mask, total = a["mask"].astype(bool), 0.0
+        for i, t in zip(*np.nonzero(mask)):
+            first = t + 1 if single else t
+            later = range(first, int(mask[i].sum()))
+            r = [a["reference"][i, s] - a["held_policy"][i, s] for s in later]
+            discounts = np.array([gamma ** (s - first) for s in later])
+            to_go = (discounts * r).sum() / (max(discounts.sum(), 1.0) if normal else 1.0)
+            advantage = a["advantages"][i, t] + to_go
+            ratio = np.exp(a["policy"][i, t] - a["old_token_logps"][i, t])
+            total -= min(ratio * advantage, np.clip(ratio, 0.8, 1.2) * advantage)
+            total += a["divergence"][i, t] if single else 0.0
+        return total / mask.sum()
+
+    return loss
+
+
 def reinforce(a):
     """Williams 1992: -A log π, a mean over tokens."""
     mask = a["mask"].astype(bool)
@@ -344,6 +365,9 @@ CASES = {
     ),
     "ppo": ("ppo", {}, ppo),
     "gmpo": ("gmpo", {}, gmpo),
+    "minillm": ("minillm", {"gamma": 0.9}, minillm(0.9)),
+    "minillm_sum": ("minillm", {"length_normalization": False}, minillm(normal=False)),
+    "minillm_undecomposed": ("minillm", {"single_step": False}, minillm(single=False)),
     "reinforce": ("reinforce", {}, reinforce),
 }
 COVERED = {name for name, _, _ in CASES.values()}
@@ -385,6 +409,8 @@ def draw(name, case, spread):
         a |= {
             key: exact(rng.normal(size=shape) * mask) for key in ("values", "old_values", "returns")
         }
+    if name == "minillm":
+        a["held_policy"], a["divergence"] = a["policy"], exact(rng.gamma(1.0, 1.0, shape) * mask)
     if kind == "rollout":
         a["old_token_logps"] = exact((reference + 0.3 * rng.normal(size=shape)) * mask)
         a["advantages"] = exact(rng.normal(size=shape) * mask)
@@ -423,7 +449,10 @@ def test_loss_and_gradient_equal_numpy_from_the_paper(case, spread):
         a["held_values"] = a["values"]
     if name == "bco":
         a["delta"] = np.mean(0.1 * x_of(a))
-    keys = [key for key in ("policy", "values", "kl") if key in a]
+    given.pop("held_policy", None)
+    if case == "minillm_undecomposed":
+        given.pop("divergence")
+    keys = [key for key in ("policy", "values", "kl", "divergence") if key in given]
     rest = {key: x for key, x in given.items() if key not in keys}
 
     def f(said):

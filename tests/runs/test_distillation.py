@@ -15,6 +15,7 @@ from align_jax.core import config as configs
 from align_jax.data.tokenizer import byte_tokenizer
 from align_jax.interop import hf
 from align_jax.models.model import build
+from align_jax.online.rollout import Weights
 from align_jax.runs import setup
 
 TINY = pathlib.Path(__file__).parents[2] / "configs/tiny.py"
@@ -76,12 +77,77 @@ def test_on_the_students_own_samples_as_well(teacher, tmp_path):
         config.model.config[key] = value
     config.total_steps, config.batch_size, config.max_length = 4, 8, 96
     config.rollout.prompts, config.rollout.responses_per_prompt = 8, 1
+    config.objective.on_policy = 1.0
     config.eval.every_steps, config.log.every_steps = 0, 1
     config.optimizer.learning_rate = 1e-2
     config.reference.path = teacher
     train.train(config, str(tmp_path))
     found = losses_of(tmp_path)
     assert len(found) == 4 and found[-1] < found[0]
+
+
+ON_POLICY = {
+    "objective.on_policy": 0.5,
+    "rollout.responses_per_prompt": 1,
+    "rollout.max_new_tokens": 12,
+}
+
+
+def test_a_share_of_the_prompts_is_learned_on_own_samples_the_rest_on_the_datas_answers(
+    teacher, tmp_path
+):
+    config = configs.read(student(teacher, **ON_POLICY))
+    run = setup.prepare(config, str(tmp_path))
+    specs = run.state_specs
+    params = jax.tree.map(lambda x: 0.1 * jax.numpy.ones(x.shape, x.dtype), specs.trained)
+    drawn = []
+    for _ in range(2):
+        batch = run.train.next(lambda: Weights(params))
+        found = []
+        for row, example in enumerate(batch.example_index):
+            ids = batch.tokens[row][batch.loss_mask[row]]
+            answer = list(run.examples[int(example)].responses[0].encode())[:12]
+            found.append(ids.tolist()[: len(answer)] == answer)
+        assert sum(found) == 4
+        drawn.append(found)
+    assert drawn[0] != drawn[1]
+
+
+@pytest.mark.parametrize(
+    "keys, words",
+    [
+        (ON_POLICY | {"objective.on_policy": 0.3}, "no whole number of them; 0.25 is"),
+        (ON_POLICY | {"rollout.responses_per_prompt": 8}, "set it to 1"),
+        (ON_POLICY | {"objective.sft_coef": 0.5}, "good or bad"),
+        (ON_POLICY | {"reference.mode": "cached"}, "trains on new samples"),
+    ],
+)
+def test_what_does_not_go_with_own_samples_is_refused(teacher, keys, words):
+    with pytest.raises(ValueError, match=words):
+        setup.resolve_config(configs.read(student(teacher, **keys)), 1)
+
+
+def test_rewards_of_which_nothing_is_learned_are_refused(teacher):
+    config = tiny("online_gkd")
+    with pytest.raises(ValueError, match="set config.objective.on_policy"):
+        setup.resolve_config(configs.read(config), 1)
+
+
+def test_minillm_needs_no_reward_and_comes_nearer_to_its_teacher(teacher, tmp_path):
+    config = tiny("minillm")
+    config.rewards = configs.ConfigDict()
+    for key, value in student(teacher).model.config.items():
+        config.model.config[key] = value
+    config.total_steps, config.batch_size, config.max_length = 6, 8, 64
+    config.rollout.responses_per_prompt, config.rollout.max_new_tokens = 4, 8
+    config.eval.every_steps, config.log.every_steps = 0, 1
+    config.optimizer.learning_rate = 1e-2
+    config.reference.path = teacher
+    train.train(config, str(tmp_path))
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    found = [row["divergence"] for row in rows if "loss" in row]
+    assert len(found) == 6 and found[-1] < 0.95 * found[0]
+    assert "reward" not in rows[0] or rows[0]["reward"] == 0
 
 
 @pytest.mark.parametrize(

@@ -97,9 +97,11 @@ CHANGES: dict[str, dict[str, Any]] = {
     "log_eps_r": {"humanline": True, "log_eps_p": -1e-5, "log_eps_r": 1e-6},
     "loss_type": {"loss_type": "dr_grpo"},
     "max_length": {"loss_type": "dr_grpo", "max_length": 99},
+    "length_normalization": {"length_normalization": False},
     "minibatches": {"minibatches": 2},
     "missing_eos_penalty": {"missing_eos_penalty": 0.5, "rollout.missing_eos_penalty": 0.0},
     "momentum": {"momentum": 0.5},
+    "on_policy": {"on_policy": 0.5, "rollout.responses_per_prompt": 1, "rollout.max_new_tokens": 6},
     "off_policy_threshold": {"off_policy_threshold": 1e-6},
     "per": {"per": "sequence"},
     "positive_weight": {"positive_weight": 3.0},
@@ -112,6 +114,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "scale": {"scale": "none"},
     "sft_coef": {"sft_coef": 0.5},
     "shift": {"shift": 0.5},
+    "single_step": {"single_step": False},
     "stop_gradient_chosen": {"stop_gradient_chosen": False},
     "target": {"target": "scores"},
     "tau": {"tau": 2.0},
@@ -213,7 +216,9 @@ def traits(row: Row) -> tuple[bool, bool, bool]:
         if key.startswith("objective.")
     }
     terms = losses.resolve(name, own)
-    online = name != row[0] or any(term.objective.data == "rollout" for term in terms)
+    online = name != row[0] or any(
+        term.objective.data == "rollout" or term.loss.own_share for term in terms
+    )
     compares = any(term.reference or term.rollout.get("kl_coef") for term in terms)
     whole = any(term.objective.mismatched or setup.WHOLE & set(term.needs) for term in terms)
     return online, compares, compares and not online and not whole
