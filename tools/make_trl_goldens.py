@@ -20,6 +20,7 @@ Arrays are grouped by data: ``pairs``: [B, 2, T] (chosen first), ``unpaired``: [
 from __future__ import annotations
 
 import collections
+import functools
 import importlib.metadata
 import inspect
 import json
@@ -56,6 +57,7 @@ class Accelerator:
     parallelism_config = None
     gather = gather_for_metrics = staticmethod(lambda x: x)
     reduce = staticmethod(lambda x, reduction="sum": x)
+    pad_across_processes = staticmethod(lambda x, dim=0, pad_index=0: x)
 
 
 class Model(torch.nn.Module):
@@ -386,7 +388,7 @@ def rollout(arrays: dict, name: str, options: dict) -> dict[str, np.ndarray]:
         beta=options.get("beta", 0.0),
         epsilon_high=options.get("epsilon_high", high),
         importance_sampling_level=importance,
-        top_entropy_quantile=1.0,
+        top_entropy_quantile=options.get("top_entropy_quantile", 1.0),
         get_off_policy_mask=GRPOTrainer.get_off_policy_mask,
         get_gamma_weights=GRPOTrainer.get_gamma_weights,
         off_policy_mask_threshold=options.get("off_policy_threshold"),
@@ -401,6 +403,7 @@ def rollout(arrays: dict, name: str, options: dict) -> dict[str, np.ndarray]:
         vllm_importance_sampling_correction="sampler_token_logps" in arrays,
         _get_per_token_logps_and_entropies=lambda *args, **kwargs: (rows, entropies, None),
     )
+    me.get_high_entropy_mask = functools.partial(GRPOTrainer.get_high_entropy_mask, me)
     ones = torch.ones(rows.shape[0], 1)
     inputs = {
         "prompt_ids": ones,
@@ -585,6 +588,13 @@ CORRECTED: list[tuple[str, dict]] = [
     ("vespo", {"sampler_correction": "token_truncate", "sampler_ratio_max": 1.05}),
     ("vespo", {"sampler_correction": "token_mask", "sampler_ratio_min": 0.9}),
 ]
+# And after those: some tokens alone.
+SOME_TOKENS: list[tuple[str, dict]] = [
+    *[("grpo", {"top_entropy_quantile": share}) for share in (0.2, 0.0, 0.85)],
+    ("grpo", {"top_entropy_quantile": 0.5, "loss_type": "dapo", "entropy_coef": 0.05}),
+    ("grpo", {"top_entropy_quantile": 0.3, "importance": "sequence", "beta": 0.1}),
+    *[(name, {"top_entropy_quantile": 0.3}) for name in ("gspo", "cispo", "sapo", "vespo")],
+]
 
 
 def main() -> None:
@@ -689,6 +699,9 @@ def main() -> None:
     for spread in (0.05, 0.8):
         for name, options in CORRECTED:
             add_rollout(name, options, spread, sampler=True)
+    for spread in (0.05, 0.8):
+        for name, options in SOME_TOKENS:
+            add_rollout(name, options, spread)
     versions = {
         package: importlib.metadata.version(package)
         for package in ("trl", "torch", "transformers", "numpy")

@@ -15,11 +15,13 @@ from typing import Any
 from align_jax.losses import (
     arrays,
     batchwise,
+    covariance,
     distillation,
     kto,
     objective,
     pointwise,
     policy_gradient,
+    ppo,
     ppo_offline,
     preference,
     rankings,
@@ -279,7 +281,7 @@ OBJECTIVES: dict[str, Objective] = {
     ),
     # policy gradients on rollouts
     "ppo": _rollout(
-        policy_gradient.Ppo,
+        ppo.Ppo,
         "max(-A w, -A clip(w, 1±c)) + vf_coef ½ max((V - ret)², (clip(V, V_old ± c_v) - ret)²)",
         "arXiv 1707.06347",
         adds={"entropy_coef": ("entropy", 0.0), "ptx_coef": ("ptx", 0.0)},
@@ -327,6 +329,20 @@ OBJECTIVES: dict[str, Objective] = {
         adds=_ENTROPY,
         rollout=targets.GrpoRollout,
     ),
+    "clip_cov": _rollout(
+        covariance.ClipCov,
+        "grpo over all tokens, without a few of large Cov = (a - mean a) (A - mean A)",
+        "arXiv 2505.22617",
+        adds=_ENTROPY,
+        rollout=targets.GrpoRollout,
+    ),
+    "kl_cov": _rollout(
+        covariance.KlCov,
+        "-A w, + cov_coef |log w| where Cov = (a - mean a) (A - mean A) is greatest",
+        "arXiv 2505.22617",
+        adds=_ENTROPY,
+        rollout=targets.GrpoRollout,
+    ),
     "rloo": _rollout(
         policy_gradient.Rloo,
         "-min(w A, clip(w, 1-ε_low, 1+ε_high) A), w of the whole sequence",
@@ -349,14 +365,14 @@ OBJECTIVES: dict[str, Objective] = {
         rollout=targets.ReinforcePpRollout,
     ),
     "entropy": Objective(
-        policy_gradient.Entropy,
+        ppo.Entropy,
         "-H, mean over tokens; the term that entropy_coef adds",
         "arXiv 1602.01783",
         data="rollout",
         metric="entropy up",
     ),
     "ptx": Objective(
-        policy_gradient.Ptx,
+        ppo.Ptx,
         "NLL of the text beside the rollout; the term that ptx_coef adds",
         "arXiv 2203.02155",
         data="rollout",

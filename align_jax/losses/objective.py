@@ -119,6 +119,11 @@ class Loss(Options):
         return None
 
     @property
+    def uses_statistics(self) -> bool:
+        """Whether it depends on statistics of the whole batch, with these options."""
+        return False
+
+    @property
     def divergence(self) -> Divergence:
         """Which one it reads, where ``needs`` names a divergence from the reference."""
         return JENSEN_SHANNON
@@ -137,12 +142,16 @@ class StatisticsLoss(Loss):
     """A loss that depends on statistics of the whole global batch, in ``inputs.stats``.
 
     They are made in two steps, so that they do not depend on how the batch was split: numbers of
-    each group of a microbatch, then one reduction over those of all microbatches.  No gradient
-    flows through them.
+    each group (or token) of a microbatch, then one reduction over those of all microbatches.  No
+    gradient flows through them.
     """
 
     # first value of what is kept from step to step, in the train state
     running: ClassVar[Mapping[str, float]] = {}
+
+    @property
+    def uses_statistics(self) -> bool:
+        return True
 
     def batch_statistics(self, inputs: Inputs) -> dict[str, Float[Array, "b"]]:
         """Return a microbatch's share: numbers of each group."""

@@ -29,6 +29,7 @@ from align_jax.losses.objective import (
 )
 from align_jax.losses.options import Option
 from align_jax.losses.sampler import response_weights, sampler_weights
+from align_jax.losses.token_choice import TopEntropy
 
 Parts = dict[str, Float[Array, "N T"]]  # reported quantities of tokens
 
@@ -128,6 +129,14 @@ class KlLoss(Loss):
         return kept * sampler_weights(inputs)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenKlLoss(TopEntropy, KlLoss):
+    """One of which some tokens may be left out."""
+
+    def token_factors(self, inputs: Inputs) -> Array:
+        return super().token_factors(inputs) * self.chosen(inputs)
+
+
 def response_advantages(inputs: Inputs) -> Float[Array, "B R"]:
     """Return each response's advantage: the mean of its tokens'."""
     sums = sum_by_slot(inputs.of_batch("advantages"), inputs.batch)
@@ -140,7 +149,7 @@ def rollout_log_ratio(inputs: Inputs) -> Float[Array, "N T"]:
     return jnp.where(inputs.batch.loss_mask, jnp.clip(difference, -RATIO_MAX, RATIO_MAX), 0.0)
 
 
-def _clipped(
+def clipped(
     ratio: Array, advantages: Array, low: float, high: float, delta: float | None = None
 ) -> tuple[Array, dict[str, Array]]:
     """Compute -min(min(w, δ) A, clip(w, 1 - low, 1 + high) A), and which tokens were clipped."""
@@ -180,7 +189,7 @@ def rollout_metrics(inputs: Inputs, parts: Parts, by_response: Sequence[str] = (
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Grpo(KlLoss):
+class Grpo(TokenKlLoss):
     """The GRPO loss, in one of its aggregations.
 
         -min(min(w, δ) A, clip(w, 1 - ε_low, 1 + ε_high) A) + β k3
@@ -212,8 +221,11 @@ class Grpo(KlLoss):
         ),
     ] = "grpo"
     importance: Annotated[
-        Literal["token", "sequence"],
-        Option("ratios of tokens, or exp of their logarithms' mean over the sequence (gspo)"),
+        Literal["token", "sequence", "sequence_token"],
+        Option(
+            "ratios of tokens, or exp of their logarithms' mean over the sequence (gspo); "
+            "sequence_token: that, but each token's gradient goes by its own advantage"
+        ),
     ] = "token"
     epsilon_low: EpsilonLow = 0.2
     epsilon_high: Annotated[
@@ -259,15 +271,18 @@ class Grpo(KlLoss):
         batch, log_ratio, high = inputs.batch, rollout_log_ratio(inputs), self.epsilon_high
         if high is None:
             high = 0.28 if self.loss_type == "dapo" else self.epsilon_low
-        if self.importance == "sequence":
+        if self.importance != "token":
             mean = sum_by_slot(log_ratio, batch) / jnp.maximum(token_counts(batch), 1.0)
+            own = log_ratio - jax.lax.stop_gradient(log_ratio)  # 0, with the token's gradient
             log_ratio = spread_to_tokens(mean, batch)
+            if self.importance == "sequence_token":
+                log_ratio = jax.lax.stop_gradient(log_ratio) + own
         ratio = jnp.exp(log_ratio)
-        losses, clips = _clipped(
+        losses, clips = clipped(
             ratio, inputs.of_batch("advantages"), self.epsilon_low, high, self.delta
         )
         losses = self.token_factors(inputs) * losses
-        by_response = tuple(clips) if self.importance == "sequence" else ()
+        by_response = tuple(clips) if self.importance != "token" else ()
         penalty, kl = self.penalty(inputs, ratio)
         return self._aggregate(losses + penalty, batch), rollout_metrics(
             inputs, clips | kl, by_response
@@ -287,11 +302,16 @@ class Grpo(KlLoss):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Gspo(KlLoss):
+class Gspo(TokenKlLoss):
     """GSPO: GRPO with one ratio for the whole sequence, w = exp(mean_t (a_t - old_t)).
 
+        GSPO-token (``importance`` "sequence_token"):  w_t = sg(w) π(t) / sg(π(t))
+
+    The two are the same where a response's advantages are.
+
     References:
-        Zheng et al. 2025, arXiv 2507.18071, the GSPO objective and its clip range.
+        Zheng et al. 2025, arXiv 2507.18071, the GSPO objective and its clip range; section 4.3,
+        GSPO-token.
 
     >>> from align_jax.losses import jitted
     >>> found = jitted("gspo", epsilon_high=0.5)(
@@ -300,16 +320,20 @@ class Gspo(KlLoss):
     [-1.284]
     """
 
-    own = ("epsilon_low", "epsilon_high")
+    own = ("importance", "epsilon_low", "epsilon_high")
+    importance: Annotated[
+        Literal["sequence", "sequence_token"],
+        Option("the sequence's ratio; or each token's gradient goes by its own advantage"),
+    ] = "sequence"
     epsilon_low: EpsilonLow = 3e-4
     epsilon_high: EpsilonHigh = 4e-4
 
     def losses(self, inputs: Inputs) -> Result:
-        return Grpo(importance="sequence", **self.values()).losses(inputs)
+        return Grpo(**self.values()).losses(inputs)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Cispo(TokenMeanLoss, KlLoss):
+class Cispo(TokenMeanLoss, TokenKlLoss):
     """CISPO: -sg(min(w, ε_high)) A a_t + β k3, mean over the global batch's tokens.
 
     References:
@@ -337,7 +361,7 @@ class Cispo(TokenMeanLoss, KlLoss):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Sapo(KlLoss):
+class Sapo(TokenKlLoss):
     """SAPO, a soft gate in place of the clip: -(4/τ) σ(τ (w - 1)) A + β k3, averaged as in GRPO.
 
     τ is ``tau_positive`` where A > 0, else ``tau_negative``.
@@ -391,14 +415,14 @@ class Rloo(Loss):
         log_ratio = sum_by_slot(difference, batch)
         ratio = jnp.exp(jnp.clip(log_ratio, -RATIO_MAX, RATIO_MAX))  # [B, R]
         high = self.epsilon_low if high is None else high
-        losses, clips = _clipped(ratio, response_advantages(inputs), self.epsilon_low, high)
+        losses, clips = clipped(ratio, response_advantages(inputs), self.epsilon_low, high)
         parts = {name: spread_to_tokens(x, batch) for name, x in clips.items()}
         losses = (response_weights(inputs) * losses).mean(axis=1)
         return losses, rollout_metrics(inputs, parts, tuple(parts))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Reinforce(TokenMeanLoss):
+class Reinforce(TopEntropy, TokenMeanLoss):
     """REINFORCE: -A a_t, mean over the global batch's tokens.
 
     References:
@@ -410,13 +434,13 @@ class Reinforce(TokenMeanLoss):
     """
 
     def losses(self, inputs: Inputs) -> Result:
-        losses = -sampler_weights(inputs) * inputs.of_batch("advantages")
-        losses = losses * inputs.policy.token_logps
+        advantages = self.chosen(inputs) * sampler_weights(inputs) * inputs.of_batch("advantages")
+        losses = -advantages * inputs.policy.token_logps
         return token_mean(losses, inputs.batch), rollout_metrics(inputs, {})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ReinforcePp(TokenMeanLoss):
+class ReinforcePp(TopEntropy, TokenMeanLoss):
     """REINFORCE++: PPO's clipped loss without a critic, on globally normalized advantages.
 
     References:
@@ -434,113 +458,3 @@ class ReinforcePp(TokenMeanLoss):
 
     def losses(self, inputs: Inputs) -> Result:
         return Grpo(loss_type="bnpo", **self.values()).losses(inputs)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Ppo(TokenMeanLoss):
-    """The PPO loss, mean over the global batch's tokens.
-
-        max(-A w, -A clip(w, 1 - c, 1 + c))
-        + vf_coef · ½ max((V - ret)², (clip(V, V_old ± c_v) - ret)²)
-
-    Its entropy bonus and PPO-ptx's NLL are the terms that ``entropy_coef`` and ``ptx_coef`` add.
-
-    References:
-        Schulman et al. 2017, arXiv 1707.06347, equations 7 and 9; the value clip: Huang et al.
-        2024, arXiv 2403.17031 (value function clipping).
-
-    >>> from align_jax.losses import jitted
-    >>> found = jitted("ppo")(policy=[[-1.0, -2.0]], old_token_logps=[[-1.5, -2.0]],
-    ...                       advantages=[[1.0, 1.0]], values=[[0.5, 0.0]],
-    ...                       old_values=[[0.0, 0.0]], returns=[[1.0, 0.0]])
-    >>> [round(x, 4) for x in found.losses.tolist()]
-    [-1.084]
-    """
-
-    clip: Annotated[float, Option("c: ratios are clipped to 1 ± c", low=0)] = 0.2
-    value_clip: Annotated[
-        float,
-        Option(
-            "c_v: values are clipped to the old ones ± c_v",
-            unit="of reward",
-            low=0,
-            unless={"vf_coef": (0,)},
-        ),
-    ] = 0.2
-    vf_coef: Annotated[float, Option("weight of the value loss", low=0)] = 0.1
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        return ("values",)
-
-    def losses(self, inputs: Inputs) -> Result:
-        advantages, returns = inputs.of_batch("advantages"), inputs.of_batch("returns")
-        values, old_values = inputs.of_policy("values"), inputs.of_batch("old_values")
-        log_ratio = rollout_log_ratio(inputs)
-        ratio = jnp.exp(log_ratio)
-        plain = -advantages * ratio
-        clipped = -advantages * jnp.clip(ratio, 1.0 - self.clip, 1.0 + self.clip)
-        near = jnp.clip(values, old_values - self.value_clip, old_values + self.value_clip)
-        free, bound = jnp.square(values - returns), jnp.square(near - returns)
-        parts = {
-            "loss/policy_avg": sampler_weights(inputs) * jnp.maximum(plain, clipped),
-            "loss/value_avg": 0.5 * jnp.maximum(free, bound),
-            "policy/clipfrac_avg": (clipped > plain).astype(jnp.float32),
-            "policy/approxkl_avg": 0.5 * jnp.square(log_ratio),
-            "val/ratio": ratio,
-            "val/clipfrac_avg": (bound > free).astype(jnp.float32),
-        }
-        loss = parts["loss/policy_avg"] + self.vf_coef * parts["loss/value_avg"]
-        return token_mean(loss, inputs.batch), rollout_metrics(inputs, parts)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Entropy(TokenMeanLoss):
-    """Minus the entropy of the next-token distributions, mean over the global batch's tokens, nats.
-
-    >>> from align_jax.losses import jitted
-    >>> jitted("entropy")(policy=[[[-1.0, -2.0]]], entropy=[[[0.5, 1.5]]]).losses.tolist()
-    [-1.0]
-    """
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        return ("entropy",)
-
-    def losses(self, inputs: Inputs) -> Result:
-        means = token_mean(inputs.of_policy("entropy"), inputs.batch)
-        return -means, {"entropy": summed(means, self.weights(inputs.batch))}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Ptx(Loss):
-    """The NLL of ``batch.text``, mean over its tokens: the text that PPO-ptx mixes in.
-
-    It stands beside the rollout in rows of its own, and is computed at temperature 1.  Each group
-    of the rollout bears an equal share of it.
-
-    References:
-        Ouyang et al. 2022, arXiv 2203.02155, equation 2.
-
-    >>> from align_jax.losses import jitted
-    >>> found = jitted("ptx")(policy=[[-1.0, -2.0], [-3.0, -5.0]], text=[[-4.0, -2.0]])
-    >>> found.losses.tolist(), found.weights.tolist(), float(found.loss)
-    ([3.0, 3.0], [1.0, 1.0], 3.0)
-    """
-
-    text: ClassVar[bool] = True
-
-    def weights(self, batch: Batch) -> Float[Array, "B"]:
-        if batch.text is None:
-            raise ValueError("ptx needs batch.text, the rows of text beside the rollout; got none")
-        tokens = token_weights(batch.text).sum()
-        return jnp.broadcast_to(tokens / batch.weight.size, batch.weight.shape)
-
-    def losses(self, inputs: Inputs) -> Result:
-        text = inputs.batch.text
-        if text is None or inputs.text is None:
-            raise ValueError("ptx needs the policy's outputs of batch.text, got none")
-        weights = token_weights(text)
-        nll = (weights * token_mean(-inputs.text.token_logps, text)).sum(), weights.sum()
-        mean = nll[0] / jnp.maximum(nll[1], 1.0)
-        return jnp.broadcast_to(mean, inputs.batch.weight.shape), {"ptx_nll": nll}

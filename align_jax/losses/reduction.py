@@ -89,7 +89,7 @@ def quotient(sums: Float[Array, "K"], denominators: Float[Array, "K"]) -> Float[
 
 def _apply(term: Term, inputs: Inputs) -> tuple[Float[Array, "B"], Metrics]:
     """Compute a term's losses and metrics."""
-    if isinstance(term.loss, StatisticsLoss) and inputs.stats is None:
+    if term.loss.uses_statistics and inputs.stats is None:
         raise ValueError(
             f"objective {term.name!r} needs stats of the whole batch: see losses.own_statistics"
         )
@@ -99,7 +99,7 @@ def _apply(term: Term, inputs: Inputs) -> tuple[Float[Array, "B"], Metrics]:
 
 def _with_statistics(terms: Sequence[Term]) -> Iterator[tuple[int, Term, StatisticsLoss]]:
     for index, term in enumerate(terms):
-        if isinstance(term.loss, StatisticsLoss):
+        if isinstance(term.loss, StatisticsLoss) and term.loss.uses_statistics:
             yield index, term, term.loss
 
 

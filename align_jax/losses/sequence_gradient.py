@@ -18,6 +18,7 @@ from align_jax.losses.objective import Inputs, Result, token_counts
 from align_jax.losses.options import Option
 from align_jax.losses.policy_gradient import (
     KlLoss,
+    TokenKlLoss,
     TokenMeanLoss,
     response_advantages,
     response_mean,
@@ -31,7 +32,7 @@ LEAST_RATIO = 1e-8  # a sequence's ratio is cut here, as the paper's code does
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Vespo(TokenMeanLoss, KlLoss):
+class Vespo(TokenMeanLoss, TokenKlLoss):
     """VESPO: the ratio W of the whole sequence, reshaped by a gamma density, weighs its gradient.
 
         -sg(φ(W)) A a_t + β k3,    φ(W) = W^k e^(λ (1 - W)),    W = Π_t w_t
@@ -64,7 +65,8 @@ class Vespo(TokenMeanLoss, KlLoss):
         lam = jnp.where(advantages >= 0, self.lambda_positive, self.lambda_negative)
         weight = jnp.exp(k * log_ratio + lam * (1.0 - jnp.exp(log_ratio)))  # [B, R]
         scale = self.kept(inputs) * weight * advantages
-        losses = -spread_to_tokens(scale, batch) * inputs.policy.token_logps
+        scale = self.chosen(inputs) * spread_to_tokens(scale, batch)
+        losses = -scale * inputs.policy.token_logps
         penalty, kl = self.penalty(inputs, jnp.exp(token_log_ratio))
         parts = {"vespo/phi_seq_mean": spread_to_tokens(weight, batch)} | kl
         metrics = rollout_metrics(inputs, parts, ("vespo/phi_seq_mean",))

@@ -67,6 +67,8 @@ AT_REFERENCE = {
     "sapo": -2.0,
     "vespo": 0.0,
     "gmpo": -1.0,
+    "clip_cov": -1.0,
+    "kl_cov": -1.0,
     "rloo": -1.0,
     "reinforce": 0.0,
     "reinforce_pp": -1.0,

@@ -277,6 +277,51 @@ def ppo(a):
     )
 
 
+def dual_clip(a):
+    """Ye et al. 1912.09729, equation 2: where A < 0 the objective is at least c A, c = 1.1."""
+    mask, held = a["mask"].astype(bool), {**a, "values": a["returns"], "old_values": a["returns"]}
+    policy, old, advantage = (a[key][mask] for key in ("policy", "old_token_logps", "advantages"))
+    w = np.exp(policy - old)
+    objective = np.minimum(w * advantage, np.clip(w, 0.8, 1.2) * advantage)
+    objective = np.where(advantage < 0, np.maximum(objective, 1.1 * advantage), objective)
+    return np.mean(-objective) + ppo(a) - ppo(held)
+
+
+def gspo_token(a):
+    """Zheng et al. 2507.18071, section 4.3: s_t = sg(s) π / sg(π), clipped with A_t, a mean over
+    tokens."""
+    size = a["mask"].sum(-1, keepdims=True)
+    gap = (a["held_policy"] - a["old_token_logps"]) * a["mask"]
+    s = np.exp(gap.sum(-1, keepdims=True) / size + a["policy"] - a["held_policy"])
+    losses = -np.minimum(s * a["advantages"], np.clip(s, 1 - 0.2, 1 + 0.2) * a["advantages"])
+    return np.mean((losses * a["mask"]).sum(-1) / size[:, 0])
+
+
+def covariances(a):
+    """Cui et al. 2505.22617, section 4.2: (log π - its mean) (A - its mean), over all tokens."""
+    mask = a["mask"].astype(bool)
+    logps, advantages = a["held_policy"][mask], a["advantages"][mask]
+    return (logps - logps.mean()) * (advantages - advantages.mean())
+
+
+def clip_cov(a):
+    """Their Clip-Cov with r = 1: all tokens within the bounds have no gradient."""
+    mask, cov = a["mask"].astype(bool), covariances(a)
+    advantage = a["advantages"][mask]
+    w = np.exp(a["policy"][mask] - a["old_token_logps"][mask])
+    loss = np.maximum(-advantage * w, -advantage * np.clip(w, 0.8, 1.2))
+    free = loss == -advantage * w
+    return np.mean(np.where(free & (cov >= 0.05) & (cov <= 0.9), 0.0, loss))
+
+
+def kl_cov(a):
+    """Their KL-Cov, k = 0.3 of the tokens."""
+    mask, cov = a["mask"].astype(bool), covariances(a)
+    log_w = a["policy"][mask] - a["old_token_logps"][mask]
+    chosen = np.argsort(np.argsort(-cov)) < int(0.3 * len(cov))
+    return np.mean(-a["advantages"][mask] * np.exp(log_w) + 0.5 * chosen * np.abs(log_w))
+
+
 def gmpo(a):
     """Zhao et al. 2507.20673: A (Π_t of the clipped ratios)^(1/n), the clip on the side of A."""
     size = a["mask"].sum(-1)
@@ -364,6 +409,14 @@ CASES = {
         ppo_offline(target="gae", whiten=False),
     ),
     "ppo": ("ppo", {}, ppo),
+    "dual_clip": ("ppo", {"dual_clip": 1.1}, dual_clip),
+    "gspo_token": (
+        "gspo",
+        {"importance": "sequence_token", "epsilon_low": 0.2, "epsilon_high": 0.2},
+        gspo_token,
+    ),
+    "clip_cov": ("clip_cov", {"cov_share": 1.0, "cov_low": 0.05, "cov_high": 0.9}, clip_cov),
+    "kl_cov": ("kl_cov", {"cov_share": 0.3, "cov_coef": 0.5}, kl_cov),
     "gmpo": ("gmpo", {}, gmpo),
     "minillm": ("minillm", {"gamma": 0.9}, minillm(0.9)),
     "minillm_sum": ("minillm", {"length_normalization": False}, minillm(normal=False)),
@@ -447,6 +500,7 @@ def test_loss_and_gradient_equal_numpy_from_the_paper(case, spread):
     if name == "ppo_offline":
         given = {key: x for key, x in given.items() if key not in ("old_values", "returns")}
         a["held_values"] = a["values"]
+    a["held_policy"] = a["policy"]  # what has no gradient
     if name == "bco":
         a["delta"] = np.mean(0.1 * x_of(a))
     given.pop("held_policy", None)

@@ -61,11 +61,16 @@ CHANGES: dict[str, dict[str, Any]] = {
     "center_coef": {"center_coef": 0.5},
     "clip": {"clip": 1e-4},
     "clip_form": {"clip_form": "reciprocal", "clip": 0.9999},
+    "cov_coef": {"cov_coef": 0.1, "cov_share": 0.2},
+    "cov_high": {"cov_high": 0.2, "cov_low": 1e-3, "cov_share": 1.0},
+    "cov_low": {"cov_low": 1e-3, "cov_share": 1.0},
+    "cov_share": {"cov_share": 0.5, "cov_low": 1e-3},
     "critic_coef": {"critic_coef": 0.5},
     "critic_target": {"critic_target": "gae"},
     "delta": {"delta": 1.00001},
     "desirable_weight": {"desirable_weight": 1.5},
     "dft": {"dft": True},
+    "dual_clip": {"dual_clip": 1.00001},
     "entropy_coef": {"entropy_coef": 0.1},
     "epochs": {"epochs": 1},
     "epsilon": {"epsilon": 1e-5},
@@ -121,6 +126,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "tau_negative": {"tau_negative": 0.5},
     "tau_positive": {"tau_positive": 2.0},
     "temperature": {"temperature": 2.0, "target": "scores"},
+    "top_entropy_quantile": {"top_entropy_quantile": 0.5},
     "unbiased_kl": {"unbiased_kl": True, "beta": 0.5},
     "undesirable_weight": {"undesirable_weight": 2.0},
     "value_clip": {"value_clip": 1e-5},
@@ -189,6 +195,8 @@ def changed(name: str, option: str) -> dict[str, Any]:
     """
     assert option in CHANGES, f"give {option!r}, an option of {name!r}, a line in covering.CHANGES"
     declared, change = OBJECTIVES[name].declared, dict(CHANGES[option])
+    if option == "importance" and name == "gspo":
+        change = {"importance": "sequence_token"}
     if change[option] is None:
         change[option] = not declared[option].default
     if option == "form":
