@@ -286,24 +286,19 @@ class Player:
         environment: the user's.
         tokenizer: the policy's.
         options: limits, and how answers are sampled.
-        width: the padded length of the contexts of later turns, tokens.
+        room: tokens that a later turn's context and answer are padded to.
         rewarded: what the environment gives counts among the rewards.
     """
 
     environment: Environment
     tokenizer: PreTrainedTokenizerBase
     options: RolloutOptions
-    width: int
+    room: tuple[int, int]
     rewarded: bool
 
     @functools.cached_property
     def _ends(self) -> tuple[int, ...]:
         return stop_tokens(self.tokenizer)
-
-    @property
-    def turn_tokens(self) -> int:
-        """Tokens of an answer at most."""
-        return self.options.max_turn_tokens or self.options.max_new_tokens
 
     def __call__(
         self, engine: Engine, requests: Sequence[Request], examples: Sequence[Example]
@@ -357,11 +352,11 @@ class Player:
         return Request(
             prompt,
             1,
-            0 if one.over else min(left, self.turn_tokens),
+            0 if one.over else min(left, turn_tokens(self.options)),
             first.sampling,
             int(seed),
             first.stop,
-            (self.width, self.turn_tokens),
+            self.room,
         )
 
     def _turn(self, one: _Playing, answer: Completion) -> None:
@@ -416,6 +411,22 @@ class Player:
             raise ValueError(f"{place}, {where}: {words}") from error
 
 
+def turn_tokens(options: RolloutOptions) -> int:
+    """Return how many tokens an answer has at most."""
+    return options.max_turn_tokens or options.max_new_tokens
+
+
+def later_room(options: RolloutOptions, longest: int, max_length: int) -> tuple[int, int]:
+    """Return what a later turn's context and answer are padded to, tokens.
+
+    Args:
+        options: the rollout's.
+        longest: tokens of the longest prompt.
+        max_length: tokens of a prompt with its response.
+    """
+    return bucket(longest + options.max_new_tokens - 1, max_length - 1), turn_tokens(options)
+
+
 def make_player(
     options: RolloutOptions,
     tokenizer: PreTrainedTokenizerBase,
@@ -459,5 +470,5 @@ def make_player(
         chat.encode_reply(examples[0], tokenizer, {"role": "user", "content": "a"})
     except chat.RowError as error:
         raise ValueError(f"config.rollout.environment: {error}") from error
-    width = bucket(longest + options.max_new_tokens - 1, max_length - 1)
-    return Player(environment, tokenizer, options, width, rewarded)
+    room = later_room(options, longest, max_length)
+    return Player(environment, tokenizer, options, room, rewarded)

@@ -27,7 +27,7 @@ from align_jax.inference.engines import Engine
 from align_jax.inference.generate import Completion, Request, true_on_all_processes
 from align_jax.inference.samplers import Sampling
 from align_jax.losses import advantages as estimators
-from align_jax.online.environment import Episode, Player
+from align_jax.online.environment import Episode, Player, turn_tokens
 from align_jax.online.partners import Answers, sampled_positions
 from align_jax.online.rewards import WeightedRewards, by_name, columns, counted, prompt_text
 
@@ -260,7 +260,7 @@ class PromptSampler:
             Request(
                 tuple(ids.tolist()),
                 n,
-                options.max_turn_tokens or options.max_new_tokens,
+                turn_tokens(options),
                 sampling,
                 prompts.seed(position),
                 options.stop,

@@ -3,6 +3,7 @@
 
 train ─ eval ─ reference (where its log-probabilities are cached)
 online: prefill ─ decode (a loop: one token a row) ─ reward NAME ─ rescore ─ rescore reference
+        (with an environment also prefill and decode of later turns)
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ import numpy as np
 
 from align_jax.core.schema import Batch
 from align_jax.inference import score
-from align_jax.inference.generate import Request
+from align_jax.inference.generate import Generator, Request
 from align_jax.inference.resharding import decode_specs
 from align_jax.inference.samplers import Sampling
 from align_jax.models.lora import merge
 from align_jax.models.model import Model
 from align_jax.online import batches
 from align_jax.online.config import RolloutConfig
+from align_jax.online.environment import later_room, turn_tokens
 from align_jax.online.rollout import generation_mesh, make_generator
 from align_jax.parallel.lowering import lower
 from align_jax.parallel.sharding import row_sharding
@@ -178,48 +180,67 @@ def _reward_program(run: AbstractRun, name: str, reward: RewardModel, samples: i
 
 
 def _generation(run: AbstractRun, rollouts: RolloutConfig, params: Any) -> Iterator[Program]:
-    model, max_length, options = run.spec.policy, run.config.max_length, rollouts.options
+    max_length, options = run.config.max_length, rollouts.options
     longest = max_length - options.max_new_tokens
-    mesh = generation_mesh(rollouts, model, run.mesh)
-    resident: Mapping[str, Any] = run.resident
+    mesh = generation_mesh(rollouts, run.spec.policy, run.mesh)
     if options.tensor:
-        params = decode_specs(model, params, mesh)
-        resident = {**resident, "generation": params}
-    generator = make_generator(rollouts, model, run.tokenizer, mesh, max_length, longest)
-    request = Request(
+        params = decode_specs(run.spec.policy, params, mesh)
+    generator = make_generator(rollouts, run.spec.policy, run.tokenizer, mesh, max_length, longest)
+    first = Request(
         (1,) * longest,
         options.responses_per_prompt,
-        options.max_new_tokens,
+        turn_tokens(options),
         Sampling.of(options),
         stop=options.stop,
     )
-    lowered = generator.lower(params, [request] * options.prompts, PLATFORM)
-    state = lowered.state
-    resident = {**resident, "cache": state}
+    yield from _turn(run, rollouts, generator, params, [first] * options.prompts)
+    if options.environment:
+        room = later_room(options, longest, max_length)
+        later = dataclasses.replace(first, samples=1, room=room)
+        requests, name = [later] * rollouts.samples, " of later turns"
+        yield from _turn(run, rollouts, generator, params, requests, name, options.max_turns - 1)
+
+
+def _turn(
+    run: AbstractRun,
+    rollouts: RolloutConfig,
+    generator: Generator,
+    params: Any,
+    requests: Sequence[Request],
+    name: str = "",
+    times: int = 1,
+) -> Iterator[Program]:
+    """Lower what answers these requests, so many times over."""
+    model, mesh = run.spec.policy, generation_mesh(rollouts, run.spec.policy, run.mesh)
+    lowered = generator.lower(params, requests, PLATFORM)
+    state, drawn = lowered.state, requests[0].max_new_tokens
+    resident: Mapping[str, Any] = {**run.resident, "cache": state}
+    if rollouts.options.tensor:
+        resident = {**resident, "generation": params}
     prompts, length = lowered.prompts
     call = ModelCall(model, params, prompts, length, 1)
     yield Program(
-        "prefill",
+        f"prefill{name}",
         lowered.prefill,
         params,
         resident,
         _forward(call),
         lower_bound([call], mesh.shape),
         outputs=state,
-        runs=lowered.calls,
+        runs=lowered.calls * times,
         mesh=mesh,
     )
     rows = state.tokens.shape[0]
-    middle = longest + options.max_new_tokens // 2
+    middle = max(len(requests[0].prompt), requests[0].room[0]) + drawn // 2
     flops = decode_flops(model, rows=rows, context=middle).total
     yield Program(
-        "decode",
+        f"decode{name}",
         lowered.decode,
         (params, state),
         resident,
         StepFlops(flops, 0.0, 0.0, 0.0, rows),
         lower_bound([ModelCall(model, params, rows, 1, 1)], mesh.shape),
-        runs=lowered.calls * options.max_new_tokens,
+        runs=lowered.calls * drawn * times,
         mesh=mesh,
     )
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """An online run of two processes is that of one: the same samples, rewards and updates.
 
-Its weights are dealt out anew for generation, two devices of a process to a copy.
+Its weights are dealt out anew for generation, two devices of a process to a copy, and an
+environment answers: episodes end after one turn, or two.
 """
 
 import json
@@ -17,8 +18,11 @@ def run(folder, count):
         "--config.total_steps=2",
         "--config.batch_size=4",
         "--config.rollout.responses_per_prompt=2",
-        "--config.rollout.max_new_tokens=6",
-        "--config.max_length=48",
+        "--config.rollout.max_new_tokens=24",
+        "--config.rollout.max_turn_tokens=6",
+        "--config.rollout.max_turns=2",
+        "--config.rollout.environment=tests.faults.answers:odd",
+        "--config.max_length=64",
         "--config.rewards={'length': {'target': 3, 'unit': 'characters'}}",
         "--config.model.config.hidden_size=32",
         "--config.model.config.intermediate_size=32",
@@ -35,7 +39,13 @@ def run(folder, count):
 
 def test_two_processes_train_online_as_one_does(tmp_path):
     alone, together = (run(tmp_path / f"run{count}", count) for count in (1, 2))
-    compared = ("reward", "reward_std", "completions/mean_length", "completions/clipped_ratio")
+    compared = (
+        "reward",
+        "reward_std",
+        "completions/mean_length",
+        "completions/clipped_ratio",
+        "environment/turns",
+    )
     # steps', held-out prompts'
     kinds = [(*compared, "grad_norm"), tuple(f"eval/{name}" for name in compared)]
     # held out, two steps, held out

@@ -26,7 +26,7 @@ from align_jax.inference.samplers import Sampling
 from align_jax.losses.logprobs import token_outputs
 from align_jax.losses.objective import Inputs
 from align_jax.models.model import build
-from align_jax.online import rewards
+from align_jax.online import rewards, tools
 from align_jax.online.environment import Reply, make_player, read_reply
 from align_jax.online.rollout import RolloutMaker, Rollouts, Weights
 from align_jax.online.sampling import Prompts, PromptSampler
@@ -421,6 +421,38 @@ def test_what_an_environment_returns_is_read(returned, said):
 def test_replies_have_short_forms():
     assert read_reply(None) == Reply(done=True) and read_reply("a") == Reply("a")
     assert read_reply(("", np.True_, np.float32(0.5))) == Reply("", True, 0.5)
+
+
+# an answer, and what the calculator says to it
+CALLS = [
+    ("The sum is 7.", None),
+    ('{"expression": "3 * (4 + 1)"}', "15"),
+    ('{"expression": "2 ** 0.5"}', "1.414213562"),
+    ('{"expression": "1 / 0"}', "error: ZeroDivisionError: "),
+    ('{"expression": "9 ** 9 ** 9 ** 9"}', "error: OverflowError"),
+    ('{"expression": "(-8) ** 0.5"}', "error: it is no finite number"),
+    ('{"expression": "__import__(\'os\').abort()"}', "error: expected numbers and"),
+    ('{"expression": "' + "-" * 300 + '1"}', "error: expected at most 200 characters"),
+    ('{"expression": 3}', 'error: there is only calculator, of one "expression"'),
+    ('{"expression": ', "error: the tool call is not JSON"),
+]
+
+
+@pytest.mark.parametrize("arguments, said", CALLS)
+def test_a_calculator_answers_calls_and_an_answer_without_one_ends_the_episode(arguments, said):
+    call = f'<tool_call>{{"name": "calculator", "arguments": {arguments}}}</tool_call>'
+    reply = tools.calculator(arguments if said is None else f"Let me see. {call}")
+    if said is None:
+        assert reply is None
+    else:
+        assert reply.role == "tool" and reply.text.startswith(said) and not reply.done
+
+
+def test_several_calls_are_answered_in_one_turn_and_numbers_are_compared_as_the_reward_does():
+    call = '<tool_call>{{"name": "calculator", "arguments": {{"expression": "{}"}}}}</tool_call>'
+    assert tools.calculator(call.format("1+1") + "\n" + call.format("2*2")).text == "2\n4"
+    again = tools.SecondTry("9 * 2 = 18 #### 18")
+    assert again.step("so it is 17") == again.WORDS and again.step("The answer is $18.") is None
 
 
 def no_answer(gold):
