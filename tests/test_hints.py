@@ -16,7 +16,7 @@ from align_jax.core.options import Config
 PACKAGE = pathlib.Path(__file__).parents[1] / "align_jax"
 DEFAULTS = configs.defaults()
 ALL = {"config", "debug", "help", "dtype"}  # flags that runs.command defines
-OTHERS = {"dirty", "quick"}  # git's and launch/test.sh's
+OTHERS = {"dirty", "quick", "logprobs"}  # git's, launch/test.sh's, vLLM's
 NO_KEYS = re.compile(r"model\.(layers|decoder\.layers|safetensors)|\w+\.jsonl?")  # tensors, files
 GROUPS = "|".join(name for name, value in DEFAULTS.items() if hasattr(value, "items"))
 KEY = re.compile(

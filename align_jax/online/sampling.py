@@ -384,7 +384,9 @@ def _describe_episodes(rollout: SampledRollout) -> dict[str, float]:
     episodes = [one for several in rollout.prompts for one in several.episodes]
     if not episodes:
         return {}
-    completions = [one for several in rollout.prompts for one in several.completions]
+    completions = [
+        one for several in rollout.prompts if several.episodes for one in several.completions
+    ]
     facts = [
         (one.answers, not one.done, one.no_room, (~whole.mask).sum(), len(whole.tokens))
         for one, whole in zip(episodes, completions)
