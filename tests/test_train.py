@@ -184,6 +184,14 @@ MISTAKES = {
         "on 8 CPU devices.*compile_cache='' compiles",
     ),
     "positions": (dict(max_length=100000), "positions"),
+    "batch and memory": (
+        dict(batch_size=8 * 10**7),
+        "at least .* GiB on each of 8 devices.*160,000,000 rows.*lower config.batch_size",
+    ),
+    "model and memory": (
+        dict(model__config__intermediate_size=2 * 10**9),
+        "GiB: .* of weights and optimizer.*a smaller model",
+    ),
     "malformed line": ([GOOD, "{oops"], r"gz:2"),
     "missing field": ([GOOD, '{"prompt": "a", "chosen": "b"}'], r"gz:2.*rejected"),
     "empty response": (['{"prompt": "a", "chosen": "", "rejected": "c"}'], r"gz:1.*(empty|chosen)"),

@@ -38,7 +38,7 @@ from align_jax.models.lora import LoraConfig
 from align_jax.online.config import RolloutConfig, is_online, make_rollout_config
 from align_jax.online.rollout import Rollouts, make_rollouts
 from align_jax.parallel.mesh import AXES, make_mesh, mesh_shape, row_shards
-from align_jax.runs import weights
+from align_jax.runs import memory, weights
 from align_jax.storage import workdir as record
 from align_jax.training import initialize, optim, partitioning
 from align_jax.training.steps import StepSpec
@@ -470,6 +470,8 @@ def prepare(config: Config, workdir: str) -> Run:
     total = config.total_steps_of(train.steps_per_epoch)
     step_spec = make_step_spec(config, resolved, total)
     specs = make_state_specs(config, resolved, step_spec, mesh)
+    kept = (specs.state, specs.frozen)
+    memory.check(config, resolved.model_config, kept, train.abstract(), mesh)
     return Run(
         config, workdir, mesh, resolved, step_spec, specs, train, held, examples, held_out, total
     )
