@@ -21,9 +21,11 @@ import sys
 import sysconfig
 import traceback
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from types import FrameType
 from typing import Any
 
 from align_jax.core.choose import choose, nearest
+from align_jax.online import deadline
 
 Extras = Sequence[Mapping[str, Any]]
 Scores = Sequence[float | None]  # None: this reward says nothing of that completion
@@ -224,12 +226,47 @@ def awaited(found: Any) -> Any:
         return pool.submit(asyncio.run, wait(found)).result()
 
 
+def limited(fn: RewardFunction, seconds: float) -> RewardFunction:
+    """Give a reward function so many seconds for a call; 0 = for ever."""
+
+    def score(prompts: Sequence[str], completions: Sequence[str], extras: Extras) -> Scores:
+        def describe(frame: FrameType | None) -> str:
+            line = _line_in(traceback.extract_stack(frame)) if frame else ""
+            row = _row_in(frame, completions)
+            return (
+                f"no answer within timeout_seconds = {seconds:g} for {len(completions)} completions"
+                + (f"; it is at {line}" if line else "")
+                + ("" if row is None else f", row {row} (completion {completions[row][:60]!r})")
+            )
+
+        return deadline.call(lambda: fn(prompts, completions, extras), seconds, describe)
+
+    return dataclasses.replace(fn, fn=score) if isinstance(fn, Columned) else score
+
+
+def _row_in(frame: FrameType | None, completions: Sequence[str]) -> int | None:
+    """Return which completion a function is at, by the variables of its innermost loop."""
+    while frame is not None:
+        for value in frame.f_locals.values():
+            turns = isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict)
+            text = value[0].get("content") if turns else value
+            for row, completion in enumerate(completions):
+                if text is completion:
+                    return row
+        frame = frame.f_back
+    return None
+
+
 def line_of(error: BaseException) -> str:
     """Return where in the user's own code an error arose, ``file:line``; "" where in none."""
+    return _line_in(traceback.extract_tb(error.__traceback__))
+
+
+def _line_in(stack: Sequence[traceback.FrameSummary]) -> str:
     libraries = (os.path.dirname(os.path.dirname(__file__)), *sysconfig.get_paths().values())
     frames = [
         f"{one.filename}:{one.lineno}"
-        for one in traceback.extract_tb(error.__traceback__)
+        for one in stack
         if not one.filename.startswith((*libraries, "<frozen"))
     ]
     return frames[-1] if frames else ""

@@ -37,6 +37,7 @@ from align_jax.data.tokenizer import load_tokenizer
 from align_jax.inference.score import RewardModel
 from align_jax.models.model import LoadedModel
 from align_jax.online import functions, judges, rules
+from align_jax.online.deadline import OutOfTime
 from align_jax.online.functions import Columned, Extras, RewardFunction, RowError, Scores
 
 LoadModel = Callable[..., LoadedModel]  # runs.weights.load_model
@@ -68,16 +69,24 @@ def by_name(each: Mapping[str, Float[np.ndarray, "n"]], i: int) -> dict[str, flo
     return {name: None if np.isnan(x[i]) else float(x[i]) for name, x in each.items()}
 
 
-def function(path: str, **options: Any) -> RewardFunction:
+def function(path: str, timeout_seconds: float = 3600.0, **options: Any) -> RewardFunction:
     """Use your own reward function, ``module:function``; options are bound as keywords.
 
     It takes (prompts, completions, extras), or what TRL gives: (completions, **columns); see
     ``functions``.
 
+    Args:
+        path: its module, as it is imported, and its name.
+        timeout_seconds: for one call, a step's completions together; 0 = for ever.
+        options: the function's own.
+
     Raises:
-        ValueError: no such function, or one that takes what nothing gives.
+        ValueError: no such function, one that takes what nothing gives, or a negative limit.
+        TimeoutError: when called, it takes longer.
     """
-    return functions.adapt(functions.find(path), path, options)
+    if timeout_seconds < 0:
+        raise ValueError(f"timeout_seconds = {timeout_seconds:g}: expected 0 or above")
+    return functions.limited(functions.adapt(functions.find(path), path, options), timeout_seconds)
 
 
 def _of_environment(prompts: Sequence[str], completions: Sequence[str], extras: Extras) -> Scores:
@@ -182,6 +191,7 @@ class WeightedRewards:
             ValueError: a function that fails, or returns another number of scores, or one that is
                 not a finite number.
             ConnectionError: as ``inference.client.Client.post``.
+            TimeoutError: a function that takes longer than its ``timeout_seconds``.
         """
         extras = [{}] * len(prompts) if extras is None else extras
         total, parts = np.zeros(len(completions), np.float32), {}
@@ -225,12 +235,15 @@ def _ask(
     """Call a reward function.
 
     Raises:
-        ValueError, ConnectionError: whatever it raised, with its name, the row and the place.
+        ValueError, ConnectionError, TimeoutError: whatever it raised, with its name, the row and
+            the place.
     """
     try:
         return fn(prompts, completions, extras)
     except ConnectionError as error:
         raise ConnectionError(f"reward {name!r}: {error}") from error
+    except OutOfTime as error:
+        raise OutOfTime(f"reward {name!r}: {error}") from None
     except (Exception, SystemExit) as error:
         if type(error).__module__.startswith("jax"):  # the device's: out of memory, say
             raise

@@ -1,9 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Text rewards: each row of the table on hand-made cases, and its mistakes."""
 
+import concurrent.futures
 import json
+import os
 import runpy
+import subprocess
 import sys
+import time
 
 import jax.numpy as jnp
 import numpy as np
@@ -374,6 +378,58 @@ def test_what_the_data_lack_is_said_at_the_start_with_file_and_line():
         with pytest.raises(ValueError, match=message):
             rewards.check(given, examples)
     rewards.check({"exact": 1.0, "numeric": 1.0, "format": 1.0}, examples[:1])
+
+
+def sleeping(prompts, completions, extras):
+    for text in completions:
+        time.sleep(60 if text == "slow" else 0)
+    return [0.0] * len(completions)
+
+
+def spinning(completions, **columns):
+    for turns in completions:
+        while turns == "slow":
+            try:
+                pass
+            except Exception:
+                pass
+
+
+@pytest.mark.parametrize("name", ["sleeping", "spinning"])
+@pytest.mark.parametrize("in_thread", [False, True])
+def test_a_function_that_does_not_return_is_ended_and_named_with_the_row(name, in_thread):
+    if name == "sleeping" and in_thread:
+        pytest.skip("a sleeping thread cannot be ended: the process is")
+    fn = user(name, timeout_seconds=0.2)
+    began = time.monotonic()
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        asked = (["p"] * 3, ["a", "b", "slow"], [{}] * 3)
+        with pytest.raises(TimeoutError) as caught:
+            pool.submit(fn, *asked).result() if in_thread else fn(*asked)
+    assert time.monotonic() - began < 5
+    said = str(caught.value)
+    assert said.startswith("reward 'mine': no answer within timeout_seconds = 0.2 for 3 completio")
+    assert "test_rewards.py:" in said and said.endswith("row 2 (completion 'slow')")
+
+
+def test_a_function_that_does_not_return_and_cannot_be_ended_ends_the_process(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "def stuck(completions, **columns):\n    while True:\n        try:\n            while True:"
+        "\n                pass\n        except BaseException:\n            pass\n"
+    )
+    script = (
+        "from align_jax.online import deadline, rewards\ndeadline._KNOCKS = 1\n"
+        "rewards.function('mine:stuck', timeout_seconds=0.2)(['p'], ['a'], [{}])\n"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{os.getcwd()}"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert found.returncode == 1 and found.stderr.count("\n") == 1, found.stderr
+    assert "mine.py:" in found.stderr and "cannot be stopped: the run ends" in found.stderr
 
 
 def test_a_function_that_fails_is_named_with_the_row_and_its_line():
