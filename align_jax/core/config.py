@@ -154,6 +154,9 @@ def _type_mistake(value: Any, expected: Any) -> str:
         inner = typing.get_args(expected)[0]
         found = [problem for item in tuple(value) if (problem := _type_mistake(item, inner))]
         return f"{found[0]} in each place" if found else ""
+    if typing.get_args(expected) == (str, str):
+        if not all(isinstance(one, str) for pair in value.items() for one in pair):
+            return "expected a dict of texts"
     return ""
 
 

@@ -21,7 +21,7 @@ from align_jax.core.choose import choose, nearest
 from align_jax.core.options import DataOptions
 from align_jax.core.schema import Example
 from align_jax.data import cache, conversions, formats, named
-from align_jax.data.rows import ROLES, Row, answer_of, with_roles
+from align_jax.data.rows import ROLES, Row, answer_of, fields_of, with_roles
 from align_jax.data.sources import Source, find_source
 from align_jax.data.transcripts import RowError, TranscriptError
 
@@ -205,7 +205,7 @@ def _of_kind(
         columns = formats.columns_for(kind, rows.fields)
         hint = f"; perhaps --config.data.columns='{json.dumps(columns)}'" if columns else ""
         raise ValueError(
-            f"{rows.where}: a row with the fields {sorted(rows.fields)}, read as format "
+            f"{rows.where}: a row with the fields {fields_of(rows.fields)}, read as format "
             f"{rows.format!r}: {error}{hint}"
         ) from error
     if kind == "pairs":
@@ -439,7 +439,8 @@ def _rename(row: Row, columns: Mapping[str, str], where: str) -> Row:
     missing = sorted(set(columns.values()) - set(row))
     if missing:
         raise ValueError(
-            f"{where}: config.data.columns names the columns {missing}; the row has {sorted(row)}"
+            f"{where}: config.data.columns names the columns {missing}; the row has "
+            f"{fields_of(row)}"
         )
     # a column that is renamed, and one whose name the format would take for another's, go
     gone = {*columns, *columns.values()}

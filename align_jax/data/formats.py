@@ -19,7 +19,7 @@ from typing import Any
 from align_jax.core.choose import choose
 from align_jax.core.schema import Example, Message
 from align_jax.data import published, rows
-from align_jax.data.rows import Row
+from align_jax.data.rows import Row, fields_of
 from align_jax.data.transcripts import RowError
 
 
@@ -70,7 +70,7 @@ def detect(rows: Sequence[Row]) -> str:
     for name, form in FORMATS.items():
         if not form.missing(together):
             return name
-    fields = sorted({name for row in rows for name in row})
+    fields = fields_of({name for row in rows for name in row})
     known = "; ".join(f"{name}: {', '.join(form.fields)}" for name, form in FORMATS.items())
     raise ValueError(
         f"no known format has only the fields {fields}; rename them by --config.data.columns, "
@@ -117,7 +117,7 @@ def read(row: Row, name: str, *, chat: bool) -> list[Example]:
     if missing:
         raise ValueError(
             f"format {name!r} needs {', '.join(form.fields)}; the row has no {', '.join(missing)}, "
-            f"only {sorted(row)}; name the columns by --config.data.columns"
+            f"only {fields_of(row)}; name the columns by --config.data.columns"
         )
     found = form.read(row, chat)
     examples = [found] if isinstance(found, Example) else found

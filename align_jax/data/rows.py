@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from align_jax.core.choose import nearest
@@ -73,6 +73,13 @@ def kind_of(value: Any) -> str:
         return "a number"
     kinds = ((str, "a text"), ((list, tuple), "a list"), (Mapping, "a dict"))
     return next((name for kind, name in kinds if isinstance(value, kind)), type(value).__name__)
+
+
+def fields_of(row: Collection[str]) -> str:
+    """Return the names of a row's fields for a message, without what makes it endless."""
+    names = [f"{name:.40}" for name in sorted(row)]
+    more = f" and {len(names) - 40} more" if len(names) > 40 else ""
+    return f"{names[:40]}{more}"
 
 
 def text_of(value: Any, what: str) -> str:

@@ -65,14 +65,15 @@ def run(main: Callable[[Sequence[str]], None], *, arguments: str = "") -> NoRetu
     if "config" in flags.FLAGS:
         flags.FLAGS["config"].parser = ConfigFile()
     try:
+        for word in sys.argv[1:]:
+            if re.match(r"--?[^=\s]{100}", word):  # absl would look for its like until it fails
+                raise Usage(f"no flag {word[:60]}...; --help shows all flags")
         rest = flags.FLAGS(sys.argv)[1:]
         _check(rest, arguments)
     except flags.Error as error:
         if debug:
             raise
-        # a value may be whatever was pasted by mistake
-        message = re.sub(r"(\S{200})\S+", r"\1...", _flag_message(error))
-        print(f"{program}: {message}", file=sys.stderr)
+        print(f"{program}: {_cut(_flag_message(error))}", file=sys.stderr)
         sys.exit(2)
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax tells much of little
@@ -88,7 +89,7 @@ def run(main: Callable[[Sequence[str]], None], *, arguments: str = "") -> NoRetu
         if debug:
             raise
         if isinstance(error, MISTAKES):
-            print(f"{program}: {words(error)}", file=sys.stderr)
+            print(f"{program}: {_cut(words(error))}", file=sys.stderr)
             _leave(2)
         print(
             f"{program}: {type(error).__name__}: {words(error)}\n(--debug shows where)",
@@ -135,6 +136,8 @@ def output_path(name: str, *, folder: bool = False) -> pathlib.Path | None:
     path = pathlib.Path(value)
     if "://" in value:
         return path  # its storage is asked when it is written
+    if max(map(len, path.parts), default=0) > 255:
+        raise Usage(f"--{name}={value[:60]}...: a name of more than 255 characters")
     if path.exists() and path.is_dir() != folder:
         kind = ("a folder", "a file") if folder else ("a file", "a folder")
         raise Usage(f"--{name}={value}: expected {kind[0]}, but there is {kind[1]}")
@@ -211,6 +214,11 @@ def _flag_message(error: flags.Error) -> str:
             close if "did you mean" in close else "; --help shows all flags"
         )
     return re.sub(r"^flag (--\w+=)", r"\1", text)
+
+
+def _cut(message: str) -> str:
+    """Cut the words of a message that nobody reads: what was pasted by mistake."""
+    return re.sub(r"(\S{500})\S+", r"\1...", message)
 
 
 def _leave(status: int) -> NoReturn:

@@ -4,6 +4,7 @@ returns."""
 
 from __future__ import annotations
 
+import inspect
 import pathlib
 import re
 import runpy
@@ -68,6 +69,13 @@ def _load(path: str, *argument: str) -> ConfigDict:
             raise ConfigMistake(
                 f"{path} has no function get_config; see configs/tiny.py for what a config file is"
             )
+        try:
+            inspect.signature(found["get_config"]).bind(*argument)
+        except TypeError as error:
+            raise ConfigMistake(
+                f"{path}: get_config{inspect.signature(found['get_config'])} does not fit "
+                f"--config={':'.join((path, *argument))}: {error}; an argument stands after a colon"
+            ) from error
         config = found["get_config"](*argument)
     except ConfigMistake:
         raise

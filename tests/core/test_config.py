@@ -91,3 +91,14 @@ def test_a_saved_config_comes_back_equal():
         config.objective.beta = 0.3
     again = configs.from_dict(__import__("json").loads(config.to_json_best_effort()))
     assert again == config
+
+
+def test_a_dict_of_texts_holds_texts():
+    config = good()
+    with config.unlocked():
+        config.data.roles, config.data.columns = {"bot": 1}, {"prompt": ["q"]}
+    with pytest.raises(ValueError) as error:
+        configs.read(config)
+    for key in ("data.roles", "data.columns"):
+        assert f"config.{key} = " in str(error.value)
+    assert str(error.value).count("expected a dict of texts") == 2

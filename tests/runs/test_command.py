@@ -26,6 +26,7 @@ CONFIG_FILES = {
     "raises": 'raise RuntimeError("mine")\n',
     "lacks": "x = 1\n",
     "other": "def get_config():\n    return {'seed': 1}\n",
+    "asks": "def get_config(size):\n    return size\n",
     "syntax": "def get_config():\n    x = (\n",
     "imports": "\nimport no_such_module\n",
     "typo": "from align_jax.core import config\n\ndef get_config():\n    made = config.defaults()\n"
@@ -53,6 +54,9 @@ MISTAKES = {
     ".train --config=raises.py --workdir=x": "raises.py:1: RuntimeError: mine",
     ".plan --config=lacks.py --topology=v5e:2x2": "lacks.py has no function get_config",
     ".train --config=other.py --workdir=x": "other.py: get_config returned a dict; expected",
+    ".config --config=asks.py": "get_config(size) does not fit --config=asks.py: missing a req",
+    ".config --config=lacks.py --" + "x" * 300: f"no flag --{'x' * 58}...; --help",
+    ".export --model=m --output=" + "x" * 300: f"--output={'x' * 60}...: a name of more than 255",
     ".train --config=syntax.py --workdir=x": "syntax.py:2: '(' was never closed",
     ".config --config=imports.py": "imports.py:2: ModuleNotFoundError: No module named 'no_such",
     ".train --config=typo.py --workdir=x": "typo.py:5: the config has no key 'learning_rte'; "
