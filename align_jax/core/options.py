@@ -538,6 +538,13 @@ class RolloutOptions(Checked):
     max_turn_tokens: int = option(
         0, "of one answer; 0 = what is left of max_new_tokens", unit="tokens", low=0
     )
+    environment_seconds: float = option(
+        3600.0,
+        "for the environment's replies of a turn, all episodes together; 0 = for ever",
+        unit="seconds",
+        low=0,
+        resume=True,
+    )
     epochs: int = option(
         0, "passes over a rollout; 0 = the objective's own, else one", unit="passes", low=0
     )
@@ -593,7 +600,8 @@ class RolloutOptions(Checked):
     def check(self) -> Iterator[str]:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name in ("max_turns", "max_turn_tokens") and not self.environment:
+            names = ("max_turns", "max_turn_tokens", "environment_seconds")
+            if field.name in names and not self.environment:
                 if value != field.default:
                     yield f"{field.name} = {value} has no effect without rollout.environment"
         if self.max_turn_tokens > self.max_new_tokens:

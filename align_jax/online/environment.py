@@ -29,7 +29,9 @@ import functools
 import inspect
 import math
 import numbers
+import traceback
 from collections.abc import Callable, Mapping, Sequence
+from types import FrameType
 from typing import Any, NamedTuple
 
 import jax
@@ -49,7 +51,7 @@ from align_jax.inference.generate import (
     stop_tokens,
     true_on_all_processes,
 )
-from align_jax.online import functions
+from align_jax.online import deadline, functions
 
 ROLES = ("user", "tool", "system")  # whose turn a reply may be
 _SAID = "said"  # the parameter that takes what the model said
@@ -232,10 +234,11 @@ class _Playing:
     example: Example
     request: Request  # the first turn's
     sample: int
-    step: Step
-    parts: list[tuple[Any, Any, Any, bool]]  # tokens, their log-probabilities, said by the model?
-    turns: list[Message]
-    rewards: list[float | None]
+    step: Step | None = None  # before its first turn
+    # tokens, their log-probabilities (nats: the model's, the sampler's), said by the model?
+    parts: list[tuple[Any, Any, Any, bool]] = dataclasses.field(default_factory=list)
+    turns: list[Message] = dataclasses.field(default_factory=list)
+    rewards: list[float | None] = dataclasses.field(default_factory=list)
     done: bool = False
     no_room: bool = False
     over: bool = False
@@ -311,20 +314,16 @@ class Player:
             examples: of each request.
 
         Raises:
-            ValueError: the environment fails, with its name, the row, the sample and the turn.
+            ValueError, TimeoutError: the environment fails, or does not return; with its name, the
+                row, the sample and the turn.
         """
-        playing: list[list[_Playing]] = []
         first = engine(requests)
-        for request, example in zip(requests, examples, strict=True):
-            playing.append([])
-            for sample in range(request.samples):
-                row = columns_of(example)
-                begin = functools.partial(self.environment.start, row, request.seed)
-                step = self._asked(begin, example, sample, "before its first turn")
-                playing[-1].append(_Playing(example, request, sample, step, [], [], []))
+        playing = [
+            [_Playing(example, request, sample) for sample in range(request.samples)]
+            for request, example in zip(requests, examples, strict=True)
+        ]
         everyone = [one for several in playing for one in several]
-        for one, answer in zip(everyone, (one for several in first for one in several)):
-            self._turn(one, answer)
+        self._turns(everyone, [one for several in first for one in several])
         for turn in range(1, self.options.max_turns):
             # processes must make the same calls: there the episodes that are over ask for nothing
             several = jax.process_count() > 1
@@ -332,9 +331,7 @@ class Player:
             if true_on_all_processes(all(one.over for one in everyone)):
                 break
             answers = engine([self._request(one, turn) for one in going])
-            for one, [answer] in zip(going, answers):
-                if not one.over:
-                    self._turn(one, answer)
+            self._turns(going, [several[0] for several in answers])
         room = self.options.max_new_tokens
         return [
             Played([one.completion(room) for one in several], [one.episode() for one in several])
@@ -359,13 +356,42 @@ class Player:
             self.room,
         )
 
+    def _turns(self, going: Sequence[_Playing], answers: Sequence[Completion]) -> None:
+        """Give each episode its answer, and let the environment reply.
+
+        Raises:
+            TimeoutError: that takes longer than ``environment_seconds``.
+        """
+        seconds, now = self.options.environment_seconds, [""]
+
+        def play() -> None:
+            for one, answer in zip(going, answers, strict=True):
+                if not one.over:
+                    now[0] = f"{self._place(one)}, turn {len(one.rewards) + 1}"
+                    self._turn(one, answer)
+
+        def describe(frame: FrameType | None) -> str:
+            line = functions.line_in(traceback.extract_stack(frame)) if frame else ""
+            at = f"; it is at {line}" if line else ""
+            return f"{now[0]}: no reply within rollout.environment_seconds = {seconds:g}{at}"
+
+        deadline.call(play, seconds, describe)
+
+    def _place(self, one: _Playing) -> str:
+        return f"environment {self.environment.path!r} at {one.example.source}, sample {one.sample}"
+
     def _turn(self, one: _Playing, answer: Completion) -> None:
         """Take an answer, and what the environment says to it."""
+        if one.step is None:
+            begin = functools.partial(
+                self.environment.start, columns_of(one.example), one.request.seed
+            )
+            one.step = self._asked(begin, one, "before its first turn")
         one.take(answer)
         words = one.turns[-1]["content"]
         where = f"turn {len(one.rewards) + 1} (answer {words[:_EXCERPT]!r})"
         ask = functools.partial(self._reply, one.step, words)
-        reply: Reply = self._asked(ask, one.example, one.sample, where)
+        reply: Reply = self._asked(ask, one, where)
         one.rewards.append(reply.reward)
         last = len(one.rewards) == self.options.max_turns
         if reply.done or last:
@@ -378,7 +404,7 @@ class Player:
             end = str(self.tokenizer.decode([int(answer.tokens[-1])]))
         turn = {"role": reply.role, "content": reply.text}
         encode = functools.partial(chat.encode_reply, one.example, self.tokenizer, turn, end)
-        ids = self._asked(encode, one.example, one.sample, where)
+        ids = self._asked(encode, one, where)
         if len(one.tokens) + len(ids) >= self.options.max_new_tokens:
             one.no_room = one.over = True
             return
@@ -394,13 +420,13 @@ class Player:
             )
         return reply
 
-    def _asked(self, ask: Callable[[], Any], example: Example, sample: int, where: str) -> Any:
+    def _asked(self, ask: Callable[[], Any], one: _Playing, where: str) -> Any:
         """Call the user's code.
 
         Raises:
             ValueError, ConnectionError: whatever it raised, with its name and the place.
         """
-        place = f"environment {self.environment.path!r} at {example.source}, sample {sample}"
+        place = self._place(one)
         try:
             return ask()
         except ConnectionError as error:

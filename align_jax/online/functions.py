@@ -231,7 +231,7 @@ def limited(fn: RewardFunction, seconds: float) -> RewardFunction:
 
     def score(prompts: Sequence[str], completions: Sequence[str], extras: Extras) -> Scores:
         def describe(frame: FrameType | None) -> str:
-            line = _line_in(traceback.extract_stack(frame)) if frame else ""
+            line = line_in(traceback.extract_stack(frame)) if frame else ""
             row = _row_in(frame, completions)
             return (
                 f"no answer within timeout_seconds = {seconds:g} for {len(completions)} completions"
@@ -259,10 +259,11 @@ def _row_in(frame: FrameType | None, completions: Sequence[str]) -> int | None:
 
 def line_of(error: BaseException) -> str:
     """Return where in the user's own code an error arose, ``file:line``; "" where in none."""
-    return _line_in(traceback.extract_tb(error.__traceback__))
+    return line_in(traceback.extract_tb(error.__traceback__))
 
 
-def _line_in(stack: Sequence[traceback.FrameSummary]) -> str:
+def line_in(stack: Sequence[traceback.FrameSummary]) -> str:
+    """Return where in the user's own code a stack ends, ``file:line``; "" where in none."""
     libraries = (os.path.dirname(os.path.dirname(__file__)), *sysconfig.get_paths().values())
     frames = [
         f"{one.filename}:{one.lineno}"

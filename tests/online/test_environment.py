@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import re
+import time
 
 import jax
 import jax.numpy as jnp
@@ -499,12 +500,24 @@ def test_what_an_environment_raises_names_it_the_row_the_sample_and_the_turn(mod
         source.next(lambda: models[2])
 
 
+def waits(said):
+    time.sleep(60)
+
+
+def test_an_environment_that_does_not_return_is_ended_and_named(models):
+    source, _ = make(models, environment="test_environment:waits", environment_seconds=0.5)
+    said = r"'test_environment:waits' at data.jsonl:\d, sample 0, turn 1: no reply within rollout"
+    with pytest.raises(TimeoutError, match=rf"{said}.*= 0.5; it is at .*test_environment.py:\d+"):
+        source.next(lambda: models[2])
+
+
 @pytest.mark.parametrize(
     "keys, said",
     [
         ({"max_turns": 3}, "max_turns = 3 has no effect without rollout.environment"),
         ({"environment": "a:b", "max_turn_tokens": 300}, "expected at most max_new_tokens = 256"),
         ({"environment": "a:b", "max_turns": 0}, "max_turns"),
+        ({"environment_seconds": 5.0}, "environment_seconds = 5.0 has no effect"),
     ],
 )
 def test_limits_that_mean_nothing_are_refused(keys, said):
