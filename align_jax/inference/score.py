@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 from transformers import PreTrainedTokenizerBase
 
-from align_jax.core.schema import Batch, Example
+from align_jax.core.schema import Batch, Example, Outputs
 from align_jax.data import chat
 from align_jax.inference.generate import bucket, context_mesh, local_rows
 from align_jax.losses.logprobs import at_last, at_sources, token_outputs
@@ -30,29 +30,32 @@ class Values(NamedTuple):
     after: Float[Array, "B R"]  # of the state behind each response's last token
 
 
-@functools.partial(jax.jit, static_argnames=("model", "value_head", "chunk", "temperature"))
-def rescore(
+@functools.partial(
+    jax.jit, static_argnames=("model", "needs", "value_head", "chunk", "temperature")
+)
+def outputs_of(
     model: Model,
     params: Params,
     batch: Batch,
     *,
+    needs: tuple[str, ...] = (),
     value_head: str = "",
     chunk: int = 128,
     temperature: float | int = 1.0,
-) -> tuple[Float[Array, "N T"], Values | None]:
-    """Return a model's log-probability of each loss token, and its values, by one forward over
-    whole rows.
+) -> tuple[Outputs, Values | None]:
+    """Return what a model says of a batch, and its values, by one forward over whole rows.
 
     Args:
         model: static.
         params: its parameters.
         batch: the rows.
+        needs: of ``losses.logprobs.TOKEN_FIELDS``, those that need no reference.
         value_head: the head that gives values; "" = none.
         chunk: loss positions of every row whose logits are alive at once.
         temperature: the logits are divided by it, as in sampling.
 
     Returns:
-        token_logps [N, T] in nats, float32, and values or None; zero where ``loss_mask`` is false.
+        The outputs, float32, and values or None; zero where ``loss_mask`` is false.
     """
     hidden, _ = model.hidden(
         params, batch.tokens, batch.segment_ids, batch.positions, batch.prefix_ids
@@ -61,11 +64,20 @@ def rescore(
     def logits(chunk_hidden: Float[Array, "N c D"]) -> Float[Array, "N c V"]:
         return model.unembed(params, chunk_hidden) / temperature
 
-    outputs = token_outputs(hidden, logits, batch, chunk=chunk)
+    outputs = token_outputs(hidden, logits, batch, needs=needs, chunk=chunk)
     if not value_head:
-        return outputs.token_logps, None
+        return outputs, None
     values = model.head(params, value_head, hidden)
-    return outputs.token_logps, Values(at_sources(values, batch), at_last(values, batch))
+    return outputs, Values(at_sources(values, batch), at_last(values, batch))
+
+
+def rescore(
+    model: Model, params: Params, batch: Batch, **options: Any
+) -> tuple[Float[Array, "N T"], Values | None]:
+    """Return a model's log-probability of each loss token in nats, and its values: see
+    ``outputs_of``."""
+    outputs, values = outputs_of(model, params, batch, **options)
+    return outputs.token_logps, values
 
 
 @functools.partial(jax.jit, static_argnames="model")

@@ -6,8 +6,8 @@ The classes below declare the rollout options of the table's policy-gradient row
 """
 
 import dataclasses
-import functools
-from typing import Annotated, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,26 +15,62 @@ from jaxtyping import Array, Float
 
 from align_jax.core.schema import Batch
 from align_jax.losses import advantages as estimators
+from align_jax.losses import baselines
 from align_jax.losses.logprobs import spread_to_tokens, sum_by_slot
 from align_jax.losses.objective import Metrics, summed
 from align_jax.losses.options import Option, read
 from align_jax.losses.sampler import SamplerOptions
 
-Advantages = Annotated[
-    Literal["gae", "group", "leave_one_out", "batch", "global"],
-    Option(
-        "of values, over the group's mean, over the group's others, over the batch's mean, or of "
-        "normalized rewards to go"
-    ),
-]
-# without a value head
+_COMPARED = (
+    "over the group's mean, over the group's others, over the batch's mean, of normalized rewards "
+    "to go, over the group's mean and then normalized (REINFORCE++ with baseline), of each reward "
+    "normalized by itself (GDPO), over the group's mean by length (OPO), over its mean at each "
+    "token by variance (OTB), over the greedy sample's (ReMax), or of any of k passing"
+)
 GroupAdvantages = Annotated[
-    Literal["group", "leave_one_out", "batch", "global"],
-    Option(
-        "over the group's mean, over the group's others, over the batch's mean, or of normalized "
-        "rewards to go"
-    ),
+    Literal[
+        "group",
+        "leave_one_out",
+        "batch",
+        "global",
+        "group_global",
+        "decoupled",
+        "length_weighted",
+        "optimal_token",
+        "greedy",
+        "pass_at_k",
+    ],
+    Option(_COMPARED),
 ]
+# with a value head
+Advantages = Annotated[
+    Literal[
+        "gae",
+        "group",
+        "leave_one_out",
+        "batch",
+        "global",
+        "group_global",
+        "decoupled",
+        "length_weighted",
+        "optimal_token",
+        "greedy",
+        "pass_at_k",
+    ],
+    Option(f"of values, {_COMPARED}"),
+]
+# methods that compare a prompt's responses with each other: there must be several
+COMPARE = (
+    "group",
+    "leave_one_out",
+    "group_global",
+    "decoupled",
+    "length_weighted",
+    "optimal_token",
+    "pass_at_k",
+)
+# ... and methods that look at the scores alone: no KL is in the reward
+SCORES_ALONE = ("group", "decoupled", "pass_at_k")
 Gamma = Annotated[
     float, Option("γ: discount per token", low=0, high=1, only={"advantages": ("gae", "global")})
 ]
@@ -50,8 +86,27 @@ class RolloutOptions(SamplerOptions):
     minibatches: Annotated[int, Option("optimizer steps a pass", low=1)] = 1
     missing_eos_penalty: Annotated[
         float,
-        Option("taken from the score of a response that did not end", unit="of reward", low=0),
+        Option(
+            "taken from the score of a response that did not end",
+            unit="of reward",
+            low=0,
+            unless={"advantages": ("decoupled",)},
+        ),
     ] = 0.0
+    pass_k: Annotated[
+        int,
+        Option(
+            "k: the responses of which one is to pass", low=1, only={"advantages": ("pass_at_k",)}
+        ),
+    ] = 2
+    pass_score: Annotated[
+        float,
+        Option(
+            "a response passes from this score on",
+            unit="of reward",
+            only={"advantages": ("pass_at_k",)},
+        ),
+    ] = 0.5
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,10 +142,11 @@ class KlRolloutOptions(RolloutOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.values()["advantages"] == "group" and self.kl_coef:
+        method = self.values()["advantages"]
+        if method in SCORES_ALONE and self.kl_coef:
             raise ValueError(
-                f"kl_coef = {self.kl_coef} puts the KL into the reward, which advantages = 'group' "
-                "do not look at: set kl_coef = 0"
+                f"kl_coef = {self.kl_coef} puts the KL into the reward, which advantages = "
+                f"{method!r} do not look at: set kl_coef = 0"
             )
 
 
@@ -159,12 +215,31 @@ class ReinforcePpRollout(KlRolloutOptions):
     gamma: Gamma = 1.0
 
 
+class Extras(NamedTuple):
+    """What some methods look at beside the batch, made with the rollout.
+
+    Attributes:
+        each_score: [B, R, K] of K rewards, NaN where one said nothing; "decoupled".
+        greedy_score: [B] of the most probable response to each prompt; "greedy".
+        log_sum_sq: [N, T] log Σ p² of the distributions that were sampled; "optimal_token".
+    """
+
+    each_score: Float[Any, "B R K"] | None = None
+    greedy_score: Float[Any, "B"] | None = None
+    log_sum_sq: Float[Any, "N T"] | None = None
+
+
+# method -> the extra that it needs
+EXTRAS = {"decoupled": "each_score", "greedy": "greedy_score", "optimal_token": "log_sum_sq"}
+
+
 def _check(
     batch: Batch,
     reference_token_logps: Float[Array, "N T"] | None,
     advantages: str,
     kl_coef: float | Array,
     bootstrap: bool,
+    extras: Extras,
 ) -> None:
     """Refuse what ``make_targets`` cannot work with."""
     read(Advantages).check("advantages", advantages)
@@ -174,18 +249,83 @@ def _check(
         raise ValueError("gae needs batch.old_values [N, T]; they are None")
     if bootstrap and batch.final_values is None:
         raise ValueError("to bootstrap needs batch.final_values [B, R]; they are None")
+    if advantages in EXTRAS and getattr(extras, EXTRAS[advantages]) is None:
+        raise ValueError(
+            f"advantages {advantages!r} need extras.{EXTRAS[advantages]}; they are None"
+        )
     if isinstance(kl_coef, (int, float)) and kl_coef == 0:
         return
     if reference_token_logps is None:
         raise ValueError(f"kl_coef {kl_coef} needs reference_token_logps; they are None")
-    if advantages == "group":
-        raise ValueError("group advantages have their KL in the loss (beta): kl_coef must be 0")
+    if advantages in SCORES_ALONE:
+        raise ValueError(
+            f"{advantages} advantages look at scores alone, with the KL in the loss (beta): "
+            "kl_coef must be 0"
+        )
+
+
+def _of_responses(
+    method: str,
+    batch: Batch,
+    totals: Float[Array, "B R"],
+    extras: Extras,
+    scale: str,
+    reward_weights: Sequence[float],
+    passing: Mapping[str, Any],
+) -> Float[Array, "B R"]:
+    """Compute the advantages of methods that give each response one.
+
+    Args:
+        method: a value of ``GroupAdvantages``.
+        batch: the rollout.
+        totals: [B, R] scores less the KL.
+        extras, scale, reward_weights: as ``make_targets`` takes them.
+        passing: options of ``baselines.pass_at_k``.
+    """
+    scores, weight = jnp.asarray(batch.scores, jnp.float32), jnp.asarray(batch.weight, jnp.float32)
+    if method == "group":
+        return estimators.group_advantages(scores, scale=scale)
+    if method == "leave_one_out":
+        return estimators.leave_one_out(totals)
+    if method == "group_global":
+        return estimators.group_advantages(totals, scale="none")
+    if method == "decoupled":
+        each = jnp.asarray(extras.each_score, jnp.float32)
+        return baselines.decoupled(each, reward_weights, weight)
+    if method == "length_weighted":
+        return baselines.length_weighted(totals, jnp.asarray(batch.lengths))
+    if method == "greedy":
+        return totals - jnp.asarray(extras.greedy_score)[:, None]
+    if method == "pass_at_k":
+        return baselines.pass_at_k(scores, **passing)
+    return estimators.batch_baseline(totals, weight)
+
+
+def _describe(
+    scores: Float[Array, "B R"],
+    totals: Float[Array, "B R"],
+    kl: Float[Array, "B R"],
+    extras: Extras,
+    weight: Float[Array, "B"],
+) -> Metrics:
+    """Average what the advantages are made of over the rollout."""
+    parts = {
+        "objective/kl": kl,
+        "objective/scores": scores,
+        "objective/rlhf_reward": totals,
+        "objective/non_score_reward": totals - scores,
+    }
+    if extras.greedy_score is not None:
+        parts["objective/greedy_scores"] = jnp.asarray(extras.greedy_score)[:, None]
+    return {name: summed(x.mean(axis=1), weight) for name, x in parts.items()}
 
 
 def make_targets(
     batch: Batch,
     *,
     reference_token_logps: Float[Array, "N T"] | None = None,
+    extras: Extras | None = None,
+    reward_weights: Sequence[float] = (),
     advantages: str = "gae",
     gamma: float = 1.0,
     lam: float = 0.95,
@@ -195,14 +335,24 @@ def make_targets(
     kl_coef: float | Array = 0.0,
     kl_estimator: str = "k1",
     scale: str = "group",
+    pass_k: int = 2,
+    pass_score: float = 0.5,
 ) -> tuple[Batch, Metrics]:
-    """Fill a rollout's ``advantages`` (and for "gae" its ``returns``).
+    """Fill a rollout's ``advantages`` (and of one with values its ``returns``).
 
-        gae            token rewards (score on the last token, less the KL) and ``old_values``
-        group          (s - mean of the group) / std: GRPO
-        leave_one_out  s - KL less the mean of the group's others: RLOO
-        batch          s - KL less the batch's mean: REINFORCE
-        global         discounted token rewards to go, normalized over all tokens: REINFORCE++
+        gae              token rewards (score on the last token, less the KL) and ``old_values``
+        group            (s - mean of the group) / std: GRPO
+        leave_one_out    s - KL less the mean of the group's others: RLOO
+        batch            s - KL less the batch's mean: REINFORCE
+        global           discounted token rewards to go, normalized over all tokens: REINFORCE++
+        group_global     s - KL less the group's mean, normalized over all tokens: REINFORCE++ with
+                         baseline (Hu 2025, arXiv 2501.03262 v9, section 3.3)
+        decoupled        each reward normalized by itself, then their sum: GDPO
+        length_weighted  s - KL less the group's mean weighed by length: OPO
+        optimal_token    token rewards to go less a mean at each place: optimal token baseline
+        greedy           s - KL less the greedy sample's score: ReMax (Li et al. 2023, arXiv
+                         2310.10505, the ReMax estimator)
+        pass_at_k        what a response adds to any of k passing
 
     A response that bears no loss (cut off, and not kept) counts in the baselines with its score.
     Statistics are over this batch: hand in the whole global batch.
@@ -211,20 +361,23 @@ def make_targets(
         batch: a rollout with ``scores`` [B, R], and ``old_token_logps``; "gae" needs ``old_values``
             too, and to bootstrap ``final_values``.
         reference_token_logps: [N, T]; needed where ``kl_coef`` is not 0.
-        advantages, gamma, lam, bootstrap, whiten_advantages, whiten_rewards, kl_estimator, scale:
-            as declared.
-        kl_coef: units of reward per nat, in the reward; "group" has its KL in the loss and takes
-            none.
+        extras: what some methods need besides (``EXTRAS``).
+        reward_weights: of the rewards in ``extras.each_score``.
+        advantages, gamma, lam, bootstrap, whiten_advantages, whiten_rewards, kl_estimator, scale,
+            pass_k, pass_score: as declared.
+        kl_coef: units of reward per nat, in the reward; what looks at scores alone has its KL in
+            the loss and takes none.
 
     Returns:
         The batch, and metrics: ``objective/{kl,non_score_reward,rlhf_reward,scores}``, sums over a
-        response, averaged.
+        response, averaged.  Beside values but without "gae", ``returns`` are the rewards to go.
 
     Raises:
         ValueError: an unknown method, a field that it needs is None, or a KL where there can be
             none.
     """
-    _check(batch, reference_token_logps, advantages, kl_coef, bootstrap)
+    extras = extras or Extras()
+    _check(batch, reference_token_logps, advantages, kl_coef, bootstrap, extras)
     mask, slot = jnp.asarray(batch.loss_mask), jnp.asarray(batch.slot)
     weight, scores = jnp.asarray(batch.weight, jnp.float32), jnp.asarray(batch.scores, jnp.float32)
     token_weight = spread_to_tokens(jnp.broadcast_to(weight[:, None], scores.shape), batch)
@@ -237,35 +390,31 @@ def make_targets(
         kl_coef=kl_coef,
         kl_estimator=kl_estimator,
     )
-    penalties = kl_coef * sum_by_slot(estimators.kl_estimate(ratio, kl_estimator), batch)
-    totals = scores - penalties  # [B, R]
-    returns = None
+    kl = sum_by_slot(estimators.kl_estimate(ratio, kl_estimator), batch)
+    totals = scores - kl_coef * kl  # [B, R]
+    returns: Array | None = None
     if advantages == "gae":
         if whiten_rewards:
             rewards = estimators.whiten(rewards, token_weight, shift_mean=False)
-        values = jnp.asarray(batch.old_values)
         after = batch.final_values if bootstrap else None
         found, returns = estimators.gae(
-            rewards, values, mask, slot, gamma=gamma, lam=lam, final=after
+            *(rewards, jnp.asarray(batch.old_values), mask, slot), gamma=gamma, lam=lam, final=after
         )
-    elif advantages == "global":
-        rewards_to_go = estimators.discounted_sum(rewards, mask, slot, gamma)
-        found = estimators.whiten(rewards_to_go, token_weight)
     else:
-        responses = {
-            "group": functools.partial(estimators.group_advantages, scores, scale=scale),
-            "leave_one_out": functools.partial(estimators.leave_one_out, totals),
-            "batch": functools.partial(estimators.batch_baseline, totals, weight),
-        }
-        found = spread_to_tokens(responses[advantages](), batch)
-    if whiten_advantages:
+        togo = estimators.discounted_sum(rewards, mask, slot, gamma)
+        returns = None if batch.old_values is None else togo
+        if advantages == "global":
+            found = togo
+        elif advantages == "optimal_token":
+            found = baselines.optimal_token(togo, old, jnp.asarray(extras.log_sum_sq), batch)
+        else:
+            passing = {"k": pass_k, "pass_score": pass_score}
+            of_responses = _of_responses(
+                advantages, batch, totals, extras, scale, reward_weights, passing
+            )
+            found = spread_to_tokens(of_responses, batch)
+    if whiten_advantages or advantages in ("global", "group_global"):
         found = estimators.whiten(found, token_weight)
-    parts = {
-        "objective/kl": sum_by_slot(estimators.kl_estimate(ratio, kl_estimator), batch),
-        "objective/scores": scores,
-        "objective/rlhf_reward": totals,
-        "objective/non_score_reward": totals - scores,
-    }
-    metrics = {name: summed(x.mean(axis=1), weight) for name, x in parts.items()}
+    metrics = _describe(scores, totals, kl, extras, weight)
     batch = batch._replace(advantages=jax.lax.stop_gradient(found), returns=returns)
     return batch, jax.tree.map(jax.lax.stop_gradient, metrics)

@@ -17,7 +17,9 @@ from align_jax.core.schema import Batch
 from align_jax.data import layout as layouts
 from align_jax.data.layout import BatchShape, TokenizedGroup
 from align_jax.inference.generate import Completion
+from align_jax.losses.targets import Extras
 from align_jax.online.config import RolloutConfig
+from align_jax.online.sampling import PromptSamples
 from align_jax.online.selection import Groups
 
 Completions = Sequence[Sequence[Completion]]  # of each prompt
@@ -124,6 +126,25 @@ def cut_off(groups: Groups, completions: Completions) -> Bool[np.ndarray, "G R"]
     """Tell which samples were cut off by the limit."""
     found = [one.finish == "length" for one in _samples(groups, completions)]
     return np.array(found).reshape(groups.samples.shape)
+
+
+def extras_of(method: str, groups: Groups, samples: Sequence[PromptSamples]) -> Extras:
+    """Return what a method of making advantages looks at, beside the batch and what the policy says
+    of it.
+
+    Args:
+        method: a value of ``losses.targets.Advantages``.
+        groups: which samples belong together.
+        samples: of the rollout's prompts.
+    """
+    if method == "greedy":
+        scores = np.array([one.greedy_score for one in samples], np.float32)
+        return Extras(greedy_score=scores[groups.prompts])
+    if method == "decoupled":
+        each = np.stack([np.stack([*one.each_reward.values()], axis=-1) for one in samples])
+        own = np.take_along_axis(each[groups.prompts], groups.samples[..., None], axis=1)
+        return Extras(each_score=own.astype(np.float32))
+    return Extras()
 
 
 def _samples(groups: Groups, completions: Completions) -> Iterator[Completion]:

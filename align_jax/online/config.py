@@ -15,6 +15,7 @@ from align_jax.inference.samplers import Sampling
 from align_jax.losses.objective import Term, data_kind
 from align_jax.losses.options import declared
 from align_jax.losses.sampler import Correction, SamplerOptions
+from align_jax.losses.targets import COMPARE
 from align_jax.online.selection import SELECTIONS, check_unread, group_count
 
 # what an objective may decide in place of config.rollout
@@ -85,13 +86,7 @@ class RolloutConfig:
                 "dynamic sampling (config.rollout.tries > 1) needs "
                 "config.rollout.responses_per_prompt > 1"
             )
-        method = (self.targets or {}).get("advantages")
-        if method in ("group", "leave_one_out") and options.responses_per_prompt < 2:
-            raise ValueError(
-                f"config.objective.advantages = {method!r} compare a prompt's responses: "
-                "config.rollout.responses_per_prompt must be at least 2, got "
-                f"{options.responses_per_prompt}"
-            )
+        self._check_method()
         if (self.targets or {}).get("bootstrap") and not options.keep_unfinished:
             raise ValueError(
                 "config.objective.bootstrap gives a value to what follows a response that was cut "
@@ -142,6 +137,44 @@ class RolloutConfig:
     def answers(self) -> bool:
         """Whether the data's answers are needed beside the prompts."""
         return self.own_share < 1
+
+    def _check_method(self) -> None:
+        """Refuse what the way of making advantages cannot work with, or would not look at."""
+        options, method, responses = self.options, self.method, self.groups[1]
+        if method in COMPARE and responses < 2:
+            raise ValueError(
+                f"config.objective.advantages = {method!r} compare a prompt's responses: "
+                f"config.rollout.responses_per_prompt must be at least 2, got {responses}"
+            )
+        if method == "pass_at_k" and self.targets and self.targets["pass_k"] > responses:
+            raise ValueError(
+                f"config.objective.pass_k = {self.targets['pass_k']} is more than the {responses} "
+                "responses of a prompt (config.rollout.responses_per_prompt)"
+            )
+        if method == "greedy" and options.temperature == 0:
+            raise ValueError(
+                "config.objective.advantages = 'greedy' compare samples with the most probable "
+                "response, which with config.rollout.temperature = 0 they are"
+            )
+        default = RolloutOptions()
+        shaping = ("missing_eos_penalty", "overlong_buffer", "normalize_scores", "score_clip")
+        for key in shaping if method == "decoupled" else ():
+            if (value := getattr(options, key)) != getattr(default, key):
+                raise ValueError(
+                    f"config.rollout.{key} = {value!r} shapes the sum of the rewards; "
+                    "config.objective.advantages = 'decoupled' look at each by itself: leave it at "
+                    f"{getattr(default, key)!r}, and make a reward of what it is to say"
+                )
+
+    @property
+    def method(self) -> str:
+        """How advantages are made; "" where the objective needs none."""
+        return (self.targets or {}).get("advantages", "")
+
+    @property
+    def token_fields(self) -> tuple[str, ...]:
+        """What the advantages need to know of the distributions that were sampled."""
+        return ("log_sum_sq",) if self.method == "optimal_token" else ()
 
     @property
     def groups(self) -> tuple[int, int]:

@@ -34,17 +34,17 @@ from transformers import PreTrainedTokenizerBase
 from align_jax.core.files import read_arrays
 from align_jax.core.metrics import JsonLines, means
 from align_jax.core.options import Config
-from align_jax.core.schema import Batch, Example
+from align_jax.core.schema import Batch, Example, Outputs
 from align_jax.data.layout import BatchShape
 from align_jax.data.pipeline import Pipeline
 from align_jax.data.tokenizer import pad_id
 from align_jax.inference.engines import Engine, Local, Server
 from align_jax.inference.generate import Generator, bucket, local_rows
 from align_jax.inference.resharding import decode_mesh, make_resharder
-from align_jax.inference.score import Values, rescore
+from align_jax.inference.score import Values, outputs_of
 from align_jax.losses import advantages as estimators
 from align_jax.losses.sampler import correct
-from align_jax.losses.targets import make_targets
+from align_jax.losses.targets import Extras, make_targets
 from align_jax.models.model import Model, Params
 from align_jax.online import batches, rewards, sampling
 from align_jax.online.config import RolloutConfig
@@ -89,12 +89,15 @@ def _targets(
     batch: Batch,
     reference: jax.Array | None,
     kl_coef: jax.Array,
+    extras: Extras,
     options: tuple[tuple[str, Any], ...],
 ) -> tuple[jax.Array, jax.Array | None, dict[str, tuple[jax.Array, jax.Array]]]:
     keywords = dict(options)
     if keywords.get("kl_coef"):
         keywords["kl_coef"] = kl_coef
-    filled, metrics = make_targets(batch, reference_token_logps=reference, **keywords)
+    filled, metrics = make_targets(
+        batch, reference_token_logps=reference, extras=extras, **keywords
+    )
     assert filled.advantages is not None  # it fills them always
     return filled.advantages, filled.returns, metrics
 
@@ -182,8 +185,8 @@ class RolloutMaker:
         share = self.config.batch_size // self.config.microbatches // jax.process_count()
         part = batches.take(batch, np.arange(share))
         with jax.set_mesh(self.mesh):
-            now, _ = self._rescore(self.policy, params, part, "")
-        gap = np.square(now - part.old_token_logps)[part.loss_mask]
+            now, _ = self._rescore(self.policy, params, part)
+        gap = np.square(now.token_logps - part.old_token_logps)[part.loss_mask]
         sums = sampling.gather(np.array([gap.sum() / 2, gap.size], np.float32)).reshape(-1, 2)
         total, count = sums.sum(axis=0)
         return float(total / max(count, 1.0))
@@ -214,12 +217,15 @@ class RolloutMaker:
             batch = batch._replace(mismatched=mismatched)
         if config.targets is None:
             return batch, {}, kl_coef
-        old = None
+        old, extras = None, batches.extras_of(config.method, groups, samples)
         if not config.options.rescore:
             old = batches.token_field(batch, groups, completions, "token_logps")
-        if config.options.rescore or config.value_head:
-            logps, values = self._rescore(self.policy, weights.policy, batch, config.value_head)
-            old = logps if old is None else old
+        if config.options.rescore or config.value_head or config.token_fields:
+            outputs, values = self._rescore(
+                self.policy, weights.policy, batch, config.value_head, config.token_fields
+            )
+            old = outputs.token_logps if old is None else old
+            extras = extras._replace(log_sum_sq=outputs.log_sum_sq)
             if values is not None:
                 cut_off = batches.cut_off(groups, completions)
                 final = np.where(cut_off, values.after, 0.0)
@@ -227,9 +233,9 @@ class RolloutMaker:
         reference = None
         if config.needs_reference:
             assert weights.reference is not None  # the run loads it where the rollout needs it
-            reference, _ = self._rescore(self.reference, weights.reference, batch, "")
+            reference = self._rescore(self.reference, weights.reference, batch)[0].token_logps
         batch = batch._replace(old_token_logps=old)
-        batch, metrics, kl_coef = self._with_targets(batch, reference, kl_coef)
+        batch, metrics, kl_coef = self._with_targets(batch, reference, kl_coef, extras)
         if config.correction is not None:
             drawn = batches.token_field(batch, groups, completions, "drawn_logps")
             batch, corrected = self._corrected(batch._replace(sampler_token_logps=drawn))
@@ -243,29 +249,36 @@ class RolloutMaker:
         return batch._replace(sampler_ratio=local_rows(ratio)), means(sums)
 
     def _rescore(
-        self, model: Model, params: Params, batch: Batch, value_head: str
-    ) -> tuple[Float[np.ndarray, "N T"], Values | None]:
+        self,
+        model: Model,
+        params: Params,
+        batch: Batch,
+        value_head: str = "",
+        needs: tuple[str, ...] = (),
+    ) -> tuple[Outputs, Values | None]:
         """Run forwards over rows in parts of a microbatch's size; fetch this process's rows."""
         config = self.config
         size = config.batch_size // config.microbatches // jax.process_count()
-        logps, values = [], []
+        found: list[tuple[Outputs, Values | None]] = []
         for begin in range(0, len(batch.weight), size):
             part = batches.take(batch._replace(mismatched=None), np.arange(begin, begin + size))
-            part_logps, part_values = rescore(
+            said = outputs_of(
                 model,
                 params,
                 put_batch(self.mesh, part),
+                needs=needs,
                 value_head=value_head,
                 temperature=config.temperature,
             )
-            logps.append(local_rows(part_logps))
-            if part_values is not None:
-                values.append(jax.tree.map(local_rows, part_values))
-        joined = jax.tree.map(lambda *x: np.concatenate(x), *values) if values else None
-        return np.concatenate(logps), joined
+            found.append(jax.tree.map(local_rows, said))
+        return jax.tree.map(lambda *x: np.concatenate(x), *found)
 
     def _with_targets(
-        self, batch: Batch, reference: Float[np.ndarray, "N T"] | None, kl_coef: float
+        self,
+        batch: Batch,
+        reference: Float[np.ndarray, "N T"] | None,
+        kl_coef: float,
+        extras: Extras,
     ) -> tuple[Batch, dict[str, float], float]:
         """Fill in advantages and returns, whose statistics are over the whole rollout, and move the
         KL coefficient."""
@@ -273,8 +286,12 @@ class RolloutMaker:
         assert config.targets is not None  # the caller has looked
         placed = put_batch(self.mesh, batch._replace(mismatched=None))
         held = None if reference is None else put_batch(self.mesh, reference)
+        options = dict(config.targets)
+        if extras.each_score is not None:
+            options["reward_weights"] = tuple(term[1] for term in self.sampler.rewards.terms)
+        beside = put_batch(self.mesh, extras)
         advantages, returns, sums = _targets(
-            placed, held, jnp.float32(kl_coef), tuple(sorted(config.targets.items()))
+            placed, held, jnp.float32(kl_coef), beside, tuple(sorted(options.items()))
         )
         batch = batch._replace(
             advantages=local_rows(advantages),
@@ -608,7 +625,8 @@ def make_rollouts(
     scored = rewards.WeightedRewards(())
     if config.rewards:
         scored = rewards.resolve(config.rewards, mesh=mesh, load_model=load_model)
-    sampler = PromptSampler(rollouts.options, engine, scored, player, rollouts.own_share)
+    greedy = rollouts.method == "greedy"
+    sampler = PromptSampler(rollouts.options, engine, scored, player, rollouts.own_share, greedy)
     maker = RolloutMaker(rollouts, prompts, sampler, pad_id(tokenizer), policy, reference, mesh)
     return Rollouts(maker, others, text)
 

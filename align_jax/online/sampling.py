@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -173,6 +174,7 @@ class PromptSamples(NamedTuple):
     each_reward: dict[str, Float[np.ndarray, "n"]]  # by name, unweighted; NaN: it said nothing
     episodes: list[Episode] = []  # of the samples, where an environment answers
     sampled: bool = True  # else the completions are the data's answer
+    greedy_score: float = math.nan  # of the most probable completion, where one was asked for
 
 
 class SampledRollout(NamedTuple):
@@ -237,6 +239,7 @@ class PromptSampler:
         rewards: what a completion is worth.
         player: plays episodes of several turns; None: a completion has one.
         own_share: of the prompts whose responses are sampled; the others have the data's answer.
+        greedy: score the most probable completion to each of a rollout's prompts too.
     """
 
     options: RolloutOptions
@@ -244,38 +247,42 @@ class PromptSampler:
     rewards: WeightedRewards
     player: Player | None = None
     own_share: float = 1.0
+    greedy: bool = False
 
     def sample(
-        self, prompts: Prompts, positions: Sequence[int], moments: Moments
+        self, prompts: Prompts, positions: Sequence[int], moments: Moments, greedy: bool = False
     ) -> tuple[list[PromptSamples], Moments, float]:
         """Sample the prompts at these positions of the stream, and score the samples.
+
+        Args:
+            prompts: the stream.
+            positions: in it.
+            moments: the running moments of all scores.
+            greedy: score the most probable completion to each prompt too; it counts among the
+                moments, and nowhere else.
 
         Returns:
             The samples, the running moments of all scores, and the seconds spent generating.
         """
-        options, n = self.options, self.options.responses_per_prompt
-        sampling = Sampling.of(options)
+        options, count = self.options, self.options.responses_per_prompt
+        n = count + greedy  # the greedy one is the last of its prompt's
+        drawn = [(count, Sampling.of(options)), (1, Sampling(temperature=0.0))][: 1 + greedy]
         chosen = [prompts[position] for position in positions]
         requests = [
             Request(
                 tuple(ids.tolist()),
-                n,
+                each,
                 turn_tokens(options),
                 sampling,
                 prompts.seed(position),
                 options.stop,
             )
+            for each, sampling in drawn
             for position, (_, ids) in zip(positions, chosen)
         ]
         began = time.monotonic()
         examples = [example for example, _ in chosen]
-        episodes: list[list[Episode]] = [[] for _ in chosen]
-        if self.player is None:
-            completions = self.engine(requests)
-        else:
-            played = self.player(self.engine, requests, examples)
-            completions = [one.completions for one in played]
-            episodes = [one.episodes for one in played]
+        completions, episodes = self._complete(requests, examples)
         seconds = time.monotonic() - began
         extras = [
             columns(example, one.finish)
@@ -293,13 +300,38 @@ class PromptSampler:
         scores, moments = shape_scores(rewards, completions, options, moments)
         found = []
         for i, (position, (example, ids)) in enumerate(zip(positions, chosen)):
-            own = {name: values.reshape(-1, n)[i] for name, values in each.items()}
-            found.append(
-                PromptSamples(
-                    position, example, ids, completions[i], scores[i], rewards[i], own, episodes[i]
-                )
+            own = {name: values.reshape(-1, n)[i, :count] for name, values in each.items()}
+            one = PromptSamples(
+                position,
+                example,
+                ids,
+                completions[i][:count],
+                scores[i, :count],
+                rewards[i, :count],
+                own,
+                episodes[i][:count],
+                greedy_score=float(scores[i, -1]) if greedy else math.nan,
             )
+            found.append(one)
         return found, moments, seconds
+
+    def _complete(
+        self, requests: Sequence[Request], examples: Sequence[Example]
+    ) -> tuple[list[list[Completion]], list[list[Episode]]]:
+        """Return each example's completions and episodes; several requests may ask for them."""
+        size = len(examples)
+        if self.player is None:
+            found = self.engine(requests)
+            episodes: list[list[Episode]] = [[] for _ in requests]
+        else:
+            repeated = [*examples] * (len(requests) // size)
+            played = self.player(self.engine, requests, repeated)
+            found = [one.completions for one in played]
+            episodes = [one.episodes for one in played]
+        return (
+            [[one for several in found[i::size] for one in several] for i in range(size)],
+            [[one for several in episodes[i::size] for one in several] for i in range(size)],
+        )
 
     def sample_rollout(self, prompts: Prompts, position: int, moments: Moments) -> SampledRollout:
         """Sample a rollout's prompts from a position of the stream on; with dynamic sampling again
@@ -320,7 +352,7 @@ class PromptSampler:
             first = position + tries * options.prompts + jax.process_index() * share
             positions = range(first, first + share)
             sampled = sampled_positions(positions, self.own_share)
-            found, moments, taken = self.sample(prompts, sampled, moments)
+            found, moments, taken = self.sample(prompts, sampled, moments, self.greedy)
             seconds += taken
             tokens += sum(int(one.mask.sum()) for each in found for one in each.completions)
             found += [self._answered(prompts, one) for one in positions if one not in sampled]

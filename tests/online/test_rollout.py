@@ -17,7 +17,7 @@ from align_jax.core.schema import Example
 from align_jax.data.tokenizer import load_tokenizer, pad_id
 from align_jax.inference.engines import Local
 from align_jax.inference.generate import Generator, Request
-from align_jax.losses import advantages, targets
+from align_jax.losses import advantages, baselines, targets
 from align_jax.losses.logprobs import sum_by_slot
 from align_jax.models.config import ModelConfig, Rope
 from align_jax.models.model import build
@@ -95,7 +95,8 @@ def make(models, name, *, mesh=None, rewards=REWARDS, **keywords):
     )
     policy, reference, weights = models
     generator = Generator(policy, tokenizer, rows=8, max_length=24, mesh=mesh, prompt_bucket=18)
-    sampler = PromptSampler(config.options, Local(generator, weights.policy), rewards)
+    engine, greedy = Local(generator, weights.policy), config.method == "greedy"
+    sampler = PromptSampler(config.options, engine, rewards, greedy=greedy)
     pad = pad_id(tokenizer)
     return Rollouts(RolloutMaker(config, prompts, sampler, pad, policy, reference, mesh), held_out)
 
@@ -130,6 +131,62 @@ def test_grpo_batch_has_group_advantages_of_its_scores_and_the_policys_own_logps
     assert equal(batch._replace(old_token_logps=None), generated._replace(old_token_logps=None))
     np.testing.assert_allclose(batch.old_token_logps, generated.old_token_logps, atol=1e-4)
     assert (batch.old_token_logps[batch.loss_mask] < 0).all()
+
+
+def test_remax_takes_the_greedy_samples_reward_off(models):
+    objective = {"advantages": "greedy", "kl_coef": 0.0}
+    source = make(models, "reinforce", objective=objective, responses_per_prompt=2)
+    batch = source.next(lambda: models[2])
+    most_probable = {"temperature": 0.0, "responses_per_prompt": 1}
+    other = make(models, "reinforce", objective={"kl_coef": 0.0}, **most_probable)
+    expected = other.next(lambda: models[2]).scores  # [B, 1]
+    means = np.asarray(sum_by_slot(jnp.asarray(batch.advantages), batch)) / batch.lengths
+    np.testing.assert_allclose(means, batch.scores - expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(source.metrics["objective/greedy_scores"], expected.mean())
+    plain = make(models, "reinforce", objective={"kl_coef": 0.0}, responses_per_prompt=2)
+    assert np.array_equal(plain.next(lambda: models[2]).tokens, batch.tokens)  # the same samples
+
+
+def test_gdpo_learns_each_reward_by_itself(models):
+    def length(prompts, completions, extras):
+        return [float(len(text)) if text.strip() else None for text in completions]
+
+    both = WeightedRewards((("vowels", 1.0, vowels), ("length", 0.2, length)))
+    source = make(models, "grpo", rewards=both, objective={"advantages": "decoupled"})
+    batch = source.next(lambda: models[2])
+    maker = source._maker
+    maker.sampler.engine.update(models[2].policy)
+    samples = maker.sampler.sample(maker.prompts, range(2), {})[0]
+    each = jnp.asarray(np.stack([np.stack([*x.each_reward.values()], -1) for x in samples]))
+    expected = baselines.decoupled(each.astype(jnp.float32), (1.0, 0.2), jnp.ones(2))
+    means = np.asarray(sum_by_slot(jnp.asarray(batch.advantages), batch)) / batch.lengths
+    np.testing.assert_allclose(means, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_optimal_token_baseline_sees_the_distributions_that_were_sampled(models):
+    found = {}
+    for layout in ("plain", "shared_prefix"):
+        objective = {"advantages": "optimal_token"}
+        source = make(models, "grpo", objective=objective, layout=layout, temperature=0.7)
+        batch = source.next(lambda: models[2])
+        found[layout] = batch.advantages[batch.loss_mask], batch.lengths
+    np.testing.assert_allclose(found["plain"][0], found["shared_prefix"][0], rtol=1e-3, atol=1e-4)
+    assert len(np.unique(found["plain"][0].round(4))) > found["plain"][1].size  # by token
+
+
+@pytest.mark.parametrize(
+    "objective, rollout, words",
+    [
+        ({"advantages": "pass_at_k", "pass_k": 5}, {}, "pass_k = 5 is more than the 4"),
+        ({"advantages": "length_weighted"}, {"responses_per_prompt": 1}, "must be at least 2"),
+        ({"advantages": "greedy"}, {"temperature": 0.0}, "temperature = 0"),
+        ({"advantages": "decoupled"}, {"overlong_buffer": 2}, "overlong_buffer = 2 shapes the sum"),
+        ({"advantages": "decoupled"}, {"score_clip": 0.5}, "score_clip = 0.5 shapes the sum"),
+    ],
+)
+def test_what_the_advantages_would_not_look_at_is_refused(objective, rollout, words):
+    with pytest.raises(ValueError, match=words):
+        make_config("grpo", objective=objective, **rollout)
 
 
 def test_a_server_takes_no_devices_of_the_mesh():

@@ -108,6 +108,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     "momentum": {"momentum": 0.5},
     "on_policy": {"on_policy": 0.5, "rollout.responses_per_prompt": 1, "rollout.max_new_tokens": 6},
     "off_policy_threshold": {"off_policy_threshold": 1e-6},
+    "pass_k": {"pass_k": 1, "advantages": "pass_at_k", "kl_coef": 0.0},
+    "pass_score": {"pass_score": 0.2, "pass_k": 1, "advantages": "pass_at_k", "kl_coef": 0.0},
     "per": {"per": "sequence"},
     "positive_weight": {"positive_weight": 3.0},
     "ptx_coef": {"ptx_coef": 0.5, "data.text": "builtin:completions:train?size=16"},
@@ -152,6 +154,14 @@ OTHERS: list[tuple[str, dict[str, Any]]] = [
     ("online_dpo", {"rollout.pairing": "random"}),
     ("online_dpo", {"rollout.min_difference": 9.0}),
     ("online_kto", {"rollout.threshold": "prompt"}),
+    *(
+        ("grpo", {"objective.advantages": method})
+        for method in ("decoupled", "length_weighted", "optimal_token", "greedy", "group_global")
+    ),
+    ("reinforce_pp", {"objective.advantages": "group_global"}),
+    ("rloo", {"objective.advantages": "optimal_token"}),
+    ("reinforce", {"objective.advantages": "greedy"}),
+    ("ppo", {"objective.advantages": "length_weighted"}),
     ("dpo+sft", {}),
     ("kto+sft", {}),
     ("dpo+bco_pair+sft", {}),
