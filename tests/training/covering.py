@@ -206,7 +206,8 @@ def changed(name: str, option: str) -> dict[str, Any]:
     assert option in CHANGES, f"give {option!r}, an option of {name!r}, a line in covering.CHANGES"
     declared, change = OBJECTIVES[name].declared, dict(CHANGES[option])
     if option == "importance" and name == "gspo":
-        change = {"importance": "sequence_token"}
+        # the same where a response's tokens weigh the same, as these do not
+        change = {"importance": "sequence_token", "rollout.top_p": 0.5}
     if change[option] is None:
         change[option] = not declared[option].default
     if option == "form":
