@@ -31,6 +31,10 @@ def export_run(
 ) -> int:
     """Export a run's policy; adapters are merged unless asked for.
 
+    The run's lock is not asked for: a checkpoint is whole once it has its name, and is read before
+    anything is written, so a run that goes on disturbs nothing; one that it deletes meanwhile
+    (``checkpoint.keep``) ends the export before it has written.
+
     Args:
         workdir: the run's folder.
         output: folder to make.

@@ -10,6 +10,7 @@ import json
 import operator
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -20,6 +21,9 @@ import pytest
 
 from align_jax import export, train
 from align_jax.core import config as configs
+from align_jax.data.sources import open_source
+from align_jax.data.tokenizer import load_tokenizer
+from align_jax.online.rollout import Rollouts
 from align_jax.runs import setup, trained
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
@@ -160,6 +164,29 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_rows(tmp_path):
         match=r"step \d: .*Last good checkpoint: none.*builtin:preferences:train",
     ):
         train.train(config, str(tmp_path))
+
+
+def test_an_online_step_that_is_not_finite_names_the_prompts_of_its_own_rows(tmp_path, monkeypatch):
+    taken, steps = Rollouts.next, []
+
+    def poisoned(source, weights):
+        batch = taken(source, weights)
+        steps.append(load_tokenizer("byte").batch_decode(np.asarray(batch.tokens)))
+        if len(steps) == 2:
+            batch = batch._replace(advantages=np.full_like(batch.advantages, np.nan))
+        return batch
+
+    monkeypatch.setattr(Rollouts, "next", poisoned)
+    config = tiny("grpo", total_steps=4, log__every_steps=2, eval__max_examples=0)
+    config.data.eval_fraction = 0.0
+    with pytest.raises(FloatingPointError, match="^step 2: loss is nan") as caught:
+        train.train(config, str(tmp_path))
+    source = open_source(config.data.train)
+    numbers = map(int, re.findall(r"builtin:arithmetic:train\[(\d+)\]", str(caught.value)))
+    prompts = [source[number]["question"] for number in numbers]
+    before, own = ("\n".join(step) for step in steps[:2])
+    assert len(prompts) > 1 and all(prompt in own for prompt in prompts), (prompts, own)
+    assert not all(prompt in before for prompt in prompts)  # not those of the step before
 
 
 @functools.cache
