@@ -247,7 +247,7 @@ def check(row, kind, options, chat, found):
             continue
         prompt = model.decode(encoded.prompt(index))
         check_numbers(row, example)
-        lost = marks([example.prompt, example.template]) - marks(prompt)
+        lost = marks([shown(example.prompt), example.template]) - marks(prompt)
         if lost:
             raise Wrong(f"the prompt lost {sorted(lost)}")
         for number, response in enumerate(example.responses):
@@ -261,6 +261,12 @@ def check(row, kind, options, chat, found):
     for reason in made.report:
         if marks(reason):
             raise Wrong(f"a count's name holds the row's words: {reason}")
+
+
+def shown(prompt):
+    """What of a prompt's turns TEMPLATE reads."""
+    keys = ("content", "reasoning_content", "reasoning", "thinking", "tool_calls")
+    return prompt if isinstance(prompt, str) else [[t.get(key) for key in keys] for t in prompt]
 
 
 def check_response(response, learned, whole, prompt):
