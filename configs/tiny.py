@@ -34,6 +34,7 @@ MADE = {
     "ranked": "ranked",
     "unpaired": "unpaired",
     "scored": "ranked",
+    "stepwise": "verified_steps",
     "rollout": "arithmetic",
 }  # the objective's kind of data -> the data set made by code
 LEARNING_RATE = {"ppo_offline": 3e-4}  # where 1e-3 is not a good one: all log-probabilities fall

@@ -274,6 +274,9 @@ class DataOptions(Checked):
         "responses a ranking has: longer ones are thinned, shorter left out; 0 = as they are",
         low=0,
     )
+    step_separator: str = option(
+        "\n", "behind each step of an answer whose steps are labeled: there a step is scored"
+    )
     pairing: str = option(
         "best_worst",
         "which pairs are made of several scored responses to a prompt",

@@ -28,6 +28,8 @@ from jaxtyping import Bool, Float, Int
 # reads (tool_calls, name, reasoning_content, ...); "loss": False on a turn that is not learned
 Message = Mapping[str, Any]
 
+Step = tuple[str, float | None]  # its text, and whether it is right: from 0 to 1, None = unknown
+
 
 @dataclasses.dataclass(frozen=True)
 class Example:
@@ -40,6 +42,7 @@ class Example:
             loss.
         label: unpaired feedback: was the response desirable?
         scores: a reward for each response (any scale, higher is better).
+        steps: of one response whose steps are labeled, each of them.
         margin: by how much chosen is better than rejected, in units of reward; 0 where unknown.
         weight: this example's weight in the loss.
         source: where it came from, ``file:line`` or ``name[index]``; every error about it starts
@@ -53,6 +56,7 @@ class Example:
     responses: tuple[str | tuple[Message, ...], ...]
     label: bool | None = None
     scores: tuple[float, ...] | None = None
+    steps: tuple[Step, ...] | None = None
     margin: float = 0.0
     weight: float = 1.0
     source: str = ""
@@ -88,6 +92,8 @@ class Batch(NamedTuple):
     label: Bool[Any, "B"] | None = None  # desirable?
     scores: Float[Any, "B R"] | None = None  # rewards that came with the data or from a rollout
     margin: Float[Any, "B"] | None = None
+    # is the step that ends here right? from 0 to 1; the loss mask is true at ends of steps alone
+    step_labels: Float[Any, "N T"] | None = None
     reference_token_logps: Float[Any, "N T"] | None = None  # cached: the reference is then not run
     old_token_logps: Float[Any, "N T"] | None = None  # of the behavior policy
     # of what drew the samples, and what corrects for their difference (losses.sampler)
@@ -122,3 +128,4 @@ class Outputs(NamedTuple):
     divergence: Float[Any, "N T"] | None = None
     values: Float[Any, "N T"] | None = None  # value head, at the index that predicts token t
     scores: Float[Any, "B R"] | None = None  # score head, at each response's last token
+    step_scores: Float[Any, "N T"] | None = None  # score head, at token t itself

@@ -34,6 +34,7 @@ class Span:
     text: str
     loss: bool
     end: bool = False  # the tokenizer's end-of-sequence token is to follow
+    step: bool = False  # a step ends here: of its tokens the last one alone bears the loss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,6 +241,30 @@ def _render_text(prompt: str, example: Example, tokenizer: PreTrainedTokenizerBa
     asks = prompt.rfind("\n\nAssistant:")
     header = len(prompt) - asks if asks > last_turn else 0
     return Rendered(prompt, tuple(responses), last_turn, header)
+
+
+def _render_steps(example: Example, tokenizer: PreTrainedTokenizerBase, separator: str) -> Rendered:
+    """Render an example of labeled steps: what is learned is the last token of the separator
+    behind each labeled step, or of the step itself where there is no separator.
+
+        [step] [separator] [step] [separator] [end of turn]
+                        ^                  ^
+
+    Plain text gets no end-of-sequence token, as in TRL.
+    """
+    texts = [text for text, _ in example.steps or ()]
+    whole = separator.join(texts)
+    rendered = render(dataclasses.replace(example, responses=(whole,)), tokenizer)
+    turn = rendered.responses[0][0]
+    before, found, after = turn.text.partition(whole)
+    if not found:
+        raise RowError("the chat template rewrites an answer", f"{whole!r:.60}")
+    spans = [Span(before, False)]
+    for text, label in example.steps or ():
+        spans.append(Span(text, label is not None and not separator, step=True))
+        spans.append(Span(separator, label is not None, step=True))
+    closing = Span(after, False, turn.end and rendered.templated)
+    return dataclasses.replace(rendered, responses=((*spans, closing),))
 
 
 def _turns(response: str | tuple[Message, ...]) -> list[Message]:
@@ -462,7 +487,11 @@ def _encode_prompts(
 
 
 def encode_many(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, drop: bool = False
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    drop: bool = False,
+    separator: str = "\n",
 ) -> list[Tokens]:
     """Tokenize examples, many at once.
 
@@ -471,6 +500,7 @@ def encode_many(
         tokenizer: the tokenizer; messages need its chat template.
         drop: give an example that the template refuses no tokens and the reason, instead of an
             error.
+        separator: what stands behind each of an example's steps.
 
     Returns:
         For each its prompt ids (the same for every response), each response's ids and loss mask:
@@ -483,7 +513,11 @@ def encode_many(
     refused: dict[int, str] = {}
     for index, example in enumerate(examples):
         try:
-            rendered.append(render(example, tokenizer))
+            rendered.append(
+                _render_steps(example, tokenizer, separator)
+                if example.steps
+                else render(example, tokenizer)
+            )
         except RowError as error:
             if not drop:
                 hint = "--config.data.invalid=drop leaves such rows out"
@@ -504,7 +538,8 @@ def encode_many(
             for span in spans:
                 part = next(encoded) + ([tokenizer.eos_token_id] if span.end else [])
                 ids += part
-                mask += [span.loss] * len(part)
+                inner = len(part) - 1 if span.step else 0
+                mask += [False] * inner + [span.loss] * (len(part) - max(inner, 0))
             if not prompt and mask:
                 mask[0] = False  # nothing precedes the first token, so nothing predicts it
             responses.append(ids)

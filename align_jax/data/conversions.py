@@ -3,7 +3,7 @@
 
 Kinds: ``completions`` (one response), ``pairs`` (chosen first), ``ranked`` (best first),
 ``unpaired`` (a label), ``scored`` (one response with a number; several rows may share a prompt),
-``prompts`` (no response).
+``stepwise`` (one response of labeled steps), ``prompts`` (no response).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 from align_jax.core.options import DataOptions
 from align_jax.core.schema import Example
 
-KINDS = ("completions", "pairs", "ranked", "unpaired", "scored", "prompts")
+KINDS = ("completions", "pairs", "ranked", "unpaired", "scored", "stepwise", "prompts")
 
 # a kind of data -> an objective that trains on it, to be told of
 OBJECTIVE_OF = {
@@ -28,6 +28,7 @@ OBJECTIVE_OF = {
     "ranked": "reward_ranked",
     "unpaired": "kto",
     "scored": "reward_regression",
+    "stepwise": "reward_process",
 }
 
 
@@ -81,7 +82,9 @@ def _without_responses(example: Example, source: str) -> Example:
     extras, responses = dict(example.extras), example.responses
     if source == "completions" and len(responses) == 1 and isinstance(responses[0], str):
         extras.setdefault("answer", responses[0])
-    return dataclasses.replace(example, responses=(), label=None, scores=None, extras=extras)
+    return dataclasses.replace(
+        example, responses=(), label=None, scores=None, steps=None, extras=extras
+    )
 
 
 def _take(example: Example, *indices: int) -> Example:
@@ -168,6 +171,19 @@ def _score(example: Example) -> float:
     return example.scores[0] if example.scores else float(bool(example.label))
 
 
+def _whole(examples: Sequence[Example], options: DataOptions, seed: int) -> list[Example]:
+    """Label a response of steps as a whole: desirable where no step is wrong."""
+    made = []
+    for example in examples:
+        known = [label for _, label in example.steps or () if label is not None]
+        made.append(dataclasses.replace(example, steps=None, label=min(known) >= 0.5))
+    return made
+
+
+def _right(examples: Sequence[Example], options: DataOptions, seed: int) -> list[Example]:
+    return _desirable(_whole(examples, options, seed), options, seed)
+
+
 def _each_scored(examples: Sequence[Example], options: DataOptions, seed: int) -> list[Example]:
     """Take each response by itself, with its score; of feedback by labels 1 or 0."""
     made = []
@@ -227,6 +243,8 @@ CONVERSIONS: Mapping[tuple[str, str], Conversion] = {
     ("scored", "ranked"): _rank_by_prompt,
     ("scored", "unpaired"): _label_by_score,
     ("scored", "completions"): _unscored,
+    ("stepwise", "unpaired"): _whole,
+    ("stepwise", "completions"): _right,
     ("completions", "scored"): _each_scored,
     ("pairs", "scored"): _each_scored,
     ("ranked", "scored"): _each_scored,

@@ -30,7 +30,7 @@ from align_jax.data import cache, chat
 from align_jax.data.layout import TokenizedGroup
 from align_jax.data.tokenizer import tokenizer_digest
 
-VERSION = 3
+VERSION = 4
 _CHUNK = 1024  # examples tokenized at once
 
 
@@ -45,6 +45,8 @@ class Encoded:
         loss_tokens: how many tokens of each response are learned.
         last_turn: where the prompt's last turn begins, in tokens.
         header: how many tokens at the prompt's end ask for the answer.
+        step_labels, step_ends: of group g's labeled steps,
+            ``step_labels[step_ends[g]:step_ends[g + 1]]``.
         label, scores, margin, weight: as in Example; ``scores`` is NaN where there are none.
         prompt_key: equal for equal prompts.
         refused: the number of the reason why the chat template refused a group, whose tokens are
@@ -60,6 +62,8 @@ class Encoded:
     loss_tokens: Int[np.ndarray, "G R"]
     last_turn: Int[np.ndarray, "G"]
     header: Int[np.ndarray, "G"]
+    step_labels: Float[np.ndarray, "s"]
+    step_ends: Int[np.ndarray, "G1"]
     label: Bool[np.ndarray, "G"]
     scores: Float[np.ndarray, "G R"]
     margin: Float[np.ndarray, "G"]
@@ -109,9 +113,9 @@ def encode_all(
     Args:
         examples: the examples, each with as many responses as the first.
         tokenizer: the tokenizer.
-        options: ``cache`` is read, and ``control_tokens``: R texts (or special tokens), put without
-            loss before each response; or two for unpaired data: before desirable and before
-            undesirable ones.
+        options: ``cache`` and ``step_separator`` are read, and ``control_tokens``: R texts (or
+            special tokens), put without loss before each response; or two for unpaired data: before
+            desirable and before undesirable ones.
         digest: what the examples are made of (``Examples.digest``); part of the cache's key.
         processes: how many tokenize at once; None: one for every 20,000 examples, at most one a
             CPU.
@@ -122,8 +126,9 @@ def encode_all(
     """
     control = tuple(options.control_tokens)
     inputs = [VERSION, digest, tokenizer_digest(tokenizer), control, len(examples), options.invalid]
+    inputs.append(options.step_separator)
     key = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
-    how = _How(tokenizer, control, options.invalid == "drop")
+    how = _How(tokenizer, control, options.invalid == "drop", options.step_separator)
 
     def make() -> cache.Kept:
         return _encode_all(examples, how, processes)
@@ -138,6 +143,7 @@ class _How(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
     control: tuple[str, ...]
     drop: bool
+    separator: str
 
 
 def _encode_all(examples: Sequence[Any], how: _How, processes: int | None) -> cache.Kept:
@@ -152,7 +158,7 @@ def _encode_all(examples: Sequence[Any], how: _How, processes: int | None) -> ca
             parts.append({**part, "refused": np.asarray(numbers, np.int32)})
             bar.update(len(numbers))
     arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    for name in ("prompt_ends", "response_ends"):
+    for name in ("prompt_ends", "response_ends", "step_ends"):
         arrays[name] = np.concatenate([[0], np.cumsum(arrays[name])])  # of lengths
     return cache.Kept(arrays, {"reasons": list(reasons)})
 
@@ -233,7 +239,8 @@ def _encode_told(chunk: Sequence[Example]) -> _Part:
 def _encode_chunk(chunk: Sequence[Example], how: _How) -> _Part:
     """Tokenize a chunk into the fields of Encoded, with lengths in the place of ends."""
     prompts, texts, masks, refusals = [], [], [], []
-    made = chat.encode_many(chunk, how.tokenizer, drop=how.drop)
+    made = chat.encode_many(chunk, how.tokenizer, drop=how.drop, separator=how.separator)
+    steps = [[label for _, label in one.steps or () if label is not None] for one in chunk]
     for example, tokens in zip(chunk, made):
         refusals.append(tokens.refused)
         prompts.append(np.asarray(tokens.prompt, np.int32))
@@ -253,6 +260,8 @@ def _encode_chunk(chunk: Sequence[Example], how: _How) -> _Part:
         "loss_tokens": np.asarray([mask.sum() for mask in masks], np.int64).reshape(-1, responses),
         "last_turn": np.asarray([tokens.last_turn for tokens in made], np.int64),
         "header": np.asarray([tokens.header for tokens in made], np.int64),
+        "step_labels": np.asarray([label for own in steps for label in own], np.float32),
+        "step_ends": np.asarray([len(own) for own in steps], np.int64),
         "label": np.asarray([bool(example.label) for example in chunk], np.bool_),
         "scores": scores.reshape(-1, responses),
         "margin": np.asarray([example.margin for example in chunk], np.float32),

@@ -18,7 +18,7 @@ from typing import Any
 
 from align_jax.core.choose import choose
 from align_jax.core.schema import Example, Message
-from align_jax.data import published, rows
+from align_jax.data import published, rows, steps
 from align_jax.data.rows import Row, fields_of
 from align_jax.data.transcripts import RowError
 
@@ -29,7 +29,8 @@ class Format:
 
     Attributes:
         kind: what a row gives: ``completions``, ``pairs``, ``ranked``, ``unpaired``, ``scored``
-            (one response with a number) or ``prompts``.
+            (one response with a number), ``stepwise`` (one response of labeled steps) or
+            ``prompts``.
         fields: a row that has all of these is taken for this format, unless an earlier one matches;
             an alternative is written ``a|b``, a value ``type=sample``, a list ``output[]``.
         read: (row, has a chat template) -> an example, or several.
@@ -189,7 +190,12 @@ FORMATS: Mapping[str, Format] = {
     "scored_completions": Format(
         "ranked", ("instruction", "completions"), published.read_scored_completions
     ),
+    "prm800k": Format("stepwise", ("question", "label", "labeler"), steps.read_prm800k),
+    "math_shepherd": Format("stepwise", ("input", "label", "task"), steps.read_math_shepherd),
     # fields that say what they are
+    "stepwise": Format(
+        "stepwise", ("prompt|question", "completions[]", "labels[]"), steps.read_stepwise
+    ),
     "ranked": Format("ranked", ("prompt", "responses", "ranks|scores"), rows.read_ranked),
     "question_ranked": Format(
         "ranked", ("question", "responses", "ranks|scores"), rows.read_question_ranked

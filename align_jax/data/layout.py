@@ -277,6 +277,8 @@ def abstract_batch(
         fields["label"] = _zero_strides(by_group, False, np.bool_)
     else:
         fields["margin"] = _zero_strides(by_group, 0, np.float32)
+    if kind == "stepwise":
+        token_fields = [*token_fields, "step_labels"]
     for name in token_fields:
         fields[name] = _zero_strides((shape.rows, shape.length), 0, np.float32)
     if mismatched is not None:

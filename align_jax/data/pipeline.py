@@ -111,7 +111,7 @@ class Pipeline:
         extra = None
         if self._mismatched is not None:
             extra = self._mismatched_batch(bins.reshape(-1), self._mismatched)
-        return layout.make_batch(
+        batch = layout.make_batch(
             written,
             self.shape,
             self.layout,
@@ -119,6 +119,17 @@ class Pipeline:
             mismatched=extra,
             **self._group_fields(mine.reshape(-1)),
         )
+        return self._with_step_labels(batch, mine) if self.kind == "stepwise" else batch
+
+    def _with_step_labels(self, batch: Batch, groups: Int[np.ndarray, "rows slots"]) -> Batch:
+        """Lay the labels of steps over the rows' loss tokens, which are the steps' ends."""
+        labels, encoded = np.zeros(batch.tokens.shape, np.float32), self._encoded
+        for (row, slot), group in np.ndenumerate(groups):  # R = 1: a group is a slot
+            if group != FILLER:
+                own = encoded.step_labels[encoded.step_ends[group] : encoded.step_ends[group + 1]]
+                at = np.flatnonzero(batch.loss_mask[row] & (batch.slot[row] == slot))
+                labels[row, at] = own[: len(at)]  # of a response that was cut, the first ones
+        return batch._replace(step_labels=labels)
 
     def _group(self, number: int) -> TokenizedGroup:
         return self._truncations.group(number).group(self._encoded.group(number))

@@ -79,7 +79,8 @@ def make(
     """Make a data set by code.
 
     Args:
-        name: ``completions``, ``preferences``, ``unpaired``, ``ranked`` or ``arithmetic``.
+        name: ``completions``, ``preferences``, ``unpaired``, ``ranked``, ``arithmetic`` or
+            ``verified_steps``.
         split: ``train`` or ``eval``; their questions are disjoint.
         seed: another seed gives other rows.
         size: rows; default 2,048 for train and 256 for eval.
@@ -195,10 +196,29 @@ def _arithmetic(rng: np.random.Generator, held_out: bool) -> Mapping[str, Any]:
             return {"question": f"What is {left}+{right}?", "answer": str(left + right)}
 
 
+def _verified_steps(rng: np.random.Generator, held_out: bool) -> Mapping[str, Any]:
+    """Draw a sum of four digits, added up digit by digit modulo 10; each step has its label."""
+    while True:
+        digits = rng.integers(0, 10, 4).tolist()
+        if (int("".join(map(str, digits))) % _EVAL_EVERY == _EVAL_EVERY - 1) == held_out:
+            break
+    total, steps, labels = digits[0], [], []
+    for digit in digits[1:]:
+        slip = 0 if rng.random() < 0.75 else int(rng.integers(1, 10))
+        result = (total + digit + slip) % 10
+        steps.append(f"{total} + {digit} = {result}")
+        labels.append(not slip)
+        total = result
+    question = " + ".join(map(str, digits))
+    return {"question": f"What is {question} ?", "completions": steps, "labels": labels}
+
+
 BUILTINS: Mapping[str, Callable[[np.random.Generator, bool], Mapping[str, Any]]] = {
     "completions": _completions,
     "preferences": _preferences,
     "unpaired": _unpaired,
     "ranked": _ranked,
     "arithmetic": _arithmetic,
+    # by its name the last: a data set's number, from which its rows are drawn, is its name's place
+    "verified_steps": _verified_steps,
 }

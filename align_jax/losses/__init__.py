@@ -128,6 +128,13 @@ OBJECTIVES: dict[str, Objective] = {
         data="unpaired",
         metric="accuracy up",
     ),
+    "reward_process": Objective(
+        pointwise.RewardProcess,
+        "-w y log σ(r_t) - (1-y) log σ(-r_t), mean over the ends t of steps",
+        "arXiv 2305.20050",
+        data="stepwise",
+        metric="accuracy up",
+    ),
     # pairs, with a reference
     "dpo": _pairs(
         paired(preference.dpo),
@@ -438,9 +445,9 @@ def jitted(
         ``Evaluated(losses, rewards, weights, loss, metrics)``.  Positional arguments, by kind of
         data: pairs (policy_chosen, policy_rejected, reference_chosen, reference_rejected), or one
         stacked [B, 2]; unpaired (policy, label, reference), and by name ``mismatched_policy`` and
-        ``mismatched_reference`` for KTO; completions (policy); ranked and reward models (scores
-        [B, R], or [B]).  By name: ``mask`` or ``lengths``, ``weight``, ``margin``, ``label``,
-        ``kl``, ...
+        ``mismatched_reference`` for KTO; completions (policy); stepwise (scores at the ends of
+        steps, step_labels, both [B, T]); ranked and reward models (scores [B, R], or [B]).  By
+        name: ``mask`` or ``lengths``, ``weight``, ``margin``, ``label``, ``kl``, ...
 
     >>> import jax.numpy as jnp
     >>> dpo = jitted("dpo", beta=0.1)

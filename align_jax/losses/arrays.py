@@ -28,6 +28,7 @@ POSITIONAL = {  # what positional arguments mean, by kind of data
     "ranked": ("policy",),
     "unpaired": ("policy", "label", "reference"),
     "scored": ("policy", "scores"),
+    "stepwise": ("policy", "step_labels"),
     "rollout": ("policy", "old_token_logps", "advantages"),
 }
 TOKEN_COLUMNS = (
@@ -37,6 +38,7 @@ TOKEN_COLUMNS = (
     "advantages",
     "returns",
     "old_values",
+    "step_labels",
 )
 COLUMNS = ("weight", "label", "scores", "margin", *TOKEN_COLUMNS)
 FIELDS = ("entropy", "log_sum_sq", "kl", "divergence", "values")
@@ -163,6 +165,8 @@ def make_inputs(terms: tuple[Term, ...], kind: str, arrays: dict[str, Any]) -> I
     batch, outputs = make_batch(_flat(policy, rows, tokens), **shape, **arrays)
     if terms[0].needs == ("scores",):
         outputs = outputs._replace(scores=outputs.logps)
+    if terms[0].needs == ("step_scores",):
+        outputs = outputs._replace(step_scores=outputs.token_logps)
     base = None if reference is None else make_batch(_flat(reference, rows, tokens), **shape)[1]
     if text is not None:
         text, said = make_batch(text, responses=1)

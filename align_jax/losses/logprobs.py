@@ -160,7 +160,9 @@ def _statistics(
 def _check(needs: Sequence[str], has_reference: bool, chunk: int) -> bool:
     """Refuse what ``token_outputs`` cannot compute; tell whether it compares whole
     distributions."""
-    unknown = [field for field in needs if field not in TOKEN_FIELDS + ("values", "scores")]
+    unknown = [
+        field for field in needs if field not in TOKEN_FIELDS + ("values", "scores", "step_scores")
+    ]
     if unknown:
         raise ValueError(f"token_outputs cannot compute {unknown}; known: {list(TOKEN_FIELDS)}")
     whole = sorted(WHOLE.intersection(needs))
@@ -192,7 +194,7 @@ def token_outputs(
         unembed: [..., D] -> float32 logits [..., V]; closes over traced arrays only (made inside
             the step).
         batch: the batch.
-        needs: of ``TOKEN_FIELDS``.  "values" and "scores" are the heads' and added by the caller.
+        needs: of ``TOKEN_FIELDS``.  What heads say is added by the caller.
         reference: needed for "kl" and "divergence": the reference's hidden states and its head; one
             of fewer logits is compared with over the first of the policy's.
         divergence: which one "divergence" is.

@@ -212,7 +212,8 @@ class Objective:
         formula: in one line.
         paper: arXiv id, or authors and year.
         data: "completions" (R = 1), "pairs" (R = 2, chosen first), "ranked" (R = K, best first),
-            "unpaired" (R = 1 with a label), "scored" (R = 1 with a number) or "rollout".
+            "unpaired" (R = 1 with a label), "scored" (R = 1 with a number),
+            "stepwise" (R = 1, labels at the ends of steps) or "rollout".
         metric: the held-out metric that training should improve, with its direction:
             "rewards/accuracies up".
         adds: option -> (objective, default): a further term of the sum whose coefficient is this
@@ -286,6 +287,11 @@ class Term:
     def needs(self) -> tuple[str, ...]:
         """Fields of Outputs, beyond the first three, to be computed with these options."""
         return self.loss.needs
+
+    @property
+    def scores_alone(self) -> bool:
+        """Tell whether this term reads a score head and no log-probabilities."""
+        return bool(self.needs) and {"scores", "step_scores"}.issuperset(self.needs)
 
     def clamped(self, inputs: Inputs) -> Inputs:
         """Return the inputs as the loss is to see them: humanline, where it is on.

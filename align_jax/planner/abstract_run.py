@@ -26,7 +26,7 @@ from align_jax.training.partitioning import abstract_batch, abstract_params
 from align_jax.training.steps import StepSpec
 
 # of a ranking the data says how many
-RESPONSES = {"completions": 1, "unpaired": 1, "scored": 1, "pairs": 2, "ranked": 4}
+RESPONSES = {"completions": 1, "unpaired": 1, "scored": 1, "stepwise": 1, "pairs": 2, "ranked": 4}
 
 
 class RewardModel(NamedTuple):

@@ -80,13 +80,14 @@ def make_models(
         reference: what the reference is, where it is another model.
     """
     needs = {need for term in terms for need in term.needs}
-    heads = ("score",) * ("scores" in needs) + (options.value_head,) * ("values" in needs)
+    scored = bool({"scores", "step_scores"}.intersection(needs))
+    heads = ("score",) * scored + (options.value_head,) * ("values" in needs)
     make = functools.partial(
         build,
         compute_dtype=options.compute_dtype,
         remat=options.remat,
         attention=options.attention,
-        unembed=unembed or any(term.needs != ("scores",) for term in terms),
+        unembed=unembed or not all(term.scores_alone for term in terms),
     )
     other = None if reference is None else make(reference)
     return Models(make(config, lora=lora, heads=heads), make(config), other)

@@ -89,7 +89,7 @@ class StepSpec(NamedTuple):
     def wants_logps(self) -> bool:
         """Tell whether any term looks at log-probabilities; reward models, which need scores alone,
         do not."""
-        return any(term.needs != ("scores",) for term in self.terms)
+        return not all(term.scores_alone for term in self.terms)
 
     @property
     def wants_reference(self) -> bool:
@@ -202,8 +202,12 @@ def forward(
         outputs = token_outputs(
             hidden, unembed, batch, needs=needs, chunk=chunk, reference=other, divergence=divergence
         )
-    if "scores" in needs:
-        outputs = outputs._replace(scores=at_last(model.head(params, "score", hidden), batch))
+    if {"scores", "step_scores"}.intersection(needs):
+        scores = model.head(params, "score", hidden)
+        if "scores" in needs:
+            outputs = outputs._replace(scores=at_last(scores, batch))
+        if "step_scores" in needs:
+            outputs = outputs._replace(step_scores=jnp.where(batch.loss_mask, scores, 0.0))
     if "values" in needs:
         outputs = outputs._replace(values=at_sources(model.head(params, value_head, hidden), batch))
     return outputs, aux

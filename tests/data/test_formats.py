@@ -28,8 +28,15 @@ def G(who, text):
 
 HH = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Why?\n\nAssistant:"
 
+
 # name of the format, row, prompt, responses, and other attributes of the example; with a chat
 # template
+def prm_step(completions, chosen=None, human=None):
+    """A step as PRM800K writes it down."""
+    rated = [{"text": text, "rating": rating, "flagged": None} for text, rating in completions]
+    return {"completions": rated, "human_completion": human, "chosen_completion": chosen}
+
+
 CASES = [
     ("pairs", {"prompt": "p", "chosen": "c", "rejected": "r"}, "p", ("c", "r"), {}),
     (
@@ -257,6 +264,45 @@ CASES = [
         ("a", "b"),
         {"scores": (8.5, 3.0)},
     ),
+    (
+        "stepwise",
+        {"prompt": "p", "completions": ["a", "b", "c"], "labels": [True, 0.25, None]},
+        "p",
+        ("a\nb\nc",),
+        {"steps": (("a", 1.0), ("b", 0.25), ("c", None))},
+    ),
+    (
+        "stepwise",
+        {"question": "p", "completions": ["a"], "labels": [False]},
+        (U("p"),),
+        ("a",),
+        {"steps": (("a", 0.0),)},
+    ),
+    (
+        "math_shepherd",
+        {
+            "input": "p? Step 1: 1 + 1 = 2 ки\nStep 2: The answer is: 3 ки",
+            "label": "p? Step 1: 1 + 1 = 2 +\nStep 2: The answer is: 3 -",
+            "task": "GSM8K",
+        },
+        (U("p?"),),
+        ("Step 1: 1 + 1 = 2\nStep 2: The answer is: 3",),
+        {"steps": (("Step 1: 1 + 1 = 2", 1.0), ("Step 2: The answer is: 3", 0.0))},
+    ),
+    (
+        "prm800k",
+        {
+            "labeler": "l",
+            "question": {"problem": "p", "ground_truth_answer": "2"},
+            "label": {
+                "steps": [prm_step([("a", 1)], 0), prm_step([("b", -1)], 0)],
+                "total_time": 1,
+            },
+        },
+        (U("p"),),
+        ("a\nb",),
+        {"steps": (("a", 1.0), ("b", 0.0))},
+    ),
 ]
 
 
@@ -268,10 +314,60 @@ def test_a_row_is_recognized_and_read(name, row, prompt, responses, known):
     (example,) = formats.read(row, name, chat=True)
     assert example.prompt == prompt
     assert example.responses == responses
-    for attribute in ("label", "scores", "margin", "weight"):
+    for attribute in ("label", "scores", "steps", "margin", "weight"):
         assert getattr(example, attribute) == known.get(
             attribute, {"margin": 0.0, "weight": 1.0}.get(attribute)
         )
+
+
+def test_prm800k_gives_each_alternative_and_the_chosen_steps_as_trl_does():
+    steps = [
+        prm_step([("a", 1), ("x", -1), ("z", None)], 0),
+        prm_step([("y", 0)], None, {"text": "h", "rating": None}),
+        prm_step([("c", 1), ("w", -1)]),
+    ]
+    row = {"labeler": "l", "question": {"problem": "p"}, "label": {"steps": steps}}
+    found = formats.read(row, "prm800k", chat=False)
+    a, h = ("a", 1.0), ("h", 1.0)
+    assert [example.steps for example in found] == [
+        (("x", 0.0),),
+        (a, ("y", 0.0)),
+        (a, h, ("c", 1.0)),
+        (a, h, ("w", 0.0)),
+        (a, h),
+    ]
+
+
+STEP = {"prompt": "p", "completions": ["a"], "labels": [True]}
+SHEPHERD = {"input": "p Step 1: a ки", "label": "p Step 1: a +", "task": "t"}
+PRM = {"labeler": "l", "question": {"problem": "p"}, "label": {"steps": [prm_step([("a", 1)], 0)]}}
+
+
+@pytest.mark.parametrize(
+    "name, row, change, words",
+    [
+        ("stepwise", STEP, {"labels": [True, False]}, "another number of completions"),
+        ("stepwise", STEP, {"labels": [2]}, "true, false, or from 0 to 1: got 2"),
+        ("stepwise", STEP, {"labels": ["maybe"]}, "expected true or false: got 'maybe'"),
+        ("stepwise", STEP, {"labels": [None]}, "no step has a label"),
+        ("stepwise", STEP, {"completions": [" "]}, "empty step"),
+        ("stepwise", STEP, {"completions": [3]}, "completions: expected a text, got a number"),
+        ("stepwise", STEP, {"prompt": ""}, "empty prompt"),
+        ("math_shepherd", SHEPHERD, {"label": "p Step 1: a ки"}, "at character 12 is 'к'"),
+        ("math_shepherd", SHEPHERD, {"label": "p Step 1: b +"}, "expected the text of input"),
+        ("math_shepherd", SHEPHERD, {"input": "p a ки", "label": "p a +"}, "then 'Step 1:'"),
+        ("math_shepherd", SHEPHERD, {"label": 3}, "label: expected a text, got a number"),
+        ("prm800k", PRM, {"question": "p"}, "question: expected a dict, got a text"),
+        ("prm800k", PRM, {"label": {"steps": 3}}, "label.steps: expected a list, got a number"),
+        ("prm800k", PRM, {"label": {"steps": []}}, "no step has a label"),
+        ("prm800k", PRM, {"label": {"steps": [prm_step([("a", 5)])]}}, "rating: expected -1, 0, 1"),
+        ("prm800k", PRM, {"label": {"steps": [prm_step([("a", 1)], 7)]}}, "place of a completion"),
+    ],
+)
+def test_mistakes_in_labeled_steps_are_named(name, row, change, words):
+    with pytest.raises(transcripts.RowError) as caught:
+        formats.read({**row, **change}, name, chat=False)
+    assert words in str(caught.value)
 
 
 def test_every_format_is_tested():

@@ -122,6 +122,17 @@ ROWS = {
     "safe_rlhf": lambda w: {
         "prompt": w("u"), "response_0": w("a"), "response_1": w("a"), "better_response_id": 1,
     },
+    "stepwise": lambda w: {
+        "prompt": w.prompt(), "completions": [w("a"), w("a")], "labels": [w.label(), w.label()],
+    },
+    "math_shepherd": lambda w: {
+        "input": "q Step 1: a ки", "label": "q Step 1: a +", "task": w("u"),
+    },
+    "prm800k": lambda w: {
+        "labeler": w("u"), "question": {"problem": w("u")},
+        "label": {"steps": [{"completions": [{"text": w("a"), "rating": 1}],
+                             "human_completion": None, "chosen_completion": 0}]},
+    },
     "comparisons": lambda w: {
         "info": {"post": w("u"), "title": w("u"), "subreddit": "x"},
         "summaries": [{"text": w("a")}, {"text": w("a")}],
@@ -253,6 +264,11 @@ def check(row, kind, options, chat, found):
         for number, response in enumerate(example.responses):
             ids, mask = encoded.response(index, number)
             learned = model.decode(ids[mask])
+            if example.steps:  # scored at the ends of steps, whose words bear no loss
+                labels = [label for _, label in example.steps if label is not None]
+                if learned != "\n" * len(labels):
+                    raise Wrong(f"{len(labels)} labels, scored at {learned!r}")
+                learned = response
             check_response(response, learned, model.decode(ids), prompt)
     if whole:
         kept = [[e.prompt, e.responses, dict(e.extras), dict(e.template)] for e in made.items]

@@ -18,7 +18,15 @@ from align_jax.losses import Inputs
 from align_jax.losses.logprobs import sum_by_slot
 from align_jax.losses.options import declared
 
-RESPONSES = {"completions": 1, "pairs": 2, "ranked": 4, "unpaired": 1, "scored": 1, "rollout": 3}
+RESPONSES = {
+    "completions": 1,
+    "pairs": 2,
+    "ranked": 4,
+    "unpaired": 1,
+    "scored": 1,
+    "stepwise": 1,
+    "rollout": 3,
+}
 # A value other than the default for every option of the table, to be tried one at a time.  A new
 # option fails the tests until it has a line here; {"needs": other options} where it is not valid
 # alone.
@@ -31,6 +39,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "ld_alpha": [{"ld_alpha": 0.3}],
     "wpo": [{"wpo": True}],
     "temperature": [{"temperature": 2.0, "target": "scores"}],
+    "steps": [{"steps": "last"}],
     "positive_weight": [{"positive_weight": 3.0}],
     "unbiased_kl": [{"unbiased_kl": True, "beta": 0.1}],
     "off_policy_threshold": [{"off_policy_threshold": 0.01}],
@@ -189,6 +198,9 @@ def make_batch(
         scores=jnp.asarray(
             np.sort(rng.normal(size=(groups, responses)).astype(np.float32))[:, ::-1].copy()
         ),
+        step_labels=jnp.asarray(np.where(mask, indices % 2, 0).astype(np.float32))
+        if kind == "stepwise"
+        else None,
         **(rollout if kind == "rollout" else {}),
     )
 
@@ -249,7 +261,7 @@ def value_and_grad(terms: Any, problem: Inputs) -> tuple[jax.Array, dict[str, ja
         policy = problem.policy._replace(logps=logps, **said)
         return total(terms, problem._replace(policy=policy, text=text))
 
-    fields = ("token_logps", "scores", "values", "kl", "divergence", "entropy")
+    fields = ("token_logps", "scores", "step_scores", "values", "kl", "divergence", "entropy")
     text = {} if problem.text is None else {"text": problem.text.token_logps}
     return jax.value_and_grad(f)(
         {

@@ -26,6 +26,7 @@ AT_REFERENCE = {
     "reward_ranked": math.log(24.0),
     "reward_regression": 4.0,
     "reward_classification": LOG2,
+    "reward_process": LOG2,
     "dpo": LOG2,
     "robust": LOG2,
     "ipo": 25.0,

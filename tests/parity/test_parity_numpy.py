@@ -222,6 +222,16 @@ def classification(weight):
     return loss
 
 
+def process(a, last=False, weight=1.0):
+    """Cross-entropy at the ends of steps: arXiv 2312.08935, equation 2."""
+    mask = a["mask"] > 0
+    if last:
+        mask = mask & (np.cumsum(mask[:, ::-1], axis=1)[:, ::-1] == 1)
+    y, r = a["step_labels"], a["policy"]
+    each = -weight * y * log_sigmoid(r) - (1 - y) * log_sigmoid(-r)
+    return each[mask].mean()
+
+
 def gae_loop(rewards, values, gamma, lam):
     """Schulman et al. 1506.02438, equation 16, token by token."""
     advantage, found = 0.0, np.zeros(len(rewards))
@@ -397,6 +407,12 @@ CASES = {
         {"positive_weight": 2.5},
         classification(2.5),
     ),
+    "reward_process": ("reward_process", {}, process),
+    "reward_process_last": (
+        "reward_process",
+        {"steps": "last", "positive_weight": 0.5},
+        lambda a: process(a, True, 0.5),
+    ),
     "ppo_offline": ("ppo_offline", {}, ppo_offline()),
     "ppo_offline_reciprocal": (
         "ppo_offline",
@@ -441,6 +457,10 @@ def draw(name, case, spread):
         if kind == "unpaired":
             feedback = {"label": np.array([True, False, False, True])}
         return {"policy": exact(10 * spread * rng.normal(size=B)), **feedback}
+    if kind == "stepwise":
+        mask = (np.arange(T) % 3 == 1) & (np.arange(T) < rng.integers(3, T + 1, B)[:, None])
+        found = {"policy": rng.normal(size=(B, T)), "step_labels": rng.uniform(size=(B, T))}
+        return {"mask": mask.astype(np.float64), **{k: exact(x * mask) for k, x in found.items()}}
     shape = {"pairs": (B, 2, T), "ranked": (B, 3, T), "unpaired": (B, T), "rollout": (B, T)}[kind]
     mask = np.arange(T) < rng.integers(1, T + 1, shape[:-1])[..., None]
     reference = -rng.gamma(2.0, 0.8, shape) - 0.5

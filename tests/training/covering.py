@@ -122,6 +122,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "sft_coef": {"sft_coef": 0.5},
     "shift": {"shift": 0.5},
     "single_step": {"single_step": False},
+    "steps": {"steps": "last"},
     "stop_gradient_chosen": {"stop_gradient_chosen": False},
     "target": {"target": "scores"},
     "tau": {"tau": 2.0},
