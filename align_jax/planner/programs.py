@@ -152,7 +152,7 @@ def _rescore(
     call = _call(model, params, part)
     return Program(
         name,
-        lower(score.rescore, run.mesh, model, params, part, platform=PLATFORM, **static),
+        lower(score.outputs_of, run.mesh, model, params, part, platform=PLATFORM, **static),
         (params, part),
         {**run.resident, "batch": part},
         _forward(call),
