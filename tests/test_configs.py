@@ -16,6 +16,7 @@ from align_jax.core import config as configs
 from align_jax.data.layout import BatchSizes, batch_shape
 from align_jax.interop import hf
 from align_jax.losses.objective import data_kind
+from align_jax.online.config import is_online
 from align_jax.parallel.chips import CHIPS
 from align_jax.parallel.mesh import AXES, ROWS, mesh_shape
 from align_jax.runs import setup
@@ -58,6 +59,12 @@ def load(spec):
     return module(name).get_config(*([argument] if argument else []))
 
 
+def online(config):
+    """Does it learn from the policy's own samples?"""
+    options = configs.read(config)
+    return is_online(setup.objective_terms(options), options)
+
+
 def topology(name):
     """The chips that a recipe's docstring says it is laid out for."""
     kind, sizes = re.search(
@@ -71,7 +78,9 @@ def shrunk(spec):
     """The same recipe for a CPU: a tiny model of its family, data made by code, the mesh's axes
     kept at two."""
     config = load(spec)
-    kind = "prompts" if config.rewards else data_kind(setup.objective_terms(configs.read(config)))
+    kind = data_kind(setup.objective_terms(configs.read(config)))
+    if online(config):
+        kind = "completions" if config.rollout.against == "data" else "prompts"
     with config.unlocked():
         config.model.config.update(
             {key: value for key, value in SMALL.items() if config.model.config.get(key)}
@@ -91,6 +100,7 @@ def shrunk(spec):
     config.batch_size, config.microbatches = 16, min(config.microbatches, 2)
     config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, 1)
     config.rollout.max_new_tokens = 8
+    config.rollout.prompts = min(config.rollout.prompts, config.batch_size)
     config.rollout.max_turn_tokens = min(config.rollout.max_turn_tokens, 4)
     config.rollout.tensor = min(config.rollout.tensor, SMALL["num_key_value_heads"])
     config.mesh.update({axis: min(config.mesh[axis], 2) for axis in AXES})
@@ -119,7 +129,7 @@ def test_a_recipe_is_valid_and_its_objective_resolves(spec):
     assert terms[0].objective is losses.OBJECTIVES[config.objective.name]
     assert config.model.path and config.model.family
     best = config.checkpoint.best_metric.lstrip("-")
-    assert best.startswith("eval/") if not config.rewards else not best
+    assert not best if online(config) else best.startswith("eval/")
 
 
 @pytest.mark.parametrize("spec", SPECS)

@@ -198,20 +198,36 @@ class ReferenceOptions(Checked):
         unit="steps",
         low=0,
     )
+    sync_every_rollouts: int = option(
+        0,
+        "online, in rounds: the same after so many rollouts are used up, before the next",
+        unit="rollouts",
+        low=0,
+    )
     mix: float = option(1.0, "the policy's share when the reference moves", low=0, high=1)
+
+    @property
+    def moves(self) -> bool:
+        """Whether the reference moves with the policy."""
+        return bool(self.sync_every_steps or self.sync_every_rollouts)
 
     def check(self) -> Iterator[str]:
         if self.config and not self.path:
             yield "config says what reference.path is, which is empty: name the checkpoint"
-        if self.mix != 1 and not self.sync_every_steps:
+        if self.mix != 1 and not self.moves:
             yield (
                 f"mix = {self.mix:g} has no effect where the reference does not move: set "
                 "reference.sync_every_steps > 0"
             )
-        if self.sync_every_steps and self.mode == "cached":
+        if self.sync_every_steps and self.sync_every_rollouts:
             yield (
-                "sync_every_steps moves the reference, which reference.mode = 'cached' has fixed; "
-                "use in_graph"
+                f"sync_every_rollouts = {self.sync_every_rollouts} and reference.sync_every_steps "
+                f"= {self.sync_every_steps} say two things: set one of them to 0"
+            )
+        if self.moves and self.mode == "cached":
+            yield (
+                "sync_every_steps (or _rollouts) moves the reference, which reference.mode = "
+                "'cached' has fixed; use in_graph"
             )
 
 
@@ -547,6 +563,15 @@ class RolloutOptions(Checked):
         unit="seconds",
         low=0,
         resume=True,
+    )
+    against: str = option(
+        "auto",
+        "what each sample meets: the data's answer, a sample of the reference, or one of its "
+        "mixture with the policy; auto = none, but the objective's own of xpo and nash_md",
+        choices=("auto", "none", "data", "reference", "mixture"),
+    )
+    mixture: float = option(
+        0.5, "the reference's share of the logits of that mixture", above=0, below=1
     )
     epochs: int = option(
         0, "passes over a rollout; 0 = the objective's own, else one", unit="passes", low=0

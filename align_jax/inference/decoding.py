@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from align_jax.inference.mixture import Mixture
 from align_jax.inference.samplers import Settings, draw
 from align_jax.models import cache as caches
 from align_jax.models.model import Model, Params
@@ -47,7 +48,7 @@ class DecodeState(NamedTuple):
     starts: Int[Array, "N"]  # tokens in the prompt
     step: Int[Array, ""]
     seen: Bool[Array, "N V"] | None
-    cache: Any
+    cache: Any  # a mixture's: its two models'
 
 
 def _append_token(
@@ -84,12 +85,17 @@ def shardings(mesh: Mesh | AbstractMesh, state: DecodeState) -> DecodeState:
         mesh: the mesh.
         state: arrays or shapes.
     """
-    # each device holds all heads where the tensor axis does not divide them
-    divides = state.cache.keys.shape[3] % mesh.shape["tensor"] == 0
-    axes = state.cache._make(
-        tuple(None if name == "kv_heads" and not divides else name for name in names)
-        for names in caches.AXES
-    )
+
+    def of_cache(cache: caches.Cache) -> caches.Cache:
+        # each device holds all heads where the tensor axis does not divide them
+        divides = cache.keys.shape[3] % mesh.shape["tensor"] == 0
+        axes: Any = (
+            tuple(None if name == "kv_heads" and not divides else name for name in names)
+            for names in caches.AXES
+        )
+        return caches.Cache(*axes)
+
+    axes = jax.tree.map(of_cache, state.cache, is_leaf=lambda x: isinstance(x, caches.Cache))
 
     def rows(x: Any) -> tuple[str | None, ...]:
         return ("rows", *(None,) * (x.ndim - 1)) if x.ndim else ()
@@ -100,7 +106,7 @@ def shardings(mesh: Mesh | AbstractMesh, state: DecodeState) -> DecodeState:
 
 @functools.partial(jax.jit, static_argnames=("model", "samples", "slots", "filters", "dtype"))
 def prefill(
-    model: Model,
+    model: Model | Mixture,
     params: Params,
     tokens: Int[Array, "G T"],
     lengths: Int[Array, "G"],
@@ -127,7 +133,7 @@ def prefill(
     index = jnp.arange(tokens.shape[1])
     real = index[None, :] < lengths[:, None]
     positions = jnp.where(real, index[None, :], 0)
-    cache = model.init_cache(tokens.shape[0], tokens.shape[1] + slots, dtype)
+    cache: Any = model.init_cache(tokens.shape[0], tokens.shape[1] + slots, dtype)
     hidden, cache = model.prefill(params, tokens, real.astype(jnp.int32), positions, cache)
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
     logits = model.unembed(params, last)  # [G, V]
@@ -168,7 +174,7 @@ def _pinned(state: DecodeState) -> DecodeState:
 
 @functools.partial(jax.jit, static_argnames=("model", "filters"), donate_argnames=("state",))
 def decode(
-    model: Model,
+    model: Model | Mixture,
     params: Params,
     requests: RowRequests,
     state: DecodeState,

@@ -27,6 +27,7 @@ from align_jax.core.files import read_json
 from align_jax.core.schema import Example
 from align_jax.data import chat
 from align_jax.inference import decoding
+from align_jax.inference.mixture import Mixture
 from align_jax.inference.samplers import Sampling, Settings, row_keys, stack
 from align_jax.models.model import Model, Params
 from align_jax.parallel.lowering import lower
@@ -233,7 +234,7 @@ class Generator:
 
     def __init__(
         self,
-        model: Model,
+        model: Model | Mixture,
         tokenizer: PreTrainedTokenizerBase,
         *,
         rows: int = 64,

@@ -15,6 +15,7 @@ from typing import Any
 from align_jax.losses import (
     arrays,
     batchwise,
+    contests,
     covariance,
     distillation,
     kto,
@@ -370,6 +371,19 @@ OBJECTIVES: dict[str, Objective] = {
         "arXiv 2501.03262",
         adds=_ENTROPY,
         rollout=targets.ReinforcePpRollout,
+    ),
+    # each sample against another player's
+    "xpo": _rollout(
+        contests.Xpo,
+        "-log σ(β d) + α P_ref, d of a sample of the policy and one of the reference",
+        "arXiv 2405.21046",
+    ),
+    "nash_md": Objective(
+        contests.NashMd,
+        "-(p - ½) P + β Σ_t sg(a - b) a, p = σ(score - score of a sample of the mixture)",
+        "arXiv 2312.00886",
+        data="rollout",
+        metric="rewards/probabilities up",
     ),
     "entropy": Objective(
         ppo.Entropy,

@@ -96,6 +96,9 @@ class Loss(Options):
     wants_margin: ClassVar[bool] = False  # are the pairs' margins what it learns?
     mismatched: ClassVar[bool] = False  # does it need each prompt with another prompt's response?
     text: ClassVar[bool] = False  # does it learn text beside the rollout?
+    # whose samples the policy's meet on the rollout source: what rollout.against = "auto" means
+    opponent: ClassVar[str] = "none"
+    learns_opponent: ClassVar[bool] = False  # are they in its groups, behind the policy's?
 
     @property
     def needs(self) -> tuple[str, ...]:

@@ -26,7 +26,7 @@ def smoothed_logistic(z: Float[Array, "B"], label_smoothing: float) -> Float[Arr
     return -(1.0 - label_smoothing) * log_sigmoid(z) - label_smoothing * log_sigmoid(-z)
 
 
-def square(x: Float[Array, "B"]) -> Float[Array, "B"]:
+def square(x: Float[Array, "*B"]) -> Float[Array, "*B"]:
     """Square, cut where float32 would overflow."""
     return jnp.square(jnp.clip(x, -SQUARE_MAX, SQUARE_MAX))
 

@@ -8,7 +8,7 @@ slot t % C, over the token that no window reaches any more.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -59,6 +59,7 @@ def taken(x: jax.Array, tokens: Int[Array, "N C"]) -> jax.Array:
     return jnp.where(index >= 0, jnp.take_along_axis(x, jnp.maximum(index, 0), axis=1), 0)
 
 
-def repeat(cache: Cache, times: int) -> Cache:
-    """Return the cache with each row ``times`` times in a row: samples that share one prefill."""
-    return Cache(*(jnp.repeat(x, times, axis=1 if x.ndim == 5 else 0) for x in cache))
+def repeat(cache: Any, times: int) -> Any:
+    """Return a cache (or a tree of them) with each row ``times`` times in a row: samples that share
+    one prefill."""
+    return jax.tree.map(lambda x: jnp.repeat(x, times, axis=1 if x.ndim == 5 else 0), cache)

@@ -16,6 +16,7 @@ from align_jax.losses.objective import Term, data_kind
 from align_jax.losses.options import declared
 from align_jax.losses.sampler import Correction, SamplerOptions
 from align_jax.losses.targets import COMPARE
+from align_jax.online.partners import check_against, needs_no_reward, others
 from align_jax.online.selection import SELECTIONS, check_unread, group_count
 
 # what an objective may decide in place of config.rollout
@@ -40,6 +41,7 @@ class RolloutConfig:
         value_head: the policy's head that gives values; "" = none.
         mismatched: add mismatched completions.
         own_share: of the prompts whose responses are sampled; the others have the data's answer.
+        learns_opponent: what the samples meet is in the groups of policy gradients, too.
         seed: of the prompts' order, the draws and the slices.
 
     Raises:
@@ -58,6 +60,7 @@ class RolloutConfig:
     value_head: str = ""
     mismatched: bool = False
     own_share: float = 1.0
+    learns_opponent: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -101,6 +104,7 @@ class RolloutConfig:
             _check_correction(self.correction, options)
         if self.own_share < 1:
             self._check_answers(options.prompts // processes)
+        check_against(self.kind, options, self.learns_opponent)
         if options.server.url and processes > 1:
             raise ValueError("config.rollout.server works with one process only")
         if options.server.url and options.tensor:
@@ -136,7 +140,12 @@ class RolloutConfig:
     @property
     def answers(self) -> bool:
         """Whether the data's answers are needed beside the prompts."""
-        return self.own_share < 1
+        return self.own_share < 1 or self.options.against == "data"
+
+    @property
+    def wins(self) -> bool:
+        """Whether a sample is worth its probability to win, and what it meets is not learned."""
+        return self.kind == "rollout" and not self.learns_opponent
 
     def _check_method(self) -> None:
         """Refuse what the way of making advantages cannot work with, or would not look at."""
@@ -155,6 +164,12 @@ class RolloutConfig:
             raise ValueError(
                 "config.objective.advantages = 'greedy' compare samples with the most probable "
                 "response, which with config.rollout.temperature = 0 they are"
+            )
+        if method in ("greedy", "decoupled") and options.against != "none":
+            raise ValueError(
+                f"config.objective.advantages = {method!r} are made of the rewards; with "
+                f"config.rollout.against = {options.against!r} a sample is worth its probability "
+                "to win: give another of the two"
             )
         default = RolloutOptions()
         shaping = ("missing_eos_penalty", "overlong_buffer", "normalize_scores", "score_clip")
@@ -179,7 +194,9 @@ class RolloutConfig:
     @property
     def groups(self) -> tuple[int, int]:
         """Groups in a rollout, and R."""
-        return group_count(self.kind, self.options)
+        responses = self.options.responses_per_prompt
+        responses += 0 if self.wins else others(self.options)
+        return group_count(self.kind, self.options, responses)
 
     @property
     def slices(self) -> int:
@@ -214,6 +231,8 @@ def is_online(terms: Sequence[Term], config: Config) -> bool:
     Raises:
         ValueError: nothing says what samples are worth, or rewards that nothing would be given.
     """
+    if needs_no_reward(data_kind(terms), config.rollout, bool(config.rewards)):
+        return True
     shares = [(term.name, term.loss.own_share) for term in terms]
     own = next((share for _, share in shares if share is not None), None)
     if config.rewards and own == 0:
@@ -255,6 +274,15 @@ def make_rollout_config(terms: Sequence[Term], config: Config) -> RolloutConfig:
             ``config.rollout`` for which the objective has an option of its own.
     """
     kind, options = data_kind(terms), config.rollout
+    if options.against == "auto":
+        against = next((x for term in terms if (x := term.loss.opponent) != "none"), "none")
+        options = dataclasses.replace(options, against=against)
+    for term in terms:
+        if term.loss.opponent != "none" and options.against == "none":
+            raise ValueError(
+                f"config.rollout.against = 'none': the objective {term.name!r} learns from samples "
+                f"that meet another player's: leave it at 'auto', which is {term.loss.opponent!r}"
+            )
     targets = next((dict(term.rollout) for term in terms if term.rollout), None)
     own = {} if targets is None else targets
     decided = {name: own.pop(name) for name in _EITHER if name in own}
@@ -267,9 +295,10 @@ def make_rollout_config(terms: Sequence[Term], config: Config) -> RolloutConfig:
     kl = {name: own.pop(name) for name in ("kl_target", "kl_horizon") if name in own}
     groups = config.batch_size * own.pop("minibatches", 1)
     correction = _correction(own, options)
+    responses = options.responses_per_prompt + others(options)
     resolved = {
         "epochs": options.epochs or 1,
-        "prompts": options.prompts or _prompts(kind, groups, options.responses_per_prompt),
+        "prompts": options.prompts or _prompts(kind, groups, responses),
     }
     needs = {need for term in terms for need in term.needs}
     return RolloutConfig(
@@ -283,7 +312,8 @@ def make_rollout_config(terms: Sequence[Term], config: Config) -> RolloutConfig:
         correction=correction,
         value_head=config.model.value_head if "values" in needs else "",
         mismatched=any(term.objective.mismatched for term in terms),
-        own_share=next((x for term in terms if (x := term.loss.own_share)), 1.0),
+        learns_opponent=any(term.loss.learns_opponent for term in terms),
+        own_share=next((s for term in terms if (s := term.loss.own_share)), 1.0),
         seed=config.seed,
     )
 
@@ -343,7 +373,7 @@ def _prompts(kind: str, groups: int, responses: int) -> int:
         return groups
     if groups % responses:
         raise ValueError(
-            f"batch_size = {groups} unpaired samples are not a multiple of "
-            f"rollout.responses_per_prompt = {responses}"
+            f"batch_size = {groups} unpaired samples are not a multiple of the {responses} "
+            "responses to a prompt (rollout.responses_per_prompt, and what they meet)"
         )
     return groups // responses

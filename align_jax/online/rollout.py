@@ -39,8 +39,8 @@ from align_jax.data.layout import BatchShape
 from align_jax.data.pipeline import Pipeline
 from align_jax.data.tokenizer import pad_id
 from align_jax.inference.engines import Engine, Local, Server
-from align_jax.inference.generate import Generator, bucket, local_rows
-from align_jax.inference.resharding import decode_mesh, make_resharder
+from align_jax.inference.generate import local_rows
+from align_jax.inference.resharding import make_resharder
 from align_jax.inference.score import Values, outputs_of
 from align_jax.losses import advantages as estimators
 from align_jax.losses.sampler import correct
@@ -49,11 +49,12 @@ from align_jax.models.model import Model, Params
 from align_jax.online import batches, rewards, sampling
 from align_jax.online.config import RolloutConfig
 from align_jax.online.environment import make_player
+from align_jax.online.generators import generation_mesh, make_generator, make_opponent
+from align_jax.online.partners import judge
 from align_jax.online.sampling import Prompts, PromptSampler, PromptSamples, SampledRollout
 from align_jax.online.selection import SELECTIONS
 from align_jax.parallel.mesh import row_shards
 from align_jax.parallel.sharding import put_batch
-from align_jax.training.partitioning import abstract_params, check_divisible
 
 FOLDER = "rollouts"  # in the workdir: rollouts that a checkpoint was taken in the middle of
 
@@ -149,8 +150,12 @@ class RolloutMaker:
         began, engine = time.monotonic(), self.sampler.engine
         with jax.set_mesh(self.mesh):
             engine.update(weights.policy)
+            if (opponent := self.sampler.opponent) is not None:
+                opponent.update(weights.policy, weights.reference)
             sampled = self.sampler.sample_rollout(self.prompts, state.position, state.moments)
             engine.release()
+            if opponent is not None:
+                opponent.engine.release()
             batch, metrics, kl_coef = self._write(sampled.prompts, weights, state.kl_coef)
         metrics |= sampling.describe(sampled)
         metrics["rollout/seconds"] = time.monotonic() - began
@@ -173,7 +178,7 @@ class RolloutMaker:
         with jax.set_mesh(self.mesh):
             engine.update(weights.policy)
             found, moments, seconds = self.sampler.sample(
-                held_out, range(first, first + share), moments
+                held_out, range(first, first + share), moments, alone=True
             )
             engine.release()
         values = sampling.describe(SampledRollout(found, 1, moments, seconds, tokens=0))
@@ -196,10 +201,12 @@ class RolloutMaker:
     ) -> tuple[Batch, dict[str, float], float]:
         """Write scored samples into rows, and fill in what the objective needs of them."""
         config = self.config
-        scores = np.stack([one.scores for one in samples])
-        all_scores = sampling.gather(scores.reshape(-1))
-        groups = SELECTIONS[config.kind].fn(scores, all_scores, config.options)
-        prompts, completions = [one.prompt for one in samples], [one.completions for one in samples]
+        scores = np.stack([np.append(one.scores, one.other_scores) for one in samples])
+        scores, by = judge(scores, config.options, wins=config.wins)
+        all_scores = sampling.gather(by.reshape(-1))
+        groups = SELECTIONS[config.kind].fn(by, all_scores, config.options)
+        prompts = [one.prompt for one in samples]
+        completions = [[*one.completions, *one.others] for one in samples]
         batch = batches.write(
             groups,
             prompts,
@@ -608,10 +615,7 @@ def make_rollouts(
         (*examples, *held_out),
         longest=longest,
         max_length=config.max_length,
-        rewarded=any(
-            term.kind == "environment"
-            for term in (rewards.read(config.rewards) if config.rewards else ())
-        ),
+        rewarded="environment" in _kinds(config),
     )
     if rollouts.options.server.url:
         engine: Engine = Server(
@@ -622,56 +626,25 @@ def make_rollouts(
         generator = make_generator(rollouts, policy, tokenizer, where, config.max_length, longest)
         reshard = make_resharder(policy, where) if rollouts.options.tensor else None
         engine = Local(generator, reshard=reshard)
-    scored = rewards.WeightedRewards(())
-    if config.rewards:
-        scored = rewards.resolve(config.rewards, mesh=mesh, load_model=load_model)
+    scored = _scored(config, mesh, load_model)
     greedy = rollouts.method == "greedy"
-    sampler = PromptSampler(rollouts.options, engine, scored, player, rollouts.own_share, greedy)
+    opponent = make_opponent(
+        rollouts, policy, reference, tokenizer, mesh, config.max_length, longest
+    )
+    sampler = PromptSampler(
+        rollouts.options, engine, scored, player, rollouts.own_share, greedy, opponent
+    )
     maker = RolloutMaker(rollouts, prompts, sampler, pad_id(tokenizer), policy, reference, mesh)
     return Rollouts(maker, others, text)
 
 
-def generation_mesh(rollouts: RolloutConfig, policy: Model, mesh: Mesh) -> Mesh:
-    """Return the mesh that generates: the training mesh, or another over its devices
-    (``rollout.tensor``).
-
-    Raises:
-        ValueError: ``rollout.tensor`` does not divide a host's devices, or the model.
-    """
-    tensor = rollouts.options.tensor
-    if not tensor:
-        return mesh
-    where = decode_mesh(mesh, tensor)
-    try:
-        check_divisible(abstract_params(where, policy.shapes(), policy.axes()))
-    except ValueError as error:
-        raise ValueError(f"config.rollout.tensor = {tensor}: {error}") from None
-    return where
+def _kinds(config: Config) -> set[str]:
+    """Return the kinds of the rewards that the config names."""
+    return {term.kind for term in rewards.read(config.rewards)} if config.rewards else set()
 
 
-def make_generator(
-    rollouts: RolloutConfig,
-    policy: Model,
-    tokenizer: PreTrainedTokenizerBase,
-    mesh: Mesh,
-    max_length: int,
-    longest: int,
-) -> Generator:
-    """Make what samples on the run's own mesh.
-
-    Args:
-        rollouts, policy, tokenizer: as ``make_rollouts`` takes them.
-        mesh: from ``generation_mesh``.
-        max_length: tokens of a prompt with its completion.
-        longest: tokens of the longest prompt.
-    """
-    shards = row_shards(mesh)
-    rows = -(-min(rollouts.samples, rollouts.options.rows) // shards) * shards
-    return Generator(
-        policy,
-        tokenizer,
-        rows=rows,
-        max_length=max_length,
-        mesh=mesh,
-        prompt_bucket=bucket(longest, max_length - 1),
-    )
+def _scored(config: Config, mesh: Mesh, load_model: rewards.LoadModel) -> rewards.WeightedRewards:
+    """Load what samples are worth; nothing is, where the config names no reward."""
+    if not config.rewards:
+        return rewards.WeightedRewards(())
+    return rewards.resolve(config.rewards, mesh=mesh, load_model=load_model)

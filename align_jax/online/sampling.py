@@ -29,7 +29,7 @@ from align_jax.inference.generate import Completion, Request, true_on_all_proces
 from align_jax.inference.samplers import Sampling
 from align_jax.losses import advantages as estimators
 from align_jax.online.environment import Episode, Player, turn_tokens
-from align_jax.online.partners import Answers, sampled_positions
+from align_jax.online.partners import Answers, Opponent, others, sampled_positions
 from align_jax.online.rewards import WeightedRewards, by_name, columns, counted, prompt_text
 
 # running moments of all scores; see losses.advantages.normalize_scores
@@ -157,9 +157,11 @@ class Prompts:
         _, prompt = self[position]
         return self._answers.completion(self._place(position), prompt, self._tokenizer)
 
-    def seed(self, position: int) -> int:
-        """Return the seed of the draws at a position of the stream."""
-        return int(np.random.SeedSequence((self._seed, position)).generate_state(1)[0])
+    def seed(self, position: int, player: int = 0) -> int:
+        """Return the seed of a player's draws at a position of the stream; player 0 is the
+        policy."""
+        entropy = (self._seed, position, player) if player else (self._seed, position)
+        return int(np.random.SeedSequence(entropy).generate_state(1)[0])
 
 
 class PromptSamples(NamedTuple):
@@ -175,6 +177,9 @@ class PromptSamples(NamedTuple):
     episodes: list[Episode] = []  # of the samples, where an environment answers
     sampled: bool = True  # else the completions are the data's answer
     greedy_score: float = math.nan  # of the most probable completion, where one was asked for
+    others: list[Completion] = []  # what the completions meet
+    other_scores: Float[np.ndarray, "m"] = np.zeros(0, np.float32)
+    other_rewards: Float[np.ndarray, "m"] = np.zeros(0, np.float32)
 
 
 class SampledRollout(NamedTuple):
@@ -240,6 +245,7 @@ class PromptSampler:
         player: plays episodes of several turns; None: a completion has one.
         own_share: of the prompts whose responses are sampled; the others have the data's answer.
         greedy: score the most probable completion to each of a rollout's prompts too.
+        opponent: the other player, where it samples.
     """
 
     options: RolloutOptions
@@ -248,9 +254,16 @@ class PromptSampler:
     player: Player | None = None
     own_share: float = 1.0
     greedy: bool = False
+    opponent: Opponent | None = None
 
     def sample(
-        self, prompts: Prompts, positions: Sequence[int], moments: Moments, greedy: bool = False
+        self,
+        prompts: Prompts,
+        positions: Sequence[int],
+        moments: Moments,
+        greedy: bool = False,
+        *,
+        alone: bool = False,
     ) -> tuple[list[PromptSamples], Moments, float]:
         """Sample the prompts at these positions of the stream, and score the samples.
 
@@ -260,6 +273,7 @@ class PromptSampler:
             moments: the running moments of all scores.
             greedy: score the most probable completion to each prompt too; it counts among the
                 moments, and nowhere else.
+            alone: leave out what the samples meet.
 
         Returns:
             The samples, the running moments of all scores, and the seconds spent generating.
@@ -283,36 +297,33 @@ class PromptSampler:
         began = time.monotonic()
         examples = [example for example, _ in chosen]
         completions, episodes = self._complete(requests, examples)
+        met = self._others(prompts, positions, requests, alone)
         seconds = time.monotonic() - began
+        everyone = [[*own, *other] for own, other in zip(completions, met)]
         extras = [
             columns(example, one.finish)
-            for example, several in zip(examples, completions)
+            for example, several in zip(examples, everyone)
             for one in several
         ]
         for row, episode in zip(extras, (one for several in episodes for one in several)):
             row |= episode.columns()
         total, each = self.rewards(
-            [prompt_text(example) for example in examples for _ in range(n)],
-            [one.text for several in completions for one in several],
+            [prompt_text(example) for example, several in zip(examples, everyone) for _ in several],
+            [one.text for several in everyone for one in several],
             extras,
         )
-        rewards = total.reshape(-1, n)
-        scores, moments = shape_scores(rewards, completions, options, moments)
+        rewards = total.reshape(len(chosen), -1)
+        scores, moments = shape_scores(rewards, everyone, options, moments)
         found = []
         for i, (position, (example, ids)) in enumerate(zip(positions, chosen)):
-            own = {name: values.reshape(-1, n)[i, :count] for name, values in each.items()}
+            own = {name: x.reshape(rewards.shape)[i, :count] for name, x in each.items()}
             one = PromptSamples(
-                position,
-                example,
-                ids,
-                completions[i][:count],
-                scores[i, :count],
-                rewards[i, :count],
-                own,
-                episodes[i][:count],
+                *(position, example, ids, completions[i][:count]),
+                *(scores[i, :count], rewards[i, :count], own, episodes[i][:count]),
                 greedy_score=float(scores[i, -1]) if greedy else math.nan,
             )
-            found.append(one)
+            one = one._replace(others=met[i], other_scores=scores[i, n:])
+            found.append(one._replace(other_rewards=rewards[i, n:]))
         return found, moments, seconds
 
     def _complete(
@@ -331,6 +342,19 @@ class PromptSampler:
         return (
             [[one for several in found[i::size] for one in several] for i in range(size)],
             [[one for several in episodes[i::size] for one in several] for i in range(size)],
+        )
+
+    def _others(
+        self, prompts: Prompts, positions: Sequence[int], requests: Sequence[Request], alone: bool
+    ) -> list[list[Completion]]:
+        """Draw what the samples of each prompt meet."""
+        if alone or not others(self.options):
+            return [[] for _ in positions]
+        if self.opponent is None:
+            return [[prompts.answer(position)] for position in positions]
+        draws = (prompts.seed(position, player=1) for position in positions)
+        return self.opponent.engine(
+            [dataclasses.replace(one, seed=seed) for one, seed in zip(requests, draws)]
         )
 
     def sample_rollout(self, prompts: Prompts, position: int, moments: Moments) -> SampledRollout:
@@ -397,6 +421,14 @@ def describe(rollout: SampledRollout) -> dict[str, float]:
             "reward": float(rewards.mean()),
             "reward_std": float(rewards.std(axis=1, ddof=1).mean()) if responses > 1 else 0.0,
             "frac_reward_zero_std": float((np.ptp(rewards, axis=1) == 0).mean()),
+        }
+    met = [one for several in rollout.prompts for one in several.other_rewards]
+    if each_reward and met:
+        theirs = gather(np.array(met, np.float32)).reshape(len(rewards), -1)
+        wins = np.sign(rewards - theirs)  # one other response, or one for each sample
+        metrics |= {
+            "against/reward": float(theirs.mean()),
+            "against/win_rate": float((0.5 + 0.5 * wins).mean()),
         }
     for name in each_reward:
         own = gather(np.concatenate([one.each_reward[name] for one in rollout.prompts]))

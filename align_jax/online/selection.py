@@ -8,8 +8,9 @@
     completions  the best sample of a prompt                                               R = 1
 
 The number of groups is fixed by (prompts, samples); a group that says nothing (two equal scores)
-gets weight 0.  A row of ``SELECTIONS`` is a function of this process's scores [Q, n], of the scores
-of all processes, and of the rollout's options, of which it names those that it reads.
+gets weight 0.  What the samples meet (``rollout.against``) stands behind them, the data's answer
+with an infinite score.  A row of ``SELECTIONS`` is a function of this process's scores [Q, n], of
+the scores of all processes, and of the rollout's options, of which it names those that it reads.
 """
 
 from __future__ import annotations
@@ -98,7 +99,9 @@ def unpaired(
     "prompt": the mean of the prompt's own samples.
     """
     prompts, n = scores.shape
-    if options.threshold == "prompt":
+    if options.against == "data":
+        border = np.float32(np.inf)
+    elif options.threshold == "prompt":
         border = scores.mean(axis=1, keepdims=True)
     else:
         border = np.float32(resolve_threshold(options.threshold, all_scores.tolist()))
@@ -164,12 +167,17 @@ def check_unread(kind: str, options: RolloutOptions) -> None:
                 )
 
 
-def group_count(kind: str, options: RolloutOptions) -> tuple[int, int]:
+def group_count(kind: str, options: RolloutOptions, responses: int) -> tuple[int, int]:
     """Return how many groups a rollout of ``options.prompts`` gives, and R.
 
-    >>> options = RolloutOptions(prompts=8, responses_per_prompt=4)
-    >>> group_count("pairs", options), group_count("unpaired", options)
+    Args:
+        kind: a key of ``SELECTIONS``.
+        options: the rollout's.
+        responses: to each prompt.
+
+    >>> options = RolloutOptions(prompts=8)
+    >>> group_count("pairs", options, 4), group_count("unpaired", options, 4)
     ((8, 2), (32, 1))
     """
-    scores = np.zeros((options.prompts, options.responses_per_prompt), np.float32)
+    scores = np.zeros((options.prompts, responses), np.float32)
     return SELECTIONS[kind].fn(scores, np.zeros(1, np.float32), options).samples.shape

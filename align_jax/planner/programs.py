@@ -25,7 +25,7 @@ from align_jax.models.model import Model
 from align_jax.online import batches
 from align_jax.online.config import RolloutConfig
 from align_jax.online.environment import later_room, turn_tokens
-from align_jax.online.rollout import generation_mesh, make_generator
+from align_jax.online.generators import generation_mesh, make_generator
 from align_jax.parallel.lowering import lower
 from align_jax.parallel.sharding import row_sharding
 from align_jax.planner.abstract_run import AbstractRun, RewardModel, rollout_batch

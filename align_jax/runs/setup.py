@@ -170,20 +170,31 @@ def _check_reference(config: Config, terms: Sequence[Term]) -> None:
             f"{name!r}; use in_graph, or kto_zero"
         )
     wants = any(term.reference or term.rollout.get("kl_coef") for term in terms)
+    wants = wants or config.rollout.against in ("reference", "mixture")
     default = ReferenceOptions()
-    for key in ("path", "mode", "sync_every_steps"):
+    for key in ("path", "mode", "sync_every_steps", "sync_every_rollouts"):
         if not wants and (value := getattr(r, key)) != getattr(default, key):
             raise ValueError(
                 f"config.reference.{key} = {value!r}: the objective {name!r} compares with no "
                 "reference, with these options"
             )
     whole = not (config.model.lora.rank or config.model.lora.path or config.model.freeze)
-    if r.path and r.sync_every_steps and not whole:
+    if r.path and r.moves and not whole:
         raise ValueError(
             f"config.reference.path = {r.path!r} cannot be where a moving reference starts of "
             "which only a part is trained (model.lora, model.freeze): what moves is that part, "
             "over the policy's own weights; leave reference.path at '', or set "
             "reference.sync_every_steps = 0"
+        )
+    if r.sync_every_rollouts and not is_online(terms, config):
+        raise ValueError(
+            f"config.reference.sync_every_rollouts = {r.sync_every_rollouts}: this run has no "
+            "rollouts; set reference.sync_every_steps"
+        )
+    if r.sync_every_rollouts and config.rollout.stop_kl:
+        raise ValueError(
+            "config.rollout.stop_kl ends rollouts early, so that the steps of "
+            "config.reference.sync_every_rollouts are not known: set one of them to 0"
         )
 
 
@@ -241,7 +252,7 @@ def _reference_config(
         return None
     fields = {"model_type": config.reference.family, **known}
     found = (hf.load_config(path) if path else hf.config_from(fields)).padded(multiple)
-    if config.reference.sync_every_steps:
+    if config.reference.moves:
         if found.sizes != policy.sizes or found.family != policy.family:
             raise ValueError(
                 f"config.reference.path = {path!r} is a {found.family} of {found.sizes}, the "
@@ -270,6 +281,8 @@ def _reference_config(
 
 def make_step_spec(config: Config, resolved: ResolvedConfig, total_steps: int) -> StepSpec:
     """Put together what the steps are compiled from."""
+    r, rollouts = config.reference, resolved.rollouts
+    round_steps = r.sync_every_rollouts * rollouts.steps if rollouts is not None else 0
     models, schedule = resolved.models, optim.make_schedule(config.optimizer, total_steps)
     optimizer = optim.make_optimizer(config.optimizer, schedule, models.policy.roles())
     return StepSpec(
@@ -283,9 +296,9 @@ def make_step_spec(config: Config, resolved: ResolvedConfig, total_steps: int) -
         seed=config.seed,
         value_head=config.model.value_head,
         load_balancing=config.model.load_balancing,
-        temperature=1.0 if resolved.rollouts is None else resolved.rollouts.temperature,
-        sync_every_steps=config.reference.sync_every_steps,
-        mix=config.reference.mix,
+        temperature=1.0 if rollouts is None else rollouts.temperature,
+        sync_every_steps=r.sync_every_steps or round_steps,
+        mix=r.mix,
     )
 
 
@@ -294,7 +307,10 @@ def make_state_specs(
 ) -> initialize.StateSpecs:
     """Say what lies where on the mesh."""
     in_step = step_spec.wants_reference and config.reference.mode == "in_graph"
-    in_rollout = resolved.rollouts is not None and resolved.rollouts.needs_reference
+    rollouts = resolved.rollouts
+    in_rollout = rollouts is not None and (
+        rollouts.needs_reference or rollouts.options.against in ("reference", "mixture")
+    )
     return initialize.make_state_specs(
         step_spec, mesh, config.model, config.reference, in_step or in_rollout
     )
@@ -459,7 +475,7 @@ def prepare(config: Config, workdir: str) -> Run:
             policy=resolved.models.policy,
             # one that moves is a policy of an earlier step, with its adapter
             reference=resolved.models.policy
-            if config.reference.sync_every_steps
+            if config.reference.moves
             else resolved.models.other or resolved.models.base,
             mesh=mesh,
             load_model=weights.load_model,

@@ -22,6 +22,8 @@ AT_REFERENCE = {
     "csft": 0.0,
     "gkd": 0.0,
     "minillm": -1.0,
+    "xpo": LOG2,
+    "nash_md": 0.0,
     "reward": LOG2,
     "reward_ranked": math.log(24.0),
     "reward_regression": 4.0,

@@ -341,6 +341,33 @@ def gmpo(a):
     return -np.mean(advantage * np.exp((sign * np.minimum(ratio, 0.4)).sum(-1) / size))
 
 
+def xpo(ipo=False):
+    """Xie et al. 2405.21046, algorithm 1, with two pairs in a group: the policy's samples first."""
+
+    def loss(a):
+        policy, base = a["policy"].sum(-1), a["reference"].sum(-1)
+        found = []
+        for i in range(len(policy)):
+            for own, other in ((0, 2), (1, 3)):
+                pair = (
+                    (own, other) if a["scores"][i, own] >= a["scores"][i, other] else (other, own)
+                )
+                w, r = (policy[i, k] - base[i, k] for k in pair)
+                gap = (w - r - 5.0) ** 2 if ipo else np.log1p(np.exp(-0.1 * (w - r)))
+                found.append(gap + 0.3 * policy[i, other])
+        return np.mean(found)
+
+    return loss
+
+
+def nash_md(a):
+    """Munos et al. 2312.00886, section 7: the preference above 1/2 reinforces, the KL's gradient
+    beside it."""
+    ratio = a["held_policy"] - a["reference"]
+    gain = (a["scores"] - 0.5) * a["policy"].sum(-1)
+    return np.mean(0.4 * (ratio * a["policy"]).sum(-1) - gain)
+
+
 def minillm(gamma=1.0, normal=True, single=True):
     """Gu et al. 2306.08543: equation 3's rewards to go, of later tokens beside the single step's
     KL, their mean where normalized."""
@@ -434,6 +461,9 @@ CASES = {
     "clip_cov": ("clip_cov", {"cov_share": 1.0, "cov_low": 0.05, "cov_high": 0.9}, clip_cov),
     "kl_cov": ("kl_cov", {"cov_share": 0.3, "cov_coef": 0.5}, kl_cov),
     "gmpo": ("gmpo", {}, gmpo),
+    "xpo": ("xpo", {"alpha": 0.3}, xpo()),
+    "xpo_ipo": ("xpo", {"alpha": 0.3, "form": "ipo"}, xpo(ipo=True)),
+    "nash_md": ("nash_md", {"beta": 0.4}, nash_md),
     "minillm": ("minillm", {"gamma": 0.9}, minillm(0.9)),
     "minillm_sum": ("minillm", {"length_normalization": False}, minillm(normal=False)),
     "minillm_undecomposed": ("minillm", {"single_step": False}, minillm(single=False)),
@@ -462,6 +492,7 @@ def draw(name, case, spread):
         found = {"policy": rng.normal(size=(B, T)), "step_labels": rng.uniform(size=(B, T))}
         return {"mask": mask.astype(np.float64), **{k: exact(x * mask) for k, x in found.items()}}
     shape = {"pairs": (B, 2, T), "ranked": (B, 3, T), "unpaired": (B, T), "rollout": (B, T)}[kind]
+    shape = (B, 4, T) if name in ("xpo", "nash_md") else shape
     mask = np.arange(T) < rng.integers(1, T + 1, shape[:-1])[..., None]
     reference = -rng.gamma(2.0, 0.8, shape) - 0.5
     a = {"mask": mask.astype(np.float64), "reference": exact(reference * mask)}
@@ -482,6 +513,9 @@ def draw(name, case, spread):
         a |= {
             key: exact(rng.normal(size=shape) * mask) for key in ("values", "old_values", "returns")
         }
+    if name in ("xpo", "nash_md"):
+        a |= {"scores": exact(rng.normal(size=shape[:2])), "held_policy": a["policy"]}
+        return a
     if name == "minillm":
         a["held_policy"], a["divergence"] = a["policy"], exact(rng.gamma(1.0, 1.0, shape) * mask)
     if kind == "rollout":

@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What samples on the run's own mesh: the policy, and the other player."""
+
+from __future__ import annotations
+
+from jax.sharding import Mesh
+from transformers import PreTrainedTokenizerBase
+
+from align_jax.inference.engines import Local
+from align_jax.inference.generate import Generator, bucket
+from align_jax.inference.mixture import Mixture
+from align_jax.inference.resharding import decode_mesh, make_resharder
+from align_jax.models.model import Model, Params
+from align_jax.online.config import RolloutConfig
+from align_jax.online.partners import Opponent
+from align_jax.parallel.mesh import row_shards
+from align_jax.training.partitioning import abstract_params, check_divisible
+
+
+def make_opponent(
+    rollouts: RolloutConfig,
+    policy: Model,
+    reference: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    mesh: Mesh,
+    max_length: int,
+    longest: int,
+) -> Opponent | None:
+    """Make the other player: the reference, or its mixture with the policy; None where there is
+    none that samples.
+
+    Args:
+        rollouts, policy, reference, tokenizer, mesh: as ``make_rollouts`` takes them.
+        max_length, longest: as ``make_generator`` takes them.
+
+    Raises:
+        ValueError: as ``generation_mesh``.
+    """
+    options, mixes = rollouts.options, rollouts.options.against == "mixture"
+    if options.against not in ("reference", "mixture"):
+        return None
+    where = generation_mesh(rollouts, reference, mesh)
+    player = Mixture(policy, reference, options.mixture) if mixes else reference
+    generator = make_generator(rollouts, player, tokenizer, where, max_length, longest)
+    reshard = None
+    if options.tensor:
+        own, theirs = make_resharder(policy, where), make_resharder(reference, where)
+
+        def reshard_both(both: Params) -> Params:
+            return {"first": own(both["first"]), "second": theirs(both["second"])}
+
+        reshard = reshard_both if mixes else theirs
+    return Opponent(Local(generator, reshard=reshard), mixes)
+
+
+def generation_mesh(rollouts: RolloutConfig, policy: Model, mesh: Mesh) -> Mesh:
+    """Return the mesh that generates: the training mesh, or another over its devices
+    (``rollout.tensor``).
+
+    Raises:
+        ValueError: ``rollout.tensor`` does not divide a host's devices, or the model.
+    """
+    tensor = rollouts.options.tensor
+    if not tensor:
+        return mesh
+    where = decode_mesh(mesh, tensor)
+    try:
+        check_divisible(abstract_params(where, policy.shapes(), policy.axes()))
+    except ValueError as error:
+        raise ValueError(f"config.rollout.tensor = {tensor}: {error}") from None
+    return where
+
+
+def make_generator(
+    rollouts: RolloutConfig,
+    policy: Model | Mixture,
+    tokenizer: PreTrainedTokenizerBase,
+    mesh: Mesh,
+    max_length: int,
+    longest: int,
+) -> Generator:
+    """Make what samples on the run's own mesh.
+
+    Args:
+        rollouts, policy, tokenizer: as ``make_rollouts`` takes them.
+        mesh: from ``generation_mesh``.
+        max_length: tokens of a prompt with its completion.
+        longest: tokens of the longest prompt.
+    """
+    shards = row_shards(mesh)
+    rows = -(-min(rollouts.samples, rollouts.options.rows) // shards) * shards
+    return Generator(
+        policy,
+        tokenizer,
+        rows=rows,
+        max_length=max_length,
+        mesh=mesh,
+        prompt_bucket=bucket(longest, max_length - 1),
+    )
