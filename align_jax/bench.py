@@ -70,6 +70,7 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "attention=blocks": {"model.attention": "blocks"},
     "attention=cudnn": {"model.attention": "cudnn"},
     "attention=splash": {"model.attention": "splash"},
+    "layout=plain": {"data.layout": "plain"},
     "layout=packed": {"data.layout": "packed"},
     "layout=shared_prefix": {"data.layout": "shared_prefix"},
     "microbatches=2": {"microbatches": 2},
@@ -82,8 +83,8 @@ _COMMON = (
     "remat=none",
     "remat=dots",
     "remat=attention",
+    "layout=plain",
     "layout=packed",
-    "layout=shared_prefix",
     "reference=cached",
 )
 _SIZES = (
@@ -190,12 +191,13 @@ class Variant:
         self.spec = setup.make_step_spec(config, resolved, total_steps=1000)
         self.specs = setup.make_state_specs(config, resolved, self.spec, mesh)
         self.config, self.seconds = config, list[float]()
-        batch = setup.make_pipeline(config, resolved, mesh, examples, once=False).batch(0)
+        pipeline = setup.make_pipeline(config, resolved, mesh, examples, once=False)
+        batch = pipeline.batch(0)
         if config.reference.mode == "cached":
             batch = batch._replace(reference_token_logps=np.zeros(batch.tokens.shape, np.float32))
         self.tokens, self.positions = int((batch.segment_ids > 0).sum()), batch.tokens.size
         self.groups = int((batch.weight > 0).sum())
-        segment = None if config.data.layout == "plain" else preset.prompt + preset.response
+        segment = None if pipeline.layout == "plain" else preset.prompt + preset.response
         self.flops = step_flops(self.spec, batch, segment_length=segment)
         self.batch = put_batch(mesh, batch)
         began = time.monotonic()

@@ -34,6 +34,7 @@ from ml_collections import ConfigDict, config_flags
 
 from align_jax.core import config as configs
 from align_jax.core.options import Config
+from align_jax.data.layout import usual
 from align_jax.interop import hf
 from align_jax.parallel.chips import GIB
 from align_jax.parallel.mesh import make_mesh
@@ -49,7 +50,7 @@ from align_jax.runs import command, setup
 
 def for_planning(config: ConfigDict | Config) -> Config:
     """Return the config with what only a run on the spot needs replaced: TPU attention, no
-    tokenizer from the hub."""
+    tokenizer from the hub, and plain rows where the data would choose (they hold the most)."""
     config = configs.read(config) if isinstance(config, ConfigDict) else config
     model, tokenizer = config.model, config.tokenizer
     if model.attention == "auto":
@@ -59,7 +60,13 @@ def for_planning(config: ConfigDict | Config) -> Config:
     reference = config.reference
     if reference.config:
         reference = dataclasses.replace(reference, path="")
-    return dataclasses.replace(config, model=model, reference=reference, tokenizer=tokenizer)
+    data = config.data
+    if data.layout == "auto":
+        name = usual("auto", 1) if config.row_length or data.groups_per_row else "plain"
+        data = dataclasses.replace(data, layout=name)
+    return dataclasses.replace(
+        config, model=model, reference=reference, tokenizer=tokenizer, data=data
+    )
 
 
 def make_run(config: Config, topology: Topology, loss_positions: int = 0) -> AbstractRun:

@@ -275,6 +275,7 @@ def describe(run: Run, first: int = 0) -> list[str]:
         initialize.count(run.state_specs.trained),
         initialize.count(run.state_specs.frozen),
     )
+    groups = run.train.report.get("groups_per_step", shape.groups)
     resumed = []
     if first and run.resolved.rollouts is not None and run.config.rollout.overlap:
         resumed = [
@@ -283,7 +284,8 @@ def describe(run: Run, first: int = 0) -> list[str]:
         ]
     return [
         f"{run.config.objective.name}: {run.train.num_examples} examples, {run.total_steps} steps "
-        f"of {shape.groups} groups in {shape.rows} rows of {shape.length} tokens",
+        f"of {groups:.4g} groups in {shape.rows} rows of {shape.length} tokens "
+        f"({run.config.data.layout})",
         f"parameters: {trained:,} trained, {frozen:,} frozen; devices: {jax.device_count()} "
         f"{jax.devices()[0].device_kind} {mesh or ''}",
         "data: "

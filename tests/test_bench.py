@@ -26,7 +26,7 @@ PRESET = bench.Preset(
     24,
     12,
     "float32",
-    ("base", "layout=shared_prefix", "reference=cached"),
+    ("base", "layout=plain", "reference=cached"),
 )
 
 
@@ -34,11 +34,11 @@ def test_variants_are_measured_side_by_side_and_failures_told():
     names = (*PRESET.variants, "attention=splash")  # which no CPU can run
     rows = bench.measure(PRESET, names, make_mesh({}, jax.devices()[:1]), rounds=2, steps=1)
     assert "error" in rows["attention=splash"]
-    base, shared, cached = (rows[name] for name in PRESET.variants)
-    for row in (base, shared, cached):
+    base, plain, cached = (rows[name] for name in PRESET.variants)
+    for row in (base, plain, cached):
         assert "error" not in row, row
         assert row["seconds"] > 0 and row["bytes"] > 0 and row["groups"] > 0
-    assert shared["padding_fraction"] != base["padding_fraction"]
+    assert plain["padding_fraction"] != base["padding_fraction"]
     assert base["mfu"] is None  # of a CPU no peak is known
     text = bench.table({name: rows[name] for name in names}, "base")
     assert "1.00" in text.splitlines()[1] and len(text.splitlines()) == 1 + len(names)

@@ -311,12 +311,13 @@ class DataOptions(Checked):
         choices=("natural", "balanced"),
     )
     layout: str = option(
-        "plain",
-        "plain: a response a row; packed: groups a row; shared_prefix: packed, prompts stored once",
-        choices=("plain", "packed", "shared_prefix"),
+        "auto",
+        "plain: a response a row; packed: groups a row; shared_prefix: packed, a prompt once; "
+        "auto: what costs least for the data's lengths",
+        choices=("auto", "plain", "packed", "shared_prefix"),
     )
     groups_per_row: float = option(
-        0.0, "packed rows hold so many on average; 0 = row_length / mean length", low=0
+        0.0, "packed rows hold so many on average; 0 = as many as fit", low=0
     )
     truncation: str = option(
         "keep_end",
@@ -689,7 +690,7 @@ class Config(Checked):
     )
     max_length: int = option(1024, "of a prompt with one response", unit="tokens", low=1)
     row_length: int = option(
-        0, "of a packed row; 0 = that of R full-length responses", unit="tokens", low=0
+        0, "of a packed row; 0 = what costs least for the data's lengths", unit="tokens", low=0
     )
     tokenizer: str = option(
         "", "directory, hub id, or byte; '' = the model's own (byte for random weights)"

@@ -69,30 +69,37 @@ class BatchSizes:
         batch_size: groups in a step, the whole mesh together: exactly in plain rows, on average in
             packed ones.
         max_length: tokens of a prompt with one response; T of plain rows.
-        row_length: T of packed rows; 0: R times ``max_length``.
+        row_length: T of packed rows; 0: R times ``max_length`` (the pipeline chooses by cost).
         row_multiple: rows come in multiples of this: the devices that they are split over, times
             the microbatches.
+        attention_cost: of one query's to one key, in a token's matrix products; see
+            ``data.row_length``.
     """
 
     batch_size: int
     max_length: int
     row_length: int = 0
     row_multiple: int = 1
+    attention_cost: float = 0.0
 
     @classmethod
-    def of(cls, config: Config, row_shards: int, *, once: bool = False) -> BatchSizes:
+    def of(
+        cls, config: Config, row_shards: int, *, once: bool = False, attention_cost: float = 0.0
+    ) -> BatchSizes:
         """Return the sizes that a config asks for.
 
         Args:
             config: the config.
             row_shards: over how many devices rows are split.
             once: of batches to evaluate, which have no microbatches.
+            attention_cost: as the attribute.
         """
         return cls(
             (once and config.eval.batch_size) or config.batch_size,
             config.max_length,
             config.row_length,
             row_shards * (1 if once else config.microbatches),
+            attention_cost,
         )
 
     def __post_init__(self) -> None:
@@ -128,6 +135,14 @@ class BatchShape:
         """Return the sizes of a part of the batch, or of a larger one."""
         rows = bins * self.rows_per_bin
         return dataclasses.replace(self, rows=rows, groups=rows * self.slots // self.responses)
+
+
+def usual(name: str, responses: int) -> str:
+    """Return the layout that "auto" most often chooses for groups of so many responses; any other
+    name as it is."""
+    if name != "auto":
+        return name
+    return "shared_prefix" if responses > 1 else "packed"
 
 
 def round_up(size: int, multiple: int) -> int:
@@ -218,14 +233,16 @@ def one_group_shape(
 
 
 def mismatched_shape(shape: BatchShape, length: int, longest: int) -> BatchShape:
-    """Return the sizes of the mismatched completions' batch: plain rows, one a group.
+    """Return the sizes of the mismatched completions' batch: as many rows, of as many slots.
 
     Args:
         shape: the batch's own sizes.
-        length: tokens of prompt and response.
-        longest: the most loss tokens in any response.
+        length: tokens of a row.
+        longest: the most loss tokens in any row.
     """
-    return BatchShape(shape.groups, length, loss_budget(longest, length), 1, shape.groups, 1)
+    return dataclasses.replace(
+        shape, length=length, loss_positions=loss_budget(longest, length), responses=1
+    )
 
 
 # ------------------------------------------------------------------------------------------ arrays

@@ -23,18 +23,20 @@ from transformers import PreTrainedTokenizerBase
 from align_jax.core.choose import choose
 from align_jax.core.options import DataOptions
 from align_jax.core.schema import Batch
-from align_jax.data import layout, packing, truncation
+from align_jax.data import layout, packing, row_length, truncation
 from align_jax.data import mismatched as mismatches
 from align_jax.data.datasets import Examples
 from align_jax.data.encoding import Encoded, encode_all
 from align_jax.data.layout import LAYOUTS, BatchShape, BatchSizes, TokenizedGroup
 from align_jax.data.packing import FILLER
+from align_jax.data.row_length import Rows
 from align_jax.data.tokenizer import pad_id
 from align_jax.data.truncation import Limits, Truncations
 
 # Grain's own endless repetition overflows when it is cut into batches of one.
 _ENDLESS_EPOCHS = 10**9
 _THREADS = 2  # that prepare batches
+_SAMPLE = 4096  # groups whose packing tells how many a row holds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +112,7 @@ class Pipeline:
         ]
         extra = None
         if self._mismatched is not None:
-            extra = self._mismatched_batch(bins.reshape(-1), self._mismatched)
+            extra = self._mismatched_batch(mine, self._mismatched)
         batch = layout.make_batch(
             written,
             self.shape,
@@ -153,22 +155,19 @@ class Pipeline:
             fields["margin"] = np.where(real, encoded.margin[pick], 0.0).astype(np.float32)
         return fields
 
-    def _mismatched_batch(self, groups: Int[np.ndarray, "B"], shape: BatchShape) -> Batch:
-        """Pair this process's prompts with the responses of their partners."""
-        index, count = self._process
-        mine = np.split(groups, count)[index]
-        return layout.make_batch(
+    def _mismatched_batch(self, bins: Int[np.ndarray, "bins slots"], shape: BatchShape) -> Batch:
+        """Pair the prompts of bins with the responses of their partners, row by row as they lie."""
+        written = [
             [
-                []
-                if group == FILLER
-                else [mismatches.pair(self._encoded, group, self._partners[group], self._limits)]
-                for group in mine.tolist()
-            ],
-            shape,
-            "plain",
-            pad=self._pad,
-            weight=(mine != FILLER).astype(np.float32),
-        )
+                mismatches.pair(self._encoded, group, self._partners[group], self._limits)
+                for group in groups
+                if group != FILLER
+            ]
+            for groups in bins.tolist()
+        ]
+        weight = (bins.reshape(-1) != FILLER).astype(np.float32)
+        name = "packed" if LAYOUTS[self.layout].packed else "plain"
+        return layout.make_batch(written, shape, name, pad=self._pad, weight=weight)
 
 
 def make_pipeline(
@@ -213,13 +212,17 @@ def make_pipeline(
         )
     limits = Limits.of(options, sizes.max_length, tokenizer.bos_token_id)
     truncations = truncation.truncate_all(encoded, limits)
-    shape, bins, ends = _lay_out(examples, truncations, responses, options, sizes)
+    rows = _choose_rows(truncations, responses, options, sizes, once=once)
+    options = dataclasses.replace(options, layout=rows.layout)
+    shape, bins, ends = _lay_out(examples, truncations, responses, options, sizes, rows)
     if not once and LAYOUTS[options.layout].packed:
         _check_packing(shape, bins, sizes)
-    extra = _mismatched_shape(shape, encoded, bins, options, limits) if mismatched else None
     order = _stream(examples, bins, ends, seed if options.shuffle and not once else None, once)
     used = bins[bins != FILLER]
     partners = mismatches.partners(encoded, used, limits, seed) if mismatched else {}
+    extra = None
+    if mismatched:
+        extra = _mismatched_shape(shape, encoded, bins, partners, limits, options.trim)
     fill = _fill(truncations, options.layout, bins, shape)
     return Pipeline(
         kind=examples.kind,
@@ -240,44 +243,113 @@ def make_pipeline(
     )
 
 
+def _choose_rows(
+    truncations: Truncations, responses: int, options: DataOptions, sizes: BatchSizes, *, once: bool
+) -> Rows:
+    """Decide the layout and the row length: as the options say, else what costs least.
+
+    Raises:
+        ValueError: an unknown layout, or rows shorter than the longest group.
+    """
+    names = [options.layout]
+    if options.layout == "auto":
+        packed = layout.usual("auto", responses)
+        names = ["plain", packed]
+        if sizes.row_length or options.groups_per_row:  # of packed rows
+            names = [packed]
+        elif not (options.shuffle or once):  # packing takes groups out of their order
+            names = ["plain"]
+        elif sizes.batch_size % sizes.row_multiple:
+            names = [packed]
+    found = [_rows(name, truncations, responses, options, sizes, once=once) for name in names]
+    choices = [one for one in found if one is not None]
+    if choices:
+        return min(choices, key=lambda one: one.cost)
+    # no rows hold about so many groups: the batch is refused, with the nearest that divides
+    name = "plain" if options.layout == "auto" else options.layout
+    sizes = dataclasses.replace(sizes, row_length=responses * sizes.max_length)
+    only = _rows(name, truncations, responses, options, sizes, once=once)
+    assert only is not None
+    return only
+
+
+def _rows(
+    name: str,
+    truncations: Truncations,
+    responses: int,
+    options: DataOptions,
+    sizes: BatchSizes,
+    *,
+    once: bool,
+) -> Rows | None:
+    """Return a layout's best rows; None where none hold about ``batch_size`` groups a step."""
+    how = choose(LAYOUTS, name, "config.data.layout")
+    prompts = truncations.head + truncations.tail
+    lengths = how.row_length(prompts, truncations.lengths)
+    left = np.flatnonzero(lengths)
+    longest = int(lengths.max())
+    if not how.packed:
+        length = sizes.max_length
+        if options.trim:
+            length = min(length, layout.round_up(longest, 8))
+        paid = responses * row_length.cost(length, sizes.attention_cost)
+        return Rows(name, length, 1.0, paid)
+    given = sizes.row_length or (responses * sizes.max_length if options.groups_per_row else 0)
+    if given and once:  # what is evaluated may be longer than what is trained on
+        given = max(given, layout.round_up(longest, 8))
+    if 0 < given < longest:
+        raise ValueError(
+            f"row_length {given} is shorter than the longest group, {longest} tokens: raise it, or "
+            "lower max_length"
+        )
+    if given:
+        mean = packing.mean_groups(options, lengths[left].tolist(), given)
+        return Rows(name, given, mean, row_length.cost(given, sizes.attention_cost) / mean)
+    # the mean of so many is that of all to about a hundredth
+    some = np.random.default_rng(0).permutation(left)[:_SAMPLE]
+    tokens, loss = lengths[some].tolist(), truncations.loss_tokens[some].sum(-1).tolist()
+
+    def mean_at(length: int, wanted: float) -> float:
+        slots = layout.group_slots(wanted)
+        return len(some) / len(packing.make_bins(range(len(some)), tokens, loss, length, slots))
+
+    return row_length.solve(
+        name,
+        lengths[left],
+        mean_at,
+        batch_size=sizes.batch_size,
+        row_multiple=sizes.row_multiple,
+        attention_cost=sizes.attention_cost,
+    )
+
+
 def _lay_out(
     examples: Examples,
     truncations: Truncations,
     responses: int,
     options: DataOptions,
     sizes: BatchSizes,
+    rows: Rows,
 ) -> tuple[BatchShape, Int[np.ndarray, "bins slots"], list[int]]:
-    """Decide every static size and what shares a row.
+    """Decide every other static size and what shares a row.
 
     Returns:
         The shape, the bins, and where each source's bins begin and end.
     """
-    how = choose(LAYOUTS, options.layout, "config.data.layout")
+    how = LAYOUTS[rows.layout]
     lengths = how.row_length(truncations.head + truncations.tail, truncations.lengths)
-    if how.packed:
-        row_length = sizes.row_length or responses * sizes.max_length
-        mean = packing.mean_groups(options, lengths[lengths > 0].tolist(), row_length)
-    else:
-        row_length, mean = sizes.max_length, 1.0
-        if options.trim:
-            row_length = min(row_length, layout.round_up(int(lengths.max()), 8))
-    if lengths.max() > row_length:
-        raise ValueError(
-            f"row_length {row_length} is shorter than the longest group, {lengths.max()} tokens: "
-            "raise it, or lower max_length"
-        )
     bins, ends = _pack_by_source(
-        examples, truncations, lengths, row_length, layout.group_slots(mean)
+        examples, truncations, lengths, rows.length, layout.group_slots(rows.mean)
     )
     # the most loss tokens in any row: of a bin's groups together, or of a response
     loss = np.where((bins == FILLER)[..., None], 0, truncations.loss_tokens[bins])
     longest = int(loss.sum(axis=(1, 2)).max() if how.packed else loss.max())
     shape = layout.batch_shape(
         options,
-        dataclasses.replace(sizes, max_length=row_length, row_length=row_length),
+        dataclasses.replace(sizes, max_length=rows.length, row_length=rows.length),
         responses,
-        mean_groups=mean,
-        loss_positions=layout.loss_budget(longest, row_length),
+        mean_groups=rows.mean,
+        loss_positions=layout.loss_budget(longest, rows.length),
     )
     return shape, bins, ends
 
@@ -337,21 +409,34 @@ def _mismatched_shape(
     shape: BatchShape,
     encoded: Encoded,
     bins: Int[np.ndarray, "bins slots"],
-    options: DataOptions,
+    partners: Mapping[int, int],
     limits: Limits,
+    trim: bool,
 ) -> BatchShape:
-    """Return the sizes of the mismatched completions: any prompt may meet any response."""
+    """Return the sizes of the mismatched completions' rows: bins as they are, of other lengths.
+
+    Plain rows have room for any prompt with any response, so that the order of the data, which
+    decides who meets whom, does not change them.
+    """
+    prompts, responses = np.diff(encoded.prompt_ends), np.diff(encoded.response_ends)
     used = bins[bins != FILLER]
-    length = limits.max_length
-    if options.trim:
-        prompts, responses = np.diff(encoded.prompt_ends), np.diff(encoded.response_ends)
-        longest = int(prompts[used].max() + responses[used].max())
-        length = min(length, layout.round_up(longest, 8))
     # a response that its own long prompt has cut short may be whole after another prompt
-    loss = encoded.loss_tokens[used, 0]
-    for place in np.flatnonzero(np.diff(encoded.response_ends)[used] > limits.max_length).tolist():
-        loss[place] = encoded.response(int(used[place]), 0)[1][: limits.max_length].sum()
-    return layout.mismatched_shape(shape, length, int(loss.max()))
+    loss = encoded.loss_tokens[:, 0].copy()
+    for group in used[responses[used] > limits.max_length].tolist():
+        loss[group] = encoded.response(group, 0)[1][: limits.max_length].sum()
+    if bins.shape[1] == 1:
+        length = limits.max_length
+        if trim:
+            longest = int(prompts[used].max() + responses[used].max())
+            length = min(length, layout.round_up(longest, 8))
+        return layout.mismatched_shape(shape, length, int(loss[used].max()))
+    partner = np.zeros(len(prompts), np.int64)
+    partner[list(partners)] = list(partners.values())
+    pairs = np.minimum(prompts + responses[partner], limits.max_length)
+    real = bins != FILLER
+    length = int(np.where(real, pairs[bins], 0).sum(1).max())
+    most = int(np.where(real, loss[partner][bins], 0).sum(1).max())
+    return layout.mismatched_shape(shape, layout.round_up(length, 8), most)
 
 
 def _stream(

@@ -73,7 +73,7 @@ def response_logps(
     pipeline = make_pipeline(
         examples,
         policy.tokenizer,
-        DataOptions(truncation=truncation),
+        DataOptions(truncation=truncation, layout="plain"),
         BatchSizes(round_up(batch_size, multiple), limit, row_multiple=multiple),
         once=True,
     )

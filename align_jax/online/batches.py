@@ -7,6 +7,7 @@ the prompt is stored and computed once.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -16,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from align_jax.core.schema import Batch
 from align_jax.data import layout as layouts
 from align_jax.data.layout import BatchShape, TokenizedGroup
+from align_jax.data.row_length import cost
 from align_jax.inference.generate import Completion
 from align_jax.losses.targets import Extras
 from align_jax.online.config import RolloutConfig
@@ -23,6 +25,23 @@ from align_jax.online.sampling import PromptSamples
 from align_jax.online.selection import Groups
 
 Completions = Sequence[Sequence[Completion]]  # of each prompt
+
+
+def with_layout(config: RolloutConfig, longest: int, attention_cost: float) -> RolloutConfig:
+    """Return the config with "auto" replaced by the layout whose full rows cost less.
+
+    Args:
+        config: how rollouts are made.
+        longest: tokens of the longest prompt.
+        attention_cost: see ``data.row_length``.
+    """
+    if config.layout != "auto":
+        return config
+    responses, response = config.groups[1], config.options.max_new_tokens
+    plain = responses * cost(longest + response, attention_cost)
+    shared = cost(longest + responses * response, attention_cost)
+    layout = "shared_prefix" if responses > 1 and shared < plain else "plain"
+    return dataclasses.replace(config, layout=layout)
 
 
 def rollout_shape(config: RolloutConfig, longest: int) -> BatchShape:

@@ -33,7 +33,7 @@ class RolloutConfig:
         kind: what the objective trains on, a key of ``SELECTIONS``.
         batch_size: groups in an optimizer step.
         microbatches: parts of a step; the forwards here are cut as finely.
-        layout: "plain" or "shared_prefix".
+        layout: "plain" or "shared_prefix"; "auto" until the prompts are read.
         targets: options of ``losses.targets.make_targets``; None where the objective needs no
             advantages.
         kl_target, kl_horizon: of the adaptive KL coefficient, nats and responses; None: it stays.

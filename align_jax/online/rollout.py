@@ -55,6 +55,7 @@ from align_jax.online.sampling import Prompts, PromptSampler, PromptSamples, Sam
 from align_jax.online.selection import SELECTIONS
 from align_jax.parallel.mesh import row_shards
 from align_jax.parallel.sharding import put_batch
+from align_jax.training.flops import attention_cost
 
 FOLDER = "rollouts"  # in the workdir: rollouts that a checkpoint was taken in the middle of
 
@@ -333,6 +334,7 @@ class Rollouts:
 
     Attributes:
         shape: a step's sizes on the whole mesh.
+        layout: of its rows.
     """
 
     def __init__(
@@ -341,7 +343,7 @@ class Rollouts:
         self._text, self._texts_taken = text, 0
         self._texts: Iterator[Batch] | None = None  # opened at the first step, or after resuming
         self._maker, self._config, self._held_out = maker, maker.config, held_out
-        self.shape = maker.shape
+        self.shape, self.layout = maker.shape, maker.config.layout
         kl_coef = float((maker.config.targets or {}).get("kl_coef", 0.0))
         self._next = RolloutState(0, kl_coef, dict(estimators.FIRST_MOMENTS))
         self._now: Rollout | None = None
@@ -609,6 +611,8 @@ def make_rollouts(
             "at least"
         )
     longest = max(prompts.longest, 0 if others is None else others.longest)
+    paid = attention_cost(policy.config, jax.default_backend())
+    rollouts = batches.with_layout(rollouts, longest, paid)
     player = make_player(
         rollouts.options,
         tokenizer,
@@ -627,13 +631,11 @@ def make_rollouts(
         reshard = make_resharder(policy, where) if rollouts.options.tensor else None
         engine = Local(generator, reshard=reshard)
     scored = _scored(config, mesh, load_model)
-    greedy = rollouts.method == "greedy"
     opponent = make_opponent(
         rollouts, policy, reference, tokenizer, mesh, config.max_length, longest
     )
-    sampler = PromptSampler(
-        rollouts.options, engine, scored, player, rollouts.own_share, greedy, opponent
-    )
+    greedy, share = rollouts.method == "greedy", rollouts.own_share
+    sampler = PromptSampler(rollouts.options, engine, scored, player, share, greedy, opponent)
     maker = RolloutMaker(rollouts, prompts, sampler, pad_id(tokenizer), policy, reference, mesh)
     return Rollouts(maker, others, text)
 

@@ -173,7 +173,7 @@ def offline_batch(
     shape = layout.batch_shape(config.data, sizes, RESPONSES[kind], loss_positions=loss_positions)
     other = None
     if mismatched:
-        other = layout.mismatched_shape(shape, config.max_length, shape.loss_positions)
+        other = layout.mismatched_shape(shape, shape.length, shape.loss_positions)
     return layout.abstract_batch(
         shape,
         config.data.layout,

@@ -41,6 +41,7 @@ from align_jax.parallel.mesh import AXES, make_mesh, mesh_shape, row_shards
 from align_jax.runs import memory, weights
 from align_jax.storage import workdir as record
 from align_jax.training import initialize, optim, partitioning
+from align_jax.training.flops import attention_cost
 from align_jax.training.steps import StepSpec
 
 # The embedding's rows are padded to this whatever the mesh, so that a checkpoint of one tensor axis
@@ -418,13 +419,32 @@ def make_pipeline(
         examples,
         resolved.tokenizer,
         config.data,
-        BatchSizes.of(config, row_shards(mesh), once=once),
+        BatchSizes.of(
+            config,
+            row_shards(mesh),
+            once=once,
+            attention_cost=attention_cost(resolved.model_config, jax.default_backend()),
+        ),
         seed=config.seed,
         mismatched=any(term.objective.mismatched for term in resolved.terms),
         once=once,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
+
+
+def as_first_started(config: Config, workdir: str) -> Config:
+    """Return the config with what a run's first start has chosen: the layout and its row length."""
+    path = epath.Path(workdir) / "config.json"
+    if not path.exists():
+        return config
+    found = record.read_record(path)["config"]
+    if config.data.layout == "auto":
+        layout = found.get("data", {}).get("layout", "auto")
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, layout=layout))
+    if not config.row_length and config.data.layout != "plain":
+        config = dataclasses.replace(config, row_length=found.get("row_length", 0))
+    return config
 
 
 def first_day(workdir: str) -> str:
@@ -436,6 +456,15 @@ def first_day(workdir: str) -> str:
     today = np.int32(datetime.date.today().toordinal())
     agreed = multihost_utils.broadcast_one_to_all(today) if jax.process_count() > 1 else today
     return datetime.date.fromordinal(int(agreed)).isoformat()
+
+
+def _as_laid_out(config: Config, train: Pipeline | Rollouts) -> Config:
+    """Return the config with the layout and the row length that its data have chosen."""
+    data = dataclasses.replace(config.data, layout=train.layout)
+    length = config.row_length
+    if isinstance(train, Pipeline) and train.layout != "plain" and not data.groups_per_row:
+        length = train.shape.length
+    return dataclasses.replace(config, data=data, row_length=length)
 
 
 def prepare(config: Config, workdir: str) -> Run:
@@ -457,15 +486,16 @@ def prepare(config: Config, workdir: str) -> Run:
         day = first_day(workdir)
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, date=day))
         resolved = resolve_config(config, jax.device_count())
+    config = as_first_started(config, workdir)
     record.check(workdir, configs.to_dict(config), configs.may_change())
     mesh = make_mesh(dataclasses.asdict(config.mesh))
     examples, held_out = read_data(config, resolved)
     held: Pipeline | None = None
     if resolved.rollouts is None:
         train: Pipeline | Rollouts = make_pipeline(config, resolved, mesh, examples, once=False)
-        held = (
-            None if held_out is None else make_pipeline(config, resolved, mesh, held_out, once=True)
-        )
+        if held_out is not None:
+            chosen = _as_laid_out(config, train)
+            held = make_pipeline(chosen, resolved, mesh, held_out, once=True)
     else:
         train = make_rollouts(
             resolved.rollouts,
@@ -483,6 +513,7 @@ def prepare(config: Config, workdir: str) -> Run:
             held_out=() if held_out is None else held_out.items,
             text=make_text(config, resolved, mesh),
         )
+    config = _as_laid_out(config, train)
     total = config.total_steps_of(train.steps_per_epoch)
     step_spec = make_step_spec(config, resolved, total)
     specs = make_state_specs(config, resolved, step_spec, mesh)

@@ -86,6 +86,23 @@ def layer_weights(config: ModelConfig) -> int:
     return config.num_layers * (attention + mlp)
 
 
+# Seconds of a FLOP of attention, all T^2 pairs counted, over those of a FLOP of a matrix product:
+# measured on two cores (26 of 185 GFLOP/s) and on an H100 (cuDNN with a mask, 230 of 600 TFLOP/s);
+# splash skips the upper half.
+ATTENTION_SLOWER = {"cpu": 7.0, "gpu": 2.6, "tpu": 1.0}
+
+
+def attention_cost(config: ModelConfig, backend: str) -> float:
+    """Return what attention of one query to one key costs, in a token's matrix products; see
+    ``data.row_length``.
+
+    The head is counted at every second token, about as many as answers have.
+    """
+    pair = 4 * config.num_layers * config.num_heads * config.head_dim
+    token = 2 * layer_weights(config) + config.vocab_size * config.hidden_size
+    return ATTENTION_SLOWER.get(backend, 1.0) * pair / token
+
+
 def forward_flops(
     model: Model, *, rows: int, length: int, positions: int, segment_length: int | None = None
 ) -> Forward:

@@ -18,6 +18,7 @@ def good():
         "builtin:preferences:train",
         "somewhere",
     )
+    config.data.layout = "plain"
     return config
 
 

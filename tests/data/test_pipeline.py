@@ -31,11 +31,20 @@ def pairs():
     return load("preferences", "pairs")
 
 
-def make(examples, tok, batch_size=8, max_length=128, row_length=0, row_multiple=1, **options):
-    sizes = BatchSizes(batch_size, max_length, row_length, row_multiple)
+def make(
+    examples,
+    tok,
+    batch_size=8,
+    max_length=128,
+    row_length=0,
+    row_multiple=1,
+    attention_cost=0.0,
+    **options,
+):
+    sizes = BatchSizes(batch_size, max_length, row_length, row_multiple, attention_cost)
     names = [field.name for field in dataclasses.fields(DataOptions)]
     data = {name: options.pop(name) for name in names if name in options}
-    data = DataOptions(**{"trim": False, **data})
+    data = DataOptions(**{"trim": False, "layout": "plain", **data})
     return pipeline.make_pipeline(examples, tok, data, sizes, **{"seed": 3, **options})
 
 
@@ -225,7 +234,7 @@ def test_the_abstract_batch_has_the_shapes_of_a_real_one(byte, layout, name, kin
     mean = 0.0 if layout == "plain" else pipe.report["groups_per_step"] / s.rows
     planned = layouts.batch_shape(
         DataOptions(layout=layout, groups_per_row=mean),
-        BatchSizes(8, 128),
+        BatchSizes(8, 128, 0 if layout == "plain" else s.length),
         s.responses,
         loss_positions=s.loss_positions,
     )
@@ -506,6 +515,57 @@ def test_packed_rows_are_full_and_a_step_holds_the_groups_asked_for(byte, layout
         ValueError, match="batch_size 4 would become 16 rows of .* change row_length, or batch_size"
     ):
         make(examples, byte, layout=layout, batch_size=4, row_length=512, row_multiple=16)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[1:])
+@pytest.mark.parametrize("batch_size, row_multiple", [(8, 1), (24, 4), (64, 8)])
+def test_rows_are_as_long_as_a_step_of_the_batch_size_asks(byte, layout, batch_size, row_multiple):
+    examples = load("preferences", "pairs", size=400)
+    pipe = make(
+        examples,
+        byte,
+        layout=layout,
+        batch_size=batch_size,
+        row_multiple=row_multiple,
+        shuffle=True,
+    )
+    assert pipe.report["groups_per_step"] == pytest.approx(batch_size, rel=0.02)
+    assert pipe.report["padding_fraction"] < 0.25
+
+
+@pytest.mark.parametrize(
+    "kind, changes, expected",
+    [
+        ("pairs", {}, "shared_prefix"),
+        ("completions", {}, "packed"),
+        ("pairs", {"attention_cost": 1.0}, "plain"),  # short rows, whatever they waste
+        ("pairs", {"shuffle": False}, "plain"),  # in the data's order
+        ("pairs", {"shuffle": False, "row_length": 512}, "shared_prefix"),  # which is asked for
+        ("pairs", {"batch_size": 6, "row_multiple": 4}, "shared_prefix"),
+        ("completions", {"once": True}, "packed"),
+    ],
+)
+def test_the_layout_is_the_one_that_costs_least(byte, kind, changes, expected):
+    name = "preferences" if kind == "pairs" else kind
+    options = {"batch_size": 16, "trim": True, "layout": "auto", **changes}
+    assert make(load(name, kind, size=200), byte, **options).layout == expected
+
+
+def test_packed_mismatched_pairs_lie_as_their_groups_do(byte):
+    examples = of_texts(*PAIRED, kind="unpaired")
+    pipe = make(examples, byte, batch_size=16, layout="packed", row_length=48, mismatched=True)
+    batch, found = pipe.batch(0), []
+    extra = batch.mismatched
+    assert len(extra.tokens) == len(batch.tokens) and (extra.weight == batch.weight).all()
+    for group in np.flatnonzero(extra.weight).tolist():
+        row, slot = divmod(group, extra.lengths.size // len(extra.tokens))
+        mine = extra.loss_mask[row] & (extra.slot[row] == slot)
+        segment = extra.segment_ids[row] == extra.segment_ids[row][mine][0]
+        found.append((byte.decode(extra.tokens[row][segment & ~mine]), mine.sum()))
+        words = PAIRED[batch.example_index[group]]
+        assert found[-1][0].startswith(words[0]) and (extra.lengths[group] == mine.sum()).all()
+    plain = mismatches(PAIRED, byte)
+    assert sorted(prompt for prompt, _ in found) == sorted(prompt for prompt, _ in plain.values())
 
 
 def test_mismatched_rows_have_room_for_any_prompt_with_any_response(byte):
