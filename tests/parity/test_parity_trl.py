@@ -12,7 +12,7 @@ import pytest
 
 from align_jax import losses
 from align_jax.core.metrics import means
-from align_jax.losses import arrays
+from align_jax.losses import advantages, arrays, baselines
 from align_jax.losses.sampler import Correction, correct
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "trl_objectives.npz"
@@ -133,3 +133,20 @@ def test_the_correction_for_the_sampler_equals_trl(index):
     assert expected.keys() == found.keys() and len(found) == 5
     for key, value in expected.items():
         np.testing.assert_allclose(found[key], value, rtol=2e-5, atol=2e-6, err_msg=key)
+
+
+ADVANTAGES = GOLDEN.parent / "trl_advantages.npz"
+
+
+@pytest.mark.parametrize("index", range(5))
+def test_advantages_equal_trl(index):
+    with np.load(ADVANTAGES) as file:
+        case = json.loads(file["cases"].item())["cases"][index]
+        each, expected = file[f"{index}/each"], file[f"{index}/advantages"]
+    weights = case["weights"]
+    if case["multi_objective_aggregation"] == "normalize_then_sum":
+        found = baselines.decoupled(jnp.asarray(each), weights, jnp.ones(len(each)))
+    else:
+        scores = jnp.asarray(each @ np.float32(weights))
+        found = advantages.group_advantages(scores, scale=case["scale"])
+    close(found, expected)
