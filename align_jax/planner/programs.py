@@ -128,9 +128,10 @@ def rollout_programs(run: AbstractRun, rollouts: RolloutConfig) -> Iterator[Prog
     groups = np.arange(rollouts.batch_size // rollouts.microbatches)
     host = rollout_batch(run.config, rollouts, run.mesh)._replace(mismatched=None, text=None)
     part = partitioning.abstract_batch(run.mesh, batches.take(host, groups))
-    if rollouts.options.rescore or rollouts.value_head:
-        head = rollouts.value_head
-        yield _rescore(run, rollouts, "rescore", run.spec.policy, policy, part, head)
+    fields = rollouts.token_fields
+    if rollouts.options.rescore or rollouts.value_head or fields:
+        head, model = rollouts.value_head, run.spec.policy
+        yield _rescore(run, rollouts, "rescore", model, policy, part, head, fields)
     if rollouts.needs_reference:
         model, weights = run.spec.reference, run.specs.reference
         if run.spec.sync_every_steps:  # a policy of an earlier step
@@ -147,8 +148,9 @@ def _rescore(
     params: Any,
     part: Batch,
     value_head: str,
+    needs: tuple[str, ...] = (),
 ) -> Program:
-    static = {"value_head": value_head, "temperature": rollouts.temperature}
+    static = {"value_head": value_head, "needs": needs, "temperature": rollouts.temperature}
     call = _call(model, params, part)
     return Program(
         name,
