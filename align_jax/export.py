@@ -8,6 +8,7 @@ python -m align_jax.export --model=HF_DIR --output=HF_DIR      the round trip th
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 from absl import flags
@@ -15,10 +16,11 @@ from absl import flags
 from align_jax.core.tree import flatten, unflatten
 from align_jax.data.tokenizer import load_tokenizer
 from align_jax.interop import hf, peft
+from align_jax.interop.carried import carry, carry_tokenizer
 from align_jax.models.lora import fold
 from align_jax.parallel import distributed
 from align_jax.runs import command
-from align_jax.runs.trained import restore
+from align_jax.runs.trained import Trained, restore
 
 
 def export_run(
@@ -47,9 +49,11 @@ def export_run(
 
     Raises:
         FileNotFoundError: no such run or checkpoint.
-        ValueError: ``adapter`` of a run without one.
+        ValueError: ``adapter`` of a run without one; ``output`` is the checkpoint that the run
+            began with.
     """
     trained = restore(workdir, step)
+    _refuse_same(trained.config.model.path, output, "the run's config.model.path")
     policy, config = trained.resolved.models.policy, trained.resolved.model_config
     lora = policy.options.lora
     if adapter:
@@ -69,16 +73,54 @@ def export_run(
             dtype=dtype,
             heads=policy.options.heads,
             unembed=policy.options.unembed,
+            changes=_pad_token(trained) if "score" in policy.options.heads else None,
         )
-    trained.resolved.tokenizer.save_pretrained(output)
+    if distributed.is_main():
+        _write_beside(trained, output)
     return trained.step
 
 
+def _pad_token(trained: Trained) -> dict[str, int]:
+    """Return the token that transformers' classifiers find the end of each row by."""
+    tokenizer = trained.resolved.tokenizer
+    pad = tokenizer.pad_token_id
+    return {"pad_token_id": tokenizer.eos_token_id if pad is None else pad}
+
+
+def _write_beside(trained: Trained, output: str) -> None:
+    """Write what the weights are used with: the tokenizer, the starting checkpoint's settings."""
+    config = trained.config
+    if config.model.path:
+        carry(config.model.path, output)
+    own = "" if config.data.chat_template else config.tokenizer or config.model.path
+    carry_tokenizer(trained.resolved.tokenizer, own, output)
+
+
 def export_model(model: str, output: str, *, dtype: str | None = None) -> None:
-    """Read a Hugging Face checkpoint and write it again: byte for byte the same tensors."""
+    """Read a Hugging Face checkpoint and write it again: byte for byte the same tensors.
+
+    Args:
+        model: folder or hub id.
+        output: folder to make; what an older export has left there is replaced.
+        dtype: type of the stored tensors; None: each as it was.
+
+    Raises:
+        ValueError: they are the same folder.
+    """
+    _refuse_same(model, output, "--model")
     config, params = hf.load(model)
-    hf.save(output, config, params, dtype=dtype)
-    load_tokenizer(model).save_pretrained(output)
+    hf.save(output, config, params, dtype=dtype, like=hf.locate(model))
+    if distributed.is_main():
+        carry(model, output)
+        carry_tokenizer(load_tokenizer(model), model, output)
+
+
+def _refuse_same(model: str, output: str, what: str) -> None:
+    """Refuse to write over what is read, which a failure on the way would lose."""
+    if os.path.isdir(model) and os.path.realpath(model) == os.path.realpath(output):
+        raise ValueError(
+            f"--output={output} is {what}, which the export would write over: give another folder"
+        )
 
 
 def main(argv: Sequence[str]) -> None:
@@ -104,13 +146,20 @@ def main(argv: Sequence[str]) -> None:
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Folder of the run to export.")
     flags.DEFINE_string("model", None, "Hugging Face checkpoint to pass through instead of a run.")
-    flags.DEFINE_string("output", None, "Folder to write.", required=True)
+    flags.DEFINE_string(
+        "output",
+        None,
+        "Folder to write.  A checkpoint or adapter that lies there is written over: its weights "
+        "(model*, adapter_model*, pytorch_model*), index, config, tokenizer and *_config.json.",
+        required=True,
+    )
     flags.DEFINE_string("step", "latest", "Checkpoint of the run: latest, best or a step.")
     flags.DEFINE_enum(
         "dtype",
         None,
         ["float32", "bfloat16", "float16"],
-        "Type of the stored tensors; default: as the starting checkpoint's.",
+        "Type of the stored tensors; default: as the starting checkpoint's (with --model, each as "
+        "it was).",
     )
     flags.DEFINE_bool(
         "adapter", False, "Write the low-rank adapter in PEFT's form instead of merging it."

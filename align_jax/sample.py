@@ -29,7 +29,7 @@ from align_jax.core.schema import Example, Message
 from align_jax.data import chat, datasets
 from align_jax.data.tokenizer import load_tokenizer
 from align_jax.inference import engines
-from align_jax.inference.generate import Completion, Generator, Request, stop_tokens
+from align_jax.inference.generate import Completion, Generator, Request
 from align_jax.inference.samplers import Sampling
 from align_jax.interop import hf
 from align_jax.parallel import distributed
@@ -78,12 +78,7 @@ def load_checkpoint(
     tokenizer, mesh = load_tokenizer(path, chat_template=chat_template), make_mesh({"fsdp": -1})
     model, params = load_model(path, mesh=mesh, compute_dtype=compute_dtype)
     generator = Generator(
-        model,
-        tokenizer,
-        rows=round_up(rows, row_shards(mesh)),
-        mesh=mesh,
-        max_length=limit,
-        stop_ids=stop_tokens(tokenizer, path),
+        model, tokenizer, rows=round_up(rows, row_shards(mesh)), mesh=mesh, max_length=limit
     )
     return SamplingPolicy(engines.Local(generator, params), tokenizer, path, limit)
 

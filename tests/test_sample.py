@@ -13,6 +13,7 @@ from align_jax.data import datasets
 from align_jax.data.tokenizer import load_tokenizer
 from align_jax.inference.generate import Completion, Request, stop_tokens
 from align_jax.inference.samplers import Sampling
+from align_jax.interop import hf
 from align_jax.runs.weights import load_model
 
 SAMPLING = Sampling(temperature=0.9, top_p=0.9)
@@ -230,6 +231,7 @@ def test_greedy_text_is_transformers_on_24_prompts(policy, testdata, tmp_path):
 
 
 def test_stop_tokens_are_the_ends_of_text_and_turn(policy, testdata):
-    assert stop_tokens(policy.tokenizer, str(testdata / "models" / "TinyStories-656K")) == (2,)
+    folder = str(testdata / "models" / "TinyStories-656K")
+    assert stop_tokens(policy.tokenizer, hf.load_config(folder).end_tokens) == (2,)
     minimind = load_tokenizer(str(testdata / "tokenizers" / "minimind"))
     assert minimind.convert_tokens_to_ids("<|im_end|>") in stop_tokens(minimind)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -23,7 +22,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Bool, Float, Int
 from transformers import PreTrainedTokenizerBase
 
-from align_jax.core.files import read_json
 from align_jax.core.schema import Example
 from align_jax.data import chat
 from align_jax.inference import decoding
@@ -174,6 +172,16 @@ def find_stop(
     Returns:
         The fewest tokens whose text holds it, and the text before it; None where there is none.
     """
+    # a special token is no text, and stops as a string all the same
+    special = {
+        number
+        for number, token in tokenizer.added_tokens_decoder.items()
+        if token.special and token.content in stop
+    }
+    first = next((i for i, token in enumerate(tokens) if int(token) in special), None)
+    if first is not None:
+        earlier = find_stop(tokenizer, prompt, tokens[:first], stop)
+        return earlier or (first + 1, completion_text(tokenizer, prompt, tokens[:first]))
     before = before_stop(completion_text(tokenizer, prompt, tokens), stop)
     if before is None:
         return None
@@ -185,15 +193,15 @@ def find_stop(
     return low, before
 
 
-def stop_tokens(tokenizer: PreTrainedTokenizerBase, path: str = "") -> tuple[int, ...]:
+def stop_tokens(tokenizer: PreTrainedTokenizerBase, own: Sequence[int] = ()) -> tuple[int, ...]:
     """Return the tokens that end an answer: end of sequence, end of turn in the chat template, the
     checkpoint's own.
 
     Args:
         tokenizer: the tokenizer.
-        path: folder of the checkpoint, whose ``generation_config.json`` may name more; "" = none.
+        own: the checkpoint's (``ModelConfig.end_tokens``).
     """
-    found = {tokenizer.eos_token_id}
+    found = {tokenizer.eos_token_id, *own}
     if tokenizer.chat_template:
         try:
             rendered = chat.render(Example(({"role": "user", "content": "a"},), ("b",)), tokenizer)
@@ -202,15 +210,6 @@ def stop_tokens(tokenizer: PreTrainedTokenizerBase, path: str = "") -> tuple[int
         last = tokenizer(rendered.responses[0][-1].text, add_special_tokens=False).input_ids[-1]
         special = tokenizer.added_tokens_decoder.get(last)
         found |= {last} if special is not None and special.special else set()
-    config = pathlib.Path(path) / "generation_config.json"
-    if path and config.is_file():
-        named = read_json(config).get("eos_token_id")
-        ids = named if isinstance(named, list) else [] if named is None else [named]
-        if not all(type(one) is int and one >= 0 for one in ids):
-            raise ValueError(
-                f"{config}: eos_token_id: expected a token's id, or a list of them, got {named!r}"
-            )
-        found |= set(ids)
     return tuple(sorted(found))
 
 
@@ -223,7 +222,8 @@ class Generator:
         rows: completions that are decoded together (a multiple of the mesh's row shards).
         max_length: tokens of a prompt with its completion; default: the model's positions.
         mesh: where to run; None: the default device.
-        stop_ids: tokens that end a completion; default: `stop_tokens` of the tokenizer.
+        stop_ids: tokens that end a completion; default: `stop_tokens` of the tokenizer and the
+            model.
         cache_dtype: of keys and values; default: the model's compute type.
         prompt_bucket: one padded prompt length for all calls; default: powers of two.  Needed with
             several processes, which must run the same programs whatever their own prompts are.
@@ -263,7 +263,8 @@ class Generator:
         self._cache_dtype = cache_dtype
         processes = jax.process_count()  # each brings an equal part of a call's rows
         self._rows, self._shards = rows // processes, max(1, shards // processes)
-        ids = stop_tokens(tokenizer) if stop_ids is None else tuple(stop_ids)
+        own = model.config.end_tokens
+        ids = stop_tokens(tokenizer, own) if stop_ids is None else tuple(stop_ids)
         self._stop_ids = np.full(
             -(-max(1, len(ids)) // _STOP_IDS_MULTIPLE) * _STOP_IDS_MULTIPLE, -1, np.int32
         )

@@ -23,6 +23,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from align_jax.core.options import RolloutOptions
 
+_COLDEST = 1e-5  # below it logits divided by a temperature leave float32's precision or range
 _EXCLUDED = -1e30  # finite, so that a softmax over a row of excluded tokens is not NaN
 
 
@@ -31,7 +32,7 @@ class Sampling:
     """How a request samples.
 
     Attributes:
-        temperature: logits are divided by it; 0 is greedy.
+        temperature: logits are divided by it; 0, or too near it to divide by, is greedy.
         top_k: keep the k most probable tokens (0: all).
         top_p: keep the fewest tokens whose probabilities sum to at least this (1: all).
         min_p: keep tokens at least this times as probable as the most probable (0: all).
@@ -97,6 +98,7 @@ def stack(samplings: Sequence[Sampling]) -> tuple[Settings, frozenset[str]]:
         )
         for name in Settings._fields
     ]
+    columns[0][columns[0] < _COLDEST] = 0.0
     return Settings(*columns), frozenset().union(*(one.filters for one in samplings))
 
 
@@ -134,10 +136,13 @@ def _keep(
         ordered = jnp.where(jnp.arange(vocabulary)[None, :] < k[:, None], ordered, _EXCLUDED)
         probabilities = jax.nn.softmax(ordered, axis=-1)
         before = jnp.cumsum(probabilities, axis=-1) - probabilities
-        kept = (before < settings.top_p[:, None]) & (ordered > _EXCLUDED)
+        within = (before < settings.top_p[:, None]) | (settings.top_p >= 1)[:, None]
+        kept = within & (ordered > _EXCLUDED)
         kept = kept.at[:, 0].set(True)
         smallest = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
-        logits = jnp.where(logits >= smallest, logits, _EXCLUDED)
+        # not by the sum alone: rounding cuts the tail of a row that keeps all
+        neutral = (settings.top_p >= 1) & (k >= vocabulary)
+        logits = jnp.where((logits >= smallest) | neutral[:, None], logits, _EXCLUDED)
     if "min_p" in filters:
         most = jnp.max(logits, axis=-1, keepdims=True)
         logits = jnp.where(logits >= most + jnp.log(settings.min_p)[:, None], logits, _EXCLUDED)

@@ -10,6 +10,7 @@ what its devices hold.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 import json
 import os
@@ -39,6 +40,7 @@ from align_jax.models.model import build
 from align_jax.models.roles import role_of
 from align_jax.models.tensor_map import TensorMap, linear, names, parse
 
+GENERATION = "generation_config.json"
 SHARD_BYTES = 5 * 10**9  # a file's size, as transformers' default
 
 ACTIVATION_FIELDS = ("hidden_act", "hidden_activation", "activation_function")
@@ -69,7 +71,9 @@ def config_from(hf: Mapping[str, Any]) -> ModelConfig:
         raise ValueError(
             f"model_type: expected one of {', '.join(FAMILIES)}; got {json_kind(kind)}"
         )
-    row = choose(FAMILIES, kind, "model_type")
+    if kind not in FAMILIES:
+        raise ValueError(_unknown_family(kind, hf))
+    row = FAMILIES[kind]
     check(hf)
     config = row.from_hf(hf)
     if config.activation not in ACTIVATIONS:
@@ -78,13 +82,37 @@ def config_from(hf: Mapping[str, Any]) -> ModelConfig:
     return config
 
 
+def _unknown_family(kind: str, hf: Mapping[str, Any]) -> str:
+    """Say what is not read, and the family that was meant only where it is spelled nearly so."""
+    parts = [key for key in ("vision_config", "audio_config") if key in hf]
+    if parts:
+        text = hf.get("text_config")
+        own = text.get("model_type") if isinstance(text, Mapping) else None
+        return (
+            f"model_type = {kind!r} is a multimodal model ({', '.join(parts)}), which is not read"
+            + (f"; its text_config is a {own}" if own else "")
+            + f"; known: {', '.join(FAMILIES)}"
+        )
+    plain = {re.sub(r"[^a-z0-9]", "", name): name for name in FAMILIES}
+    spelled = re.sub(r"[^a-z0-9]", "", kind.lower())
+    digits = re.sub(r"[^0-9]", "", spelled)
+    near = [
+        plain[name]
+        for name in difflib.get_close_matches(spelled, plain, n=len(plain), cutoff=0.8)
+        if re.sub(r"[^0-9]", "", name) == digits
+    ]
+    near = [name for name in near if abs(len(name) - len(kind)) <= 1]  # a typo, not a relative
+    meant = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(FAMILIES)}"
+    return f"model_type = {kind!r} is unknown{meant}"
+
+
 def locate(path: str, file: str = "") -> str:
     """Return the local folder of a checkpoint, downloading a hub id into Hugging Face's cache if it
     is none.
 
     Args:
         path: folder or hub id.
-        file: the only file that is needed; "" = all of the checkpoint's.
+        file: pattern of the only files that are needed; "" = all of the checkpoint's.
 
     Raises:
         FileNotFoundError: neither a folder nor a hub id that can be had.
@@ -126,16 +154,62 @@ def load_config(path: str) -> ModelConfig:
         FileNotFoundError: there is none.
         ValueError: it is damaged, or not one that ``config_from`` takes; with the file's path.
     """
-    file = os.path.join(locate(path, "config.json"), "config.json")
+    file = os.path.join(locate(path, "*config.json"), "config.json")
     if not os.path.exists(file):
         raise FileNotFoundError(f"no model in {path!r}: there is no {file}{_instead(path)}")
     found = read_json(file)
     if "config" in found and "versions" in found:
         raise ValueError(f"{file}: expected a model's, got a run's{_of_a_run(path)}")
     try:
-        return config_from(found)
+        config = config_from(found)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
+    folder = os.path.dirname(file)
+    if config.tied and not _is_tied(folder, config):
+        said = json.dumps(json.loads(config.hf) | {"tie_word_embeddings": False}, sort_keys=True)
+        config = dataclasses.replace(config, tied=False, hf=said)
+    return dataclasses.replace(config, end_tokens=_end_tokens(folder, found))
+
+
+def _end_tokens(folder: str, found: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return the tokens that end a text by config.json and generation_config.json."""
+    file = os.path.join(folder, GENERATION)
+    more = read_json(file).get("eos_token_id") if os.path.exists(file) else None
+    ids = [one for part in (found.get("eos_token_id"), more) for one in _listed(part)]
+    if not all(type(one) is int and one >= 0 for one in ids):
+        raise ValueError(
+            f"{file}: eos_token_id: expected a token's id, or a list of them, got {more!r}"
+        )
+    return tuple(sorted(set(ids)))
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _blocks(hf: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Return rows and columns of the blocks of an fp8 checkpoint; ``hf_fields.check`` knows the
+    rest."""
+    rows, columns = (hf.get("quantization_config") or {}).get("weight_block_size") or (0, 0)
+    return (rows, columns) if rows else None
+
+
+def _is_tied(folder: str, config: ModelConfig) -> bool:
+    """Tell whether the head is the embedding: not where the checkpoint stores a head that is
+    another, whatever its flag says."""
+    files = (tensor_files.SINGLE, tensor_files.INDEX)
+    if not any(os.path.exists(os.path.join(folder, file)) for file in files):
+        return True
+    try:
+        reader = tensor_files.Reader(folder)
+    except (ValueError, FileNotFoundError):
+        return True  # damaged or parted from its shards, which who reads the weights says
+    with reader:
+        entries = _with_base(tensor_maps(config), reader.names, config.family)
+        (embed,) = (entry.name for entry in entries if entry.path == "embed/tokens")
+        untied = set(tensor_maps(dataclasses.replace(config, tied=False)))
+        heads = {entry.name for entry in untied - set(tensor_maps(config))} & reader.names
+        return embed not in reader.names or all(reader.equal(head, embed) for head in heads)
 
 
 def _instead(folder: str) -> str:
@@ -231,16 +305,15 @@ def load(
     lies = flatten(shardings) if shardings is not None else {}
     default = SingleDeviceSharding(jax.devices()[0])
     out: dict[str, Any] = {}
-    with tensor_files.Reader(folder) as reader:
+    with tensor_files.Reader(folder, blocks=_blocks(json.loads(own.hf))) as reader:
         present = tuple(head for head in heads if HEAD_TENSORS[head][0].name in reader.names)
         entries = _with_base(tensor_maps(config, present, unembed), reader.names, config.family)
         _check_tensors(reader, entries, own, path)
-        if own.tied and unembed and (only is None or "embed/tokens" in only):
-            _check_tied(reader, entries, own, path)
         for entry in entries:
             if only is not None and entry.path not in only:
                 continue
-            kind = jnp.dtype(reader.dtype(names(entry, own)[0]) if dtype is None else dtype)
+            stored = {reader.dtype(name) for name in names(entry, own)}
+            kind = jnp.dtype(functools.reduce(np.promote_types, stored) if dtype is None else dtype)
             shape, sharding = shapes[entry.path].shape, lies.get(entry.path, default)
             value = read_parameter(reader, entry, own, shape, kind, sharding)
             letters = parse(entry, own).ours
@@ -253,7 +326,12 @@ def load(
 
 
 def _check_config(config: ModelConfig, own: ModelConfig, path: str) -> None:
-    same = dataclasses.replace(own, vocab_size=config.vocab_size, vocab_rows=config.vocab_rows)
+    same = dataclasses.replace(
+        own,
+        vocab_size=config.vocab_size,
+        vocab_rows=config.vocab_rows,
+        end_tokens=config.end_tokens,
+    )
     differing = [
         f"{field.name} is {getattr(own, field.name)!r}, expected {getattr(config, field.name)!r}"
         for field in dataclasses.fields(own)
@@ -325,21 +403,6 @@ def _check_tensors(
         )
 
 
-def _check_tied(
-    reader: tensor_files.Reader, entries: list[TensorMap], config: ModelConfig, path: str
-) -> None:
-    """Refuse a language-model head that is stored beside the embedding that is to be it, and is
-    another."""
-    (embed,) = (entry.name for entry in entries if entry.path == "embed/tokens")
-    untied = set(tensor_maps(dataclasses.replace(config, tied=False)))
-    for head in {entry.name for entry in untied - set(tensor_maps(config))} & reader.names:
-        if not reader.equal(head, embed):
-            raise ValueError(
-                f"{os.path.join(path, 'config.json')}: tie_word_embeddings is true, but the "
-                f"checkpoint's {head} is not its {embed}: expected false, or no {head}"
-            )
-
-
 # --------------------------------------------------------------------------------------- export
 
 
@@ -353,6 +416,7 @@ def save(
     unembed: bool | None = None,
     shard_bytes: int = SHARD_BYTES,
     changes: Mapping[str, Any] | None = None,
+    like: str = "",
 ) -> None:
     """Write parameters as a Hugging Face checkpoint: config.json and safetensors (tokenizer files
     are not ours).
@@ -369,6 +433,8 @@ def save(
         unembed: whether to write a language-model head; default: not beside a "score" head.
         shard_bytes: largest file, in bytes.
         changes: further keys of config.json (``pad_token_id``, which sequence classifiers need).
+        like: folder of a checkpoint whose tensors' types are kept, one by one, where ``dtype`` is
+            None.
 
     Raises:
         ValueError: the parameters are not those of this model.
@@ -387,18 +453,28 @@ def save(
     bare = dataclasses.replace(config, vocab_rows=config.vocab_size)
     shapes = tensor_shapes(entries, bare)
     sources = _sources(entries, config)
+    dtypes = dict.fromkeys(shapes, stored)
+    if like and dtype is None:
+        with tensor_files.Reader(like, blocks=_blocks(hf)) as reader:
+            base = FAMILIES[config.family].base
+            for name in shapes:
+                there = name if name in reader.names else name.removeprefix(base)
+                if there in reader.names:
+                    dtypes[name] = reader.dtype(there)
 
     def make(name: str) -> np.ndarray:
-        tensor = np.empty(shapes[name], stored)
+        tensor = np.empty(shapes[name], dtypes[name])
         for entry, index in sources[name]:
             axes = parse(entry, bare)
             rows = slice(entry.span[0], sum(entry.span)) if entry.span else slice(None)
             real = tuple(slice(size) for size in axes.our_shape)  # without rows of padding
-            axes.to_theirs(_on_host(flat[entry.path][index])[real].astype(stored), tensor[rows])
+            axes.to_theirs(
+                _on_host(flat[entry.path][index])[real].astype(tensor.dtype), tensor[rows]
+            )
         return tensor
 
     main = jax.process_index() == 0
-    tensor_files.write(path, shapes, stored, make, shard_bytes, main)
+    tensor_files.write(path, shapes, dtypes, make, shard_bytes, main)
     if main:
         row = FAMILIES[config.family]
         more = dict(changes or {})

@@ -32,7 +32,15 @@ from align_jax.core import fields
 from align_jax.core.files import read_json
 from align_jax.core.tree import flatten, unflatten
 from align_jax.interop import hf
-from align_jax.interop.tensor_files import DTYPES, NO_FLOATS, SINGLE, Reader, listed, others
+from align_jax.interop.tensor_files import (
+    DTYPES,
+    NO_FLOATS,
+    SINGLE,
+    Reader,
+    listed,
+    others,
+    remove_older,
+)
 from align_jax.models import FAMILIES
 from align_jax.models.config import ModelConfig
 from align_jax.models.heads import HEADS
@@ -252,6 +260,9 @@ def save(
     transposed = any(part.transposed for part in maps)
     settings = _settings(lora, ranks, transposed, SCORE in flat, base_name)
     (folder / CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+    # a whole model that lay here before would be loaded in place of the adapter
+    remove_older(path, (CONFIG, TENSORS))
+    (folder / "config.json").unlink(missing_ok=True)
 
 
 def _suffix(name: str, modules: Sequence[str]) -> str:

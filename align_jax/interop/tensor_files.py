@@ -15,7 +15,8 @@ import contextlib
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import ml_dtypes  # registers bfloat16 with numpy, which safetensors' slices need
@@ -37,17 +38,23 @@ CHUNK_NUMBERS = 1 << 24  # what is counted or compared of a tensor at once
 MOST = 10  # tensors of a kind that a message names
 NO_FLOATS = f"of a type that is no weight's ({', '.join(DTYPES)}; quantized ones are not read)"
 CODES = {dtype: code for code, dtype in DTYPES.items()}
+FP8 = "F8_E4M3"
+SCALES = "_scale_inv"  # behind the name of a matrix of fp8 codes: what its blocks are multiplied by
+# of either kind of checkpoint; what an export does not write of them is of an older one
+WEIGHTS = r"(model|adapter_model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?"
 
 
 class Reader:
     """The tensors of a checkpoint folder, read by slices; nothing is held between reads."""
 
-    def __init__(self, folder: str, single: str = SINGLE):
+    def __init__(self, folder: str, single: str = SINGLE, blocks: tuple[int, int] | None = None):
         """Open the folder's index, or its single file.
 
         Args:
             folder: where they lie.
             single: the file's name; the index's is that with ``.index.json``.
+            blocks: rows and columns that share a scale, of a checkpoint whose matrices are fp8
+                codes; they are read as bfloat16.  The scales are no tensors of their own.
 
         Raises:
             FileNotFoundError: neither is there, or a shard of the index is missing.
@@ -74,6 +81,16 @@ class Reader:
             wrong = {"in the index, not in its file": lost, "in several files": twice}
             raise ValueError(f"{index} and its files disagree:\n{listed(wrong)}")
         self._where = {name: opened[where.get(name, paths[0])] for name, paths in holders.items()}
+        self._blocks_of = blocks
+        self._scales: dict[str, np.ndarray] = {}
+        self._codes: dict[str, np.ndarray] = {}
+        files = {name: where.get(name, paths[0]) for name in holders}
+        if blocks is not None:
+            for name in [name for name in self._where if self.code(name) == FP8]:
+                if handle := self._where.pop(name + SCALES, None):
+                    scales = np.asarray(handle.get_slice(name + SCALES)[...])
+                    self._scales[name] = scales.astype(np.float32)
+                    self._codes[name] = _fp8_codes(files[name], name)
 
     def __enter__(self) -> Reader:
         return self
@@ -92,6 +109,8 @@ class Reader:
 
     def code(self, name: str) -> str:
         """Return a tensor's type as the file names it; ``DTYPES`` has those of weights."""
+        if name in self._scales:
+            return "BF16"
         return self._where[name].get_slice(name).get_dtype()
 
     def dtype(self, name: str) -> np.dtype:
@@ -108,7 +127,7 @@ class Reader:
             index: which part; () = all.
             dtype: what it is to be used as; None: as stored.
         """
-        part = self._where[name].get_slice(name)[tuple(index) or ...]
+        part = self._part(name, index)
         if not is_finite(part):
             self._unusable[name] = part.dtype
         elif dtype is not None and _largest(dtype) < _largest(part.dtype):
@@ -138,15 +157,27 @@ class Reader:
         pairs = zip(self._blocks(one), self._blocks(other))
         return all(a.tobytes() == b.tobytes() for a, b in pairs)
 
+    def _part(self, name: str, index: Sequence[slice]) -> np.ndarray:
+        """Read part of a tensor, its numbers made from codes and scales where it has these."""
+        if name not in self._scales:
+            return self._where[name].get_slice(name)[tuple(index) or ...]
+        part = self._codes[name][tuple(index) or ...]
+        assert self._blocks_of is not None  # as there are scales
+        shape, scales = self.shape(name), self._scales[name]
+        whole = [*index, *(slice(None) for _ in shape[len(index) :])]
+        for axis, (one, size, block) in enumerate(zip(whole, shape, self._blocks_of)):
+            scales = scales.take(np.arange(size)[one] // block, axis=axis)
+        return (part.astype(np.float32) * scales).astype(DTYPES["BF16"])
+
     def _blocks(self, name: str) -> Iterator[np.ndarray]:
         """Read a tensor some rows at a time."""
-        stored, shape = self._where[name].get_slice(name), self.shape(name)
+        shape = self.shape(name)
         if not shape:
-            yield stored[...]
+            yield self._part(name, ())
             return
         rows = max(1, CHUNK_NUMBERS // max(math.prod(shape[1:]), 1))
         for start in range(0, shape[0], rows):
-            yield stored[start : min(start + rows, shape[0])]
+            yield self._part(name, (slice(start, min(start + rows, shape[0])),))
 
     def _count(self, name: str) -> str:
         """Say how many of a tensor's numbers are not finite."""
@@ -156,6 +187,16 @@ class Reader:
                 count += int(np.sum(~np.isfinite(block.astype(dtype))))
         why = "NaN or infinite" if dtype == self.dtype(name) else f"beyond {dtype}'s range"
         return f"{name}: {count} of {size} {why}"
+
+
+def _fp8_codes(path: str, name: str) -> np.ndarray:
+    """Map a tensor of fp8 codes, which safetensors has no numpy type for."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        entry = json.loads(file.read(length))[name]
+    start = 8 + length + entry["data_offsets"][0]
+    codes = np.memmap(path, np.uint8, "r", start, tuple(entry["shape"]))
+    return codes.view(ml_dtypes.float8_e4m3fn)
 
 
 def is_finite(array: np.ndarray) -> bool:
@@ -280,7 +321,7 @@ def listed(wrong: Mapping[str, Sequence[str]]) -> str:
 def write(
     folder: str,
     shapes: Mapping[str, tuple[int, ...]],
-    dtype: np.dtype,
+    dtypes: Mapping[str, np.dtype],
     make: Callable[[str], np.ndarray],
     shard_bytes: int,
     keep: bool = True,
@@ -291,8 +332,8 @@ def write(
     Args:
         folder: local or bucket path.
         shapes: name -> shape, in the order in which to write.
-        dtype: type of every tensor.
-        make: name -> the tensor; called once each, in order; must return ``dtype``.
+        dtypes: name -> type.
+        make: name -> the tensor; called once each, in order; must return its type.
         shard_bytes: largest size of a file, in bytes (a larger tensor gets a file to itself).
         keep: False makes each tensor and writes none (a process that only takes part in making
             them).
@@ -301,7 +342,7 @@ def write(
         for name in shapes:
             make(name)
         return
-    sizes = {name: math.prod(shape) * dtype.itemsize for name, shape in shapes.items()}
+    sizes = {name: math.prod(shape) * dtypes[name].itemsize for name, shape in shapes.items()}
     shards = _shards(sizes, shard_bytes)
     path = epath.Path(folder)
     path.mkdir(parents=True, exist_ok=True)
@@ -309,13 +350,26 @@ def write(
     if len(shards) > 1:
         files = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
     for file, members in zip(files, shards):
-        _write_file(path / file, {name: shapes[name] for name in members}, dtype, make)
-    # a checkpoint that lay here before is not to be read together with this one
-    (path / (SINGLE if len(shards) > 1 else INDEX)).unlink(missing_ok=True)
+        _write_file(path / file, {name: shapes[name] for name in members}, dtypes, make)
+    remove_older(folder, {*files, *([INDEX] if len(shards) > 1 else [])})
     if len(shards) > 1:
         where = {name: file for file, members in zip(files, shards) for name in sorted(members)}
         index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
         (path / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def remove_older(folder: str, written: Collection[str]) -> None:
+    """Take away what a checkpoint or an adapter that lay here before has left, which a program
+    would read together with this one, or in its place.
+
+    Args:
+        folder: local or bucket path.
+        written: the files that belong to what was just written.
+    """
+    for file in epath.Path(folder).iterdir():
+        stale = re.fullmatch(WEIGHTS, file.name) or file.name == "adapter_config.json"
+        if stale and file.name not in written:
+            file.unlink()
 
 
 def _shards(sizes: Mapping[str, int], shard_bytes: int) -> list[list[str]]:
@@ -333,14 +387,15 @@ def _shards(sizes: Mapping[str, int], shard_bytes: int) -> list[list[str]]:
 def _write_file(
     path: epath.Path,
     shapes: Mapping[str, tuple[int, ...]],
-    dtype: np.dtype,
+    dtypes: Mapping[str, np.dtype],
     make: Callable[[str], np.ndarray],
 ) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, shape in shapes.items():
-        end = offset + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
+        end = offset + math.prod(shape) * dtypes[name].itemsize
+        code = CODES[dtypes[name]]
+        header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -348,9 +403,10 @@ def _write_file(
         file.write(len(text).to_bytes(8, "little") + text)
         for name in shapes:
             tensor = np.ascontiguousarray(make(name))
-            if tensor.dtype != dtype or tensor.shape != tuple(shapes[name]):
+            if tensor.dtype != dtypes[name] or tensor.shape != tuple(shapes[name]):
                 raise AssertionError(
-                    f"{name}: {tensor.dtype} {tensor.shape}, the header says {dtype} {shapes[name]}"
+                    f"{name}: {tensor.dtype} {tensor.shape}, the header says {dtypes[name]} "
+                    f"{shapes[name]}"
                 )
             for block in _blocks(tensor):
                 file.write(block)

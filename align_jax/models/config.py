@@ -53,6 +53,7 @@ class ModelConfig:
         qk_norm: "" none, "head" over each head's features, "full" over all heads' features.
         norm_inputs, norm_outputs: whether the attention's and MLP's inputs and outputs are
             normalized.
+        end_tokens: what ends a text by the checkpoint's own files, beside the tokenizer's.
         hf: the Hugging Face configuration it came from, as JSON; exported again with what changed.
     """
 
@@ -92,6 +93,7 @@ class ModelConfig:
     experts_per_token: int = 0
     normalize_experts: bool = True
     init_std: float = 0.02
+    end_tokens: tuple[int, ...] = ()
     hf: str = "{}"
 
     def __post_init__(self) -> None:
@@ -149,6 +151,7 @@ class ModelConfig:
             changes: further keys (num_labels, ...).
         """
         hf = json.loads(self.hf) | {"model_type": self.family, "vocab_size": self.vocab_size}
+        hf.pop("quantization_config", None)  # the weights that it described are no more
         if architecture is not None:
             hf["architectures"] = [architecture]
         if dtype is not None:

@@ -161,6 +161,19 @@ ROPE_KINDS: Mapping[str, tuple[str, ...]] = {
 }
 
 
+def _quantized(found: Any) -> list[str]:
+    """Return what is wrong with a ``quantization_config``: fp8 in blocks is read."""
+    method = found.get("quant_method", "an unnamed method") if is_object(found) else found
+    blocks: Any = found.get("weight_block_size") if is_object(found) else None
+    if method == "fp8" and is_list_of(is_count)(blocks) and len(blocks) == 2:
+        return []
+    return [
+        f"quantization_config: expected float weights, or fp8 with a weight_block_size, got ones "
+        f"quantized by {method} (transformers' model.dequantize() and save_pretrained write "
+        "floats)"
+    ]
+
+
 def check(hf: Mapping[str, Any]) -> None:
     """Refuse a Hugging Face configuration with a field of a wrong type or an impossible value.
 
@@ -182,11 +195,6 @@ def check(hf: Mapping[str, Any]) -> None:
         if close := difflib.get_close_matches(key, absent, n=1, cutoff=0.9):
             wrong.append(f"{key} is no field; did you mean {close[0]}?")
     if hf.get("quantization_config") is not None:
-        found = hf["quantization_config"]
-        method = found.get("quant_method", "an unnamed method") if is_object(found) else found
-        wrong.append(
-            f"quantization_config: expected float weights, got ones quantized by {method} "
-            "(transformers' model.dequantize() and save_pretrained write the others)"
-        )
+        wrong += _quantized(hf["quantization_config"])
     if wrong:
         raise ValueError("; ".join(wrong))

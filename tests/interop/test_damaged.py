@@ -47,7 +47,10 @@ def sound(tmp_path_factory):
     (folder / "generation_config.json").write_text('{"eos_token_id": [258, 257]}')
     lora = LoraConfig(2, targets="attention/query")
     adapter = build(MODEL, lora=lora).init_adapter(jax.random.key(1), params)
-    peft.save(str(folder), MODEL, lora, adapter, base_name="")
+    peft.save(str(folder / "adapter"), MODEL, lora, adapter, base_name="")
+    for file in (folder / "adapter").iterdir():  # an export of one takes the other away
+        file.rename(folder / file.name)
+    (folder / "adapter").rmdir()
     return folder
 
 
@@ -55,7 +58,7 @@ def read(folder):
     """All that a program reads of a folder."""
     config, params = hf.load(str(folder))
     tokenizer = load_tokenizer(str(folder))
-    stops = stop_tokens(tokenizer, str(folder))
+    stops = stop_tokens(tokenizer, config.end_tokens)
     peft.load(str(folder), config)
     return config, flatten(params), stops
 
@@ -141,7 +144,6 @@ CASES = [  # file, what becomes of its bytes (None: it is taken away), what is s
         "rope_parameters.factor: expected a number above 0 or null, got '2'",
     ),
     (CONFIG, fields(tie_word_embeddings="true"), "tie_word_embeddings: expected true or false"),
-    (CONFIG, fields(tie_word_embeddings=True), "tie_word_embeddings is true, but .*lm_head.weight"),
     (CONFIG, fields(rms_norm_epz=1e-6), "rms_norm_epz is no field; did you mean rms_norm_eps"),
     (CONFIG, fields(dtype="float13"), "dtype: expected 'float32', .* got 'float13'"),
     (CONFIG, fields(use_cache=[]), "transformers refuses .*use_cache"),

@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What stands beside the weights decides what runs: stored heads, end tokens, older exports, types
+of tensors, fp8 codes."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from align_jax import export
+from align_jax.core.tree import flatten
+from align_jax.data.tokenizer import byte_tokenizer
+from align_jax.inference.generate import stop_tokens
+from align_jax.interop import hf, peft
+from align_jax.models.lora import LoraConfig
+from align_jax.models.model import build
+
+SHAPE = dict(
+    vocab_size=272,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    eos_token_id=258,
+)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A tiny checkpoint as people publish them, its files beside it."""
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model("llama", **SHAPE)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    path = tmp_path / "model"
+    model.save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)
+    said = json.loads((path / "tokenizer_config.json").read_text())
+    said["tokenizer_class"] = "PreTrainedTokenizerFast"  # what older programs know
+    (path / "tokenizer_config.json").write_text(json.dumps(said))
+    (path / "generation_config.json").write_text('{"eos_token_id": [258, 270], "top_p": 0.9}')
+    (path / "preprocessor_config.json").write_text('{"size": 3}')
+    return path
+
+
+def edit(folder, **changes):
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def change(folder, function):
+    tensors = load_file(folder / "model.safetensors")
+    function(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def logits(folder):
+    config, params = hf.load(str(folder), dtype="float32")
+    model = build(config, compute_dtype="float32", remat="none")
+    tokens = jnp.arange(8, dtype=jnp.int32)[None]
+    hidden, _ = model.hidden(params, tokens, jnp.ones_like(tokens), tokens)
+    return np.asarray(model.unembed(params, hidden))
+
+
+def theirs(folder):
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        return model(torch.arange(8)[None]).logits.numpy()
+
+
+def test_a_stored_head_is_used_whatever_the_flag_says(folder, tmp_path):
+    edit(folder, tie_word_embeddings=True)
+    np.testing.assert_allclose(logits(folder), theirs(folder), atol=1e-4)
+    export.export_model(str(folder), str(tmp_path / "out"))
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is (
+        False
+    )
+    np.testing.assert_array_equal(logits(tmp_path / "out"), logits(folder))
+    change(folder, lambda x: x.update({"lm_head.weight": x["model.embed_tokens.weight"].clone()}))
+    assert hf.load_config(str(folder)).tied
+
+
+@pytest.mark.parametrize(
+    "config, generation, expected",
+    [
+        (258, [258, 270], (258, 270)),
+        ([258, 271], None, (258, 271)),
+        ([258, 271], 270, (258, 270, 271)),
+        (None, None, (258,)),
+    ],
+)
+def test_end_tokens_are_those_of_every_file(folder, config, generation, expected):
+    edit(folder, eos_token_id=config)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": generation}))
+    own = hf.load_config(str(folder)).end_tokens
+    assert stop_tokens(byte_tokenizer(), own) == expected
+
+
+def test_files_beside_the_weights_are_carried_byte_for_byte(folder, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "vocab.json").write_text("{}")  # of an older export's tokenizer
+    export.export_model(str(folder), str(out))
+    names = {path.name for path in folder.iterdir()}
+    assert {path.name for path in out.iterdir()} == names
+    for name in names - {"config.json", "model.safetensors"}:
+        assert (out / name).read_bytes() == (folder / name).read_bytes(), name
+
+
+def test_an_export_replaces_whatever_was_there(folder, tmp_path):
+    config, params = hf.load(str(folder))
+    out = tmp_path / "out"
+    zero = jax.tree.map(lambda x: x * 0, params)
+    lora = LoraConfig(2, targets="attention/query")
+    adapter = build(config, lora=lora).init_adapter(jax.random.key(1), params)
+
+    def names():
+        return sorted(path.name for path in out.iterdir())
+
+    hf.save(str(out), config, params, shard_bytes=3_000)
+    many = names()
+    hf.save(str(out), config, params, shard_bytes=10_000)
+    assert len(names()) < len(many)
+    hf.save(str(out), config, zero)
+    assert names() == ["config.json", "model.safetensors"]
+    assert np.abs(logits(out)).max() == 0 == np.abs(theirs(out)).max()
+    peft.save(str(out), config, lora, adapter, base_name=str(folder))
+    assert names() == ["adapter_config.json", "adapter_model.safetensors"]
+    hf.save(str(out), config, params)
+    assert names() == ["config.json", "model.safetensors"]
+
+
+def test_an_export_over_what_it_reads_is_refused(folder):
+    with pytest.raises(ValueError, match="give another folder"):
+        export.export_model(str(folder), str(folder))
+
+
+def test_the_round_trip_keeps_each_tensor_s_type(folder, tmp_path):
+    def mixed(tensors):
+        tensors["model.norm.weight"] = tensors["model.norm.weight"].float() + 1e-6
+        name = "model.layers.1.input_layernorm.weight"
+        tensors[name] = tensors[name].float() + 1e-6
+
+    change(folder, mixed)
+    export.export_model(str(folder), str(tmp_path / "out"))
+    before = load_file(folder / "model.safetensors")
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    for name, tensor in before.items():
+        assert tensor.dtype == after[name].dtype and torch.equal(tensor, after[name]), name
+
+
+def test_fp8_with_block_scales_is_read_as_what_it_stands_for(folder, tmp_path):
+    expected = {}
+
+    def quantized(tensors):
+        for name in [name for name in tensors if "_proj" in name]:
+            codes = (tensors[name].float() * 40).to(torch.float8_e4m3fn)
+            blocks = [-(-size // 8) for size in codes.shape]
+            scales = torch.rand(blocks) + 0.5
+            tensors[name], tensors[f"{name}_scale_inv"] = codes, scales
+            whole = scales.repeat_interleave(8, 0).repeat_interleave(8, 1)
+            whole = whole[: codes.shape[0], : codes.shape[1]]
+            expected[name] = (codes.float() * whole).to(torch.bfloat16)
+
+    change(folder, quantized)
+    edit(folder, quantization_config={"quant_method": "fp8", "weight_block_size": [8, 8]})
+    export.export_model(str(folder), str(tmp_path / "out"))
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    for name, tensor in expected.items():
+        assert torch.equal(after[name], tensor), name
+    _, params = hf.load(str(folder))
+    assert {leaf.dtype for leaf in flatten(params).values()} == {np.dtype(ml_dtypes.bfloat16)}
+
+
+@pytest.mark.parametrize(
+    "said, names",
+    [
+        ({"quant_method": "mxfp4"}, "mxfp4"),
+        ({"quant_method": "fp8"}, "weight_block_size"),
+        ({"quant_method": "compressed-tensors"}, "compressed-tensors"),
+    ],
+)
+def test_other_quantized_weights_are_refused_in_a_line(folder, said, names):
+    edit(folder, quantization_config=said)
+    with pytest.raises(ValueError, match=f"quantization_config: .*{names}") as error:
+        hf.load(str(folder))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "kind, more, said",
+    [
+        ("lama", {}, "did you mean 'llama'"),
+        ("qwen_3", {}, "did you mean 'qwen3'"),
+        ("deepseek_v3", {}, "known: "),
+        ("qwen4", {}, "known: "),
+        ("llama4", {"vision_config": {}, "text_config": {"model_type": "llama4_text"}}, "multimod"),
+    ],
+)
+def test_a_family_is_suggested_for_a_near_spelling_alone(kind, more, said):
+    with pytest.raises(ValueError, match=said):
+        hf.config_from({"model_type": kind, **more})
