@@ -29,7 +29,7 @@ class Xpo(Loss):
     samples of the policy, then n of the reference; mean over these pairs.
 
     References:
-        Xie et al. 2024, arXiv 2405.21046, algorithm 1; ``form``: TRL 1.16.0, ``xpo_trainer.py``.
+        Xie et al. 2024, arXiv 2405.21046, algorithm 1; ``form``: TRL 1.10, ``xpo_trainer.py``.
 
     >>> from align_jax.losses import jitted
     >>> found = jitted("xpo", beta=0.5, alpha=0.125)(
@@ -87,7 +87,7 @@ class NashMd(Loss):
     The source gives p as the samples' scores; ½ is what a player against itself gets.
 
     References:
-        Munos et al. 2023, arXiv 2312.00886, section 7 (the gradient with β its τ); TRL 1.16.0,
+        Munos et al. 2023, arXiv 2312.00886, section 7 (the gradient with β its τ); TRL 1.10,
         ``nash_md_trainer.py``.
 
     >>> from align_jax.losses import jitted
