@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from align_jax import losses, train
+from align_jax import losses, plan, train
 from align_jax.core import config as configs
 from align_jax.data.layout import BatchSizes, batch_shape
 from align_jax.interop import hf
@@ -147,7 +147,7 @@ def test_a_recipe_fits_its_topology(spec):
     responses = {"pairs": 2, "rollout": config.rollout.responses_per_prompt}.get(kind, 1)
     multiple = shards * config.microbatches
     sizes = BatchSizes(config.batch_size, config.max_length, config.row_length, multiple)
-    shape = batch_shape(options.data, sizes, responses)
+    shape = batch_shape(plan.for_planning(options).data, sizes, responses)
     assert shape.rows == config.batch_size * responses // max(1, config.data.groups_per_row), (
         "filler rows"
     )

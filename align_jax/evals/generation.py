@@ -69,7 +69,7 @@ def sample(
         rewarded=rewards.of_environment,
     )
     sampler = PromptSampler(options, Local(generator, policy.params), rewards, player)
-    found, _, _ = sampler.sample(prompts, range(len(prompts)), {})
+    found, _, _ = sampler.sample(prompts, range(len(prompts)), {}, alone=True)
     return found
 
 
