@@ -9,8 +9,6 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int
 
-from align_jax.core.options import DataOptions
-
 FILLER = -1  # stands for no group
 
 
@@ -63,13 +61,16 @@ def best_fit(
     return bins
 
 
-def mean_groups(options: DataOptions, lengths: Sequence[int], row_length: int) -> float:
-    """Return how many groups a packed row holds on average: as the options say, or as many as fit
-    of groups of these lengths."""
-    if options.groups_per_row:
-        return options.groups_per_row
-    capacity = max(row_length, max(lengths))
-    return len(lengths) / len(best_fit(lengths, capacity, len(lengths)))
+def mean_groups(lengths: Sequence[int], loss_tokens: Sequence[int], row_length: int) -> float:
+    """Return how many groups a packed row holds on average, as many as fit of such groups."""
+    load = _max_load(lengths, loss_tokens, row_length)
+    packed = best_fit(lengths, row_length, len(lengths), loads=loss_tokens, max_load=load)
+    return len(lengths) / len(packed)
+
+
+def _max_load(lengths: Sequence[int], loss_tokens: Sequence[int], row_length: int) -> int:
+    """Return the most loss tokens that a row of several groups may hold; see ``make_bins``."""
+    return max(max(loss_tokens), int(1.2 * sum(loss_tokens) * row_length / sum(lengths)))
 
 
 def make_bins(
@@ -97,8 +98,8 @@ def make_bins(
     """
     if group_slots == 1:
         return np.asarray(groups, np.int64)[:, None]
-    max_load = max(max(loss_tokens), int(1.2 * sum(loss_tokens) * row_length / sum(lengths)))
-    packed = best_fit(lengths, row_length, group_slots, loads=loss_tokens, max_load=max_load)
+    load = _max_load(lengths, loss_tokens, row_length)
+    packed = best_fit(lengths, row_length, group_slots, loads=loss_tokens, max_load=load)
     bins = np.full((len(packed), group_slots), FILLER, np.int64)
     # in the order of the data, as far as packing leaves it, for those who do not shuffle
     for number, items in enumerate(sorted(map(sorted, packed))):

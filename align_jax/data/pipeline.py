@@ -11,6 +11,7 @@ number, whatever the number of processes.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -302,17 +303,13 @@ def _rows(
             f"row_length {given} is shorter than the longest group, {longest} tokens: raise it, or "
             "lower max_length"
         )
-    if given:
-        mean = packing.mean_groups(options, lengths[left].tolist(), given)
-        return Rows(name, given, mean, row_length.cost(given, sizes.attention_cost) / mean)
     # the mean of so many is that of all to about a hundredth
     some = np.random.default_rng(0).permutation(left)[:_SAMPLE]
-    tokens, loss = lengths[some].tolist(), truncations.loss_tokens[some].sum(-1).tolist()
-
-    def mean_at(length: int, wanted: float) -> float:
-        slots = layout.group_slots(wanted)
-        return len(some) / len(packing.make_bins(range(len(some)), tokens, loss, length, slots))
-
+    loss = truncations.loss_tokens[some].sum(-1).tolist()
+    mean_at = functools.partial(packing.mean_groups, lengths[some].tolist(), loss)
+    if given:
+        mean = options.groups_per_row or mean_at(given)
+        return Rows(name, given, mean, row_length.cost(given, sizes.attention_cost) / mean)
     return row_length.solve(
         name,
         lengths[left],

@@ -47,7 +47,7 @@ def cost(length: float | int, attention_cost: float) -> float:
 def solve(
     layout: str,
     lengths: Int[np.ndarray, "G"],
-    mean_at: Callable[[int, float], float],
+    mean_at: Callable[[int], float],
     *,
     batch_size: int,
     row_multiple: int,
@@ -58,7 +58,7 @@ def solve(
     Args:
         layout: of the rows.
         lengths: tokens of each group in one row.
-        mean_at: (row length, groups wanted in a row) -> groups that it holds on average.
+        mean_at: row length -> groups that such a row holds on average.
         batch_size: groups in a step.
         row_multiple: rows of a step come in multiples of this.
         attention_cost: see ``cost``.
@@ -83,7 +83,7 @@ def solve(
 
 
 def _length_for(
-    wanted: float, longest: int, average: float, mean_at: Callable[[int, float], float]
+    wanted: float, longest: int, average: float, mean_at: Callable[[int], float]
 ) -> tuple[int, float]:
     """Return the row length, at least ``longest``, whose mean is nearest to the one wanted."""
 
@@ -92,13 +92,11 @@ def _length_for(
         return -(-int(np.ceil(length)) // unit) * unit
 
     low, high = even(longest), even(max(longest, 2 * wanted * average))
-    if wanted == 1:
-        return low, 1.0
-    tried = {low: mean_at(low, wanted), high: mean_at(high, wanted)}
+    tried = {low: mean_at(low), high: mean_at(high)}
     while tried[low] < wanted < tried[high]:
         middle = even((low + high) / 2)
         if middle in tried:
             break
-        tried[middle] = mean_at(middle, wanted)
+        tried[middle] = mean_at(middle)
         low, high = (middle, high) if tried[middle] < wanted else (low, middle)
     return min(tried.items(), key=lambda one: (abs(one[1] / wanted - 1), one[0]))

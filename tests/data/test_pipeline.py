@@ -533,6 +533,17 @@ def test_rows_are_as_long_as_a_step_of_the_batch_size_asks(byte, layout, batch_s
     assert pipe.report["padding_fraction"] < 0.25
 
 
+@pytest.mark.parametrize("layout", LAYOUTS[1:])
+def test_a_row_length_that_was_chosen_gives_the_same_batches_when_it_is_given(byte, layout):
+    examples = load("preferences", "pairs", size=200)
+    chosen = make(examples, byte, layout=layout, batch_size=12, shuffle=True)
+    given = make(
+        examples, byte, layout=layout, batch_size=12, shuffle=True, row_length=chosen.shape.length
+    )
+    assert given.shape == chosen.shape
+    assert_same(given.batch(7), chosen.batch(7))
+
+
 @pytest.mark.parametrize(
     "kind, changes, expected",
     [
