@@ -20,6 +20,8 @@ TOKENIZER = (
 )
 # generation_config.json, preprocessor_config.json, ...; the two others describe the weights
 SETTINGS = r"(?!adapter_|tokenizer_)\w+_config\.json"
+# those that are taken away where the checkpoint has none: a name of the user's own is left alone
+REPLACED = r"(generation|processor|(video_)?preprocessor)_config\.json"
 
 
 def carry(source: str, output: str) -> None:
@@ -29,7 +31,7 @@ def carry(source: str, output: str) -> None:
         source: folder or hub id of the checkpoint.
         output: folder of what was made of it; settings that it had before are replaced.
     """
-    _replace(output, SETTINGS, _copy(hf.locate(source), output, SETTINGS))
+    _replace(output, REPLACED, _copy(hf.locate(source), output, SETTINGS))
 
 
 def carry_tokenizer(tokenizer: PreTrainedTokenizerBase, source: str, output: str) -> None:
