@@ -36,9 +36,10 @@ from align_jax.core import config as configs
 from align_jax.core.options import Config
 from align_jax.data.layout import usual
 from align_jax.interop import hf
+from align_jax.losses.objective import data_kind
 from align_jax.parallel.chips import GIB
 from align_jax.parallel.mesh import make_mesh
-from align_jax.planner.abstract_run import AbstractRun, reward_models
+from align_jax.planner.abstract_run import RESPONSES, AbstractRun, reward_models
 from align_jax.planner.advice import advise
 from align_jax.planner.charts import bars, rollout_line, summary, table
 from align_jax.planner.cost_model import CostEstimate, estimate
@@ -62,11 +63,17 @@ def for_planning(config: ConfigDict | Config) -> Config:
         reference = dataclasses.replace(reference, path="")
     data = config.data
     if data.layout == "auto":
-        name = usual("auto", 1) if config.row_length or data.groups_per_row else "plain"
-        data = dataclasses.replace(data, layout=name)
+        data = dataclasses.replace(data, layout=_layout(config))
     return dataclasses.replace(
         config, model=model, reference=reference, tokenizer=tokenizer, data=data
     )
+
+
+def _layout(config: Config) -> str:
+    """Return a layout where the data would choose: packed rows if their length is given."""
+    responses = RESPONSES.get(data_kind(setup.objective_terms(config)), 0)
+    given = config.row_length or config.data.groups_per_row
+    return usual("auto", responses) if given and responses and not config.rewards else "plain"
 
 
 def make_run(config: Config, topology: Topology, loss_positions: int = 0) -> AbstractRun:

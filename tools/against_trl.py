@@ -28,7 +28,6 @@ from typing import Any
 
 ROOT = pathlib.Path(__file__).parents[1]
 WARM_UP = 3  # steps left out: those that compile, and the one under way meanwhile
-PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # bfloat16 FLOP/s, dense, of the data sheet
 
 
 def ours(options: argparse.Namespace, folder: pathlib.Path) -> dict[str, Any]:
@@ -173,6 +172,9 @@ def run(side: str, python: str, arguments: list[str], written: pathlib.Path) -> 
 
 def table(found: dict[str, dict[str, Any]]) -> str:
     """Write the two sides and their ratio as text."""
+    sys.path.insert(0, str(ROOT))
+    from align_jax.parallel.chips import CHIPS
+
     out, rates = [], {}
     for side, one in found.items():
         if "error" in one:
@@ -187,7 +189,8 @@ def table(found: dict[str, dict[str, Any]]) -> str:
             tokens, squares = (counts[key] / counts["pairs"] for key in ("tokens", "squares"))
             flops = 8 * counts["parameters"] * tokens + 8 * counts["width"] * squares
             line += f", {tokens * rates[side]:,.0f} pairs' tokens/s"
-            peak = next((value for name, value in PEAK.items() if name in one["device"]), 0)
+            kinds = (chip for chip in CHIPS.values() if one["device"].startswith(chip.kind))
+            peak = next((chip.flops for chip in kinds), 0.0)
             line += f", MFU {flops * rates[side] / peak:.1%}" if peak else ""
         out.append(f"{line}, {one['memory'] / 2**30:.2f} GiB ({one['device']})")
     if len(rates) == 2:

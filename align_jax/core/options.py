@@ -627,12 +627,10 @@ class RolloutOptions(Checked):
     server: ServerOptions = group(ServerOptions)
 
     def check(self) -> Iterator[str]:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            names = ("max_turns", "max_turn_tokens", "environment_seconds")
-            if field.name in names and not self.environment:
-                if value != field.default:
-                    yield f"{field.name} = {value} has no effect without rollout.environment"
+        for name in ("max_turns", "max_turn_tokens", "environment_seconds"):
+            value, default = getattr(self, name), getattr(RolloutOptions, name)
+            if value != default and not self.environment:
+                yield f"{name} = {value} has no effect without rollout.environment"
         if self.max_turn_tokens > self.max_new_tokens:
             yield (
                 f"max_turn_tokens = {self.max_turn_tokens}: expected at most max_new_tokens = "

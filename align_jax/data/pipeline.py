@@ -266,7 +266,7 @@ def _choose_rows(
     choices = [one for one in found if one is not None]
     if choices:
         return min(choices, key=lambda one: one.cost)
-    # no rows hold about so many groups: the batch is refused, with the nearest that divides
+    # no rows hold about so many groups: what does not divide is refused, with the nearest that does
     name = "plain" if options.layout == "auto" else options.layout
     sizes = dataclasses.replace(sizes, row_length=responses * sizes.max_length)
     only = _rows(name, truncations, responses, options, sizes, once=once)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import array
 import codecs
 import collections
+import contextlib
 import csv
 import functools
 import io
@@ -306,10 +307,9 @@ def _rows_of_table(path: str, table: Any) -> Rows:
 
     def read(index: int) -> Row:
         number, place = divmod(index, _BLOCK)
-        try:
+        # where one of the block's rows is damaged it is perhaps another
+        with contextlib.suppress(ValueError, pyarrow.ArrowException):
             return block(number)[place]
-        except (ValueError, pyarrow.ArrowException):
-            pass  # one of the block's rows is damaged, perhaps another
         try:
             return table.slice(index, 1).to_pylist()[0]
         except (ValueError, pyarrow.ArrowException) as error:

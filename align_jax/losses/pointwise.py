@@ -131,7 +131,7 @@ class RewardProcess(Loss):
 
     References:
         Lightman et al. 2023, arXiv 2305.20050, section 2.6; Wang et al. 2023, arXiv 2312.08935,
-        equation 2; TRL 1.16.0, ``prm_trainer.py``.  The first error: Zheng et al. 2024, arXiv
+        equation 2; TRL 1.9.0, ``prm_trainer.py``.  The first error: Zheng et al. 2024, arXiv
         2412.06559 (ProcessBench).
 
     >>> from align_jax.losses import jitted

@@ -27,38 +27,21 @@ _COMPARED = (
     "normalized by itself (GDPO), over the group's mean by length (OPO), over its mean at each "
     "token by variance (OTB), over the greedy sample's (ReMax), or of any of k passing"
 )
-GroupAdvantages = Annotated[
-    Literal[
-        "group",
-        "leave_one_out",
-        "batch",
-        "global",
-        "group_global",
-        "decoupled",
-        "length_weighted",
-        "optimal_token",
-        "greedy",
-        "pass_at_k",
-    ],
-    Option(_COMPARED),
+_Method = Literal[
+    "group",
+    "leave_one_out",
+    "batch",
+    "global",
+    "group_global",
+    "decoupled",
+    "length_weighted",
+    "optimal_token",
+    "greedy",
+    "pass_at_k",
 ]
+GroupAdvantages = Annotated[_Method, Option(_COMPARED)]
 # with a value head
-Advantages = Annotated[
-    Literal[
-        "gae",
-        "group",
-        "leave_one_out",
-        "batch",
-        "global",
-        "group_global",
-        "decoupled",
-        "length_weighted",
-        "optimal_token",
-        "greedy",
-        "pass_at_k",
-    ],
-    Option(f"of values, {_COMPARED}"),
-]
+Advantages = Annotated[Literal["gae", _Method], Option(f"of values, {_COMPARED}")]
 # methods that compare a prompt's responses with each other: there must be several
 COMPARE = (
     "group",

@@ -62,9 +62,10 @@ def sampled_positions(positions: Sequence[int], share: float) -> list[int]:
 
 
 def others(options: RolloutOptions) -> int:
-    """Return how many responses to a prompt meet the policy's samples."""
+    """Return how many responses to a prompt meet the policy's samples; under "auto", which an
+    objective has not yet decided, none."""
     samples = options.responses_per_prompt
-    return {"none": 0, "data": 1}.get(options.against, samples)
+    return {"auto": 0, "none": 0, "data": 1}.get(options.against, samples)
 
 
 def needs_no_reward(kind: str, options: RolloutOptions, rewards: bool) -> bool:

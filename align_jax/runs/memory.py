@@ -18,9 +18,8 @@ from jax.sharding import Mesh
 from align_jax.core.options import Config
 from align_jax.core.schema import Batch
 from align_jax.models.config import ModelConfig
+from align_jax.parallel.chips import GIB
 from align_jax.parallel.mesh import row_shards
-
-GIB = 2**30
 
 
 def capacity(mesh: Mesh) -> int:

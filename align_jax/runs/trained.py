@@ -71,9 +71,8 @@ def restore(workdir: str, which: str = "latest") -> Trained:
     specs = make_state_specs(step_spec, mesh, config.model, alone.reference, with_reference=False)
     with jax.set_mesh(mesh), open_checkpoints(config, workdir) as checkpoints:
         restored = checkpoints.restore(specs.state, which)
-    if (
-        restored is None
-    ):  # told once the checkpoints' threads have ended, which would cry at an exit
+    # told once the checkpoints' threads have ended, which would cry at an exit
+    if restored is None:
         raise FileNotFoundError(
             f"{workdir} has no checkpoint: a run saves one at its end, when it is stopped, and "
             f"every config.checkpoint.every_steps = {config.checkpoint.every_steps} steps"

@@ -87,8 +87,8 @@ def layer_weights(config: ModelConfig) -> int:
 
 
 # Seconds of a FLOP of attention, all T^2 pairs counted, over those of a FLOP of a matrix product:
-# measured on two cores (26 of 185 GFLOP/s) and on an H100 (cuDNN with a mask, 230 of 600 TFLOP/s);
-# splash skips the upper half.
+# on two cores 26 of 185 GFLOP/s were measured; on an H100 cuDNN with a mask gave 230 TFLOP/s, where
+# 600 are taken for products; on a TPU it is an estimate: splash skips the upper half.
 ATTENTION_SLOWER = {"cpu": 7.0, "gpu": 2.6, "tpu": 1.0}
 
 

@@ -3,16 +3,15 @@
 named."""
 
 import functools
-import http.server
 import json
 import math
-import threading
 
 import hypothesis
 import junk
 import pytest
 from hypothesis import strategies as st
 from oracle import Wrong, fuzzed, judge, same
+from serving import Quiet, serving
 
 from align_jax.core.options import ServerOptions
 from align_jax.data.tokenizer import load_tokenizer
@@ -49,7 +48,7 @@ TOKENS = {
 SCORES = ("7", "Score: 7/10", "Rating = 11", "-1", "1e400", "9" * 500, "٣", "7,5", "nan", "", "no")
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
+class Handler(Quiet):
     def do_POST(self):
         self.rfile.read(int(self.headers["Content-Length"]))
         status, headers, body = self.server.says
@@ -59,19 +58,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(body)
 
-    def log_message(self, *args):
-        pass
-
 
 @pytest.fixture(scope="module")
 def server():
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(Handler) as server:
+        yield server
 
 
 @st.composite

@@ -2,13 +2,13 @@
 """The client against a server that misbehaves in each way: one message, soon, without the key."""
 
 import email.utils
-import http.server
 import json
 import logging
 import threading
 import time
 
 import pytest
+from serving import Quiet, serving
 
 from align_jax.core.address import server_address
 from align_jax.inference.client import Client, retry_after
@@ -144,7 +144,7 @@ MISDEEDS = {
 }
 
 
-class Handler(http.server.BaseHTTPRequestHandler):
+class Handler(Quiet):
     def do_POST(self):
         self.rfile.read(int(self.headers["Content-Length"]))
         self.server.seen.append((self.path, self.headers.get("Authorization")))
@@ -158,19 +158,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.server.seen.append((self.path, self.headers.get("Authorization")))
         chat(self, GOOD)
 
-    def log_message(self, *args):
-        pass
-
 
 @pytest.fixture(scope="module")
 def server():
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(Handler) as server:
+        yield server
 
 
 @pytest.fixture()

@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Engines: the OpenAI-compatible one against a small server on this machine."""
 
-import http.server
 import json
 import math
-import threading
 
 import numpy as np
 import pytest
+from serving import Quiet, serving
 
 from align_jax.core import config as configs
 from align_jax.core.options import ServerOptions
@@ -18,7 +17,7 @@ from align_jax.inference.generate import Request
 from align_jax.inference.samplers import Sampling
 
 
-class Stub(http.server.BaseHTTPRequestHandler):
+class Stub(Quiet):
     """Answers a completion by the prompt's tokens plus one; fails the first call with 503."""
 
     def do_POST(self):
@@ -54,20 +53,12 @@ class Stub(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(json.dumps(answer).encode())
 
-    def log_message(self, *args):
-        pass
-
 
 @pytest.fixture()
 def server():
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Stub)
-    server.seen = []
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(Stub) as server:
+        server.seen = []
+        yield server
 
 
 def make(server, export=None, **options):

@@ -249,3 +249,12 @@ def test_an_adapter_generates_unmerged_what_its_merged_model_does(tiny):
             == [x.tokens.tolist() for x in b]
             != [x.tokens.tolist() for x in c]
         )
+
+
+def test_a_special_token_stops_as_a_string():
+    tokenizer = load_tokenizer("byte")
+    end = tokenizer.convert_tokens_to_ids("<|end|>")
+    tokens = [*tokenizer.encode("ab", add_special_tokens=False), end, *b"cd"]
+    assert generate.find_stop(tokenizer, (), tokens, ("<|end|>",)) == (3, "ab")
+    assert generate.find_stop(tokenizer, (), tokens, ("b", "<|end|>")) == (2, "a")
+    assert generate.find_stop(tokenizer, (), tokens[:2], ("<|end|>",)) is None

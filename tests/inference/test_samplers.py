@@ -114,6 +114,24 @@ def test_each_row_follows_its_own_settings_whatever_its_neighbors():
         assert int(got[0][0]) == int(tokens[i])
 
 
+def test_a_row_that_keeps_all_is_untouched_by_its_neighbors_filters():
+    # so many tokens that the sum of their probabilities passes 1 by rounding before the last
+    logits = jnp.asarray(5 * np.random.default_rng(2).normal(size=(2, 50_000)).astype(np.float32))
+    settings, filters = samplers.stack([Sampling(), Sampling(top_p=0.5, top_k=7)])
+    got = samplers.adjust(logits, jax.tree.map(jnp.asarray, settings), filters, None)
+    np.testing.assert_array_equal(got[0], logits[0])
+    assert (np.asarray(got[1]) > -1e29).sum() <= 7
+
+
+def test_a_temperature_too_small_to_divide_by_is_greedy():
+    settings, filters = samplers.stack([Sampling(temperature=1e-7), Sampling(temperature=1e-4)])
+    assert settings.temperature.tolist() == [0.0, np.float32(1e-4)]
+    logits = jnp.asarray([[1.0, 3.0, 3.1]] * 2)
+    keys = samplers.row_keys(np.arange(2), np.zeros(2, int))
+    tokens, logps, _ = draw(keys, jnp.arange(2), logits, settings, filters=filters)
+    assert tokens.tolist() == [2, 2] and np.isfinite(logps).all()
+
+
 def test_keys_differ_by_seed_sample_and_position():
     logits = jnp.zeros((1, 1 << 20))
     settings, filters = samplers.stack([Sampling()])
