@@ -90,7 +90,7 @@ OBJECTIVES: dict[str, Objective] = {
         "KL_t(p||q) - min(w A, clip(w, 1±ε) A), A_t = A + mean_{s>t} log(q/p)(y_s)",
         "arXiv 2306.08543",
         data="rollout",
-        metric="reverse_kl down",
+        metric="reward up",  # held-out samples are scored, and compared with no teacher
         adds={"entropy_coef": ("entropy", 0.0), "ptx_coef": ("ptx", 0.0)},
         rollout=targets.GrpoRollout,
     ),
@@ -378,12 +378,10 @@ OBJECTIVES: dict[str, Objective] = {
         "-log σ(β d) + α P_ref, d of a sample of the policy and one of the reference",
         "arXiv 2405.21046",
     ),
-    "nash_md": Objective(
+    "nash_md": _rollout(
         contests.NashMd,
         "-(p - ½) P + β Σ_t sg(a - b) a, p = σ(score - score of a sample of the mixture)",
         "arXiv 2312.00886",
-        data="rollout",
-        metric="rewards/probabilities up",
     ),
     "entropy": Objective(
         ppo.Entropy,

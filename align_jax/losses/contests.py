@@ -111,6 +111,7 @@ class NashMd(Loss):
             "loss/score": gain,
             "kl": sum_by_slot(log_ratio, batch),
             "rewards/probabilities": inputs.of_batch("scores"),
+            "reward": inputs.of_batch("scores"),  # as of every policy gradient
         }
         weight = group_weights(batch)
         metrics = {name: summed(x.mean(axis=1), weight) for name, x in parts.items()}
