@@ -29,7 +29,7 @@ import hypothesis
 CASES = int(os.environ.get("ALIGN_JAX_FUZZ_CASES", "0"))  # of each border; 0 = the short form
 SHORT = 25
 SECONDS = 5.0  # of CPU, for one case
-MOST_LINES, MOST_CHARACTERS = 16, 3000  # of a message
+MOST_LINES, MOST_CHARACTERS = 12, 3000  # of a message
 REFUSALS = (ValueError, FileNotFoundError, ConnectionError, SystemExit)
 
 Value = TypeVar("Value")

@@ -268,7 +268,7 @@ def check(row, kind, options, chat, found):
                 labels = [label for _, label in example.steps if label is not None]
                 if learned != "\n" * len(labels):
                     raise Wrong(f"{len(labels)} labels, scored at {learned!r}")
-                learned = response
+                learned = f"{response}{END}"
             check_response(response, learned, model.decode(ids), prompt)
     if whole:
         kept = [[e.prompt, e.responses, dict(e.extras), dict(e.template)] for e in made.items]
