@@ -37,6 +37,7 @@ from align_jax.core.options import Config
 from align_jax.data.layout import usual
 from align_jax.interop import hf
 from align_jax.losses.objective import data_kind
+from align_jax.online.config import is_online
 from align_jax.parallel.chips import GIB
 from align_jax.parallel.mesh import make_mesh
 from align_jax.planner.abstract_run import RESPONSES, AbstractRun, reward_models
@@ -71,9 +72,10 @@ def for_planning(config: ConfigDict | Config) -> Config:
 
 def _layout(config: Config) -> str:
     """Return a layout where the data would choose: packed rows if their length is given."""
-    responses = RESPONSES.get(data_kind(setup.objective_terms(config)), 0)
-    given = config.row_length or config.data.groups_per_row
-    return usual("auto", responses) if given and responses and not config.rewards else "plain"
+    terms, given = setup.objective_terms(config), config.row_length or config.data.groups_per_row
+    if not given or is_online(terms, config):
+        return "plain"
+    return usual("auto", RESPONSES[data_kind(terms)])
 
 
 def make_run(config: Config, topology: Topology, loss_positions: int = 0) -> AbstractRun:
