@@ -727,8 +727,6 @@ class Config(Checked):
                 "row_length and data.groups_per_row belong to data.layout = 'packed' or "
                 "'shared_prefix'"
             )
-        if 0 < self.row_length < self.max_length:
-            yield f"row_length = {self.row_length} is shorter than max_length = {self.max_length}"
 
     def total_steps_of(self, steps_per_epoch: int | float) -> int:
         """Return the run's length in optimizer steps, whichever of the three totals gives it.

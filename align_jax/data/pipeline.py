@@ -300,8 +300,8 @@ def _rows(
         given = max(given, layout.round_up(longest, 8))
     if 0 < given < longest:
         raise ValueError(
-            f"row_length {given} is shorter than the longest group, {longest} tokens: raise it, or "
-            "lower max_length"
+            f"row_length = {given} is shorter than the longest group, {longest} tokens: "
+            f"--config.row_length={longest} holds it; or lower max_length"
         )
     # the mean of so many is that of all to about a hundredth
     some = np.random.default_rng(0).permutation(left)[:_SAMPLE]

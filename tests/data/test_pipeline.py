@@ -483,7 +483,7 @@ ERRORS = [
     ({"truncation": "keep"}, "data.truncation = 'keep' is unknown; did you mean 'keep_"),
     (
         {"layout": "packed", "row_length": 8},
-        "row_length 8 is shorter than the longest group, 10 tokens",
+        "row_length = 8 is shorter than the longest group, 10 tokens: --config.row_length=10",
     ),
     (
         {"max_length": 4, "truncation": "drop"},

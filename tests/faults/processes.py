@@ -122,6 +122,7 @@ def _run(
         if program.endswith(".py"):
             runpy.run_path(program, run_name="__main__")
         else:
+            sys.path.insert(0, str(folder))  # as python -m does
             runpy.run_module(program, run_name="__main__", alter_sys=True)
     except Exception:
         sys.excepthook(*sys.exc_info())  # which may be the package's own, and end this process

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The docs' pages build without a warning, their rows are read, their commands run.
+
+Blocks marked ``console`` are run as they stand, in a folder of their own, with a made model in the
+place of the one that they name; those marked ``sh`` are not (a cloud, a compilation of a minute).
+"""
+
+import json
+import os
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from align_jax.data import formats
+from align_jax.data.tokenizer import byte_tokenizer
+from align_jax.interop import hf
+from align_jax.models.model import build
+
+ROOT = pathlib.Path(__file__).parents[2]
+sys.path.append(str(ROOT / "tests/faults"))
+
+import processes  # noqa: E402
+
+TURNS = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token if m.role == 'assistant' }}\n"
+)
+TEMPLATE = TURNS + "{% endfor %}{{ 'assistant: ' if add_generation_prompt }}"
+MODEL = dict(
+    model_type="llama",
+    vocab_size=272,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    max_position_embeddings=512,
+)
+PAGES = sorted([*(ROOT / "docs/tutorials").glob("*.md"), ROOT / "docs/install.md"])
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A random Llama with a chat template."""
+    folder = str(tmp_path_factory.mktemp("model"))
+    config = hf.config_from(MODEL)
+    made = build(config, compute_dtype="float32", remat="none", attention="xla")
+    hf.save(folder, config, made.init(jax.random.key(0)))
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    ran = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")],
+        cwd=ROOT,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "label_smoothing" in (tmp_path / "site/reference/objectives/index.html").read_text()
+
+
+def test_every_format_has_an_example_that_is_read_as_it():
+    lines = (ROOT / "docs/formats.jsonl").read_text().splitlines()
+    examples = {one["format"]: one["row"] for one in map(json.loads, lines)}
+    assert list(examples) == list(formats.FORMATS) and len(lines) == len(examples)
+    for name, row in examples.items():
+        assert formats.detect([row]) == name
+        assert formats.read(row, name, chat=True)
+
+
+def commands(page):
+    """Return a page's commands: whole scripts for the shell, and the programs' arguments."""
+    for block in re.findall(r"^```console\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
+        script = ""
+        for line in block.replace("\\\n", " ").splitlines(keepends=True):
+            if line.startswith("python -m align_jax."):
+                yield script
+                yield shlex.split(line)[2:]
+                script = ""
+            else:
+                script += line
+        yield script
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_a_page_s_commands_run(page, model, tmp_path):
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    shell = {**os.environ, "PATH": f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"}
+    ran = 0
+    for command in commands(page):
+        if isinstance(command, str):
+            subprocess.run(
+                ["bash", "-euc", command], cwd=tmp_path, env=shell, check=True, timeout=120
+            )
+            continue
+        program, *arguments = [word.replace("$MODEL", model) for word in command]
+        started = processes.fork(program, arguments, log=tmp_path / "log", folder=tmp_path)
+        processes.wait(started, tmp_path / "log")
+        ran += 1
+    assert ran
