@@ -109,7 +109,7 @@ class Pipeline:
         index, count = self._process
         mine = np.split(bins, count)[index]
         written = [
-            [self._group(group) for group in groups if group != FILLER] for groups in mine.tolist()
+            [self.group(group) for group in groups if group != FILLER] for groups in mine.tolist()
         ]
         extra = None
         if self._mismatched is not None:
@@ -134,8 +134,23 @@ class Pipeline:
                 labels[row, at] = own[: len(at)]  # of a response that was cut, the first ones
         return batch._replace(step_labels=labels)
 
-    def _group(self, number: int) -> TokenizedGroup:
+    def group(self, number: int) -> TokenizedGroup:
+        """Return a group (of ``Batch.example_index``) as its rows hold it: truncated."""
         return self._truncations.group(number).group(self._encoded.group(number))
+
+    def whole(self, number: int) -> TokenizedGroup:
+        """Return a group before it was truncated."""
+        return self._encoded.group(number)
+
+    def lengths(self) -> dict[str, Int[np.ndarray, "_"]]:
+        """Return the tokens of each prompt, each response and each response's loss, as the rows
+        hold them."""
+        used, left = self._bins[self._bins != FILLER], self._truncations
+        return {
+            "a prompt": (left.head + left.tail)[used],
+            "a response": left.lengths[used].reshape(-1),
+            "a response's loss": left.loss_tokens[used].reshape(-1),
+        }
 
     def _group_fields(self, groups: Int[np.ndarray, "B"]) -> dict[str, np.ndarray]:
         """Return what the batch says of groups, in the order of their slots; 0 of fillers."""

@@ -306,10 +306,7 @@ def load(
     default = SingleDeviceSharding(jax.devices()[0])
     out: dict[str, Any] = {}
     with tensor_files.Reader(folder, blocks=_blocks(json.loads(own.hf))) as reader:
-        present = tuple(head for head in heads if HEAD_TENSORS[head][0].name in reader.names)
-        entries = _with_base(tensor_maps(config, present, unembed), reader.names, config.family)
-        _check_tensors(reader, entries, own, path)
-        for entry in entries:
+        for entry in _checked_entries(reader, config, own, heads, unembed, path):
             if only is not None and entry.path not in only:
                 continue
             stored = {reader.dtype(name) for name in names(entry, own)}
@@ -323,6 +320,45 @@ def load(
             out[entry.path] = value
         reader.check_finite()
     return config, unflatten(out)
+
+
+def check_headers(path: str, config: ModelConfig, heads: tuple[str, ...], unembed: bool) -> str:
+    """Check a checkpoint as ``load`` does, but for its values, of which none is read.
+
+    Args:
+        path: folder, or hub id.
+        config, heads, unembed: as ``load`` takes them.
+
+    Returns:
+        What it is, in a line.
+
+    Raises:
+        FileNotFoundError, ValueError: as ``load`` does.
+    """
+    folder = locate(path)
+    own = load_config(folder)
+    _check_config(config, own, path)
+    with tensor_files.Reader(folder, blocks=_blocks(json.loads(own.hf))) as reader:
+        entries = _checked_entries(reader, config, own, heads, unembed, path)
+        found = {name for entry in entries for name in names(entry, own)}
+        kinds = ", ".join(sorted({str(reader.dtype(name)) for name in found}))
+    return f"{path}: {own.family}, {len(found)} tensors, {kinds}"
+
+
+def _checked_entries(
+    reader: tensor_files.Reader,
+    config: ModelConfig,
+    own: ModelConfig,
+    heads: tuple[str, ...],
+    unembed: bool,
+    path: str,
+) -> list[TensorMap]:
+    """Return the tensor map of what is to be read of a checkpoint, its tensors having been
+    checked."""
+    present = tuple(head for head in heads if HEAD_TENSORS[head][0].name in reader.names)
+    entries = _with_base(tensor_maps(config, present, unembed), reader.names, config.family)
+    _check_tensors(reader, entries, own, path)
+    return entries
 
 
 def _check_config(config: ModelConfig, own: ModelConfig, path: str) -> None:

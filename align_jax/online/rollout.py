@@ -363,6 +363,16 @@ class Rollouts:
         return batch if self._text is None else batch._replace(text=self._text.abstract())
 
     @property
+    def prompts(self) -> Prompts:
+        """The stream of prompts that the first rollout begins."""
+        return self._maker.prompts
+
+    @property
+    def text(self) -> Pipeline | None:
+        """Batches of text beside the rollouts."""
+        return self._text
+
+    @property
     def num_examples(self) -> int:
         """Prompts."""
         return len(self._maker.prompts)

@@ -129,6 +129,10 @@ class Prompts:
     def __len__(self) -> int:
         return len(self._numbers)
 
+    def lengths(self) -> dict[str, Int[np.ndarray, "_"]]:
+        """Return the tokens of each prompt, as ``data.pipeline.Pipeline.lengths`` does."""
+        return {"a prompt": np.diff(self._ends)}
+
     def index(self, position: int) -> int:
         """Return which of the examples stands at a position of the stream."""
         return int(self._numbers[self._place(position)])

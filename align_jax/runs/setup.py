@@ -467,9 +467,14 @@ def _as_laid_out(config: Config, train: Pipeline | Rollouts) -> Config:
     return dataclasses.replace(config, data=data, row_length=length)
 
 
-def prepare(config: Config, workdir: str) -> Run:
+def prepare(config: Config, workdir: str, *, here: bool = True) -> Run:
     """Check the config, index the data, lay out the parameters; nothing is compiled and no weight
     is read.
+
+    Args:
+        config: of the run.
+        workdir: of the run; it need not exist.
+        here: the run is to step on these devices: sizes that they cannot hold are refused.
 
     Raises:
         ValueError, KeyError, FileNotFoundError: a mistake in the config, the data or the workdir.
@@ -517,11 +522,22 @@ def prepare(config: Config, workdir: str) -> Run:
     total = config.total_steps_of(train.steps_per_epoch)
     step_spec = make_step_spec(config, resolved, total)
     specs = make_state_specs(config, resolved, step_spec, mesh)
-    kept = (specs.state, specs.frozen)
-    memory.check(config, resolved.model_config, kept, train.abstract(), mesh)
-    return Run(
+    run = Run(
         config, workdir, mesh, resolved, step_spec, specs, train, held, examples, held_out, total
     )
+    if here:
+        check_memory(run)
+    return run
+
+
+def check_memory(run: Run) -> None:
+    """Refuse sizes that these devices cannot hold.
+
+    Raises:
+        ValueError: what a device must hold at least, by part, and what it has.
+    """
+    kept = (run.state_specs.state, run.state_specs.frozen)
+    memory.check(run.config, run.resolved.model_config, kept, run.train.abstract(), run.mesh)
 
 
 def lower(run: Run) -> jax.stages.Lowered:

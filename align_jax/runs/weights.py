@@ -146,6 +146,23 @@ def _stored(kernel: jax.Array, leaf: Any) -> Any:
     return jax.block_until_ready(pack(kernel))
 
 
+def check_headers(spec: StepSpec, config: Config) -> list[str]:
+    """Check the checkpoints that a run begins with by their headers alone, as they will be read.
+
+    Returns:
+        What each of them is, in a line.
+
+    Raises:
+        FileNotFoundError, ValueError: as ``interop.hf.load`` does.
+    """
+    read = ((config.model.path, spec.policy), (config.reference.path, spec.reference))
+    return [
+        hf.check_headers(path, model.config, model.options.heads, model.options.unembed)
+        for path, model in read
+        if path
+    ]
+
+
 def load_frozen(spec: StepSpec, specs: StateSpecs, config: Config) -> Tree:
     """Load or draw the weights that are not trained.
 

@@ -21,7 +21,7 @@ sys.path.append(str(ROOT / "tests/faults"))
 import processes  # noqa: E402
 
 TINY = f"--config={ROOT}/configs/tiny.py:dpo"
-PROGRAMS = "train plan export sample label evaluate report objectives config bench".split()
+PROGRAMS = "train inspect plan export sample label evaluate report objectives config bench".split()
 CONFIG_FILES = {
     "raises": 'raise RuntimeError("mine")\n',
     "lacks": "x = 1\n",
@@ -92,6 +92,10 @@ MISTAKES = {
     ".report run --output=out": "run is no workdir: it has no metrics.jsonl",
     ".report --output=out": "name the workdir of a run",
     ".objectives dp0": "objective = 'dp0' is unknown; did you mean 'dpo'?",
+    ".inspect": "missing --config; ",
+    ".inspect TINY --config.data.train=no.jsonl": "no such file: 'no.jsonl'",
+    ".inspect TINY --config.model.path=./no": "no model folder at './no'",
+    ".inspect TINY --step=0": "0 is not a positive integer",
     # what is written
     ".train TINY --workdir=empty.jsonl": "--workdir=empty.jsonl: expected a folder, but there is",
     ".export --workdir=run --output=/proc/no/out": "--output=/proc/no/out: cannot be written",
@@ -163,7 +167,7 @@ def test_a_mistake_is_one_message_and_status_2(line, folder):
 def test_help_is_short_and_no_failure(program, folder):
     status, output = typed(f".{program} --help", folder)
     assert status == 0 and len(output.splitlines()) < 50
-    assert ("optimizer.*, " in output) == (program in ("train", "plan", "config"))
+    assert ("optimizer.*, " in output) == (program in ("train", "inspect", "plan", "config"))
 
 
 def test_a_mistake_goes_to_standard_error_and_debug_shows_the_traceback(folder):
