@@ -134,6 +134,7 @@ def train(config: ConfigDict | Config, workdir: str) -> dict[str, float]:
                 start_step=first,
                 tensorboard=config.log.tensorboard,
                 wandb=config.log.wandb,
+                trackio=config.log.trackio,
                 config=configs.to_dict(config),
             )
             if main_process
@@ -158,7 +159,8 @@ def train(config: ConfigDict | Config, workdir: str) -> dict[str, float]:
             recorder.note(line)
         batches = make_source(run, first, extra.get("source", {}))
         try:
-            return loop(run, checkpoints, recorder, stop, first, state, frozen, batches)
+            stopping = evaluation.Stopping(*extra.get("stopping", ()))
+            return loop(run, checkpoints, recorder, stop, first, state, frozen, batches, stopping)
         finally:
             batches.close()
             recorder.close()
@@ -173,10 +175,12 @@ def loop(
     state: Any,
     frozen: Any,
     batches: Offline | Rollouts,
+    early: evaluation.Stopping,
 ) -> dict[str, float]:
-    """Step until the end or a stop signal; log, evaluate and save on schedule."""
+    """Step until the end, a stop signal or the last evaluation that early stopping waits for; log,
+    evaluate and save on schedule."""
     config, folder, last_eval = run.config, epath.Path(run.workdir), {}
-    evaluation = make_evaluation(run, batches)
+    evaluate = make_evaluation(run, batches)
     train_step = partitioning.jit_train_step(run.step_spec, run.state_specs.state, run.mesh)
     recent: dict[int, Any] = {}  # the last two steps' batches, on the host
 
@@ -202,18 +206,21 @@ def loop(
         return weights_of(state, frozen)
 
     def evaluate_at(step: int) -> dict[str, float]:
-        assert evaluation is not None
-        values = {f"eval/{name}": value for name, value in evaluation(state, frozen).items()}
+        nonlocal early
+        assert evaluate is not None
+        values = {f"eval/{name}": value for name, value in evaluate(state, frozen).items()}
         recorder.write(step, values)
         recorder.note(summary(step, values))
+        early = early.after(step, values, config.eval)
         return values
 
-    if evaluation is not None and first == 0:
+    if evaluate is not None and first == 0:
         last_eval = evaluate_at(0)
+    last_step = first if early.is_spent(config.eval) else run.total_steps
     if config.debug.dump_hlo:
         debug.dump_hlo(folder / "hlo", lower(run))
     with debug.traced(folder / "profile", config.debug.profile_steps) as before:
-        for step in range(first + 1, run.total_steps + 1):
+        for step in range(first + 1, last_step + 1):
             before(step)
             recent = {step - 1: recent.get(step - 1), step: batches.next(newest_weights)}
             batch = put_batch(run.mesh, recent[step])
@@ -226,7 +233,7 @@ def loop(
             if distributed.is_main() and logged and step % logged == 0:
                 batches.log_samples(folder, step)
             done, stopping = step == run.total_steps, stop(step)
-            evaluating = evaluation is not None and (
+            evaluating = evaluate is not None and (
                 done or config.eval.every_steps and step % config.eval.every_steps == 0
             )
             saving = "persistent" if done or stopping else checkpoints.due(step)
@@ -235,11 +242,14 @@ def loop(
             with recorder.paused():
                 if evaluating:
                     last_eval = evaluate_at(step)
+                    if early.is_spent(config.eval):
+                        done, saving = True, "persistent"
                 if saving:
                     recorder.sync()
                     extra = {
                         "num_tokens": recorder.num_tokens,
                         "source": batches.save(folder, step, kept=checkpoints.resumable()),
+                        "stopping": list(early),
                     }
                     checkpoints.save(
                         step,
@@ -249,6 +259,9 @@ def loop(
                         tier=saving,
                         wait=done or stopping,
                     )
+            if early.is_spent(config.eval):
+                recorder.note(early.words(config.eval))
+                break
             if stopping and not done:
                 recorder.note(
                     f"stopped by a signal after step {step}, which is saved; the same command "

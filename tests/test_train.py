@@ -113,6 +113,30 @@ def test_stopped_and_resumed_equals_uninterrupted_to_the_bit(finished, tmp_path,
     jax.tree.map(np.testing.assert_array_equal, params(finished), params(tmp_path))
 
 
+def test_a_run_that_gains_nothing_stops_early_and_a_resumed_one_at_the_same_step(
+    tmp_path, monkeypatch, capsys
+):
+    @contextlib.contextmanager
+    def stop_after_two():
+        yield lambda step: step == 2
+
+    config = tiny(eval__every_steps=1, eval__stop_metric="-eval/loss", eval__patience=3)
+    config.optimizer.learning_rate = 0.0
+    row = '{{"prompt": "{0}?", "chosen": "Yes.", "rejected": "No {0}."}}'
+    config.data.train = pairs_file(tmp_path, *map(row.format, range(24)))
+    config.data.eval_fraction = 0.3
+    with monkeypatch.context() as patch:
+        patch.setattr(train.distributed, "stop_signal", stop_after_two)
+        train.train(config, str(tmp_path))
+    assert "stopped by a signal after step 2" in capsys.readouterr().err
+    for _ in range(2):  # the second start finds nothing to do
+        train.train(config, str(tmp_path))
+    said = capsys.readouterr().err
+    assert said.count("not been better than 0.6931 (step 0) in 3 evaluations") == 1, said
+    assert [row["step"] for row in rows(tmp_path) if "loss" in row] == [1, 2, 3]
+    assert trained.restore(str(tmp_path)).step == 3
+
+
 def test_the_exported_model_speaks_in_transformers_as_here(finished, tmp_path):
     import torch
     import transformers
@@ -206,6 +230,12 @@ MISTAKES = {
     "batch and mesh": (dict(batch_size=6), "batch_size 6 is not divisible by 8"),
     "mesh and devices": (dict(mesh__data=3), "divisible|devices"),
     "mesh and parameters": (dict(mesh__tensor=8, mesh__fsdp=1), "does not divide"),
+    "early stopping, nothing held out": (
+        dict(eval__stop_metric="-eval/loss", eval__every_steps=2, data__eval_fraction=0.0),
+        "nothing is held out to measure it on: name data.eval",
+    ),
+    "early stopping, no evaluation": (dict(eval__stop_metric="-eval/loss"), "every_steps > 0"),
+    "patience alone": (dict(eval__patience=5), "patience = 5 has no effect without"),
     "compile cache": (
         dict(debug__compile_cache="c"),
         "on 8 CPU devices.*compile_cache='' compiles",

@@ -17,6 +17,7 @@ import math
 import pathlib
 import threading
 import time
+import uuid
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -299,10 +300,39 @@ class Wandb:
         self._run.finish()
 
 
+class Trackio:
+    """Trackio, which keeps runs on this machine (or in a Space); the run's name is kept in
+    ``WORKDIR/trackio_name``, so that a resumed run goes on in the same one."""
+
+    def __init__(self, workdir: str, project: str, config: Mapping[str, Any]):
+        import trackio  # here, because few runs want it
+
+        path = epath.Path(workdir) / "trackio_name"
+        name = (
+            path.read_text().strip()
+            if path.exists()
+            else f"{path.parent.name}-{uuid.uuid4().hex[:6]}"
+        )
+        path.write_text(name)
+        self._run = trackio.init(project, name=name, resume="allow", config=dict(config))
+
+    def write(self, step: int, values: Values) -> None:
+        """Log one row."""
+        self._run.log(dict(values), step=step)
+
+    def flush(self) -> None:
+        """Do nothing: rows go out in the background."""
+
+    def close(self) -> None:
+        """End the run."""
+        self._run.finish()
+
+
 # option of log -> the package that it needs, and how it is installed
 NEEDED = {
     "tensorboard": ("tensorboardX", "pip install 'align_jax[tensorboard]'"),
     "wandb": ("wandb", "pip install wandb"),
+    "trackio": ("trackio", "pip install trackio"),
 }
 
 
@@ -329,6 +359,7 @@ def open_writers(
     start_step: int = 0,
     tensorboard: bool = False,
     wandb: str = "",
+    trackio: str = "",
     config: Mapping[str, Any] | None = None,
 ) -> list[Writer]:
     """Open ``metrics.jsonl`` and the other writers asked for; only the first process of a pod
@@ -339,10 +370,11 @@ def open_writers(
         start_step: the step that the run resumes from.
         tensorboard: event files too.
         wandb: a Weights & Biases project; "" for none.
-        config: shown by Weights & Biases.
+        trackio: a Trackio project; "" for none.
+        config: shown by Weights & Biases and Trackio.
 
     Raises:
-        ImportError: tensorboardX or wandb is asked for and not installed; see ``check_installed``.
+        ImportError: a package that is asked for is not installed; see ``check_installed``.
     """
     writers: list[Writer] = [
         JsonLines(epath.Path(workdir) / "metrics.jsonl", start_step=start_step or -1)
@@ -351,6 +383,8 @@ def open_writers(
         writers.append(TensorBoard(str(epath.Path(workdir) / "tensorboard"), start_step=start_step))
     if wandb:
         writers.append(Wandb(workdir, wandb, config or {}))
+    if trackio:
+        writers.append(Trackio(workdir, trackio, config or {}))
     return writers
 
 

@@ -460,6 +460,33 @@ class EvalOptions(Checked):
     every_steps: int = option(100, "0 = only at the end", unit="steps", low=0, resume=True)
     max_examples: int = option(512, "always the same ones; 0 = all", unit="groups", low=0)
     batch_size: int = option(0, "0 = the training's", unit="groups", low=0, resume=True)
+    stop_metric: str = option(
+        "",
+        "stop early by this, such as eval/rewards/accuracies, or -eval/loss (smaller is better); "
+        "'' = run to the end",
+        resume=True,
+    )
+    patience: int = option(
+        3,
+        "of stop_metric: stop after so many without a better one than the best",
+        unit="evaluations",
+        low=1,
+        resume=True,
+    )
+    least_gain: float = option(
+        0.0, "of stop_metric: what an evaluation must gain to be better", low=0, resume=True
+    )
+
+    def check(self) -> Iterator[str]:
+        if self.stop_metric and not self.every_steps:
+            yield (
+                f"stop_metric = {self.stop_metric!r}: there is no evaluation on the way: set "
+                "eval.every_steps > 0"
+            )
+        for name in ("patience", "least_gain"):
+            value = getattr(self, name)
+            if not self.stop_metric and value != getattr(EvalOptions, name):
+                yield f"{name} = {value:g} has no effect without eval.stop_metric"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -469,6 +496,7 @@ class LogOptions(Checked):
     every_steps: int = option(1, "between logged steps", unit="steps", low=1)
     tensorboard: bool = option(False, "write WORKDIR/tensorboard")
     wandb: str = option("", "project name; '' = off")
+    trackio: str = option("", "project name; '' = off")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -495,6 +495,11 @@ def prepare(config: Config, workdir: str, *, here: bool = True) -> Run:
     record.check(workdir, configs.to_dict(config), configs.may_change())
     mesh = make_mesh(dataclasses.asdict(config.mesh))
     examples, held_out = read_data(config, resolved)
+    if config.eval.stop_metric and held_out is None:
+        raise ValueError(
+            f"config.eval.stop_metric = {config.eval.stop_metric!r}: nothing is held out to "
+            "measure it on: name data.eval, or set data.eval_fraction > 0"
+        )
     held: Pipeline | None = None
     if resolved.rollouts is None:
         train: Pipeline | Rollouts = make_pipeline(config, resolved, mesh, examples, once=False)

@@ -8,8 +8,9 @@ batches ────────────────────────
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
-from typing import Any
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,8 @@ from jax.sharding import Mesh
 
 from align_jax import losses
 from align_jax.core import metrics
+from align_jax.core.choose import nearest
+from align_jax.core.options import EvalOptions
 from align_jax.core.schema import Batch
 from align_jax.training import partitioning
 from align_jax.training.steps import StepSpec, part
@@ -53,3 +56,51 @@ def make_evaluation(
         return metrics.means(sums or {})
 
     return evaluate
+
+
+class Stopping(NamedTuple):
+    """What early stopping remembers; a checkpoint keeps it, so that a resumed run stops where the
+    whole one does.
+
+    Attributes:
+        best: the best value of ``eval.stop_metric`` so far, its sign turned where smaller is
+            better; None before the first.
+        step: of that evaluation.
+        misses: evaluations since then.
+    """
+
+    best: float | None = None
+    step: int = 0
+    misses: int = 0
+
+    def after(self, step: int, values: Mapping[str, float], options: EvalOptions) -> Stopping:
+        """Return what is remembered after an evaluation.
+
+        Raises:
+            ValueError: the evaluation does not give the metric; known ones are named.
+        """
+        if not options.stop_metric:
+            return self
+        name = options.stop_metric.removeprefix("-")
+        if name not in values:
+            raise ValueError(
+                f"config.eval.stop_metric = {options.stop_metric!r} is not among the evaluation's "
+                f"metrics{nearest(name, sorted(values))}"
+            )
+        value = -values[name] if options.stop_metric.startswith("-") else values[name]
+        if math.isfinite(value) and (self.best is None or value > self.best + options.least_gain):
+            return Stopping(value, step)
+        return self._replace(misses=self.misses + 1)
+
+    def is_spent(self, options: EvalOptions) -> bool:
+        """Tell whether the run is to stop."""
+        return bool(options.stop_metric) and self.misses >= options.patience
+
+    def words(self, options: EvalOptions) -> str:
+        """Say why it stops."""
+        sign = -1 if options.stop_metric.startswith("-") else 1
+        return (
+            f"stopped early: {options.stop_metric.removeprefix('-')} has not been better than "
+            f"{sign * (self.best or 0.0):.4g} (step {self.step}) in {self.misses} evaluations "
+            "(config.eval.patience)"
+        )

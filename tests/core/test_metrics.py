@@ -205,6 +205,25 @@ def test_wandb_goes_on_in_the_same_run(tmp_path, monkeypatch):
     assert runs == ["id0", (3, {"loss": 1.0}), "id0", (3, {"loss": 1.0})]
 
 
+def test_trackio_goes_on_in_the_same_run(tmp_path, monkeypatch):
+    runs = []
+    run = types.SimpleNamespace(
+        log=lambda values, step: runs.append((step, values)), finish=lambda: None
+    )
+    fake = types.SimpleNamespace(
+        init=lambda project, **options: runs.append((project, options)) or run
+    )
+    monkeypatch.setitem(sys.modules, "trackio", fake)
+    for _ in range(2):
+        writer = metrics.open_writers(str(tmp_path), trackio="project", config={"seed": 1})[-1]
+        writer.write(3, {"loss": 1.0})
+        writer.close()
+    (project, options), row, *again = runs
+    assert project == "project" and row == (3, {"loss": 1.0}) and again == runs[:2]
+    assert options["resume"] == "allow" and options["config"] == {"seed": 1}
+    assert options["name"].startswith(f"{tmp_path.name}-")
+
+
 def test_without_a_terminal_there_is_a_line_every_k_steps():
     stream = io.StringIO()
     bar = progress.Progress(10, start_step=2, every_steps=3, stream=stream)
