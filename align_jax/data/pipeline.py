@@ -478,12 +478,13 @@ def _stream(
 def _fill(
     truncations: Truncations, name: str, bins: Int[np.ndarray, "bins slots"], shape: BatchShape
 ) -> dict[str, int | float]:
-    """Report how full rows and steps are, on average over an epoch."""
+    """Report what is used, and how full rows and steps are, on average over an epoch."""
     used = bins[bins != FILLER]
     prompts = (truncations.head + truncations.tail)[used]
     tokens = int(LAYOUTS[name].tokens(prompts, truncations.lengths[used]).sum())
     room = len(bins) * shape.rows_per_bin * shape.length
     return {
+        "examples": len(used),  # of what was read, which another part of it may share
         "tokens": tokens,
         "padding_fraction": round(1 - tokens / room, 4),
         "groups_per_step": round(len(used) / len(bins) * shape.bins, 2),

@@ -413,9 +413,10 @@ def test_what_is_cut_and_dropped_is_counted(byte):
     report = make(examples, byte, batch_size=1, max_length=32).report
     assert (report["truncated prompts"], report["truncated responses"]) == (1, 1)
     report = make(examples, byte, batch_size=1, max_length=32, truncation="drop").report
+    assert report["examples"] == len(examples) - 2  # what is used, not what was read
     assert report["dropped: too long"] == 2 and make(
         examples, byte, batch_size=1, max_length=90
-    ).report.keys() == {"tokens", "padding_fraction", "groups_per_step"}
+    ).report.keys() == {"examples", "tokens", "padding_fraction", "groups_per_step"}
     batch = make(examples, byte, batch_size=3, max_length=32, shuffle=False).batch(0)
     rows = [byte.decode(row[ids > 0]) for row, ids in zip(batch.tokens, batch.segment_ids)]
     assert (
