@@ -2,8 +2,10 @@
 """Write a trained policy as a Hugging Face checkpoint: safetensors, config and tokenizer.
 
 python -m align_jax.export --workdir=DIR --output=HF_DIR [--step=latest|best|N]
-[--dtype=bfloat16] [--adapter]
+[--dtype=bfloat16] [--adapter] [--push_to_hub=OWNER/NAME [--private]]
 python -m align_jax.export --model=HF_DIR --output=HF_DIR      the round trip through our weights
+
+Beside the weights stands a model card: method, data, config, held-out metrics, versions, base.
 """
 
 from __future__ import annotations
@@ -15,11 +17,11 @@ from absl import flags
 
 from align_jax.core.tree import flatten, unflatten
 from align_jax.data.tokenizer import load_tokenizer
-from align_jax.interop import hf, peft
+from align_jax.interop import hf, hub, peft
 from align_jax.interop.carried import carry, carry_tokenizer
 from align_jax.models.lora import fold
 from align_jax.parallel import distributed
-from align_jax.runs import command
+from align_jax.runs import card, command
 from align_jax.runs.trained import Trained, restore
 
 
@@ -77,6 +79,20 @@ def export_run(
         )
     if distributed.is_main():
         _write_beside(trained, output)
+        record, rows = card.of_run(workdir, trained.step)
+        path = trained.config.model.path
+        card.write(
+            card.Card(
+                name=os.path.basename(os.path.normpath(output)),
+                base=card.base_of(path) if path else None,
+                record=record,
+                rows=rows,
+                step=trained.step,
+                adapter=adapter,
+                reward="score" in policy.options.heads,
+            ),
+            output,
+        )
     return trained.step
 
 
@@ -113,6 +129,8 @@ def export_model(model: str, output: str, *, dtype: str | None = None) -> None:
     if distributed.is_main():
         carry(model, output)
         carry_tokenizer(load_tokenizer(model), model, output)
+        name = os.path.basename(os.path.normpath(output))
+        card.write(card.Card(name, card.base_of(model)), output)
 
 
 def _refuse_same(model: str, output: str, what: str) -> None:
@@ -130,17 +148,32 @@ def main(argv: Sequence[str]) -> None:
         raise command.Usage("give one of --workdir and --model")
     command.belong(("step", "adapter"), "--workdir", bool(values.workdir))
     command.belong(("dtype",), "a whole checkpoint, not to --adapter", not values.adapter)
+    command.belong(("private",), "--push_to_hub", bool(values.push_to_hub))
     command.output_path("output", folder=True)
+    if values.push_to_hub:
+        hub.check(values.push_to_hub)
     distributed.start()
     if values.model:
         export_model(values.model, values.output, dtype=values.dtype)
-        print(f"{values.model} written to {values.output}")
+        what = values.model
+    else:
+        step = export_run(
+            values.workdir,
+            values.output,
+            step=values.step,
+            dtype=values.dtype,
+            adapter=values.adapter,
+        )
+        what = f"{values.workdir}, step {step},"
+    if not distributed.is_main():
         return
-    step = export_run(
-        values.workdir, values.output, step=values.step, dtype=values.dtype, adapter=values.adapter
-    )
-    if distributed.is_main():
-        print(f"{values.workdir}, step {step}, written to {values.output}")
+    print(f"{what} written to {values.output}")
+    if os.path.exists(beside := os.path.join(values.output, card.BESIDE)):
+        print(f"its {card.CARD} is not an export's, and was left alone; the card is {beside}")
+    if values.push_to_hub:
+        message = f"align_jax: {card.public(what.strip(','))}"
+        url = hub.push(values.output, values.push_to_hub, message=message, private=values.private)
+        print(f"published: {url}")
 
 
 if __name__ == "__main__":
@@ -164,4 +197,8 @@ if __name__ == "__main__":
     flags.DEFINE_bool(
         "adapter", False, "Write the low-rank adapter in PEFT's form instead of merging it."
     )
+    flags.DEFINE_string(
+        "push_to_hub", None, "Publish what is written in this repository of the hub: owner/name."
+    )
+    flags.DEFINE_bool("private", False, "A repository that --push_to_hub makes is private.")
     command.run(main)

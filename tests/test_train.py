@@ -142,6 +142,8 @@ def test_the_exported_model_speaks_in_transformers_as_here(finished, tmp_path):
     import transformers
 
     export.export_run(str(finished), str(tmp_path), dtype="float32")
+    card = (tmp_path / "README.md").read_text()
+    assert "| loss | 0.6931 |" in card and "`dpo`, 6 steps of 8 groups" in card
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
     ids = jnp.asarray([tokenizer.encode("How do I paint a door?")], jnp.int32)

@@ -132,10 +132,12 @@ def locate(path: str, file: str = "") -> str:
         )
     import huggingface_hub  # here, because importing it is slow and most runs are local
 
-    wanted = [file] if file else ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    wanted = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*")
     errors = huggingface_hub.errors
     try:
-        return huggingface_hub.snapshot_download(path, allow_patterns=wanted)
+        return huggingface_hub.snapshot_download(
+            path, allow_patterns=[file] if file else list(wanted)
+        )
     except errors.HFValidationError:
         raise FileNotFoundError(
             f"no model folder at {path!r:.100} (nor is that a hub id, owner/name){near}"

@@ -117,6 +117,8 @@ MISTAKES = {
     ".evaluate --model=m --eval=generation=p --rewards=[]": "[]: expected reward -> weight",
     ".evaluate --model=m --eval=generation=p --rewards=x --top_p=-1": "the range [0, 1]",
     ".evaluate --model=m --eval=preference=p --temperature=0": "--temperature belongs to --eval=",
+    ".export --model=m --output=o --private": "--private belongs to --push_to_hub",
+    ".export --model=m --output=o --push_to_hub=mine": "--push_to_hub=mine: expected owner/name",
     ".export --model=m --output=o --dtype=half": "float32|bfloat16|float16",
     ".bench --rounds=0": "0 is not a positive integer",
     ".bench --batch_size=-8": "-8 is not a non-negative integer",
