@@ -91,6 +91,8 @@ MISTAKES = {
     ".label --samples=no.jsonl --output=o.jsonl": "no such file: 'no.jsonl'",
     ".report run --output=out": "run is no workdir: it has no metrics.jsonl",
     ".report --output=out": "name the workdir of a run",
+    ".report run run --output=out": "a workdir is named twice: run run",
+    ".report run --output=out --watch=-1": "-1 is not a non-negative integer",
     ".objectives dp0": "objective = 'dp0' is unknown; did you mean 'dpo'?",
     ".inspect": "missing --config; ",
     ".inspect TINY --config.data.train=no.jsonl": "no such file: 'no.jsonl'",
