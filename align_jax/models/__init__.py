@@ -5,25 +5,41 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from types import ModuleType
 from typing import Any
 
 from align_jax.models.config import ModelConfig
 from align_jax.models.families import (
+    arcee,
+    cohere2,
+    cwm,
+    ernie4_5,
+    exaone4,
     gemma,
     gemma2,
     gemma3_text,
+    glm4,
     gpt2,
     gpt_neox,
+    granite,
+    hunyuan_v1_dense,
     llama,
+    ministral,
     mistral,
     mixtral,
+    nemotron,
     olmo2,
+    olmo3,
+    olmoe,
     opt,
+    phi,
     phi3,
     qwen2,
     qwen3,
     qwen3_moe,
+    seed_oss,
     smollm3,
+    starcoder2,
 )
 from align_jax.models.tensor_map import TensorMap
 
@@ -49,96 +65,57 @@ class Family:
     ignored: str = r"rotary_emb\.inv_freq$"
 
 
+def _row(module: ModuleType, name: str, **changes: Any) -> Family:
+    """Make the row of a family's file, whose classes transformers calls by this name."""
+    fields = dict(
+        from_hf=module.from_hf,
+        tensor_maps=module.tensor_maps,
+        architecture=f"{name}ForCausalLM",
+        classifier=f"{name}ForSequenceClassification",
+    )
+    return Family(**(fields | changes))
+
+
 FAMILIES: Mapping[str, Family] = {
-    "gemma": Family(
-        gemma.from_hf,
-        gemma.tensor_maps,
-        "GemmaForCausalLM",
-        classifier="GemmaForSequenceClassification",
-    ),
-    "gemma2": Family(
-        gemma2.from_hf,
-        gemma2.tensor_maps,
-        "Gemma2ForCausalLM",
-        classifier="Gemma2ForSequenceClassification",
-    ),
-    "gemma3_text": Family(
-        gemma3_text.from_hf,
-        gemma3_text.tensor_maps,
-        "Gemma3ForCausalLM",
-        classifier="Gemma3TextForSequenceClassification",
-    ),
-    "gpt2": Family(
-        gpt2.from_hf,
-        gpt2.tensor_maps,
-        "GPT2LMHeadModel",
+    "arcee": _row(arcee, "Arcee"),
+    "cohere2": _row(cohere2, "Cohere2", classifier=""),
+    "cwm": _row(cwm, "Cwm", classifier=""),
+    "ernie4_5": _row(ernie4_5, "Ernie4_5", classifier=""),
+    "exaone4": _row(exaone4, "Exaone4"),
+    "gemma": _row(gemma, "Gemma"),
+    "gemma2": _row(gemma2, "Gemma2"),
+    "gemma3_text": _row(gemma3_text, "Gemma3", classifier="Gemma3TextForSequenceClassification"),
+    "glm4": _row(glm4, "Glm4"),
+    "gpt2": _row(
+        gpt2,
+        "GPT2",
+        architecture="GPT2LMHeadModel",
         base="transformer.",
-        classifier="GPT2ForSequenceClassification",
         ignored=r"attn\.(masked_)?bias$",
     ),
-    "gpt_neox": Family(
-        gpt_neox.from_hf,
-        gpt_neox.tensor_maps,
-        "GPTNeoXForCausalLM",
+    "gpt_neox": _row(
+        gpt_neox,
+        "GPTNeoX",
         base="gpt_neox.",
-        classifier="GPTNeoXForSequenceClassification",
         ignored=r"attention\.(masked_)?bias$|rotary_emb\.inv_freq$",
     ),
-    "llama": Family(
-        llama.from_hf,
-        llama.tensor_maps,
-        "LlamaForCausalLM",
-        classifier="LlamaForSequenceClassification",
-    ),
-    "mistral": Family(
-        mistral.from_hf,
-        mistral.tensor_maps,
-        "MistralForCausalLM",
-        classifier="MistralForSequenceClassification",
-    ),
-    "mixtral": Family(
-        mixtral.from_hf,
-        mixtral.tensor_maps,
-        "MixtralForCausalLM",
-        classifier="MixtralForSequenceClassification",
-    ),
-    "olmo2": Family(
-        olmo2.from_hf,
-        olmo2.tensor_maps,
-        "Olmo2ForCausalLM",
-        classifier="Olmo2ForSequenceClassification",
-    ),
-    "opt": Family(
-        opt.from_hf, opt.tensor_maps, "OPTForCausalLM", classifier="OPTForSequenceClassification"
-    ),
-    "phi3": Family(
-        phi3.from_hf,
-        phi3.tensor_maps,
-        "Phi3ForCausalLM",
-        classifier="Phi3ForSequenceClassification",
-    ),
-    "qwen2": Family(
-        qwen2.from_hf,
-        qwen2.tensor_maps,
-        "Qwen2ForCausalLM",
-        classifier="Qwen2ForSequenceClassification",
-    ),
-    "qwen3": Family(
-        qwen3.from_hf,
-        qwen3.tensor_maps,
-        "Qwen3ForCausalLM",
-        classifier="Qwen3ForSequenceClassification",
-    ),
-    "qwen3_moe": Family(
-        qwen3_moe.from_hf,
-        qwen3_moe.tensor_maps,
-        "Qwen3MoeForCausalLM",
-        classifier="Qwen3MoeForSequenceClassification",
-    ),
-    "smollm3": Family(
-        smollm3.from_hf,
-        smollm3.tensor_maps,
-        "SmolLM3ForCausalLM",
-        classifier="SmolLM3ForSequenceClassification",
-    ),
+    "granite": _row(granite, "Granite", classifier=""),
+    "hunyuan_v1_dense": _row(hunyuan_v1_dense, "HunYuanDenseV1"),
+    "llama": _row(llama, "Llama"),
+    "ministral": _row(ministral, "Ministral"),
+    "mistral": _row(mistral, "Mistral"),
+    "mixtral": _row(mixtral, "Mixtral"),
+    "nemotron": _row(nemotron, "Nemotron"),
+    "olmo2": _row(olmo2, "Olmo2"),
+    "olmo3": _row(olmo3, "Olmo3"),
+    "olmoe": _row(olmoe, "Olmoe", classifier=""),
+    "opt": _row(opt, "OPT"),
+    "phi": _row(phi, "Phi"),
+    "phi3": _row(phi3, "Phi3"),
+    "qwen2": _row(qwen2, "Qwen2"),
+    "qwen3": _row(qwen3, "Qwen3"),
+    "qwen3_moe": _row(qwen3_moe, "Qwen3Moe"),
+    "seed_oss": _row(seed_oss, "SeedOss"),
+    "smollm3": _row(smollm3, "SmolLM3"),
+    "starcoder2": _row(starcoder2, "Starcoder2"),
 }

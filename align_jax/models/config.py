@@ -50,9 +50,15 @@ class ModelConfig:
         windows: a window for each layer, in tokens, the token itself included; 0 = the whole row.
         ropes, layer_ropes: the distinct rotary embeddings, and each layer's index among them (-1:
             none).
+        rope_interleaved: whether neighboring features turn together, not those half a head apart.
         qk_norm: "" none, "head" over each head's features, "full" over all heads' features.
+        qk_norm_turned: whether that follows the rotation.
         norm_inputs, norm_outputs: whether the attention's and MLP's inputs and outputs are
             normalized.
+        shared_norm: one norm for attention and MLP, whose residual is parallel.
+        residual_scale: factor on what attention and MLP add.
+        output_scale: factor on the logits.
+        head_bias: whether the language-model head has a bias.
         end_tokens: what ends a text by the checkpoint's own files, beside the tokenizer's.
         hf: the Hugging Face configuration it came from, as JSON; exported again with what changed.
     """
@@ -75,11 +81,17 @@ class ModelConfig:
     norm_inputs: bool = True
     norm_outputs: bool = False
     parallel_residual: bool = False
+    shared_norm: bool = False
+    residual_scale: float = 1.0
+    rope_interleaved: bool = False
     qk_norm: str = ""
+    qk_norm_turned: bool = False
     attention_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
     tied: bool = False
+    head_bias: bool = False
+    output_scale: float = 1.0
     query_scale: float = 1.0
     attention_softcap: float = 0.0
     final_softcap: float = 0.0

@@ -81,9 +81,16 @@ FIELDS = (
     Kind(
         "a number between 0 and 1",
         _is_small,
-        ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon"),
+        ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps"),
     ),
-    Kind("a number above 0", is_above_zero, ("query_pre_attn_scalar",)),
+    Kind(
+        "a number above 0",
+        is_above_zero,
+        tuple(
+            """query_pre_attn_scalar logit_scale logits_scaling embedding_multiplier
+            attention_multiplier residual_multiplier""".split()
+        ),
+    ),
     Kind(
         "a number above 0 or null",
         or_null(is_above_zero),
@@ -99,10 +106,10 @@ FIELDS = (
             """attention_bias mlp_bias tie_word_embeddings use_parallel_residual
             do_layer_norm_before enable_bias layer_norm_elementwise_affine scale_attn_weights
             scale_attn_by_inverse_layer_idx add_cross_attention norm_topk_prob
-            use_sliding_window""".split()
+            use_sliding_window attention_out_bias qk_layernorm""".split()
         ),
     ),
-    Kind("true, false or null", or_null(is_bool), ("use_bidirectional_attention",)),
+    Kind("true, false or null", or_null(is_bool), ("use_bidirectional_attention", "use_bias")),
     Kind("the name of an activation", is_text, ("hidden_act", "activation_function")),
     Kind("the name of an activation or null", or_null(is_text), ("hidden_activation",)),
     Kind(
@@ -138,7 +145,8 @@ ROPE_FIELDS = (
         "a number above 0 or null",
         or_null(is_above_zero),
         tuple(
-            "factor low_freq_factor high_freq_factor attention_factor beta_fast beta_slow".split()
+            """factor alpha low_freq_factor high_freq_factor attention_factor beta_fast
+            beta_slow""".split()
         ),
     ),
     Kind("a number, at least 0, or null", or_null(is_not_below_zero), ("mscale", "mscale_all_dim")),

@@ -34,6 +34,7 @@ ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_fast": lambda x: jax.nn.gelu(x, approximate=True),
     "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "relu": jax.nn.relu,
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
 }
 
 
@@ -128,7 +129,7 @@ class Linear(nn.Module):
         if self.bias:
             names = tuple("norm" if name == "embed" else name for name in self.axes[count:])
             bias = parameter(self, "bias", zeros, self.outputs, names, self.role.vector())
-            y = y + _aligned(array(bias, self.dtype), y)
+            y = y + _aligned(array(bias, y.dtype), y)
         return y
 
     def _adapt(self, lora: LoraConfig, x: jax.Array, y: jax.Array, kernel: Stored) -> jax.Array:
@@ -204,7 +205,7 @@ class Norm(nn.Module):
 
     Attributes:
         shape: the normalized axes' sizes.
-        kind: "rms" or "layer" (centered, with a bias).
+        kind: "rms", "layer" (centered, with a bias) or "centered" (without).
         eps: added to the mean square.
         offset: the scale is stored minus one (Gemma).
         dtype: of the result.
@@ -224,7 +225,7 @@ class Norm(nn.Module):
         init = zeros if self.offset else ones
         scale = parameter(self, "scale", init, self.shape, self.axes, role).astype(jnp.float32)
         y = x.astype(jnp.float32)
-        if self.kind == "layer":
+        if self.kind != "rms":
             y = y - jnp.mean(y, axis=over, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=over, keepdims=True) + self.eps)
         y = y * _aligned(scale + 1 if self.offset else scale, y)

@@ -140,7 +140,10 @@ class Model:
         copies = spread(kernel.astype(self.options.dtype), *axes).astype(kernel.dtype)
         if copies.shape[0] == 1:
             return lambda hidden: self.unembed(params, hidden)
-        one = jax.vmap(lambda kernel, hidden: self.unembed(unflatten({path: kernel}), hidden))
+        bias = {"output/bias": flatten(params)["output/bias"]} if self.config.head_bias else {}
+        one = jax.vmap(
+            lambda kernel, hidden: self.unembed(unflatten({path: kernel, **bias}), hidden)
+        )
 
         def unembed(hidden: Float[Array, "N c D"]) -> Float[Array, "N c V"]:
             logits = one(copies, hidden.reshape(copies.shape[0], -1, *hidden.shape[1:]))

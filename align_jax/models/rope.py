@@ -144,15 +144,24 @@ def _long_angles(
 
 
 def rotate(
-    x: Float[Array, "N T heads h"], cos: Float[Array, "N T w"], sin: Float[Array, "N T w"]
+    x: Float[Array, "N T heads h"],
+    cos: Float[Array, "N T w"],
+    sin: Float[Array, "N T w"],
+    interleaved: bool = False,
 ) -> jax.Array:
-    """Turn the first 2 w features of each head by the angles (pairs are (i, i + w)), in float32."""
+    """Turn the first 2 w features of each head by the angles, in float32.
+
+    Pairs are (i, i + w), interleaved (2 i, 2 i + 1).
+    """
     half = cos.shape[-1]
-    first, second = (part.astype(jnp.float32) for part in (x[..., :half], x[..., half : 2 * half]))
+    parts = x[..., : 2 * half].astype(jnp.float32)
+    first, second = parts[..., :half], parts[..., half:]
+    if interleaved:
+        first, second = parts[..., ::2], parts[..., 1::2]
     cos, sin = cos[:, :, None], sin[:, :, None]
-    turned = jnp.concatenate(
-        [first * cos - second * sin, second * cos + first * sin], axis=-1
-    ).astype(x.dtype)
+    both = first * cos - second * sin, second * cos + first * sin
+    join = jnp.stack if interleaved else jnp.concatenate
+    turned = join(both, axis=-1).reshape(parts.shape).astype(x.dtype)
     return (
         turned
         if 2 * half == x.shape[-1]

@@ -118,9 +118,12 @@ class Attention(nn.Module):
         q = project("query", H, "heads")
         k = project("key", K, "kv_heads")
         v = project("value", K, "kv_heads")
+        if c.qk_norm_turned:
+            q, k = self._rotate(q, k, layer, rows)
         if c.qk_norm:
             q, k = self._norm("query_norm", q, "heads"), self._norm("key_norm", k, "kv_heads")
-        q, k = self._rotate(q, k, layer, rows)
+        if not c.qk_norm_turned:
+            q, k = self._rotate(q, k, layer, rows)
         y, cache = self._attend(q, k, v, layer, rows, cache)
         y = checkpoint_name(y, "attention")
         axes, target = ("heads", "head", "embed"), "attention/output"
@@ -139,7 +142,8 @@ class Attention(nn.Module):
         cos, sin = rows.ropes[0]
         if len(rows.ropes) > 1:
             cos, sin = (jnp.stack(tables)[layer.rope] for tables in zip(*rows.ropes))
-        turned = ropes.rotate(q, cos, sin), ropes.rotate(k, cos, sin)
+        pairs = self.config.rope_interleaved
+        turned = ropes.rotate(q, cos, sin, pairs), ropes.rotate(k, cos, sin, pairs)
         if -1 not in self.config.layer_ropes:
             return turned
         on = layer.rope >= 0
@@ -255,18 +259,20 @@ class Block(nn.Module):
             return nn.Dropout(self.options.dropout)(y, deterministic=False)
 
         with jax.named_scope("attention"):
-            y = norm("attention_norm", c.norm_inputs, x)
-            y, cache = Attention(c, self.options, name="attention")(y, layer, rows, cache)
+            first = norm("attention_norm", c.norm_inputs, x)
+            y, cache = Attention(c, self.options, name="attention")(first, layer, rows, cache)
             y = dropped(norm("attention_out_norm", c.norm_outputs, y))
+            y = y if c.residual_scale == 1 else y * c.residual_scale
         residual = x if c.parallel_residual else x + y
         aux: dict[str, jax.Array] = {}
         with jax.named_scope("mlp"):
-            z = norm("mlp_norm", c.norm_inputs, residual)
+            z = first if c.shared_norm else norm("mlp_norm", c.norm_inputs, residual)
             if c.num_experts:
                 z, aux = Experts(c, dtype, name="moe")(z, rows.segment_ids > 0)
             else:
                 z = Mlp(c, self.options, name="mlp")(z)
             z = dropped(norm("mlp_out_norm", c.norm_outputs, z))
+            z = z if c.residual_scale == 1 else z * c.residual_scale
         x = x + y + z if c.parallel_residual else residual + z
         return (constrain(x, "rows", "length", "features"), cache), aux
 
@@ -300,6 +306,7 @@ class Decoder(nn.Module):
                 ("embed", "vocab"),
                 o.dtype,
                 Role("output", inputs=1),
+                c.head_bias,
                 init_std=c.init_std,
                 result=jnp.dtype(jnp.float32),
             )
@@ -400,6 +407,8 @@ class Decoder(nn.Module):
                 )
             else:
                 logits = self.output(hidden)
+            if c.output_scale != 1:
+                logits = logits * c.output_scale
             if c.final_softcap:
                 logits = c.final_softcap * jnp.tanh(logits / c.final_softcap)
             if c.vocab_rows == c.vocab_size:

@@ -51,6 +51,21 @@ CASES = {  # family -> (what differs from SHAPE, a fused module's name)
         "",
     ),
     "smollm3": ({}, ""),
+    "arcee": ({}, ""),
+    "cohere2": ({}, ""),
+    "cwm": ({"head_dim": 8}, ""),
+    "ernie4_5": ({"head_dim": 8}, ""),
+    "exaone4": ({}, ""),
+    "glm4": ({"head_dim": 8}, "gate_up_proj"),
+    "granite": ({"residual_multiplier": 0.5}, ""),
+    "hunyuan_v1_dense": ({"head_dim": 8}, ""),
+    "ministral": ({"head_dim": 8}, ""),
+    "nemotron": ({"head_dim": 8}, ""),
+    "olmo3": ({}, ""),
+    "olmoe": ({"num_experts": 4, "num_experts_per_tok": 2}, ""),
+    "phi": ({}, ""),
+    "seed_oss": ({"head_dim": 8}, ""),
+    "starcoder2": ({}, ""),
 }
 VARIANTS = {
     "llama": dict(dora=True),
@@ -61,6 +76,7 @@ VARIANTS = {
     "opt": dict(targets="attention/output|mlp/up", rank_stabilized=True),
     "mixtral": dict(targets="attention/.*"),
     "qwen3_moe": dict(targets="attention/.*"),
+    "olmoe": dict(targets="attention/.*"),
 }
 
 

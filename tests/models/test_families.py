@@ -42,6 +42,10 @@ LONG = {
     "long_factor": [2.0, 3.0, 4.0, 5.0],
     "original_max_position_embeddings": 64,
 }
+MIXED = {
+    "sliding_window": WINDOW,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
 CASES = {  # case -> (model_type, what differs from SHAPE)
     "llama": ("llama", {}),
     "llama, linear": (
@@ -107,10 +111,53 @@ CASES = {  # case -> (model_type, what differs from SHAPE)
     ),
     "olmo2": ("olmo2", {}),
     "smollm3": ("smollm3", {"no_rope_layers": [1, 0, 1]}),
+    "olmo3": (
+        "olmo3",
+        MIXED
+        | {
+            "rope_parameters": {
+                "full_attention": YARN,
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            }
+        },
+    ),
+    "exaone4": ("exaone4", MIXED),
+    "seed_oss": ("seed_oss", {"head_dim": 12}),
+    "olmoe": ("olmoe", {"num_experts": 4, "num_experts_per_tok": 2}),
+    "cwm": ("cwm", MIXED | {"head_dim": 8}),
+    "ministral": ("ministral", MIXED | {"head_dim": 12}),
+    "starcoder2": ("starcoder2", {"sliding_window": WINDOW, "tie_word_embeddings": False}),
+    "arcee": ("arcee", {"head_dim": 8, "mlp_bias": True}),
+    "nemotron": ("nemotron", {"head_dim": 8, "attention_bias": True}),
+    "granite": (
+        "granite",
+        {
+            "embedding_multiplier": 3.0,
+            "attention_multiplier": 0.2,
+            "residual_multiplier": 0.6,
+            "logits_scaling": 2.0,
+        },
+    ),
+    "cohere2": ("cohere2", MIXED | {"logit_scale": 0.5}),
+    "glm4": ("glm4", {"head_dim": 8}),
+    "phi": ("phi", {}),
+    "hunyuan_v1_dense": (
+        "hunyuan_v1_dense",
+        {
+            "head_dim": 8,
+            "rope_parameters": {
+                "rope_type": "dynamic",
+                "rope_theta": 1e4,
+                "factor": 1.0,
+                "alpha": 50.0,
+            },
+        },
+    ),
+    "ernie4_5": ("ernie4_5", {"head_dim": 8, "use_bias": True}),
     "opt": ("opt", {"ffn_dim": 40, "word_embed_proj_dim": 32, "dropout": 0.0}),
 }
 # one of each kind
-GRADIENTS = ("llama", "gemma2", "gemma3_text", "gpt_neox", "gpt2", "olmo2", "mixtral")
+GRADIENTS = "llama gemma2 gemma3_text gpt_neox gpt2 olmo2 mixtral cohere2 granite phi".split()
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -190,7 +237,7 @@ def test_packed_rows_equal_separate_ones(peer):
 
 
 def test_prefill_and_decode_equal_the_full_forward(peer):
-    case, _, _, model, params, apply = peer
+    case, _, theirs, model, params, apply = peer
     if "dynamic" in case:
         pytest.skip("dynamic scaling changes the earlier keys with the length")
     tokens, segments, positions = padded_rows()
@@ -212,7 +259,7 @@ def test_prefill_and_decode_equal_the_full_forward(peer):
     # a ring where every layer has a window
     assert cache.keys.shape[2] == (WINDOW if all(windows) else LENGTH)
     hidden, cache = jax.jit(model.prefill)(params, tokens[:, :width] * real, real, places, cache)
-    first = np.asarray(jax.jit(model.unembed)(params, hidden))
+    filled, first = cache, np.asarray(jax.jit(model.unembed)(params, hidden))
     decode = jax.jit(
         lambda *fields: (lambda h, c: (model.unembed(params, h), c))(*model.decode(params, *fields))
     )
@@ -222,6 +269,16 @@ def test_prefill_and_decode_equal_the_full_forward(peer):
         at = prompts + step
         logits, cache = decode(tokens[np.arange(3), at], at.astype(np.int32), cache)
         np.testing.assert_allclose(np.asarray(logits), full[np.arange(3), at], atol=1e-4)
+    greedy = [np.argmax(first[np.arange(3), prompts - 1], axis=-1).astype(np.int32)]
+    cache = filled
+    for step in range(LENGTH - width - 1):
+        logits, cache = decode(greedy[-1], (prompts + step).astype(np.int32), cache)
+        greedy.append(np.argmax(np.asarray(logits), axis=-1).astype(np.int32))
+    theirs.generation_config.eos_token_id = None
+    for row, count in enumerate(prompts):
+        prompt = torch.tensor(tokens[row : row + 1, :count].astype(np.int64))
+        text = theirs.generate(prompt, max_new_tokens=len(greedy), do_sample=False)
+        assert text[0, count:].tolist() == [int(one[row]) for one in greedy]
 
 
 def test_export_of_import_is_byte_identical(peer, tmp_path):

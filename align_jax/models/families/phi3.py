@@ -27,7 +27,14 @@ def tensor_maps(config: ModelConfig) -> list[TensorMap]:
         TensorMap(
             f"{name}.self_attn.o_proj.weight", "layers/attention/output/kernel", "D (H h) -> H h D"
         ),
-        TensorMap(f"{name}.mlp.gate_up_proj.weight", "layers/mlp/gate/kernel", "(2:0 F) D -> D F"),
-        TensorMap(f"{name}.mlp.gate_up_proj.weight", "layers/mlp/up/kernel", "(2:1 F) D -> D F"),
-        TensorMap(f"{name}.mlp.down_proj.weight", "layers/mlp/down/kernel", "D F -> F D"),
+        *mlp(),
+    ]
+
+
+def mlp(name: str = "model.layers.{layer}.mlp") -> list[TensorMap]:
+    """Return the tensors of a gated MLP whose gate and up are one."""
+    return [
+        TensorMap(f"{name}.gate_up_proj.weight", "layers/mlp/gate/kernel", "(2:0 F) D -> D F"),
+        TensorMap(f"{name}.gate_up_proj.weight", "layers/mlp/up/kernel", "(2:1 F) D -> D F"),
+        TensorMap(f"{name}.down_proj.weight", "layers/mlp/down/kernel", "D F -> F D"),
     ]
