@@ -3,7 +3,8 @@
 
     python -m align_jax.evaluate (--model=HF_DIR | --workdir=DIR) --eval=NAME=SOURCE
     [--eval=NAME=SOURCE ...]
-        [--reference=HF_DIR --rewards=JSON_OR_FILE --judge=URL --judge_model=NAME --json=FILE]
+        [--reference=HF_DIR --rewards=JSON_OR_FILE --judge=URL --judge_model=NAME --json=FILE
+        --answers=FILE.jsonl]
 
     preference=pairs.jsonl     accuracy and margins on pairs
     perplexity=answers.jsonl   nats a token on completions
@@ -23,6 +24,7 @@ from absl import flags
 
 from align_jax.core.choose import choose
 from align_jax.core.options import DataOptions, RolloutOptions
+from align_jax.core.progress import samples_table
 from align_jax.data import datasets
 from align_jax.data.tokenizer import load_tokenizer
 from align_jax.evals import EVALS
@@ -81,6 +83,7 @@ def evaluate(
     limit: int | None = None,
     options: Mapping[str, Mapping[str, Any]] | None = None,
     data: DataOptions | None = None,
+    answers: dict[str, list[Mapping[str, Any]]] | None = None,
 ) -> dict[str, dict[str, float]]:
     """Run evaluations.
 
@@ -92,6 +95,7 @@ def evaluate(
         limit: at most so many rows of each source.
         options: evaluation -> its keyword arguments.
         data: how rows are read; None: as by default.
+        answers: is filled with ``name=source`` -> the answers that were sampled.
 
     Returns:
         ``name=source`` -> metric -> number.
@@ -113,7 +117,10 @@ def evaluate(
         examples = datasets.load(
             source, row.kind, data, chat=bool(policy.tokenizer.chat_template), limit=limit
         )
-        found[item] = row.fn(policy, examples, *takes, **(options or {}).get(name, {}))
+        own = dict((options or {}).get(name, {}))
+        if answers is not None and row.takes:
+            own["keep"] = answers.setdefault(item, []).append
+        found[item] = row.fn(policy, examples, *takes, **own)
     return found
 
 
@@ -160,6 +167,9 @@ def define_flags() -> None:
     flags.DEFINE_string("judge_model", "", "The judge's name on that server.")
     flags.DEFINE_bool("allow_http", False, "--judge may be plain http to another host.")
     flags.DEFINE_string("json", "", "File for the results.")
+    flags.DEFINE_string(
+        "answers", "", "generation, win_rate: file for the answers, a JSON object a line."
+    )
     flags.DEFINE_integer("limit", 0, "Rows of each source; 0 = all.", 0)
     flags.DEFINE_integer("batch_size", 16, "Groups at once.", 1)
     flags.DEFINE_integer(
@@ -196,7 +206,7 @@ def check_flags() -> None:
     command.belong(("judge",), "--eval=win_rate", "win_rate" in names)
     command.belong(("samples_per_prompt",), "--eval=generation", "generation" in names)
     command.belong(("beta",), "--eval=preference", "preference" in names)
-    drawn = ("rewards", "max_new_tokens", "temperature", "top_p", "seed")
+    drawn = ("answers", "rewards", "max_new_tokens", "temperature", "top_p", "seed")
     sampling = names & {"generation", "win_rate"}
     command.belong(drawn, "--eval=generation and --eval=win_rate", bool(sampling))
     scored = names & {"preference", "perplexity"}
@@ -212,7 +222,7 @@ def main(argv: Sequence[str]) -> None:
     """Run from the command line."""
     values = flags.FLAGS
     check_flags()
-    written = command.output_path("json")
+    written, kept = command.output_path("json"), command.output_path("answers")
     distributed.start()
     rewards = None
     if values.rewards:
@@ -234,6 +244,7 @@ def main(argv: Sequence[str]) -> None:
         top_p=values.top_p,
     )
     sampled = {"options": drawn, "max_length": values.max_length, "seed": values.seed}
+    answers: dict[str, list[Mapping[str, Any]]] = {}
     results = evaluate(
         policy,
         values.eval,
@@ -246,8 +257,14 @@ def main(argv: Sequence[str]) -> None:
             "win_rate": sampled,
             "generation": sampled,
         },
+        answers=answers,
     )
     print(table(results))
+    for item, rows in answers.items():
+        print(f"\n{item}: {min(4, len(rows))} of {len(rows)} answers\n{samples_table(rows)}")
+    if kept is not None:
+        lines = ({"eval": item, **row} for item, rows in answers.items() for row in rows)
+        kept.write_text("".join(json.dumps(line) + "\n" for line in lines))
     if written is not None:
         written.write_text(json.dumps({"policy": policy.name, "results": results}, indent=1) + "\n")
 

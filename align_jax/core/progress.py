@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a person watching a run sees: a bar on a terminal, one line every k steps anywhere else."""
+"""What a person watching a run sees: a bar on a terminal, one line every k steps anywhere else;
+samples as a table."""
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping
+import unicodedata
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import tqdm
@@ -47,6 +49,75 @@ def duration(seconds: float) -> str:
     """
     whole = int(seconds)
     return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
+
+
+def printable(text: str) -> str:
+    """Return a text that can do a terminal nothing: control characters but line ends and tabs are
+    written out.
+
+    >>> print(printable("a\\x1b[2Jb"))
+    a\\x1b[2Jb
+    """
+    return "".join(
+        one if one.isprintable() or one in "\n\t" else one.encode("unicode_escape").decode()
+        for one in text
+    )
+
+
+def samples_table(rows: Sequence[Mapping[str, Any]], *, most: int = 4, width: int = 80) -> str:
+    """Write a few samples as a table: prompt, answer (and the one it met), and what it was worth.
+
+    Args:
+        rows: with ``prompt``, ``output``, and perhaps ``other``, ``reward``, ``win``; as
+            ``samples.jsonl`` holds them.
+        most: rows to show.
+        width: columns of the screen.
+
+    >>> print(samples_table([{"prompt": "What is 2 + 3?", "output": "It is 5.", "reward": 1.0}]))
+    prompt                        output                                      reward
+    What is 2 + 3?                It is 5.                                         1
+    """
+    texts = ["prompt", "output", *(["other"] if any("other" in row for row in rows) else [])]
+    numbers = [name for name in ("reward", "win") if any(name in row for row in rows)]
+    room = width - 8 * len(numbers) - 2 * (len(texts) - 1)
+    sizes = [room * 2 // (2 * len(texts) + 1), *[0] * (len(texts) - 1)]  # an answer takes more
+    for place in range(1, len(texts)):
+        sizes[place] = (room - sum(sizes)) // (len(texts) - place)
+    heads = [_fit(name, size) for name, size in zip(texts, sizes)]
+    lines = ["  ".join(heads) + "".join(f"{name:>8}" for name in numbers)]
+    for row in rows[:most]:
+        # of a prompt the end says most, of an answer the beginning
+        cells = [_fit(_words(row.get("prompt", "")), sizes[0], end=True)]
+        cells += [_fit(_words(row.get(name, "")), size) for name, size in zip(texts[1:], sizes[1:])]
+        values = (row.get(name) for name in numbers)
+        worth = ("" if value is None else f"{value:.4g}" for value in values)
+        lines.append("  ".join(cells) + "".join(f"{one:>8}" for one in worth))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _words(text: Any) -> str:
+    """Return a text, or the last of several messages, on one line."""
+    if isinstance(text, Sequence) and not isinstance(text, str):
+        text = text[-1].get("content", "") if text else ""
+    return " ".join(printable(str(text)).split())
+
+
+def _fit(text: str, size: int, *, end: bool = False) -> str:
+    """Cut or fill a text to so many columns of a screen, of which some characters take two."""
+
+    def columns(one: str) -> int:
+        return 0 if unicodedata.combining(one) else 1 + (unicodedata.east_asian_width(one) in "WF")
+
+    kept, used, letters = "", 0, reversed(text) if end else iter(text)
+    whole = sum(map(columns, text)) <= size
+    for one in letters:
+        if used + columns(one) > (size if whole else size - 1):
+            break
+        kept, used = kept + one, used + columns(one)
+    kept = kept[::-1] if end else kept
+    if not whole:
+        kept, used = f"…{kept}" if end else f"{kept}…", used + 1
+    return kept + " " * (size - used)
 
 
 class Progress:

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -25,6 +26,21 @@ from align_jax.parallel.mesh import row_shards
 from align_jax.parallel.sharding import put_batch
 
 ONE_SAMPLE = RolloutOptions(responses_per_prompt=1, max_new_tokens=128, rows=64)
+
+
+Keep = Callable[[Mapping[str, Any]], None]  # takes what was said to a prompt
+
+
+def record(samples: PromptSamples, index: int) -> dict[str, Any]:
+    """Return a prompt with one of its samples as plain values, as ``samples.jsonl`` holds them."""
+    prompt, said = samples.example.prompt, samples.completions[index]
+    return {
+        "prompt": prompt if isinstance(prompt, str) else [dict(one) for one in prompt],
+        "output": said.text,
+        "tokens": len(said.tokens),
+        "finish": said.finish,
+        "source": samples.example.source,
+    }
 
 
 def sample(
@@ -81,6 +97,7 @@ def generation(
     *,
     max_length: int = 1024,
     seed: int = 0,
+    keep: Keep | None = None,
 ) -> dict[str, float]:
     """Measure the mean reward of samples, and with a reference the KL from it.
 
@@ -91,6 +108,7 @@ def generation(
         options: how samples are drawn, and how many are decoded together.
         max_length: tokens of a prompt with its completion.
         seed: of the draws.
+        keep: is given each sample with its reward.
 
     Returns:
         ``reward`` with ``/stderr`` over prompts, ``best_of_n`` where there are several samples,
@@ -101,6 +119,10 @@ def generation(
     """
     samples = sample(policy, examples, rewards, options, max_length=max_length, seed=seed)
     totals = np.stack([one.rewards for one in samples])
+    for one in samples:
+        for index, reward in enumerate(one.rewards):
+            if keep is not None:
+                keep({**record(one, index), "reward": float(reward)})
     completions = [one for several in samples for one in several.completions]
     cut_off = [one.finish == "length" for one in completions]
     values = {

@@ -13,7 +13,7 @@ from jaxtyping import Float
 
 from align_jax.core.options import RolloutOptions
 from align_jax.data.datasets import Examples
-from align_jax.evals.generation import ONE_SAMPLE, sample
+from align_jax.evals.generation import ONE_SAMPLE, Keep, record, sample
 from align_jax.evals.policy import EvaluatedPolicy, standard_error
 from align_jax.inference.client import Client
 from align_jax.online.judges import check_question, verdict
@@ -119,6 +119,8 @@ def win_rate(
     examples: Examples,
     compare: Compare,
     options: RolloutOptions = ONE_SAMPLE,
+    *,
+    keep: Keep | None = None,
     **more: Any,
 ) -> dict[str, float]:
     """Compare the policy's samples with the reference's samples, or with the data's own (chosen)
@@ -129,6 +131,8 @@ def win_rate(
         examples: of kind "prompts"; without a reference each must bring its ``answer``.
         compare: `by_rewards` or `by_judge`.
         options: how samples are drawn; of each prompt one.
+        keep: is given each prompt with both answers and which won: 1 the policy's, 0 the other, ½
+            neither.
         more: further options of ``generation.sample``.
 
     Raises:
@@ -157,4 +161,8 @@ def win_rate(
         second,
         extras,
     )
+    for one, other, win in zip(samples, second, wins):
+        if keep is not None:
+            row = record(one, 0)
+            keep({**row, "other": other, "win": float(win)})
     return tally(np.asarray(wins, np.float32))

@@ -517,15 +517,16 @@ class Rollouts:
         samples = list(state.get("samples", ()))  # a later step of the rollout may log them
         self._now = Rollout(batch, dict(state["metrics"]), samples, self._next)
 
-    def log_samples(self, workdir: str | epath.PathLike, step: int) -> None:
-        """Append the newest rollout's samples, with their rewards, to ``samples.jsonl``; for
-        process 0."""
+    def log_samples(self, workdir: str | epath.PathLike, step: int) -> Sequence[Mapping[str, Any]]:
+        """Append the newest rollout's samples, with their rewards, to ``samples.jsonl``, and return
+        them; for process 0."""
         if self._now is not None:
             if self._log is None:  # what an earlier start has logged from here on is logged again
                 path = epath.Path(workdir) / "samples.jsonl"
                 self._log = JsonLines(path, start_step=step - 1)
             for one in self._now.samples:
                 self._log.append({"step": step, **one})
+        return [] if self._now is None else self._now.samples
 
     def close(self) -> None:
         """Write what is still buffered of the samples."""

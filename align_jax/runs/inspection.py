@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Int
 from transformers import PreTrainedTokenizerBase
 
+from align_jax.core.progress import printable
 from align_jax.core.schema import Batch, Example
 from align_jax.data.pipeline import Pipeline
 from align_jax.online.rollout import Rollouts
@@ -169,19 +170,6 @@ class Inspection:
                 )
                 page.append(f"<small>{part.head}</small><pre style='{box}'>{''.join(pieces)}</pre>")
         return "".join(page)
-
-
-def printable(text: str) -> str:
-    """Return a text that can do a terminal nothing: control characters but line ends and tabs are
-    written out.
-
-    >>> print(printable("a\\x1b[2Jb"))
-    a\\x1b[2Jb
-    """
-    return "".join(
-        one if one.isprintable() or one in "\n\t" else one.encode("unicode_escape").decode()
-        for one in text
-    )
 
 
 def inspect_run(run: Run, about: Sequence[str], *, examples: int = 3, step: int = 1) -> Inspection:

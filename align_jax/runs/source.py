@@ -91,8 +91,9 @@ class Offline:
         """Return what a checkpoint has to hold beside the step: nothing."""
         return {}
 
-    def log_samples(self, workdir: Any, step: int) -> None:
-        """Write the samples: there are none."""
+    def log_samples(self, workdir: Any, step: int) -> Sequence[Mapping[str, Any]]:
+        """Write and return the samples: there are none."""
+        return []
 
     def close(self) -> None:
         """Close what is open: nothing."""

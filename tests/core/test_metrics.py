@@ -255,3 +255,19 @@ def test_other_processes_say_nothing():
     bar.update(1, {"loss": 0.5})
     bar.note("hello")
     assert not stream.getvalue()
+
+
+@pytest.mark.parametrize("width", [80, 50])
+def test_samples_are_a_table_that_fits_the_screen(width):
+    rows = [
+        {"prompt": [{"role": "user", "content": "What is " + "1 + " * 40 + "2?"}], "output": "3."},
+        {"prompt": "hi\n\nthere", "output": "你好" * 60, "other": "é" * 90, "win": 0.5},
+        {"prompt": "", "output": "\x1b[2J", "other": "", "win": None, "reward": -0.12345678},
+    ]
+    text = progress.samples_table(rows, width=width)
+    lines = text.splitlines()
+    assert len(lines) == 4 and "\x1b" not in text and "\\x1b[2J" in text
+    assert lines[0].split() == ["prompt", "output", "other", "reward", "win"]
+    assert all(len(line) + sum(one in "你好" for one in line) <= width for line in lines)
+    assert "+ 2?" in lines[1] and lines[1].startswith("…") and "hi there" in lines[2]
+    assert "-0.1235" in lines[3] and lines[2].endswith("0.5")

@@ -104,7 +104,11 @@ def test_preference_and_perplexity_equal_transformers(policy, folder, pairs):
 
 def test_generation_reports_rewards_and_the_kl_of_its_own_samples(policy, pairs):
     examples = datasets.load(pairs, "prompts", DataOptions(), chat=False)
-    found = EVALS["generation"].fn(policy, examples, REWARD, options(4))
+    kept = []
+    found = EVALS["generation"].fn(policy, examples, REWARD, options(4), keep=kept.append)
+    assert len(kept) == 20 and found["reward"] == pytest.approx(
+        sum(row["reward"] for row in kept) / 20, rel=1e-5
+    )
     assert found["prompts"] == 5 and 0 < found["completions/mean_length"] <= 8
     assert found["best_of_n"] > found["reward"] > 0 and found["objective/kl"] > 0
     same = policy._replace(params=policy.reference.params)
@@ -116,7 +120,10 @@ def test_win_rate_against_itself_is_half_and_against_empty_answers_one(policy, p
     examples = datasets.load(pairs, "prompts", DataOptions(), chat=False)
     same = policy._replace(params=policy.reference.params)
     by_length = by_rewards(REWARD)
-    found = EVALS["win_rate"].fn(same, examples, by_length, options=options(1))
+    kept = []
+    found = EVALS["win_rate"].fn(same, examples, by_length, options=options(1), keep=kept.append)
+    assert [row["win"] for row in kept] == [0.5] * 5 and len(json.dumps(kept)) > 0
+    assert all(row["output"] == row["other"] and row["prompt"] for row in kept)
     assert found["win_rate"] == 0.5 and found["ties"] == 1.0
     path = tmp_path / "answers.jsonl"
     path.write_text("".join(json.dumps({"prompt": p, "answer": ""}) + "\n" for p, *_ in PAIRS))
