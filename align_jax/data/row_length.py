@@ -2,7 +2,8 @@
 """The layout and the row length that cost least, counted from the lengths of the data.
 
 A row of T tokens costs T + a T² of a token's matrix products, where a is what attention of one
-query to one key costs beside them.  Long rows waste little room and much attention, short ones the
+query to one key costs beside them; 0 where the kernel computes no other segments, so that a group's
+attention costs the same in any row.  Long rows waste little room and much attention, short ones the
 other way round.  Of each number of rows that a step may have there is one length at which they
 hold ``batch_size`` groups on average; the cheapest of these is taken.
 """

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from align_jax.core.choose import choose
-from align_jax.models import attention_kernels
+from align_jax.models import attention_kernels, segment_attention
 
 
 def mask(
@@ -140,6 +140,36 @@ def blocks(
     return jnp.moveaxis(out, 0, 1).reshape(rows, length + extra, heads, head_dim)[:, :length]
 
 
+def segments(
+    q: Float[Array, "N T H h"],
+    k: Float[Array, "N T K h"],
+    v: Float[Array, "N T K h"],
+    *,
+    segment_ids: Int[Array, "N T"],
+    positions: Int[Array, "N T"],
+    prefix_ids: Int[Array, "N T"] | None = None,
+    window: int | None = None,
+    softcap: float = 0.0,
+    scale: float = 1.0,
+) -> Float[Array, "N T H h"]:
+    """Attend by blocks that follow the segments; short rows, and rows that are split over a mesh's
+    sequence axis, by plain products."""
+    mesh = jax.sharding.get_abstract_mesh()
+    split = not mesh.empty and mesh.shape["sequence"] > 1
+    short = q.shape[1] <= 2 * segment_attention.BLOCK
+    return (xla if split or short else segment_attention.attend)(
+        q,
+        k,
+        v,
+        segment_ids=segment_ids,
+        positions=positions,
+        prefix_ids=prefix_ids,
+        window=window,
+        softcap=softcap,
+        scale=scale,
+    )
+
+
 def splash(
     q: Float[Array, "N T H h"],
     k: Float[Array, "N T K h"],
@@ -211,10 +241,16 @@ def cudnn(
 ATTENTION: Mapping[str, Callable[..., jax.Array]] = {
     "xla": xla,
     "blocks": blocks,
+    "segments": segments,
     "splash": splash,
     "cudnn": cudnn,
 }
-FASTEST: Mapping[str, str] = {"tpu": "splash", "gpu": "cudnn"}  # by backend; elsewhere xla
+FASTEST: Mapping[str, str] = {"cpu": "segments", "gpu": "cudnn", "tpu": "splash"}  # by backend
+
+
+def named(name: str) -> str:
+    """Return the implementation's name; for "auto" that of the default backend's fastest."""
+    return FASTEST.get(jax.default_backend(), "blocks") if name == "auto" else name
 
 
 def implementation(name: str) -> Callable[..., jax.Array]:
@@ -223,6 +259,4 @@ def implementation(name: str) -> Callable[..., jax.Array]:
     Raises:
         ValueError: an unknown name.
     """
-    if name == "auto":
-        name = FASTEST.get(jax.default_backend(), "xla")
-    return choose(ATTENTION, name, "attention")
+    return choose(ATTENTION, named(name), "attention")

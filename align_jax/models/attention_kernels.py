@@ -73,7 +73,7 @@ def splash(
     sizes = {"sequence": 1, "tensor": 1} if mesh.empty else dict(mesh.shape)
     sequence, tensor = sizes["sequence"], sizes["tensor"]
     rows, length, heads, _ = q.shape
-    k, v = _divisible(k, v, heads, tensor)
+    k, v = divisible(k, v, heads, tensor)
     if length % sequence:
         raise ValueError(f"rows of {length} tokens cannot be split over mesh.sequence={sequence}")
     extra = -length % (LANES * sequence)
@@ -141,7 +141,17 @@ def cudnn(
     )
 
 
-def _divisible(k: jax.Array, v: jax.Array, heads: int, tensor: int) -> tuple[jax.Array, jax.Array]:
+def divisible(k: jax.Array, v: jax.Array, heads: int, tensor: int) -> tuple[jax.Array, jax.Array]:
+    """Return keys and values whose heads the tensor axis divides: repeated where there are fewer.
+
+    Args:
+        k, v: keys and values, [N, T, K, h].
+        heads: H.
+        tensor: devices of the tensor axis.
+
+    Raises:
+        ValueError: query heads, or key-value heads, that cannot be split.
+    """
     groups = k.shape[2]
     if heads % tensor:
         raise ValueError(f"{heads} query heads cannot be split over mesh.tensor={tensor}")

@@ -622,7 +622,7 @@ def make_rollouts(
             "at least"
         )
     longest = max(prompts.longest, 0 if others is None else others.longest)
-    paid = attention_cost(policy.config, jax.default_backend())
+    paid = attention_cost(policy.config, policy.options.attention)
     rollouts = batches.with_layout(rollouts, longest, paid)
     player = make_player(
         rollouts.options,

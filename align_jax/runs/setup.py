@@ -423,7 +423,7 @@ def make_pipeline(
             config,
             row_shards(mesh),
             once=once,
-            attention_cost=attention_cost(resolved.model_config, jax.default_backend()),
+            attention_cost=attention_cost(resolved.model_config, config.model.attention),
         ),
         seed=config.seed,
         mismatched=any(term.objective.mismatched for term in resolved.terms),

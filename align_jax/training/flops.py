@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 from align_jax.core.schema import Batch
 from align_jax.core.tree import flatten
+from align_jax.models.attention import named
 from align_jax.models.config import ModelConfig
 from align_jax.models.model import Model
 from align_jax.training.steps import StepSpec
@@ -86,21 +87,26 @@ def layer_weights(config: ModelConfig) -> int:
     return config.num_layers * (attention + mlp)
 
 
-# Seconds of a FLOP of attention, all T^2 pairs counted, over those of a FLOP of a matrix product:
-# on two cores 26 of 185 GFLOP/s were measured; on an H100 cuDNN with a mask gave 230 TFLOP/s, where
-# 600 are taken for products; on a TPU it is an estimate: splash skips the upper half.
-ATTENTION_SLOWER = {"cpu": 7.0, "gpu": 2.6, "tpu": 1.0}
+# Seconds of a FLOP of attention, all T^2 pairs of a row counted, over those of a FLOP of a matrix
+# product: on two cores 26 of 185 GFLOP/s were measured; on an H100 cuDNN with a mask gave 230
+# TFLOP/s, where 600 are taken for products; on a TPU it is an estimate: splash skips the upper
+# half.  What follows the segments costs a group the same in a row of any length.
+ATTENTION_SLOWER = {"xla": 7.0, "blocks": 7.0, "segments": 0.0, "cudnn": 2.6, "splash": 1.0}
 
 
-def attention_cost(config: ModelConfig, backend: str) -> float:
-    """Return what attention of one query to one key costs, in a token's matrix products; see
-    ``data.row_length``.
+def attention_cost(config: ModelConfig, attention: str) -> float:
+    """Return what attention of one query to one key costs, in a token's matrix products, of those
+    that a longer row adds; see ``data.row_length``.
 
     The head is counted at every second token, about as many as answers have.
+
+    Args:
+        config: the model.
+        attention: a name from ``models.attention.ATTENTION``, or "auto".
     """
     pair = 4 * config.num_layers * config.num_heads * config.head_dim
     token = 2 * layer_weights(config) + config.vocab_size * config.hidden_size
-    return ATTENTION_SLOWER.get(backend, 1.0) * pair / token
+    return ATTENTION_SLOWER[named(attention)] * pair / token
 
 
 def forward_flops(
