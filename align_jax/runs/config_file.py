@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The flag ``--config``: a file that is run, and keys that the command line changes in what it
-returns."""
+"""The flag ``--config``: a file that is run, or YAML that is read, and keys that the command line
+changes in it."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import yaml
 from absl import flags
 from ml_collections import ConfigDict
 
+from align_jax import losses
 from align_jax.core import config as configs
 from align_jax.core.choose import nearest
 
@@ -60,9 +62,13 @@ def _load(path: str, *argument: str) -> ConfigDict:
     """Run a config file's ``get_config``."""
     file = pathlib.Path(path)
     if not file.is_file():
-        beside = [str(one) for one in file.parent.glob("*.py")] if file.parent.is_dir() else []
+        beside = [str(one) for kind in ("*.py", "*.y*ml") for one in file.parent.glob(kind)]
         known = nearest(path, beside) if beside else ""
         raise ConfigMistake(f"--config={path}: no such config file{known}")
+    if file.suffix in (".yaml", ".yml"):
+        if argument:
+            raise ConfigMistake(f"--config={path}:{argument[0]}: a YAML file takes no argument")
+        return _load_yaml(path)
     try:
         found = runpy.run_path(path)
         if "get_config" not in found:
@@ -89,6 +95,89 @@ def _load(path: str, *argument: str) -> ConfigDict:
             "align_jax.core.config.defaults() makes, with its keys changed"
         )
     return config
+
+
+class _Yaml(yaml.SafeLoader):
+    """Plain values of YAML, with 1e-6 a number, which YAML 1.1 takes for a text."""
+
+
+_Yaml.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def _load_yaml(path: str) -> ConfigDict:
+    """Read a YAML file of the config's keys, nested as they are.
+
+    Raises:
+        ConfigMistake: no YAML, a key that the config has not or that stands twice, a value that is
+            none of its key's; with the line.
+    """
+    lines: dict[str, int] = {}
+    try:
+        loader = _Yaml(pathlib.Path(path).read_text("utf-8"))
+        root = loader.get_single_node()
+        config = configs.defaults().unlock()
+        if root is not None:
+            _fill(config, root, loader, path, "", lines)
+        configs.parse(config.lock())
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ConfigMistake(f"{path}{line}: no YAML: {error.problem}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigMistake(f"{path}: no YAML: {words(error)}") from error
+    except ValueError as error:  # of the values, which are named by their keys
+        wrong = re.findall(r"(?m)^  config\.([\w.]+)(.*)$", str(error))
+        where = [f"{path}:{lines.get(key, '?')}: config.{key}{rest}" for key, rest in wrong]
+        raise ConfigMistake("\n".join(where) or f"{path}: {words(error)}") from error
+    return config
+
+
+def _fill(
+    config: ConfigDict, node: yaml.Node, loader: Any, path: str, prefix: str, lines: dict[str, int]
+) -> None:
+    """Put a YAML mapping's values into a group of keys.
+
+    Raises:
+        ConfigMistake: as ``_load_yaml`` does.
+    """
+
+    def mistake(at: yaml.Node, said: str) -> ConfigMistake:
+        return ConfigMistake(f"{path}:{at.start_mark.line + 1}: {said}")
+
+    if not isinstance(node, yaml.MappingNode):
+        what = f"config.{prefix.rstrip('.')} is a group" if prefix else "expected a mapping"
+        raise mistake(node, f"{what} of keys, such as seed: 0; got {node.value!r:.60}")
+    if prefix == "objective.":  # its own options stand beside its name
+        named = [value.value for key, value in node.value if key.value == "name"]
+        try:
+            config.update(losses.options(named[0] if named else config.name))
+        except (ValueError, KeyError) as error:
+            raise mistake(node, words(error)) from error
+    for key_node, value_node in node.value:
+        key = str(key_node.value)
+        name = f"{prefix}{key}"
+        if key not in config:
+            close = nearest(key, list(config))
+            close = close if "did you mean" in close else _nearest_key(key) or close
+            raise mistake(key_node, f"the config has no key {name!r}{close}")
+        if name in lines:
+            raise mistake(key_node, f"{name} stands on line {lines[name]}, too")
+        lines[name] = key_node.start_mark.line + 1
+        if isinstance(config[key], ConfigDict) and config[key]:
+            _fill(config[key], value_node, loader, path, f"{name}.", lines)
+            continue
+        with config.ignore_type():  # types are checked together, with the ranges
+            config[key] = _frozen(loader.construct_object(value_node, deep=True))
+
+
+def _frozen(value: Any) -> Any:
+    """Return lists as tuples and dicts as ConfigDicts, as configs hold them."""
+    if isinstance(value, dict):
+        return ConfigDict({key: _frozen(inner) for key, inner in value.items()})
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
 def _file_message(path: str, error: BaseException) -> str:

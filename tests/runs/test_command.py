@@ -33,6 +33,8 @@ CONFIG_FILES = {
     "    made.optimizer.learning_rte = 1\n    return made\n",
 }
 
+YAML = "optimizer:\n  lr: 1\n"
+
 # what is typed, in a folder as `folder` makes it -> what is said
 MISTAKES = {
     # the command line
@@ -57,6 +59,7 @@ MISTAKES = {
     ".config --config=asks.py": "get_config(size) does not fit --config=asks.py: missing a req",
     ".config --config=lacks.py --" + "x" * 300: f"no flag --{'x' * 58}...; --help",
     ".export --model=m --output=" + "x" * 300: f"--output={'x' * 60}...: a name of more than 255",
+    ".train --config=wrong.yaml --workdir=x": "wrong.yaml:2: the config has no key 'optimizer.lr'",
     ".train --config=syntax.py --workdir=x": "syntax.py:2: '(' was never closed",
     ".config --config=imports.py": "imports.py:2: ModuleNotFoundError: No module named 'no_such",
     ".train --config=typo.py --workdir=x": "typo.py:5: the config has no key 'learning_rte'; "
@@ -133,6 +136,7 @@ MISTAKES = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     made = tmp_path_factory.mktemp("typed")
+    (made / "wrong.yaml").write_text(YAML)
     for name, text in CONFIG_FILES.items():
         (made / f"{name}.py").write_text(text)
     (made / "empty.jsonl").touch()

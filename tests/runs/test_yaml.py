@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A config as YAML: the same keys as in a Python file, mistakes with their line."""
+
+import pathlib
+import runpy
+
+import pytest
+
+from align_jax.core import config as configs
+from align_jax.runs.config_file import ConfigMistake, _load
+
+TINY = pathlib.Path(__file__).parents[2] / "configs" / "tiny.py"
+GOOD = """# as configs/tiny.py:ipo, with a few keys changed
+seed: 3
+total_steps: 7
+batch_size: 8
+model:
+  config: {hidden_size: 32, num_hidden_layers: 1}
+  compute_dtype: float32
+  freeze: [embed]
+data:
+  train: pairs.jsonl
+  columns: {chosen: good}
+objective:
+  beta: 1
+  name: ipo
+optimizer:
+  learning_rate: 1e-4
+  b2: .95
+rewards: {regex: {pattern: "[a-z]"}}
+"""
+
+
+def read(tmp_path, text):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    return _load(str(path))
+
+
+def test_yaml_is_read_as_a_python_file_is(tmp_path):
+    config = configs.read(read(tmp_path, GOOD))
+    made = configs.defaults().unlock()
+    made.update(runpy.run_path(str(TINY))["get_config"]("ipo"))
+    assert (config.seed, config.total_steps, config.optimizer.learning_rate) == (3, 7, 1e-4)
+    assert config.objective.options == {**configs.read(made).objective.options, "beta": 1}
+    assert config.model.freeze == ("embed",) and config.optimizer.b2 == 0.95
+    assert dict(config.model.config) == {"hidden_size": 32, "num_hidden_layers": 1}
+    assert dict(config.data.columns) == {"chosen": "good"} and "regex" in config.rewards
+    assert configs.defaults() == read(tmp_path, "")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (
+            "seed: 1\noptimizer:\n  learning_rte: 1\n",
+            ":3: .*'optimizer.learning_rte'; did you mean",
+        ),
+        ("learning_rate: 1\n", ":1: .*did you mean 'config.optimizer.learning_rate'"),
+        ("optimizer:\n  b1: 2\n", r":2: config.optimizer.b1 = 2.0: expected less than 1"),
+        ("\nseed: x\nbatch_size: 1.5\n", r":2: .*an integer\n.*:3: config.batch_size = 1.5: exp"),
+        ("seed: 1\nbatch_size: 2\nseed: 2\n", ":3: seed stands on line 1, too"),
+        ("optimizer: adam\n", ":1: config.optimizer is a group of keys.*'adam'"),
+        ("- a\n- b\n", ":1: expected a mapping"),
+        ("a: [1\n", ":2: no YAML: "),
+        ("objective:\n  name: dp0\n", ":2: .*did you mean 'dpo'"),
+        ("objective:\n  name: ipo\n  bta: 1\n", ":3: .*did you mean 'beta'"),
+        ("seed: !!python/object/apply:os.system ['true']\n", ":1: no YAML: could not determine"),
+        ("model:\n  path: null\n", ":2: config.model.path = None: expected a text"),
+        ("seed: 1\n---\nseed: 2\n", "no YAML: but found another document"),
+    ],
+)
+def test_a_mistake_is_told_with_its_line(text, said, tmp_path):
+    with pytest.raises(ConfigMistake, match=f"config.yaml{said}" if said[0] in ":(" else said):
+        read(tmp_path, text)
+
+
+def test_an_argument_and_a_missing_file_are_refused(tmp_path):
+    (tmp_path / "dpo.yaml").write_text("seed: 1\n")
+    with pytest.raises(ConfigMistake, match="takes no argument"):
+        _load(str(tmp_path / "dpo.yaml"), "dpo")
+    with pytest.raises(ConfigMistake, match="did you mean '.*dpo.yaml'"):
+        _load(str(tmp_path / "dpp.yaml"))
