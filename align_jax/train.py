@@ -23,7 +23,7 @@ from ml_collections import ConfigDict, config_flags
 from align_jax.core import config as configs
 from align_jax.core import metrics
 from align_jax.core.options import Config
-from align_jax.core.progress import Progress, samples_table
+from align_jax.core.progress import Progress
 from align_jax.models.lora import merge
 from align_jax.online.rollout import Rollouts, Weights
 from align_jax.parallel import distributed
@@ -232,7 +232,7 @@ def loop(
             logged = config.rollout.log_samples_every_steps
             if distributed.is_main() and logged and step % logged == 0:
                 if samples := batches.log_samples(folder, step):
-                    recorder.note(f"samples at step {step}:\n{samples_table(samples)}")
+                    recorder.show_samples(step, samples)
             done, stopping = step == run.total_steps, stop(step)
             evaluating = evaluate is not None and (
                 done or config.eval.every_steps and step % config.eval.every_steps == 0

@@ -18,7 +18,7 @@ import pathlib
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from align_jax.core.progress import Progress, Values
+from align_jax.core.progress import Progress, Values, last_words, samples_table
 
 
 class Least(NamedTuple):
@@ -155,6 +155,23 @@ class Writer(Protocol):
         """Write what is still buffered."""
 
 
+@runtime_checkable
+class SampleWriter(Protocol):
+    """A writer that shows samples, too."""
+
+    def write_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Show samples, as ``samples.jsonl`` holds them."""
+
+
+SAMPLE_FIELDS = ("prompt", "output", "reward", "finish")  # what a dashboard's table has of a sample
+
+
+def _cells(rows: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
+    return [
+        [last_words(row["prompt"]), *(row.get(name) for name in SAMPLE_FIELDS[1:])] for row in rows
+    ]
+
+
 class JsonLines:
     """Rows of a run, an object a line: ``metrics.jsonl``, ``samples.jsonl``.
 
@@ -267,6 +284,14 @@ class TensorBoard:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
+    def write_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write samples as one text, each indented: Markdown then takes nothing for its own."""
+        parts = []
+        for row in _cells(rows):
+            said = [f"{name}: {cell}" for name, cell in zip(SAMPLE_FIELDS, row)]
+            parts.append("\n".join(f"    {line}" for one in said for line in one.splitlines()))
+        self._writer.add_text("samples", "\n\n---\n\n".join(parts), step)
+
     def flush(self) -> None:
         """Write the events so far."""
         self._writer.flush()
@@ -291,6 +316,13 @@ class Wandb:
     def write(self, step: int, values: Values) -> None:
         """Log one row."""
         self._run.log(dict(values), step=step)
+
+    def write_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Log samples as a table."""
+        import wandb
+
+        table = wandb.Table(columns=list(SAMPLE_FIELDS), data=_cells(rows))
+        self._run.log({"samples": table}, step=step)
 
     def flush(self) -> None:
         """Do nothing: rows go out in the background."""
@@ -319,6 +351,13 @@ class Trackio:
     def write(self, step: int, values: Values) -> None:
         """Log one row."""
         self._run.log(dict(values), step=step)
+
+    def write_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Log samples as a table."""
+        import trackio
+
+        table = trackio.Table(columns=list(SAMPLE_FIELDS), data=_cells(rows))
+        self._run.log({"samples": table}, step=step)
 
     def flush(self) -> None:
         """Do nothing: rows go out in the background."""
@@ -459,6 +498,13 @@ class Recorder:
         """Write a row at once (an evaluation's, say)."""
         for writer in self._writers:
             writer.write(step, values)
+
+    def show_samples(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Print a few samples above the bar, and hand them to the dashboards."""
+        self.note(f"samples at step {step}:\n{samples_table(rows)}")
+        for writer in self._writers:
+            if isinstance(writer, SampleWriter):
+                writer.write_samples(step, rows)
 
     def note(self, text: str) -> None:
         """Print a line above the bar."""

@@ -70,7 +70,7 @@ def samples_table(rows: Sequence[Mapping[str, Any]], *, most: int = 4, width: in
     Args:
         rows: with ``prompt``, ``output``, and perhaps ``other``, ``reward``, ``win``; as
             ``samples.jsonl`` holds them.
-        most: rows to show.
+        most: rows to show, from all over.
         width: columns of the screen.
 
     >>> print(samples_table([{"prompt": "What is 2 + 3?", "output": "It is 5.", "reward": 1.0}]))
@@ -85,7 +85,8 @@ def samples_table(rows: Sequence[Mapping[str, Any]], *, most: int = 4, width: in
         sizes[place] = (room - sum(sizes)) // (len(texts) - place)
     heads = [_fit(name, size) for name, size in zip(texts, sizes)]
     lines = ["  ".join(heads) + "".join(f"{name:>8}" for name in numbers)]
-    for row in rows[:most]:
+    count = min(most, len(rows))
+    for row in (rows[i * len(rows) // count] for i in range(count)):
         # of a prompt the end says most, of an answer the beginning
         cells = [_fit(_words(row.get("prompt", "")), sizes[0], end=True)]
         cells += [_fit(_words(row.get(name, "")), size) for name, size in zip(texts[1:], sizes[1:])]
@@ -95,11 +96,15 @@ def samples_table(rows: Sequence[Mapping[str, Any]], *, most: int = 4, width: in
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _words(text: Any) -> str:
-    """Return a text, or the last of several messages, on one line."""
+def last_words(text: Any) -> str:
+    """Return a text, or the last of several messages."""
     if isinstance(text, Sequence) and not isinstance(text, str):
         text = text[-1].get("content", "") if text else ""
-    return " ".join(printable(str(text)).split())
+    return str(text)
+
+
+def _words(text: Any) -> str:
+    return " ".join(printable(last_words(text)).split())
 
 
 def _fit(text: str, size: int, *, end: bool = False) -> str:

@@ -271,3 +271,32 @@ def test_samples_are_a_table_that_fits_the_screen(width):
     assert all(len(line) + sum(one in "你好" for one in line) <= width for line in lines)
     assert "+ 2?" in lines[1] and lines[1].startswith("…") and "hi there" in lines[2]
     assert "-0.1235" in lines[3] and lines[2].endswith("0.5")
+
+
+def test_samples_go_to_the_screen_and_the_dashboards(tmp_path, monkeypatch):
+    rows = [
+        {"prompt": [{"role": "user", "content": "Hi"}], "output": "# a\nb", "reward": 0.5},
+        {"prompt": "Ho", "output": "c", "reward": None, "finish": "length"},
+    ]
+    cells = [["Hi", "# a\nb", 0.5, None], ["Ho", "c", None, "length"]]
+    shown = []
+    run = types.SimpleNamespace(
+        log=lambda values, step: shown.append((step, values["samples"])), finish=lambda: None
+    )
+    wandb = types.SimpleNamespace(
+        util=types.SimpleNamespace(generate_id=lambda: "id"),
+        init=lambda **_: run,
+        Table=lambda columns, data: (columns, data),
+    )
+    trackio = types.SimpleNamespace(init=lambda *_, **__: run, Table=wandb.Table)
+    for name, fake in {"wandb": wandb, "trackio": trackio}.items():
+        monkeypatch.setitem(sys.modules, name, fake)
+    writers = metrics.open_writers(str(tmp_path), tensorboard=True, wandb="p", trackio="p")
+    stream = io.StringIO()
+    recorder = metrics.Recorder(writers, progress.Progress(9, stream=stream))
+    recorder.show_samples(7, rows)
+    recorder.close()
+    assert shown == [(7, (list(metrics.SAMPLE_FIELDS), cells))] * 2
+    assert "samples at step 7:\nprompt" in stream.getvalue()
+    (events,) = (tmp_path / "tensorboard").glob("events.*")
+    assert b"    output: # a\n    b" in events.read_bytes()
