@@ -75,6 +75,7 @@ def export_run(
             dtype=dtype,
             heads=policy.options.heads,
             unembed=policy.options.unembed,
+            beside=trained.config.model.path,
             changes=_pad_token(trained) if "score" in policy.options.heads else None,
         )
     if distributed.is_main():
@@ -125,7 +126,7 @@ def export_model(model: str, output: str, *, dtype: str | None = None) -> None:
     """
     _refuse_same(model, output, "--model")
     config, params = hf.load(model)
-    hf.save(output, config, params, dtype=dtype, like=hf.locate(model))
+    hf.save(output, config, params, dtype=dtype, like=hf.locate(model), beside=model)
     if distributed.is_main():
         carry(model, output)
         carry_tokenizer(load_tokenizer(model), model, output)

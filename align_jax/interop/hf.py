@@ -9,6 +9,7 @@ what its devices hold.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import functools
@@ -16,7 +17,7 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -75,6 +76,11 @@ def config_from(hf: Mapping[str, Any]) -> ModelConfig:
         raise ValueError(_unknown_family(kind, hf))
     row = FAMILIES[kind]
     check(hf)
+    if isinstance(text := hf.get("text_config"), Mapping):
+        try:
+            check(text)
+        except ValueError as error:
+            raise ValueError(f"text_config: {error}") from error
     config = row.from_hf(hf)
     if config.activation not in ACTIVATIONS:
         given = [key for key in ACTIVATION_FIELDS if hf.get(key) == config.activation]
@@ -177,7 +183,8 @@ def _end_tokens(folder: str, found: Mapping[str, Any]) -> tuple[int, ...]:
     """Return the tokens that end a text by config.json and generation_config.json."""
     file = os.path.join(folder, GENERATION)
     more = read_json(file).get("eos_token_id") if os.path.exists(file) else None
-    ids = [one for part in (found.get("eos_token_id"), more) for one in _listed(part)]
+    text = (found.get("text_config") or {}).get("eos_token_id")
+    ids = [one for part in (found.get("eos_token_id"), text, more) for one in _listed(part)]
     if not all(type(one) is int and one >= 0 for one in ids):
         raise ValueError(
             f"{file}: eos_token_id: expected a token's id, or a list of them, got {more!r}"
@@ -209,8 +216,9 @@ def _is_tied(folder: str, config: ModelConfig) -> bool:
     with reader:
         entries = _with_base(tensor_maps(config), reader.names, config.family)
         (embed,) = (entry.name for entry in entries if entry.path == "embed/tokens")
-        untied = set(tensor_maps(dataclasses.replace(config, tied=False)))
-        heads = {entry.name for entry in untied - set(tensor_maps(config))} & reader.names
+        untied = tensor_maps(dataclasses.replace(config, tied=False))
+        untied = _with_base(untied, reader.names, config.family)
+        heads = {entry.name for entry in set(untied) - set(entries)} & reader.names
         return embed not in reader.names or all(reader.equal(head, embed) for head in heads)
 
 
@@ -398,11 +406,24 @@ def _grow(axis: int, had: int, wanted: int, sharding: Sharding) -> Callable[[jax
 
 
 def _with_base(entries: list[TensorMap], present: set[str], family: str) -> list[TensorMap]:
-    """Drop the base prefix where the checkpoint is of the bare decoder (as GPT-2's on the hub)."""
-    base = FAMILIES[family].base
+    """Spell the names as the checkpoint does: without the base prefix where it is of the bare
+    decoder (as GPT-2's on the hub), or with that of transformers' modules."""
+    base, modules = FAMILIES[family].base, FAMILIES[family].modules
+    if modules and any(name.startswith(modules) for name in present):
+        return [dataclasses.replace(entry, name=as_module(entry.name, family)) for entry in entries]
     if not base or any(name.startswith(base) for name in present):
         return entries
     return [dataclasses.replace(entry, name=entry.name.removeprefix(base)) for entry in entries]
+
+
+def as_module(name: str, family: str) -> str:
+    """Return the name that transformers' module has for what a checkpoint's tensor holds."""
+    row = FAMILIES[family]
+    if not row.modules:
+        return name
+    if name.startswith(row.base):
+        return row.modules + name.removeprefix(row.base)
+    return name.removeprefix("language_model.")
 
 
 def _other_heads(config: ModelConfig) -> set[str]:
@@ -419,7 +440,8 @@ def _check_tensors(
     unexpected = reader.names - expected.keys()
     if unexpected:
         unexpected -= _other_heads(config)
-    ignored = FAMILIES[config.family].ignored
+    row = FAMILIES[config.family]
+    ignored = "|".join(filter(None, (row.ignored, row.carried)))
     wrong = {
         "missing": sorted(expected.keys() - reader.names),
         "unexpected": sorted(name for name in unexpected if not re.search(ignored, name)),
@@ -455,6 +477,7 @@ def save(
     shard_bytes: int = SHARD_BYTES,
     changes: Mapping[str, Any] | None = None,
     like: str = "",
+    beside: str = "",
 ) -> None:
     """Write parameters as a Hugging Face checkpoint: config.json and safetensors (tokenizer files
     are not ours).
@@ -473,11 +496,19 @@ def save(
         changes: further keys of config.json (``pad_token_id``, which sequence classifiers need).
         like: folder of a checkpoint whose tensors' types are kept, one by one, where ``dtype`` is
             None.
+        beside: folder or hub id of the checkpoint that the model came from: what it holds beside
+            the decoder (``Family.carried``) is written along as it is.
 
     Raises:
-        ValueError: the parameters are not those of this model.
+        ValueError: the parameters are not those of this model; transformers has no class for a
+            score head on it.
     """
     unembed = "score" not in heads if unembed is None else unembed
+    if "score" in heads and not FAMILIES[config.family].classifier:
+        raise ValueError(
+            f"transformers has no sequence classifier of {config.family}: a reward model of it "
+            "is used from its run's folder, and not exported"
+        )
     flat, hf = flatten(params), json.loads(config.hf)
     first = next(iter(flat.values()))
     stored = jnp.dtype(dtype or hf.get("dtype") or hf.get("torch_dtype") or first.dtype)
@@ -493,12 +524,7 @@ def save(
     sources = _sources(entries, config)
     dtypes = dict.fromkeys(shapes, stored)
     if like and dtype is None:
-        with tensor_files.Reader(like, blocks=_blocks(hf)) as reader:
-            base = FAMILIES[config.family].base
-            for name in shapes:
-                there = name if name in reader.names else name.removeprefix(base)
-                if there in reader.names:
-                    dtypes[name] = reader.dtype(there)
+        dtypes |= _types(like, config, shapes)
 
     def make(name: str) -> np.ndarray:
         tensor = np.empty(shapes[name], dtypes[name])
@@ -511,10 +537,18 @@ def save(
             )
         return tensor
 
-    main = jax.process_index() == 0
-    tensor_files.write(path, shapes, dtypes, make, shard_bytes, main)
+    main, row = jax.process_index() == 0, FAMILIES[config.family]
+    with contextlib.ExitStack() as stack:
+        others: dict[str, Callable[[str], np.ndarray]] = {}
+        if beside and row.carried:
+            reader = stack.enter_context(tensor_files.Reader(locate(beside)))
+            others = {x: reader.read for x in sorted(reader.names) if re.search(row.carried, x)}
+            shapes |= {name: reader.shape(name) for name in others}
+            dtypes |= {name: reader.dtype(name) for name in others}
+        tensor_files.write(
+            path, shapes, dtypes, lambda name: others.get(name, make)(name), shard_bytes, main
+        )
     if main:
-        row = FAMILIES[config.family]
         more = dict(changes or {})
         if "score" in heads:
             more = {"id2label": {"0": "reward"}, "label2id": {"reward": 0}} | more
@@ -528,6 +562,18 @@ def save(
             sort_keys=True,
         )
         (epath.Path(path) / "config.json").write_text(text + "\n")
+
+
+def _types(folder: str, config: ModelConfig, wanted: Iterable[str]) -> dict[str, np.dtype]:
+    """Return the types that a checkpoint stores these tensors in, of those that it has."""
+    out: dict[str, np.dtype] = {}
+    with tensor_files.Reader(folder, blocks=_blocks(json.loads(config.hf))) as reader:
+        base = FAMILIES[config.family].base
+        for name in wanted:
+            spelled = (name, as_module(name, config.family), name.removeprefix(base))
+            if there := next((one for one in spelled if one in reader.names), ""):
+                out[name] = reader.dtype(there)
+    return out
 
 
 def _sources(

@@ -41,7 +41,7 @@ from align_jax.interop.tensor_files import (
     others,
     remove_older,
 )
-from align_jax.models import FAMILIES
+from align_jax.models import BESIDE, FAMILIES
 from align_jax.models.config import ModelConfig
 from align_jax.models.heads import HEADS
 from align_jax.models.lora import LEAVES, LoraConfig
@@ -181,12 +181,13 @@ def adaptable(config: ModelConfig) -> dict[str, list[LinearMap]]:
     roles = flatten(build(config).roles())
     out: dict[str, list[LinearMap]] = {}
     for entry in FAMILIES[config.family].tensor_maps(config):
+        name = hf.as_module(entry.name, config.family).removesuffix(".weight")
         role = role_of(roles, entry.path)
         if role.adaptable:
             start = entry.span[0] if entry.span else 0
             path = entry.path.removesuffix("/kernel")
             part = LinearMap(path, parse(entry, config), role.inputs, start)
-            out.setdefault(entry.name.removesuffix(".weight"), []).append(part)
+            out.setdefault(name, []).append(part)
     return out
 
 
@@ -230,7 +231,8 @@ def save(
     tensors: dict[str, np.ndarray] = {}
     ranks: dict[str, int] = {}  # of each target
     everything = [
-        entry.name.removesuffix(".weight") for entry in FAMILIES[config.family].tensor_maps(config)
+        hf.as_module(entry.name, config.family).removesuffix(".weight")
+        for entry in FAMILIES[config.family].tensor_maps(config)
     ]
     for name, parts in modules.items():
         adapted = [part for part in parts if f"{part.path}/lora_a" in flat]
@@ -259,6 +261,8 @@ def save(
     (folder / TENSORS).write_bytes(safetensors.numpy.save(tensors, {"format": "pt"}))
     transposed = any(part.transposed for part in maps)
     settings = _settings(lora, ranks, transposed, SCORE in flat, base_name)
+    if FAMILIES[config.family].carried:  # whose modules are called as the decoder's
+        settings["exclude_modules"] = rf"(.*\.)?{BESIDE}\..*"
     (folder / CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
     # a whole model that lay here before would be loaded in place of the adapter
     remove_older(path, (CONFIG, TENSORS))

@@ -40,6 +40,7 @@ from align_jax.models.families import (
     seed_oss,
     smollm3,
     starcoder2,
+    towers,
 )
 from align_jax.models.tensor_map import TensorMap
 
@@ -53,6 +54,10 @@ class Family:
         tensor_maps: our configuration -> the invertible tensor map.
         architecture: class name of the causal language model, as exported.
         base: prefix that checkpoints of the bare decoder lack.
+        modules: the same prefix in transformers' modules, and so in adapters and in some
+            checkpoints, "" where it is that one.
+        carried: regular expression of tensors that are not the decoder's: an export takes them from
+            the checkpoint as they are.
         classifier: class name of the sequence classifier (reward models), "" where there is none.
         ignored: regular expression of tensors that are buffers, not weights.
     """
@@ -61,8 +66,14 @@ class Family:
     tensor_maps: Callable[[ModelConfig], list[TensorMap]]
     architecture: str
     base: str = "model."
+    modules: str = ""
+    carried: str = ""
     classifier: str = ""
     ignored: str = r"rotary_emb\.inv_freq$"
+
+
+# what modules of models that see images are called beside the decoder
+BESIDE = "(vision_tower|multi_modal_projector|visual)"
 
 
 def _row(module: ModuleType, name: str, **changes: Any) -> Family:
@@ -76,6 +87,18 @@ def _row(module: ModuleType, name: str, **changes: Any) -> Family:
     return Family(**(fields | changes))
 
 
+def _tower(family: str, name: str) -> Family:
+    """Make the row of a model that sees images, of which we read the text decoder."""
+    return Family(
+        towers.from_hf,
+        towers.tensor_maps,
+        f"{name}ForConditionalGeneration",
+        base=towers.NAMES[family][0],
+        modules="model.language_model.",
+        carried=rf"^(model\.)?{BESIDE}\.",
+    )
+
+
 FAMILIES: Mapping[str, Family] = {
     "arcee": _row(arcee, "Arcee"),
     "cohere2": _row(cohere2, "Cohere2", classifier=""),
@@ -84,6 +107,7 @@ FAMILIES: Mapping[str, Family] = {
     "exaone4": _row(exaone4, "Exaone4"),
     "gemma": _row(gemma, "Gemma"),
     "gemma2": _row(gemma2, "Gemma2"),
+    "gemma3": _tower("gemma3", "Gemma3"),
     "gemma3_text": _row(gemma3_text, "Gemma3", classifier="Gemma3TextForSequenceClassification"),
     "glm4": _row(glm4, "Glm4"),
     "gpt2": _row(
@@ -104,6 +128,7 @@ FAMILIES: Mapping[str, Family] = {
     "llama": _row(llama, "Llama"),
     "ministral": _row(ministral, "Ministral"),
     "mistral": _row(mistral, "Mistral"),
+    "mistral3": _tower("mistral3", "Mistral3"),
     "mixtral": _row(mixtral, "Mixtral"),
     "nemotron": _row(nemotron, "Nemotron"),
     "olmo2": _row(olmo2, "Olmo2"),
@@ -113,8 +138,11 @@ FAMILIES: Mapping[str, Family] = {
     "phi": _row(phi, "Phi"),
     "phi3": _row(phi3, "Phi3"),
     "qwen2": _row(qwen2, "Qwen2"),
+    "qwen2_5_vl": _tower("qwen2_5_vl", "Qwen2_5_VL"),
+    "qwen2_vl": _tower("qwen2_vl", "Qwen2VL"),
     "qwen3": _row(qwen3, "Qwen3"),
     "qwen3_moe": _row(qwen3_moe, "Qwen3Moe"),
+    "qwen3_vl": _tower("qwen3_vl", "Qwen3VL"),
     "seed_oss": _row(seed_oss, "SeedOss"),
     "smollm3": _row(smollm3, "SmolLM3"),
     "starcoder2": _row(starcoder2, "Starcoder2"),

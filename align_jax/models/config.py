@@ -162,13 +162,16 @@ class ModelConfig:
             dtype: the weights' type as stored.
             changes: further keys (num_labels, ...).
         """
-        hf = json.loads(self.hf) | {"model_type": self.family, "vocab_size": self.vocab_size}
+        hf = json.loads(self.hf) | {"model_type": self.family}
+        text = hf.get("text_config", hf)
+        text["vocab_size"] = self.vocab_size
         hf.pop("quantization_config", None)  # the weights that it described are no more
         if architecture is not None:
             hf["architectures"] = [architecture]
         if dtype is not None:
-            hf.pop("torch_dtype", None)
-            hf["dtype"] = dtype
+            for part in (hf, text):
+                part.pop("torch_dtype", None)
+                part["dtype"] = dtype
         return hf | changes
 
 

@@ -32,6 +32,25 @@ SHAPE = dict(
     eos_token_id=2,
     pad_token_id=0,
 )
+EYES = {  # what sees images, of every family that does
+    "vision_config": {
+        "hidden_size": 16,
+        "embed_dim": 16,
+        "out_hidden_size": 32,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "depth": 1,
+        "num_attention_heads": 2,
+        "num_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+        "num_position_embeddings": 16,
+        "deepstack_visual_indexes": [0],
+    }
+}
+SECTIONS = {
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
+}
 CASES = {  # family -> (what differs from SHAPE, a fused module's name)
     "gemma": ({"head_dim": 12}, ""),
     "gemma2": ({"head_dim": 8}, ""),
@@ -66,6 +85,11 @@ CASES = {  # family -> (what differs from SHAPE, a fused module's name)
     "phi": ({}, ""),
     "seed_oss": ({"head_dim": 8}, ""),
     "starcoder2": ({}, ""),
+    "gemma3": (EYES | {"text_config": SHAPE | {"head_dim": 8}}, ""),
+    "mistral3": (EYES | {"text_config": SHAPE | {"model_type": "mistral"}}, ""),
+    "qwen2_vl": (EYES | {"text_config": SHAPE | SECTIONS}, ""),
+    "qwen2_5_vl": (EYES | {"text_config": SHAPE | SECTIONS}, ""),
+    "qwen3_vl": (EYES | {"text_config": SHAPE | SECTIONS | {"head_dim": 8}}, ""),
 }
 VARIANTS = {
     "llama": dict(dora=True),
@@ -82,7 +106,12 @@ VARIANTS = {
 
 def tiny(family, auto=transformers.AutoModelForCausalLM, **changes):
     torch.manual_seed(1)
-    config = transformers.CONFIG_MAPPING[family](**(SHAPE | CASES[family][0] | changes))
+    shape = CASES[family][0]
+    if "text_config" in shape:
+        auto = transformers.AutoModelForImageTextToText
+    else:
+        shape = SHAPE | shape
+    config = transformers.CONFIG_MAPPING[family](**(shape | changes))
     config._attn_implementation = "eager"
     model = auto.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
@@ -159,11 +188,10 @@ def test_peft_computes_what_we_do_from_our_file(family, saved, tmp_path):
     adapter = trained(config, lora, base)
     peft.save(str(tmp_path), config, lora, adapter, base_name="a/base")
     model = theirs.PeftModel.from_pretrained(
-        transformers.AutoModelForCausalLM.from_pretrained(
-            saved(family), attn_implementation="eager"
-        ),
-        tmp_path,
+        type(tiny(family)).from_pretrained(saved(family), attn_implementation="eager"), tmp_path
     ).eval()
+    adapted = [name for name, _ in model.named_modules() if name.endswith("lora_A")]
+    assert adapted and not [name for name in adapted if "vis" in name]
     got, expected = ours(config, merge(base, adapter), lora), peers(model)
     with model.disable_adapter():
         assert np.abs(expected - peers(model)).max() > 0.05

@@ -3,6 +3,7 @@
 weights both ways."""
 
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from align_jax.interop import hf
 from align_jax.models import FAMILIES
@@ -45,6 +46,25 @@ LONG = {
 MIXED = {
     "sliding_window": WINDOW,
     "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+}
+# what sees images, of every family that does
+EYES = {
+    "hidden_size": 16,
+    "embed_dim": 16,
+    "out_hidden_size": 32,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "depth": 1,
+    "num_attention_heads": 2,
+    "num_heads": 2,
+    "head_dim": 8,
+    "image_size": 28,
+    "patch_size": 14,
+    "num_position_embeddings": 16,
+    "deepstack_visual_indexes": [0],
+}
+SECTIONS = {
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
 }
 CASES = {  # case -> (model_type, what differs from SHAPE)
     "llama": ("llama", {}),
@@ -154,6 +174,29 @@ CASES = {  # case -> (model_type, what differs from SHAPE)
         },
     ),
     "ernie4_5": ("ernie4_5", {"head_dim": 8, "use_bias": True}),
+    "gemma3": (
+        "gemma3",
+        {
+            "text_config": SHAPE | MIXED | {"head_dim": 8, "query_pre_attn_scalar": 5},
+            "vision_config": EYES,
+            "mm_tokens_per_image": 4,
+        },
+    ),
+    "mistral3": (
+        "mistral3",
+        {
+            "text_config": SHAPE
+            | {"model_type": "mistral", "head_dim": 8, "sliding_window": WINDOW},
+            "vision_config": EYES | {"model_type": "pixtral"},
+            "tie_word_embeddings": False,
+        },
+    ),
+    "qwen2_vl": ("qwen2_vl", {"text_config": SHAPE | SECTIONS, "vision_config": EYES}),
+    "qwen2_5_vl": ("qwen2_5_vl", {"text_config": SHAPE | SECTIONS, "vision_config": EYES}),
+    "qwen3_vl": (
+        "qwen3_vl",
+        {"text_config": SHAPE | SECTIONS | {"head_dim": 8}, "vision_config": EYES},
+    ),
     "opt": ("opt", {"ffn_dim": 40, "word_embed_proj_dim": 32, "dropout": 0.0}),
 }
 # one of each kind
@@ -165,9 +208,13 @@ def peer(request, tmp_path_factory):
     """A tiny random model of transformers, saved, and ours read from it."""
     family, changes = CASES[request.param]
     torch.manual_seed(1)
-    config = transformers.CONFIG_MAPPING[family](**(SHAPE | changes))
+    whole = changes if "text_config" in changes else SHAPE | changes
+    config = transformers.CONFIG_MAPPING[family](**whole)
     config._attn_implementation = "eager"
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    auto = transformers.AutoModelForCausalLM
+    if "text_config" in changes:
+        auto = transformers.AutoModelForImageTextToText
+    model = auto.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.15)
@@ -283,7 +330,7 @@ def test_prefill_and_decode_equal_the_full_forward(peer):
 
 def test_export_of_import_is_byte_identical(peer, tmp_path):
     _, path, theirs, model, params, _ = peer
-    hf.save(str(tmp_path), model.config, params)
+    hf.save(str(tmp_path), model.config, params, beside=str(path))
     before, after = load_file(path / "model.safetensors"), load_file(tmp_path / "model.safetensors")
     assert before.keys() == after.keys()
     for name, tensor in before.items():
@@ -292,11 +339,32 @@ def test_export_of_import_is_byte_identical(peer, tmp_path):
         type(theirs).__name__
     ]
     with torch.no_grad():
-        again = transformers.AutoModelForCausalLM.from_pretrained(
-            tmp_path, attn_implementation="eager"
-        )
+        again = type(theirs).from_pretrained(tmp_path, attn_implementation="eager")
         tokens = torch.tensor(padded_rows()[0][:1])
         assert torch.equal(again(tokens).logits, theirs(tokens).logits)
+
+
+def test_newer_names_of_a_text_tower_are_read(peer, tmp_path):
+    case, path, _, model, params, _ = peer
+    row = FAMILIES[model.config.family]
+    if not row.modules:
+        pytest.skip("no model that sees images")
+    tensors = load_file(path / "model.safetensors")
+    renamed = {
+        name
+        if name.startswith("model.visual")
+        else "model." + name
+        if re.search(row.carried, name)
+        else hf.as_module(name, case): tensor
+        for name, tensor in tensors.items()
+    }
+    save_file(renamed, tmp_path / "model.safetensors")
+    # a head that another flag denies is used all the same
+    said = json.loads((path / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (tmp_path / "config.json").write_text(json.dumps(said))
+    config, again = hf.load(str(tmp_path), dtype="float32")
+    assert config.tied == model.config.tied
+    jax.tree.map(np.testing.assert_array_equal, again, params)
 
 
 def test_gradients_equal_transformers(peer, tmp_path):
