@@ -39,9 +39,12 @@ PANELS: Mapping[str, tuple[str, ...]] = {
     "MFU": ("mfu",),
 }
 REWARD, KL = PANELS["reward"], PANELS["KL"]
-# Of a metric, which end is the better one: the first word that its name holds decides.
-BETTER = (("accurac", 1), ("margin", 1), ("win_rate", 1), ("reward", 1), ("score", 1))
-WORSE = ("loss", "nll", "perplexity", "clipped", "rejected", "stderr")
+# Held-out metrics of which more, or less, is better; of the others neither.
+MORE = (*PANELS["accuracy"], *PANELS["margin"], *REWARD, "win_rate", "logps/accuracies")
+LESS = ("loss", "nll", "perplexity")
+# What differs is told in this order; the groups of keys that change nothing that is learned, not.
+FIRST = ("objective", "model", "optimizer", "data", "rollout", "rewards")
+UNTOLD = ("eval", "log", "checkpoint", "debug")
 POINTS = 1500  # of a line, at most: neighbors are averaged
 SAMPLES = 200  # of a column, at most
 
@@ -127,9 +130,7 @@ def direction(metric: str) -> int:
     (1, -1, 0)
     """
     name = metric.removeprefix("eval/")
-    if any(word in name for word in WORSE):
-        return -1
-    return next((sign for word, sign in BETTER if word in name), 0)
+    return (name in MORE) - (name in LESS)
 
 
 # ------------------------------------------------------------------------------------------ tables
@@ -231,14 +232,21 @@ def _went(run: Run) -> str:
 
 def _apart(runs: Sequence[Run]) -> Iterator[str]:
     """Yield a sentence for each key in which the runs differ."""
-    for key in differing(runs)[:12]:
+    # an option that only some have is told by what they are: the objective, the model
+    told = [key for key in differing(runs) if all(key in run.config for run in runs)]
+    keys = [key for key in told if key.split(".")[0] not in UNTOLD]
+    order = {group: place for place, group in enumerate(FIRST)}
+    keys.sort(
+        key=lambda key: (order.get(key.split(".")[0], len(order)), key != "objective.name", key)
+    )
+    for key in keys[:8]:
         of: dict[str, list[str]] = {}
         for run in runs:
-            of.setdefault(str(run.config.get(key, "not set")) or "''", []).append(run.name)
+            of.setdefault(str(run.config[key]) or "''", []).append(run.name)
         values = (f"{value} in {_listed(names)}" for value, names in of.items())
         yield f"{key} is {', '.join(values)}."
-    if len(differing(runs)) > 12:
-        yield f"{len(differing(runs)) - 12} more keys differ; the table has them."
+    if len(differing(runs)) > len(keys[:8]):
+        yield f"{len(differing(runs)) - len(keys[:8])} more keys differ; the table has them."
 
 
 def _compared(runs: Sequence[Run]) -> Iterator[str]:
