@@ -59,6 +59,9 @@ class ModelConfig:
         residual_scale: factor on what attention and MLP add.
         output_scale: factor on the logits.
         head_bias: whether the language-model head has a bias.
+        routing: "softmax", or "sigmoid" with a bias that corrects the choice alone.
+        shared_size: width of the expert that every token passes, 0 = none; ``shared_gate``: whether
+            a sigmoid of the token scales it.
         end_tokens: what ends a text by the checkpoint's own files, beside the tokenizer's.
         hf: the Hugging Face configuration it came from, as JSON; exported again with what changed.
     """
@@ -104,6 +107,9 @@ class ModelConfig:
     num_experts: int = 0
     experts_per_token: int = 0
     normalize_experts: bool = True
+    routing: str = "softmax"
+    shared_size: int = 0
+    shared_gate: bool = False
     init_std: float = 0.02
     end_tokens: tuple[int, ...] = ()
     hf: str = "{}"
@@ -132,8 +138,8 @@ class ModelConfig:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """The dimension letters' sizes (core/schema.py; d is D again, X a learned table's
-        positions)."""
+        """The dimension letters' sizes (core/schema.py; d is D again, f a shared expert's
+        width, X a learned table's positions)."""
         return {
             "D": self.hidden_size,
             "d": self.hidden_size,
@@ -142,6 +148,7 @@ class ModelConfig:
             "h": self.head_dim,
             "F": self.intermediate_size,
             "V": self.vocab_rows,
+            "f": self.shared_size,
             "E": self.num_experts,
             "L": self.num_layers,
             "X": self.max_positions + self.position_offset,

@@ -65,7 +65,7 @@ FIELDS = (
         tuple(
             """vocab_size hidden_size num_attention_heads intermediate_size max_position_embeddings
             n_embd n_head n_positions ffn_dim word_embed_proj_dim num_experts_per_tok
-            moe_intermediate_size decoder_sparse_step""".split()
+            moe_intermediate_size shared_expert_intermediate_size decoder_sparse_step""".split()
         ),
     ),
     Kind(
@@ -106,7 +106,7 @@ FIELDS = (
             """attention_bias mlp_bias tie_word_embeddings use_parallel_residual
             do_layer_norm_before enable_bias layer_norm_elementwise_affine scale_attn_weights
             scale_attn_by_inverse_layer_idx add_cross_attention norm_topk_prob
-            use_sliding_window attention_out_bias qk_layernorm""".split()
+            use_sliding_window attention_out_bias qk_layernorm qkv_bias""".split()
         ),
     ),
     Kind("true, false or null", or_null(is_bool), ("use_bidirectional_attention", "use_bias")),
@@ -189,7 +189,10 @@ def check(hf: Mapping[str, Any]) -> None:
         ValueError: all such fields; weights that are not floats; a key that a known one was
             probably meant by.
     """
-    wrong = faults(hf, FIELDS)
+    read = dict(hf)
+    if hf.get("use_sliding_window") is False and hf.get("sliding_window") == 0:
+        del read["sliding_window"]  # as transformers writes it where there is none
+    wrong = faults(read, FIELDS)
     for key in ("rope_parameters", "rope_scaling"):
         rope = hf.get(key)
         if isinstance(rope, Mapping):

@@ -40,7 +40,8 @@ class LoraConfig:
         alpha: the adapter's output is scaled by alpha / rank (rank-stabilized: alpha / sqrt(rank)).
         dropout: on the adapter's input, in training.
         targets: regular expression matched in full against "attention/query", "attention/key",
-            "attention/value", "attention/output", "mlp/gate", "mlp/up", "mlp/down".
+            "attention/value", "attention/output", "mlp/gate", "mlp/up", "mlp/down"; and where an
+            expert takes every token "shared/gate", "shared/up", "shared/down".
         rank_stabilized: rsLoRA.
         dora: train each output's magnitude beside the direction.
     """

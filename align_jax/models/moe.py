@@ -19,23 +19,33 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from align_jax.models.config import ModelConfig
-from align_jax.models.layers import ACTIVATIONS, array, contract, normal, parameter
+from align_jax.models.layers import ACTIVATIONS, array, contract, normal, parameter, zeros
 from align_jax.models.roles import Role
 from align_jax.parallel.mesh import ROWS
 from align_jax.parallel.sharding import spec
 
 
 def route(
-    logits: Float[Array, "N T E"], count: int, normalize: bool
+    logits: Float[Array, "N T E"],
+    count: int,
+    normalize: bool,
+    bias: Float[Array, "E"] | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Choose each token's experts.
+    """Choose each token's experts, by a softmax or, with a bias, by sigmoids.
+
+    The bias corrects the choice alone (DeepSeek-AI 2024, arXiv 2412.19437, equation 16).
 
     Returns:
         probabilities float32 [N, T, E], the chosen experts' weights float32 [N, T, k], and the
         experts int32 [N, T, k].
     """
     probabilities = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
-    weights, experts = jax.lax.top_k(probabilities, count)
+    if bias is None:
+        weights, experts = jax.lax.top_k(probabilities, count)
+    else:
+        scores = jax.nn.sigmoid(logits.astype(jnp.float32))
+        _, experts = jax.lax.top_k(scores + bias.astype(jnp.float32)[None, None], count)
+        weights = jnp.take_along_axis(scores, experts, axis=-1)
     if normalize:
         weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
     return probabilities, weights, experts
@@ -167,8 +177,11 @@ class Experts(nn.Module):
         gate = kernels("gate", (E, D, F), ("experts", "embed", "ffn"))
         up = kernels("up", (E, D, F), ("experts", "embed", "ffn"))
         down = kernels("down", (E, F, D), ("experts", "ffn", "embed"))
+        bias = None
+        if c.routing == "sigmoid":
+            bias = parameter(self, "bias", zeros, (E,), (None,), role.vector())
         probabilities, weights, experts = route(
-            contract(x, router, 1), c.experts_per_token, c.normalize_experts
+            contract(x, router, 1), c.experts_per_token, c.normalize_experts, bias
         )
         y = sharded_products(x, weights, experts, gate, up, down, ACTIVATIONS[c.activation])
         return y, balance(probabilities, experts, real)

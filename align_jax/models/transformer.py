@@ -26,7 +26,7 @@ from align_jax.models import rope as ropes
 from align_jax.models.cache import Cache
 from align_jax.models.config import ModelConfig
 from align_jax.models.heads import HEADS
-from align_jax.models.layers import ACTIVATIONS, Linear, Norm, array, normal, parameter
+from align_jax.models.layers import ACTIVATIONS, Linear, Norm, array, contract, normal, parameter
 from align_jax.models.lora import LoraConfig
 from align_jax.models.moe import Experts
 from align_jax.models.roles import Role
@@ -215,23 +215,29 @@ def _decode(
 
 
 class Mlp(nn.Module):
-    """The feed-forward part: gated or plain."""
+    """The feed-forward part: gated or plain.
+
+    Attributes:
+        part: "mlp", or "shared" for the expert that every token passes.
+    """
 
     config: ModelConfig
     options: Options
+    part: str = "mlp"
 
     @nn.compact
     def __call__(self, x: States) -> States:
         c = self.config
-        D, F, act = (c.hidden_size,), (c.intermediate_size,), ACTIVATIONS[c.activation]
+        D, act = (c.hidden_size,), ACTIVATIONS[c.activation]
+        F = (c.intermediate_size if self.part == "mlp" else c.shared_size,)
 
         def up(name: str) -> Float[Array, "N T F"]:
             axes = ("embed", "ffn")
-            return _linear(c, self.options, f"mlp/{name}", D, F, axes, c.mlp_bias)(x)
+            return _linear(c, self.options, f"{self.part}/{name}", D, F, axes, c.mlp_bias)(x)
 
         y = up("up")
         y = act(up("gate")) * y if c.gated else act(y)
-        return _linear(c, self.options, "mlp/down", F, D, ("ffn", "embed"), c.mlp_bias)(y)
+        return _linear(c, self.options, f"{self.part}/down", F, D, ("ffn", "embed"), c.mlp_bias)(y)
 
 
 class Block(nn.Module):
@@ -268,13 +274,23 @@ class Block(nn.Module):
         with jax.named_scope("mlp"):
             z = first if c.shared_norm else norm("mlp_norm", c.norm_inputs, residual)
             if c.num_experts:
-                z, aux = Experts(c, dtype, name="moe")(z, rows.segment_ids > 0)
+                routed, aux = Experts(c, dtype, name="moe")(z, rows.segment_ids > 0)
+                z = routed + self._shared(z) if c.shared_size else routed
             else:
                 z = Mlp(c, self.options, name="mlp")(z)
             z = dropped(norm("mlp_out_norm", c.norm_outputs, z))
             z = z if c.residual_scale == 1 else z * c.residual_scale
         x = x + y + z if c.parallel_residual else residual + z
         return (constrain(x, "rows", "length", "features"), cache), aux
+
+    def _shared(self, x: States) -> States:
+        c, o = self.config, self.options
+        y = Mlp(c, o, "shared", name="shared")(x)
+        if not c.shared_gate:
+            return y
+        role, init = Role("router", inputs=1), normal(c.init_std)
+        gate = parameter(self, "shared_gate", init, (c.hidden_size, 1), ("embed", None), role)
+        return y * jax.nn.sigmoid(contract(x, array(gate, o.dtype), 1))
 
 
 class Decoder(nn.Module):

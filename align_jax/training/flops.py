@@ -84,6 +84,7 @@ def layer_weights(config: ModelConfig) -> int:
     mlp = (3 if config.gated else 2) * D * F
     if config.num_experts:
         mlp = mlp * config.experts_per_token + D * config.num_experts
+        mlp += 3 * D * config.shared_size
     return config.num_layers * (attention + mlp)
 
 

@@ -85,6 +85,16 @@ CASES = {  # family -> (what differs from SHAPE, a fused module's name)
     "phi": ({}, ""),
     "seed_oss": ({"head_dim": 8}, ""),
     "starcoder2": ({}, ""),
+    "qwen2_moe": (
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 20,
+        },
+        "",
+    ),
+    "minimax_m2": ({"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}, ""),
     "gemma3": (EYES | {"text_config": SHAPE | {"head_dim": 8}}, ""),
     "mistral3": (EYES | {"text_config": SHAPE | {"model_type": "mistral"}}, ""),
     "qwen2_vl": (EYES | {"text_config": SHAPE | SECTIONS}, ""),
@@ -101,6 +111,8 @@ VARIANTS = {
     "mixtral": dict(targets="attention/.*"),
     "qwen3_moe": dict(targets="attention/.*"),
     "olmoe": dict(targets="attention/.*"),
+    "qwen2_moe": dict(targets="attention/.*|shared/.*"),
+    "minimax_m2": dict(targets="attention/.*"),
 }
 
 

@@ -197,10 +197,25 @@ CASES = {  # case -> (model_type, what differs from SHAPE)
         "qwen3_vl",
         {"text_config": SHAPE | SECTIONS | {"head_dim": 8}, "vision_config": EYES},
     ),
+    "qwen2_moe": (
+        "qwen2_moe",
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 20,
+        },
+    ),
+    "minimax_m2": (
+        "minimax_m2",
+        {"head_dim": 8, "rotary_dim": 4, "num_local_experts": 4, "num_experts_per_tok": 2},
+    ),
     "opt": ("opt", {"ffn_dim": 40, "word_embed_proj_dim": 32, "dropout": 0.0}),
 }
 # one of each kind
-GRADIENTS = "llama gemma2 gemma3_text gpt_neox gpt2 olmo2 mixtral cohere2 granite phi".split()
+GRADIENTS = (
+    "llama gemma2 gemma3_text gpt_neox gpt2 olmo2 mixtral qwen2_moe cohere2 granite phi".split()
+)
 
 
 @pytest.fixture(scope="module", params=CASES)
@@ -218,6 +233,9 @@ def peer(request, tmp_path_factory):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.15)
+        for name, buffer in model.named_buffers():
+            if name.endswith("correction_bias"):
+                buffer.add_(torch.randn_like(buffer))
     path = tmp_path_factory.mktemp("peer")
     model.save_pretrained(path)
     ours, params = hf.load(str(path), dtype="float32")

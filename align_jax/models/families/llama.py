@@ -53,13 +53,18 @@ def attention(
     return out
 
 
-def mlp(config: ModelConfig, name: str = "model.layers.{layer}.mlp") -> list[TensorMap]:
+def mlp(
+    config: ModelConfig,
+    name: str = "model.layers.{layer}.mlp",
+    path: str = "layers/mlp",
+    width: str = "F",
+) -> list[TensorMap]:
     """Return a gated MLP's tensors under Llama's names."""
-    up, down = ("F -> F", "D -> D") if config.mlp_bias else ("", "")
+    up, down = (f"{width} -> {width}", "D -> D") if config.mlp_bias else ("", "")
     return [
-        *linear(f"{name}.gate_proj", "layers/mlp/gate", "F D -> D F", up),
-        *linear(f"{name}.up_proj", "layers/mlp/up", "F D -> D F", up),
-        *linear(f"{name}.down_proj", "layers/mlp/down", "D F -> F D", down),
+        *linear(f"{name}.gate_proj", f"{path}/gate", f"{width} D -> D {width}", up),
+        *linear(f"{name}.up_proj", f"{path}/up", f"{width} D -> D {width}", up),
+        *linear(f"{name}.down_proj", f"{path}/down", f"D {width} -> {width} D", down),
     ]
 
 

@@ -18,11 +18,7 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
         ValueError: some layers are dense.
     """
     full = complete(hf)
-    if full["mlp_only_layers"] or full["decoder_sparse_step"] != 1:
-        raise ValueError(
-            "qwen3_moe: every layer must have experts (mlp_only_layers [], decoder_sparse_step 1); "
-            f"got {full['mlp_only_layers']} and {full['decoder_sparse_step']}"
-        )
+    check_every_layer(full)
     return decoder_config(
         hf,
         full,
@@ -34,6 +30,20 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
         windows=((full["sliding_window"] or 0) * full["use_sliding_window"],)
         * full["num_hidden_layers"],
     )
+
+
+def check_every_layer(full: Mapping[str, Any]) -> None:
+    """Refuse a mixture of which some layers are dense.
+
+    Raises:
+        ValueError: it is one.
+    """
+    if full["mlp_only_layers"] or full["decoder_sparse_step"] != 1:
+        raise ValueError(
+            f"{full['model_type']}: every layer must have experts (mlp_only_layers [], "
+            f"decoder_sparse_step 1); got {full['mlp_only_layers']} and "
+            f"{full['decoder_sparse_step']}"
+        )
 
 
 def tensor_maps(config: ModelConfig) -> list[TensorMap]:

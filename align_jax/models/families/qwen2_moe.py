@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Qwen 1.5's and 2's mixtures of experts, one of which every token passes (Yang et al. 2024, arXiv
+2407.10671)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from align_jax.models.config import ModelConfig, complete, decoder_config
+from align_jax.models.families import llama, qwen3_moe
+from align_jax.models.tensor_map import TensorMap
+
+
+def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
+    """Read a Hugging Face configuration.
+
+    Raises:
+        ValueError: some layers are dense.
+    """
+    full = complete(hf)
+    qwen3_moe.check_every_layer(full)
+    return decoder_config(
+        hf,
+        full,
+        attention_bias=full["qkv_bias"],
+        output_bias=False,
+        intermediate_size=full["moe_intermediate_size"],
+        num_experts=full["num_experts"],
+        experts_per_token=full["num_experts_per_tok"],
+        normalize_experts=full["norm_topk_prob"],
+        shared_size=full["shared_expert_intermediate_size"],
+        shared_gate=True,
+    )
+
+
+def tensor_maps(config: ModelConfig) -> list[TensorMap]:
+    """Return the tensor map."""
+    name = "model.layers.{layer}.mlp"
+    return [
+        *qwen3_moe.tensor_maps(config),
+        *llama.mlp(config, f"{name}.shared_expert", "layers/shared", "f"),
+        TensorMap(f"{name}.shared_expert_gate.weight", "layers/shared_gate", "1 D -> D 1"),
+    ]
