@@ -68,6 +68,7 @@ VARIANTS: Mapping[str, Mapping[str, Any]] = {
     "remat=attention": {"model.remat": "attention"},
     "attention=xla": {"model.attention": "xla"},
     "attention=blocks": {"model.attention": "blocks"},
+    "attention=segments": {"model.attention": "segments"},
     "attention=cudnn": {"model.attention": "cudnn"},
     "attention=splash": {"model.attention": "splash"},
     "layout=plain": {"data.layout": "plain"},

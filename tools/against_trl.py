@@ -42,6 +42,7 @@ def ours(options: argparse.Namespace, folder: pathlib.Path) -> dict[str, Any]:
     config = configs.defaults()
     config.model.path, config.data.train = options.model, options.data
     config.data.shuffle, config.data.eval_fraction = False, 0.0
+    config.data.layout = "shared_prefix"  # what "auto" chooses where the order is free
     config.objective = configs.ConfigDict(losses.options("dpo"))
     config.batch_size, config.max_length = options.batch_size, options.max_length
     config.data.max_prompt_length = options.max_length * 7 // 8
