@@ -543,6 +543,7 @@ def save(
         if beside and row.carried:
             reader = stack.enter_context(tensor_files.Reader(locate(beside)))
             others = {x: reader.read for x in sorted(reader.names) if re.search(row.carried, x)}
+            others = {x: read for x, read in others.items() if x not in shapes}
             shapes |= {name: reader.shape(name) for name in others}
             dtypes |= {name: reader.dtype(name) for name in others}
         tensor_files.write(
@@ -582,11 +583,10 @@ def _sources(
     """Return of each tensor which parameters it holds, and which layer and expert of them."""
     out: dict[str, list[tuple[TensorMap, tuple[int, ...]]]] = {}
     for entry in entries:
-        layers = range(config.num_layers) if entry.stacked else (0,)
         experts = range(config.num_experts) if entry.by_expert else (0,)
-        for layer in layers:
+        for place, layer in enumerate(entry.numbers(config)):
             for expert in experts:
-                index = (layer,) * entry.stacked + (expert,) * entry.by_expert
+                index = (place,) * entry.stacked + (expert,) * entry.by_expert
                 name = entry.name.format(layer=layer, expert=expert)
                 out.setdefault(name, []).append((entry, index))
     return out

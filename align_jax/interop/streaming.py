@@ -44,10 +44,10 @@ def read_parameter(
         return source.read(0, shape, sharding)
     whole = _zeros(shape, jnp.dtype(dtype), sharding)()
     update = _update(sharding)
-    for layer in range(config.num_layers):
+    for place, layer in enumerate(entry.numbers(config)):
         block = source.read(layer, (1, *shape[1:]), sharding)
         # one layer at a time: waiting here is what bounds the host's memory
-        whole = jax.block_until_ready(update(whole, block, layer))
+        whole = jax.block_until_ready(update(whole, block, place))
     return whole
 
 

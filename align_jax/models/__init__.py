@@ -19,6 +19,7 @@ from align_jax.models.families import (
     gemma2,
     gemma3_text,
     glm4,
+    glm4_moe,
     gpt2,
     gpt_neox,
     granite,
@@ -112,6 +113,8 @@ FAMILIES: Mapping[str, Family] = {
     "gemma3": _tower("gemma3", "Gemma3"),
     "gemma3_text": _row(gemma3_text, "Gemma3", classifier="Gemma3TextForSequenceClassification"),
     "glm4": _row(glm4, "Glm4"),
+    # the further layers predict more tokens at once, which transformers leaves out
+    "glm4_moe": _row(glm4_moe, "Glm4Moe", classifier="", carried=r"^model\.layers\.(46|92)\."),
     "gpt2": _row(
         gpt2,
         "GPT2",

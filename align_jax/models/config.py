@@ -60,6 +60,10 @@ class ModelConfig:
         output_scale: factor on the logits.
         head_bias: whether the language-model head has a bias.
         routing: "softmax", or "sigmoid" with a bias that corrects the choice alone.
+        expert_groups, groups_per_token: of sigmoids: the experts stand in so many groups, of which
+            a token chooses from so many.
+        routed_scale: factor on the chosen experts' sum.
+        dense_first: layers before those with experts; ``dense_size``: their width.
         shared_size: width of the expert that every token passes, 0 = none; ``shared_gate``: whether
             a sigmoid of the token scales it.
         end_tokens: what ends a text by the checkpoint's own files, beside the tokenizer's.
@@ -108,6 +112,11 @@ class ModelConfig:
     experts_per_token: int = 0
     normalize_experts: bool = True
     routing: str = "softmax"
+    expert_groups: int = 1
+    groups_per_token: int = 1
+    routed_scale: float = 1.0
+    dense_first: int = 0
+    dense_size: int = 0
     shared_size: int = 0
     shared_gate: bool = False
     init_std: float = 0.02
@@ -131,6 +140,16 @@ class ModelConfig:
                 f"num_experts_per_tok: expected at most the number of experts, {self.num_experts}, "
                 f"got {self.experts_per_token}"
             )
+        if self.dense_first >= self.num_layers:
+            raise ValueError(
+                f"first_k_dense_replace: expected fewer dense layers than num_hidden_layers, "
+                f"{self.num_layers}, got {self.dense_first}"
+            )
+        if self.num_experts % self.expert_groups or self.groups_per_token > self.expert_groups:
+            raise ValueError(
+                f"n_group, topk_group: expected a divisor of the {self.num_experts} experts, and "
+                f"at most that, got {self.expert_groups} and {self.groups_per_token}"
+            )
         if self.vocab_rows < self.vocab_size:
             raise ValueError(
                 f"{self.family}: vocab_rows {self.vocab_rows} < vocab_size {self.vocab_size}"
@@ -139,7 +158,7 @@ class ModelConfig:
     @property
     def sizes(self) -> dict[str, int]:
         """The dimension letters' sizes (core/schema.py; d is D again, f a shared expert's
-        width, X a learned table's positions)."""
+        width, G that of dense layers before experts, X a learned table's positions)."""
         return {
             "D": self.hidden_size,
             "d": self.hidden_size,
@@ -149,10 +168,24 @@ class ModelConfig:
             "F": self.intermediate_size,
             "V": self.vocab_rows,
             "f": self.shared_size,
+            "G": self.dense_size,
             "E": self.num_experts,
             "L": self.num_layers,
             "X": self.max_positions + self.position_offset,
         }
+
+    @property
+    def dense(self) -> ModelConfig:
+        """What the dense layers are that stand before those with experts."""
+        return dataclasses.replace(
+            self,
+            num_experts=0,
+            experts_per_token=0,
+            shared_size=0,
+            expert_groups=1,
+            groups_per_token=1,
+            intermediate_size=self.dense_size,
+        )
 
     def padded(self, multiple: int) -> ModelConfig:
         """Return the same model with its embedding table's rows padded to a multiple (so that a

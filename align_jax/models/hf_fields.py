@@ -29,6 +29,10 @@ def _is_few(value: Any) -> bool:
     return is_count(value) and value <= MOST
 
 
+def _is_some(value: Any) -> bool:
+    return value == 0 or _is_few(value)
+
+
 def _is_part(value: Any) -> bool:
     return is_number(value) and 0 < value <= 1
 
@@ -65,13 +69,14 @@ FIELDS = (
         tuple(
             """vocab_size hidden_size num_attention_heads intermediate_size max_position_embeddings
             n_embd n_head n_positions ffn_dim word_embed_proj_dim num_experts_per_tok
-            moe_intermediate_size shared_expert_intermediate_size decoder_sparse_step""".split()
+            moe_intermediate_size n_group topk_group shared_expert_intermediate_size
+            decoder_sparse_step""".split()
         ),
     ),
     Kind(
         f"an integer from 1 to {MOST}",
         _is_few,
-        ("num_hidden_layers", "n_layer", "num_local_experts", "num_experts"),
+        ("num_hidden_layers", "n_layer", "num_local_experts", "num_experts", "n_routed_experts"),
     ),
     Kind(
         "a positive integer or null",
@@ -88,7 +93,7 @@ FIELDS = (
         is_above_zero,
         tuple(
             """query_pre_attn_scalar logit_scale logits_scaling embedding_multiplier
-            attention_multiplier residual_multiplier""".split()
+            attention_multiplier residual_multiplier routed_scaling_factor""".split()
         ),
     ),
     Kind(
@@ -99,6 +104,7 @@ FIELDS = (
     Kind("a number above 1", _is_base, ("rope_theta", "rope_local_base_freq", "rotary_emb_base")),
     Kind("a number above 0, at most 1", _is_part, ("partial_rotary_factor", "rotary_pct")),
     Kind("a number, at least 0", is_not_below_zero, ("initializer_range", "init_std")),
+    Kind("an integer, at least 0", _is_some, ("first_k_dense_replace", "n_shared_experts")),
     Kind(
         "true or false",
         is_bool,
@@ -106,7 +112,7 @@ FIELDS = (
             """attention_bias mlp_bias tie_word_embeddings use_parallel_residual
             do_layer_norm_before enable_bias layer_norm_elementwise_affine scale_attn_weights
             scale_attn_by_inverse_layer_idx add_cross_attention norm_topk_prob
-            use_sliding_window attention_out_bias qk_layernorm qkv_bias""".split()
+            use_sliding_window attention_out_bias qk_layernorm qkv_bias use_qk_norm""".split()
         ),
     ),
     Kind("true, false or null", or_null(is_bool), ("use_bidirectional_attention", "use_bias")),

@@ -30,10 +30,12 @@ def route(
     count: int,
     normalize: bool,
     bias: Float[Array, "E"] | None = None,
+    groups: tuple[int, int] = (1, 1),
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Choose each token's experts, by a softmax or, with a bias, by sigmoids.
 
-    The bias corrects the choice alone (DeepSeek-AI 2024, arXiv 2412.19437, equation 16).
+    The bias corrects the choice alone (DeepSeek-AI 2024, arXiv 2412.19437, equation 16); of (n, k)
+    ``groups`` of experts the k are chosen from whose best two are highest.
 
     Returns:
         probabilities float32 [N, T, E], the chosen experts' weights float32 [N, T, k], and the
@@ -44,11 +46,23 @@ def route(
         weights, experts = jax.lax.top_k(probabilities, count)
     else:
         scores = jax.nn.sigmoid(logits.astype(jnp.float32))
-        _, experts = jax.lax.top_k(scores + bias.astype(jnp.float32)[None, None], count)
+        ranked = scores + bias.astype(jnp.float32)[None, None]
+        if groups[1] < groups[0]:
+            ranked = _of_best_groups(ranked, *groups)
+        _, experts = jax.lax.top_k(ranked, count)
         weights = jnp.take_along_axis(scores, experts, axis=-1)
     if normalize:
         weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
     return probabilities, weights, experts
+
+
+def _of_best_groups(scores: Float[Array, "N T E"], groups: int, kept: int) -> jax.Array:
+    """Put the scores outside the best groups out of reach; a group is as good as its best two."""
+    grouped = scores.reshape(*scores.shape[:2], groups, -1)
+    best, _ = jax.lax.top_k(grouped, min(2, grouped.shape[-1]))
+    _, chosen = jax.lax.top_k(jnp.sum(best, axis=-1), kept)
+    inside = jnp.any(jax.nn.one_hot(chosen, groups, dtype=jnp.bool_), axis=2)  # [N, T, groups]
+    return jnp.where(inside[..., None], grouped, -jnp.inf).reshape(scores.shape)
 
 
 def sorted_products(
@@ -181,8 +195,14 @@ class Experts(nn.Module):
         if c.routing == "sigmoid":
             bias = parameter(self, "bias", zeros, (E,), (None,), role.vector())
         probabilities, weights, experts = route(
-            contract(x, router, 1), c.experts_per_token, c.normalize_experts, bias
+            contract(x, router, 1),
+            c.experts_per_token,
+            c.normalize_experts,
+            bias,
+            (c.expert_groups, c.groups_per_token),
         )
+        if c.routed_scale != 1:
+            weights = weights * c.routed_scale
         y = sharded_products(x, weights, experts, gate, up, down, ACTIVATIONS[c.activation])
         return y, balance(probabilities, experts, real)
 

@@ -35,12 +35,20 @@ class TensorMap:
         axes: "theirs -> ours"; theirs may group letters: "(H h) D".
         span: (start, length) of the tensor's first axis, where it holds several parameters one
             after the other.
+        layers: (first, behind the last) of a stack of some layers; None: of all.
     """
 
     name: str
     path: str
     axes: str
     span: tuple[int, int] | None = None
+    layers: tuple[int, int] | None = None
+
+    def numbers(self, config: ModelConfig) -> range:
+        """Return the layers that the parameter holds."""
+        if not self.stacked:
+            return range(1)
+        return range(config.num_layers) if self.layers is None else range(*self.layers)
 
     @property
     def stacked(self) -> bool:
@@ -149,9 +157,17 @@ def parse(entry: TensorMap, config: ModelConfig) -> AxisMap:
 
 def names(entry: TensorMap, config: ModelConfig) -> list[str]:
     """Return the names of the tensors of all layers and experts."""
-    layers = range(config.num_layers) if entry.stacked else (0,)
+    layers = entry.numbers(config)
     experts = range(config.num_experts) if entry.by_expert else (0,)
     return [entry.name.format(layer=layer, expert=expert) for layer in layers for expert in experts]
+
+
+def stack(entries: Sequence[TensorMap], name: str, layers: tuple[int, int]) -> list[TensorMap]:
+    """Return the same tensors of some layers, whose stack has this name for "layers"."""
+    return [
+        dataclasses.replace(entry, path=name + entry.path.removeprefix("layers"), layers=layers)
+        for entry in entries
+    ]
 
 
 def norm(name: str, path: str, kind: str, letters: str = "D") -> list[TensorMap]:

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -304,14 +305,17 @@ class Decoder(nn.Module):
         block = Block
         if o.remat != "none":
             block = nn.remat(Block, policy=REMAT[o.remat], prevent_cse=False)
-        self.layers = nn.scan(
+        scan = functools.partial(
+            nn.scan,
             block,
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
             in_axes=(0, nn.broadcast),
-            length=c.num_layers,
             metadata_params={"name": "layers"},
-        )(c, o)
+        )
+        if c.dense_first:
+            self.first = scan(length=c.dense_first)(c.dense, o)
+        self.layers = scan(length=c.num_layers - c.dense_first)(c, o)
         self.embed = Embedding(c, o.dtype)
         self.drop = nn.Dropout(o.dropout)
         self.final_norm = Norm((c.hidden_size,), c.norm, c.norm_eps, c.norm_offset, o.dtype)
@@ -408,6 +412,9 @@ class Decoder(nn.Module):
         x = self.embed(tokens, rows.positions)
         if self.options.dropout and self.has_rng("dropout"):
             x = self.drop(x, deterministic=False)
+        if n := c.dense_first:
+            (x, cache), _ = self.first((x, cache), jax.tree.map(lambda of: of[:n], layer), rows)
+            layer = jax.tree.map(lambda of: of[n:], layer)
         (x, cache), aux = self.layers((x, cache), layer, rows)
         with jax.named_scope("final_norm"):
             return constrain(self.final_norm(x), "rows", "length", "features"), cache, aux

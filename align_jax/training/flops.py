@@ -81,11 +81,12 @@ def layer_weights(config: ModelConfig) -> int:
         config.intermediate_size,
     )
     attention = D * H * h + 2 * D * K * h + H * h * D
-    mlp = (3 if config.gated else 2) * D * F
+    mlp, first = (3 if config.gated else 2) * D * F, config.dense_first
+    dense = first * 3 * D * config.dense_size
     if config.num_experts:
         mlp = mlp * config.experts_per_token + D * config.num_experts
         mlp += 3 * D * config.shared_size
-    return config.num_layers * (attention + mlp)
+    return config.num_layers * attention + (config.num_layers - first) * mlp + dense
 
 
 # Seconds of a FLOP of attention, all T^2 pairs of a row counted, over those of a FLOP of a matrix

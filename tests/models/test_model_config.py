@@ -133,6 +133,7 @@ QWEN2 = {
     "rope_theta": 1000000.0,
     "vocab_size": 152064,
 }
+GLM = {"model_type": "glm4_moe", "head_dim": 128, "num_hidden_layers": 2}
 CASES = {  # case -> (configuration, parameters in all, what must be read)
     "Llama 3.1 8B": (
         LLAMA31,
@@ -216,6 +217,8 @@ def test_unsupported_variants_are_errors():
     for raw, message in (
         ({"model_type": "opt", "do_layer_norm_before": False}, "opt-350m"),
         ({"model_type": "gpt2", "scale_attn_by_inverse_layer_idx": True}, "inverse_layer_idx"),
+        (GLM | {"first_k_dense_replace": 2}, "fewer dense layers than num_hidden_layers, 2"),
+        (GLM | {"n_group": 3}, "n_group, topk_group: expected a divisor of the 128 experts"),
         (QWEN3_MOE | {"mlp_only_layers": [0]}, "every layer must have experts"),
         (GEMMA2 | {"use_bidirectional_attention": True}, "bidirectional"),
     ):
@@ -225,4 +228,7 @@ def test_unsupported_variants_are_errors():
 
 def test_every_family_reads_its_defaults():
     for family in FAMILIES:
-        assert hf.config_from({"model_type": family}).family == family
+        raw = {"model_type": family}
+        if family == "glm4_moe":
+            raw["head_dim"] = 128  # its defaults make no whole number of it
+        assert hf.config_from(raw).family == family

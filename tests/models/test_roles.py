@@ -15,7 +15,10 @@ ADAPTED = LoraConfig(2, dora=True, targets="attention/.*")
 
 def leaves(family, **options):
     """(role, axes, shape) of each parameter."""
-    model = build(hf.config_from({"model_type": family}), **options)
+    raw = {"model_type": family}
+    if family == "glm4_moe":
+        raw["head_dim"] = 128  # its defaults make no whole number of it
+    model = build(hf.config_from(raw), **options)
     trees = (flatten(tree) for tree in (model.roles(), model.axes(), model.shapes()))
     roles, axes, shapes = trees
     assert roles.keys() == axes.keys() == shapes.keys()

@@ -48,11 +48,17 @@ def check_every_layer(full: Mapping[str, Any]) -> None:
 
 def tensor_maps(config: ModelConfig) -> list[TensorMap]:
     """Return the tensor map."""
-    name = "model.layers.{layer}.mlp"
     return [
         *llama.ends(config),
         *llama.norms(config),
         *llama.attention(config),
+        *experts("model.layers.{layer}.mlp"),
+    ]
+
+
+def experts(name: str) -> list[TensorMap]:
+    """Return the tensors of a router and its experts."""
+    return [
         TensorMap(f"{name}.gate.weight", "layers/moe/router", "E D -> D E"),
         TensorMap(name + ".experts.{expert}.gate_proj.weight", "layers/moe/gate", "F D -> D F"),
         TensorMap(name + ".experts.{expert}.up_proj.weight", "layers/moe/up", "F D -> D F"),

@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""GLM 4.5 and 4.6: dense layers first, then experts chosen by sigmoids from groups, and one that
+every token passes (GLM-4.5 team 2025, arXiv 2508.06471)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from align_jax.models.config import ModelConfig, complete, decoder_config
+from align_jax.models.families import llama, qwen3_moe
+from align_jax.models.tensor_map import TensorMap, stack
+
+
+def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
+    """Read a Hugging Face configuration."""
+    full = complete(hf)
+    width = full["moe_intermediate_size"]
+    return decoder_config(
+        hf,
+        full,
+        output_bias=False,
+        qk_norm="head" if full["use_qk_norm"] else "",
+        intermediate_size=width,
+        num_experts=full["n_routed_experts"],
+        experts_per_token=full["num_experts_per_tok"],
+        normalize_experts=full["norm_topk_prob"],
+        routing="sigmoid",
+        expert_groups=full["n_group"],
+        groups_per_token=full["topk_group"],
+        routed_scale=float(full["routed_scaling_factor"]),
+        dense_first=full["first_k_dense_replace"],
+        dense_size=full["intermediate_size"],
+        shared_size=width * full["n_shared_experts"],
+    )
+
+
+def tensor_maps(config: ModelConfig) -> list[TensorMap]:
+    """Return the tensor map."""
+    name, first = "model.layers.{layer}.mlp", config.dense_first
+    common = [*llama.norms(config), *llama.attention(config)]
+    experts = [
+        *qwen3_moe.experts(name),
+        TensorMap(f"{name}.gate.e_score_correction_bias", "layers/moe/bias", "E -> E"),
+    ]
+    if config.shared_size:
+        experts += llama.mlp(config, f"{name}.shared_experts", "layers/shared", "f")
+    dense = stack([*common, *llama.mlp(config, width="G")], "first", (0, first))
+    return [
+        *llama.ends(config),
+        *(dense if first else []),
+        *stack([*common, *experts], "layers", (first, config.num_layers)),
+    ]
