@@ -3,6 +3,7 @@
 weights both ways."""
 
 import json
+import pathlib
 import re
 
 import jax
@@ -397,6 +398,23 @@ def test_newer_names_of_a_text_tower_are_read(peer, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, again, params)
 
 
+def test_what_is_beside_the_decoder_is_carried_and_never_over_it(peer, tmp_path):
+    case, path, _, model, params, _ = peer
+    if case != "glm4_moe":
+        pytest.skip("one family has further layers")
+    tensors = load_file(path / "model.safetensors")
+    more = {"model.layers.46.eh_proj.weight": torch.arange(6.0)}
+    save_file(tensors | more, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((path / "config.json").read_bytes())
+    config, again = hf.load(str(tmp_path), dtype="float32")
+    halves = jax.tree.map(lambda x: x / 2, again)
+    hf.save(str(tmp_path / "out"), config, halves, beside=str(tmp_path))
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert written.keys() == (tensors | more).keys()
+    for name, tensor in (tensors | more).items():
+        assert torch.equal(written[name], tensor if name in more else tensor / 2), name
+
+
 def test_gradients_equal_transformers(peer, tmp_path):
     case, _, theirs, model, params, _ = peer
     if case not in GRADIENTS:
@@ -428,3 +446,5 @@ def test_gradients_equal_transformers(peer, tmp_path):
 
 def test_every_family_is_compared_with_transformers():
     assert {family for family, _ in CASES.values()} == set(FAMILIES)
+    listed = (pathlib.Path(__file__).parents[2] / "docs/families.md").read_text()
+    assert not [family for family in FAMILIES if f"`{family}`" not in listed]
