@@ -17,14 +17,14 @@ from align_jax.parallel.mesh import make_mesh
 from align_jax.runs import weights
 from align_jax.runs.setup import ResolvedConfig, make_step_spec, resolve_config
 from align_jax.storage import workdir as record
-from align_jax.storage.checkpoint import Checkpoints
+from align_jax.storage.checkpoint import FOLDER, Checkpoints
 from align_jax.training.initialize import make_state_specs
 
 
-def open_checkpoints(config: Config, workdir: str) -> Checkpoints:
-    """Open a run's checkpoints as its config says."""
+def open_checkpoints(config: Config, workdir: str, *, reading: bool = False) -> Checkpoints:
+    """Open a run's checkpoints as its config says; to read alone, without a trace."""
     digest = record.digest(configs.to_dict(config), configs.may_change())
-    return Checkpoints(workdir, config.checkpoint, digest=digest)
+    return Checkpoints(workdir, config.checkpoint, digest=digest, reading=reading)
 
 
 class Trained(NamedTuple):
@@ -69,9 +69,10 @@ def restore(workdir: str, which: str = "latest") -> Trained:
     mesh = make_mesh(dataclasses.asdict(config.mesh))
     step_spec = make_step_spec(alone, resolved, total_steps=1 + config.optimizer.warmup_steps)
     specs = make_state_specs(step_spec, mesh, config.model, alone.reference, with_reference=False)
-    with jax.set_mesh(mesh), open_checkpoints(config, workdir) as checkpoints:
-        restored = checkpoints.restore(specs.state, which)
-    # told once the checkpoints' threads have ended, which would cry at an exit
+    restored = None
+    if (epath.Path(workdir) / FOLDER).exists():
+        with jax.set_mesh(mesh), open_checkpoints(config, workdir, reading=True) as checkpoints:
+            restored = checkpoints.restore(specs.state, which)
     if restored is None:
         raise FileNotFoundError(
             f"{workdir} has no checkpoint: a run saves one at its end, when it is stopped, and "

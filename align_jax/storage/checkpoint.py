@@ -76,6 +76,8 @@ class Checkpoints:
         backoff_seconds: the wait after the first failure; doubled at each further one, up to a
             minute.
         timeout_seconds: how long the processes wait for each other in a save.
+        reading: nothing in the folder is made, renamed or removed: the run may be going on, its
+            save half done.  A corrupt step is passed over where a run would set it aside.
     """
 
     def __init__(
@@ -87,6 +89,7 @@ class Checkpoints:
         attempts: int = 5,
         backoff_seconds: float = 1.0,
         timeout_seconds: int = 1200,
+        reading: bool = False,
     ):
         self._folder = _absolute(workdir) / FOLDER
         self._every = options.every_steps
@@ -96,7 +99,9 @@ class Checkpoints:
         self._failures = 0
         self._pending_step: int | None = None
         self._usable: Callable[[Mapping[str, Any]], str] | None = None
-        make_shared_folder(self._folder)
+        self._reading, self._passed = reading, set[int]()
+        if not reading:
+            make_shared_folder(self._folder)
         policies: list[Any] = [checkpoint_managers.LatestN(options.keep)]
         if self._best_metric:
             policies.append(
@@ -108,7 +113,8 @@ class Checkpoints:
             create=False,
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(policies),
             best_fn=self._goodness if self._best_metric else None,
-            cleanup_tmp_directories=True,
+            cleanup_tmp_directories=not reading,
+            lightweight_initialize=reading,  # metrics that cannot be read are no obstacle
             async_options=ocp.AsyncOptions(timeout_secs=timeout_seconds),
             multiprocessing_options=ocp.options.MultiprocessingOptions(
                 primary_host=0, active_processes=set(range(jax.process_count()))
@@ -144,7 +150,8 @@ class Checkpoints:
     def steps(self) -> list[int]:
         """Return the committed steps, oldest first; not those that lie on the hosts' own storage
         alone."""
-        return sorted(step for step in self._manager.all_steps() if step != self._pending_step)
+        left_out = {self._pending_step, *self._passed}
+        return sorted(step for step in self._manager.all_steps() if step not in left_out)
 
     def resumable(self) -> list[int]:
         """Return the steps that a restart may go on from, oldest first."""
@@ -320,18 +327,30 @@ class Checkpoints:
     def _best(self) -> int:
         if not self._best_metric:
             raise ValueError("checkpoint.restore=best needs checkpoint.best_metric")
-        scored = {step: self._manager.metrics(step) for step in self.steps()}
-        scored = {step: self._goodness(metrics) for step, metrics in scored.items() if metrics}
+        found = {step: self._metrics(step) for step in self.steps()}
+        scored = {step: self._goodness(metrics) for step, metrics in found.items() if metrics}
         if not scored:
             raise FileNotFoundError(
                 f"no checkpoint in {self._folder} has the metric {self._best_metric!r}"
             )
         return max(scored, key=lambda step: (scored[step], step))
 
+    def _metrics(self, step: int) -> Mapping[str, float]:
+        """Return a step's held-out metrics; none where they cannot be read."""
+        try:
+            return self._manager.metrics(step) or {}
+        except ValueError:
+            return {}
+
     def _read_or_stop(self, path: epath.Path, abstract_state: Any) -> Restored:
         try:
             return self._read(path, abstract_state)
         except CorruptError as error:
+            if not path.exists():
+                raise FileNotFoundError(
+                    f"checkpoint {path} was removed while it was read: a run keeps its newest "
+                    "alone (checkpoint.keep)"
+                ) from error
             raise ValueError(f"checkpoint {path} is corrupt: {error}") from error
 
     def _restore_latest(self, abstract_state: Any) -> Restored | None:
@@ -344,15 +363,16 @@ class Checkpoints:
             try:
                 return self._read(self._path(step), abstract_state)
             except CorruptError as error:
-                aside = self._set_aside(step, "corrupt")
                 _log.warning(
-                    "checkpoint of step %d is corrupt (%s): moved to %s; going back to step %s",
+                    "checkpoint of step %d is corrupt (%s): %s; going back to step %s",
                     step,
                     error,
-                    aside,
+                    self._set_aside(step, "corrupt"),
                     self.last_good(),
                 )
         if found is None and any_here:
+            if self._reading:
+                raise ValueError(f"every checkpoint in {self._folder} is corrupt or was removed")
             raise ValueError(
                 f"every checkpoint in {self._folder} is corrupt (see corrupt-* there). To begin "
                 "again from step 0, restart the same command; to begin elsewhere, set "
@@ -440,8 +460,13 @@ class Checkpoints:
         time.sleep(min(self._backoff * 2**attempt, LONGEST_WAIT_SECONDS))
 
     def _open(self) -> ocp.CheckpointManager:
-        self._on_first(self._drop_broken_metrics)
-        return ocp.CheckpointManager(self._folder, options=self._manager_options)
+        if not self._reading:
+            self._on_first(self._drop_broken_metrics)
+        manager = ocp.CheckpointManager(self._folder, options=self._manager_options)
+        # of the saves that were cut short; Orbax itself waits at the first save alone, and its
+        # thread would print a traceback at an exit before that
+        manager._maybe_await_cleanup_tmp_directory()
+        return manager
 
     def _drop_broken_metrics(self) -> None:
         """Take away metrics that cannot be read (the manager would not open); the state beside them
@@ -490,8 +515,14 @@ class Checkpoints:
         path = self._folder / REWOUND
         return path.read_text() if path.exists() else None
 
-    def _set_aside(self, step: int, why: str) -> epath.Path:
+    def _set_aside(self, step: int, why: str) -> str:
+        """Leave a step out from now on; tell what became of it."""
         target = self._folder / f"{why}-{step}"
+        if self._reading:
+            self._passed.add(step)
+            self._manager.close()
+            self._manager = self._open()  # others may have come, or gone
+            return "passed over"
 
         def move() -> None:
             if target.exists():
@@ -500,7 +531,7 @@ class Checkpoints:
 
         self._on_first(move)
         self._manager.reload()
-        return target
+        return f"moved to {target}"
 
     def _on_first(self, action: Callable[[], Any]) -> None:
         on_first_process(action, self._folder)

@@ -14,7 +14,7 @@ import pytest
 from align_jax.core import config as configs
 from align_jax.core.options import CheckpointOptions
 from align_jax.parallel.mesh import make_mesh
-from align_jax.storage import checksums
+from align_jax.storage import checkpoint, checksums
 from align_jax.storage.checkpoint import Checkpoints
 from align_jax.storage.multihost import StorageError
 
@@ -217,6 +217,41 @@ def test_a_checkpoint_that_the_run_cannot_go_on_from_is_set_aside(tmp_path, mesh
     assert restored.step == 1 and "rollouts/2 is lost" in caplog.text
     assert (tmp_path / "checkpoints/corrupt-2").exists()
     assert (tmp_path / "checkpoints/notes.txt").exists()
+
+
+def _listing(folder):
+    return {
+        str(path): (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else b"")
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+def test_reading_leaves_a_run_s_folder_as_it_is_and_passes_over_what_is_gone(
+    tmp_path, mesh, monkeypatch
+):
+    states = {step: _state(mesh, step) for step in (1, 2, 3, 4)}
+    with Checkpoints(tmp_path, SCORED) as checkpoints:
+        for step, state in states.items():
+            checkpoints.save(step, state, metrics={"eval/loss": float(step)}, wait=True)
+    folder = tmp_path / "checkpoints"
+    (folder / "5.orbax-checkpoint-tmp" / "state").mkdir(parents=True)  # a save that is going on
+    (folder / "2/metrics/metrics").write_text("{")
+    CORRUPTIONS["broken json"](folder / "4")
+    before = _listing(tmp_path)
+    abstract = _abstract(mesh, states[1])
+    with Checkpoints(tmp_path, SCORED, reading=True) as checkpoints:
+        assert checkpoints.restore(abstract).step == 3  # 4 is corrupt
+        assert checkpoints.restore(abstract, "best").step == 3
+        assert _listing(tmp_path) == before
+        read = checkpoint._read_here
+
+        def removed(path, *given):  # by the run, which keeps a few alone
+            (folder / path.name).rename(tmp_path / "gone")
+            return read(path, *given)
+
+        monkeypatch.setattr(checkpoint, "_read_here", removed)
+        with pytest.raises(FileNotFoundError, match="3 was removed while it was read"):
+            checkpoints.restore(abstract, 3)
 
 
 def test_a_corrupt_checkpoint_asked_for_by_name_is_an_error(tmp_path, mesh):
