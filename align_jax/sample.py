@@ -227,7 +227,7 @@ def sample_file(
     numbered = list(enumerate(examples.items))[done // samples :]
     skip, written, total = done % samples, 0, len(examples) * samples
     bar = tqdm.tqdm(total=total, initial=done, unit="sample", file=sys.stderr, disable=not show)
-    with bar, path.open("a", encoding="utf-8") as file:
+    with bar, path.open("a", encoding="utf-8", errors="backslashreplace") as file:
         for begin in range(0, len(numbered), chunk):
             part = numbered[begin : begin + chunk]
             encoded = chat.encode_many([example for _, example in part], tokenizer)

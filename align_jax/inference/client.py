@@ -13,6 +13,7 @@ import email.utils
 import http.client
 import json
 import logging
+import math
 import os
 import random
 import re
@@ -162,10 +163,12 @@ class Client:
             status of 408, 429 or 5xx; each wait is shortened at random by up to half, so that many
             clients do not return at once, and lengthened to what the server asks for, a minute at
             most.
+        total_seconds: for an answer with all its tries and waits; 0 = whatever these take.
         allow_http: take plain http to another host too.
 
     Raises:
-        ValueError: as ``core.address.server_address`` and `api_key`.
+        ValueError: as ``core.address.server_address`` and `api_key`; less time in all than for one
+            answer.
     """
 
     def __init__(
@@ -175,10 +178,17 @@ class Client:
         key_variable: str = "OPENAI_API_KEY",
         timeout_seconds: float = 600.0,
         retry_seconds: Sequence[float] = RETRY_SECONDS,
+        total_seconds: float = 0.0,
         allow_http: bool = False,
     ) -> None:
         self.url = server_address(url, allow_http=allow_http)
         self._timeout, self._retries = timeout_seconds, tuple(retry_seconds)
+        self._total = total_seconds or math.inf
+        if self._total < self._timeout:
+            raise ValueError(
+                f"total_seconds = {total_seconds:g}: expected at least timeout_seconds = "
+                f"{timeout_seconds:g}, or 0 for no limit"
+            )
         self._key = api_key(key_variable)
         self._context = ssl.create_default_context() if self.url.startswith("https:") else None
 
@@ -196,20 +206,25 @@ class Client:
             ValueError: an answer that is too long, or not JSON.
         """
         where, data = f"POST {self.url}{route}", json.dumps(body).encode()
+        end = time.monotonic() + self._total
         for number, wait in enumerate((*self._retries, None), 1):
             asked = None
             try:
-                answer = self._exchange(route, data, most)
+                left = min(self._timeout, end - time.monotonic())
+                answer = self._exchange(route, data, most, left)
                 if 200 <= answer.status < 300:
                     return self._parsed(where, answer.body, most)
                 problem = self._refusal(answer)
                 again = answer.status in (408, 429) or answer.status >= 500
                 asked = retry_after(answer.headers.get("Retry-After"))
             except (OSError, http.client.HTTPException) as error:
-                problem, again = self._failure(error)
+                problem, again = self._failure(error, left)
             if wait is None or not again:
                 break
             pause = max(wait * random.uniform(0.5, 1.0), min(asked or 0.0, _LONGEST_WAIT))
+            if time.monotonic() + pause >= end:
+                problem = f"{problem}; another try would pass the limit of {self._total:g} s in all"
+                break
             tries = f"try {number} of {len(self._retries) + 1}"
             _log.warning("%s: %s; %s, again in %.1f s", where, problem, tries, pause)
             time.sleep(pause)
@@ -254,13 +269,13 @@ class Client:
         text = re.sub(r"[\s\x00-\x1f\x7f-\x9f]+", " ", text).strip()
         return text if len(text) <= _QUOTED else text[:_QUOTED] + " ..."
 
-    def _exchange(self, route: str, data: bytes, most: int) -> _Answer:
+    def _exchange(self, route: str, data: bytes, most: int, seconds: float) -> _Answer:
         """Send one request and read its answer, or as much of it as is allowed and one byte."""
         headers = {"Content-Type": "application/json"}
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
         request = urllib.request.Request(self.url + route, data, headers)
-        deadline = _Deadline(self._timeout)
+        deadline = _Deadline(seconds)
         # what is http goes to this host or stays within a trusted network: to no proxy
         if self._context is None:
             handlers = [_Http(deadline), urllib.request.ProxyHandler({})]
@@ -268,7 +283,7 @@ class Client:
             handlers = [_Https(deadline, self._context)]
         opener = urllib.request.build_opener(_AsItIs, *handlers)
         try:
-            with opener.open(request, timeout=self._timeout) as found:
+            with opener.open(request, timeout=seconds) as found:
                 most = most if 200 <= found.status < 300 else _ERROR_BYTES
                 body = found.read(most + 1)
             # bytes that were announced and did not come: a limited read is silent about them
@@ -302,11 +317,11 @@ class Client:
             )
         return f"{answer.status} {self.excerpt(answer.body.decode(errors='replace'))}"
 
-    def _failure(self, error: Exception) -> tuple[str, bool]:
+    def _failure(self, error: Exception, seconds: float) -> tuple[str, bool]:
         """Return what happened in words, and whether to try again."""
         reason: Any = error.reason if isinstance(error, urllib.error.URLError) else error
         if isinstance(reason, TimeoutError):
-            return f"no whole answer within {self._timeout:g} s", True
+            return f"no whole answer within {round(seconds, 1):g} s", True
         if isinstance(reason, ssl.SSLCertVerificationError):
             return f"its certificate is not trusted: {reason.verify_message}", False
         if isinstance(reason, socket.gaierror):

@@ -118,6 +118,7 @@ def judge(
     concurrency: int = 16,
     key_variable: str = "OPENAI_API_KEY",
     timeout_seconds: float = 600.0,
+    total_seconds: float = 3600.0,
     allow_http: bool = False,
     abstain: bool = False,
     **options: Any,
@@ -133,6 +134,7 @@ def judge(
         concurrency: questions under way at once.
         key_variable: environment variable with the API key; "" or unset: none is sent.
         timeout_seconds: for one whole answer.
+        total_seconds: for an answer with all its tries and waits; 0 = whatever these take.
         allow_http: take plain http to another host too.
         abstain: an answer without a rating on the scale counts as none; else it is an error.
         options: of the request (``temperature``, ``max_tokens``); what is not named is the
@@ -148,7 +150,11 @@ def judge(
     if scale <= 0 or concurrency < 1:
         raise ValueError(f"expected scale > 0 and concurrency >= 1, got {scale}, {concurrency}")
     client = Client(
-        url, key_variable=key_variable, timeout_seconds=timeout_seconds, allow_http=allow_http
+        url,
+        key_variable=key_variable,
+        timeout_seconds=timeout_seconds,
+        total_seconds=total_seconds,
+        allow_http=allow_http,
     )
 
     def rate(one: tuple[int, str, str]) -> float | None:

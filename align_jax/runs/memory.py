@@ -33,6 +33,26 @@ def _on_device(leaf: Any) -> int:
     return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
 
+def check_weights(weights: Any, mesh: Mesh, path: str) -> None:
+    """Refuse a checkpoint whose weights no device of a mesh can hold.
+
+    Args:
+        weights: as shapes with shardings.
+        mesh: where they are to lie.
+        path: of the checkpoint, for the message.
+
+    Raises:
+        ValueError: what a device must hold, and what it has.
+    """
+    needed, has = sum(map(_on_device, jax.tree.leaves(weights))), capacity(mesh)
+    if needed > has:
+        raise ValueError(
+            f"the weights of {path} take {needed / GIB:,.1f} GiB on each of {mesh.size} devices, "
+            f"which has {has / GIB:,.1f} GiB: take a smaller model or more devices, or bfloat16 "
+            "weights (--dtype=bfloat16)"
+        )
+
+
 def check(config: Config, model: ModelConfig, held: Any, batch: Batch, mesh: Mesh) -> None:
     """Refuse sizes that no device of a mesh can hold.
 

@@ -14,7 +14,7 @@ from align_jax.core import config as configs
 from align_jax.core.options import Config, MeshOptions
 from align_jax.models.lora import merge
 from align_jax.parallel.mesh import make_mesh
-from align_jax.runs import weights
+from align_jax.runs import memory, weights
 from align_jax.runs.setup import ResolvedConfig, make_step_spec, resolve_config
 from align_jax.storage import workdir as record
 from align_jax.storage.checkpoint import FOLDER, Checkpoints
@@ -47,7 +47,8 @@ def restore(workdir: str, which: str = "latest") -> Trained:
 
     Raises:
         FileNotFoundError: no run, or no such checkpoint, in the folder.
-        ValueError: neither "latest" nor "best" nor a step; a config that this version refuses.
+        ValueError: neither "latest" nor "best" nor a step; a config that this version refuses; more
+            than these devices can hold.
     """
     if which not in ("latest", "best") and not which.isdigit():
         raise ValueError(f"--step={which}: expected latest, best or a step, such as 100")
@@ -69,6 +70,7 @@ def restore(workdir: str, which: str = "latest") -> Trained:
     mesh = make_mesh(dataclasses.asdict(config.mesh))
     step_spec = make_step_spec(alone, resolved, total_steps=1 + config.optimizer.warmup_steps)
     specs = make_state_specs(step_spec, mesh, config.model, alone.reference, with_reference=False)
+    memory.check_weights((specs.state, specs.frozen), mesh, workdir)
     restored = None
     if (epath.Path(workdir) / FOLDER).exists():
         with jax.set_mesh(mesh), open_checkpoints(config, workdir, reading=True) as checkpoints:

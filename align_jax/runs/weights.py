@@ -24,6 +24,7 @@ from align_jax.models.lora import fold, merge
 from align_jax.models.model import LoadedModel, Model, build
 from align_jax.models.quantize import Quantized, quantize
 from align_jax.parallel.sharding import tree_shardings
+from align_jax.runs import memory
 from align_jax.training.initialize import StateSpecs
 from align_jax.training.steps import StepSpec
 
@@ -53,8 +54,8 @@ def load_model(
 
     Raises:
         FileNotFoundError: no such folder, id or shard.
-        ValueError: an unknown family, a head that the checkpoint lacks, or tensors missing,
-            unexpected or mis-shaped.
+        ValueError: an unknown family, a head that the checkpoint lacks, weights that the mesh
+            cannot hold, or tensors missing, unexpected or mis-shaped.
     """
     config = hf.load_config(path)
     kinds = json.loads(config.hf).get("architectures") or []
@@ -68,16 +69,26 @@ def load_model(
     model = build(
         config, compute_dtype=compute_dtype, remat="none", attention=attention, heads=tuple(heads)
     )
+    dtype, shardings = param_dtype or compute_dtype, None
+    if mesh is not None:
+        shardings = tree_shardings(mesh, model.axes())
+        memory.check_weights(_shapes(model, dtype, shardings), mesh, path)
     _, params = hf.load(
-        path,
-        config=config,
-        dtype=param_dtype or compute_dtype,
-        heads=model.options.heads,
-        shardings=None if mesh is None else tree_shardings(mesh, model.axes()),
+        path, config=config, dtype=dtype, heads=model.options.heads, shardings=shardings
     )
     if missing := [head for head in heads if head not in params]:
         raise ValueError(f"the checkpoint {path!r} has no {' and no '.join(missing)} head")
     return LoadedModel(model, params)
+
+
+def _shapes(model: Model, dtype: str, shardings: Tree) -> Tree:
+    """Return a model's parameters as shapes in one type, where they are to lie."""
+    drawn = jax.eval_shape(model.init, jax.random.key(0))
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=where),
+        drawn,
+        shardings,
+    )
 
 
 def _own_dtype(hf_config: Mapping[str, Any]) -> str:

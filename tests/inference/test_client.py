@@ -257,3 +257,15 @@ def test_a_host_that_does_not_exist_is_said_at_once():
     client = Client("https://no-such-host.invalid", timeout_seconds=5.0, retry_seconds=(0.0,))
     with pytest.raises(ConnectionError, match="POST https://no-such-host.invalid/x: no such host"):
         client.post("/x", {})
+
+
+def test_tries_and_waits_end_with_their_time_in_all(server, client):
+    server.does = fails(503)
+    address = f"http://127.0.0.1:{server.server_port}"
+    patient = Client(address, timeout_seconds=0.5, retry_seconds=(0.2,) * 50, total_seconds=1.0)
+    began = time.monotonic()
+    with pytest.raises(ConnectionError, match="the limit of 1 s in all .after [2-9] tries"):
+        patient.chat("m", [{"role": "user", "content": "hello"}])
+    assert time.monotonic() - began < 1.5
+    with pytest.raises(ValueError, match="total_seconds = 1: expected at least timeout_seconds"):
+        Client(address, timeout_seconds=2.0, total_seconds=1.0)

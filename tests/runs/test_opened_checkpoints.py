@@ -6,7 +6,10 @@ import jax.numpy as jnp
 import pytest
 
 from align_jax.core import config as configs
-from align_jax.runs import trained
+from align_jax.interop import hf
+from align_jax.models.model import build
+from align_jax.parallel.mesh import make_mesh
+from align_jax.runs import memory, trained, weights
 
 
 @pytest.mark.parametrize("metric, best", [("eval/loss", 1), ("-eval/loss", 2)])
@@ -23,3 +26,20 @@ def test_a_minus_keeps_the_checkpoint_of_the_smallest_metric(tmp_path, metric, b
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
         )
         assert checkpoints.restore(wanted, "best").step == best
+
+
+def test_weights_that_no_device_can_hold_are_refused_by_their_bytes(tmp_path, monkeypatch):
+    config = hf.config_from(
+        dict(
+            model_type="llama",
+            vocab_size=64,
+            hidden_size=64,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+        )
+    )
+    hf.save(str(tmp_path), config, build(config).init(jax.random.key(0)))
+    monkeypatch.setattr(memory, "capacity", lambda mesh: 2**14)
+    with pytest.raises(ValueError, match=r"the weights of .* GiB on each of 2 devices, which has"):
+        weights.load_model(str(tmp_path), mesh=make_mesh({"fsdp": 2}, jax.devices()[:2]))
