@@ -523,6 +523,8 @@ def prepare(config: Config, workdir: str, *, here: bool = True) -> Run:
             held_out=() if held_out is None else held_out.items,
             text=make_text(config, resolved, mesh),
         )
+        if held_out is not None and resolved.rollouts.own_share < 1:  # held-out answers are there
+            held = make_pipeline(config, resolved, mesh, held_out, once=True)
     config = _as_laid_out(config, train)
     total = config.total_steps_of(train.steps_per_epoch)
     step_spec = make_step_spec(config, resolved, total)

@@ -86,11 +86,23 @@ def test_on_the_students_own_samples_as_well(teacher, tmp_path):
     assert len(found) == 4 and found[-1] < found[0]
 
 
+FEW = {"data.train": "builtin:completions:train?size=64"}
 ON_POLICY = {
     "objective.on_policy": 0.5,
     "rollout.responses_per_prompt": 1,
     "rollout.max_new_tokens": 12,
 }
+
+
+def test_where_there_are_held_out_answers_the_divergence_is_measured_on_them(teacher, tmp_path):
+    """The held-out batches are those of the same student's run without samples."""
+    runs = [
+        setup.prepare(configs.read(student(teacher, **keys, **FEW)), str(tmp_path))
+        for keys in ({}, ON_POLICY)
+    ]
+    assert [run.resolved.rollouts is None for run in runs] == [True, False]
+    batches = [[run.eval.batch(number) for number in range(2)] for run in runs]
+    jax.tree.map(np.testing.assert_array_equal, *batches)
 
 
 def test_a_share_of_the_prompts_is_learned_on_own_samples_the_rest_on_the_datas_answers(
