@@ -245,7 +245,7 @@ MISTAKES = {
     "positions": (dict(max_length=100000), "positions"),
     "batch and memory": (
         dict(batch_size=8 * 10**7),
-        "at least .* GiB on each of 8 devices.*160,000,000 rows.*lower config.batch_size",
+        "at least .* GiB on each of 8 devices.*batch of [0-9,]+ rows of.*lower config.batch_size",
     ),
     "model and memory": (
         dict(model__config__intermediate_size=2 * 10**9),
