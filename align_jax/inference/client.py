@@ -210,7 +210,8 @@ class Client:
         for number, wait in enumerate((*self._retries, None), 1):
             asked = None
             try:
-                left = min(self._timeout, end - time.monotonic())
+                # a wait may end a little late, and a socket takes no limit below zero
+                left = min(self._timeout, max(end - time.monotonic(), 0.001))
                 answer = self._exchange(route, data, most, left)
                 if 200 <= answer.status < 300:
                     return self._parsed(where, answer.body, most)

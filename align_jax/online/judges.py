@@ -18,6 +18,7 @@ _NUMBER = r"[-+]?(?:\d[\d,]*(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?"
 _RATED = rf"(?<![\w.])({_NUMBER})(?:\s*(?:/|out\s+of)\s*({_NUMBER}))?"
 _MARKED = rf"(?i)\b(?:score|rating)\b[\s*_`\"]*(?::|=|is)[\s*_`\"]*{_RATED}"
 _VERDICT = r"(?i:.*\b(?:answer|verdict|choice|winner)\b[\s*_`\"]*(?::|\bis\b))?\W*([ABC])\W*"
+TOTAL_SECONDS = 3600.0  # for a judge's answer with all its tries and waits
 _SECRETS = ("api_key", "key", "authorization", "headers", "password", "token")
 
 RATING = """Rate the answer to the request from 0 (useless) to 10 (perfect) for help, correctness \
@@ -118,7 +119,7 @@ def judge(
     concurrency: int = 16,
     key_variable: str = "OPENAI_API_KEY",
     timeout_seconds: float = 600.0,
-    total_seconds: float = 3600.0,
+    total_seconds: float = TOTAL_SECONDS,
     allow_http: bool = False,
     abstain: bool = False,
     **options: Any,

@@ -33,13 +33,14 @@ def _on_device(leaf: Any) -> int:
     return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
 
-def check_weights(weights: Any, mesh: Mesh, path: str) -> None:
+def check_weights(weights: Any, mesh: Mesh, path: str, nearest: str = "") -> None:
     """Refuse a checkpoint whose weights no device of a mesh can hold.
 
     Args:
         weights: as shapes with shardings.
         mesh: where they are to lie.
         path: of the checkpoint, for the message.
+        nearest: what else would help, for the message.
 
     Raises:
         ValueError: what a device must hold, and what it has.
@@ -48,8 +49,7 @@ def check_weights(weights: Any, mesh: Mesh, path: str) -> None:
     if needed > has:
         raise ValueError(
             f"the weights of {path} take {needed / GIB:,.1f} GiB on each of {mesh.size} devices, "
-            f"which has {has / GIB:,.1f} GiB: take a smaller model or more devices, or bfloat16 "
-            "weights (--dtype=bfloat16)"
+            f"which has {has / GIB:,.1f} GiB: take a smaller model or more devices{nearest}"
         )
 
 

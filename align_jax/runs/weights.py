@@ -72,7 +72,8 @@ def load_model(
     dtype, shardings = param_dtype or compute_dtype, None
     if mesh is not None:
         shardings = tree_shardings(mesh, model.axes())
-        memory.check_weights(_shapes(model, dtype, shardings), mesh, path)
+        half = ", or --dtype=bfloat16 beside --model" if dtype == "float32" else ""
+        memory.check_weights(_shapes(model, dtype, shardings), mesh, path, half)
     _, params = hf.load(
         path, config=config, dtype=dtype, heads=model.options.heads, shardings=shardings
     )

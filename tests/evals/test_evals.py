@@ -2,6 +2,7 @@
 """Evaluations: against transformers' log-probabilities, by hand, and as a program."""
 
 import json
+import types
 
 import jax
 import numpy as np
@@ -17,7 +18,7 @@ from align_jax.evals import EVALS
 from align_jax.evals.policy import EvaluatedPolicy
 from align_jax.evals.win_rate import by_judge, by_rewards, tally
 from align_jax.inference.client import Client
-from align_jax.online import rewards
+from align_jax.online import judges, rewards
 from align_jax.parallel.mesh import make_mesh
 from align_jax.runs.weights import load_model
 
@@ -182,3 +183,19 @@ def test_the_program_names_mistakes_and_writes_an_aligned_table(policy, pairs):
     results = evaluate.evaluate(policy, [f"preference={pairs}"], limit=3)
     text = evaluate.table(results)
     assert "examples" in text and "3.0000" in text and "±" in text
+
+
+def test_the_programs_judge_has_the_limit_in_all_that_a_rewards_has(monkeypatch):
+    values = types.SimpleNamespace(rewards="", judge="http://localhost:1", allow_http=False)
+    monkeypatch.setattr(evaluate, "flags", types.SimpleNamespace(FLAGS=values))
+    monkeypatch.setattr(evaluate, "check_flags", lambda: None)
+    monkeypatch.setattr(evaluate.command, "output_path", lambda name: None)
+    monkeypatch.setattr(evaluate.distributed, "start", lambda: None)
+
+    def client(url, *, allow_http, total_seconds):
+        raise StopIteration(total_seconds)
+
+    monkeypatch.setattr(evaluate, "Client", client)
+    with pytest.raises(StopIteration) as made:
+        evaluate.main([])
+    assert made.value.value == judges.TOTAL_SECONDS > 0

@@ -259,8 +259,9 @@ def test_a_host_that_does_not_exist_is_said_at_once():
         client.post("/x", {})
 
 
-def test_tries_and_waits_end_with_their_time_in_all(server, client):
-    server.does = fails(503)
+@pytest.mark.parametrize("does", [fails(503), dribble], ids=["503", "dribbled body"])
+def test_tries_and_waits_end_with_their_time_in_all(server, client, does):
+    server.does = does
     address = f"http://127.0.0.1:{server.server_port}"
     patient = Client(address, timeout_seconds=0.5, retry_seconds=(0.2,) * 50, total_seconds=1.0)
     began = time.monotonic()
@@ -269,3 +270,16 @@ def test_tries_and_waits_end_with_their_time_in_all(server, client):
     assert time.monotonic() - began < 1.5
     with pytest.raises(ValueError, match="total_seconds = 1: expected at least timeout_seconds"):
         Client(address, timeout_seconds=2.0, total_seconds=1.0)
+
+
+def test_a_wait_that_ends_late_is_no_other_error(server, client, monkeypatch):
+    server.does, sleep = fails(503), time.sleep
+    late = Client(
+        f"http://127.0.0.1:{server.server_port}",
+        timeout_seconds=0.2,
+        retry_seconds=(0.1,),
+        total_seconds=0.2,
+    )
+    monkeypatch.setattr(time, "sleep", lambda seconds: sleep(seconds + 0.3))
+    with pytest.raises(ConnectionError, match="POST .*after 2 tries"):
+        late.post("/x", {})

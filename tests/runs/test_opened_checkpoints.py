@@ -41,5 +41,12 @@ def test_weights_that_no_device_can_hold_are_refused_by_their_bytes(tmp_path, mo
     )
     hf.save(str(tmp_path), config, build(config).init(jax.random.key(0)))
     monkeypatch.setattr(memory, "capacity", lambda mesh: 2**14)
-    with pytest.raises(ValueError, match=r"the weights of .* GiB on each of 2 devices, which has"):
+    with pytest.raises(ValueError, match=r"GiB on each of 2 devices, which has") as error:
         weights.load_model(str(tmp_path), mesh=make_mesh({"fsdp": 2}, jax.devices()[:2]))
+    assert str(error.value).startswith(f"the weights of {tmp_path} take")
+    assert str(error.value).endswith("more devices, or --dtype=bfloat16 beside --model")
+    # a run's weights are of its own type: no flag changes it
+    with pytest.raises(ValueError, match="more devices$"):
+        memory.check_weights(
+            jax.device_put(jnp.zeros(2**14)), make_mesh({"fsdp": 1}, jax.devices()[:1]), "run"
+        )
