@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a response is compared with, beyond its group's mean: each reward by itself, the variance
-that a response or a token adds, the most probable response, whether any of k passes.
+that a response or a token adds, the most probable response, whether any of k passes, the group's
+short ones alone.
 
 Pure functions of a rollout's scores, which ``targets`` calls; see ``advantages`` for the others.
 """
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from align_jax.core.schema import Batch
-from align_jax.losses.advantages import discounted_sum
+from align_jax.losses.advantages import discounted_sum, group_advantages
 
 EPS = 1e-4  # added to standard deviations, as TRL does
 
@@ -123,6 +124,49 @@ def pass_at_k(
     others = share(failed - 1.0, responses - 1, k - 1)
     found = jnp.where(passed, none, none - others) / jnp.maximum(std, 1e-20)
     return jnp.where(std > 0, found, 0.0)
+
+
+def filtered(
+    scores: Float[Array, "B R"],
+    lengths: Int[Array, "B R"],
+    *,
+    count: int,
+    by: str = "length",
+    scale: str = "group",
+) -> Float[Array, "B R"]:
+    """Compute GFPO's advantages: of a group only ``count`` responses are kept and compared.
+
+        S = the ``count`` shortest, or those of most score a token
+        A_r = (s_r - mean_S s) / (std_S s + eps) of r in S, 0 of the others
+
+    They are ``group_advantages`` of what is kept, with the sample's standard deviation (as in TRL
+    1.5's trainer; the paper's divides by ``count``).  Of equal ones the first are kept.  A response
+    that bears no loss has length 0 and is kept last.  The others' tokens still count in the mean
+    over tokens, as in the paper.
+
+    Args:
+        scores: [B, R].
+        lengths: [B, R] in tokens.
+        count: from 2 to R; R: ``group_advantages``.
+        by: "length", or "efficiency": score over length.
+        scale: the standard deviation of the "group" that is kept, of all in the "batch" that are,
+            or "none".
+
+    References:
+        Shrivastava et al. 2025, arXiv 2508.09726, section 3 and algorithm 1.
+
+    >>> scores, lengths = jnp.array([[1.0, 0.0, 1.0]]), jnp.array([[2, 3, 9]])
+    >>> filtered(scores, lengths, count=2, scale="none").tolist()
+    [[0.5, -0.5, 0.0]]
+    """
+    responses = scores.shape[1]
+    if not 2 <= count <= responses:
+        raise ValueError(f"GFPO keeps from 2 to the {responses} responses of a prompt, got {count}")
+    size = lengths.astype(jnp.float32)
+    order = size if by == "length" else -scores / jnp.maximum(size, 1.0)
+    kept = jnp.argsort(jnp.where(size > 0, order, jnp.inf), axis=1, stable=True)[:, :count]
+    found = group_advantages(jnp.take_along_axis(scores, kept, axis=1), scale=scale)
+    return jnp.put_along_axis(jnp.zeros_like(scores), kept, found, axis=1, inplace=False)
 
 
 def optimal_token(

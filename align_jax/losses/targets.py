@@ -25,7 +25,8 @@ _COMPARED = (
     "over the group's mean, over the group's others, over the batch's mean, of normalized rewards "
     "to go, over the group's mean and then normalized (REINFORCE++ with baseline), of each reward "
     "normalized by itself (GDPO), over the group's mean by length (OPO), over its mean at each "
-    "token by variance (OTB), over the greedy sample's (ReMax), or of any of k passing"
+    "token by variance (OTB), over the greedy sample's (ReMax), of any of k passing, or "
+    "among the group's short or efficient ones (GFPO)"
 )
 _Method = Literal[
     "group",
@@ -38,6 +39,7 @@ _Method = Literal[
     "optimal_token",
     "greedy",
     "pass_at_k",
+    "filtered",
 ]
 GroupAdvantages = Annotated[_Method, Option(_COMPARED)]
 # with a value head
@@ -51,9 +53,10 @@ COMPARE = (
     "length_weighted",
     "optimal_token",
     "pass_at_k",
+    "filtered",
 )
 # ... and methods that look at the scores alone: no KL is in the reward
-SCORES_ALONE = ("group", "decoupled", "pass_at_k")
+SCORES_ALONE = ("group", "decoupled", "pass_at_k", "filtered")
 Gamma = Annotated[
     float, Option("γ: discount per token", low=0, high=1, only={"advantages": ("gae", "global")})
 ]
@@ -90,6 +93,16 @@ class RolloutOptions(SamplerOptions):
             only={"advantages": ("pass_at_k",)},
         ),
     ] = 0.5
+    keep_count: Annotated[
+        int, Option("responses of a group that are kept", low=2, only={"advantages": ("filtered",)})
+    ] = 2
+    keep_by: Annotated[
+        Literal["length", "efficiency"],
+        Option(
+            "the shortest are kept, or those of most score a token",
+            only={"advantages": ("filtered",)},
+        ),
+    ] = "length"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -168,7 +181,7 @@ class GrpoRollout(RolloutOptions):
         Option(
             "whose standard deviation scales the advantages; auto = the group's, none's for "
             "loss_type dr_grpo",
-            only={"advantages": ("group",)},
+            only={"advantages": ("group", "filtered")},
         ),
     ] = "auto"
 
@@ -247,6 +260,16 @@ def _check(
         )
 
 
+def _gae(
+    batch: Batch, rewards: Float[Array, "N T"], gamma: float, lam: float, bootstrap: bool
+) -> tuple[Float[Array, "N T"], Float[Array, "N T"]]:
+    """Compute generalized advantages and returns of a rollout with values."""
+    mask, slot = jnp.asarray(batch.loss_mask), jnp.asarray(batch.slot)
+    after = batch.final_values if bootstrap else None
+    values = jnp.asarray(batch.old_values)
+    return estimators.gae(rewards, values, mask, slot, gamma=gamma, lam=lam, final=after)
+
+
 def _of_responses(
     method: str,
     batch: Batch,
@@ -255,6 +278,7 @@ def _of_responses(
     scale: str,
     reward_weights: Sequence[float],
     passing: Mapping[str, Any],
+    keeping: Mapping[str, Any],
 ) -> Float[Array, "B R"]:
     """Compute the advantages of methods that give each response one.
 
@@ -263,7 +287,7 @@ def _of_responses(
         batch: the rollout.
         totals: [B, R] scores less the KL.
         extras, scale, reward_weights: as ``make_targets`` takes them.
-        passing: options of ``baselines.pass_at_k``.
+        passing, keeping: options of ``baselines.pass_at_k`` and ``baselines.filtered``.
     """
     scores, weight = jnp.asarray(batch.scores, jnp.float32), jnp.asarray(batch.weight, jnp.float32)
     if method == "group":
@@ -281,6 +305,8 @@ def _of_responses(
         return totals - jnp.asarray(extras.greedy_score)[:, None]
     if method == "pass_at_k":
         return baselines.pass_at_k(scores, **passing)
+    if method == "filtered":
+        return baselines.filtered(scores, jnp.asarray(batch.lengths), **keeping)
     return estimators.batch_baseline(totals, weight)
 
 
@@ -320,6 +346,8 @@ def make_targets(
     scale: str = "group",
     pass_k: int = 2,
     pass_score: float = 0.5,
+    keep_count: int = 2,
+    keep_by: str = "length",
 ) -> tuple[Batch, Metrics]:
     """Fill a rollout's ``advantages`` (and of one with values its ``returns``).
 
@@ -336,6 +364,7 @@ def make_targets(
         greedy           s - KL less the greedy sample's score: ReMax (Li et al. 2023, arXiv
                          2310.10505, the ReMax estimator)
         pass_at_k        what a response adds to any of k passing
+        filtered         as group, among a group's short or efficient responses alone: GFPO
 
     A response that bears no loss (cut off, and not kept) counts in the baselines with its score.
     Statistics are over this batch: hand in the whole global batch.
@@ -347,7 +376,7 @@ def make_targets(
         extras: what some methods need besides (``EXTRAS``).
         reward_weights: of the rewards in ``extras.each_score``.
         advantages, gamma, lam, bootstrap, whiten_advantages, whiten_rewards, kl_estimator, scale,
-            pass_k, pass_score: as declared.
+            pass_k, pass_score, keep_count, keep_by: as declared.
         kl_coef: units of reward per nat, in the reward; what looks at scores alone has its KL in
             the loss and takes none.
 
@@ -379,10 +408,7 @@ def make_targets(
     if advantages == "gae":
         if whiten_rewards:
             rewards = estimators.whiten(rewards, token_weight, shift_mean=False)
-        after = batch.final_values if bootstrap else None
-        found, returns = estimators.gae(
-            *(rewards, jnp.asarray(batch.old_values), mask, slot), gamma=gamma, lam=lam, final=after
-        )
+        found, returns = _gae(batch, rewards, gamma, lam, bootstrap)
     else:
         togo = estimators.discounted_sum(rewards, mask, slot, gamma)
         returns = None if batch.old_values is None else togo
@@ -392,8 +418,9 @@ def make_targets(
             found = baselines.optimal_token(togo, old, jnp.asarray(extras.log_sum_sq), batch)
         else:
             passing = {"k": pass_k, "pass_score": pass_score}
+            keeping = {"count": keep_count, "by": keep_by, "scale": scale}
             of_responses = _of_responses(
-                advantages, batch, totals, extras, scale, reward_weights, passing
+                advantages, batch, totals, extras, scale, reward_weights, passing, keeping
             )
             found = spread_to_tokens(of_responses, batch)
     if whiten_advantages or advantages in ("global", "group_global"):

@@ -72,6 +72,36 @@ def test_pass_at_k_is_the_mean_over_all_groups_of_k(k):
         baselines.pass_at_k(jnp.zeros((2, 5)), k=6)
 
 
+@pytest.mark.parametrize(
+    "options, kept",  # of each group, which are kept
+    [
+        ({"count": 2}, [[1, 2], [0, 2]]),  # a tie of lengths: the first
+        ({"count": 3}, [[1, 2, 3], [0, 2, 3]]),  # one that bears no loss is kept last
+        ({"count": 2, "by": "efficiency"}, [[0, 1], [2, 3]]),
+        ({"count": 3, "scale": "batch"}, [[1, 2, 3], [0, 2, 3]]),
+        ({"count": 2, "scale": "none"}, [[1, 2], [0, 2]]),
+        ({"count": 4}, [[0, 1, 2, 3], [0, 1, 2, 3]]),
+    ],
+)
+def test_gfpo_is_grpo_among_the_responses_that_are_kept(options, kept):
+    """Shrivastava et al. 2508.09726, algorithm 1, with the deviation of TRL 1.5's GFPOTrainer:
+    reward over tokens, (R - mean_S) / std_S in the kept set S, 0 outside it."""
+    scores = np.array([[9.0, 2.0, 0.0, 1.0], [0.3, 5.0, 0.7, 0.7]])
+    lengths = np.array([[6, 2, 2, 4], [3, 0, 3, 3]])  # a score a token: 1.5, 1, 0, 0.25; ...
+    within = [scores[b, row] for b, row in enumerate(kept)]
+    every = np.concatenate(within).std(ddof=1)
+    expected = np.zeros_like(scores)
+    for b, own in enumerate(within):
+        std = {"group": own.std(ddof=1), "batch": every}.get(options.get("scale", "group"))
+        expected[b, kept[b]] = (own - own.mean()) / (1.0 if std is None else std + 1e-4)
+    arrays = jnp.asarray(scores, jnp.float32), jnp.asarray(lengths)
+    found = baselines.filtered(*arrays, **options)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+    for count in (1, 5):
+        with pytest.raises(ValueError, match=f"from 2 to the 4 responses .*, got {count}"):
+            baselines.filtered(*arrays, count=count)
+
+
 def by_hand(method, batch, totals, extras, options):
     """The papers' formulas, response by response: [B, R] of float64."""
     lengths = np.asarray(batch.lengths, np.float64)
@@ -83,6 +113,12 @@ def by_hand(method, batch, totals, extras, options):
         gap = totals - totals.mean(1, keepdims=True)
         mean = (gap * lengths).sum() / lengths.sum()
         return (gap - mean) / np.sqrt((lengths * (gap - mean) ** 2).sum() / lengths.sum())
+    if method == "filtered":  # the two shortest; see the test above
+        kept = np.argsort(lengths, axis=1, kind="stable")[:, :2]
+        own, found = np.take_along_axis(totals, kept, 1), np.zeros(totals.shape)
+        gap = (own - own.mean(1, keepdims=True)) / (own.std(1, keepdims=True, ddof=1) + 1e-4)
+        np.put_along_axis(found, kept, gap, 1)
+        return found
     assert method == "pass_at_k"
     k, size = options["pass_k"], totals.shape[1]
     found = np.zeros(totals.shape)
@@ -96,11 +132,14 @@ def by_hand(method, batch, totals, extras, options):
     return found
 
 
-@pytest.mark.parametrize("method", ["length_weighted", "greedy", "group_global", "pass_at_k"])
+@pytest.mark.parametrize(
+    "method", ["length_weighted", "greedy", "group_global", "pass_at_k", "filtered"]
+)
 def test_a_rollouts_targets_are_the_papers(method):
     batch = cases.make_batch("rollout", 4)._replace(advantages=None, returns=None)
     extras = targets.Extras(greedy_score=jnp.array([0.5, -1.0, 0.0, 2.0]))
     options = {"pass_k": 2, "pass_score": 0.0} if method == "pass_at_k" else {"kl_coef": 0.1}
+    options = {} if method == "filtered" else options
     reference = jnp.where(batch.loss_mask, batch.old_token_logps - 0.3, 0.0)
     found, metrics = targets.make_targets(
         batch, advantages=method, reference_token_logps=reference, extras=extras, **options
@@ -179,6 +218,9 @@ def test_beside_values_every_method_has_returns_for_the_critic():
         ("rloo", {"advantages": "decoupled"}, "set kl_coef = 0"),
         ("grpo", {"advantages": "decoupled", "missing_eos_penalty": 1.0}, "has no effect"),
         ("grpo", {"advantages": "length_weighted", "scale": "none"}, "has no effect"),
+        ("grpo", {"keep_count": 3}, "keep_count = 3 has no effect with advantages = 'group'"),
+        ("rloo", {"advantages": "filtered"}, "set kl_coef = 0"),
+        ("grpo", {"advantages": "filtered", "keep_count": 1}, "at least 2"),
     ],
 )
 def test_an_option_without_effect_is_refused(name, options, words):

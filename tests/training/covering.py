@@ -53,6 +53,7 @@ KEYS = {
 }
 # A value that two steps of a tiny model can tell from the default, and what it needs beside it: a
 # rollout is used twice, so that ratios differ from 1 in the second step.
+_FILTERED = {"advantages": "filtered", "kl_coef": 0.0, "rollout.responses_per_prompt": 4}
 CHANGES: dict[str, dict[str, Any]] = {
     "advantages": {"advantages": "batch"},
     "alpha": {"alpha": 0.4},
@@ -109,6 +110,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     "on_policy": {"on_policy": 0.5, "rollout.responses_per_prompt": 1, "rollout.max_new_tokens": 6},
     "off_policy_threshold": {"off_policy_threshold": 1e-6},
     "pass_k": {"pass_k": 1, "advantages": "pass_at_k", "kl_coef": 0.0},
+    "keep_by": {"keep_by": "efficiency", **_FILTERED},
+    "keep_count": {"keep_count": 3, **_FILTERED},
     "pass_score": {"pass_score": 0.2, "pass_k": 1, "advantages": "pass_at_k", "kl_coef": 0.0},
     "per": {"per": "sequence"},
     "positive_weight": {"positive_weight": 3.0},
