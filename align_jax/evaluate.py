@@ -42,16 +42,20 @@ from align_jax.runs import trained as trained_runs
 from align_jax.runs.weights import load_model
 
 
-def model_policy(path: str, reference: str = "", dtype: str = "") -> EvaluatedPolicy:
+def model_policy(
+    path: str, reference: str = "", dtype: str = "", max_length: int = 0
+) -> EvaluatedPolicy:
     """Return a checkpoint as the policy, another as its reference.
 
     Args:
         path, reference: directories or hub ids; "" = no reference.
         dtype: of weights and activations; "" as ``runs.weights.load_model`` has it.
+        max_length: as that takes it.
     """
     mesh = make_mesh({"fsdp": -1})
-    loaded = load_model(path, mesh=mesh, compute_dtype=dtype)
-    other = load_model(reference, mesh=mesh, compute_dtype=dtype) if reference else None
+    how: dict[str, Any] = {"mesh": mesh, "compute_dtype": dtype, "max_length": max_length}
+    loaded = load_model(path, **how)
+    other = load_model(reference, **how) if reference else None
     return EvaluatedPolicy(*loaded, load_tokenizer(path), mesh, other, name=path)
 
 
@@ -68,7 +72,8 @@ def run_policy(workdir: str, which: str = "latest", reference: str = "") -> Eval
     if trained.reference is not None and not reference:
         other = LoadedModel(resolved.models.policy, trained.reference)
     elif path := reference or config.reference.path or config.model.path:
-        other = load_model(path, mesh=mesh, compute_dtype=config.model.compute_dtype)
+        dtype, length = config.model.compute_dtype, config.max_length
+        other = load_model(path, mesh=mesh, compute_dtype=dtype, max_length=length)
     name = f"{workdir}@{trained.step}"
     return EvaluatedPolicy(
         resolved.models.policy, trained.params, resolved.tokenizer, mesh, other, name
@@ -235,7 +240,7 @@ def main(argv: Sequence[str]) -> None:
     if values.workdir:
         policy = run_policy(values.workdir, values.step, values.reference)
     else:
-        policy = model_policy(values.model, values.reference, values.dtype or "")
+        policy = model_policy(values.model, values.reference, values.dtype or "", values.max_length)
     scored = {"batch_size": values.batch_size, "max_length": values.max_length}
     drawn = RolloutOptions(
         responses_per_prompt=values.samples_per_prompt,

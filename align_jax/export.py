@@ -91,6 +91,7 @@ def export_run(
                 step=trained.step,
                 adapter=adapter,
                 reward="score" in policy.options.heads,
+                note=config.rope_note(),
             ),
             output,
         )

@@ -74,9 +74,11 @@ def load_checkpoint(
         compute_dtype: of weights and activations; "" as ``runs.weights.load_model`` has it.
         chat_template: replaces the tokenizer's own.
     """
-    limit = max_length or hf.load_config(path).max_positions
+    limit = max_length or hf.load_config(path).longest
     tokenizer, mesh = load_tokenizer(path, chat_template=chat_template), make_mesh({"fsdp": -1})
-    model, params = load_model(path, mesh=mesh, compute_dtype=compute_dtype)
+    model, params = load_model(
+        path, mesh=mesh, compute_dtype=compute_dtype, max_length=max_length or 0
+    )
     generator = Generator(
         model, tokenizer, rows=round_up(rows, row_shards(mesh)), mesh=mesh, max_length=limit
     )
@@ -96,7 +98,7 @@ def load_run(
     """
     trained = trained_runs.restore(workdir, which)
     tokenizer = trained.resolved.tokenizer
-    limit = max_length or trained.resolved.model_config.max_positions
+    limit = max_length or trained.resolved.model_config.longest
     generator = Generator(
         trained.resolved.models.policy,
         tokenizer,

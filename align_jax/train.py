@@ -296,6 +296,7 @@ def describe(run: Run, first: int = 0) -> list[str]:
             "config.rollout.overlap: the rollout that was being made when the run stopped is made "
             "anew with these weights, so what follows is not the same to the bit"
         ]
+    rope = run.resolved.model_config.rope_note()
     return [
         f"{run.config.objective.name}: {run.train.num_examples} examples, {run.total_steps} steps "
         f"of {groups:.4g} groups in {shape.rows} rows of {shape.length} tokens "
@@ -307,6 +308,7 @@ def describe(run: Run, first: int = 0) -> list[str]:
             f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"
             for name, value in {**run.examples.report, **run.train.report}.items()
         ),
+        *([rope] if rope else []),
         *resumed,
     ]
 

@@ -58,7 +58,7 @@ def sample(
         ValueError: the prompts lack what the rewards or the environment read.
     """
     rewards.check(examples.items)
-    limit = min(max_length, policy.model.config.max_positions)
+    limit = min(max_length, policy.model.config.longest)
     prompts = Prompts(
         examples.items,
         policy.tokenizer,

@@ -69,7 +69,7 @@ def response_logps(
         truncation: see ``data.truncation.truncate``; dropped examples are left out.
     """
     multiple = row_shards(policy.mesh)
-    limit = min(max_length, policy.model.config.max_positions)
+    limit = min(max_length, policy.model.config.longest)
     pipeline = make_pipeline(
         examples,
         policy.tokenizer,

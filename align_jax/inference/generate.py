@@ -249,10 +249,11 @@ class Generator:
             raise ValueError(
                 f"generation rows = {rows} must be a positive multiple of the {shards} row shards"
             )
-        limit = model.config.max_positions
+        limit = model.config.longest
         if max_length is not None and max_length > limit:
             raise ValueError(
                 f"max_length = {max_length} is more than the model's {limit} positions"
+                + (" (for which its rotary embedding was chosen)" if model.config.limit else "")
             )
         if jax.process_count() > 1 and prompt_bucket is None:
             raise ValueError(

@@ -135,7 +135,7 @@ class RewardModel:
             )
         self._model, self._params = loaded
         self._tokenizer, self._rows, self._mesh = tokenizer, rows, mesh
-        limit = loaded.config.max_positions
+        limit = loaded.config.longest
         self._max_length = min(max_length or limit, limit)
 
     @property

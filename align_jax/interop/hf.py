@@ -34,7 +34,7 @@ from align_jax.core.tree import flatten, unflatten
 from align_jax.interop import tensor_files
 from align_jax.interop.streaming import read_parameter
 from align_jax.models import FAMILIES
-from align_jax.models.config import ModelConfig
+from align_jax.models.config import RUN_LENGTH, ModelConfig
 from align_jax.models.hf_fields import check
 from align_jax.models.layers import ACTIVATIONS
 from align_jax.models.model import build
@@ -155,8 +155,13 @@ def locate(path: str, file: str = "") -> str:
         ) from error
 
 
-def load_config(path: str) -> ModelConfig:
+def load_config(path: str, run_length: int = 0) -> ModelConfig:
     """Read the configuration of a checkpoint folder or hub id.
+
+    Args:
+        path: folder or hub id.
+        run_length: tokens of the longest text that is computed with; 0: as the checkpoint's own run
+            had it, else within the original context.
 
     Raises:
         FileNotFoundError: there is none.
@@ -176,7 +181,11 @@ def load_config(path: str) -> ModelConfig:
     if config.tied and not _is_tied(folder, config):
         said = json.dumps(json.loads(config.hf) | {"tie_word_embeddings": False}, sort_keys=True)
         config = dataclasses.replace(config, tied=False, hf=said)
-    return dataclasses.replace(config, end_tokens=_end_tokens(folder, found))
+    return dataclasses.replace(
+        config,
+        end_tokens=_end_tokens(folder, found),
+        run_length=run_length or found.get(RUN_LENGTH) or 0,
+    )
 
 
 def _end_tokens(folder: str, found: Mapping[str, Any]) -> tuple[int, ...]:
@@ -377,6 +386,7 @@ def _check_config(config: ModelConfig, own: ModelConfig, path: str) -> None:
         vocab_size=config.vocab_size,
         vocab_rows=config.vocab_rows,
         end_tokens=config.end_tokens,
+        run_length=config.run_length,
     )
     differing = [
         f"{field.name} is {getattr(own, field.name)!r}, expected {getattr(config, field.name)!r}"

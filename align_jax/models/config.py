@@ -16,6 +16,9 @@ from align_jax.core.choose import choose
 from align_jax.core.files import json_kind
 from align_jax.models.hf_fields import ROPE_KINDS
 
+# our own key of config.json, where rotary embeddings depend on it; other programs pass over it
+RUN_LENGTH = "align_jax_run_length"
+
 
 @dataclasses.dataclass(frozen=True)
 class Rope:
@@ -37,6 +40,14 @@ class Rope:
         """Return one of the scaling's parameters."""
         value = dict(self.options).get(name)
         return default if value is None else value
+
+    @property
+    def limit(self) -> int:
+        """The original context in tokens, beyond which the angles are others; 0: never."""
+        positions: int = self.option("max_position_embeddings", 0)
+        if self.kind == "longrope":
+            return self.option("original_max_position_embeddings", positions)
+        return positions if self.kind == "dynamic" else 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +77,8 @@ class ModelConfig:
         dense_first: layers before those with experts; ``dense_size``: their width.
         shared_size: width of the expert that every token passes, 0 = none; ``shared_gate``: whether
             a sigmoid of the token scales it.
+        run_length: tokens of the longest text that a run computes with, by which those rotary
+            embeddings are chosen that depend on it; 0: within the original context.
         end_tokens: what ends a text by the checkpoint's own files, beside the tokenizer's.
         hf: the Hugging Face configuration it came from, as JSON; exported again with what changed.
     """
@@ -120,6 +133,7 @@ class ModelConfig:
     shared_size: int = 0
     shared_gate: bool = False
     init_std: float = 0.02
+    run_length: int = 0
     end_tokens: tuple[int, ...] = ()
     hf: str = "{}"
 
@@ -187,6 +201,32 @@ class ModelConfig:
             intermediate_size=self.dense_size,
         )
 
+    @property
+    def limit(self) -> int:
+        """The original context, where rotary embeddings change beyond it; else 0."""
+        return max((rope.limit for rope in self.ropes), default=0)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest text: the positions; where rotary embeddings depend on the run's
+        length, that length."""
+        if not self.limit:
+            return self.max_positions
+        return min(self.run_length or self.limit, self.max_positions)
+
+    def rope_note(self) -> str:
+        """Say what was chosen by the run's length; "" where nothing depends on it."""
+        kinds = sorted({rope.kind for rope in self.ropes if rope.limit})
+        if not kinds:
+            return ""
+        side, sign = ("long", ">") if self.run_length > self.limit else ("short", "<=")
+        return (
+            f"rotary embedding ({', '.join(kinds)}): the {side} factors for every row, as "
+            f"max_length = {self.run_length} {sign} original_max_position_embeddings = "
+            f"{self.limit}; serve what is exported with texts "
+            f"{'beyond' if side == 'long' else 'within'} that (vLLM: --max-model-len)"
+        )
+
     def padded(self, multiple: int) -> ModelConfig:
         """Return the same model with its embedding table's rows padded to a multiple (so that a
         mesh divides them)."""
@@ -206,6 +246,8 @@ class ModelConfig:
         text = hf.get("text_config", hf)
         text["vocab_size"] = self.vocab_size
         hf.pop("quantization_config", None)  # the weights that it described are no more
+        if self.limit and self.run_length:
+            hf[RUN_LENGTH] = self.run_length
         if architecture is not None:
             hf["architectures"] = [architecture]
         if dtype is not None:

@@ -81,7 +81,7 @@ FIELDS = (
     Kind(
         "a positive integer or null",
         or_null(is_count),
-        ("num_key_value_heads", "head_dim", "n_inner", "sliding_window"),
+        ("num_key_value_heads", "head_dim", "n_inner", "sliding_window", "align_jax_run_length"),
     ),
     Kind(
         "a number between 0 and 1",

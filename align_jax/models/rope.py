@@ -19,12 +19,19 @@ from jaxtyping import Array, Float, Int
 from align_jax.models.config import Rope
 
 
-def frequencies(rope: Rope) -> tuple[np.ndarray, float]:
+def frequencies(rope: Rope, run_length: int = 0) -> tuple[np.ndarray, float]:
     """Return the angle per position of each feature pair, and the factor on sine and cosine.
 
+    "dynamic" and "longrope" change beyond the original context.  What transformers decides by each
+    call's longest row is decided once, by the longest text that a run can have: so a text gets the
+    same angles sampled and rescored, alone and packed.
+
+    Args:
+        rope: the rotary embedding.
+        run_length: tokens of the run's longest text; 0 = within the original context.
+
     Returns:
-        float32 [rotary_dim / 2] in radians a token; the attention factor.  For "dynamic" and
-        "longrope", which depend on the row's length, what holds within the original context.
+        float32 [rotary_dim / 2] in radians a token; the attention factor.
     """
     exponents = np.arange(0, rope.rotary_dim, 2, dtype=np.float32) / np.float32(rope.rotary_dim)
     plain = (1.0 / np.float32(rope.theta) ** exponents).astype(np.float32)
@@ -35,7 +42,13 @@ def frequencies(rope: Rope) -> tuple[np.ndarray, float]:
     if rope.kind == "yarn":
         return _yarn(rope)
     if rope.kind == "longrope":
-        return plain / np.asarray(rope.option("short_factor"), np.float32), _longrope_factor(rope)
+        name = "long_factor" if run_length > rope.limit else "short_factor"
+        return plain / np.asarray(rope.option(name), np.float32), _longrope_factor(rope)
+    if rope.kind == "dynamic" and run_length > rope.limit:
+        scale = rope.option("factor")
+        power = rope.rotary_dim / (rope.rotary_dim - 2)
+        base = rope.theta * (scale * run_length / rope.limit - (scale - 1)) ** power
+        return (1.0 / np.float32(base) ** exponents).astype(np.float32), 1.0
     return plain, 1.0
 
 
@@ -96,9 +109,7 @@ def _yarn(rope: Rope) -> tuple[np.ndarray, float]:
 
 
 def _longrope_factor(rope: Rope) -> float:
-    original = rope.option(
-        "original_max_position_embeddings", rope.option("max_position_embeddings")
-    )
+    original = rope.limit
     factor = rope.option("factor", rope.option("max_position_embeddings") / original)
     if rope.option("attention_factor") is not None:
         return float(rope.option("attention_factor"))
@@ -106,41 +117,29 @@ def _longrope_factor(rope: Rope) -> float:
 
 
 def tables(
-    rope: Rope, positions: Int[Array, "N T"]
+    rope: Rope, positions: Int[Array, "N T"], run_length: int = 0
 ) -> tuple[Float[Array, "N T w"], Float[Array, "N T w"]]:
     """Return the cosines and sines, float32 [N, T, rotary_dim / 2].
 
-    "dynamic" and "longrope" change with the length: each row's own largest position decides, so
-    that a row's result does not depend on the rows beside it.
+    Args:
+        rope: the rotary embedding.
+        positions: of the tokens.
+        run_length: as ``frequencies`` takes it.
+
+    Raises:
+        ValueError: rows longer than the original context, of a kind that changes beyond it, and no
+            run's length.
     """
-    inverse, factor = frequencies(rope)
+    limit, length = rope.limit, positions.shape[1]
+    if limit and not run_length and length > limit:
+        raise ValueError(
+            f"rows of {length} tokens, but the factors of this {rope.kind} rotary embedding change "
+            f"beyond {limit}: expected one length for the whole run, run_length= of hf.load_config "
+            "(or max_length= of load_model), so that every row and packing gets the same"
+        )
+    inverse, factor = frequencies(rope, run_length)
     angles = positions[..., None].astype(jnp.float32) * jnp.asarray(inverse)[None, None]
-    if rope.kind in ("dynamic", "longrope"):
-        length = jnp.max(positions, axis=1, keepdims=True).astype(jnp.float32) + 1  # [N, 1]
-        angles = _long_angles(rope, positions, length, angles)
     return jnp.cos(angles) * factor, jnp.sin(angles) * factor
-
-
-def _long_angles(
-    rope: Rope,
-    positions: Int[Array, "N T"],
-    length: Float[Array, "N 1"],
-    angles: Float[Array, "N T w"],
-) -> Float[Array, "N T w"]:
-    limit = rope.option("original_max_position_embeddings", rope.option("max_position_embeddings"))
-    exponents = np.arange(0, rope.rotary_dim, 2, dtype=np.float32) / np.float32(rope.rotary_dim)
-    if rope.kind == "longrope":
-        factors = np.asarray(rope.option("long_factor"), np.float32)
-        table = 1.0 / (factors * np.float32(rope.theta) ** exponents)
-        inverse = jnp.asarray(table, jnp.float32)[None, None]
-    else:
-        scale = rope.option("factor")
-        power = rope.rotary_dim / (rope.rotary_dim - 2)
-        base = rope.theta * ((scale * length / limit) - (scale - 1)) ** power  # [N, 1]
-        base = jnp.maximum(base, rope.theta)[..., None]
-        inverse = 1.0 / base ** jnp.asarray(exponents)[None, None]  # [N, 1, w]
-    stretched = positions[..., None].astype(jnp.float32) * inverse
-    return jnp.where((length > limit)[..., None], stretched, angles)
 
 
 def rotate(

@@ -396,7 +396,8 @@ class Decoder(nn.Module):
     def _rows(
         self, segment_ids: jax.Array, positions: jax.Array, prefix_ids: jax.Array | None
     ) -> Rows:
-        turned = tuple(ropes.tables(rope, positions) for rope in self.config.ropes)
+        c = self.config
+        turned = tuple(ropes.tables(rope, positions, c.run_length) for rope in c.ropes)
         return Rows(segment_ids, positions, prefix_ids, turned)
 
     def _run(

@@ -126,7 +126,9 @@ def model(
         mesh: where its weights lie and its forwards run; given by the program.
     """
     scorer = RewardModel(
-        load_model(path, mesh=mesh, compute_dtype=compute_dtype, heads=("score",)),
+        load_model(
+            path, mesh=mesh, compute_dtype=compute_dtype, heads=("score",), max_length=max_length
+        ),
         load_tokenizer(path),
         rows=rows,
         max_length=max_length or None,

@@ -63,6 +63,8 @@ def reward_models(
             options, path, note = term.options, term.options["path"], ""
             try:
                 own = load_config(path).padded(mesh.shape["tensor"])
+                length = options.get("max_length") or own.longest
+                own = dataclasses.replace(own, run_length=length)
             except OSError:
                 own, note = policy, f"the reward model {path} cannot be read here: taken to be of "
                 note += "the policy's shape"
@@ -75,7 +77,7 @@ def reward_models(
                 heads=("score",),
             )
             params = abstract_params(mesh, model.shapes(jnp.dtype(dtype)), model.axes())
-            length = options.get("max_length") or own.max_positions
+            length = options.get("max_length") or own.longest
             found[term.name] = RewardModel(model, params, options.get("rows", 16), length, note)
     return found
 

@@ -73,6 +73,7 @@ class Card:
         step: the exported step.
         adapter: the files hold an adapter alone.
         reward: it is a reward model.
+        note: what else its user must know.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Card:
     step: int = 0
     adapter: bool = False
     reward: bool = False
+    note: str = ""
 
     @property
     def _config(self) -> dict[str, Any]:
@@ -192,7 +194,8 @@ class Card:
             f'model = {model}.from_pretrained("PATH_OR_REPOSITORY")',
             'tokenizer = AutoTokenizer.from_pretrained("PATH_OR_REPOSITORY")',
         ]
-        return "\n".join(["```python", *lines, "```"])
+        note = f"\n\n{self.note[0].upper()}{self.note[1:]}." if self.note else ""
+        return "\n".join(["```python", *lines, "```"]) + note
 
     def _made(self) -> str:
         defaults = flat(configs.to_dict(Config()))

@@ -121,7 +121,7 @@ def resolve_config(config: Config, devices: int) -> ResolvedConfig:
         model_config = hf.config_from({"model_type": config.model.family, **fields})
     tensor = mesh_shape(dataclasses.asdict(config.mesh), devices)[AXES.index("tensor")]
     multiple = math.lcm(VOCABULARY_MULTIPLE, tensor, config.rollout.tensor or 1)
-    model_config = model_config.padded(multiple)
+    model_config = dataclasses.replace(model_config.padded(multiple), run_length=config.max_length)
     if len(tokenizer) > model_config.vocab_size:
         raise ValueError(
             f"the tokenizer {config.tokenizer or config.model.path!r} has {len(tokenizer)} tokens, "
@@ -253,6 +253,7 @@ def _reference_config(
         return None
     fields = {"model_type": config.reference.family, **known}
     found = (hf.load_config(path) if path else hf.config_from(fields)).padded(multiple)
+    found = dataclasses.replace(found, run_length=config.max_length)
     if config.reference.moves:
         if found.sizes != policy.sizes or found.family != policy.family:
             raise ValueError(

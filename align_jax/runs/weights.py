@@ -8,6 +8,7 @@ save_policy                      a policy's newest weights, for a server to read
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 from collections.abc import Mapping, Sequence
@@ -39,6 +40,7 @@ def load_model(
     param_dtype: str | None = None,
     heads: Sequence[str] = (),
     attention: str = "auto",
+    max_length: int = 0,
 ) -> LoadedModel:
     """Load a Hugging Face checkpoint for inference, each tensor straight into its sharding.
 
@@ -51,6 +53,8 @@ def load_model(
         param_dtype: of the stored weights; None: ``compute_dtype``.
         heads: scalar heads; a reward model's is ``("score",)``, and it has no language-model head.
         attention: a key of ``models.attention.ATTENTION``, or "auto".
+        max_length: tokens of the longest text (``ModelConfig.run_length``); 0: as the checkpoint's
+            own run had it, else within the original context.
 
     Raises:
         FileNotFoundError: no such folder, id or shard.
@@ -58,6 +62,9 @@ def load_model(
             cannot hold, or tensors missing, unexpected or mis-shaped.
     """
     config = hf.load_config(path)
+    if max_length:
+        length = min(max_length, config.max_positions)
+        config = dataclasses.replace(config, run_length=length)
     kinds = json.loads(config.hf).get("architectures") or []
     if "score" in heads and not any("SequenceClassification" in kind for kind in kinds):
         raise ValueError(
