@@ -205,11 +205,10 @@ def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [] if value is None else [value]
 
 
-def _blocks(hf: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Return rows and columns of the blocks of an fp8 checkpoint; ``hf_fields.check`` knows the
-    rest."""
-    rows, columns = (hf.get("quantization_config") or {}).get("weight_block_size") or (0, 0)
-    return (rows, columns) if rows else None
+def _reader(folder: str, config: ModelConfig) -> tensor_files.Reader:
+    """Open a checkpoint's tensors, codes as what they stand for."""
+    said = json.loads(config.hf).get("quantization_config")
+    return tensor_files.Reader(folder, quantization=said)
 
 
 def _is_tied(folder: str, config: ModelConfig) -> bool:
@@ -324,7 +323,7 @@ def load(
     lies = flatten(shardings) if shardings is not None else {}
     default = SingleDeviceSharding(jax.devices()[0])
     out: dict[str, Any] = {}
-    with tensor_files.Reader(folder, blocks=_blocks(json.loads(own.hf))) as reader:
+    with _reader(folder, own) as reader:
         for entry in _checked_entries(reader, config, own, heads, unembed, path):
             if only is not None and entry.path not in only:
                 continue
@@ -357,7 +356,7 @@ def check_headers(path: str, config: ModelConfig, heads: tuple[str, ...], unembe
     folder = locate(path)
     own = load_config(folder)
     _check_config(config, own, path)
-    with tensor_files.Reader(folder, blocks=_blocks(json.loads(own.hf))) as reader:
+    with _reader(folder, own) as reader:
         entries = _checked_entries(reader, config, own, heads, unembed, path)
         found = {name for entry in entries for name in names(entry, own)}
         kinds = ", ".join(sorted({str(reader.dtype(name)) for name in found}))
@@ -578,7 +577,7 @@ def save(
 def _types(folder: str, config: ModelConfig, wanted: Iterable[str]) -> dict[str, np.dtype]:
     """Return the types that a checkpoint stores these tensors in, of those that it has."""
     out: dict[str, np.dtype] = {}
-    with tensor_files.Reader(folder, blocks=_blocks(json.loads(config.hf))) as reader:
+    with _reader(folder, config) as reader:
         base = FAMILIES[config.family].base
         for name in wanted:
             spelled = (name, as_module(name, config.family), name.removeprefix(base))

@@ -25,6 +25,7 @@ from etils import epath
 from safetensors import SafetensorError, safe_open
 
 from align_jax.core.files import SAFETENSORS, json_kind, looks_like, read_json, signature
+from align_jax.interop import codes
 
 SINGLE = "model.safetensors"
 INDEX = f"{SINGLE}.index.json"
@@ -38,8 +39,6 @@ CHUNK_NUMBERS = 1 << 24  # what is counted or compared of a tensor at once
 MOST = 10  # tensors of a kind that a message names
 NO_FLOATS = f"of a type that is no weight's ({', '.join(DTYPES)}; quantized ones are not read)"
 CODES = {dtype: code for code, dtype in DTYPES.items()}
-FP8 = "F8_E4M3"
-SCALES = "_scale_inv"  # behind the name of a matrix of fp8 codes: what its blocks are multiplied by
 # of either kind of checkpoint; what an export does not write of them is of an older one
 WEIGHTS = r"(model|adapter_model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?"
 
@@ -47,14 +46,16 @@ WEIGHTS = r"(model|adapter_model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)
 class Reader:
     """The tensors of a checkpoint folder, read by slices; nothing is held between reads."""
 
-    def __init__(self, folder: str, single: str = SINGLE, blocks: tuple[int, int] | None = None):
+    def __init__(
+        self, folder: str, single: str = SINGLE, quantization: Mapping[str, Any] | None = None
+    ):
         """Open the folder's index, or its single file.
 
         Args:
             folder: where they lie.
             single: the file's name; the index's is that with ``.index.json``.
-            blocks: rows and columns that share a scale, of a checkpoint whose matrices are fp8
-                codes; they are read as bfloat16.  The scales are no tensors of their own.
+            quantization: the ``quantization_config`` of a checkpoint that has codes for weights;
+                they are read as bfloat16.  Their parts are no tensors of their own.
 
         Raises:
             FileNotFoundError: neither is there, or a shard of the index is missing.
@@ -81,16 +82,8 @@ class Reader:
             wrong = {"in the index, not in its file": lost, "in several files": twice}
             raise ValueError(f"{index} and its files disagree:\n{listed(wrong)}")
         self._where = {name: opened[where.get(name, paths[0])] for name, paths in holders.items()}
-        self._blocks_of = blocks
-        self._scales: dict[str, np.ndarray] = {}
-        self._codes: dict[str, np.ndarray] = {}
         files = {name: where.get(name, paths[0]) for name in holders}
-        if blocks is not None:
-            for name in [name for name in self._where if self.code(name) == FP8]:
-                if handle := self._where.pop(name + SCALES, None):
-                    scales = np.asarray(handle.get_slice(name + SCALES)[...])
-                    self._scales[name] = scales.astype(np.float32)
-                    self._codes[name] = _fp8_codes(files[name], name)
+        self._coded = codes.take(quantization, self._where, files) if quantization else {}
 
     def __enter__(self) -> Reader:
         return self
@@ -101,15 +94,17 @@ class Reader:
     @property
     def names(self) -> set[str]:
         """The tensors' names."""
-        return set(self._where)
+        return self._where.keys() | self._coded.keys()
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape."""
+        if name in self._coded:
+            return self._coded[name].shape
         return tuple(self._where[name].get_slice(name).get_shape())
 
     def code(self, name: str) -> str:
         """Return a tensor's type as the file names it; ``DTYPES`` has those of weights."""
-        if name in self._scales:
+        if name in self._coded:
             return "BF16"
         return self._where[name].get_slice(name).get_dtype()
 
@@ -159,15 +154,9 @@ class Reader:
 
     def _part(self, name: str, index: Sequence[slice]) -> np.ndarray:
         """Read part of a tensor, its numbers made from codes and scales where it has these."""
-        if name not in self._scales:
-            return self._where[name].get_slice(name)[tuple(index) or ...]
-        part = self._codes[name][tuple(index) or ...]
-        assert self._blocks_of is not None  # as there are scales
-        shape, scales = self.shape(name), self._scales[name]
-        whole = [*index, *(slice(None) for _ in shape[len(index) :])]
-        for axis, (one, size, block) in enumerate(zip(whole, shape, self._blocks_of)):
-            scales = scales.take(np.arange(size)[one] // block, axis=axis)
-        return (part.astype(np.float32) * scales).astype(DTYPES["BF16"])
+        if name in self._coded:
+            return self._coded[name].read(index)
+        return self._where[name].get_slice(name)[tuple(index) or ...]
 
     def _blocks(self, name: str) -> Iterator[np.ndarray]:
         """Read a tensor some rows at a time."""
@@ -187,16 +176,6 @@ class Reader:
                 count += int(np.sum(~np.isfinite(block.astype(dtype))))
         why = "NaN or infinite" if dtype == self.dtype(name) else f"beyond {dtype}'s range"
         return f"{name}: {count} of {size} {why}"
-
-
-def _fp8_codes(path: str, name: str) -> np.ndarray:
-    """Map a tensor of fp8 codes, which safetensors has no numpy type for."""
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        entry = json.loads(file.read(length))[name]
-    start = 8 + length + entry["data_offsets"][0]
-    codes = np.memmap(path, np.uint8, "r", start, tuple(entry["shape"]))
-    return codes.view(ml_dtypes.float8_e4m3fn)
 
 
 def is_finite(array: np.ndarray) -> bool:

@@ -58,9 +58,13 @@ def weighted(
     *,
     scale: float,
     softcap: float = 0.0,
+    sinks: Float[Array, "H"] | None = None,
 ) -> Float[Array, "N T H h"]:
     """Return softmax(cap(scale q k)) v with logits, cap and softmax in float32; H a multiple of
-    K."""
+    K, and the widths of keys and values may differ.
+
+    A head's sink is one more logit, of a key whose value is zero.
+    """
     rows, length, heads, head_dim = q.shape
     groups = k.shape[2]
     q = q.reshape(rows, length, groups, heads // groups, head_dim)
@@ -68,8 +72,12 @@ def weighted(
     if softcap:
         logits = softcap * jnp.tanh(logits / softcap)
     logits = jnp.where(allowed[:, None, None], logits, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    return jnp.einsum("NKgTS,NSKh->NTKgh", weights, v).reshape(rows, length, heads, head_dim)
+    if sinks is not None:
+        sink = sinks.astype(jnp.float32).reshape(1, groups, -1, 1, 1)
+        sink = jnp.broadcast_to(sink, (*logits.shape[:-1], 1))
+        logits = jnp.concatenate([logits, sink], axis=-1)
+    weights = jax.nn.softmax(logits, axis=-1)[..., : k.shape[1]].astype(v.dtype)
+    return jnp.einsum("NKgTS,NSKh->NTKgh", weights, v).reshape(rows, length, heads, -1)
 
 
 def xla(
@@ -83,6 +91,7 @@ def xla(
     window: int | None = None,
     softcap: float = 0.0,
     scale: float = 1.0,
+    sinks: Float[Array, "H"] | None = None,
 ) -> Float[Array, "N T H h"]:
     """Attend by plain matrix products; the [N, H, T, T] weights are held.
 
@@ -92,10 +101,10 @@ def xla(
         window: tokens a query sees, itself included; None = all.
         softcap: logits become softcap * tanh(logits / softcap); 0 = off.
         scale: factor on q k.
+        sinks: a further logit for each head, which takes its share of the softmax and adds nothing.
     """
-    return weighted(
-        q, k, v, mask(segment_ids, positions, prefix_ids, window), scale=scale, softcap=softcap
-    )
+    allowed = mask(segment_ids, positions, prefix_ids, window)
+    return weighted(q, k, v, allowed, scale=scale, softcap=softcap, sinks=sinks)
 
 
 def blocks(
@@ -109,14 +118,15 @@ def blocks(
     window: int | None = None,
     softcap: float = 0.0,
     scale: float = 1.0,
+    sinks: Float[Array, "H"] | None = None,
     block: int = 256,
 ) -> Float[Array, "N T H h"]:
     """Attend as ``xla`` does, ``block`` queries at a time: [N, H, block, T] weights are held,
     recomputed backwards."""
-    rows, length, heads, head_dim = q.shape
+    rows, length, heads, _ = q.shape
     if length <= block:
         allowed = mask(segment_ids, positions, prefix_ids, window)
-        return weighted(q, k, v, allowed, scale=scale, softcap=softcap)
+        return weighted(q, k, v, allowed, scale=scale, softcap=softcap, sinks=sinks)
     extra = -length % block
 
     def split(x: jax.Array) -> jax.Array:  # [N, T, ...] -> [T / block, N, block, ...]
@@ -127,7 +137,7 @@ def blocks(
     def attend(args: tuple) -> jax.Array:
         q, segments, places, prefixes, index = args
         allowed = _allowed((segments, places, prefixes), index, segment_ids, positions, window)
-        return weighted(q, k, v, allowed, scale=scale, softcap=softcap)
+        return weighted(q, k, v, allowed, scale=scale, softcap=softcap, sinks=sinks)
 
     queries = (
         split(q),
@@ -137,7 +147,7 @@ def blocks(
         jnp.arange(length + extra).reshape(-1, block),
     )
     out = jax.lax.map(attend, queries)  # [T / block, N, block, H, h]
-    return jnp.moveaxis(out, 0, 1).reshape(rows, length + extra, heads, head_dim)[:, :length]
+    return jnp.moveaxis(out, 0, 1).reshape(rows, length + extra, heads, -1)[:, :length]
 
 
 def segments(
@@ -151,6 +161,7 @@ def segments(
     window: int | None = None,
     softcap: float = 0.0,
     scale: float = 1.0,
+    sinks: Float[Array, "H"] | None = None,
 ) -> Float[Array, "N T H h"]:
     """Attend by blocks that follow the segments; short rows, and rows that are split over a mesh's
     sequence axis, by plain products."""
@@ -167,6 +178,7 @@ def segments(
         window=window,
         softcap=softcap,
         scale=scale,
+        sinks=sinks,
     )
 
 
@@ -181,6 +193,7 @@ def splash(
     window: int | None = None,
     softcap: float = 0.0,
     scale: float = 1.0,
+    sinks: Float[Array, "H"] | None = None,
 ) -> Float[Array, "N T H h"]:
     """Attend by the TPU's splash kernels; what they lack, a window over shared prefixes, goes by
     blocks."""
@@ -195,6 +208,7 @@ def splash(
             window=window,
             softcap=softcap,
             scale=scale,
+            sinks=sinks,
         )
     return attention_kernels.splash(
         q,
@@ -205,6 +219,7 @@ def splash(
         window=window,
         softcap=softcap,
         scale=scale,
+        sinks=sinks,
     )
 
 
@@ -219,9 +234,11 @@ def cudnn(
     window: int | None = None,
     softcap: float = 0.0,
     scale: float = 1.0,
+    sinks: Float[Array, "H"] | None = None,
 ) -> Float[Array, "N T H h"]:
-    """Attend by cuDNN's fused kernels; what they lack, float32 and soft caps, goes by blocks."""
-    if softcap or q.dtype == jnp.float32:
+    """Attend by cuDNN's fused kernels; what they lack, float32, soft caps and sinks, goes by
+    blocks."""
+    if softcap or sinks is not None or q.dtype == jnp.float32:
         return blocks(
             q,
             k,
@@ -232,6 +249,7 @@ def cudnn(
             window=window,
             softcap=softcap,
             scale=scale,
+            sinks=sinks,
         )
     return attention_kernels.cudnn(
         q, k, v, mask(segment_ids, positions, prefix_ids, window), scale=scale

@@ -44,6 +44,7 @@ def splash(
     window: int | None = None,
     softcap: float = 0.0,
     scale: float = 1.0,
+    sinks: Float[Array, "H"] | None = None,
     interpret: bool = False,
 ) -> Float[Array, "N T H h"]:
     """Attend by JAX's splash attention kernels (Pallas, TPU), forwards and backwards.
@@ -58,6 +59,7 @@ def splash(
             all.
         softcap: logits become softcap * tanh(logits / softcap); 0 = off.
         scale: factor on q k.
+        sinks: a further logit for each head, which takes its share of the softmax and adds nothing.
         interpret: run the kernels step by step on any device (tests).
 
     Raises:
@@ -89,7 +91,7 @@ def splash(
         softcap,
         sequence,
         interpret,
-        prefix_ids is not None,
+        prefix_ids is not None or sinks is not None,
     )
     scaled = (q.astype(jnp.float32) * scale).astype(q.dtype)
     run = functools.partial(_rows, split=sequence > 1)
@@ -112,9 +114,10 @@ def splash(
                 by_head,
                 by_token,
                 None if prefix_ids is None else by_token,
+                None if sinks is None else PartitionSpec("tensor"),
             ),
         )
-    out = run(kernel, scaled, k, v, segment_ids, prefix_ids)
+    out = run(kernel, scaled, k, v, segment_ids, prefix_ids, sinks)
     return out[:, :length] if extra else out
 
 
@@ -214,6 +217,7 @@ def _rows(
     v: jax.Array,
     segment_ids: jax.Array,
     prefix_ids: jax.Array | None,
+    sinks: jax.Array | None,
     *,
     split: bool,
 ) -> jax.Array:
@@ -235,11 +239,13 @@ def _rows(
         prefix_ids: jax.Array | None,
     ) -> jax.Array:
         q, k, v = (x.swapaxes(0, 1) for x in (q, k, v))  # [T, H, h] -> [H, T, h]
-        own = kernels.SegmentIds(query_ids, key_ids)
-        if prefix_ids is None:
-            return typing.cast(jax.Array, kernel(q, k, v, own)).swapaxes(0, 1)
-        prompt = kernels.SegmentIds(jnp.where(prefix_ids > 0, prefix_ids, -1), key_ids)
-        return _merged(kernel, q, k, v, own, prompt).swapaxes(0, 1)
+        ids = [kernels.SegmentIds(query_ids, key_ids)]
+        if prefix_ids is None and sinks is None:
+            return typing.cast(jax.Array, kernel(q, k, v, *ids)).swapaxes(0, 1)
+        if prefix_ids is not None:
+            prompts = jnp.where(prefix_ids > 0, prefix_ids, -1)
+            ids.append(kernels.SegmentIds(prompts, key_ids))
+        return _merged(kernel, q, k, v, tuple(ids), sinks).swapaxes(0, 1)
 
     return jax.vmap(row)(q, k, v, segment_ids, key_ids, prefix_ids)
 
@@ -249,40 +255,44 @@ def _merged(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    own: kernels.SegmentIds,
-    prompt: kernels.SegmentIds,
+    ids: tuple[kernels.SegmentIds, ...],
+    sinks: jax.Array | None,
 ) -> jax.Array:
-    """Attend to two disjoint sets of keys as if they were one.
+    """Attend to disjoint sets of keys, and to a sink, as if they were one.
 
-    With l_i = log sum exp of the logits of set i and l = log(e^l_1 + e^l_2), the output is sum_i
-    e^(l_i - l) o_i; and the gradient of each set's q, k, v is its kernel's own backward pass given
-    l and the merged output, because all that it takes from the forward pass is p = exp(logits - l)
-    and sum(o do).
+    With l_i = log sum exp of the logits of set i and l = log(sum_i e^l_i + e^sink), the output is
+    sum_i e^(l_i - l) o_i; and the gradient of each set's q, k, v is its kernel's own backward pass
+    given l and the merged output, because all that it takes from the forward pass is
+    p = exp(logits - l) and sum(o do).  A sink is a key whose value is zero: its gradient is
+    -exp(sink - l) sum(o do).
     """
     options = kernel.kwargs
     static = tuple(options[name] for name in ("mask_value", "is_mqa", "block_sizes"))
-    ids = (own, prompt)
 
     @jax.custom_vjp
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array, ids: Any, tables: Any) -> jax.Array:
-        return forward(q, k, v, ids, tables)[0]
+    def attend(
+        q: jax.Array, k: jax.Array, v: jax.Array, sinks: Any, ids: Any, tables: Any
+    ) -> jax.Array:
+        return forward(q, k, v, sinks, ids, tables)[0]
 
     def forward(
-        q: jax.Array, k: jax.Array, v: jax.Array, ids: Any, tables: Any
+        q: jax.Array, k: jax.Array, v: jax.Array, sinks: Any, ids: Any, tables: Any
     ) -> tuple[jax.Array, tuple]:
         run: Any = kernels.SplashAttentionKernel(*tables, **options)
         parts = [run(q, k, v, segments) for segments in ids]
         total = functools.reduce(jnp.logaddexp, (log_sum for _, (log_sum,) in parts))  # [H, T]
+        if sinks is not None:
+            total = jnp.logaddexp(total, sinks.astype(jnp.float32)[:, None])
         scaled = (
             part.astype(jnp.float32) * jnp.exp(log_sum - total)[..., None]
             for part, (log_sum,) in parts
         )
         out = functools.reduce(jnp.add, scaled).astype(q.dtype)
         out, total = (jax.ad_checkpoint.checkpoint_name(x, SAVED) for x in (out, total))
-        return out, (q, k, v, ids, tables, out, total)
+        return out, (q, k, v, sinks, ids, tables, out, total)
 
     def backward(saved: tuple, d_out: jax.Array) -> tuple:
-        q, k, v, ids, (_, dq_table, dkv_table), out, total = saved
+        q, k, v, sinks, ids, (_, dq_table, dkv_table), out, total = saved
         # the public function cannot be given the merged denominators
         run: Any = kernels._splash_attention_bwd
         gradients = [
@@ -298,7 +308,13 @@ def _merged(
             )[3:6]
             for segments in ids
         ]
-        return *(sum(parts) for parts in zip(*gradients)), None, None
+        d_sinks = None
+        if sinks is not None:
+            means = jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32), axis=-1)
+            share = jnp.exp(sinks.astype(jnp.float32)[:, None] - total)
+            d_sinks = -jnp.sum(share * means, axis=-1).astype(sinks.dtype)
+        return *(sum(parts) for parts in zip(*gradients)), d_sinks, None, None
 
     attend.defvjp(forward, backward)
-    return attend(q, k, v, ids, (kernel.fwd_mask_info, kernel.dq_mask_info, kernel.dkv_mask_info))
+    tables = kernel.fwd_mask_info, kernel.dq_mask_info, kernel.dkv_mask_info
+    return attend(q, k, v, sinks, ids, tables)

@@ -64,12 +64,16 @@ class ModelConfig:
         rope_interleaved: whether neighboring features turn together, not those half a head apart.
         qk_norm: "" none, "head" over each head's features, "full" over all heads' features.
         qk_norm_turned: whether that follows the rotation.
+        sinks: whether each head has a learned logit more in its softmax, of no key.
         norm_inputs, norm_outputs: whether the attention's and MLP's inputs and outputs are
             normalized.
         shared_norm: one norm for attention and MLP, whose residual is parallel.
         residual_scale: factor on what attention and MLP add.
         output_scale: factor on the logits.
         head_bias: whether the language-model head has a bias.
+        expert_bias: whether the router and the experts' maps have biases.
+        glu_limit: where above 0, gate and up are clipped to it, and a gated map is
+            (up + 1) * gate * sigmoid(``glu_gain`` * gate).
         routing: "softmax", or "sigmoid" with a bias that corrects the choice alone.
         expert_groups, groups_per_token: of sigmoids: the experts stand in so many groups, of which
             a token chooses from so many.
@@ -106,6 +110,7 @@ class ModelConfig:
     rope_interleaved: bool = False
     qk_norm: str = ""
     qk_norm_turned: bool = False
+    sinks: bool = False
     attention_bias: bool = False
     output_bias: bool = False
     mlp_bias: bool = False
@@ -124,6 +129,9 @@ class ModelConfig:
     num_experts: int = 0
     experts_per_token: int = 0
     normalize_experts: bool = True
+    expert_bias: bool = False
+    glu_limit: float = 0.0
+    glu_gain: float = 1.0
     routing: str = "softmax"
     expert_groups: int = 1
     groups_per_token: int = 1

@@ -93,7 +93,8 @@ FIELDS = (
         is_above_zero,
         tuple(
             """query_pre_attn_scalar logit_scale logits_scaling embedding_multiplier
-            attention_multiplier residual_multiplier routed_scaling_factor""".split()
+            attention_multiplier residual_multiplier routed_scaling_factor swiglu_limit
+            swiglu_alpha""".split()
         ),
     ),
     Kind(
@@ -175,11 +176,14 @@ ROPE_KINDS: Mapping[str, tuple[str, ...]] = {
 }
 
 
-def _quantized(found: Any) -> list[str]:
-    """Return what is wrong with a ``quantization_config``: fp8 in blocks is read."""
+def _quantized(found: Any, family: str) -> list[str]:
+    """Return what is wrong with a ``quantization_config``: fp8 in blocks is read, and gpt-oss' own
+    MXFP4."""
     method = found.get("quant_method", "an unnamed method") if is_object(found) else found
     blocks: Any = found.get("weight_block_size") if is_object(found) else None
     if method == "fp8" and is_list_of(is_count)(blocks) and len(blocks) == 2:
+        return []
+    if method == "mxfp4" and family == "gpt_oss":
         return []
     return [
         f"quantization_config: expected float weights, or fp8 with a weight_block_size, got ones "
@@ -212,6 +216,6 @@ def check(hf: Mapping[str, Any]) -> None:
         if close := difflib.get_close_matches(key, absent, n=1, cutoff=0.9):
             wrong.append(f"{key} is no field; did you mean {close[0]}?")
     if hf.get("quantization_config") is not None:
-        wrong += _quantized(hf["quantization_config"])
+        wrong += _quantized(hf["quantization_config"], hf.get("model_type", ""))
     if wrong:
         raise ValueError("; ".join(wrong))

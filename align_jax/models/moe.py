@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -19,10 +20,34 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from align_jax.models.config import ModelConfig
-from align_jax.models.layers import ACTIVATIONS, array, contract, normal, parameter, zeros
+from align_jax.models.layers import ACTIVATIONS, Init, array, contract, normal, parameter, zeros
 from align_jax.models.roles import Role
 from align_jax.parallel.mesh import ROWS
 from align_jax.parallel.sharding import spec
+
+Act = Callable[[jax.Array, jax.Array], jax.Array]  # (gate, up) -> hidden
+
+
+class Kernels(NamedTuple):
+    """The experts' weights."""
+
+    gate: Float[Array, "E D F"]
+    up: Float[Array, "E D F"]
+    down: Float[Array, "E F D"]
+    gate_bias: Float[Array, "E F"] | None = None
+    up_bias: Float[Array, "E F"] | None = None
+    down_bias: Float[Array, "E D"] | None = None
+
+
+# which mesh axes split each of them where they are used
+_SPLIT = (
+    PartitionSpec("expert", None, "tensor"),
+    PartitionSpec("expert", None, "tensor"),
+    PartitionSpec("expert", "tensor", None),
+    PartitionSpec("expert", "tensor"),
+    PartitionSpec("expert", "tensor"),
+    PartitionSpec("expert", None),
+)
 
 
 def route(
@@ -69,10 +94,8 @@ def sorted_products(
     x: Float[Array, "X D"],
     weights: Float[Array, "X k"],
     experts: Int[Array, "X k"],
-    gate: Float[Array, "E D F"],
-    up: Float[Array, "E D F"],
-    down: Float[Array, "E F D"],
-    act: Callable[[jax.Array], jax.Array],
+    kernels: Kernels,
+    act: Act,
     first: jax.Array | int = 0,
 ) -> Float[Array, "X D"]:
     """Return sum_k weight_k * expert_k(x): tokens sorted by expert, one grouped matrix product a
@@ -83,19 +106,27 @@ def sorted_products(
     Args:
         x: tokens.
         weights, experts: each token's chosen experts and their weights.
-        gate, up, down: the experts at hand, ``first`` to ``first + E``; what others would add is
-            left out.
-        act: the gate's activation.
+        kernels: of the experts at hand, ``first`` to ``first + E``; what others would add is left
+            out.
+        act: from gate and up to what ``down`` takes.
         first: number of the first expert at hand.
     """
-    count, at_hand = experts.shape[1], gate.shape[0]
+    count, at_hand = experts.shape[1], kernels.gate.shape[0]
     flat = experts.reshape(-1) - first
     flat = jnp.where((flat >= 0) & (flat < at_hand), flat, at_hand)  # the others' sort behind ours
     order = jnp.argsort(flat, stable=True)
     sizes = jnp.bincount(flat, length=at_hand).astype(jnp.int32)
-    inputs = x[order // count]
-    hidden = act(jax.lax.ragged_dot(inputs, gate, sizes)) * jax.lax.ragged_dot(inputs, up, sizes)
-    outputs = jax.lax.ragged_dot(hidden, down, sizes)
+    inputs, whose = x[order // count], flat[order]
+
+    def linear(x: jax.Array, kernel: jax.Array, bias: jax.Array | None) -> jax.Array:
+        y = jax.lax.ragged_dot(x, kernel, sizes)
+        return y if bias is None else y + jnp.take(bias, whose, axis=0, mode="clip")
+
+    gate, up = (
+        linear(inputs, kernels.gate, kernels.gate_bias),
+        linear(inputs, kernels.up, kernels.up_bias),
+    )
+    outputs = linear(act(gate, up), kernels.down, kernels.down_bias)
     ours = jnp.arange(order.size) < jnp.sum(sizes)
     scaled = outputs * weights.reshape(-1)[order].astype(outputs.dtype)[:, None]
     return jnp.zeros_like(x).at[order // count].add(jnp.where(ours[:, None], scaled, 0))
@@ -105,10 +136,8 @@ def sharded_products(
     x: Float[Array, "N T D"],
     weights: Float[Array, "N T k"],
     experts: Int[Array, "N T k"],
-    gate: Float[Array, "E D F"],
-    up: Float[Array, "E D F"],
-    down: Float[Array, "E F D"],
-    act: Callable[[jax.Array], jax.Array],
+    kernels: Kernels,
+    act: Act,
 ) -> Float[Array, "N T D"]:
     """Return ``sorted_products`` under the ambient mesh: each device sorts its own tokens, nothing
     global is sorted.
@@ -118,21 +147,20 @@ def sharded_products(
     alone.  Without a mesh, or where rows do not divide it (a single prompt), the same products
     without the collectives.
     """
-    mesh, kernels = jax.sharding.get_abstract_mesh(), (gate, up, down)
+    mesh = jax.sharding.get_abstract_mesh()
 
     def local(
         x: jax.Array,
         weights: jax.Array,
         experts: jax.Array,
-        kernels: tuple[jax.Array, ...],
+        kernels: Kernels,
         first: jax.Array | int = 0,
     ) -> jax.Array:
         def flat(y: jax.Array) -> jax.Array:  # [N, T, ...] -> [X, ...]
             return y.reshape(-1, y.shape[-1])
 
-        gate, up, down = kernels
         tokens = flat(x), flat(weights), flat(experts)
-        return sorted_products(*tokens, gate, up, down, act, first).reshape(x.shape)
+        return sorted_products(*tokens, kernels, act, first).reshape(x.shape)
 
     if (
         mesh.empty
@@ -142,9 +170,12 @@ def sharded_products(
     ):
         return local(x, weights, experts, kernels)
 
-    def body(
-        x: jax.Array, weights: jax.Array, experts: jax.Array, kernels: tuple[jax.Array, ...]
-    ) -> jax.Array:
+    def body(x: jax.Array, weights: jax.Array, experts: jax.Array, *parts: Any) -> jax.Array:
+        kernels = Kernels(*parts)
+        if mesh.shape["tensor"] > 1 and kernels.down_bias is not None:
+            # of the sums over ``tensor``, one part adds it
+            once = jax.lax.axis_index("tensor") == 0
+            kernels = kernels._replace(down_bias=jnp.where(once, kernels.down_bias, 0))
         if mesh.shape["expert"] == 1:
             y = local(x, weights, experts, kernels)
         else:
@@ -159,12 +190,11 @@ def sharded_products(
             return y
         return jax.lax.psum_scatter(y, "expert", tiled=True)
 
-    tokens, inward = spec(("rows", "length", None)), PartitionSpec("expert", None, "tensor")
-    split = (inward, inward, PartitionSpec("expert", "tensor", None))
-    run = jax.shard_map(
-        body, in_specs=(tokens, tokens, tokens, split), out_specs=tokens, check_vma=False
-    )
-    return run(x, weights, experts, kernels)
+    tokens = spec(("rows", "length", None))
+    split = (None if one is None else way for one, way in zip(kernels, _SPLIT))
+    specs = (tokens, tokens, tokens, *split)
+    run = jax.shard_map(body, in_specs=specs, out_specs=tokens, check_vma=False)
+    return run(x, weights, experts, *kernels)
 
 
 class Experts(nn.Module):
@@ -178,24 +208,19 @@ class Experts(nn.Module):
         self, x: Float[Array, "N T D"], real: Bool[Array, "N T"]
     ) -> tuple[Float[Array, "N T D"], dict[str, jax.Array]]:
         c = self.config
-        D, F, E, dtype = c.hidden_size, c.intermediate_size, c.num_experts, self.dtype
+        D, E, dtype = c.hidden_size, c.num_experts, self.dtype
         init = normal(c.init_std)
-
-        def kernels(name: str, shape: tuple[int, ...], axes: tuple[str, ...]) -> jax.Array:
-            # a target of adapters, so that asking for one is told that experts take none
-            role = Role("expert", inputs=1, leading=1, target=f"mlp/{name}")
-            return array(parameter(self, name, init, shape, axes, role), dtype)
-
         role = Role("router", inputs=1)
         router = array(parameter(self, "router", init, (D, E), ("embed", None), role), dtype)
-        gate = kernels("gate", (E, D, F), ("experts", "embed", "ffn"))
-        up = kernels("up", (E, D, F), ("experts", "embed", "ffn"))
-        down = kernels("down", (E, F, D), ("experts", "ffn", "embed"))
+        logits = contract(x, router, 1)
+        if c.expert_bias:
+            shift = parameter(self, "router_bias", zeros, (E,), (None,), role.vector())
+            logits = logits + array(shift, dtype)[None, None]
         bias = None
         if c.routing == "sigmoid":
             bias = parameter(self, "bias", zeros, (E,), (None,), role.vector())
         probabilities, weights, experts = route(
-            contract(x, router, 1),
+            logits,
             c.experts_per_token,
             c.normalize_experts,
             bias,
@@ -203,8 +228,49 @@ class Experts(nn.Module):
         )
         if c.routed_scale != 1:
             weights = weights * c.routed_scale
-        y = sharded_products(x, weights, experts, gate, up, down, ACTIVATIONS[c.activation])
+        y = sharded_products(x, weights, experts, self._kernels(), _gating(c))
         return y, balance(probabilities, experts, real)
+
+    def _kernels(self) -> Kernels:
+        c, sizes = self.config, self.config.sizes
+        letters = {"experts": "E", "embed": "D", "ffn": "F", "norm": "D"}
+
+        def make(name: str, init: Init, role: Role, *axes: str) -> jax.Array:
+            shape = tuple(sizes[letters[axis]] for axis in ("experts", *axes))
+            return array(parameter(self, name, init, shape, ("experts", *axes), role), self.dtype)
+
+        def kernel(name: str, *axes: str) -> jax.Array:
+            # a target of adapters, so that asking for one is told that experts take none
+            role = Role("expert", inputs=1, leading=1, target=f"mlp/{name}")
+            return make(name, normal(c.init_std), role, *axes)
+
+        weights = Kernels(
+            kernel("gate", "embed", "ffn"),
+            kernel("up", "embed", "ffn"),
+            kernel("down", "ffn", "embed"),
+        )
+        if not c.expert_bias:
+            return weights
+        role = Role("expert", leading=1, matrix=False)
+        return weights._replace(
+            gate_bias=make("gate_bias", zeros, role, "ffn"),
+            up_bias=make("up_bias", zeros, role, "ffn"),
+            down_bias=make("down_bias", zeros, role, "norm"),
+        )
+
+
+def _gating(config: ModelConfig) -> Act:
+    """Return how gate and up become one (gpt-oss clips both; OpenAI 2025, arXiv 2508.10925)."""
+    act, limit = ACTIVATIONS[config.activation], config.glu_limit
+
+    def gated(gate: jax.Array, up: jax.Array) -> jax.Array:
+        return act(gate) * up
+
+    def clipped(gate: jax.Array, up: jax.Array) -> jax.Array:
+        gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+        return gate * jax.nn.sigmoid(config.glu_gain * gate) * (up + 1)
+
+    return clipped if limit else gated
 
 
 def balance(

@@ -58,6 +58,7 @@ def attend(
     window: int | None = None,
     softcap: float = 0.0,
     scale: float = 1.0,
+    sinks: Float[Array, "H"] | None = None,
     block: int = BLOCK,
 ) -> Float[Array, "N T H h"]:
     """Attend by blocks that follow the segments; on a mesh, each device to its own rows and heads.
@@ -69,6 +70,7 @@ def attend(
         window: tokens a query sees, itself included; None = all.
         softcap: logits become softcap * tanh(logits / softcap); 0 = off.
         scale: factor on q k.
+        sinks: a further logit for each head, which takes its share of the softmax and adds nothing.
         block: queries, and keys, at once.
 
     Raises:
@@ -82,20 +84,17 @@ def attend(
     if not mesh.empty and mesh.size > 1:
         over = ROWS if q.shape[0] % math.prod(sizes[axis] for axis in ROWS) == 0 else None
         heads, tokens = PartitionSpec(over, None, "tensor", None), PartitionSpec(over, None)
-        specs = (
-            heads,
-            heads,
-            heads,
-            _Fields(tokens, tokens, None if prefix_ids is None else tokens),
-        )
+        each = _Fields(tokens, tokens, None if prefix_ids is None else tokens)
+        specs = (heads, heads, heads, None if sinks is None else PartitionSpec("tensor"), each)
         run = jax.shard_map(run, mesh=mesh, in_specs=specs, out_specs=heads, check_vma=False)
-    return run((q.astype(jnp.float32) * scale).astype(q.dtype), k, v, fields)
+    return run((q.astype(jnp.float32) * scale).astype(q.dtype), k, v, sinks, fields)
 
 
 def _rows(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
+    sinks: jax.Array | None,
     fields: _Fields,
     *,
     window: int | None,
@@ -113,10 +112,12 @@ def _rows(
     fields = jax.tree.map(padded, fields)
     q = q.reshape(rows, length + extra, groups, heads // groups, width).transpose(0, 2, 3, 1, 4)
     walk = _walk(fields, window, block)
+    if sinks is not None:
+        sinks = sinks.astype(jnp.float32).reshape(groups, -1)
     out = _attend(
-        q, k.swapaxes(1, 2), v.swapaxes(1, 2), fields, walk, (window, softcap, block)
+        q, k.swapaxes(1, 2), v.swapaxes(1, 2), sinks, fields, walk, (window, softcap, block)
     )  # [N, K, H / K, T, h]
-    out = out.transpose(0, 3, 1, 2, 4).reshape(rows, length + extra, heads, width)
+    out = out.transpose(0, 3, 1, 2, 4).reshape(rows, length + extra, heads, -1)
     return out[:, :length]
 
 
@@ -208,23 +209,25 @@ def _put(x: jax.Array, value: jax.Array, row: jax.Array, start: jax.Array, axis:
     return jax.lax.dynamic_update_slice(x, value[None].astype(x.dtype), begin)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
 def _attend(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
+    sinks: jax.Array | None,
     fields: _Fields,
     walk: _Walk,
     numbers: tuple[int | None, float, int],
 ) -> jax.Array:
-    """Attend: q [N, K, g, T, h] with k and v [N, K, T, h] -> [N, K, g, T, h]."""
-    return _forward(q, k, v, fields, walk, numbers)[0]
+    """Attend: q [N, K, g, T, h] with k and v [N, K, T, h], sinks [K, g] -> [N, K, g, T, h]."""
+    return _forward(q, k, v, sinks, fields, walk, numbers)[0]
 
 
 def _forward(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
+    sinks: jax.Array | None,
     fields: _Fields,
     walk: _Walk,
     numbers: tuple[int | None, float, int],
@@ -255,7 +258,10 @@ def _forward(
             return higher, total * shrunk + weights.sum(-1), out * shrunk[..., None] + more
 
         zeros = jnp.zeros((*groups, block), jnp.float32)
-        begin = zeros + _HIDDEN / 2, zeros, jnp.zeros((*groups, block, v.shape[-1]), jnp.float32)
+        top, total = zeros + _HIDDEN / 2, zeros
+        if sinks is not None:  # a key seen before all others, whose value is zero
+            top, total = zeros + sinks[..., None], zeros + 1
+        begin = top, total, jnp.zeros((*groups, block, v.shape[-1]), jnp.float32)
         top, total, out = jax.lax.fori_loop(0, steps, keys, begin)
         total = jnp.maximum(total, 1e-37)  # of padding, which attends to nothing
         outs, sums = carry
@@ -264,14 +270,15 @@ def _forward(
             _put(sums, top + jnp.log(total), row, at * block, 3),
         )
 
-    begin = jnp.zeros(q.shape, v.dtype), jnp.zeros(q.shape[:-1], jnp.float32)
+    shape = q.shape[:-1]
+    begin = jnp.zeros((*shape, v.shape[-1]), v.dtype), jnp.zeros(shape, jnp.float32)
     out, log_sum = jax.lax.fori_loop(0, q.shape[0] * count, queries, begin)
     out, log_sum = (jax.ad_checkpoint.checkpoint_name(x, SAVED) for x in (out, log_sum))
-    return out, (q, k, v, fields, walk, out, log_sum)
+    return out, (q, k, v, sinks, fields, walk, out, log_sum)
 
 
 def _backward(numbers: tuple[int | None, float, int], saved: tuple, d_out: jax.Array) -> tuple:
-    q, k, v, fields, walk, out, log_sum = saved
+    q, k, v, sinks, fields, walk, out, log_sum = saved
     block = numbers[2]
     count = q.shape[3] // block
     # sum over keys of weight times its gradient, which the softmax takes away from each
@@ -309,7 +316,10 @@ def _backward(numbers: tuple[int | None, float, int], saved: tuple, d_out: jax.A
     zeros = jnp.zeros(k.shape, jnp.float32)
     begin = jnp.zeros_like(q), zeros, jnp.zeros(v.shape, jnp.float32)
     dq, dk, dv = jax.lax.fori_loop(0, q.shape[0] * count, queries, begin)
-    return dq, dk.astype(k.dtype), dv.astype(v.dtype), None, None
+    d_sinks = None
+    if sinks is not None:  # a sink's weight times what the softmax takes away from it
+        d_sinks = -jnp.sum(jnp.exp(sinks[None, :, :, None] - log_sum) * means, axis=(0, 3))
+    return dq, dk.astype(k.dtype), dv.astype(v.dtype), d_sinks, None, None
 
 
 _attend.defvjp(_forward, _backward)

@@ -155,8 +155,13 @@ class Attention(nn.Module):
     ) -> tuple[Queries, KeysAndValues | None]:
         c = self.config
         kinds = sorted(set(c.windows))
+        sinks = None
+        if c.sinks:
+            role, shape = Role("linear", matrix=False), (c.num_heads,)
+            sinks = parameter(self, "sinks", normal(c.init_std), shape, ("heads",), role)
+            sinks = array(sinks, jnp.dtype(jnp.float32))
         if cache is not None and rows.slots is not None:
-            return _decode(q, k, v, layer, kinds, rows, cache, c)
+            return _decode(q, k, v, sinks, layer, kinds, rows, cache, c)
         if cache is not None:
             keys, values = (x if rows.held is None else caches.taken(x, rows.held) for x in (k, v))
             cache = _stored(cache[0], keys, layer), _stored(cache[1], values, layer)
@@ -174,6 +179,7 @@ class Attention(nn.Module):
                     window=window or None,
                     scale=c.query_scale,
                     softcap=c.attention_softcap,
+                    sinks=sinks,
                 )
 
             return attend
@@ -193,6 +199,7 @@ def _decode(
     q: Queries,
     k: Keys,
     v: Keys,
+    sinks: Float[Array, "H"] | None,
     layer: Layer,
     kinds: list[int],
     rows: Rows,
@@ -211,7 +218,7 @@ def _decode(
         allowed = allowed & (rows.distance < limits[layer.window])
     mine = keys[layer.number].astype(q.dtype), values[layer.number].astype(q.dtype)
     scale, softcap = config.query_scale, config.attention_softcap
-    y = attentions.weighted(q, *mine, allowed[:, None], scale=scale, softcap=softcap)
+    y = attentions.weighted(q, *mine, allowed[:, None], scale=scale, softcap=softcap, sinks=sinks)
     return y, (keys, values)
 
 

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What stands beside the weights decides what runs: stored heads, end tokens, older exports, types
-of tensors, fp8 codes."""
+of tensors, fp8 and MXFP4 codes."""
 
 import json
 
@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from align_jax import export
 from align_jax.core.tree import flatten
@@ -177,6 +178,41 @@ def test_fp8_with_block_scales_is_read_as_what_it_stands_for(folder, tmp_path):
         assert torch.equal(after[name], tensor), name
     _, params = hf.load(str(folder))
     assert {leaf.dtype for leaf in flatten(params).values()} == {np.dtype(ml_dtypes.bfloat16)}
+
+
+def test_mxfp4_is_read_as_what_it_stands_for(tmp_path):
+    config = transformers.GptOssConfig(
+        vocab_size=272,
+        hidden_size=64,
+        intermediate_size=32,
+        head_dim=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=4,
+        dtype="bfloat16",
+    )
+    model = transformers.GptOssForCausalLM(config).bfloat16()
+    model.save_pretrained(tmp_path / "codes")
+    byte_tokenizer().save_pretrained(tmp_path / "codes")
+    tensors = load_file(tmp_path / "codes" / "model.safetensors")
+    torch.manual_seed(0)
+    for name in [name for name in tensors if name.endswith("_proj") and ".experts." in name]:
+        experts, inputs, outputs = tensors.pop(name).shape
+        blocks = torch.randint(0, 256, (experts, outputs, inputs // 32, 16), dtype=torch.uint8)
+        scales = torch.randint(110, 130, blocks.shape[:3], dtype=torch.uint8)
+        tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+    save_file(tensors, tmp_path / "codes" / "model.safetensors")
+    edit(tmp_path / "codes", quantization_config={"quant_method": "mxfp4"})
+    export.export_model(str(tmp_path / "codes"), str(tmp_path / "out"))
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("_blocks")]:
+        name = name.removesuffix("_blocks")
+        parts = tensors[f"{name}_blocks"], tensors[f"{name}_scales"]
+        assert torch.equal(after[name], convert_moe_packed_tensors(*parts)), name
+    again = transformers.GptOssForCausalLM.from_pretrained(tmp_path / "out")
+    assert again.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(

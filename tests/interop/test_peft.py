@@ -95,6 +95,7 @@ CASES = {  # family -> (what differs from SHAPE, a fused module's name)
         "",
     ),
     "minimax_m2": ({"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}, ""),
+    "gpt_oss": ({"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}, ""),
     "gemma3": (EYES | {"text_config": SHAPE | {"head_dim": 8}}, ""),
     "mistral3": (EYES | {"text_config": SHAPE | {"model_type": "mistral"}}, ""),
     "qwen2_vl": (EYES | {"text_config": SHAPE | SECTIONS}, ""),
@@ -113,6 +114,7 @@ VARIANTS = {
     "olmoe": dict(targets="attention/.*"),
     "qwen2_moe": dict(targets="attention/.*|shared/.*"),
     "minimax_m2": dict(targets="attention/.*"),
+    "gpt_oss": dict(targets="attention/.*"),
 }
 
 

@@ -37,20 +37,24 @@ def _inputs(length: int, shared: bool, rows: int = ROWS):
     return (q, k, v), fields, jnp.asarray(positions)
 
 
-def _both(length, shared=False, rows=ROWS, **numbers):
+def _both(length, shared=False, rows=ROWS, sinks=False, **numbers):
     arrays, fields, positions = _inputs(length, shared, rows)
+    if sinks:
+        arrays += (jnp.linspace(-1.0, 2.0, HEADS),)
     real = (fields["segment_ids"] > 0)[..., None, None]
     cotangent = jnp.where(real, jax.random.normal(jax.random.key(9), arrays[0].shape), 0.0)
 
-    def run(function):
-        out, pull = jax.vjp(lambda *x: jnp.where(real, function(*x), 0.0), *arrays)
+    def run(function, **more):
+        def attend(q, k, v, sinks=None):
+            out = function(q, k, v, sinks=sinks, **fields, **numbers, **more)
+            return jnp.where(real, out, 0.0)
+
+        out, pull = jax.vjp(attend, *arrays)
         return out, *pull(cotangent)
 
-    expected = run(lambda *x: attention.xla(*x, **fields, positions=positions, **numbers))
-    got = jax.jit(
-        lambda: run(lambda *x: attention_kernels.splash(*x, **fields, **numbers, interpret=True))
-    )()
-    for name, a, b in zip(("out", "dq", "dk", "dv"), expected, got):
+    expected = run(attention.xla, positions=positions)
+    got = jax.jit(lambda: run(attention_kernels.splash, interpret=True))()
+    for name, a, b in zip(("out", "dq", "dk", "dv", "dsinks"), expected, got):
         np.testing.assert_allclose(a, b, atol=2e-5, err_msg=name)
 
 
@@ -62,6 +66,10 @@ def test_splash_equals_plain_attention_over_shared_prefixes():
     _both(128, shared=True, softcap=5.0, scale=0.1)
 
 
+def test_splash_equals_plain_attention_with_sinks():
+    _both(200, window=40, sinks=True, scale=0.1)
+
+
 # interpreting is slow, so four devices and both kinds of mask in turn
 @pytest.mark.parametrize(
     "sizes, length, shared",
@@ -69,7 +77,7 @@ def test_splash_equals_plain_attention_over_shared_prefixes():
 )
 def test_splash_is_the_same_on_every_mesh(sizes, length, shared):
     with jax.set_mesh(make_mesh(sizes, jax.devices()[:4])):
-        _both(length, shared=shared, scale=0.1)
+        _both(length, shared=shared, sinks=shared, scale=0.1)
 
 
 def test_a_window_over_shared_prefixes_is_refused():
@@ -82,6 +90,7 @@ def test_a_window_over_shared_prefixes_is_refused():
 def test_attention_by_blocks_equals_plain_attention(shared):
     arrays, fields, positions = _inputs(72, shared)
     numbers = {"scale": 0.1, "softcap": 5.0, "window": 30, "positions": positions}
+    numbers["sinks"] = jnp.linspace(-1.0, 2.0, HEADS)
 
     def gradients(function):
         def loss(*x):
@@ -116,7 +125,10 @@ def test_a_window_counts_positions_where_responses_share_a_prompt(name):
 def test_what_a_kernel_lacks_goes_by_blocks():
     arrays, fields, positions = _inputs(40, True)
     numbers = {"scale": 0.1, "positions": positions}
-    for name, lacking in {"splash": {"window": 9}, "cudnn": {"softcap": 5.0}}.items():
+    arrays = tuple(x.astype(jnp.bfloat16) for x in arrays)
+    sinks = {"sinks": jnp.linspace(-1.0, 2.0, HEADS)}
+    lacking_of = [("splash", {"window": 9}), ("cudnn", {"softcap": 5.0}), ("cudnn", sinks)]
+    for name, lacking in lacking_of:
         np.testing.assert_allclose(
             attention.ATTENTION[name](*arrays, **fields, **numbers, **lacking),
             attention.xla(*arrays, **fields, **numbers, **lacking),

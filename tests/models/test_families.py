@@ -214,6 +214,18 @@ CASES = {  # case -> (model_type, what differs from SHAPE)
             "shared_expert_intermediate_size": 20,
         },
     ),
+    "gpt_oss": (
+        "gpt_oss",
+        MIXED
+        | {
+            "head_dim": 8,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "swiglu_limit": 0.1,
+            "swiglu_alpha": 1.3,
+            "rope_parameters": YARN | {"truncate": False, "rope_theta": 15e4},
+        },
+    ),
     "minimax_m2": (
         "minimax_m2",
         {"head_dim": 8, "rotary_dim": 4, "num_local_experts": 4, "num_experts_per_tok": 2},
@@ -235,7 +247,7 @@ CASES = {  # case -> (model_type, what differs from SHAPE)
 }
 # one of each kind
 GRADIENTS = """llama gemma2 gemma3_text gpt_neox gpt2 olmo2 mixtral qwen2_moe glm4_moe cohere2
-granite phi""".split()
+granite phi gpt_oss""".split()
 
 
 @pytest.fixture(scope="module", params=CASES)

@@ -18,28 +18,32 @@ N, T, D, F, E, K = 8, 6, 8, 12, 4, 2
 
 
 def inputs(seed=0):
-    x, gate, up, down, logits = (
-        jnp.asarray(0.3 * np.random.default_rng(seed).normal(size=shape), jnp.float32)
-        for shape in ((N, T, D), (E, D, F), (E, D, F), (E, F, D), (N, T, E))
+    draw = np.random.default_rng(seed)
+    shapes = ((N, T, D), (N, T, E), (E, D, F), (E, D, F), (E, F, D), (E, F), (E, F), (E, D))
+    x, logits, *kernels = (
+        jnp.asarray(0.3 * draw.normal(size=shape), jnp.float32) for shape in shapes
     )
-    return x, gate, up, down, logits
+    return x, moe.Kernels(*kernels), logits
 
 
-def dense(x, gate, up, down, logits):
+def act(gate, up):
+    return jax.nn.silu(gate) * up
+
+
+def dense(x, kernels, logits):
     """Every expert on every token, weighted: what the sorted products must equal."""
     _, weights, experts = moe.route(logits, K, True)
-    every = jnp.einsum(
-        "NTEF,EFD->NTED",
-        jax.nn.silu(jnp.einsum("NTD,EDF->NTEF", x, gate)) * jnp.einsum("NTD,EDF->NTEF", x, up),
-        down,
-    )
+    gate = jnp.einsum("NTD,EDF->NTEF", x, kernels.gate) + kernels.gate_bias[None, None]
+    up = jnp.einsum("NTD,EDF->NTEF", x, kernels.up) + kernels.up_bias[None, None]
+    every = jnp.einsum("NTEF,EFD->NTED", act(gate, up), kernels.down)
+    every = every + kernels.down_bias[None, None]
     shares = jnp.sum(jax.nn.one_hot(experts, E) * weights[..., None], axis=2)
     return jnp.einsum("NTED,NTE->NTD", every, shares)
 
 
-def grouped(x, gate, up, down, logits):
+def grouped(x, kernels, logits):
     _, weights, experts = moe.route(logits, K, True)
-    return moe.sharded_products(x, weights, experts, gate, up, down, jax.nn.silu)
+    return moe.sharded_products(x, weights, experts, kernels, act)
 
 
 def results(function, args):
@@ -74,11 +78,9 @@ def test_sorted_products_equal_the_dense_computation(sizes):
 
 
 def test_one_expert_may_get_every_token():
-    x, gate, up, down, logits = inputs()
+    x, kernels, logits = inputs()
     logits = jnp.zeros_like(logits).at[..., 0].set(50.0).at[..., 2].set(40.0)
-    np.testing.assert_allclose(
-        grouped(x, gate, up, down, logits), dense(x, gate, up, down, logits), atol=1e-5
-    )
+    np.testing.assert_allclose(grouped(x, kernels, logits), dense(x, kernels, logits), atol=1e-5)
 
 
 def tiny():

@@ -48,6 +48,13 @@ CASES = {
         True,
         {"window": 12, "softcap": 3.0},
     ),
+    "packed, sinks": (2, [20, 3, 41, 17], False, {"sinks": True}),
+    "shared prefixes, sinks and a window": (
+        2,
+        [21, 5, 13, 30, 11],
+        True,
+        {"window": 12, "sinks": True},
+    ),
 }
 
 
@@ -55,9 +62,11 @@ CASES = {
 def _gradients(function, arrays, fields, numbers):
     """Return the output where there are tokens and the gradients."""
     real = (fields["segment_ids"] > 0)[..., None, None]
-    out, pull = jax.vjp(
-        lambda *x: jnp.where(real, function(*x, **fields, **dict(numbers)), 0.0), *arrays
-    )
+
+    def run(q, k, v, sinks=None):
+        return jnp.where(real, function(q, k, v, sinks=sinks, **fields, **dict(numbers)), 0.0)
+
+    out, pull = jax.vjp(run, *arrays)
     return out, *pull(jnp.where(real, jnp.sin(jnp.arange(out.size)).reshape(out.shape), 0.0))
 
 
@@ -68,10 +77,13 @@ def _compare(function, groups, lengths, shared, numbers, length=100):
         jax.random.normal(one, (ROWS, length, count, WIDTH)) for one, count in zip(key, heads)
     )
     fields = _fields(lengths, shared, length)
-    numbers = tuple({"scale": 0.3, **numbers}.items())
+    numbers = {"scale": 0.3, **numbers}
+    if numbers.pop("sinks", False):
+        arrays += (jnp.linspace(-1.0, 2.0, HEADS),)
+    numbers = tuple(numbers.items())
     expected = _gradients(attention.xla, arrays, fields, numbers)
     got = _gradients(function, arrays, fields, numbers)
-    for name, a, b in zip(("out", "dq", "dk", "dv"), expected, got):
+    for name, a, b in zip(("out", "dq", "dk", "dv", "dsinks"), expected, got):
         np.testing.assert_allclose(a, b, atol=1e-5, err_msg=name)
 
 
@@ -85,7 +97,7 @@ def test_segments_equal_plain_attention(name):
 
 def test_segments_are_the_same_on_a_mesh():
     with jax.set_mesh(make_mesh({"fsdp": 2, "tensor": 4}, jax.devices())):
-        _compare(ATTEND, *CASES["shared prefixes"])
+        _compare(ATTEND, *CASES["shared prefixes, sinks and a window"])
 
 
 def test_a_block_takes_the_keys_of_its_segments_and_prompts_alone():
