@@ -310,6 +310,15 @@ class DataOptions(Checked):
         "balanced: as many desirable as undesirable examples",
         choices=("natural", "balanced"),
     )
+    frac_unique_desirable: float = option(
+        1.0,
+        "of the desirable examples, those that are kept, chosen by seed: an imbalance to study",
+        above=0,
+        high=1,
+    )
+    frac_unique_undesirable: float = option(
+        1.0, "of the undesirable examples, likewise", above=0, high=1
+    )
     layout: str = option(
         "auto",
         "plain: a response a row; packed: groups a row; shared_prefix: packed, a prompt once; "
@@ -344,6 +353,8 @@ class DataOptions(Checked):
     def check(self) -> Iterator[str]:
         if self.text_share != 1 and not self.text:
             yield f"text_share = {self.text_share:g} has no effect without data.text"
+        if self.labels == "balanced" and self.frac_unique_desirable != self.frac_unique_undesirable:
+            yield "labels = 'balanced' would undo the imbalance of frac_unique_*: give one of them"
         if not self.train:
             yield "train is empty: name a file, tfds:..., hf:... or builtin:preferences"
         if self.date:

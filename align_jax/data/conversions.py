@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 
@@ -250,6 +251,32 @@ CONVERSIONS: Mapping[tuple[str, str], Conversion] = {
     ("ranked", "scored"): _each_scored,
     ("unpaired", "scored"): _each_scored,
 }
+
+
+def keep_shares(
+    examples: Sequence[Example], desirable: float, undesirable: float, seed: int = 0
+) -> list[Example]:
+    """Keep a share of the examples of each label, chosen by ``seed``, in their order.
+
+    Of pairs split in two each response is chosen by itself, so that one of a pair may be left.
+
+    Args:
+        examples: labeled ones.
+        desirable, undesirable: shares in (0, 1], rounded up to whole examples.
+
+    References:
+        Ethayarajh et al. 2024, arXiv 2402.01306, section 4 (imbalances made from pairs); HALOs,
+        commit 4831988, ``frac_unique_desirable`` of config.yaml.  What its loader does is not what
+        that file says: it takes the first examples, and counts the share from all responses, of
+        pairs from twice as many as there are of a label.
+    """
+    rng, kept = np.random.default_rng([seed, 1]), []
+    for label, share in ((True, desirable), (False, undesirable)):
+        own = [i for i, example in enumerate(examples) if bool(example.label) == label]
+        # 0.7 of 10 are 7, though 0.7 * 10 is a bit more
+        count = math.ceil(round(share * len(own), 6))
+        kept += rng.permutation(own)[:count].tolist()
+    return [examples[int(i)] for i in sorted(kept)]
 
 
 def balance(examples: Sequence[Example], seed: int = 0) -> list[Example]:

@@ -99,6 +99,8 @@ _READ = (
     "min_difference",
     "threshold",
     "labels",
+    "frac_unique_desirable",
+    "frac_unique_undesirable",
 )
 
 
@@ -213,6 +215,10 @@ def _of_kind(
     if kind == "ranked" and options.responses:
         made, few = conversions.take_responses(made, options.responses)
         counts["dropped: too few responses"] += few
+    if kind == "unpaired":
+        shares = options.frac_unique_desirable, options.frac_unique_undesirable
+        before, made = len(made), conversions.keep_shares(made, *shares, seed)
+        counts["dropped: frac_unique"] += before - len(made)
     if kind == "unpaired" and options.labels == "balanced":
         before, made = len(made), conversions.balance(made, seed)
         counts["dropped: balanced labels"] += before - len(made)

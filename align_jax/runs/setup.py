@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 from align_jax import losses
 from align_jax.core import config as configs
 from align_jax.core import metrics
-from align_jax.core.options import Config, ModelOptions, ReferenceOptions
+from align_jax.core.options import Config, DataOptions, ModelOptions, ReferenceOptions
 from align_jax.data import datasets, pipeline, synthetic, template
 from align_jax.data.datasets import Examples
 from align_jax.data.layout import BatchSizes
@@ -144,6 +144,7 @@ def resolve_config(config: Config, devices: int) -> ResolvedConfig:
         reference=_reference_config(config, tokenizer, model_config, multiple),
     )
     _check_text(config, terms)
+    _check_labels(config, "samples" if online else data_kind(terms))
     rollouts = make_rollout_config(terms, config) if online else None
     return ResolvedConfig(terms, tokenizer, model_config, models, data_kind(terms), rollouts)
 
@@ -237,6 +238,21 @@ def _check_text(config: Config, terms: Sequence[Term]) -> None:
                 "config.objective.ptx_coef"
             )
         )
+
+
+def _check_labels(config: Config, kind: str) -> None:
+    """Refuse keys that choose among labeled examples where there are none.
+
+    Raises:
+        ValueError: the key, and what trains on labels.
+    """
+    default = DataOptions()
+    for key in ("labels", "frac_unique_desirable", "frac_unique_undesirable"):
+        if kind != "unpaired" and (value := getattr(config.data, key)) != getattr(default, key):
+            raise ValueError(
+                f"config.data.{key} = {value!r} has no effect: the objective "
+                f"{config.objective.name!r} trains on {kind}, not on labels as kto does"
+            )
 
 
 def _reference_config(

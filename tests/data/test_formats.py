@@ -3,6 +3,7 @@
 out."""
 
 import json
+import math
 
 import pytest
 
@@ -700,6 +701,25 @@ def test_a_random_pairing_is_fixed_by_its_seed():
         for seed in (0, 0, 1)
     ]
     assert made[0] == made[1] != made[2]
+
+
+@pytest.mark.parametrize("shares", [(1.0, 1.0), (0.7, 1.0), (0.25, 0.01), (1.0, 0.7)])
+def test_a_share_of_each_label_is_kept_of_pairs_that_are_split(shares, tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": f"q{i}", "chosen": f"c{i}", "rejected": f"r{i}"} for i in range(10)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    names = "frac_unique_desirable", "frac_unique_undesirable"
+    options = DataOptions(**dict(zip(names, shares)))
+    one, same, other = (
+        datasets.load(str(path), "unpaired", options, chat=False, seed=seed) for seed in (0, 0, 1)
+    )
+    kept = [[example.responses[0] for example in found.items] for found in (one, same, other)]
+    assert kept[0] == kept[1] and (kept[0] != kept[2] or shares == (1.0, 1.0))
+    for letter, share in zip("cr", shares):  # rounded up, no example twice
+        assert len({word for word in kept[0] if word[0] == letter}) == math.ceil(10 * share - 1e-6)
+    assert len(kept[0]) == len(set(kept[0])) == 20 - one.report.get("dropped: frac_unique", 0)
+    assert kept[0] == sorted(kept[0], key=lambda word: (word[1:], word[0]))  # in their order
+    assert all(example.label == (example.responses[0][0] == "c") for example in one.items)
 
 
 def test_balanced_labels_are_equally_many():

@@ -42,6 +42,14 @@ def resolve(name, **keys):
         ("dpo", {"model.lora.dora": True}, "no effect without an adapter"),
         ("dpo", {"reference.mix": 0.5}, "does not move"),
         ("ppo", {"data.text_share": 0.5}, "no effect without data.text"),
+        ("dpo", {"data.labels": "balanced"}, "trains on pairs, not on labels"),
+        ("online_kto", {"data.frac_unique_desirable": 0.5}, "trains on samples"),
+        (
+            "kto",
+            {"data.labels": "balanced", "data.frac_unique_undesirable": 0.5},
+            "would undo the imbalance",
+        ),
+        ("kto", {"data.frac_unique_desirable": 0.0}, "frac_unique_desirable = 0"),
         ("ppo", {"objective.kl_coef": 0.0, "objective.kl_target": 6.0}, "has no effect"),
     ],
 )
