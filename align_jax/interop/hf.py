@@ -39,7 +39,7 @@ from align_jax.models.hf_fields import check
 from align_jax.models.layers import ACTIVATIONS
 from align_jax.models.model import build
 from align_jax.models.roles import role_of
-from align_jax.models.tensor_map import TensorMap, linear, names, parse
+from align_jax.models.tensor_map import TensorMap, fused, linear, names, parse
 
 GENERATION = "generation_config.json"
 SHARD_BYTES = 5 * 10**9  # a file's size, as transformers' default
@@ -416,13 +416,17 @@ def _grow(axis: int, had: int, wanted: int, sharding: Sharding) -> Callable[[jax
 
 def _with_base(entries: list[TensorMap], present: set[str], family: str) -> list[TensorMap]:
     """Spell the names as the checkpoint does: without the base prefix where it is of the bare
-    decoder (as GPT-2's on the hub), or with that of transformers' modules."""
+    decoder (as GPT-2's on the hub), or with that of transformers' modules; a layer's experts as
+    one where it has them so."""
     base, modules = FAMILIES[family].base, FAMILIES[family].modules
     if modules and any(name.startswith(modules) for name in present):
-        return [dataclasses.replace(entry, name=as_module(entry.name, family)) for entry in entries]
-    if not base or any(name.startswith(base) for name in present):
-        return entries
-    return [dataclasses.replace(entry, name=entry.name.removeprefix(base)) for entry in entries]
+        spelled = [as_module(entry.name, family) for entry in entries]
+    elif not base or any(name.startswith(base) for name in present):
+        return fused(entries, present)
+    else:
+        spelled = [entry.name.removeprefix(base) for entry in entries]
+    both = zip(entries, spelled)
+    return fused([dataclasses.replace(entry, name=name) for entry, name in both], present)
 
 
 def as_module(name: str, family: str) -> str:

@@ -178,10 +178,10 @@ class LinearMap:
 
 def adaptable(config: ModelConfig) -> dict[str, list[LinearMap]]:
     """Return a family's modules that can be adapted: name with {layer} -> our linear maps in it."""
-    if config.dense_first:
+    if config.dense_layers:
         raise ValueError(
-            f"{config.family}: PEFT adapters of models with dense layers before their experts are "
-            "not read or written; export without --adapter merges it"
+            f"{config.family}: PEFT adapters of models with dense layers among those with "
+            "experts are not read or written; export without --adapter merges it"
         )
     roles = flatten(build(config).roles())
     out: dict[str, list[LinearMap]] = {}

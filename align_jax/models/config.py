@@ -15,6 +15,7 @@ from typing import Any
 from align_jax.core.choose import choose
 from align_jax.core.files import json_kind
 from align_jax.models.hf_fields import ROPE_KINDS
+from align_jax.models.stacks import Stack, stacks
 
 # our own key of config.json, where rotary embeddings depend on it; other programs pass over it
 RUN_LENGTH = "align_jax_run_length"
@@ -78,7 +79,7 @@ class ModelConfig:
         expert_groups, groups_per_token: of sigmoids: the experts stand in so many groups, of which
             a token chooses from so many.
         routed_scale: factor on the chosen experts' sum.
-        dense_first: layers before those with experts; ``dense_size``: their width.
+        dense_layers: of a mixture, those without experts; ``dense_size``: their width.
         shared_size: width of the expert that every token passes, 0 = none; ``shared_gate``: whether
             a sigmoid of the token scales it.
         run_length: tokens of the longest text that a run computes with, by which those rotary
@@ -136,7 +137,7 @@ class ModelConfig:
     expert_groups: int = 1
     groups_per_token: int = 1
     routed_scale: float = 1.0
-    dense_first: int = 0
+    dense_layers: tuple[int, ...] = ()
     dense_size: int = 0
     shared_size: int = 0
     shared_gate: bool = False
@@ -162,10 +163,10 @@ class ModelConfig:
                 f"num_experts_per_tok: expected at most the number of experts, {self.num_experts}, "
                 f"got {self.experts_per_token}"
             )
-        if self.dense_first >= self.num_layers:
+        if len(self.dense_layers) >= self.num_layers:
             raise ValueError(
-                f"first_k_dense_replace: expected fewer dense layers than num_hidden_layers, "
-                f"{self.num_layers}, got {self.dense_first}"
+                "first_k_dense_replace, decoder_sparse_step, mlp_only_layers: expected fewer dense "
+                f"layers than num_hidden_layers, {self.num_layers}, got {len(self.dense_layers)}"
             )
         if self.num_experts % self.expert_groups or self.groups_per_token > self.expert_groups:
             raise ValueError(
@@ -180,7 +181,7 @@ class ModelConfig:
     @property
     def sizes(self) -> dict[str, int]:
         """The dimension letters' sizes (core/schema.py; d is D again, f a shared expert's
-        width, G that of dense layers before experts, X a learned table's positions)."""
+        width, G that of dense layers among such with experts, X a learned table's positions)."""
         return {
             "D": self.hidden_size,
             "d": self.hidden_size,
@@ -197,8 +198,15 @@ class ModelConfig:
         }
 
     @property
+    def stacks(self) -> tuple[Stack, ...]:
+        """The layers in the loops that run them, of kinds "dense" and "experts"; one kind where
+        all are alike."""
+        dense = self.dense_layers
+        return stacks(["dense" if n in dense else "experts" for n in range(self.num_layers)])
+
+    @property
     def dense(self) -> ModelConfig:
-        """What the dense layers are that stand before those with experts."""
+        """What the layers without experts are."""
         return dataclasses.replace(
             self,
             num_experts=0,

@@ -136,6 +136,7 @@ FIELDS = (
     ),
     Kind("an integer or null", or_null(is_integer), ("bos_token_id", "pad_token_id")),
     Kind("an integer, a list of them or null", _is_ids, ("eos_token_id",)),
+    Kind("a list of integers, or null", or_null(is_list_of(is_integer)), ("mlp_only_layers",)),
     Kind("a list of text, or null", or_null(is_list_of(is_text)), ("architectures",)),
     Kind(
         "'float32', 'bfloat16', 'float16', 'float64' or null",

@@ -212,10 +212,11 @@ class Experts(nn.Module):
         init = normal(c.init_std)
         role = Role("router", inputs=1)
         router = array(parameter(self, "router", init, (D, E), ("embed", None), role), dtype)
-        logits = contract(x, router, 1)
+        exact = jnp.dtype(jnp.float32)
+        logits = contract(x, router, 1, exact)
         if c.expert_bias:
             shift = parameter(self, "router_bias", zeros, (E,), (None,), role.vector())
-            logits = logits + array(shift, dtype)[None, None]
+            logits = logits + array(shift, exact)[None, None]
         bias = None
         if c.routing == "sigmoid":
             bias = parameter(self, "bias", zeros, (E,), (None,), role.vector())

@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 
 import numpy as np
 
@@ -35,20 +35,20 @@ class TensorMap:
         axes: "theirs -> ours"; theirs may group letters: "(H h) D".
         span: (start, length) of the tensor's first axis, where it holds several parameters one
             after the other.
-        layers: (first, behind the last) of a stack of some layers; None: of all.
+        layers: numbers of those that the parameter holds, where it is not all of them.
     """
 
     name: str
     path: str
     axes: str
     span: tuple[int, int] | None = None
-    layers: tuple[int, int] | None = None
+    layers: range | None = None
 
     def numbers(self, config: ModelConfig) -> range:
         """Return the layers that the parameter holds."""
         if not self.stacked:
             return range(1)
-        return range(config.num_layers) if self.layers is None else range(*self.layers)
+        return range(config.num_layers) if self.layers is None else self.layers
 
     @property
     def stacked(self) -> bool:
@@ -162,12 +162,51 @@ def names(entry: TensorMap, config: ModelConfig) -> list[str]:
     return [entry.name.format(layer=layer, expert=expert) for layer in layers for expert in experts]
 
 
-def stack(entries: Sequence[TensorMap], name: str, layers: tuple[int, int]) -> list[TensorMap]:
-    """Return the same tensors of some layers, whose stack has this name for "layers"."""
-    return [
-        dataclasses.replace(entry, path=name + entry.path.removeprefix("layers"), layers=layers)
-        for entry in entries
-    ]
+def by_kind(
+    config: ModelConfig,
+    common: Sequence[TensorMap],
+    experts: Sequence[TensorMap],
+    dense: Sequence[TensorMap],
+) -> list[TensorMap]:
+    """Return the tensors of all layers, stack by stack.
+
+    Args:
+        config: which layers are dense.
+        common: of each layer, below "layers/".
+        experts, dense: beside these of a layer with experts, of a dense one.
+    """
+    out = []
+    for stack in config.stacks:
+        for place, kind in enumerate(stack.kinds):
+            path, layers = stack.path(place), stack.layers(place)
+            for entry in (*common, *(dense if kind == "dense" else experts)):
+                own = path + entry.path.removeprefix("layers")
+                out.append(dataclasses.replace(entry, path=own, layers=layers))
+    return out
+
+
+def fused(entries: Sequence[TensorMap], present: Container[str]) -> list[TensorMap]:
+    """Name experts as a checkpoint does that holds all of a layer's in one tensor, as modules of
+    transformers 5 do; what it holds one by one stays."""
+    out = []
+    for entry in entries:
+        name = entry.name.replace(".block_sparse_moe.", ".mlp.")
+        whole, by_expert, _ = name.partition(".experts.{expert}.")
+        part = entry.path.rsplit("/", 1)[-1]
+        if by_expert:
+            name = f"{whole}.experts.{'down' if part == 'down' else 'gate_up'}_proj"
+        if name != entry.name and name.format(layer=_first(entry)) in present:
+            axes = _FUSED[part] if by_expert else entry.axes
+            entry = dataclasses.replace(entry, name=name, axes=axes)
+        out.append(entry)
+    return out
+
+
+_FUSED = {"gate": "E (2:0 F) D -> E D F", "up": "E (2:1 F) D -> E D F", "down": "E D F -> E F D"}
+
+
+def _first(entry: TensorMap) -> int:
+    return 0 if entry.layers is None else entry.layers[0]
 
 
 def norm(name: str, path: str, kind: str, letters: str = "D") -> list[TensorMap]:

@@ -31,6 +31,7 @@ from align_jax.models.layers import ACTIVATIONS, Linear, Norm, array, contract, 
 from align_jax.models.lora import LoraConfig
 from align_jax.models.moe import Experts
 from align_jax.models.roles import Role
+from align_jax.models.stacks import Stack
 from align_jax.parallel.sharding import constrain
 
 REMAT: Mapping[str, Callable[..., Any]] = {
@@ -301,6 +302,37 @@ class Block(nn.Module):
         return y * jax.nn.sigmoid(contract(x, array(gate, o.dtype), 1))
 
 
+class Pattern(nn.Module):
+    """Layers of several kinds one after the other: the scanned body where their order repeats.
+
+    Attributes:
+        configs: what each of them is.
+        block: ``Block``, or what rematerializes it.
+    """
+
+    configs: tuple[ModelConfig, ...]
+    options: Options
+    block: type[Block]
+
+    @nn.compact
+    def __call__(
+        self, carry: tuple[States, KeysAndValues | None], layers: Layer, rows: Rows
+    ) -> tuple[tuple[States, KeysAndValues | None], dict[str, jax.Array]]:
+        aux: dict[str, jax.Array] = {}
+        for place, config in enumerate(self.configs):
+            layer = Layer(*(each[place] for each in layers))
+            carry, sums = self.block(config, self.options, name=str(place))(carry, layer, rows)
+            aux = _added(aux, sums)
+        return carry, aux
+
+
+def _added(one: dict[str, jax.Array], other: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Add the routing's sums of layers with experts; others have none."""
+    if not one or not other:
+        return one or other
+    return {name: one[name] + other[name] for name in one}
+
+
 class Decoder(nn.Module):
     """Embedding, the scanned layers, the final norm, the output heads."""
 
@@ -309,20 +341,7 @@ class Decoder(nn.Module):
 
     def setup(self) -> None:
         c, o = self.config, self.options
-        block = Block
-        if o.remat != "none":
-            block = nn.remat(Block, policy=REMAT[o.remat], prevent_cse=False)
-        scan = functools.partial(
-            nn.scan,
-            block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True, "dropout": True},
-            in_axes=(0, nn.broadcast),
-            metadata_params={"name": "layers"},
-        )
-        if c.dense_first:
-            self.first = scan(length=c.dense_first)(c.dense, o)
-        self.layers = scan(length=c.num_layers - c.dense_first)(c, o)
+        self.stacks = [self._stack(stack) for stack in c.stacks]
         self.embed = Embedding(c, o.dtype)
         self.drop = nn.Dropout(o.dropout)
         self.final_norm = Norm((c.hidden_size,), c.norm, c.norm_eps, c.norm_offset, o.dtype)
@@ -338,6 +357,24 @@ class Decoder(nn.Module):
                 result=jnp.dtype(jnp.float32),
             )
         self.scalars = {name: HEADS[name](c.hidden_size, name) for name in o.heads}
+
+    def _stack(self, stack: Stack) -> nn.Module:
+        c, o = self.config, self.options
+        block = Block
+        if o.remat != "none":
+            block = nn.remat(Block, policy=REMAT[o.remat], prevent_cse=False)
+        scan = functools.partial(
+            nn.scan,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=(0, nn.broadcast),
+            length=stack.count,
+            metadata_params={"name": "layers"},
+        )
+        configs = tuple(c.dense if kind == "dense" else c for kind in stack.kinds)
+        if len(configs) == 1:
+            return scan(block)(*configs, o, name=stack.name)
+        return scan(Pattern)(configs, o, block, name=stack.name)
 
     def everything(self, tokens: Int[Array, "N T"]) -> None:
         """Touch every parameter: what initialization runs."""
@@ -357,7 +394,7 @@ class Decoder(nn.Module):
         """Run whole rows."""
         rows = self._rows(segment_ids, positions, prefix_ids)
         x, _, aux = self._run(tokens, rows, None)
-        return x, {name: sums.sum(axis=0) for name, sums in aux.items()}
+        return x, aux
 
     def prefill(
         self,
@@ -420,10 +457,12 @@ class Decoder(nn.Module):
         x = self.embed(tokens, rows.positions)
         if self.options.dropout and self.has_rng("dropout"):
             x = self.drop(x, deterministic=False)
-        if n := c.dense_first:
-            (x, cache), _ = self.first((x, cache), jax.tree.map(lambda of: of[:n], layer), rows)
-            layer = jax.tree.map(lambda of: of[n:], layer)
-        (x, cache), aux = self.layers((x, cache), layer, rows)
+        aux: dict[str, jax.Array] = {}
+        for stack, run in zip(c.stacks, self.stacks):
+            turns = (stack.count, len(stack.kinds)) if len(stack.kinds) > 1 else (stack.count,)
+            own = Layer(*(each[stack.first : stack.end].reshape(turns) for each in layer))
+            (x, cache), sums = run((x, cache), own, rows)
+            aux = _added(aux, {name: each.sum(axis=0) for name, each in sums.items()})
         with jax.named_scope("final_norm"):
             return constrain(self.final_norm(x), "rows", "length", "features"), cache, aux
 

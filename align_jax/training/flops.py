@@ -81,7 +81,7 @@ def layer_weights(config: ModelConfig) -> int:
         config.intermediate_size,
     )
     attention = D * H * h + 2 * D * K * h + H * h * D
-    mlp, first = (3 if config.gated else 2) * D * F, config.dense_first
+    mlp, first = (3 if config.gated else 2) * D * F, len(config.dense_layers)
     dense = first * 3 * D * config.dense_size
     if config.num_experts:
         mlp = mlp * config.experts_per_token + D * config.num_experts

@@ -382,4 +382,4 @@ def test_dora_on_a_part_of_a_fused_module_is_refused(tmp_path):
 
 
 def test_every_family_is_compared():
-    assert set(CASES) == set(FAMILIES) - {"glm4_moe"}  # whose adapters are refused by name
+    assert set(CASES) == set(FAMILIES) - {"dots1", "glm4_moe"}  # whose adapters are refused by name

@@ -230,6 +230,38 @@ CASES = {  # case -> (model_type, what differs from SHAPE)
         "minimax_m2",
         {"head_dim": 8, "rotary_dim": 4, "num_local_experts": 4, "num_experts_per_tok": 2},
     ),
+    # patterns of dense layers: every second, and one in the middle
+    "qwen3_moe, sparse steps": (
+        "qwen3_moe",
+        {
+            "num_hidden_layers": 5,
+            "head_dim": 8,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "decoder_sparse_step": 2,
+        },
+    ),
+    "qwen2_moe, dense layers": (
+        "qwen2_moe",
+        {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "shared_expert_intermediate_size": 20,
+            "mlp_only_layers": [1],
+        },
+    ),
+    "dots1": (
+        "dots1",
+        {
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_shared_experts": 1,
+            "moe_intermediate_size": 24,
+            "first_k_dense_replace": 1,
+        },
+    ),
     "glm4_moe": (
         "glm4_moe",
         {
@@ -387,6 +419,18 @@ def test_export_of_import_is_byte_identical(peer, tmp_path):
         again = type(theirs).from_pretrained(tmp_path, attn_implementation="eager")
         tokens = torch.tensor(padded_rows()[0][:1])
         assert torch.equal(again(tokens).logits, theirs(tokens).logits)
+
+
+def test_experts_are_read_as_modules_of_transformers_hold_them(peer, tmp_path):
+    case, path, theirs, model, params, _ = peer
+    if not model.config.num_experts or case == "gpt_oss":
+        pytest.skip("no mixture whose files are unlike its modules")
+    theirs.save_pretrained(tmp_path, save_original_format=False)
+    assert any(
+        ".experts.gate_up_proj" in name for name in load_file(tmp_path / "model.safetensors")
+    )
+    _, again = hf.load(str(tmp_path), dtype="float32")
+    jax.tree.map(np.testing.assert_array_equal, again, params)
 
 
 def test_newer_names_of_a_text_tower_are_read(peer, tmp_path):

@@ -219,7 +219,9 @@ def test_unsupported_variants_are_errors():
         ({"model_type": "gpt2", "scale_attn_by_inverse_layer_idx": True}, "inverse_layer_idx"),
         (GLM | {"first_k_dense_replace": 2}, "fewer dense layers than num_hidden_layers, 2"),
         (GLM | {"n_group": 3}, "n_group, topk_group: expected a divisor of the 128 experts"),
-        (QWEN3_MOE | {"mlp_only_layers": [0]}, "every layer must have experts"),
+        (QWEN3_MOE | {"mlp_only_layers": [48]}, r"expected layers from 0 to 47, got \[48\]"),
+        (QWEN3_MOE | {"decoder_sparse_step": 49}, "fewer dense layers than .*, 48, got 48"),
+        ({"model_type": "dots1"}, "dots1: expected n_routed_experts, num_experts_per_tok, n_shar"),
         (GEMMA2 | {"use_bidirectional_attention": True}, "bidirectional"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -231,4 +233,6 @@ def test_every_family_reads_its_defaults():
         raw = {"model_type": family}
         if family == "glm4_moe":
             raw["head_dim"] = 128  # its defaults make no whole number of it
+        if family == "dots1":
+            raw |= {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 1}
         assert hf.config_from(raw).family == family

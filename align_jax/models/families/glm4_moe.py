@@ -9,18 +9,32 @@ from typing import Any
 
 from align_jax.models.config import ModelConfig, complete, decoder_config
 from align_jax.models.families import llama, qwen3_moe
-from align_jax.models.tensor_map import TensorMap, stack
+from align_jax.models.tensor_map import TensorMap, by_kind
 
 
 def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     """Read a Hugging Face configuration."""
     full = complete(hf)
-    width = full["moe_intermediate_size"]
     return decoder_config(
         hf,
         full,
         output_bias=False,
         qk_norm="head" if full["use_qk_norm"] else "",
+        **expert_fields(full),
+    )
+
+
+def expert_fields(full: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what DeepSeek V3's kind of mixture has: dense layers first, experts in groups.
+
+    Raises:
+        ValueError: a number that has no default is not there.
+    """
+    needed = ("n_routed_experts", "num_experts_per_tok", "n_shared_experts")
+    if missing := [name for name in needed if full[name] is None]:
+        raise ValueError(f"{full['model_type']}: expected {', '.join(missing)}, got none")
+    width = full["moe_intermediate_size"]
+    return dict(
         intermediate_size=width,
         num_experts=full["n_routed_experts"],
         experts_per_token=full["num_experts_per_tok"],
@@ -29,7 +43,7 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
         expert_groups=full["n_group"],
         groups_per_token=full["topk_group"],
         routed_scale=float(full["routed_scaling_factor"]),
-        dense_first=full["first_k_dense_replace"],
+        dense_layers=tuple(range(full["first_k_dense_replace"])),
         dense_size=full["intermediate_size"],
         shared_size=width * full["n_shared_experts"],
     )
@@ -37,17 +51,16 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
 
 def tensor_maps(config: ModelConfig) -> list[TensorMap]:
     """Return the tensor map."""
-    name, first = "model.layers.{layer}.mlp", config.dense_first
     common = [*llama.norms(config), *llama.attention(config)]
-    experts = [
-        *qwen3_moe.experts(name),
-        TensorMap(f"{name}.gate.e_score_correction_bias", "layers/moe/bias", "E -> E"),
-    ]
+    return [*llama.ends(config), *by_kind(config, common, experts(config), qwen3_moe.dense(config))]
+
+
+def experts(config: ModelConfig) -> list[TensorMap]:
+    """Return the tensors of a mixture's layer behind its attention."""
+    name = "model.layers.{layer}.mlp"
+    out = qwen3_moe.experts(name)
+    if config.routing == "sigmoid":
+        out += [TensorMap(f"{name}.gate.e_score_correction_bias", "layers/moe/bias", "E -> E")]
     if config.shared_size:
-        experts += llama.mlp(config, f"{name}.shared_experts", "layers/shared", "f")
-    dense = stack([*common, *llama.mlp(config, width="G")], "first", (0, first))
-    return [
-        *llama.ends(config),
-        *(dense if first else []),
-        *stack([*common, *experts], "layers", (first, config.num_layers)),
-    ]
+        out += llama.mlp(config, f"{name}.shared_experts", "layers/shared", "f")
+    return out

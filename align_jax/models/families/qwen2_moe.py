@@ -9,17 +9,12 @@ from typing import Any
 
 from align_jax.models.config import ModelConfig, complete, decoder_config
 from align_jax.models.families import llama, qwen3_moe
-from align_jax.models.tensor_map import TensorMap
+from align_jax.models.tensor_map import TensorMap, by_kind
 
 
 def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
-    """Read a Hugging Face configuration.
-
-    Raises:
-        ValueError: some layers are dense.
-    """
+    """Read a Hugging Face configuration."""
     full = complete(hf)
-    qwen3_moe.check_every_layer(full)
     return decoder_config(
         hf,
         full,
@@ -31,14 +26,18 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
         normalize_experts=full["norm_topk_prob"],
         shared_size=full["shared_expert_intermediate_size"],
         shared_gate=True,
+        **qwen3_moe.dense_fields(full),
     )
 
 
 def tensor_maps(config: ModelConfig) -> list[TensorMap]:
     """Return the tensor map."""
     name = "model.layers.{layer}.mlp"
-    return [
-        *qwen3_moe.tensor_maps(config),
+    common = [*llama.norms(config), *llama.attention(config)]
+    experts = [
+        *qwen3_moe.experts(name),
         *llama.mlp(config, f"{name}.shared_expert", "layers/shared", "f"),
         TensorMap(f"{name}.shared_expert_gate.weight", "layers/shared_gate", "1 D -> D 1"),
     ]
+    parts = by_kind(config, common, experts, qwen3_moe.dense(config))
+    return [*llama.ends(config), *parts]

@@ -8,17 +8,12 @@ from typing import Any
 
 from align_jax.models.config import ModelConfig, complete, decoder_config
 from align_jax.models.families import llama
-from align_jax.models.tensor_map import TensorMap
+from align_jax.models.tensor_map import TensorMap, by_kind
 
 
 def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
-    """Read a Hugging Face configuration.
-
-    Raises:
-        ValueError: some layers are dense.
-    """
+    """Read a Hugging Face configuration."""
     full = complete(hf)
-    check_every_layer(full)
     return decoder_config(
         hf,
         full,
@@ -29,31 +24,38 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
         normalize_experts=full["norm_topk_prob"],
         windows=((full["sliding_window"] or 0) * full["use_sliding_window"],)
         * full["num_hidden_layers"],
+        **dense_fields(full),
     )
 
 
-def check_every_layer(full: Mapping[str, Any]) -> None:
-    """Refuse a mixture of which some layers are dense.
+def dense_fields(full: Mapping[str, Any]) -> dict[str, Any]:
+    """Return which layers are dense, and how wide.
 
     Raises:
-        ValueError: it is one.
+        ValueError: a layer that is not there.
     """
-    if full["mlp_only_layers"] or full["decoder_sparse_step"] != 1:
+    named, step = full["mlp_only_layers"], full["decoder_sparse_step"]
+    layers = range(full["num_hidden_layers"])
+    if not set(named) <= set(layers):
         raise ValueError(
-            f"{full['model_type']}: every layer must have experts (mlp_only_layers [], "
-            f"decoder_sparse_step 1); got {full['mlp_only_layers']} and "
-            f"{full['decoder_sparse_step']}"
+            f"mlp_only_layers: expected layers from 0 to {layers[-1]}, got {sorted(named)}"
         )
+    return dict(
+        dense_layers=tuple(n for n in layers if n in named or (n + 1) % step),
+        dense_size=full["intermediate_size"],
+    )
 
 
 def tensor_maps(config: ModelConfig) -> list[TensorMap]:
     """Return the tensor map."""
-    return [
-        *llama.ends(config),
-        *llama.norms(config),
-        *llama.attention(config),
-        *experts("model.layers.{layer}.mlp"),
-    ]
+    common = [*llama.norms(config), *llama.attention(config)]
+    parts = experts("model.layers.{layer}.mlp")
+    return [*llama.ends(config), *by_kind(config, common, parts, dense(config))]
+
+
+def dense(config: ModelConfig) -> list[TensorMap]:
+    """Return the tensors of a dense layer's MLP."""
+    return llama.mlp(config, width="G")
 
 
 def experts(name: str) -> list[TensorMap]:
