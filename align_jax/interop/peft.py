@@ -9,196 +9,43 @@ PEFT adapts modules, we adapt linear maps; where a family's module holds several
 block-diagonal, at the sum of the ranks: the same numbers. Read back, a part takes the components
 that reach it alone; where all are shared, each part gets them all.
 
+PEFT may adapt some layers only, we adapt all: a layer that the file lacks has A and B of zeros,
+which no gradient reaches, and is left out again when it is written.
+
 References:
-    https://github.com/huggingface/peft, version 0.21: tuners/lora/config.py (the keys),
-    utils/save_and_load.py (the tensors' names).
+    https://github.com/huggingface/peft, version 0.21: utils/save_and_load.py (the tensors' names).
 """
 
 from __future__ import annotations
 
-import dataclasses
+import collections
 import json
 import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors.numpy
 from etils import epath
 
-from align_jax.core import fields
-from align_jax.core.files import read_json
 from align_jax.core.tree import flatten, unflatten
-from align_jax.interop import hf
-from align_jax.interop.tensor_files import (
-    DTYPES,
-    NO_FLOATS,
-    SINGLE,
-    Reader,
-    listed,
-    others,
-    remove_older,
-)
+from align_jax.interop import hf, peft_settings
+from align_jax.interop.peft_modules import LinearMap, Module, adaptable, bare, suffix
+from align_jax.interop.peft_settings import CONFIG, TENSORS, Settings
+from align_jax.interop.tensor_files import DTYPES, NO_FLOATS, Reader, listed, remove_older
 from align_jax.models import BESIDE, FAMILIES
 from align_jax.models.config import ModelConfig
 from align_jax.models.heads import HEADS
 from align_jax.models.lora import LEAVES, LoraConfig
-from align_jax.models.model import build
-from align_jax.models.roles import role_of
-from align_jax.models.tensor_map import AxisMap, parse
 
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 SCORE = "score/out/kernel"
-
-
-def _is_share(value: Any) -> bool:
-    return fields.is_not_below_zero(value) and value < 1
-
-
-# keys of adapter_config.json that change what is computed -> the values that we compute the same
-PLAIN: Mapping[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA",),
-    "bias": ("none", None),
-    "lora_bias": (False, None),
-    "layers_to_transform": (None,),
-    "layer_replication": (None,),
-    "target_parameters": (None, []),
-    "trainable_token_indices": (None,),
-    "alora_invocation_tokens": (None,),
-    "use_qalora": (False, None),
-    "use_bdlora": (False, None),
-    "arrow_config": (None,),
-    "megatron_config": (None,),
-    "velora_config": (None,),
-    "monteclora_config": (None,),
-    "kasa_config": (None,),
-    "modules_to_save": (None, [], ["score"], ["classifier", "score"]),
-    # the others (pissa, olora, corda, loftq, lora_ga, ...) change the base's weights too
-    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
-}
-# keys that we follow, or that do not change what a finished adapter computes; any other must be
-# unset
-HARMLESS = frozenset(
-    """r lora_alpha lora_dropout use_rslora use_dora rank_pattern alpha_pattern target_modules
-    exclude_modules fan_in_fan_out layers_pattern task_type inference_mode auto_mapping
-    base_model_name_or_path revision peft_version runtime_config megatron_core qalora_group_size
-    loftq_config eva_config corda_config lora_ga_config ensure_weight_tying""".split()
-)
-
-FIELDS = (
-    fields.Kind("a positive integer", fields.is_count, ("r",)),
-    fields.Kind("a number above 0", fields.is_above_zero, ("lora_alpha",)),
-    fields.Kind("a number from 0 to 1, or null", fields.or_null(_is_share), ("lora_dropout",)),
-    fields.Kind(
-        "true, false or null",
-        fields.or_null(fields.is_bool),
-        ("use_rslora", "use_dora", "fan_in_fan_out"),
-    ),
-    fields.Kind(
-        "an object from modules to ranks, or null",
-        fields.or_null(fields.is_object_of(fields.is_count)),
-        ("rank_pattern",),
-    ),
-    fields.Kind(
-        "an object from modules to numbers above 0, or null",
-        fields.or_null(fields.is_object_of(fields.is_above_zero)),
-        ("alpha_pattern",),
-    ),
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class LinearMap:
-    """One of our linear maps in a module.
-
-    Attributes:
-        path: "layers/attention/query".
-        axes: of the kernel.
-        inputs: how many axes are contracted.
-        start: first row of the module's outputs that belongs to the map.
-    """
-
-    path: str
-    axes: AxisMap
-    inputs: int
-    start: int
-
-    @property
-    def _sides(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """The letters of the module's inputs and of its outputs, as the tensor groups them."""
-        first, second = self.axes.theirs
-        ours = set(self.axes.ours[: self.inputs])
-        return (first, second) if set(first) == ours else (second, first)
-
-    def _layout(self, leaf: str, rank: int) -> AxisMap:
-        """Return how lora_A [r, in], lora_B [out, r] or the magnitudes [out] become our leaf."""
-        (inputs, outputs), sizes = self._sides, {**self.axes.sizes, "r": rank}
-        ours_in, ours_out = self.axes.ours[: self.inputs], self.axes.ours[self.inputs :]
-        if leaf == "lora_a":
-            return AxisMap((("r",), inputs), (*ours_in, "r"), sizes)
-        if leaf == "lora_b":
-            return AxisMap((outputs, ("r",)), ("r", *ours_out), sizes)
-        return AxisMap((outputs,), ours_out, sizes)
-
-    @property
-    def transposed(self) -> bool:
-        """Whether the module's weight is [in, out] (GPT-2's Conv1D)."""
-        return self.axes.theirs[0] == self._sides[0]
-
-    @property
-    def columns(self) -> int:
-        """How many inputs the module has."""
-        return self._layout("lora_a", 1).their_shape[1]
-
-    @property
-    def rows(self) -> slice:
-        """The module's outputs that the map reaches into; a fused tensor's maps may share them."""
-        size = math.prod(self.axes.sizes[letter] for letter in self._sides[1])
-        return slice(self.start, self.start + size)
-
-    def read(self, leaf: str, tensor: np.ndarray) -> np.ndarray:
-        """Take this map's part of a layer's tensor."""
-        rank = tensor.shape[0] if leaf == "lora_a" else tensor.shape[-1]
-        axes = self._layout(leaf, rank)
-        whole = [slice(None)] * len(axes.ours)
-        rows = tensor if leaf == "lora_a" else tensor[self.rows]
-        return axes.to_ours(rows[axes.bounds(whole)], whole)
-
-    def write(self, leaf: str, ours: np.ndarray, rank: int) -> np.ndarray:
-        """Return a layer's tensor as the file holds it (of this map's rows), zero where other maps'
-        numbers go."""
-        axes = self._layout(leaf, rank)
-        out = np.zeros(axes.their_shape, np.float32)
-        axes.to_theirs(np.asarray(ours, np.float32), out)
-        return out
-
-
-def adaptable(config: ModelConfig) -> dict[str, list[LinearMap]]:
-    """Return a family's modules that can be adapted: name with {layer} -> our linear maps in it."""
-    if config.dense_layers:
-        raise ValueError(
-            f"{config.family}: PEFT adapters of models with dense layers among those with "
-            "experts are not read or written; export without --adapter merges it"
-        )
-    roles = flatten(build(config).roles())
-    out: dict[str, list[LinearMap]] = {}
-    for entry in FAMILIES[config.family].tensor_maps(config):
-        name = hf.as_module(entry.name, config.family).removesuffix(".weight")
-        role = role_of(roles, entry.path)
-        if role.adaptable:
-            start = entry.span[0] if entry.span else 0
-            path = entry.path.removesuffix("/kernel")
-            part = LinearMap(path, parse(entry, config), role.inputs, start)
-            out.setdefault(name, []).append(part)
-    return out
-
-
-def _rows(parts: Sequence[LinearMap]) -> int:
-    """Return how many outputs a module has."""
-    return max(part.rows.stop for part in parts)
+# family -> targets whose modules PEFT 0.21 takes for experts (transformers_weight_conversion.py)
+MISREAD = {"dots1": "shared/", "glm4_moe": "shared/"}
+# our leaf -> the end of the tensor's name
+ENDS = dict(zip(LEAVES, (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector")))
 
 
 # ------------------------------------------------------------------------------------------- export
@@ -224,47 +71,37 @@ def save(
         base_name: name of the base model, for ``base_model_name_or_path``.
 
     Raises:
-        ValueError: leaves that are no adapter's of this family; DoRA on a part of a module.
+        ValueError: leaves that are no adapter's of this family; DoRA on a part of a module; what
+            PEFT would read as something else.
     """
     values = HEADS.keys() - {"score"}
     flat = flatten({name: node for name, node in adapter_params.items() if name not in values})
+    flat = {name: np.asarray(leaf, np.float32) for name, leaf in flat.items()}
     modules = adaptable(config)
-    maps = [part for parts in modules.values() for part in parts]
+    maps = [part for module in modules for part in module.parts]
     known = {f"{part.path}/{leaf}" for part in maps for leaf in LEAVES} | {SCORE}
     if unknown := sorted(flat.keys() - known):
         raise ValueError(f"not parameters of a PEFT adapter of {config.family}: {unknown}")
+    adapted = {one: parts for one in modules if (parts := _adapted(one, flat, lora))}
+    misread = MISREAD.get(config.family, "")
+    if misread and any(part.target.startswith(misread) for ps in adapted.values() for part in ps):
+        raise ValueError(
+            f"PEFT takes the adapters of {config.family}'s {misread}* for those of its experts: "
+            "export without --adapter, which merges them"
+        )
     tensors: dict[str, np.ndarray] = {}
-    ranks: dict[str, int] = {}  # of each target
-    everything = [
-        hf.as_module(entry.name, config.family).removesuffix(".weight")
-        for entry in FAMILIES[config.family].tensor_maps(config)
-    ]
-    for name, parts in modules.items():
-        adapted = [part for part in parts if f"{part.path}/lora_a" in flat]
-        if not adapted:
-            continue
-        if lora.dora and len(adapted) < len(parts):
-            raise ValueError(
-                f"DoRA on {', '.join(part.path for part in adapted)} alone cannot be written: "
-                f"PEFT's {name} holds {', '.join(part.path for part in parts)}; adapt all of them"
-            )
-        ranks[_suffix(name, everything)] = lora.rank * len(adapted)
-        leaves = {
-            f"{part.path}/{leaf}": np.asarray(flat[f"{part.path}/{leaf}"], np.float32)
-            for part in adapted
-            for leaf in (LEAVES if lora.dora else LEAVES[:2])
-        }
-        for layer in range(config.num_layers):
-            own = {key: leaf[layer] for key, leaf in leaves.items()}
-            found = _layer_tensors(adapted, own, _rows(parts), lora)
-            tensors |= {PREFIX + name.format(layer=layer) + end: x for end, x in found.items()}
+    for module, parts in adapted.items():
+        for place, number in _present(module, parts, flat):
+            found = _layer_tensors(parts, flat, place, module.rows, lora)
+            name = PREFIX + module.name.format(layer=number)
+            tensors |= {name + end: tensor for end, tensor in found.items()}
     if SCORE in flat:
-        score = np.asarray(flat[SCORE], np.float32)
-        tensors[f"{PREFIX}score.weight"] = np.ascontiguousarray(score.T)
+        tensors[f"{PREFIX}score.weight"] = np.ascontiguousarray(flat[SCORE].T)
     folder = epath.Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / TENSORS).write_bytes(safetensors.numpy.save(tensors, {"format": "pt"}))
     transposed = any(part.transposed for part in maps)
+    ranks = _ranks(adapted, flat, config, lora)
     settings = _settings(lora, ranks, transposed, SCORE in flat, base_name)
     if FAMILIES[config.family].carried:  # whose modules are called as the decoder's
         settings["exclude_modules"] = rf"(.*\.)?{BESIDE}\..*"
@@ -274,27 +111,72 @@ def save(
     (folder / "config.json").unlink(missing_ok=True)
 
 
-def _suffix(name: str, modules: Sequence[str]) -> str:
-    """Return the shortest end of a module's name that no other module's name has."""
-    parts = name.split(".")
-    for count in range(1, len(parts)):
-        end = "." + ".".join(parts[-count:])
-        if not any(other.endswith(end) for other in modules if other != name):
-            return end[1:]
-    return name
+def _adapted(module: Module, flat: Mapping[str, Any], lora: LoraConfig) -> list[LinearMap]:
+    """Return the parts of a module that have an adapter."""
+    parts = [part for part in module.parts if f"{part.path}/lora_a" in flat]
+    if lora.dora and 0 < len(parts) < len(module.parts):
+        raise ValueError(
+            f"DoRA on {', '.join(part.path for part in parts)} alone cannot be written: PEFT's "
+            f"{module.name} holds {', '.join(part.path for part in module.parts)}; adapt all of "
+            "them"
+        )
+    return parts
 
 
-# our leaf -> the end of the tensor's name
-ENDS = dict(zip(LEAVES, (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector")))
+def _present(
+    module: Module, parts: Sequence[LinearMap], flat: Mapping[str, np.ndarray]
+) -> list[tuple[int, int]]:
+    """Return the layers that are adapted, place in the stack and number: not where A and B are
+    zeros, as of what was read from a file that lacks the layer."""
+    names = [f"{part.path}/{leaf}" for part in parts for leaf in LEAVES[:2]]
+    return [
+        (place, number)
+        for place, number in enumerate(module.layers)
+        if any(np.any(flat[name][place]) for name in names)
+    ]
+
+
+def _ranks(
+    adapted: Mapping[Module, Sequence[LinearMap]],
+    flat: Mapping[str, np.ndarray],
+    config: ModelConfig,
+    lora: LoraConfig,
+) -> dict[str, int]:
+    """Return ``target_modules`` with their ranks: a module's shortest name where all of its layers
+    are adapted, else the full names of those that are."""
+    everything = sorted(
+        {
+            hf.as_module(entry.name, config.family).removesuffix(".weight")
+            for entry in FAMILIES[config.family].tensor_maps(config)
+        }
+    )
+    ranks: dict[str, int] = {}
+    for name in dict.fromkeys(module.name for module in adapted):
+        stacks = {one: parts for one, parts in adapted.items() if one.name == name}
+        layers = {
+            number: lora.rank * len(parts)
+            for module, parts in stacks.items()
+            for _, number in _present(module, parts, flat)
+        }
+        whole = len(layers) == sum(len(module.layers) for module in stacks)
+        if whole and len(set(layers.values())) == 1:
+            ranks[suffix(name, everything)] = layers.popitem()[1]
+        else:
+            ranks |= {name.format(layer=number): rank for number, rank in layers.items()}
+    return ranks
 
 
 def _layer_tensors(
-    adapted: Sequence[LinearMap], leaves: Mapping[str, np.ndarray], rows: int, lora: LoraConfig
+    adapted: Sequence[LinearMap],
+    flat: Mapping[str, np.ndarray],
+    place: int,
+    rows: int,
+    lora: LoraConfig,
 ) -> dict[str, np.ndarray]:
     """Put a layer's adapters of a module's linear maps together: end of the tensor's name -> it."""
 
     def written(part: LinearMap, leaf: str) -> np.ndarray:
-        return part.write(leaf, leaves[f"{part.path}/{leaf}"], lora.rank)
+        return part.write(leaf, flat[f"{part.path}/{leaf}"][place], lora.rank)
 
     down = np.concatenate([written(part, "lora_a") for part in adapted])
     up = np.zeros((rows, lora.rank * len(adapted)), np.float32)
@@ -341,7 +223,8 @@ def _settings(
 def load(path: str, config: ModelConfig) -> tuple[LoraConfig, dict[str, Any]]:
     """Read a PEFT adapter.
 
-    Modules of unlike ranks are filled up with zeros to the largest; unlike scales go into B.
+    Modules of unlike ranks are filled up with zeros to the largest; unlike scales go into B; layers
+    that are not adapted are zeros.
 
     Args:
         path: folder or hub id.
@@ -357,164 +240,218 @@ def load(path: str, config: ModelConfig) -> tuple[LoraConfig, dict[str, Any]]:
             mis-shaped.
     """
     folder = hf.locate(path)
-    settings = _read_settings(folder, path)
-    tensors = _read_tensors(folder)
+    settings = peft_settings.read(folder, path)
+    tensors = _read_tensors(folder, config.family)
+    found = _by_module(tensors, config, settings, path)
+    flat, rank = _stack(found, settings)
     dora, stabilized = bool(settings.get("use_dora")), bool(settings.get("use_rslora"))
-    layers = _by_module(tensors, config, settings, path)
-    flat, rank = _stack(layers, settings, config)
     alpha = settings["lora_alpha"]
     if rank != settings["r"]:
-        alpha = _scale(settings, settings["r"], alpha) * (math.sqrt(rank) if stabilized else rank)
-    targets = "|".join(sorted({name.removeprefix("layers/").rsplit("/", 1)[0] for name in flat}))
-    if "score.weight" in tensors:
-        flat[SCORE] = tensors["score.weight"].T
+        alpha = _usual_scale(settings) * (math.sqrt(rank) if stabilized else rank)
+    targets = "|".join(sorted({part.target for module in found for part in module.parts}))
+    if "score.weight" in tensors.found:
+        flat[SCORE] = tensors.found["score.weight"].T
     dropout = settings.get("lora_dropout") or 0.0
     return LoraConfig(rank, float(alpha), dropout, targets, stabilized, dora), unflatten(flat)
 
 
-def _read_settings(folder: str, path: str) -> dict[str, Any]:
-    there = set(os.listdir(folder))
-    if missing := [name for name in (CONFIG, TENSORS) if name not in there]:
-        whole = "; it holds a whole model: that is config.model.path"
-        raise FileNotFoundError(
-            f"no PEFT adapter in {path!r}: {' and '.join(missing)} not found"
-            + (whole if SINGLE in there else others(folder))
-        )
-    file = os.path.join(folder, CONFIG)
-    settings = read_json(file)
-    if wrong := fields.faults({"r": None, "lora_alpha": None, **settings}, FIELDS):
-        raise ValueError(f"{file}: {'; '.join(wrong)}")
-    for key in ("alpha_pattern", "rank_pattern"):
-        for pattern in settings.get(key) or ():
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(
-                    f"{file}: {key}: {pattern!r} is no regular expression: {error}"
-                ) from error
-    wrong = [
-        f"{key} = {settings[key]!r} (expected {', '.join(map(repr, known))})"
-        for key, known in PLAIN.items()
-        if key in settings and settings[key] not in known
-    ]
-    wrong += [
-        f"{key} = {value!r} (not known here)"
-        for key, value in settings.items()
-        if key not in PLAIN and key not in HARMLESS and value not in (None, False, [], {})
-    ]
-    if wrong:
-        raise ValueError(
-            f"the adapter {path!r} is of a kind that is not supported: {'; '.join(wrong)}"
-        )
-    return settings
+class Tensors(NamedTuple):
+    """The tensors of an adapter's file."""
+
+    found: Mapping[str, np.ndarray]  # by their names without prefixes and the adapter's name
+    prefix: str  # what stands before the layers' names in the file: "model."
+
+    def module(self, name: str, family: str) -> str:
+        """Return the name that a module had where the adapter was made."""
+        short = bare(name, family)
+        return name if short == name else self.prefix + short
 
 
-def _read_tensors(folder: str) -> dict[str, np.ndarray]:
+# tensors behind whose names PEFT puts the adapter's name, when others than it write the file
+NAMED = re.compile(
+    r"(.+\.(?:lora_A|lora_B|lora_magnitude_vector))\.(?!weight$|bias$)[^.]+(\.weight|\.bias)?"
+)
+
+
+def _plain(name: str) -> str:
+    """Return a tensor's name as PEFT writes it, without its prefix."""
+    name = name.removeprefix(PREFIX)
+    if match := NAMED.fullmatch(name):
+        name = match[1] + (match[2] or "")
+    return re.sub(r"\.lora_magnitude_vector\.weight$", ".lora_magnitude_vector", name)
+
+
+def _read_tensors(folder: str, family: str) -> Tensors:
+    file = os.path.join(folder, TENSORS)
     with Reader(folder, TENSORS) as reader:
         other = [f"{name}: {reader.code(name)}" for name in sorted(reader.names)]
         other = [one for one in other if one.rpartition(" ")[2] not in DTYPES]
         if other:
-            raise ValueError(f"{os.path.join(folder, TENSORS)}:\n{listed({NO_FLOATS: other})}")
-        found = {
-            name.removeprefix(PREFIX): reader.read(name).astype(np.float32)
-            for name in sorted(reader.names)
-        }
+            raise ValueError(f"{file}:\n{listed({NO_FLOATS: other})}")
+        names: dict[str, list[str]] = {}
+        for name in sorted(reader.names):
+            names.setdefault(bare(_plain(name), family), []).append(name)
+        if twice := [" and ".join(those) for those in names.values() if len(those) > 1]:
+            kind = "of one module (several adapters in one file? save the one that is meant)"
+            raise ValueError(f"{file}:\n{listed({kind: twice})}")
+        found = {short: reader.read(name).astype(np.float32) for short, (name,) in names.items()}
         reader.check_finite()
-    return found
+    before = collections.Counter(
+        _plain(name).removesuffix(short)
+        for short, (name,) in names.items()
+        if re.search(r"\.\d+\.", short)
+    )
+    own = FAMILIES[family].modules or FAMILIES[family].base
+    return Tensors(found, before.most_common(1)[0][0] if before else own)
 
 
-Layers = list[dict[str, np.ndarray]]  # of each layer: our leaf -> a module's tensor
+Layers = list[dict[str, np.ndarray] | None]  # of each layer: our leaf -> a module's tensor
 
 
 def _by_module(
-    tensors: Mapping[str, np.ndarray], config: ModelConfig, settings: Mapping[str, Any], path: str
-) -> dict[str, Layers]:
-    """Sort the file's tensors by module and layer; every mistake is in one error."""
+    tensors: Tensors, config: ModelConfig, settings: Settings, path: str
+) -> dict[Module, Layers]:
+    """Sort the file's tensors by module and layer; every mistake is in one error.
+
+    Returns:
+        The modules of which some layer is adapted.
+    """
     leaves = LEAVES if settings.get("use_dora") else LEAVES[:2]
-    left = set(tensors) - {"score.weight"}
+    left = dict.fromkeys(tensors.found)
+    left.pop("score.weight", None)
     missing: list[str] = []
     misshaped: list[str] = []
-    if "score.weight" in tensors and (got := tensors["score.weight"].shape) != (
-        1,
-        config.hidden_size,
-    ):
-        misshaped.append(f"score.weight: expected {(1, config.hidden_size)}, got {got}")
-    out: dict[str, Layers] = {}
+    score = tensors.found.get("score.weight")
+    if score is not None and score.shape != (1, config.hidden_size):
+        misshaped.append(f"score.weight: expected {(1, config.hidden_size)}, got {score.shape}")
+    out: dict[Module, Layers] = {}
     modules = adaptable(config)
-    for module, parts in modules.items():
-        names = [
-            {leaf: module.format(layer=layer) + ENDS[leaf] for leaf in leaves}
-            for layer in range(config.num_layers)
-        ]
-        mine = {name for layer in names for name in layer.values()}
-        if not mine & left:
-            continue
-        missing += sorted(mine - left)
-        if mine <= left:
-            out[module] = [{leaf: tensors[name] for leaf, name in layer.items()} for layer in names]
-            for number, (layer, found) in enumerate(zip(names, out[module])):
-                rank = _of_module(settings, "rank_pattern", module.format(layer=number), "r")
-                shapes = (rank, parts[0].columns), (_rows(parts), rank), (_rows(parts),)
-                misshaped += [
-                    f"{layer[leaf]}: expected {shape}, got {found[leaf].shape}"
-                    for leaf, shape in zip(leaves, shapes)
-                    if found[leaf].shape != shape
-                ]
-        left -= mine
+    for module in modules:
+        layers: Layers = []
+        for number in module.layers:
+            name = tensors.module(module.name, config.family).format(layer=number)
+            stored = {leaf: bare(name, config.family) + ENDS[leaf] for leaf in leaves}
+            own = {leaf: tensors.found[one] for leaf, one in stored.items() if one in left}
+            if not _is_adapted(tensors, module, name, config.family, settings):
+                layers.append(None)
+                continue
+            for one in stored.values():
+                left.pop(one, None)
+            missing += [one for leaf, one in stored.items() if leaf not in own]
+            rank = peft_settings.of_module(settings, "rank_pattern", name, "r")
+            shapes = (rank, module.parts[0].columns), (module.rows, rank), (module.rows,)
+            misshaped += [
+                f"{stored[leaf]}: expected {shape}, got {own[leaf].shape}"
+                for leaf, shape in zip(leaves, shapes)
+                if leaf in own and own[leaf].shape != shape
+            ]
+            layers.append(own)
+        out[module] = layers
+    out = _targeted(out)
     if left or missing or misshaped or not out:
-        known = ", ".join(name.split("{layer}.")[1] for name in modules)
+        known = ", ".join(dict.fromkeys(one.name.split("{layer}.")[1] for one in modules))
         wrong = {"missing": missing, "unexpected": sorted(left), "mis-shaped": misshaped}
+        way = f"\n  what is unexpected is not read; {peft_settings.MERGE}" if left else ""
         raise ValueError(
-            f"the adapter {path!r} does not fit a {config.family} model, in every layer of which "
-            f"these can be adapted: {known}\n{listed(wrong)}"
+            f"the adapter {path!r} does not fit a {config.family} model, in each layer of which "
+            f"these can be adapted: {known}\n{listed(wrong) or '  it adapts none of them'}{way}"
         )
+    _check_dora(out, settings, path)
     return out
 
 
-def _scale(settings: Mapping[str, Any], rank: int, alpha: float | int) -> float:
-    return alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+def _targeted(modules: Mapping[Module, Layers]) -> dict[Module, Layers]:
+    """Return the modules whose targets have an adapter, if only in one layer or stack of layers."""
+    targets = {
+        part.target
+        for module, layers in modules.items()
+        if any(layer is not None for layer in layers)
+        for part in module.parts
+    }
+    return {
+        module: layers
+        for module, layers in modules.items()
+        if any(part.target in targets for part in module.parts)
+    }
 
 
-def _of_module(settings: Mapping[str, Any], patterns: str, module: str, default: str) -> Any:
-    """Return what the patterns say of a module, else the value of all."""
-    for pattern, value in (settings.get(patterns) or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return settings[default]
+def _is_adapted(
+    tensors: Tensors, module: Module, name: str, family: str, settings: Settings
+) -> bool:
+    """Tell whether a layer of a module is adapted: as the settings say, or where these name nothing
+    (``target_modules`` of older versions), whether the file has any layer of it."""
+    if settings.get("target_modules") is not None:
+        return peft_settings.adapts(settings, name)
+    names = {bare(module.name, family).format(layer=one) + ENDS["lora_a"] for one in module.layers}
+    return not names.isdisjoint(tensors.found)
+
+
+def _check_dora(modules: Mapping[Module, Layers], settings: Settings, path: str) -> None:
+    """Refuse DoRA on some layers only: the others' magnitudes would be trained too."""
+    partly = [module.name for module, layers in modules.items() if None in layers]
+    if settings.get("use_dora") and partly:
+        raise ValueError(
+            f"the adapter {path!r} has DoRA on some layers only of {', '.join(partly)}, which is "
+            f"not supported; {peft_settings.MERGE}"
+        )
+
+
+def _usual_scale(settings: Settings) -> float:
+    return peft_settings.scale(settings, settings["r"], settings["lora_alpha"])
 
 
 def _stack(
-    modules: Mapping[str, Layers], settings: Mapping[str, Any], config: ModelConfig
+    modules: Mapping[Module, Layers], settings: Settings
 ) -> tuple[dict[str, np.ndarray], int]:
     """Stack the layers of each linear map, at one rank and one scale; return them and the rank."""
-    ours: dict[str, list[np.ndarray]] = {}
-    maps, usual = adaptable(config), _scale(settings, settings["r"], settings["lora_alpha"])
+    ours: dict[LinearMap, list[dict[str, np.ndarray]]] = {}  # of each layer, {}: not adapted
     for module, layers in modules.items():
-        for layer, tensors in enumerate(layers):
-            down, up = tensors["lora_a"], tensors["lora_b"]
-            alpha = _of_module(settings, "alpha_pattern", module.format(layer=layer), "lora_alpha")
-            factor = np.float32(_scale(settings, down.shape[0], alpha) / usual)
-            ups = [part.read("lora_b", up) for part in maps[module]]
-            reaches = np.stack([np.any(b.reshape(len(b), -1) != 0, axis=1) for b in ups])
-            for part, b, own in zip(maps[module], ups, reaches):  # own: [r]
-                kept = own | ~np.any(reaches, axis=0)  # what reaches other parts alone is left out
-                found = {"lora_a": part.read("lora_a", down[kept]), "lora_b": b[kept] * factor}
-                if "lora_m" in tensors:
-                    found["lora_m"] = part.read("lora_m", tensors["lora_m"])
-                for leaf, value in found.items():
-                    ours.setdefault(f"{part.path}/{leaf}", []).append(value)
-    rank = max(len(b) for name, layers in ours.items() if name.endswith("lora_b") for b in layers)
+        for number, tensors in zip(module.layers, layers):
+            found: list[dict[str, np.ndarray]] = [{} for _ in module.parts]
+            if tensors is not None:
+                name, rank = module.name.format(layer=number), len(tensors["lora_a"])
+                alpha = peft_settings.of_module(settings, "alpha_pattern", name, "lora_alpha")
+                factor = peft_settings.scale(settings, rank, alpha) / _usual_scale(settings)
+                found = _divided(module, tensors, factor)
+            for part, own in zip(module.parts, found):
+                ours.setdefault(part, []).append(own)
+    rank = max(len(own["lora_b"]) for layers in ours.values() for own in layers if own)
+    leaves = LEAVES if settings.get("use_dora") else LEAVES[:2]
+
+    def filled(part: LinearMap, own: Mapping[str, np.ndarray], leaf: str) -> np.ndarray:
+        if not own:
+            return np.zeros(part.shape(leaf, rank), np.float32)
+        return _filled(own[leaf], rank, leaf)
+
     return {
-        name: np.stack([_filled(value, rank, name) for value in layers])
-        for name, layers in ours.items()
+        f"{part.path}/{leaf}": np.stack([filled(part, own, leaf) for own in layers])
+        for part, layers in ours.items()
+        for leaf in leaves
     }, rank
 
 
-def _filled(value: np.ndarray, rank: int, name: str) -> np.ndarray:
+def _divided(
+    module: Module, tensors: Mapping[str, np.ndarray], factor: float
+) -> list[dict[str, np.ndarray]]:
+    """Divide a layer's tensors among the linear maps of their module, B times a factor."""
+    down, up = tensors["lora_a"], tensors["lora_b"]
+    ups = [part.read("lora_b", up) for part in module.parts]
+    reaches = np.stack([np.any(b.reshape(len(b), -1) != 0, axis=1) for b in ups])
+    out = []
+    for part, b, own in zip(module.parts, ups, reaches):  # own: [r]
+        kept = own | ~np.any(reaches, axis=0)  # what reaches other parts alone is left out
+        found = {"lora_a": part.read("lora_a", down[kept]), "lora_b": b[kept] * np.float32(factor)}
+        if "lora_m" in tensors:
+            found["lora_m"] = part.read("lora_m", tensors["lora_m"])
+        out.append(found)
+    return out
+
+
+def _filled(value: np.ndarray, rank: int, leaf: str) -> np.ndarray:
     """Fill the axis of the rank up with zeros."""
-    if name.endswith("lora_m"):
+    if leaf == "lora_m":
         return value
     widths = [(0, 0)] * value.ndim
-    axis = value.ndim - 1 if name.endswith("lora_a") else 0
+    axis = value.ndim - 1 if leaf == "lora_a" else 0
     widths[axis] = (0, rank - value.shape[axis])
     return np.pad(value, widths)

@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from align_jax.core.tree import flatten
-from align_jax.interop import hf, peft
+from align_jax.interop import hf, peft, peft_settings
 from align_jax.models import FAMILIES
 from align_jax.models.lora import LoraConfig, merge
 from align_jax.models.model import build
@@ -94,6 +94,28 @@ CASES = {  # family -> (what differs from SHAPE, a fused module's name)
         },
         "",
     ),
+    "glm4_moe": (
+        {
+            "head_dim": 8,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "n_group": 2,
+            "topk_group": 1,
+            "first_k_dense_replace": 1,
+        },
+        "",
+    ),
+    "dots1": (
+        {
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_shared_experts": 1,
+            "moe_intermediate_size": 24,
+            "first_k_dense_replace": 1,
+        },
+        "",
+    ),
     "minimax_m2": ({"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}, ""),
     "gpt_oss": ({"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}, ""),
     "gemma3": (EYES | {"text_config": SHAPE | {"head_dim": 8}}, ""),
@@ -115,6 +137,8 @@ VARIANTS = {
     "qwen2_moe": dict(targets="attention/.*|shared/.*"),
     "minimax_m2": dict(targets="attention/.*"),
     "gpt_oss": dict(targets="attention/.*"),
+    "glm4_moe": dict(targets="attention/.*"),
+    "dots1": dict(targets="attention/.*"),
 }
 
 
@@ -282,7 +306,6 @@ OTHERS = {
     "bias": "lora_only",
     "lora_bias": True,
     "init_lora_weights": "lora_ga",
-    "layers_to_transform": [0],
     "layer_replication": [[0, 1], [0, 2]],
     "target_parameters": ["experts.down_proj"],
     "trainable_token_indices": [3],
@@ -321,10 +344,9 @@ def test_no_variant_of_peft_is_unknown_to_us():
         for field in dataclasses.fields(theirs.LoraConfig)
         if field.metadata.get("is_lora_variant")
     }
-    assert variants - {"use_dora"} <= peft.PLAIN.keys()
-    assert {
-        field.name for field in dataclasses.fields(theirs.LoraConfig)
-    } <= peft.PLAIN.keys() | peft.HARMLESS
+    assert variants - {"use_dora"} <= peft_settings.PLAIN.keys()
+    known = peft_settings.PLAIN.keys() | peft_settings.HARMLESS
+    assert {field.name for field in dataclasses.fields(theirs.LoraConfig)} <= known
 
 
 def test_what_is_not_the_same_adapter_is_refused(tmp_path, saved):
@@ -361,6 +383,171 @@ def test_what_is_not_the_same_adapter_is_refused(tmp_path, saved):
         peft.load(saved("llama"), config)
 
 
+# adapters on some layers only, as people make them
+PARTLY = {
+    "layers_to_transform": dict(target_modules=["q_proj", "up_proj"], layers_to_transform=[1]),
+    "one layer by number and pattern": dict(
+        target_modules=["q_proj"], layers_to_transform=1, layers_pattern="layers"
+    ),
+    "a regular expression": dict(
+        target_modules=r".*layers\.0\.self_attn\.(q|v)_proj|.*layers\.1\.mlp\.down_proj"
+    ),
+    "all-linear without a layer": dict(
+        target_modules="all-linear", exclude_modules=r".*layers\.0\..*"
+    ),
+    "exclude_modules by name": dict(
+        target_modules=["q_proj", "k_proj"], exclude_modules=["layers.1.self_attn.q_proj"]
+    ),
+    "full names, ranks and scales": dict(
+        target_modules=["model.layers.0.self_attn.q_proj", "v_proj"],
+        rank_pattern={r"layers\.1\.self_attn\.v_proj": 2},
+        alpha_pattern={"v_proj": 9},
+        use_rslora=True,
+    ),
+}
+
+
+def of_peft(base, **settings):
+    """A model with an adapter made by peft that does something."""
+    plain = dict(r=4, lora_alpha=6, task_type="CAUSAL_LM", init_lora_weights=False)
+    torch.manual_seed(3)
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager")
+    return theirs.get_peft_model(model, theirs.LoraConfig(**(plain | settings))).eval()
+
+
+@pytest.mark.parametrize("kind", PARTLY)
+def test_an_adapter_on_some_layers_is_read_trained_and_written(kind, tmp_path, saved):
+    config, base = hf.load(saved("llama"), dtype="float32")
+    model = of_peft(saved("llama"), **PARTLY[kind])
+    model.save_pretrained(tmp_path / "theirs")
+    lora, adapter = peft.load(str(tmp_path / "theirs"), config)
+    got = ours(config, merge(base, jax.tree.map(jnp.asarray, adapter)), lora)
+    np.testing.assert_allclose(got, peers(model), atol=1e-4)
+    assert np.abs(got - ours(config, base)).max() > 0.05
+    stepped = sgd(config, base, lora, adapter)
+    for name, leaf in flatten(adapter).items():
+        empty = ~leaf.any(axis=tuple(range(1, leaf.ndim)))
+        after = np.asarray(flatten(stepped)[name])
+        assert not after[empty].any() and (after != leaf)[~empty].any(), name
+    peft.save(str(tmp_path / "ours"), config, lora, stepped, base_name="")
+    names = [
+        set(safetensors.numpy.load_file(tmp_path / one / peft_settings.TENSORS))
+        for one in ("ours", "theirs")
+    ]
+    assert names[0] == names[1]
+    again = theirs.PeftModel.from_pretrained(
+        transformers.AutoModelForCausalLM.from_pretrained(saved("llama")), tmp_path / "ours"
+    ).eval()
+    np.testing.assert_allclose(ours(config, merge(base, stepped), lora), peers(again), atol=1e-4)
+
+
+def sgd(config, base, lora, adapter):
+    """Take one step of an adapter down some loss."""
+    model = build(config, compute_dtype="float32", remat="none", lora=lora)
+    rows = jnp.asarray(tokens())
+    positions = jnp.broadcast_to(jnp.arange(LENGTH, dtype=jnp.int32), rows.shape)
+
+    @jax.jit
+    def step(adapter):
+        def loss(adapter):
+            params = merge(base, adapter)
+            hidden = model.hidden(params, rows, jnp.ones_like(rows), positions)[0]
+            return jnp.mean(jnp.square(model.unembed(params, hidden)[..., :5] - 1))
+
+        return jax.tree.map(lambda x, slope: x - slope, adapter, jax.grad(loss)(adapter))
+
+    return step(jax.tree.map(jnp.asarray, adapter))
+
+
+# how the tensors of one adapter are called by those who write them
+SPELLINGS = {
+    "the adapter's name": lambda name: name.replace("lora_A", "lora_A.default").replace(
+        "lora_B", "lora_B.default"
+    ),
+    "a tower's": lambda name: name.replace(
+        "model.model.layers", "model.model.language_model.layers"
+    ),
+    "an older tower's": lambda name: name.replace(
+        "model.model.layers", "model.language_model.model.layers"
+    ),
+    "a bare decoder's": lambda name: name.replace("model.model.layers", "model.layers"),
+    "without PEFT's prefix": lambda name: name.removeprefix("base_model.model."),
+}
+
+
+def test_an_adapter_is_read_however_its_tensors_are_called(tmp_path, saved):
+    config = hf.load_config(saved("llama"))
+    of_peft(saved("llama"), **PARTLY["a regular expression"]).save_pretrained(tmp_path)
+    file = tmp_path / peft_settings.TENSORS
+    tensors, expected = safetensors.numpy.load_file(file), peft.load(str(tmp_path), config)
+    for spelling, renamed in SPELLINGS.items():
+        safetensors.numpy.save_file({renamed(name): x for name, x in tensors.items()}, file)
+        lora, adapter = peft.load(str(tmp_path), config)
+        assert lora == expected[0], spelling
+        same(adapter, expected[1])
+    both = {SPELLINGS["the adapter's name"](name): x for name, x in tensors.items()} | tensors
+    safetensors.numpy.save_file(both, file)
+    with pytest.raises(ValueError, match=r"6 of one module \(several adapters in one file"):
+        peft.load(str(tmp_path), config)
+    name = "base_model.model.model.layers.1.mlp.down_proj.lora_A.weight"
+    safetensors.numpy.save_file({one: x for one, x in tensors.items() if one != name}, file)
+    with pytest.raises(ValueError, match=r"1 missing:\n +layers.1.mlp.down_proj.lora_A.weight$"):
+        peft.load(str(tmp_path), config)
+    # a layer is missing altogether that the settings name
+    cut = {one: x for one, x in tensors.items() if "down_proj" not in one}
+    safetensors.numpy.save_file(cut, file)
+    with pytest.raises(ValueError, match="2 missing:"):
+        peft.load(str(tmp_path), config)
+
+
+# what is refused, and what to do instead
+REFUSED = {
+    "bin": (dict(), "adapter_model.bin beside it is not read: convert it, python -c"),
+    "dora on some layers": (
+        dict(PARTLY["layers_to_transform"], use_dora=True),
+        "DoRA on some layers only of model.layers.{layer}.self_attn.q_proj, .*merge_and_unload",
+    ),
+    "pissa": (
+        dict(init_lora_weights="pissa"),
+        "init_lora_weights = 'pissa' .*merge_and_unload.*config.model.path",
+    ),
+    "a pattern": (
+        dict(target_modules=["q_proj"], edited=dict(target_modules="(q_proj")),
+        r"adapter_config.json: target_modules: '\(q_proj' is no regular expression",
+    ),
+    "a layer's number": (
+        dict(edited=dict(layers_to_transform=["1"])),
+        "layers_to_transform: expected a layer's number, a list of them, or null",
+    ),
+    "no module of ours": (
+        dict(edited=dict(target_modules=["w_proj"])),
+        "(?s)each layer of which these can be adapted: self_attn.q_proj.*4 unexpected",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_is_refused_says_what_to_do(kind, tmp_path, saved):
+    settings, words = REFUSED[kind]
+    settings = {"target_modules": ["q_proj"]} | settings
+    changes = settings.pop("edited", {})
+    of_peft(saved("llama"), **settings).save_pretrained(tmp_path, safe_serialization=kind != "bin")
+    edited(tmp_path, **changes)
+    with pytest.raises((ValueError, FileNotFoundError), match=words):
+        peft.load(str(tmp_path), hf.load_config(saved("llama")))
+
+
+def test_the_hint_for_a_pickle_converts_it(tmp_path, saved, monkeypatch):
+    config = hf.load_config(saved("llama"))
+    model = of_peft(saved("llama"), target_modules=["q_proj"])
+    model.save_pretrained(tmp_path, safe_serialization=False)
+    with pytest.raises(FileNotFoundError) as raised:
+        peft.load(str(tmp_path), config)
+    monkeypatch.chdir(tmp_path)
+    exec(str(raised.value).split('python -c "')[1].rstrip('"'))
+    assert peft.load(str(tmp_path), config)[0].targets == "attention/query"
+
+
 def test_dora_on_a_part_of_a_fused_module_is_refused(tmp_path):
     config = hf.config_from({"model_type": "phi3", "sliding_window": None} | SHAPE)
     lora = LoraConfig(2, targets="attention/query", dora=True)
@@ -381,5 +568,12 @@ def test_dora_on_a_part_of_a_fused_module_is_refused(tmp_path):
         peft.save(str(tmp_path), config, lora, adapter, base_name="")
 
 
+def test_what_peft_would_read_as_experts_is_not_written(tmp_path, saved):
+    config, base = hf.load(saved("glm4_moe"), dtype="float32")
+    lora = LoraConfig(2, targets="shared/.*")
+    with pytest.raises(ValueError, match="PEFT takes the adapters of glm4_moe's shared/"):
+        peft.save(str(tmp_path), config, lora, trained(config, lora, base), base_name="")
+
+
 def test_every_family_is_compared():
-    assert set(CASES) == set(FAMILIES) - {"dots1", "glm4_moe"}  # whose adapters are refused by name
+    assert set(CASES) == set(FAMILIES)

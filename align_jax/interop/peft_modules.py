@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which modules of transformers hold which of our linear maps, and how an adapter's tensors on them
+are laid out.
+
+    model.layers.{layer}.self_attn.q_proj  ─►  layers/attention/query
+    transformer.h.{layer}.attn.c_attn      ─►  layers/attention/{query, key, value}
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from align_jax.core.tree import flatten
+from align_jax.interop import hf
+from align_jax.models import FAMILIES
+from align_jax.models.config import ModelConfig
+from align_jax.models.model import build
+from align_jax.models.roles import role_of
+from align_jax.models.tensor_map import AxisMap, parse
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class LinearMap:
+    """One of our linear maps in a module.
+
+    Attributes:
+        path: "layers/attention/query".
+        target: what ``LoraConfig.targets`` are matched with: "attention/query".
+        axes: of the kernel.
+        inputs: how many axes are contracted.
+        start: first row of the module's outputs that belongs to the map.
+    """
+
+    path: str
+    target: str
+    axes: AxisMap
+    inputs: int
+    start: int
+
+    @property
+    def _sides(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """The letters of the module's inputs and of its outputs, as the tensor groups them."""
+        first, second = self.axes.theirs
+        ours = set(self.axes.ours[: self.inputs])
+        return (first, second) if set(first) == ours else (second, first)
+
+    def _layout(self, leaf: str, rank: int) -> AxisMap:
+        """Return how lora_A [r, in], lora_B [out, r] or the magnitudes [out] become our leaf."""
+        (inputs, outputs), sizes = self._sides, {**self.axes.sizes, "r": rank}
+        ours_in, ours_out = self.axes.ours[: self.inputs], self.axes.ours[self.inputs :]
+        if leaf == "lora_a":
+            return AxisMap((("r",), inputs), (*ours_in, "r"), sizes)
+        if leaf == "lora_b":
+            return AxisMap((outputs, ("r",)), ("r", *ours_out), sizes)
+        return AxisMap((outputs,), ours_out, sizes)
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the module's weight is [in, out] (GPT-2's Conv1D)."""
+        return self.axes.theirs[0] == self._sides[0]
+
+    @property
+    def columns(self) -> int:
+        """How many inputs the module has."""
+        return self._layout("lora_a", 1).their_shape[1]
+
+    @property
+    def rows(self) -> slice:
+        """The module's outputs that the map reaches into; a fused tensor's maps may share them."""
+        size = math.prod(self.axes.sizes[letter] for letter in self._sides[1])
+        return slice(self.start, self.start + size)
+
+    def shape(self, leaf: str, rank: int) -> tuple[int, ...]:
+        """Return the shape of a layer of our leaf."""
+        return self._layout(leaf, rank).our_shape
+
+    def read(self, leaf: str, tensor: np.ndarray) -> np.ndarray:
+        """Take this map's part of a layer's tensor."""
+        rank = tensor.shape[0] if leaf == "lora_a" else tensor.shape[-1]
+        axes = self._layout(leaf, rank)
+        whole = [slice(None)] * len(axes.ours)
+        rows = tensor if leaf == "lora_a" else tensor[self.rows]
+        return axes.to_ours(rows[axes.bounds(whole)], whole)
+
+    def write(self, leaf: str, ours: np.ndarray, rank: int) -> np.ndarray:
+        """Return a layer's tensor as the file holds it (of this map's rows), zero where other maps'
+        numbers go."""
+        axes = self._layout(leaf, rank)
+        out = np.zeros(axes.their_shape, np.float32)
+        axes.to_theirs(np.asarray(ours, np.float32), out)
+        return out
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Module:
+    """A module of transformers, one a layer, and what we have for it.
+
+    Attributes:
+        name: transformers' name, with {layer}.
+        layers: the layers' numbers, in the order of our stack of them.
+        parts: our linear maps in it.
+    """
+
+    name: str
+    layers: range
+    parts: tuple[LinearMap, ...]
+
+    @property
+    def rows(self) -> int:
+        """How many outputs it has."""
+        return max(part.rows.stop for part in self.parts)
+
+
+def adaptable(config: ModelConfig) -> list[Module]:
+    """Return a family's modules that can be adapted."""
+    roles = flatten(build(config).roles())
+    found: dict[tuple[str, range], list[LinearMap]] = {}
+    for entry in FAMILIES[config.family].tensor_maps(config):
+        role = role_of(roles, entry.path)
+        if role.adaptable:
+            name = hf.as_module(entry.name, config.family).removesuffix(".weight")
+            start = entry.span[0] if entry.span else 0
+            path, axes = entry.path.removesuffix("/kernel"), parse(entry, config)
+            part = LinearMap(path, role.target, axes, role.inputs, start)
+            found.setdefault((name, entry.numbers(config)), []).append(part)
+    return [Module(name, layers, tuple(parts)) for (name, layers), parts in found.items()]
+
+
+def bare(name: str, family: str) -> str:
+    """Return a module's or tensor's name without the prefixes that depend on which class of
+    transformers, and of which version, it stands in."""
+    row = FAMILIES[family]
+    prefixes = [one for one in (row.base, row.modules, "model.", "language_model.") if one]
+    while prefix := next((one for one in prefixes if name.startswith(one)), ""):
+        name = name.removeprefix(prefix)
+    return name
+
+
+def suffix(name: str, modules: Sequence[str]) -> str:
+    """Return the shortest end of a module's name that no other module's name has."""
+    parts = name.split(".")
+    for count in range(1, len(parts)):
+        end = "." + ".".join(parts[-count:])
+        if not any(other.endswith(end) for other in modules if other != name):
+            return end[1:]
+    return name
