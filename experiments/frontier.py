@@ -1,0 +1,504 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which method aligns best for the divergence that it costs?  The controlled-sentiment experiment.
+
+    python experiments/frontier.py --model=HF_DIR --stories=STORIES.txt --lexicon=vader_lexicon.txt
+        --output=DIR [--studies=frontier,pairs,noise,imbalance --methods=DPO,KTO --seeds=0,1,2]
+        [--small]
+
+    stories ─ sentence and next sentence ─ start (SFT) ─ its samples, true reward of each ─┐
+      ┌─ pairs, drawn by Bradley-Terry from the true reward ───────────────────────────────┘
+      └─ methods x strengths x seeds ─ reward and KL on held-out prompts ─ results.jsonl
+
+The model continues a sentence of a story by the next one.  The true reward is the answer's
+sentiment by a lexicon, s / sqrt(s^2 + 15), in (-1, 1).  A preference is drawn with probability
+σ((r_a - r_b) / τ), τ = ``TEMPERATURE``; equal rewards make no pair.  Each run is measured at a
+third, two thirds and the whole of its steps: mean true reward of samples at temperature 1, and
+Σ_t log π - log π_start of each, nats.  What DIR/results.jsonl already has is not computed again, so
+the same command goes on where it was stopped.  ``experiments/frontier_page.py`` makes the page.
+
+References:
+    Rafailov et al. 2023, arXiv 2305.18290, section 6.1.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import pathlib
+import re
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from absl import app, flags, logging
+
+from align_jax import evaluate, export, losses, train
+from align_jax.core.config import ConfigDict, defaults
+from align_jax.core.options import DataOptions, RolloutOptions
+from align_jax.data import datasets
+from align_jax.evals.generation import generation, sample
+from align_jax.evals.policy import EvaluatedPolicy
+from align_jax.online import rewards
+from align_jax.runs.weights import load_model
+
+TEMPERATURE = 0.2  # of Bradley-Terry, units of reward
+NEW_TOKENS, LENGTH = 40, 96
+CONTROL = (" (happy) ", " (sad) ")  # conditional SFT's, before chosen and before rejected answers
+_SENTENCE = re.compile(r"[A-Z\"][^.!?\n]{15,110}[.!?]\"?")
+
+
+class Data(NamedTuple):
+    """The feedback that a run learns from: a part of the pairs drawn.
+
+    Attributes:
+        form: completions (the chosen answers), pairs, unpaired (each pair's two answers), prompts.
+        pairs: how many; 0 = all.
+        flipped: share of the pairs whose label is turned.
+        desirable: unpaired: share of the desirable answers that is kept.
+    """
+
+    form: str
+    pairs: int = 0
+    flipped: float = 0.0
+    desirable: float = 1.0
+
+
+class Method(NamedTuple):
+    """How a policy is trained from the start.
+
+    Attributes:
+        objective: its name.
+        options: of the objective.
+        strength: the key that sets how far the policy goes, below ``config.objective`` or
+            ``config.optimizer``.
+        values: that it takes.
+        data: what it learns from.
+        rate: learning rate, where that is not the strength.
+        groups: in a step (pairs, answers, or prompts of a rollout).
+        samples: of each prompt.
+        reward: of rollouts: true, or learned from the pairs.
+    """
+
+    objective: str
+    options: Mapping[str, Any]
+    strength: str
+    values: tuple[float, ...]
+    data: Data = Data("pairs")
+    rate: float = 3e-4
+    groups: int = 32
+    samples: int = 1
+    reward: str = "true"
+
+
+_PAIRS, _UNPAIRED, _PROMPTS = Data("pairs"), Data("unpaired"), Data("prompts")
+_RATES, _BETAS, _COEFS = (1e-4, 3e-4, 1e-3), (0.03, 0.1, 0.5), (0.003, 0.01, 0.05)
+_PPO = {"epochs": 2, "minibatches": 2}
+METHODS: Mapping[str, Method] = {
+    "SFT on chosen": Method("sft", {}, "learning_rate", _RATES, Data("completions"), groups=64),
+    "conditional SFT": Method("csft", {}, "learning_rate", _RATES),
+    "DPO": Method("dpo", {}, "beta", _BETAS),
+    "IPO": Method("ipo", {"lengths": "sum"}, "beta", (0.01, 0.05, 0.2)),
+    "robust DPO, 20 % flipped": Method(
+        "robust", {"label_smoothing": 0.2}, "beta", _BETAS, Data("pairs", flipped=0.2)
+    ),
+    "SimPO": Method("simpo", {"beta": 2.0}, "learning_rate", (3e-5, 1e-4, 3e-4)),
+    "ORPO": Method("orpo", {}, "lam", (0.1, 0.5, 2.0)),
+    "KTO": Method("kto", {}, "beta", _BETAS, _UNPAIRED, groups=64),
+    "KTO, half of the desirable": Method(
+        "kto", {"desirable_weight": 2.0}, "beta", _BETAS, Data("unpaired", desirable=0.5), groups=64
+    ),
+    "KTO, a tenth of the desirable": Method(
+        "kto",
+        {"desirable_weight": 10.0},
+        "beta",
+        _BETAS,
+        Data("unpaired", desirable=0.1),
+        groups=64,
+    ),
+    "BCO": Method("bco", {}, "beta", _BETAS, _UNPAIRED, groups=64),
+    "offline PPO": Method("ppo_offline", {}, "kl_coef", (0.02, 0.1, 0.5), _UNPAIRED, groups=64),
+    "PPO, learned reward": Method(
+        "ppo", _PPO, "kl_coef", _COEFS, _PROMPTS, groups=128, reward="learned"
+    ),
+    "PPO, true reward": Method("ppo", _PPO, "kl_coef", _COEFS, _PROMPTS, groups=128),
+    "GRPO": Method("grpo", {}, "beta", _COEFS, _PROMPTS, groups=16, samples=8),
+    "RLOO": Method("rloo", {}, "kl_coef", _COEFS, _PROMPTS, groups=16, samples=8),
+    "online DPO": Method("dpo", {}, "beta", _BETAS, _PROMPTS, groups=32, samples=4),
+    "online KTO": Method("kto", {}, "beta", _BETAS, _PROMPTS, groups=128, samples=4),
+}
+
+
+class Scale(NamedTuple):
+    """How large the study is."""
+
+    start_steps: int
+    samples: int  # of each training prompt
+    prompts: int  # for training; 0 = all
+    held_out: int
+    offline_steps: int
+    rollouts: int
+    reward_steps: int
+    counts: tuple[int, ...]  # of pairs, in the study of their number
+    all_strengths: bool = True  # else each method's middle one alone
+
+
+SCALES = {
+    False: Scale(300, 8, 0, 256, 180, 36, 240, (100, 300, 1000, 3000, 10_000)),
+    True: Scale(20, 2, 128, 16, 6, 3, 12, (32, 64), all_strengths=False),
+}
+
+
+class Job(NamedTuple):
+    """A run: a method with one strength and one seed, in a study."""
+
+    study: str
+    label: str
+    method: Method
+    strength: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        parts = (self.study, self.label, f"{self.strength:g}", str(self.seed))
+        return re.sub(r"[^A-Za-z0-9.]+", "_", "-".join(parts))
+
+
+def jobs(
+    studies: Sequence[str], methods: Sequence[str], seeds: Sequence[int], scale: Scale
+) -> list[Job]:
+    """List the runs of the studies, all methods of one seed before the next seed."""
+    found = []
+    for seed in seeds:
+        for study in studies:
+            for label, method in _rows(study, scale):
+                if not methods or label.split(":")[0] in methods:
+                    found += [Job(study, label, method, value, seed) for value in method.values]
+    return found
+
+
+def _rows(study: str, scale: Scale) -> Iterator[tuple[str, Method]]:
+    if study == "frontier":
+        for label, method in METHODS.items():
+            yield label, method if scale.all_strengths else _middle(method)
+    elif study == "pairs":
+        for count in scale.counts:
+            for name in ("DPO", "KTO", "PPO, learned reward"):
+                method = METHODS[name]
+                data = method.data._replace(pairs=count)
+                yield f"{name}: {count}", _middle(method._replace(data=data))
+    elif study == "noise":
+        for flipped in (0.0, 0.1, 0.2, 0.4):
+            for name, method in (
+                ("DPO", METHODS["DPO"]),
+                ("cDPO", METHODS["DPO"]._replace(options={"label_smoothing": flipped})),
+                ("robust DPO", Method("robust", {"label_smoothing": flipped}, "beta", _BETAS)),
+                ("IPO", METHODS["IPO"]),
+                ("KTO", METHODS["KTO"]),
+            ):
+                data = method.data._replace(flipped=flipped)
+                yield (f"{name}: {flipped:.0%}", _middle(method._replace(data=data)))
+    elif study == "imbalance":
+        for desirable in (1.0, 0.5, 0.1):
+            for weight in dict.fromkeys((1.0, 1.0 / desirable)):
+                options, data = {"desirable_weight": weight}, Data("unpaired", desirable=desirable)
+                method = METHODS["KTO"]._replace(options=options, data=data)
+                yield f"KTO, weight {weight:g}: {desirable:.0%}", _middle(method)
+    else:
+        raise SystemExit(f"--studies={study}: expected frontier, pairs, noise or imbalance")
+
+
+def _middle(method: Method) -> Method:
+    return method._replace(values=method.values[1:2])
+
+
+def write_rows(path: pathlib.Path, rows: Sequence[Mapping[str, Any]]) -> str:
+    """Write JSON lines, whole or not at all; return the path."""
+    part = path.with_suffix(".part")
+    part.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    part.replace(path)
+    return str(path)
+
+
+def sentences(source: str, folder: pathlib.Path, scale: Scale) -> None:
+    """Write each sentence with the next one; the last eighth of the stories is held out."""
+    stories = pathlib.Path(source).read_text(encoding="utf-8").split("<|endoftext|>")
+    border = len(stories) * 7 // 8
+    for name, part in (("train", stories[:border]), ("held_out", stories[border:])):
+        rows: dict[str, dict[str, str]] = {}
+        for story in part:
+            found = _SENTENCE.findall(story)
+            for before, after in zip(found, found[1:]):
+                rows.setdefault(before, {"prompt": before, "completion": " " + after})
+        few = list(rows.values())[: scale.held_out if name == "held_out" else scale.prompts or None]
+        write_rows(folder / f"{name}.jsonl", few)
+    held_out = [json.loads(line) for line in (folder / "held_out.jsonl").read_text().splitlines()]
+    told = [{"prompt": row["prompt"] + CONTROL[0]} for row in held_out]
+    write_rows(folder / "held_out_control.jsonl", told)
+
+
+def base_config(model: str, seed: int) -> ConfigDict:
+    """Return what all runs have in common."""
+    config = defaults()
+    config.seed, config.max_length = seed, LENGTH
+    config.model.path, config.model.compute_dtype, config.model.remat = model, "float32", "none"
+    config.reference.dtype = "float32"
+    config.data.eval_fraction = 0.0  # the held-out prompts are apart already
+    config.optimizer.schedule, config.optimizer.b2 = "constant", 0.99
+    config.optimizer.warmup_steps, config.log.every_steps = 5, 10
+    return config
+
+
+def run(config: ConfigDict, workdir: pathlib.Path) -> None:
+    """Train to the end."""
+    train.train(config, str(workdir))
+    jax.clear_caches()  # hundreds of runs in one process
+
+
+def make_start(model: str, folder: pathlib.Path, scale: Scale) -> str:
+    """Fine-tune the model to continue by one sentence; return the checkpoint."""
+    output = folder / "start"
+    if not (output / "config.json").exists():
+        config = base_config(model, 0)
+        config.data.train = str(folder / "train.jsonl")
+        config.objective = ConfigDict(losses.options("sft"))
+        config.batch_size, config.total_steps = 64, scale.start_steps
+        config.optimizer.learning_rate = 5e-4
+        run(config, folder / "runs" / "start")
+        export.export_run(str(folder / "runs" / "start"), str(output))
+    return str(output)
+
+
+def reward_table(lexicon: str, learned: str = "") -> dict[str, Any]:
+    """Return ``config.rewards``: the true reward; or a learned one, the true one only shown."""
+    table: dict[str, Any] = {"lexicon": {"path": lexicon}}
+    if learned:
+        table["lexicon"]["weight"] = 0.0
+        table["model"] = {"path": learned, "rows": 64}
+    return table
+
+
+def make_pairs(start: str, lexicon: str, folder: pathlib.Path, scale: Scale) -> None:
+    """Sample the training prompts, and draw preferences between disjoint pairs of samples."""
+    if (folder / "pairs.jsonl").exists():
+        return
+    policy = evaluate.model_policy(start, dtype="float32")
+    examples = datasets.load(str(folder / "train.jsonl"), "prompts", DataOptions(), chat=False)
+    options = RolloutOptions(
+        responses_per_prompt=scale.samples, max_new_tokens=NEW_TOKENS, rows=256
+    )
+    scored = rewards.resolve(reward_table(lexicon), load_model=load_model)
+    rng = np.random.default_rng(0)
+    rows: list[dict[str, Any]] = []
+    for one in sample(policy, examples, scored, options, max_length=LENGTH, seed=1):
+        # a cut-off answer has no end to learn
+        order = [i for i, said in enumerate(one.completions) if said.finish == "stop"]
+        for a, b in zip(order[::2], order[1::2]):
+            gap = float(one.rewards[a] - one.rewards[b])
+            if gap == 0.0:
+                continue
+            if rng.random() >= 1 / (1 + math.exp(-gap / TEMPERATURE)):
+                a, b, gap = b, a, -gap
+            said = [one.completions[i].text for i in (a, b)]
+            if said[0] != said[1] and all(text.strip() for text in said):
+                rows.append(
+                    {
+                        "prompt": one.example.prompt,
+                        "chosen": said[0],
+                        "rejected": said[1],
+                        "gap": gap,
+                    }
+                )
+    agree = np.mean([row["gap"] > 0.0 for row in rows])
+    rows = [{**rows[i], "draw": float(rng.random())} for i in rng.permutation(len(rows))]
+    print(f"{len(rows)} pairs; {agree:.1%} of the chosen have more true reward", flush=True)
+    write_rows(folder / "pairs.jsonl", rows)
+
+
+def feedback(data: Data, folder: pathlib.Path) -> str:
+    """Write a run's training rows; return their file."""
+    if data.form == "prompts":
+        return str(folder / "train.jsonl")
+    path = folder / "data" / ("-".join(f"{one}" for one in data) + ".jsonl")
+    if path.exists():
+        return str(path)
+    pairs = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
+    rows = []
+    for i, row in enumerate(pairs[: data.pairs or None]):
+        good, bad = row["chosen"], row["rejected"]
+        if row["draw"] < data.flipped:
+            good, bad = bad, good
+        prompt = {"prompt": row["prompt"]}
+        if data.form == "pairs":
+            rows.append({**prompt, "chosen": good, "rejected": bad})
+        elif data.form == "completions":
+            rows.append({**prompt, "completion": good})
+        else:
+            if i % 10 < round(10 * data.desirable):
+                rows.append({**prompt, "completion": good, "label": True})
+            rows.append({**prompt, "completion": bad, "label": False})
+    path.parent.mkdir(exist_ok=True)
+    return write_rows(path, rows)
+
+
+def make_reward(data: Data, start: str, folder: pathlib.Path, scale: Scale) -> str:
+    """Train a reward model on the pairs; return the checkpoint."""
+    pairs = data._replace(form="pairs")
+    name = f"reward-{pairs.pairs}-{pairs.flipped:g}"
+    output = folder / name
+    if not (output / "config.json").exists():
+        config = base_config(start, 0)
+        config.data.train = feedback(pairs, folder)
+        config.objective = ConfigDict(losses.options("reward"))
+        config.batch_size, config.total_steps = 32, scale.reward_steps
+        config.optimizer.learning_rate = 3e-4
+        run(config, folder / "runs" / name)
+        export.export_run(str(folder / "runs" / name), str(output))
+    return str(output)
+
+
+def make_config(
+    job: Job, start: str, lexicon: str, folder: pathlib.Path, scale: Scale
+) -> ConfigDict:
+    """Return a run's config."""
+    method = job.method
+    config = base_config(start, job.seed)
+    config.data.train = feedback(method.data, folder)
+    config.objective = ConfigDict(losses.options(method.objective) | dict(method.options))
+    config.optimizer.learning_rate = method.rate
+    group = config.optimizer if method.strength == "learning_rate" else config.objective
+    group[method.strength] = job.strength
+    config.batch_size, config.total_steps = method.groups, scale.offline_steps
+    if method.objective == "csft":
+        config.data.control_tokens = CONTROL
+    if method.data.form == "prompts":
+        slices = method.options.get("epochs", 1) * method.options.get("minibatches", 1)
+        config.total_steps = scale.rollouts * slices
+        config.rollout.responses_per_prompt = method.samples
+        config.rollout.max_new_tokens = NEW_TOKENS
+        learned = ""
+        if method.reward == "learned":
+            learned = make_reward(method.data, start, folder, scale)
+        config.rewards = ConfigDict(reward_table(lexicon, learned))
+    config.checkpoint.every_steps, config.checkpoint.keep = config.total_steps // 3, 3
+    return config
+
+
+def measure(
+    policy: EvaluatedPolicy,
+    config: ConfigDict | None,
+    lexicon: str,
+    folder: pathlib.Path,
+    samples: int,
+) -> dict[str, float]:
+    """Sample the held-out prompts: the true reward, the learned one if any, KL from the start."""
+    told = config is not None and config.objective.name == "csft"
+    file = folder / ("held_out_control.jsonl" if told else "held_out.jsonl")
+    examples = datasets.load(str(file), "prompts", DataOptions(), chat=False)
+    learned = "" if config is None else dict(config.rewards).get("model", {}).get("path", "")
+    scored = rewards.resolve(reward_table(lexicon, learned), load_model=load_model)
+    options = RolloutOptions(responses_per_prompt=samples, max_new_tokens=NEW_TOKENS, rows=256)
+    found = generation(policy, examples, scored, options, max_length=LENGTH, seed=1000)
+    if learned:
+        found["reward"] = found["rewards/lexicon"]
+    return found
+
+
+def best_of(
+    start: str, lexicon: str, folder: pathlib.Path, counts: Sequence[int]
+) -> list[dict[str, Any]]:
+    """Measure the best of n of the start's samples: reward by their order, KL log n - (n-1)/n.
+
+    With N samples of a prompt, sorted upwards, the k-th is the best of n with probability
+    C(k-1, n-1) / C(N, n).  The KL is an upper bound that is near where samples seldom repeat
+    (Beirami et al. 2024, arXiv 2401.01879).
+    """
+    policy = evaluate.model_policy(start, dtype="float32")
+    examples = datasets.load(str(folder / "held_out.jsonl"), "prompts", DataOptions(), chat=False)
+    scored = rewards.resolve(reward_table(lexicon), load_model=load_model)
+    most = max(counts) * 2
+    options = RolloutOptions(responses_per_prompt=most, max_new_tokens=NEW_TOKENS, rows=256)
+    found = sample(policy, examples, scored, options, max_length=LENGTH, seed=1000)
+    ordered = np.sort(np.stack([one.rewards for one in found]), axis=1)
+    rows = []
+    for n in counts:
+        odds = [math.comb(k, n - 1) / math.comb(most, n) for k in range(most)]
+        values = ordered @ np.asarray(odds)
+        rows.append(
+            {
+                "reward": float(values.mean()),
+                "reward/stderr": float(values.std(ddof=1) / math.sqrt(len(values))),
+                "objective/kl": math.log(n) - (n - 1) / n,
+                "strength": n,
+            }
+        )
+    return rows
+
+
+def append(file: pathlib.Path, row: Mapping[str, Any]) -> None:
+    """Add a result."""
+    with file.open("a") as out:
+        out.write(json.dumps(row) + "\n")
+
+
+def main(argv: Sequence[str]) -> None:
+    """Run from the command line."""
+    values = flags.FLAGS
+    logging.set_verbosity(logging.WARNING)
+    folder, scale = pathlib.Path(values.output), SCALES[values.small]
+    (folder / "runs").mkdir(parents=True, exist_ok=True)
+    if not (folder / "held_out_control.jsonl").exists():
+        sentences(values.stories, folder, scale)
+    start = make_start(values.model, folder, scale)
+    make_pairs(start, values.lexicon, folder, scale)
+    file = folder / "results.jsonl"
+    text = file.read_text() if file.exists() else ""
+    done = {
+        (row["study"], row["label"], row["strength"], row["seed"])
+        for row in map(json.loads, text.splitlines())
+        if row["last"]
+    }
+    if ("start", "start", 0, 0) not in done:
+        policy = evaluate.model_policy(start, start, dtype="float32")
+        common = {"study": "start", "label": "start", "strength": 0, "seed": 0, "last": True}
+        for row in best_of(start, values.lexicon, folder, (2, 4, 8, 16)):
+            append(
+                file, {"study": "frontier", "label": "best of n", "seed": 0, "last": True, **row}
+            )
+        append(file, {**common, **measure(policy, None, values.lexicon, folder, 4)})
+    wanted = jobs(values.studies, values.methods, [int(seed) for seed in values.seeds], scale)
+    for number, job in enumerate(wanted, 1):
+        key = (job.study, job.label, job.strength, job.seed)
+        if key in done:
+            continue
+        workdir, began = folder / "runs" / job.name, time.monotonic()
+        config = make_config(job, start, values.lexicon, folder, scale)
+        run(config, workdir)
+        seconds = time.monotonic() - began
+        every = config.checkpoint.every_steps
+        for step in (every, 2 * every, config.total_steps):
+            policy = evaluate.run_policy(str(workdir), str(step), start)
+            found = measure(policy, config, values.lexicon, folder, 2)
+            row = dict(zip(("study", "label", "strength", "seed"), key))
+            row |= {"step": step, "last": step == config.total_steps, "seconds": seconds, **found}
+            append(file, row)
+        print(
+            f"{number}/{len(wanted)} {job.name}: reward {found['reward']:.3f}, KL "
+            f"{found['objective/kl']:.2f} nats, {seconds:.0f} s",
+            flush=True,
+        )
+        jax.clear_caches()
+        shutil.rmtree(workdir)
+
+
+if __name__ == "__main__":
+    for name in ("model", "stories", "lexicon", "output"):
+        flags.DEFINE_string(name, None, f"See the file's head: {name}.", required=True)
+    flags.DEFINE_list("studies", ["frontier"], "Of frontier, pairs, noise, imbalance.")
+    flags.DEFINE_list("methods", [], "Some of the methods alone; default: all.")
+    flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds.")
+    flags.DEFINE_bool("small", False, "Few samples and steps: does the command work?")
+    app.run(main)
