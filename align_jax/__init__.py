@@ -3,5 +3,7 @@
 
 import os
 
+__version__ = "0.1.0"  # setup.cfg reads it from here
+
 # it would complain that PyTorch is missing: not needed
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

@@ -1,16 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""List the programs: ``python -m align_jax``; tell who means to start one how."""
+"""The command ``align-jax``: lists the programs, or becomes one of them.
+
+    align-jax PROGRAM [arguments]     the same as python -m align_jax.PROGRAM [arguments]
+    align-jax chat [arguments]        align-jax sample --chat [arguments]
+
+``python -m align_jax`` is this command where its script is not on the path.
+"""
 
 from __future__ import annotations
 
 import ast
 import pathlib
-import shlex
+import runpy
 import sys
 
 from align_jax.core.choose import nearest
 
 HELP = ("--help", "-h")
+SCRIPT, CHAT = "align-jax", "chat"
 
 
 def programs() -> dict[str, str]:
@@ -19,25 +26,25 @@ def programs() -> dict[str, str]:
     for path in sorted(pathlib.Path(__file__).parent.glob("[!_]*.py")):
         docstring = ast.get_docstring(ast.parse(path.read_text())) or ""
         found[path.stem] = docstring.partition("\n\n")[0].replace("\n", " ")
-    return found
-
-
-def mistake(message: str) -> int:
-    """Tell what was wrong; return the status."""
-    print(f"python -m align_jax: {message}", file=sys.stderr)
-    return 2
+    return dict(sorted({**found, CHAT: "Talk to a model: sample --chat."}.items()))
 
 
 def main() -> None:
     """Run from the command line."""
+    own = SCRIPT if pathlib.Path(sys.argv[0]).stem == SCRIPT else "python -m align_jax"
     name, *rest = sys.argv[1:] or [""]
     if name in programs():
-        sys.exit(mistake(f"a program of its own: python -m align_jax.{shlex.join([name, *rest])}"))
+        program, *first = ("sample", "--chat") if name == CHAT else (name,)
+        sys.argv[1:] = [*first, *rest]
+        called = {"CALLED": f"{own} {name}"}  # for the program's messages
+        runpy.run_module(f"align_jax.{program}", called, run_name="__main__", alter_sys=True)
+        return
     if name and name not in HELP:
-        sys.exit(mistake(f"no program {name!r}{nearest(name, programs())}"))
-    print("python -m align_jax.PROGRAM --help tells its options.\n")
-    for name, meaning in programs().items():
-        print(f"  {name:<12}{meaning}")
+        print(f"{own}: no program {name!r}{nearest(name, programs())}", file=sys.stderr)
+        sys.exit(2)
+    print(f"{own} PROGRAM --help tells its options.\n")
+    for program, meaning in programs().items():
+        print(f"  {program:<12}{meaning}")
 
 
 if __name__ == "__main__":

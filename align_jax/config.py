@@ -135,7 +135,7 @@ def _plain(value: Any) -> Any:
 
 if __name__ == "__main__":
     config_flags.DEFINE_config_file(
-        "config", None, "Config file, its argument after a colon.", lock_config=True
+        "config", None, "Recipe, objective or file; its argument after a colon.", lock_config=True
     )
     flags.DEFINE_string("json", None, "Write the keys to this file instead.")
     command.run(main, arguments="keys or groups of keys, such as optimizer")

@@ -69,7 +69,7 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     config_flags.DEFINE_config_file(
-        "config", None, "Config file, its argument after a colon.", lock_config=True
+        "config", None, "Recipe, objective or file; its argument after a colon.", lock_config=True
     )
     flags.DEFINE_string("workdir", None, "Folder of a run that goes on; without it, a new one.")
     flags.DEFINE_integer("examples", 3, "Examples to show.", 0)

@@ -188,7 +188,7 @@ def main(argv: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     config_flags.DEFINE_config_file(
-        "config", None, "Config file, its argument after a colon.", lock_config=True
+        "config", None, "Recipe, objective or file; its argument after a colon.", lock_config=True
     )
     flags.DEFINE_multi_string("topology", None, "CHIP:AxB or CHIP:AxBxC; 2*v5e:8x8 is two slices.")
     flags.DEFINE_list("programs", [], "Only these, such as train,eval; none = all.")

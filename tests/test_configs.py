@@ -19,11 +19,11 @@ from align_jax.losses.objective import data_kind
 from align_jax.online.config import is_online
 from align_jax.parallel.chips import CHIPS
 from align_jax.parallel.mesh import AXES, ROWS, mesh_shape
-from align_jax.runs import setup
+from align_jax.runs import config_file, setup
 
 FOLDER = pathlib.Path(__file__).parents[1] / "configs"
 FILES = sorted(path.stem for path in FOLDER.glob("*.py"))
-RECIPES = [name for name in FILES if name != "tiny"]
+RECIPES = [name for name in FILES if name not in ("tiny", "start")]
 SPECS = [*RECIPES, "dpo_pythia_2p8b:sft"]
 ONLINE = ("dpo", "kto", "ipo", "simpo")  # as tiny.py:online_NAME
 
@@ -185,6 +185,22 @@ def test_the_tiny_config_is_valid_for_every_objective(name):
     assert (resolved.rollouts is not None) == (
         resolved.kind == "rollout" or name.startswith("online_")
     )
+
+
+@pytest.mark.parametrize(
+    "name", [*losses.OBJECTIVES, *(f"online_{name}" for name in ONLINE), "dpo+sft"]
+)
+def test_an_objective_s_name_is_a_config_that_lacks_model_and_data_alone(name):
+    config = config_file.load(name)
+    with pytest.raises(ValueError) as error:
+        configs.read(config)
+    assert len(str(error.value).splitlines()) == 3, error.value  # model.path, data.train
+    config.model.config, config.data.train = configs.ConfigDict(module("tiny").LLAMA), "rows.jsonl"
+    config.max_length, config.data.text = 512, "text.jsonl" if name == "ptx" else ""
+    if "online_" in name or losses.resolve(name)[0].objective.data == "rollout":
+        config.rewards = configs.ConfigDict({"length": {"target": 3}})
+    resolved = setup.resolve_config(configs.read(config), 1)
+    assert resolved.kind == data_kind(setup.objective_terms(configs.read(config)))
 
 
 @pytest.mark.parametrize("vocabulary", [275, 272])

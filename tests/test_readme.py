@@ -27,7 +27,16 @@ def test_what_the_readme_points_to_exists(target):
     assert (ROOT / target).exists()
 
 
-@pytest.mark.parametrize("program", sorted(set(re.findall(r"python -m align_jax\.(\w+)", TEXT))))
+@pytest.mark.parametrize(
+    "program",
+    sorted(
+        set(
+            re.findall(
+                r"(?:python -m align_jax\.|`align-jax |^align-jax )(\w+)", TEXT, re.MULTILINE
+            )
+        )
+    ),
+)
 def test_a_program_that_the_readme_names_exists(program):
     assert "__main__" in (ROOT / "align_jax" / f"{program}.py").read_text()
 

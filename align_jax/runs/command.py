@@ -6,6 +6,10 @@
     2    a mistake in what the user gave: a flag, a key, a file
     130  interrupted
 
+Programs that take --config and no arguments have a short form:
+``train dpo --model=M --data=FILE`` is
+``train --config=dpo --config.model.path=M --config.data.train=FILE --workdir=runs/dpo``.
+
 A mistake is its message alone, on standard error; ``--debug`` shows the traceback too.
 """
 
@@ -43,6 +47,7 @@ MISTAKES = (
     PermissionError,
     flags.Error,
 )
+SHORT = {"model": "model.path", "data": "data.train", "eval_data": "data.eval"}  # flag -> key
 HELP = ("--help", "-h", "-help", "--helpfull", "--helpshort", "-?")
 
 
@@ -56,6 +61,7 @@ def run(main: Callable[[Sequence[str]], None], *, arguments: str = "") -> NoRetu
     flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
     spec = sys.modules["__main__"].__spec__
     program = f"python -m {spec.name}" if spec else f"python {sys.argv[0]}"
+    program = getattr(sys.modules["__main__"], "CALLED", program)  # by the command align-jax
     if any(word in HELP for word in sys.argv[1:]):
         print(usage(program, arguments))
         sys.exit(0)
@@ -65,6 +71,8 @@ def run(main: Callable[[Sequence[str]], None], *, arguments: str = "") -> NoRetu
     if "config" in flags.FLAGS:
         flags.FLAGS["config"].parser = ConfigFile()
     try:
+        if "config" in flags.FLAGS and not arguments:
+            sys.argv[1:] = spelled_out(sys.argv[1:])
         for word in sys.argv[1:]:
             if re.match(r"--?[^=\s]{100}", word):  # absl would look for its like until it fails
                 raise Usage(f"no flag {word[:60]}...; --help shows all flags")
@@ -99,6 +107,45 @@ def run(main: Callable[[Sequence[str]], None], *, arguments: str = "") -> NoRetu
     sys.exit(0)
 
 
+def spelled_out(words: Sequence[str]) -> list[str]:
+    """Return a command line with its short form spelled out.
+
+    >>> spelled_out(["kto", "--model", "m", "--data=rows.jsonl", "--workdir=w", "--config.seed=1"])
+    ['--config=kto', '--config.model.path=m', '--config.data.train=rows.jsonl', '--workdir=w', \
+'--config.seed=1']
+    >>> spelled_out(["tiny:dpo"])
+    ['--config=tiny:dpo']
+    """
+    if not words or words[0].startswith("-") or not words[0]:
+        return _with_keys(words)
+    rest = _with_keys(words[1:])
+    folder = [] if any(re.match("--?workdir(=|$)", word) for word in rest) else _folder(words[0])
+    return [f"--config={words[0]}", *rest, *folder]
+
+
+def _with_keys(words: Sequence[str]) -> list[str]:
+    """Return words with the keys in the place of their short flags."""
+    found, rest = [], list(words)
+    while rest:
+        word = rest.pop(0)
+        name, equals, value = word.partition("=")
+        key = SHORT.get(name.lstrip("-")) if name.startswith("-") else None
+        if key is None:
+            found.append(word)
+        elif equals or rest:
+            found.append(f"--config.{key}={value if equals else rest.pop(0)}")
+        else:
+            raise Usage(f"{word}: expected a value")
+    return found
+
+
+def _folder(config: str) -> list[str]:
+    """Return the flag of the folder where the short form trains, where a program asks for one."""
+    asked = "workdir" in flags.FLAGS and flags.FLAGS["workdir"].validators
+    name = re.sub(r"[^\w+-]+", "_", config.removesuffix(".py").removesuffix(".yaml")).strip("_")
+    return [f"--workdir=runs/{name}"] if asked else []
+
+
 def usage(program: str, arguments: str) -> str:
     """Return a program's help: what it does, its flags with their defaults, the config's keys."""
     main = sys.modules["__main__"]
@@ -111,6 +158,8 @@ def usage(program: str, arguments: str) -> str:
     if "config" in flags.FLAGS:
         about = "Any key; python -m align_jax.config GROUP tells what each is:"
         space = " " * 25
+        for short, key in {} if arguments else SHORT.items():
+            lines.append(f"  --{short:<20} Short for --config.{key}.")
         lines.append(f"  --{'config.KEY=VALUE':<20} {about}")
         lines += textwrap.wrap(list_keys(), 100, initial_indent=space, subsequent_indent=space)
     if arguments:

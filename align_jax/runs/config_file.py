@@ -1,6 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The flag ``--config``: a file that is run, or YAML that is read, and keys that the command line
-changes in it."""
+"""The flag ``--config``: a recipe, a file that is run, or YAML that is read, and keys that the
+command line changes in it.
+
+    dpo_7b, tiny:dpo            a recipe, and its argument after a colon
+    dpo, kto, online_dpo, ...   an objective: the recipe start:dpo, an adapter, your model and data
+    mine.py, mine.py:argument, mine.yaml
+"""
 
 from __future__ import annotations
 
@@ -42,14 +47,15 @@ class ConfigFile(flags.ArgumentParser):
         """Return the file's config; the keys that the command line changes are in it.
 
         Args:
-            argument: FILE, or FILE:ARGUMENT where its ``get_config`` takes one.
+            argument: a recipe's name, an objective's, or a FILE; after a colon the argument that
+                its ``get_config`` takes.
 
         Raises:
             ConfigMistake: no such file, or one that fails; a key that the config has not.
         """
         if isinstance(argument, ConfigDict):
             return argument
-        config = _load(*argument.split(":", 1)).lock()
+        config = load(argument).lock()
         given = next(i for i, word in enumerate(sys.argv) if re.match("--?config(=|$)", word))
         for key in _changed(sys.argv[1:given]):
             raise ConfigMistake(f"--config.{key} changes a key of a config: give --config first")
@@ -58,13 +64,50 @@ class ConfigFile(flags.ArgumentParser):
         return config
 
 
-def _load(path: str, *argument: str) -> ConfigDict:
-    """Run a config file's ``get_config``."""
-    file = pathlib.Path(path)
-    if not file.is_file():
+def recipes() -> dict[str, pathlib.Path]:
+    """Return the recipes by name: ``configs/`` of a checkout, ``align_jax/recipes`` of a wheel."""
+    package = pathlib.Path(__file__).parents[1]
+    folders = (package / "recipes", package.parent / "configs")
+    folder = next((one for one in folders if one.is_dir()), folders[0])
+    return {path.stem: path for path in sorted(folder.glob("[!_]*.py"))}
+
+
+def find(path: str, *argument: str) -> tuple[str, ...]:
+    """Return the file that a config's name means, and the argument of its ``get_config``.
+
+    Args:
+        path: of a file, a recipe's name, or an objective's.
+        argument: what stood after a colon.
+
+    Raises:
+        ConfigMistake: there is none, with the nearest.
+    """
+    file, known = pathlib.Path(path), recipes()
+    if file.is_file():
+        return (path, *argument)
+    if path in known:
+        return (str(known[path]), *argument)
+    terms = path.removeprefix("online_").split("+")
+    if not argument and losses.OBJECTIVES.keys() >= set(terms):
+        return (str(known["start"]), path)
+    if file.suffix or len(file.parts) > 1:
         beside = [str(one) for kind in ("*.py", "*.y*ml") for one in file.parent.glob(kind)]
-        known = nearest(path, beside) if beside else ""
-        raise ConfigMistake(f"--config={path}: no such config file{known}")
+        raise ConfigMistake(
+            f"--config={path}: no such config file{nearest(path, beside) if beside else ''}"
+        )
+    close = nearest(path, [*known, *losses.OBJECTIVES])
+    close = close if "did you mean" in close else f"; recipes: {', '.join(known)}"
+    raise ConfigMistake(f"--config={path}: no such recipe, objective or config file{close}")
+
+
+def load(name: str) -> ConfigDict:
+    """Return the config that a name means; see this module's docstring.
+
+    Raises:
+        ConfigMistake: there is none, or it cannot be read.
+    """
+    path, *argument = find(*name.split(":", 1))
+    file = pathlib.Path(path)
     if file.suffix in (".yaml", ".yml"):
         if argument:
             raise ConfigMistake(f"--config={path}:{argument[0]}: a YAML file takes no argument")
@@ -73,7 +116,7 @@ def _load(path: str, *argument: str) -> ConfigDict:
         found = runpy.run_path(path)
         if "get_config" not in found:
             raise ConfigMistake(
-                f"{path} has no function get_config; see configs/tiny.py for what a config file is"
+                f"{path} has no function get_config; see {recipes()['tiny']} for what a config is"
             )
         try:
             inspect.signature(found["get_config"]).bind(*argument)

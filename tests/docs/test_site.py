@@ -81,9 +81,9 @@ def commands(page):
     for block in re.findall(r"^```console\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
         script = ""
         for line in block.replace("\\\n", " ").splitlines(keepends=True):
-            if line.startswith("python -m align_jax."):
+            if line.startswith("align-jax "):
                 yield script
-                yield shlex.split(line)[2:]
+                yield shlex.split(line)[1:]
                 script = ""
             else:
                 script += line
@@ -92,7 +92,6 @@ def commands(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_a_page_s_commands_run(page, model, tmp_path):
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
     shell = {**os.environ, "PATH": f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"}
     ran = 0
     for command in commands(page):
@@ -101,8 +100,8 @@ def test_a_page_s_commands_run(page, model, tmp_path):
                 ["bash", "-euc", command], cwd=tmp_path, env=shell, check=True, timeout=120
             )
             continue
-        program, *arguments = [word.replace("$MODEL", model) for word in command]
-        started = processes.fork(program, arguments, log=tmp_path / "log", folder=tmp_path)
+        words = [word.replace("$MODEL", model) for word in command]
+        started = processes.fork("align_jax", words, log=tmp_path / "log", folder=tmp_path)
         processes.wait(started, tmp_path / "log")
         ran += 1
     assert ran

@@ -117,7 +117,8 @@ def _run(
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
     sys.argv = [program, *arguments]
-    sys.modules.pop(program, None)  # runpy warns of a program that is there already
+    for one in (program, ".".join([program, *arguments[:1]])):
+        sys.modules.pop(one, None)  # runpy warns of a program that is there already
     try:
         if program.endswith(".py"):
             runpy.run_path(program, run_name="__main__")

@@ -38,9 +38,10 @@ YAML = "optimizer:\n  lr: 1\n"
 # what is typed, in a folder as `folder` makes it -> what is said
 MISTAKES = {
     # the command line
-    "nosuch": "no program 'nosuch'; known: bench, config,",
+    "nosuch": "no program 'nosuch'; known: bench, chat, config,",
+    "chat --output=o": "python -m align_jax chat: --output belongs to --prompts, not to --chat",
     "trian": "no program 'trian'; did you mean 'train'?",
-    "train --workdir=x": "a program of its own: python -m align_jax.train --workdir=x",
+    "train --workdir=x": "python -m align_jax train: missing --config; ",
     ".train": "missing --config, --workdir; --help shows all flags",
     ".train TINY": "missing --workdir; ",
     ".train --workdir=x": "missing --config; ",
@@ -49,6 +50,15 @@ MISTAKES = {
     ".train TINY --workdir=x more": "unknown arguments more: flags begin with --",
     ".sample --xyzzy=1": "no flag --xyzzy; --help shows all flags",
     ".bench --prest=tiny_dpo": "did you mean '--preset'?",
+    # the short form
+    ".train dp0 --data=p.jsonl": "--config=dp0: no such recipe, objective or config file; did you "
+    "mean 'dpo'?",
+    ".train tny:dpo": "did you mean 'tiny'?",
+    ".inspect xyzzy": "; recipes: dpo_70b, dpo_7b, ",
+    ".train dpo --data=p.jsonl": "path is empty and so is model.config: name a checkpoint",
+    ".train dpo --model": "--model: expected a value",
+    ".train --model=m --workdir=x": "--config.model.path changes a key of a config: give --config",
+    ".train dpo sft": "unknown arguments sft: flags begin with --",
     # the config file
     ".train --config=typos.py --workdir=x": "--config=typos.py: no such config file; did you mean "
     "'typo.py'?",

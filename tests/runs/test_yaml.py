@@ -7,7 +7,7 @@ import runpy
 import pytest
 
 from align_jax.core import config as configs
-from align_jax.runs.config_file import ConfigMistake, _load
+from align_jax.runs.config_file import ConfigMistake, load
 
 TINY = pathlib.Path(__file__).parents[2] / "configs" / "tiny.py"
 GOOD = """# as configs/tiny.py:ipo, with a few keys changed
@@ -34,7 +34,7 @@ rewards: {regex: {pattern: "[a-z]"}}
 def read(tmp_path, text):
     path = tmp_path / "config.yaml"
     path.write_text(text)
-    return _load(str(path))
+    return load(str(path))
 
 
 def test_yaml_is_read_as_a_python_file_is(tmp_path):
@@ -78,6 +78,6 @@ def test_a_mistake_is_told_with_its_line(text, said, tmp_path):
 def test_an_argument_and_a_missing_file_are_refused(tmp_path):
     (tmp_path / "dpo.yaml").write_text("seed: 1\n")
     with pytest.raises(ConfigMistake, match="takes no argument"):
-        _load(str(tmp_path / "dpo.yaml"), "dpo")
+        load(f"{tmp_path}/dpo.yaml:dpo")
     with pytest.raises(ConfigMistake, match="did you mean '.*dpo.yaml'"):
-        _load(str(tmp_path / "dpp.yaml"))
+        load(str(tmp_path / "dpp.yaml"))
