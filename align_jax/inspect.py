@@ -25,8 +25,8 @@ from align_jax.core import config as configs
 from align_jax.core.options import Config
 from align_jax.runs import command, weights
 from align_jax.runs.inspection import Inspection, inspect_run
+from align_jax.runs.loop import describe
 from align_jax.runs.setup import check_memory, prepare
-from align_jax.train import describe
 
 
 def show_batch(
@@ -43,7 +43,7 @@ def show_batch(
     Raises:
         ValueError, KeyError, FileNotFoundError: as ``train`` does, with its messages.
     """
-    config = configs.read(config) if isinstance(config, ConfigDict) else config
+    config = configs.read(config)
     with tempfile.TemporaryDirectory() as nowhere:
         run = prepare(config, workdir or os.path.join(nowhere, "new"), here=False)
         about = [line for line in describe(run) if not line.startswith("data: ")]

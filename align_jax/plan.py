@@ -53,7 +53,7 @@ from align_jax.runs import command, setup
 def for_planning(config: ConfigDict | Config) -> Config:
     """Return the config with what only a run on the spot needs replaced: TPU attention, no
     tokenizer from the hub, and plain rows where the data would choose (they hold the most)."""
-    config = configs.read(config) if isinstance(config, ConfigDict) else config
+    config = configs.read(config)
     model, tokenizer = config.model, config.tokenizer
     if model.attention == "auto":
         model = dataclasses.replace(model, attention="splash")

@@ -19,12 +19,13 @@ from collections.abc import Sequence
 
 from absl import app, flags, logging
 
-from align_jax import evaluate, losses, train
+from align_jax import evaluate, losses
 from align_jax.core.config import ConfigDict, defaults
 from align_jax.core.options import DataOptions, RolloutOptions
 from align_jax.data import datasets
 from align_jax.evals.generation import generation
 from align_jax.online import rewards
+from align_jax.runs import loop
 from align_jax.runs.weights import load_model
 
 NEW_TOKENS = 2  # a digit and the end of the answer
@@ -86,7 +87,7 @@ def main(argv: Sequence[str]) -> None:
         began = time.monotonic()
         workdir = str(folder / f"grpo_{seed}")
         config = make_config(seed, values.steps, questions)
-        train.train(config, workdir)
+        loop.train(config, workdir)
         minutes = (time.monotonic() - began) / 60
         policy = evaluate.run_policy(workdir)
         if not policy.name.endswith(f"@{config.total_steps}"):

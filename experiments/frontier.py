@@ -35,13 +35,14 @@ import jax
 import numpy as np
 from absl import app, flags, logging
 
-from align_jax import evaluate, export, losses, train
+from align_jax import evaluate, export, losses
 from align_jax.core.config import ConfigDict, defaults
 from align_jax.core.options import DataOptions, RolloutOptions
 from align_jax.data import datasets
 from align_jax.evals.generation import generation, sample
 from align_jax.evals.policy import EvaluatedPolicy
 from align_jax.online import rewards
+from align_jax.runs import loop
 from align_jax.runs.weights import load_model
 
 TEMPERATURE = 0.2  # of Bradley-Terry, units of reward
@@ -254,7 +255,7 @@ def base_config(model: str, seed: int) -> ConfigDict:
 
 def run(config: ConfigDict, workdir: pathlib.Path) -> None:
     """Train to the end."""
-    train.train(config, str(workdir))
+    loop.train(config, str(workdir))
     jax.clear_caches()  # hundreds of runs in one process
 
 

@@ -19,12 +19,13 @@ from collections.abc import Sequence
 
 from absl import app, flags, logging
 
-from align_jax import evaluate, losses, train
+from align_jax import evaluate, losses
 from align_jax.core.config import ConfigDict, defaults
 from align_jax.core.options import DataOptions, RolloutOptions
 from align_jax.data import datasets
 from align_jax.evals.generation import generation
 from align_jax.online import rewards
+from align_jax.runs import loop
 from align_jax.runs.weights import load_model
 
 SECRETS, GUESSES, SAMPLES = 7, 3, 64
@@ -97,7 +98,7 @@ def main(argv: Sequence[str]) -> None:
         began = time.monotonic()
         workdir = str(folder / f"guess_{seed}")
         config = make_config(seed, values.steps, data)
-        train.train(config, workdir)
+        loop.train(config, workdir)
         seconds = time.monotonic() - began
         policy = evaluate.run_policy(workdir)
         if not policy.name.endswith(f"@{config.total_steps}"):

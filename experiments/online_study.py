@@ -21,13 +21,14 @@ from typing import Any
 
 from absl import app, flags, logging
 
-from align_jax import evaluate, losses, train
+from align_jax import evaluate, losses
 from align_jax.core.config import ConfigDict, defaults
 from align_jax.core.options import DataOptions, RolloutOptions
 from align_jax.data import datasets
 from align_jax.evals.generation import generation
 from align_jax.evals.policy import EvaluatedPolicy
 from align_jax.online import rewards
+from align_jax.runs import loop
 from align_jax.runs.weights import load_model
 
 NEW_TOKENS = 24
@@ -145,7 +146,7 @@ def main(argv: Sequence[str]) -> None:
             config = make_config(
                 method, seed, values.steps, values.model, train_prompts, values.lexicon
             )
-            train.train(config, workdir)
+            loop.train(config, workdir)
             policy = evaluate.run_policy(workdir)
             if not policy.name.endswith(f"@{config.total_steps}"):
                 raise SystemExit(f"{workdir} was stopped early; the same command goes on")

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from align_jax import losses, plan, train
+from align_jax import losses, plan
 from align_jax.core import config as configs
 from align_jax.data.layout import BatchSizes, batch_shape
 from align_jax.interop import hf
@@ -19,7 +19,7 @@ from align_jax.losses.objective import data_kind
 from align_jax.online.config import is_online
 from align_jax.parallel.chips import CHIPS
 from align_jax.parallel.mesh import AXES, ROWS, mesh_shape
-from align_jax.runs import config_file, setup
+from align_jax.runs import config_file, loop, setup
 
 FOLDER = pathlib.Path(__file__).parents[1] / "configs"
 FILES = sorted(path.stem for path in FOLDER.glob("*.py"))
@@ -164,7 +164,7 @@ def quick_compiles():
 @pytest.mark.parametrize("spec", SPECS)
 def test_a_shrunk_recipe_trains_two_steps(spec, tmp_path, quick_compiles):
     config = shrunk(spec)
-    train.train(config, str(tmp_path))
+    loop.train(config, str(tmp_path))
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if "loss" in row]
     assert [row["step"] for row in steps] == [1, 2]

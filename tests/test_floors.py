@@ -8,6 +8,7 @@ reader of training need not enter: only ``runs`` and the programs import it.
 import ast
 import functools
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -150,6 +151,14 @@ def test_on_the_top_level_stand_programs_and_nothing_else(path):
     assert ast.get_docstring(tree(path))
 
 
+def test_nothing_imports_the_program_train_whose_name_is_a_function_s():
+    paths = [path for path in PACKAGE.parent.rglob("*.py") if ".venv" not in path.parts]
+    found = re.compile(
+        r"^\s*(import align_jax\.train\b|from align_jax\.train import)", re.MULTILINE
+    )
+    assert not [path for path in paths if found.search(path.read_text())]
+
+
 def test_the_package_lists_its_programs():
     command = [sys.executable, "-m", "align_jax"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=PACKAGE.parent, check=True)
@@ -169,7 +178,7 @@ def length(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
 @pytest.mark.parametrize("path", MODULES, ids=str)
 def test_a_function_is_read_in_one_sitting_and_a_file_carries_its_license(path):
     assert (PACKAGE / path).read_text().startswith("# SPDX-License-Identifier: Apache-2.0\n")
-    limit = MAIN_LINES if path == pathlib.Path("train.py") else FUNCTION_LINES
+    limit = MAIN_LINES if path == pathlib.Path("runs/loop.py") else FUNCTION_LINES
     functions = (ast.FunctionDef, ast.AsyncFunctionDef)
     found = [node for node in ast.walk(tree(path)) if isinstance(node, functions)]
     long = {node.name: length(node) for node in found if length(node) > limit}

@@ -11,8 +11,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from align_jax import inspect as program
-from align_jax import train
-from align_jax.runs import setup
+from align_jax.runs import loop, setup
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 
@@ -121,7 +120,7 @@ def test_the_weights_headers_are_checked_and_their_mistakes_are_trains(pairs, tm
     save_file({"model.norm.weight": np.ones(64, np.float32)}, tmp_path / "model.safetensors")
     config = tiny(model__path=str(tmp_path), tokenizer="byte", data__train=pairs)
     said = []
-    for start in (program.show_batch, lambda made: train.train(made, str(tmp_path / "run"))):
+    for start in (program.show_batch, lambda made: loop.train(made, str(tmp_path / "run"))):
         with pytest.raises(ValueError, match=r"does not hold a llama model(.|\n)*missing") as error:
             start(config)
         said.append(str(error.value))

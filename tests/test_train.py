@@ -19,12 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from align_jax import export, train
+from align_jax import export
 from align_jax.core import config as configs
 from align_jax.data.sources import open_source
 from align_jax.data.tokenizer import load_tokenizer
 from align_jax.online.rollout import Rollouts
-from align_jax.runs import setup, trained
+from align_jax.runs import loop, setup, trained
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 
@@ -67,7 +67,7 @@ def params(workdir):
 def finished(tmp_path_factory):
     """One uninterrupted run of six steps."""
     workdir = tmp_path_factory.mktemp("run")
-    train.train(tiny(), str(workdir))
+    loop.train(tiny(), str(workdir))
     return workdir
 
 
@@ -101,10 +101,10 @@ def test_stopped_and_resumed_equals_uninterrupted_to_the_bit(finished, tmp_path,
         yield lambda step: step == 3
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.distributed, "stop_signal", stop_after_three)
-        train.train(tiny(), str(tmp_path))
+        patch.setattr(loop.distributed, "stop_signal", stop_after_three)
+        loop.train(tiny(), str(tmp_path))
     assert trained.restore(str(tmp_path)).step == 3
-    train.train(tiny(), str(tmp_path))
+    loop.train(tiny(), str(tmp_path))
     whole = {row["step"]: row for row in rows(finished) if "loss" in row}
     halves = {row["step"]: row for row in rows(tmp_path) if "loss" in row}
     for step in range(1, 7):
@@ -126,11 +126,11 @@ def test_a_run_that_gains_nothing_stops_early_and_a_resumed_one_at_the_same_step
     config.data.train = pairs_file(tmp_path, *map(row.format, range(24)))
     config.data.eval_fraction = 0.3
     with monkeypatch.context() as patch:
-        patch.setattr(train.distributed, "stop_signal", stop_after_two)
-        train.train(config, str(tmp_path))
+        patch.setattr(loop.distributed, "stop_signal", stop_after_two)
+        loop.train(config, str(tmp_path))
     assert "stopped by a signal after step 2" in capsys.readouterr().err
     for _ in range(2):  # the second start finds nothing to do
-        train.train(config, str(tmp_path))
+        loop.train(config, str(tmp_path))
     said = capsys.readouterr().err
     assert said.count("not been better than 0.6931 (step 0) in 3 evaluations") == 1, said
     assert [row["step"] for row in rows(tmp_path) if "loss" in row] == [1, 2, 3]
@@ -170,7 +170,7 @@ def test_the_exported_model_speaks_in_transformers_as_here(finished, tmp_path):
 )
 def test_layout_and_cache_leave_the_held_out_measure_unchanged(finished, tmp_path, overrides):
     config = tiny(total_steps=1, optimizer__learning_rate=0.0, eval__batch_size=16, **overrides)
-    train.train(config, str(tmp_path))
+    loop.train(config, str(tmp_path))
     ours, theirs = (
         next(row for row in rows(path) if "eval/loss" in row) for path in (tmp_path, finished)
     )
@@ -189,7 +189,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_rows(tmp_path):
         FloatingPointError,
         match=r"step \d: .*Last good checkpoint: none.*builtin:preferences:train",
     ):
-        train.train(config, str(tmp_path))
+        loop.train(config, str(tmp_path))
 
 
 def test_an_online_step_that_is_not_finite_names_the_prompts_of_its_own_rows(tmp_path, monkeypatch):
@@ -206,7 +206,7 @@ def test_an_online_step_that_is_not_finite_names_the_prompts_of_its_own_rows(tmp
     config = tiny("grpo", total_steps=4, log__every_steps=2, eval__max_examples=0)
     config.data.eval_fraction = 0.0
     with pytest.raises(FloatingPointError, match="^step 2: loss is nan") as caught:
-        train.train(config, str(tmp_path))
+        loop.train(config, str(tmp_path))
     source = open_source(config.data.train)
     numbers = map(int, re.findall(r"builtin:arithmetic:train\[(\d+)\]", str(caught.value)))
     prompts = [source[number]["question"] for number in numbers]

@@ -35,9 +35,9 @@ def ours(options: argparse.Namespace, folder: pathlib.Path) -> dict[str, Any]:
     sys.path.insert(0, str(ROOT))
     import jax
 
-    from align_jax import losses, train
+    from align_jax import losses
     from align_jax.core import config as configs
-    from align_jax.runs import setup
+    from align_jax.runs import loop, setup
 
     config = configs.defaults()
     config.model.path, config.data.train = options.model, options.data
@@ -61,7 +61,7 @@ def ours(options: argparse.Namespace, folder: pathlib.Path) -> dict[str, Any]:
         node[name] = value == "True" if kind is bool else kind(value)
     data = setup.prepare(configs.read(config), str(folder)).train.report
     began = time.monotonic()
-    train.train(config, str(folder))
+    loop.train(config, str(folder))
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if "tokens_per_second" in row]
     seconds = [

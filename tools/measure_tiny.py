@@ -26,7 +26,8 @@ sys.path.insert(0, str(ROOT))
 
 import jax
 
-from align_jax import losses, train
+from align_jax import losses
+from align_jax.runs import loop
 
 # rows of the table that other objectives add, not objectives by themselves
 TERMS = ("entropy", "ptx")
@@ -76,7 +77,7 @@ def measure(name: str) -> dict[str, object]:
     started = time.process_time()
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere:
         with contextlib.redirect_stderr(nowhere):
-            train.train(config, folder)
+            loop.train(config, folder)
         rows = [
             json.loads(line)
             for line in (pathlib.Path(folder) / "metrics.jsonl").read_text().splitlines()

@@ -68,13 +68,15 @@ def parse(config: ConfigDict) -> Config:
     return options
 
 
-def read(config: ConfigDict) -> Config:
+def read(config: ConfigDict | Config) -> Config:
     """Turn a config into frozen options; everything that the config alone can tell is checked.
+
+    Of options that are read already, what keys of a group say together is checked once more.
 
     Raises:
         ValueError: listing each key, what was expected, what was got and the nearest fix.
     """
-    options = parse(config)
+    options = config if isinstance(config, Config) else parse(config)
     _raise(list(_group_mistakes(options, "")))
     return options
 

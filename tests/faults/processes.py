@@ -17,7 +17,7 @@ import time
 import compile_cache  # noqa: F401
 
 ROOT = pathlib.Path(__file__).parents[2]
-IMPORTED = ["align_jax.train", "orbax.checkpoint", "transformers.models.auto", __name__]
+IMPORTED = ["align_jax.runs.loop", "orbax.checkpoint", "transformers.models.auto", __name__]
 
 
 def environment(

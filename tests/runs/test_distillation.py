@@ -10,13 +10,12 @@ import jax
 import numpy as np
 import pytest
 
-from align_jax import train
 from align_jax.core import config as configs
 from align_jax.data.tokenizer import byte_tokenizer
 from align_jax.interop import hf
 from align_jax.models.model import build
 from align_jax.online.rollout import Weights
-from align_jax.runs import setup
+from align_jax.runs import loop, setup
 
 TINY = pathlib.Path(__file__).parents[2] / "configs/tiny.py"
 TEACHER = dict(
@@ -66,7 +65,7 @@ def losses_of(folder):
 
 
 def test_a_student_comes_nearer_to_a_teacher_of_another_size(teacher, tmp_path):
-    train.train(student(teacher), str(tmp_path))
+    loop.train(student(teacher), str(tmp_path))
     found = losses_of(tmp_path)
     assert np.mean(found[-3:]) < 0.9 * found[0]
 
@@ -81,7 +80,7 @@ def test_on_the_students_own_samples_as_well(teacher, tmp_path):
     config.eval.every_steps, config.log.every_steps = 0, 1
     config.optimizer.learning_rate = 1e-2
     config.reference.path = teacher
-    train.train(config, str(tmp_path))
+    loop.train(config, str(tmp_path))
     found = losses_of(tmp_path)
     assert len(found) == 4 and found[-1] < found[0]
 
@@ -155,7 +154,7 @@ def test_minillm_needs_no_reward_and_comes_nearer_to_its_teacher(teacher, tmp_pa
     config.eval.every_steps, config.log.every_steps = 0, 1
     config.optimizer.learning_rate = 1e-2
     config.reference.path = teacher
-    train.train(config, str(tmp_path))
+    loop.train(config, str(tmp_path))
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     found = [row["divergence"] for row in rows if "loss" in row]
     assert len(found) == 6 and found[-1] < 0.95 * found[0]
@@ -188,7 +187,7 @@ def test_a_teacher_with_another_tokenizer_is_refused(teacher, tmp_path):
 
 def test_a_student_that_is_its_teacher_has_nothing_to_learn(teacher, tmp_path):
     config = student(teacher, **{"total_steps": 1, "model.path": teacher, "objective.beta": 0.3})
-    train.train(config, str(tmp_path))
+    loop.train(config, str(tmp_path))
     np.testing.assert_allclose(losses_of(tmp_path), 0.0, atol=1e-5)
 
 

@@ -26,13 +26,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from align_jax import losses, train
+from align_jax import losses
 from align_jax.core import config as configs
 from align_jax.core.tree import flatten
 from align_jax.losses import OBJECTIVES
 from align_jax.parallel.mesh import make_mesh
 from align_jax.parallel.sharding import put_batch
-from align_jax.runs import setup, weights
+from align_jax.runs import loop, setup, weights
 from align_jax.runs.source import make_source
 from align_jax.training import partitioning, steps
 
@@ -438,7 +438,7 @@ def two_steps(case: Case) -> dict[str, np.ndarray]:
         source = make_source(run, 0, {})
         step = partitioning.jit_train_step(run.step_spec, run.state_specs.state, run.mesh)
         for number in range(2):
-            batch = source.next(functools.partial(train.weights_of, state, frozen))
+            batch = source.next(functools.partial(loop.weights_of, state, frozen))
             state, values = step(state, frozen, put_batch(run.mesh, batch))
             for name, value in {**values, **source.metrics}.items():
                 if not any(word in name for word in UNTIMED):
