@@ -340,9 +340,11 @@ def sampler_ratio(me: SimpleNamespace, inputs: dict, sampler: torch.Tensor) -> t
     return scope["output"]["importance_sampling_ratio"]
 
 
-def rollout(arrays: dict, name: str, options: dict) -> dict[str, np.ndarray]:
+def rollout(
+    arrays: dict, name: str, options: dict, by_token: bool = False
+) -> dict[str, np.ndarray]:
     """Call GRPOTrainer._compute_loss or RLOOTrainer._compute_loss on [B, R, T] flattened to
-    rows."""
+    rows, with an advantage for each response, or for each token."""
     shape = arrays["policy"].shape
     flat = {
         key: torch.tensor(arrays[key].reshape(-1, shape[-1]))
@@ -356,6 +358,8 @@ def rollout(arrays: dict, name: str, options: dict) -> dict[str, np.ndarray]:
     entropies = torch.tensor(arrays["entropy"].reshape(-1, shape[-1]))
     # every response has a first token
     each = torch.tensor(arrays["advantages"][..., 0].reshape(-1))
+    if by_token:
+        each = torch.tensor(arrays["advantages"].reshape(-1, shape[-1]))
     loss_type = {"gspo": "grpo", "reinforce_pp": "bnpo"}.get(name, options.get("loss_type", name))
     low = options.get("epsilon_low", 3e-4 if name == "gspo" else 0.2)
     high = {"gspo": 4e-4, "cispo": 5.0, "dapo": 0.28}.get(

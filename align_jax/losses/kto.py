@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.nn import log_sigmoid, sigmoid
 from jaxtyping import Array, Float
 
+from align_jax.core.schema import Batch
 from align_jax.losses.logprobs import sum_by_slot
 from align_jax.losses.objective import (
     Inputs,
@@ -107,7 +108,7 @@ class UnpairedLoss(Loss):
 
     def metrics(self, inputs: Inputs, shift: Float[Array, ""]) -> Metrics:
         """Report rewards; ``shift`` is what a desirable response's reward must exceed."""
-        batch, label, weight = inputs.batch, inputs.of_batch("label"), group_weights(inputs.batch)
+        batch, label, weight = inputs.batch, inputs.of_batch("label"), self.weights(inputs.batch)
         wanted, unwanted = jnp.where(label, weight, 0.0), jnp.where(label, 0.0, weight)
         reward, logps = self.beta * self.ratios(inputs), inputs.policy.logps[:, 0]
         right = ((reward > shift) == label).astype(jnp.float32)
@@ -223,10 +224,12 @@ class Bco(StatisticsLoss, UnpairedLoss):
         desirable: -w_D log σ(β x - δ),    undesirable: -w_U log σ(-(β x - δ))
 
     δ is the running mean of β x over all responses seen, this batch's included, without gradient;
-    it is kept in the train state.
+    it is kept in the train state.  With ``density_ratio`` each loss is multiplied by the data's
+    weight, which then counts neither in δ nor in the mean over responses.
 
     References:
-        Jung et al. 2024, arXiv 2404.04656: the reward shift.
+        Jung et al. 2024, arXiv 2404.04656: the reward shift, and underlying distribution matching;
+        TRL 1.16.0, ``BCOTrainer.bco_loss``.
 
     >>> from align_jax.losses import jitted
     >>> found = jitted("bco", beta=0.5)([-8.0, -9.0], [True, False], [-10.0, -9.0])
@@ -234,7 +237,23 @@ class Bco(StatisticsLoss, UnpairedLoss):
     ([0.4741, 0.4741], 0.5)
     """
 
+    density_ratio: Annotated[
+        bool,
+        Option(
+            "the data's weights are ratios of prompts' densities (data.density): they multiply the "
+            "losses alone"
+        ),
+    ] = False
+
     running: ClassVar[Mapping[str, float]] = {"mean": 0.0, "count": 0.0}  # of β x so far
+
+    @property
+    def wants_weights(self) -> bool:
+        return self.density_ratio
+
+    def weights(self, batch: Batch) -> Float[Array, "B"]:
+        given = group_weights(batch)
+        return (given > 0).astype(jnp.float32) if self.density_ratio else given
 
     def value(self, z: Float[Array, "B"]) -> Float[Array, "B"]:
         return -log_sigmoid(z)
@@ -252,6 +271,7 @@ class Bco(StatisticsLoss, UnpairedLoss):
         return jnp.broadcast_to(mean, weights.shape[:1]), {"mean": mean, "count": count}
 
     def losses(self, inputs: Inputs) -> Result:
-        delta, total = inputs.stats, group_weights(inputs.batch).sum()
+        delta, total = inputs.stats, self.weights(inputs.batch).sum()
         metrics = self.metrics(inputs, delta) | {"delta": (delta * total, total)}
-        return self.labeled(inputs, self.beta * self.ratios(inputs) - delta), metrics
+        losses = self.labeled(inputs, self.beta * self.ratios(inputs) - delta)
+        return losses * group_weights(inputs.batch) if self.density_ratio else losses, metrics

@@ -111,6 +111,11 @@ class Loss(Options):
         return {}
 
     @property
+    def wants_weights(self) -> bool:
+        """Whether the rows' weights are what it is told, so that there must be some."""
+        return False
+
+    @property
     def uses_reference(self) -> bool:
         """Whether it compares with the reference, with these options."""
         return self.reference

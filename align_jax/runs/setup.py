@@ -374,7 +374,7 @@ def read_data(config: Config, resolved: ResolvedConfig) -> tuple[Examples, Examp
         chat=bool(resolved.tokenizer.chat_template),
     )
     examples = load(d.train.split(","), weights=d.weights)
-    _check_margins(resolved.terms, examples)
+    _check_columns(resolved.terms, examples)
     if held_out := d.eval or (synthetic.eval_split(d.train) if d.eval_fraction else ""):
         return examples, load(held_out.split(","), limit=config.eval.max_examples or None)
     return datasets.hold_out(
@@ -382,14 +382,21 @@ def read_data(config: Config, resolved: ResolvedConfig) -> tuple[Examples, Examp
     )
 
 
-def _check_margins(terms: Sequence[Term], examples: Examples) -> None:
-    """Refuse pairs without margins for an objective whose target they are."""
+def _check_columns(terms: Sequence[Term], examples: Examples) -> None:
+    """Refuse pairs without margins, and rows without weights, for an objective that learns them."""
     wanting = [term.name for term in terms if term.loss.wants_margin]
     if wanting and not any(example.margin for example in examples.items):
         raise ValueError(
             f"objective {wanting[0]!r} learns by how much the chosen answer is better: none of the "
             f"{len(examples)} pairs has a margin; name its column, such as "
             '--config.data.columns=\'{"margin": "score_gap"}\''
+        )
+    weighing = [term.name for term in terms if term.loss.wants_weights]
+    if weighing and all(example.weight == 1 for example in examples.items):
+        raise ValueError(
+            f"objective {weighing[0]!r} with density_ratio multiplies losses by the data's weights:"
+            f" none of the {len(examples)} examples has one; give a column weight, such as "
+            "align_jax.data.density.density_ratios makes"
         )
 
 

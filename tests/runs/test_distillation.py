@@ -191,8 +191,16 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(teacher, tmp_path):
     np.testing.assert_allclose(losses_of(tmp_path), 0.0, atol=1e-5)
 
 
-def test_an_objective_of_margins_refuses_pairs_without(tmp_path):
-    config = tiny("rpo")
+@pytest.mark.parametrize(
+    "name, options, words",
+    [
+        ("rpo", {}, r"none of the \d+ pairs has a margin"),
+        ("bco", {"density_ratio": True}, r"none of the \d+ examples has one; give a column weight"),
+    ],
+)
+def test_an_objective_of_a_column_refuses_rows_without(name, options, words, tmp_path):
+    config = tiny(name)
     config.data.train += "?size=16"
-    with pytest.raises(ValueError, match=r"none of the \d+ pairs has a margin"):
+    config.objective.update(options)
+    with pytest.raises(ValueError, match=words):
         setup.prepare(configs.read(config), str(tmp_path))

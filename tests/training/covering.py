@@ -69,6 +69,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "critic_coef": {"critic_coef": 0.5},
     "critic_target": {"critic_target": "gae"},
     "delta": {"delta": 1.00001},
+    "density_ratio": {"density_ratio": True},
     "desirable_weight": {"desirable_weight": 1.5},
     "dft": {"dft": True},
     "dual_clip": {"dual_clip": 1.00001},
@@ -354,13 +355,16 @@ def shared_folder() -> str:
 
 
 @functools.cache
-def with_margins() -> str:
-    """Write pairs that say by how much the chosen response is better."""
+def with_columns() -> str:
+    """Write pairs that say by how much the chosen response is better, and what each weighs."""
     path = pathlib.Path(shared_folder()) / "margins.jsonl"
     pairs = (
         {"prompt": f"say {i}", "chosen": "yes " * (i + 1), "rejected": "no"} for i in range(16)
     )
-    rows = [{**pair, "margin": 0.1 * (number + 1)} for number, pair in enumerate(pairs)]
+    rows = [
+        {**pair, "margin": 0.1 * (number + 1), "weight": 0.5 + 0.1 * number}
+        for number, pair in enumerate(pairs)
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
 
@@ -394,8 +398,8 @@ def config_of(case: Case) -> Any:
         keys |= {"rollout.rows": 16, "rewards.regex.reward": 0.3}
         if "epochs" in config.objective:
             keys["objective.epochs"] = 2
-    if OBJECTIVES.get(case.name) and OBJECTIVES[case.name].loss.wants_margin:
-        keys["data.train"] = with_margins()
+    if case.name in ("rpo", "bco"):
+        keys["data.train"] = with_columns()
     keys |= KEYS[chosen["weights"]] | KEYS[chosen["reference"]] | json.loads(case.keys)
     if "objective.ptx_coef" in keys or "ptx" in case.name:
         keys["data.text"] = "builtin:completions:train?size=16"
