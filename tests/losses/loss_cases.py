@@ -73,6 +73,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "stop_gradient_chosen": [{"stop_gradient_chosen": False}],
     "gamma_beta_ratio": [{"gamma_beta_ratio": 0.3}],
     "delta": [{"delta": 2.0}],
+    "density_ratio": [{"density_ratio": True}],
     "desirable_weight": [{"desirable_weight": 1.5}],
     "undesirable_weight": [{"undesirable_weight": 2.0}],
     "kl_scope": [{"kl_scope": "microbatch"}],
