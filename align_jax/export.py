@@ -10,8 +10,10 @@ Beside the weights stands a model card: method, data, config, held-out metrics, 
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
+from typing import Any
 
 from absl import flags
 
@@ -76,7 +78,7 @@ def export_run(
             heads=policy.options.heads,
             unembed=policy.options.unembed,
             beside=trained.config.model.path,
-            changes=_pad_token(trained) if "score" in policy.options.heads else None,
+            changes=_classifier(trained) if "score" in policy.options.heads else None,
         )
     if distributed.is_main():
         _write_beside(trained, output)
@@ -98,11 +100,19 @@ def export_run(
     return trained.step
 
 
-def _pad_token(trained: Trained) -> dict[str, int]:
-    """Return the token that transformers' classifiers find the end of each row by."""
-    tokenizer = trained.resolved.tokenizer
+def _classifier(trained: Trained) -> dict[str, Any]:
+    """Return what config.json says of a reward model: the token that transformers' classifiers find
+    the end of each row by, and where a process reward model's scores are read."""
+    tokenizer, resolved = trained.resolved.tokenizer, trained.resolved
     pad = tokenizer.pad_token_id
-    return {"pad_token_id": tokenizer.eos_token_id if pad is None else pad}
+    found: dict[str, Any] = {"pad_token_id": tokenizer.eos_token_id if pad is None else pad}
+    if resolved.kind == "stepwise":
+        separator = trained.config.data.step_separator
+        found |= {"id2label": {"0": hf.STEP}, "label2id": {hf.STEP: 0}}
+        found["step_separator"] = separator
+    elif "step_separator" in json.loads(resolved.model_config.hf):  # of what it began with
+        found["step_separator"] = None
+    return found
 
 
 def _write_beside(trained: Trained, output: str) -> None:

@@ -82,30 +82,34 @@ def rescore(
 
 @functools.partial(jax.jit, static_argnames="model")
 def scores(
-    model: Model, params: Params, tokens: Int[Array, "N T"], lengths: Int[Array, "N"]
-) -> Float[Array, "N"]:
-    """Return what a score head says of each row's last token.
+    model: Model,
+    params: Params,
+    tokens: Int[Array, "N T"],
+    lengths: Int[Array, "N"],
+    places: Int[Array, "N P"],
+) -> Float[Array, "N P"]:
+    """Return what a score head says of some of each row's tokens.
 
     Args:
         model: static; with a score head.
         params: its parameters.
         tokens: padded on the right.
         lengths: real tokens of each row, at least 1.
+        places: indices of the tokens.
     """
     index = jnp.arange(tokens.shape[1])[None, :]
     real: Bool[Array, "N T"] = index < lengths[:, None]
     hidden, _ = model.hidden(params, tokens, real.astype(jnp.int32), jnp.where(real, index, 0))
-    # [N, T, D] -> [N, D]
-    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    return model.head(params, "score", last)
+    # [N, T, D] -> [N, P, D]
+    return model.head(params, "score", jnp.take_along_axis(hidden, places[:, :, None], axis=1))
 
 
 class RewardModel:
     """Rewards by a model with a score head: ours, or a Hugging Face sequence classifier with one
     label.
 
-    The score is read at the completion's last token, the end-of-turn token that the tokenizer's
-    template or the end-of-sequence rule puts there.
+    Of a whole completion the score is read at its last token, the end-of-turn token that the
+    tokenizer's template or the end-of-sequence rule puts there.
 
     Args:
         loaded: the model and its parameters, on the mesh.
@@ -153,7 +157,8 @@ class RewardModel:
             finished: whether each completion ended by itself; one that was cut off gets no end
                 token.  None: all did.
         """
-        texts = []
+        texts: list[list[int]] = []
+        places: list[list[int]] = []
         ends = set(self._tokenizer.all_special_ids)
         for number, example in enumerate(examples):
             encoded = chat.encode(example, self._tokenizer)
@@ -163,21 +168,61 @@ class RewardModel:
                     break
                 response = response[:-1]
             texts.append([*encoded.prompt, *response][-self._max_length :])
-        found = np.zeros(len(texts), np.float32)
+            places.append([len(texts[-1]) - 1])
+        found = self._scores(texts, places, most=1)
+        return np.array([one[0] for one in found], np.float32)
+
+    def steps(self, examples: Sequence[Example], separator: str) -> list[Float[np.ndarray, "s"]]:
+        """Return what a process reward model says of each step, at the last token of the separator
+        behind it.
+
+        Args:
+            examples: prompts with one response of ``steps``; one without steps gets none.
+            separator: as in training (``data.step_separator``).
+
+        Returns:
+            For each example its steps' scores; none of a response that is so long that its first
+            step does not end within ``max_length`` tokens from its end.
+        """
+        texts: list[list[int]] = [[0]] * len(examples)
+        places: list[list[int]] = [[]] * len(examples)
+        there = [i for i, one in enumerate(examples) if one.steps]
+        encoded = chat.encode_many(
+            [examples[i] for i in there], self._tokenizer, separator=separator
+        )
+        for i, tokens in zip(there, encoded):
+            whole = [*tokens.prompt, *tokens.responses[0]]
+            cut = max(0, len(whole) - self._max_length)
+            ends = len(tokens.prompt) + np.flatnonzero(tokens.masks[0]) - cut
+            texts[i] = whole[cut:]
+            places[i] = ends.tolist() if ends[0] >= 0 else []
+        return self._scores(texts, places, most=0)
+
+    def _scores(
+        self, texts: Sequence[Sequence[int]], places: Sequence[Sequence[int]], *, most: int
+    ) -> list[Float[np.ndarray, "s"]]:
+        """Run the model over token ids, the short ones first; return what its head says at the
+        places of each, which are at most so many (0: as many as there are)."""
+        found = [np.zeros(0, np.float32)] * len(texts)
         # processes must run the same programs
         fixed = self._max_length if jax.process_count() > 1 else 0
+        longest = max(map(len, places), default=0)
         order = np.argsort([len(text) for text in texts], kind="stable").tolist()
         rows = self._rows // jax.process_count()
         for begin in range(0, len(order), rows):
             chosen = order[begin : begin + rows]
             size = fixed or bucket(len(texts[chosen[-1]]), self._max_length)
+            width = most or fixed or bucket(longest, size)
             tokens, lengths = np.zeros((rows, size), np.int32), np.ones(rows, np.int32)
+            index = np.zeros((rows, width), np.int32)
             for row, i in enumerate(chosen):
                 tokens[row, : len(texts[i])], lengths[row] = texts[i], len(texts[i])
-            arrays = (tokens, lengths)
+                index[row, : len(places[i])] = places[i]
+            arrays = (tokens, lengths, index)
             if self._mesh is not None:
                 arrays = put_batch(self._mesh, arrays)
             with context_mesh(self._mesh):  # attention kernels and mixtures of experts look at it
                 own = local_rows(scores(self._model, self._params, *arrays))
-            found[chosen] = own[: len(chosen)]
+            for row, i in enumerate(chosen):
+                found[i] = own[row, : len(places[i])]
         return found

@@ -44,6 +44,8 @@ from align_jax.models.tensor_map import TensorMap, fused, linear, names, parse
 GENERATION = "generation_config.json"
 SHARD_BYTES = 5 * 10**9  # a file's size, as transformers' default
 
+STEP = "step"  # label of a process reward model's score, where other reward models have "reward"
+
 ACTIVATION_FIELDS = ("hidden_act", "hidden_activation", "activation_function")
 
 HEAD_TENSORS: Mapping[str, tuple[TensorMap, ...]] = {

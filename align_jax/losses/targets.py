@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from align_jax.core.schema import Batch
 from align_jax.losses import advantages as estimators
-from align_jax.losses import baselines
+from align_jax.losses import baselines, process
 from align_jax.losses.logprobs import spread_to_tokens, sum_by_slot
 from align_jax.losses.objective import Metrics, summed
 from align_jax.losses.options import Option, read
@@ -218,11 +218,14 @@ class Extras(NamedTuple):
         each_score: [B, R, K] of K rewards, NaN where one said nothing; "decoupled".
         greedy_score: [B] of the most probable response to each prompt; "greedy".
         log_sum_sq: [N, T] log Σ p² of the distributions that were sampled; "optimal_token".
+        steps: what the responses' steps are worth, where rewards stand at their ends;
+            ``process.METHODS`` look at them.
     """
 
     each_score: Float[Any, "B R K"] | None = None
     greedy_score: Float[Any, "B"] | None = None
     log_sum_sq: Float[Any, "N T"] | None = None
+    steps: process.Steps | None = None
 
 
 # method -> the extra that it needs
@@ -249,6 +252,11 @@ def _check(
         raise ValueError(
             f"advantages {advantages!r} need extras.{EXTRAS[advantages]}; they are None"
         )
+    if extras.steps is not None and advantages not in process.METHODS:
+        raise ValueError(
+            f"advantages {advantages!r} do not look at steps: extras.steps must be None; those "
+            f"that do: {', '.join(process.METHODS)}"
+        )
     if isinstance(kl_coef, (int, float)) and kl_coef == 0:
         return
     if reference_token_logps is None:
@@ -268,6 +276,16 @@ def _gae(
     after = batch.final_values if bootstrap else None
     values = jnp.asarray(batch.old_values)
     return estimators.gae(rewards, values, mask, slot, gamma=gamma, lam=lam, final=after)
+
+
+def _with_steps(
+    each: Float[Array, "B R"], method: str, batch: Batch, extras: Extras, scale: str
+) -> Float[Array, "N T"]:
+    """Give each token its response's advantage, and what its step adds to it."""
+    found = spread_to_tokens(each, batch)
+    if extras.steps is not None:
+        found += process.advantages(method, extras.steps, batch, scale=scale)
+    return found
 
 
 def _of_responses(
@@ -318,6 +336,9 @@ def _describe(
     weight: Float[Array, "B"],
 ) -> Metrics:
     """Average what the advantages are made of over the rollout."""
+    if extras.steps is not None:
+        of_steps = jnp.nan_to_num(extras.steps.rewards).sum(axis=2)
+        scores, totals = scores + of_steps, totals + of_steps
     parts = {
         "objective/kl": kl,
         "objective/scores": scores,
@@ -326,7 +347,8 @@ def _describe(
     }
     if extras.greedy_score is not None:
         parts["objective/greedy_scores"] = jnp.asarray(extras.greedy_score)[:, None]
-    return {name: summed(x.mean(axis=1), weight) for name, x in parts.items()}
+    found = {name: summed(x.mean(axis=1), weight) for name, x in parts.items()}
+    return jax.tree.map(jax.lax.stop_gradient, found)
 
 
 def make_targets(
@@ -366,7 +388,9 @@ def make_targets(
         pass_at_k        what a response adds to any of k passing
         filtered         as group, among a group's short or efficient responses alone: GFPO
 
-    A response that bears no loss (cut off, and not kept) counts in the baselines with its score.
+    Rewards at the ends of steps (``extras.steps``) are token rewards, and what they say is added to
+    the advantages of whole responses: see ``process``.  A response that bears no loss (cut off, and
+    not kept) counts in the baselines with its score.
     Statistics are over this batch: hand in the whole global batch.
 
     Args:
@@ -402,6 +426,7 @@ def make_targets(
         kl_coef=kl_coef,
         kl_estimator=kl_estimator,
     )
+    rewards = rewards + (0.0 if extras.steps is None else extras.steps.at_ends)
     kl = sum_by_slot(estimators.kl_estimate(ratio, kl_estimator), batch)
     totals = scores - kl_coef * kl  # [B, R]
     returns: Array | None = None
@@ -422,9 +447,8 @@ def make_targets(
             of_responses = _of_responses(
                 advantages, batch, totals, extras, scale, reward_weights, passing, keeping
             )
-            found = spread_to_tokens(of_responses, batch)
+            found = _with_steps(of_responses, advantages, batch, extras, scale)
     if whiten_advantages or advantages in ("global", "group_global"):
         found = estimators.whiten(found, token_weight)
-    metrics = _describe(scores, totals, kl, extras, weight)
     batch = batch._replace(advantages=jax.lax.stop_gradient(found), returns=returns)
-    return batch, jax.tree.map(jax.lax.stop_gradient, metrics)
+    return batch, _describe(scores, totals, kl, extras, weight)

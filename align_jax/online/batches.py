@@ -18,10 +18,11 @@ from align_jax.core.schema import Batch
 from align_jax.data import layout as layouts
 from align_jax.data.layout import BatchShape, TokenizedGroup
 from align_jax.data.row_length import cost
-from align_jax.inference.generate import Completion
+from align_jax.inference.generate import Completion, bucket
+from align_jax.losses import process
 from align_jax.losses.targets import Extras
 from align_jax.online.config import RolloutConfig
-from align_jax.online.sampling import PromptSamples
+from align_jax.online.sampling import PromptSamples, gather
 from align_jax.online.selection import Groups
 
 Completions = Sequence[Sequence[Completion]]  # of each prompt
@@ -164,6 +165,34 @@ def extras_of(method: str, groups: Groups, samples: Sequence[PromptSamples]) -> 
         own = np.take_along_axis(each[groups.prompts], groups.samples[..., None], axis=1)
         return Extras(each_score=own.astype(np.float32))
     return Extras()
+
+
+def steps_of(batch: Batch, groups: Groups, samples: Sequence[PromptSamples]) -> process.Steps:
+    """Lay what the samples' steps are worth over a batch.
+
+    Args:
+        batch: of the groups.
+        groups: which samples belong together.
+        samples: of the rollout's prompts, with their steps.
+    """
+    pairs = zip(groups.prompts, groups.samples)
+    own = [samples[prompt].steps[i] for prompt, several in pairs for i in several]
+    most = int(gather(np.array([max(map(len, own))], np.float32)).max())
+    # powers of two: few programs; one more, for what comes behind the last step
+    rewards = np.full((len(own), bucket(most + 1, 2 * most + 16)), np.nan, np.float32)
+    ended = np.zeros(batch.tokens.shape, np.int32)
+    at_ends = np.zeros(batch.tokens.shape, np.float32)
+    slots = groups.samples.size // len(ended)
+    for number, steps in enumerate(own):
+        rewards[number, : len(steps)] = [reward for _, reward in steps]
+        row, slot = divmod(number, slots)
+        at = np.flatnonzero(batch.loss_mask[row] & (batch.slot[row] == slot))
+        if not len(at):
+            continue
+        for place, reward in steps:
+            at_ends[row, at[place]] += reward
+            ended[row, at[place + 1 :]] += 1
+    return process.Steps(rewards.reshape(*groups.samples.shape, -1), ended, at_ends)
 
 
 def _samples(groups: Groups, completions: Completions) -> Iterator[Completion]:

@@ -12,10 +12,12 @@ import jax
 from align_jax.core.choose import choose
 from align_jax.core.options import Config, RolloutOptions
 from align_jax.inference.samplers import Sampling
+from align_jax.losses import process
 from align_jax.losses.objective import Term, data_kind
 from align_jax.losses.options import declared
 from align_jax.losses.sampler import Correction, SamplerOptions
 from align_jax.losses.targets import COMPARE
+from align_jax.online import rewards
 from align_jax.online.partners import check_against, needs_no_reward, others
 from align_jax.online.selection import SELECTIONS, check_unread, group_count
 
@@ -42,6 +44,7 @@ class RolloutConfig:
         mismatched: add mismatched completions.
         own_share: of the prompts whose responses are sampled; the others have the data's answer.
         learns_opponent: what the samples meet is in the groups of policy gradients, too.
+        steps_rewarded: some rewards stand at the ends of a completion's steps.
         seed: of the prompts' order, the draws and the slices.
 
     Raises:
@@ -61,6 +64,7 @@ class RolloutConfig:
     mismatched: bool = False
     own_share: float = 1.0
     learns_opponent: bool = False
+    steps_rewarded: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -90,6 +94,8 @@ class RolloutConfig:
                 "config.rollout.responses_per_prompt > 1"
             )
         self._check_method()
+        if self.steps_rewarded:
+            self._check_steps()
         if (self.targets or {}).get("bootstrap") and not options.keep_unfinished:
             raise ValueError(
                 "config.objective.bootstrap gives a value to what follows a response that was cut "
@@ -185,6 +191,30 @@ class RolloutConfig:
                     "config.objective.advantages = 'decoupled' look at each by itself: leave it at "
                     f"{getattr(default, key)!r}, and make a reward of what it is to say"
                 )
+
+    def _check_steps(self) -> None:
+        """Refuse what rewards at the ends of steps do not go with, or what would not look at
+        them."""
+        options, default = self.options, RolloutOptions()
+        if self.method not in process.METHODS:
+            raise ValueError(
+                f"config.objective.advantages = {self.method!r} do not look at rewards of steps "
+                f"(of kind 'process'): give one of {', '.join(process.METHODS)}, or set the "
+                "reward's aggregate to 'min' for one number a completion"
+            )
+        for key in ("environment", "normalize_scores", "score_clip"):
+            if (value := getattr(options, key)) != getattr(default, key):
+                raise ValueError(
+                    f"config.rollout.{key} = {value!r} is of whole completions; rewards of kind "
+                    f"'process' stand at their steps: leave it at {getattr(default, key)!r}, or "
+                    "set the reward's aggregate to 'min'"
+                )
+        if options.against != "none":
+            raise ValueError(
+                f"config.rollout.against = {options.against!r} compares scores of completions; "
+                "rewards of kind 'process' stand at their steps: set the reward's aggregate to "
+                "'min'"
+            )
 
     @property
     def method(self) -> str:
@@ -306,6 +336,9 @@ def make_rollout_config(terms: Sequence[Term], config: Config) -> RolloutConfig:
         "prompts": options.prompts or _prompts(kind, groups, responses),
     }
     needs = {need for term in terms for need in term.needs}
+    named = rewards.read(config.rewards) if config.rewards else []
+    if targets is None:
+        rewards.refuse_steps(named, f"the objective {config.objective.name!r} learns one a sample")
     return RolloutConfig(
         dataclasses.replace(options, **(resolved | decided)),
         kind,
@@ -318,6 +351,7 @@ def make_rollout_config(terms: Sequence[Term], config: Config) -> RolloutConfig:
         value_head=config.model.value_head if "values" in needs else "",
         mismatched=any(term.objective.mismatched for term in terms),
         learns_opponent=any(term.loss.learns_opponent for term in terms),
+        steps_rewarded=any(rewards.gives_steps(one) for one in named),
         own_share=next((s for term in terms if (s := term.loss.own_share)), 1.0),
         seed=config.seed,
     )

@@ -10,8 +10,8 @@ A row of ``REWARDS`` takes options and returns a *reward function*
 where ``extras`` holds the columns of the data's row (a gold answer, a level), and of a sample
 ``finished``: whether it ended by itself.  Nothing here is random, and nothing depends on the other
 completions of the batch, so a score never depends on how completions were batched.
-Rules on texts are in ``rules``, language models that judge in ``judges``, the user's own functions
-in ``functions``.
+Rules on texts are in ``rules``, language models that judge in ``judges``, process rewards in
+``steps``, the user's own functions in ``functions``.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from align_jax.models.model import LoadedModel
 from align_jax.online import functions, judges, rules
 from align_jax.online.deadline import OutOfTime
 from align_jax.online.functions import Columned, Extras, RewardFunction, RowError, Scores
+from align_jax.online.steps import StepReward, StepRewards, process
 
 LoadModel = Callable[..., LoadedModel]  # runs.weights.load_model
 
@@ -146,7 +147,7 @@ def model(
     return score
 
 
-REWARDS: Mapping[str, Callable[..., RewardFunction]] = {
+REWARDS: Mapping[str, Callable[..., RewardFunction | StepReward]] = {
     "exact": rules.exact,
     "numeric": rules.numeric,
     "regex": rules.regex,
@@ -156,6 +157,7 @@ REWARDS: Mapping[str, Callable[..., RewardFunction]] = {
     "function": function,
     "environment": environment,
     "model": model,
+    "process": process,
     "judge": judges.judge,
 }
 
@@ -166,9 +168,11 @@ class WeightedRewards:
 
     Attributes:
         terms: (name, weight, function) of each.
+        step_terms: the same of those whose rewards stand at the ends of steps.
     """
 
     terms: tuple[tuple[str, float, RewardFunction], ...]
+    step_terms: tuple[tuple[str, float, StepReward], ...] = ()
 
     @property
     def of_environment(self) -> bool:
@@ -207,6 +211,33 @@ class WeightedRewards:
             raise ValueError(f"the weighted sum of the rewards is {total[row]} at row {row}")
         return total, parts
 
+    def of_steps(
+        self, prompts: Sequence[str], completions: Sequence[str], extras: Extras
+    ) -> tuple[list[StepRewards], dict[str, Float[np.ndarray, "n"]]]:
+        """Score the completions' steps.
+
+        Args:
+            prompts, completions, extras: as for whole completions.
+
+        Returns:
+            Each completion's steps, in their order, with the weighted sum of their rewards, and
+            each term's mean over a completion's steps, unweighted, NaN where it has none.
+
+        Raises:
+            ValueError: a function that fails.
+        """
+        sums: list[dict[int, float]] = [{} for _ in completions]
+        parts = {}
+        for name, weight, term in self.step_terms:
+            given = _ask(name, term.fn, prompts, completions, extras)
+            parts[name] = np.full(len(completions), np.nan, np.float32)
+            for i, steps in enumerate(given):
+                for end, reward in steps:
+                    sums[i][end] = sums[i].get(end, 0.0) + weight * reward
+                if steps:
+                    parts[name][i] = np.mean([reward for _, reward in steps])
+        return [sorted(one.items()) for one in sums], parts
+
     def check(self, examples: Sequence[Example]) -> None:
         """Check that the data have what the rewards read.
 
@@ -229,7 +260,7 @@ class WeightedRewards:
 
 def _ask(
     name: str,
-    fn: RewardFunction,
+    fn: Callable[..., Any],
     prompts: Sequence[str],
     completions: Sequence[str],
     extras: Extras,
@@ -266,7 +297,7 @@ def _place(row: int, prompts: Sequence[str], completions: Sequence[str]) -> str:
 
 
 def _failing_row(
-    fn: RewardFunction, prompts: Sequence[str], completions: Sequence[str], extras: Extras
+    fn: Callable[..., Any], prompts: Sequence[str], completions: Sequence[str], extras: Extras
 ) -> int | None:
     """Return the first row with which a function fails by itself; None: it fails with none."""
 
@@ -401,12 +432,17 @@ def check(rewards: Mapping[str, Any], examples: Sequence[Example]) -> None:
     Raises:
         ValueError: as `resolve`, or as `WeightedRewards.check`.
     """
-    terms = [term for term in read(rewards) if not _loads_model(term)]
-    WeightedRewards(tuple((one.name, one.weight, _make(one)) for one in terms)).check(examples)
+    made = [(x.name, x.weight, _make(x)) for x in read(rewards) if not _loads_model(x)]
+    terms = tuple((name, w, fn) for name, w, fn in made if not isinstance(fn, StepReward))
+    WeightedRewards(terms).check(examples)
 
 
 def resolve(
-    rewards: Mapping[str, Any], *, load_model: LoadModel, mesh: Mesh | None = None
+    rewards: Mapping[str, Any],
+    *,
+    load_model: LoadModel,
+    mesh: Mesh | None = None,
+    steps: bool = False,
 ) -> WeightedRewards:
     """Build the weighted sum that a config's ``rewards`` describes.
 
@@ -414,24 +450,51 @@ def resolve(
         rewards: as `read` takes them.
         load_model: reads the checkpoints of rows that run a model.
         mesh: where these models run; None: the default device.
+        steps: rewards may stand at the ends of steps.
 
     Raises:
         ValueError: as `read`, or a value that the row refuses.
     """
     terms = read(rewards)
+    if not steps:
+        refuse_steps(terms, "here each completion has one")
+    made = [
+        (term.name, term.weight, _make(term, load_model=load_model, mesh=mesh)) for term in terms
+    ]
     return WeightedRewards(
-        tuple(
-            (term.name, term.weight, _make(term, load_model=load_model, mesh=mesh))
-            for term in terms
-        )
+        tuple((name, w, fn) for name, w, fn in made if not isinstance(fn, StepReward)),
+        tuple((name, w, fn) for name, w, fn in made if isinstance(fn, StepReward)),
     )
+
+
+def gives_steps(term: RewardTerm) -> bool:
+    """Tell whether a reward stands at the ends of steps."""
+    return term.kind == "process" and not term.options.get("aggregate")
+
+
+def refuse_steps(terms: Sequence[RewardTerm], why: str) -> None:
+    """Refuse rewards that stand at the ends of steps.
+
+    Args:
+        terms: the rewards.
+        why: what is given one number a completion, for the message.
+
+    Raises:
+        ValueError: the first of them, and what to give instead.
+    """
+    for term in terms:
+        if gives_steps(term):
+            raise ValueError(
+                f"reward {term.name!r} gives a number a step, and {why}: set its aggregate to "
+                "'min', 'product', 'mean' or 'last'"
+            )
 
 
 def _loads_model(term: RewardTerm) -> bool:
     return "load_model" in inspect.signature(REWARDS[term.kind]).parameters
 
 
-def _make(term: RewardTerm, **resources: Any) -> RewardFunction:
+def _make(term: RewardTerm, **resources: Any) -> RewardFunction | StepReward:
     """Make a term's function.
 
     Raises:
@@ -446,7 +509,7 @@ def _make(term: RewardTerm, **resources: Any) -> RewardFunction:
         raise ValueError(f"reward {term.name!r}: {error}") from error
 
 
-def _bind(term: RewardTerm, **resources: Any) -> Callable[[], RewardFunction]:
+def _bind(term: RewardTerm, **resources: Any) -> Callable[[], RewardFunction | StepReward]:
     """Check a row's options, and give it those of the program's resources that it takes.
 
     A row may be any function, with options that are said nowhere but in its signature; this is the

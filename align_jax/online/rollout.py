@@ -53,6 +53,7 @@ from align_jax.online.generators import generation_mesh, make_generator, make_op
 from align_jax.online.partners import judge
 from align_jax.online.sampling import Prompts, PromptSampler, PromptSamples, SampledRollout
 from align_jax.online.selection import SELECTIONS
+from align_jax.online.steps import check_separator
 from align_jax.parallel.mesh import row_shards
 from align_jax.parallel.sharding import put_batch
 from align_jax.training.flops import attention_cost
@@ -226,6 +227,8 @@ class RolloutMaker:
         if config.targets is None:
             return batch, {}, kl_coef
         old, extras = None, batches.extras_of(config.method, groups, samples)
+        if config.steps_rewarded:
+            extras = extras._replace(steps=batches.steps_of(batch, groups, samples))
         if not config.options.rescore:
             old = batches.token_field(batch, groups, completions, "token_logps")
         if config.options.rescore or config.value_head or config.token_fields:
@@ -641,7 +644,7 @@ def make_rollouts(
         generator = make_generator(rollouts, policy, tokenizer, where, config.max_length, longest)
         reshard = make_resharder(policy, where) if rollouts.options.tensor else None
         engine = Local(generator, reshard=reshard)
-    scored = _scored(config, mesh, load_model)
+    scored = _scored(config, tokenizer, mesh, load_model)
     opponent = make_opponent(
         rollouts, policy, reference, tokenizer, mesh, config.max_length, longest
     )
@@ -656,8 +659,20 @@ def _kinds(config: Config) -> set[str]:
     return {term.kind for term in rewards.read(config.rewards)} if config.rewards else set()
 
 
-def _scored(config: Config, mesh: Mesh, load_model: rewards.LoadModel) -> rewards.WeightedRewards:
-    """Load what samples are worth; nothing is, where the config names no reward."""
+def _scored(
+    config: Config, tokenizer: PreTrainedTokenizerBase, mesh: Mesh, load_model: rewards.LoadModel
+) -> rewards.WeightedRewards:
+    """Load what samples are worth; nothing is, where the config names no reward.
+
+    Raises:
+        ValueError: as ``rewards.resolve``, or steps that the policy cannot end.
+    """
     if not config.rewards:
         return rewards.WeightedRewards(())
-    return rewards.resolve(config.rewards, mesh=mesh, load_model=load_model)
+    found = rewards.resolve(config.rewards, mesh=mesh, load_model=load_model, steps=True)
+    for name, _, term in found.step_terms:
+        try:
+            check_separator(term.separator, tokenizer)
+        except ValueError as error:
+            raise ValueError(f"reward {name!r}: {error}") from None
+    return found

@@ -31,6 +31,7 @@ from align_jax.losses import advantages as estimators
 from align_jax.online.environment import Episode, Player, turn_tokens
 from align_jax.online.partners import Answers, Opponent, others, sampled_positions
 from align_jax.online.rewards import WeightedRewards, by_name, columns, counted, prompt_text
+from align_jax.online.steps import StepRewards, token_places
 
 # running moments of all scores; see losses.advantages.normalize_scores
 Moments = Mapping[str, float]
@@ -161,6 +162,14 @@ class Prompts:
         _, prompt = self[position]
         return self._answers.completion(self._place(position), prompt, self._tokenizer)
 
+    def steps(
+        self, position: int, completion: Completion, steps: StepRewards
+    ) -> list[tuple[int, float]]:
+        """Return each of a completion's steps by its last token, with its reward."""
+        _, prompt = self[position]
+        places = token_places(self._tokenizer, prompt.tolist(), completion, steps)
+        return [(place, reward) for place, (_, reward) in zip(places, steps, strict=True)]
+
     def seed(self, position: int, player: int = 0) -> int:
         """Return the seed of a player's draws at a position of the stream; player 0 is the
         policy."""
@@ -179,11 +188,19 @@ class PromptSamples(NamedTuple):
     rewards: Float[np.ndarray, "n"]  # the weighted sum
     each_reward: dict[str, Float[np.ndarray, "n"]]  # by name, unweighted; NaN: it said nothing
     episodes: list[Episode] = []  # of the samples, where an environment answers
+    # of the samples, where rewards stand at the ends of steps: each step's last token, its reward
+    steps: list[list[tuple[int, float]]] = []
     sampled: bool = True  # else the completions are the data's answer
     greedy_score: float = math.nan  # of the most probable completion, where one was asked for
     others: list[Completion] = []  # what the completions meet
     other_scores: Float[np.ndarray, "m"] = np.zeros(0, np.float32)
     other_rewards: Float[np.ndarray, "m"] = np.zeros(0, np.float32)
+
+    @property
+    def differ(self) -> bool:
+        """Whether the samples are worth different amounts."""
+        of_steps = {reward for several in self.steps for _, reward in several}
+        return bool(np.ptp(self.scores) > 0) or len(of_steps) > 1
 
 
 class SampledRollout(NamedTuple):
@@ -328,7 +345,35 @@ class PromptSampler:
             )
             one = one._replace(others=met[i], other_scores=scores[i, n:])
             found.append(one._replace(other_rewards=rewards[i, n:]))
-        return found, moments, seconds
+        return self._with_steps(prompts, found, extras), moments, seconds
+
+    def _with_steps(
+        self, prompts: Prompts, samples: list[PromptSamples], extras: Sequence[Mapping[str, Any]]
+    ) -> list[PromptSamples]:
+        """Add what the samples' steps are worth, where rewards stand at their ends."""
+        if not self.rewards.step_terms:
+            return samples
+        n = self.options.responses_per_prompt
+        scored, each = self.rewards.of_steps(
+            [prompt_text(one.example) for one in samples for _ in range(n)],
+            [said.text for one in samples for said in one.completions],
+            extras,
+        )
+        found = []
+        for i, one in enumerate(samples):
+            own = slice(n * i, n * (i + 1))
+            steps = [
+                prompts.steps(one.position, said, several)
+                for said, several in zip(one.completions, scored[own])
+            ]
+            sums = np.array([sum(reward for _, reward in several) for several in steps], np.float32)
+            means = {name: x[own] for name, x in each.items()}
+            found.append(
+                one._replace(
+                    steps=steps, rewards=one.rewards + sums, each_reward=one.each_reward | means
+                )
+            )
+        return found
 
     def _complete(
         self, requests: Sequence[Request], examples: Sequence[Example]
@@ -386,7 +431,7 @@ class PromptSampler:
             found += [self._answered(prompts, one) for one in positions if one not in sampled]
             found.sort(key=lambda one: one.position)
             for one in found:
-                (kept if options.tries == 1 or np.ptp(one.scores) > 0 else spare).append(one)
+                (kept if options.tries == 1 or one.differ else spare).append(one)
             tries += 1
         return SampledRollout((kept + spare)[:share], tries, moments, seconds, tokens)
 
@@ -444,6 +489,9 @@ def describe(rollout: SampledRollout) -> dict[str, float]:
             metrics[f"rewards/{name}/abstained"] = float(len(own) - len(said))
     if each_reward and silent.any():
         metrics["rewards/all_abstained"] = float(silent.sum())
+    steps = [len(one) for several in rollout.prompts for one in several.steps]
+    if steps:
+        metrics["completions/steps"] = float(gather(np.array(steps, np.float32)).mean())
     return metrics | _describe_episodes(rollout)
 
 
@@ -487,6 +535,8 @@ def records(rollout: SampledRollout, prompts: int = 4) -> list[dict[str, Any]]:
                     "finish": one.finish,
                 }
             )
+            if several.steps:
+                found[-1]["step_rewards"] = [reward for _, reward in several.steps[i]]
             if several.episodes:
                 episode = several.episodes[i]
                 turns = {"turns": list(episode.turns), "turn_rewards": list(episode.rewards)}

@@ -59,7 +59,7 @@ def reward_models(
     """
     found = {}
     for term in rewards.read(config.rewards) if config.rewards else ():
-        if term.kind == "model":
+        if term.kind in ("model", "process"):
             options, path, note = term.options, term.options["path"], ""
             try:
                 own = load_config(path).padded(mesh.shape["tensor"])

@@ -168,13 +168,14 @@ def _reward_program(run: AbstractRun, name: str, reward: RewardModel, samples: i
     rows, sharding = reward.rows, row_sharding(run.mesh)
     tokens = jax.ShapeDtypeStruct((rows, reward.length), np.int32, sharding=sharding)
     lengths = jax.ShapeDtypeStruct((rows,), np.int32, sharding=sharding)
-    arguments = (reward.params, tokens, lengths)
+    places = jax.ShapeDtypeStruct((rows, 1), np.int32, sharding=sharding)
+    arguments = (reward.params, tokens, lengths, places)
     call = ModelCall(reward.model, reward.params, rows, reward.length, 1)
     return Program(
         f"reward {name}",
         lower(score.scores, run.mesh, reward.model, *arguments, platform=PLATFORM),
         arguments,
-        {**run.resident, "batch": (tokens, lengths)},
+        {**run.resident, "batch": (tokens, lengths, places)},
         _forward(call),
         lower_bound([call], run.mesh.shape),
         runs=-(-samples // rows),

@@ -39,6 +39,7 @@ def load_model(
     compute_dtype: str = "",
     param_dtype: str | None = None,
     heads: Sequence[str] = (),
+    steps: bool = False,
     attention: str = "auto",
     max_length: int = 0,
 ) -> LoadedModel:
@@ -52,25 +53,22 @@ def load_model(
             config.json's, float32 where that says none), elsewhere bfloat16.
         param_dtype: of the stored weights; None: ``compute_dtype``.
         heads: scalar heads; a reward model's is ``("score",)``, and it has no language-model head.
+        steps: the score head is to score steps (a process reward model), not whole answers.
         attention: a key of ``models.attention.ATTENTION``, or "auto".
         max_length: tokens of the longest text (``ModelConfig.run_length``); 0: as the checkpoint's
             own run had it, else within the original context.
 
     Raises:
         FileNotFoundError: no such folder, id or shard.
-        ValueError: an unknown family, a head that the checkpoint lacks, weights that the mesh
-            cannot hold, or tensors missing, unexpected or mis-shaped.
+        ValueError: an unknown family, a head that the checkpoint lacks or that scores something
+            else, weights that the mesh cannot hold, or tensors missing, unexpected or mis-shaped.
     """
     config = hf.load_config(path)
     if max_length:
         length = min(max_length, config.max_positions)
         config = dataclasses.replace(config, run_length=length)
-    kinds = json.loads(config.hf).get("architectures") or []
-    if "score" in heads and not any("SequenceClassification" in kind for kind in kinds):
-        raise ValueError(
-            f"{path} is a checkpoint of {kinds}; expected a sequence classifier with one label, "
-            "which has a score head (ours are exported as such)"
-        )
+    if "score" in heads:
+        _check_score_head(json.loads(config.hf), path, steps)
     config = config.padded(1 if mesh is None else mesh.shape["tensor"])
     compute_dtype = compute_dtype or _own_dtype(json.loads(config.hf))
     model = build(
@@ -87,6 +85,32 @@ def load_model(
     if missing := [head for head in heads if head not in params]:
         raise ValueError(f"the checkpoint {path!r} has no {' and no '.join(missing)} head")
     return LoadedModel(model, params)
+
+
+def _check_score_head(found: Mapping[str, Any], path: str, steps: bool) -> None:
+    """Refuse a checkpoint without a score head, or whose head scores something else.
+
+    Raises:
+        ValueError: what it is, and the reward that takes it.
+    """
+    kinds = found.get("architectures") or []
+    if not any("SequenceClassification" in kind for kind in kinds):
+        raise ValueError(
+            f"{path} is a checkpoint of {kinds}; expected a sequence classifier with one label, "
+            "which has a score head (ours are exported as such)"
+        )
+    label = (found.get("id2label") or {}).get("0")  # as align_jax.export names it
+    if steps and label == "reward":
+        raise ValueError(
+            f"{path} is a reward model of whole answers, which says nothing of a step: its kind of "
+            "reward is 'model'; a process reward model is trained by objective.name = "
+            "'reward_process' and exported"
+        )
+    if not steps and label == hf.STEP:
+        raise ValueError(
+            f"{path} is a process reward model, which says nothing of a whole answer: its kind of "
+            "reward is 'process', with aggregate = 'min' for one number an answer"
+        )
 
 
 def _shapes(model: Model, dtype: str, shardings: Tree) -> Tree:

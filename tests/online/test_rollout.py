@@ -72,7 +72,15 @@ HELD_OUT = [Example(f"other {i}", (), source=f"held_out[{i}]") for i in range(3)
 
 
 def make_config(
-    name, *, objective=None, batch_size=2, microbatches=1, layout="plain", seed=0, **rollout
+    name,
+    *,
+    objective=None,
+    batch_size=2,
+    microbatches=1,
+    layout="plain",
+    seed=0,
+    named=None,
+    **rollout,
 ):
     options = {"responses_per_prompt": 4, "max_new_tokens": 6} | rollout
     config = Config(
@@ -81,6 +89,7 @@ def make_config(
         seed=seed,
         data=DataOptions(layout=layout),
         rollout=RolloutOptions(**options),
+        rewards=named or {},
     )
     return make_rollout_config(losses.resolve(name, objective or {}), config)
 
