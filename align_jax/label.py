@@ -32,7 +32,8 @@ from absl import flags, logging
 
 from align_jax.core.choose import nearest
 from align_jax.core.schema import Example, Message
-from align_jax.data.rows import LARGEST, kind_of, prompt_of, response_of
+from align_jax.data.messages import kind_of
+from align_jax.data.rows import LARGEST, prompt_of, response_of
 from align_jax.data.sources import open_source
 from align_jax.online.rewards import (
     WeightedRewards,

@@ -16,13 +16,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from align_jax.core.schema import Example, Message
+from align_jax.data import calls
 from align_jax.data import template as templates
+from align_jax.data.messages import REASONING, SAID
 from align_jax.data.tokenizer import bos_ids
 from align_jax.data.transcripts import RowError
 
@@ -49,6 +52,7 @@ class Rendered:
         templated: the texts come from a chat template, which writes its own beginning-of-sequence
             token.
         closing: what the template writes after each response's end, which is not learned.
+        notes: what the template makes otherwise of the turns before, to be counted.
     """
 
     prompt: str
@@ -57,12 +61,13 @@ class Rendered:
     header: int = 0
     templated: bool = False
     closing: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Tokens:
     """An example as token ids; ``last_turn`` and ``header`` as in Rendered, in tokens; ``refused``
-    says why there are none."""
+    says why there are none; ``notes`` as in Rendered."""
 
     prompt: list[int]
     responses: tuple[list[int], ...]
@@ -70,6 +75,7 @@ class Tokens:
     last_turn: int
     header: int
     refused: str = ""
+    notes: tuple[str, ...] = ()
 
 
 def render(example: Example, tokenizer: PreTrainedTokenizerBase) -> Rendered:
@@ -93,12 +99,16 @@ def render(example: Example, tokenizer: PreTrainedTokenizerBase) -> Rendered:
         )
     prompt = list(example.prompt)
     _check_continued(prompt, example)
+    _check_read(example, tokenizer)
     apply: Apply = functools.partial(_apply, tokenizer, source=example.source, **example.template)
     asked = apply(prompt, header=True)
     conversations = [prompt + _turns(response) for response in example.responses]
     texts = [apply(turns, header=False) for turns in conversations]
     _check_kept(apply, example, conversations, texts)
-    if not all(text.startswith(asked) for text in texts):
+    notes = _check_context(
+        apply, tokenizer, conversations or [prompt], texts or [asked], len(prompt)
+    )
+    if not all(map(functools.partial(_stands_after, asked, len(prompt)), conversations, texts)):
         asked = _assistant_header(apply, example, conversations, texts)
     if texts and _ignores_header(tokenizer):
         _check_own_header(apply, tokenizer, prompt, asked)
@@ -108,7 +118,7 @@ def render(example: Example, tokenizer: PreTrainedTokenizerBase) -> Rendered:
         responses.append(spans)
         closings.append(closing)
     last_turn, header = _last_turn(apply, prompt, asked)
-    return Rendered(asked, tuple(responses), last_turn, header, True, tuple(closings))
+    return Rendered(asked, tuple(responses), last_turn, header, True, tuple(closings), notes)
 
 
 def _check_continued(prompt: list[Message], example: Example) -> None:
@@ -126,9 +136,7 @@ def _check_continued(prompt: list[Message], example: Example) -> None:
         )
 
 
-# Keys of a message, and what the template is given beside the messages, that carry what was said.
-CONTENT_KEYS = ("tool_calls", "reasoning_content", "reasoning", "thinking")
-BESIDE = ("tools", "documents")
+BESIDE = ("tools", "documents")  # of what the template is given beside the messages, the contents
 STAND_IN = "\u2063words\u2063"  # an answer that no data has, to see where a template puts it
 
 
@@ -148,13 +156,104 @@ def _check_kept(
             if texts and without == texts:
                 raise RowError(f"the chat template does not render {name}")
     for turns, text in zip(conversations, texts):
-        for name in CONTENT_KEYS:
+        for name in SAID:
             places = [i for i, turn in enumerate(turns) if turn.get(name)]
-            places = places if name == "tool_calls" else [i for i in places if i == len(turns) - 1]
+            places = [i for i in places if i == len(turns) - 1] if name in REASONING else places
             for i in places:
                 bare = {key: value for key, value in turns[i].items() if key != name}
                 if apply([*turns[:i], bare, *turns[i + 1 :]], header=False) == text:
                     raise RowError(f"the chat template does not render {name}")
+
+
+def _check_read(example: Example, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse keyword arguments that the template does not name: they would do nothing.
+
+    Raises:
+        RowError: naming them.
+    """
+    named = _words(str(tokenizer.chat_template)) | set(BESIDE)
+    if unread := [name for name in example.template if name not in named]:
+        raise RowError(f"the chat template does not read {', '.join(map(str, unread))}")
+
+
+@functools.lru_cache(maxsize=8)
+def _words(template: str) -> frozenset[str]:
+    return frozenset(re.findall(r"\w+", template))
+
+
+def _check_context(
+    apply: Apply,
+    tokenizer: PreTrainedTokenizerBase,
+    conversations: list[list[Message]],
+    texts: list[str],
+    first: int,
+) -> tuple[str, ...]:
+    """Refuse a template that leaves out the words of a turn that is no answer; look what it makes
+    of the answers before.
+
+    Args:
+        apply: renders messages.
+        tokenizer: whose template it is.
+        conversations: a prompt, with each response.
+        texts: as they are rendered.
+        first: how many turns the prompt has.
+
+    Returns:
+        What is to be counted: answers of the prompt that it rewrites, keys that it does not read.
+
+    Raises:
+        RowError: a turn's words are not there in any form.
+    """
+    known = _words(str(tokenizer.chat_template)) | {"loss", *SAID}
+    notes: set[str] = set()
+    for turns, text in zip(conversations, texts):
+        asked = len(turns) == first
+        roles = tuple(turn["role"] for turn in turns)
+        answers = [i for i, role in enumerate(roles) if role == "assistant"]
+        doubtful = _left_out(tokenizer, roles, asked)
+        for i, turn in enumerate(turns if asked else turns[: answers[-1] + 1]):
+            unread = turn.keys() - known
+            notes |= {f"keys that the chat template does not read: {key:.40}" for key in unread}
+            if any(turn[key].strip() not in text for key in REASONING if key in turn):
+                notes.add("reasoning in the history that the chat template leaves out")
+            if turn["content"].strip() in text and i not in doubtful:
+                continue
+            if turn["role"] != "assistant":
+                other = [*turns[:i], {**turn, "content": STAND_IN}, *turns[i + 1 :]]
+                if apply(other, header=asked) == text:
+                    words = f"a turn's words: role {turn['role']}"
+                    raise RowError(f"the chat template leaves out {words}")
+            elif i < first:
+                notes.add("answers in the history that the chat template rewrites")
+    return tuple(sorted(notes))
+
+
+@functools.lru_cache(maxsize=256)
+def _left_out(
+    tokenizer: PreTrainedTokenizerBase, roles: tuple[str, ...], header: bool
+) -> frozenset[int]:
+    """Return which turns of such a conversation a template seems to leave out: short words are
+    found in a text by chance."""
+    words = [f"zq{i}qz" for i in range(len(roles))]
+    turns = [{"role": role, "content": word} for role, word in zip(roles, words)]
+    try:
+        text = _apply(tokenizer, turns, header=header, source="").lower()
+    except RowError:
+        return frozenset()
+    return frozenset(
+        i
+        for i, (role, word) in enumerate(zip(roles, words))
+        if role != "assistant" and word not in text
+    )
+
+
+def _stands_after(asked: str, first: int, turns: list[Message], text: str) -> bool:
+    """Tell whether a text begins with the prompt, and no word of the answer stands in it: a header
+    may open a tag with which the answer begins as well."""
+    if not text.startswith(asked):
+        return False
+    content = turns[first]["content"].strip()
+    return content in text[len(asked) :] or content not in text
 
 
 def _assistant_header(
@@ -227,7 +326,7 @@ def _after(apply: Apply, messages: list[Message]) -> str:
 
 
 def _render_text(prompt: str, example: Example, tokenizer: PreTrainedTokenizerBase) -> Rendered:
-    if beside := [name for name in BESIDE if example.template.get(name)]:
+    if beside := [name for name, value in example.template.items() if value is not None]:
         raise RowError(
             f"{', '.join(beside)}: the prompt is plain text, which no chat template renders; "
             "--config.data.strings=messages makes it a turn of a user"
@@ -290,7 +389,11 @@ def _apply(
         RowError: the template refuses them.
         Endless: it does not end.
     """
-    turns = [{key: value for key, value in one.items() if key != "loss"} for one in messages]
+    turns: list[Message] = [
+        {key: value for key, value in one.items() if key != "loss"} for one in messages
+    ]
+    if any(turn.get("tool_calls") for turn in turns):
+        turns = calls.as_read(tokenizer, turns)
     try:
         return templates.apply(tokenizer, turns, add_generation_prompt=header, **template)
     except templates.Endless:
@@ -350,7 +453,7 @@ def _spans(
         if messages[index]["role"] != "assistant":
             continue
         if index > first:
-            between = len(_prefix(apply, messages[:index], True, text))
+            between = len(_prefix(apply, messages[: index + 1], True, text))
             spans.append(Span(closing + text[begin:between], False))
             begin = between
         end = len(text)
@@ -387,10 +490,21 @@ def _check_answer(content: str, turn: str) -> None:
 
 
 def _prefix(apply: Apply, messages: list[Message], header: bool, text: str) -> str:
-    part = apply(messages, header=header)
+    """Return what a text begins with: the messages, or (``header``) all that stands before the
+    last one's words.
+
+    Raises:
+        RowError: it begins otherwise.
+    """
+    before = messages[:-1] if header else messages
+    part = apply(before, header=header)
+    if header and not _stands_after(part, len(before), messages, text):
+        stand_in = {**messages[-1], "content": STAND_IN}
+        own, found, _ = apply([*before, stand_in], header=False).partition(STAND_IN)
+        part = own if found else part
     if not text.startswith(part):
         raise RowError(
-            f"the chat template renders turn {len(messages)} differently once another follows; "
+            f"the chat template renders turn {len(before)} differently once another follows; "
             "make each answer an example of its own (--config.data.turns=each), or train on the "
             "last alone (--config.data.turns=last)"
         )
@@ -545,7 +659,9 @@ def encode_many(
             responses.append(ids)
             masks.append(mask)
         reason = refused.get(len(made), "")
-        made.append(Tokens(prompt, tuple(responses), tuple(masks), last_turn, header, reason))
+        made.append(
+            Tokens(prompt, tuple(responses), tuple(masks), last_turn, header, reason, one.notes)
+        )
     return made
 
 

@@ -66,7 +66,7 @@ def prompt_key(example: Example) -> str:
     """Return a text that is equal for equal prompts."""
     if isinstance(example.prompt, str):
         return example.prompt
-    return json.dumps(list(example.prompt), sort_keys=True)
+    return json.dumps(list(example.prompt), sort_keys=True, default=str)
 
 
 def _unique(examples: Sequence[Example]) -> list[Example]:
@@ -192,7 +192,8 @@ def _each_scored(examples: Sequence[Example], options: DataOptions, seed: int) -
         if example.scores is None and example.label is None:
             raise ValueError(
                 f"{example.source}: no score: a column score or reward holds a number for each "
-                "response (of pairs: score_chosen and score_rejected)"
+                "response (of pairs: score_chosen and score_rejected); --config.data.invalid=drop "
+                "leaves such rows out"
             )
         for index in range(len(example.responses)):
             one = _take(example, index)

@@ -5,6 +5,7 @@ at the start."""
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -21,7 +22,8 @@ from align_jax.core.choose import choose, nearest
 from align_jax.core.options import DataOptions
 from align_jax.core.schema import Example
 from align_jax.data import cache, conversions, formats, named
-from align_jax.data.rows import ROLES, Row, answer_of, fields_of, with_roles
+from align_jax.data.messages import ROLES, Row, answer_of, decoded, with_roles
+from align_jax.data.rows import fields_of
 from align_jax.data.sources import Source, find_source
 from align_jax.data.transcripts import RowError, TranscriptError
 
@@ -85,7 +87,7 @@ class Later(Sequence[Example]):
         return iter(self._items)
 
 
-VERSION = 2  # of how rows become examples: what is kept of an older one is made anew
+VERSION = 3  # of how rows become examples: what is kept of an older one is made anew
 # what of the options decides which examples there are; the digest is made of it
 _READ = (
     "format",
@@ -174,7 +176,7 @@ def _read_all(
     items: list[Example] = []
     ends = []
     for one in found:
-        rows = _read(one, options, chat=chat, seed=seed, limit=limit, counts=counts)
+        rows = _read(one, options, kind, chat=chat, seed=seed, limit=limit, counts=counts)
         made = _of_kind(rows, kind, options, seed, counts)
         if not made:
             raise ValueError(
@@ -186,7 +188,10 @@ def _read_all(
     if not any(example.weight for example in items):
         specs = ", ".join(one.spec for one in found)
         raise ValueError(f"{specs}: all {len(items)} examples have the weight 0")
-    return items, ends, {"examples": len(items), **_positive(counts)}
+    report: dict[str, Any] = {"examples": len(items), **_positive(counts)}
+    if beside := sorted({name for one in items for name in one.extras} - formats.known_fields()):
+        report["columns beside the text"] = " ".join(f"{name:.40}" for name in beside[:10])
+    return items, ends, report
 
 
 def _positive(counts: Mapping[str, int]) -> dict[str, int]:
@@ -198,6 +203,9 @@ def _of_kind(
 ) -> list[Example]:
     """Convert one source's examples to the kind wanted, counting those left out."""
     made = [one for example in rows.examples for one in _reshape(example, options)]
+    if kind == "scored" and options.invalid == "drop":
+        before, made = len(made), [one for one in made if one.scores or one.label is not None]
+        counts["dropped: no score"] += before - len(made)
     counts["rankings with ties"] += sum(
         len(set(one.scores)) < len(one.scores) for one in made if one.scores
     )
@@ -210,6 +218,7 @@ def _of_kind(
             f"{rows.where}: a row with the fields {fields_of(rows.fields)}, read as format "
             f"{rows.format!r}: {error}{hint}"
         ) from error
+    counts["answers that begin with their prompt"] += sum(map(_repeats, made))
     if kind == "pairs":
         counts["identical answers"] += sum(one.responses[0] == one.responses[1] for one in made)
     if kind == "ranked" and options.responses:
@@ -223,6 +232,15 @@ def _of_kind(
         before, made = len(made), conversions.balance(made, seed)
         counts["dropped: balanced labels"] += before - len(made)
     return made
+
+
+def _repeats(example: Example) -> bool:
+    """Tell whether an answer begins with the whole prompt, plain text, as a text to go on from
+    does: its words would be learned with it."""
+    prompt = example.prompt if isinstance(example.prompt, str) else ""
+    return len(prompt) > 40 and any(
+        isinstance(one, str) and one.startswith(prompt) for one in example.responses
+    )
 
 
 def hold_out(
@@ -360,57 +378,82 @@ class _Rows(NamedTuple):
 def _read(
     found: _Found,
     options: DataOptions,
+    target: str,
     *,
     chat: bool,
     seed: int,
     limit: int | None,
     counts: collections.Counter[str],
 ) -> _Rows:
-    """Read one source, counting the rows left out."""
+    """Read one source, of which ``target`` is wanted, counting the rows left out."""
     spec, source, dataset, format, training = found
     size = len(source) if limit is None else min(limit, len(source))
-    rows: Iterable[tuple[str, Row]] = (
-        (source.where(index), _rename(source[index], options.columns, source.where(index)))
+    rows: Iterable[tuple[str, Callable[[], Row]]] = (
+        (source.where(index), functools.partial(_row, source, index, options.columns))
         for index in range(size)
     )
     if dataset is not None and dataset.gather is not None:
-        gathered = dataset.gather([row for _, row in rows])
-        rows = ((f"{spec}[{index}]", row) for index, row in enumerate(gathered))
+        gathered = dataset.gather([row() for _, row in rows])
+        rows = (
+            (f"{spec}[{index}]", functools.partial(dict, row)) for index, row in enumerate(gathered)
+        )
     if format == "auto":
-        format = _detect(source, options.columns) if dataset is None else dataset.format
+        format = dataset.format if dataset else _detect(source, options.columns, target)
     kind = choose(formats.FORMATS, format, "config.data.format").kind
     examples: list[Example] = []
-    for where, row in tqdm.tqdm(rows, desc="reading", total=size, unit="rows", disable=None):
-        if options.roles:
-            row = with_roles(row, options.roles)
+    fields: Collection[str] = ()
+    for where, get in tqdm.tqdm(rows, desc="reading", total=size, unit="rows", disable=None):
         try:
+            row = decoded(get())
+            if options.roles:
+                row = with_roles(row, options.roles)
             read = formats.read(row, format, chat=chat)
         except RowError as error:
             if options.invalid == "error" and not isinstance(error, TranscriptError):
+                place = "" if error.where else f"{where}: "
                 raise ValueError(
-                    f"{where}: {error}; --config.data.invalid=drop leaves such rows out"
+                    f"{place}{error}; --config.data.invalid=drop leaves such rows out"
                 ) from error
             counts[f"dropped: {error.reason}"] += 1
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
         else:
+            fields = fields or row.keys()
             examples += [dataclasses.replace(example, source=where) for example in read]
     if dataset is not None and dataset.keep is not None:
         before, examples = len(examples), list(dataset.keep(examples, training, seed))
         counts["dropped: the data set's own filter"] += before - len(examples)
-    return _Rows(examples, kind, format, source.where(0), source[0].keys())
+    return _Rows(examples, kind, format, source.where(0), fields)
 
 
-DETECT_ROWS = 64  # rows that are looked at together: a field may be null in the first
+# rows that are looked at together: a field may be null in the first, or in many
+DETECT_ROWS, MOST_DETECT_ROWS = 64, 10_000
 
 
-def _detect(source: Source, columns: Mapping[str, str]) -> str:
-    indices = range(min(len(source), DETECT_ROWS))
-    rows = [_rename(source[index], columns, source.where(index)) for index in indices]
+def _detect(source: Source, columns: Mapping[str, str], kind: str) -> str:
+    rows: list[Row] = []
+    seen: set[str] = set()
+    filled: set[str] = set()
+    for index in range(min(len(source), MOST_DETECT_ROWS)):
+        if index >= DETECT_ROWS and rows and seen == filled:
+            break
+        with contextlib.suppress(RowError):
+            row = _row(source, index, columns)
+            rows.append(row)
+            seen |= row.keys()
+            filled |= {name for name, value in row.items() if value is not None}
+    if not rows:
+        _row(source, 0, columns)
     try:
         return formats.detect(rows)
     except ValueError as error:
-        raise ValueError(f"{source.where(0)}: {error}") from error
+        guess = formats.columns_for(kind, seen)
+        hint = f"; perhaps --config.data.columns='{json.dumps(guess)}'" if guess else ""
+        raise ValueError(f"{source.where(0)}: {error}{hint}") from error
+
+
+def _row(source: Source, index: int, columns: Mapping[str, str]) -> Row:
+    return _rename(source[index], columns, source.where(index))
 
 
 def _reshape(example: Example, options: DataOptions) -> list[Example]:

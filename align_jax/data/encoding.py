@@ -7,6 +7,7 @@ are exact, and a batch costs a few copies.
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -30,7 +31,7 @@ from align_jax.data import cache, chat
 from align_jax.data.layout import TokenizedGroup
 from align_jax.data.tokenizer import tokenizer_digest
 
-VERSION = 4
+VERSION = 5
 _CHUNK = 1024  # examples tokenized at once
 
 
@@ -52,6 +53,7 @@ class Encoded:
         refused: the number of the reason why the chat template refused a group, whose tokens are
             then empty.
         reasons: by number; the first is "": not refused.
+        notes: what the chat template makes otherwise of examples -> of how many.
     """
 
     prompt_ids: Int[np.ndarray, "p"]
@@ -71,6 +73,7 @@ class Encoded:
     prompt_key: Int[np.ndarray, "G"]
     refused: Int[np.ndarray, "G"]
     reasons: tuple[str, ...]
+    notes: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def groups(self) -> int:
@@ -134,7 +137,8 @@ def encode_all(
         return _encode_all(examples, how, processes)
 
     found = cache.keep(options.cache, f"tokens-{key[:24]}", make)
-    return Encoded(**found.arrays, reasons=tuple(found.notes["reasons"]))
+    told = found.notes
+    return Encoded(**found.arrays, reasons=tuple(told["reasons"]), notes=told["notes"])
 
 
 class _How(NamedTuple):
@@ -153,14 +157,16 @@ def _encode_all(examples: Sequence[Any], how: _How, processes: int | None) -> ca
     with tqdm.tqdm(total=len(examples), desc="tokenizing", unit="examples", disable=None) as bar:
         parts: list[Mapping[str, np.ndarray]] = []
         reasons = {"": 0}
-        for part, refusals in _encoded_chunks(examples, how, processes):
+        notes: collections.Counter[str] = collections.Counter()
+        for part, refusals, noted in _encoded_chunks(examples, how, processes):
             numbers = [reasons.setdefault(reason, len(reasons)) for reason in refusals]
             parts.append({**part, "refused": np.asarray(numbers, np.int32)})
+            notes.update(noted)
             bar.update(len(numbers))
     arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     for name in ("prompt_ends", "response_ends", "step_ends"):
         arrays[name] = np.concatenate([[0], np.cumsum(arrays[name])])  # of lengths
-    return cache.Kept(arrays, {"reasons": list(reasons)})
+    return cache.Kept(arrays, {"reasons": list(reasons), "notes": dict(notes)})
 
 
 def _check_responses(examples: Sequence[Any]) -> None:
@@ -179,7 +185,8 @@ def _check_responses(examples: Sequence[Any]) -> None:
             )
 
 
-_Part = tuple[dict[str, np.ndarray], list[str]]  # Encoded's fields, lengths for ends; refusals
+# Encoded's fields, lengths for ends; refusals; notes
+_Part = tuple[dict[str, np.ndarray], list[str], collections.Counter[str]]
 
 
 def _encoded_chunks(examples: Sequence[Any], how: _How, processes: int) -> Iterator[_Part]:
@@ -268,7 +275,7 @@ def _encode_chunk(chunk: Sequence[Example], how: _How) -> _Part:
         "weight": np.asarray([example.weight for example in chunk], np.float32),
         "prompt_key": np.asarray([_key(prompt) for prompt in prompts], np.int64),
     }
-    return part, refusals
+    return part, refusals, collections.Counter(note for tokens in made for note in tokens.notes)
 
 
 def _key(prompt: np.ndarray) -> int:

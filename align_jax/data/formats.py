@@ -19,7 +19,8 @@ from typing import Any
 from align_jax.core.choose import choose
 from align_jax.core.schema import Example, Message
 from align_jax.data import published, rows, steps
-from align_jax.data.rows import Row, fields_of
+from align_jax.data.messages import SAID, Row
+from align_jax.data.rows import fields_of
 from align_jax.data.transcripts import RowError
 
 
@@ -116,21 +117,27 @@ def read(row: Row, name: str, *, chat: bool) -> list[Example]:
     if null := [name for name in _plain(missing) if name in row and row[name] is None]:
         raise RowError(f"{', '.join(null)}: null")
     if missing:
-        raise ValueError(
-            f"format {name!r} needs {', '.join(form.fields)}; the row has no {', '.join(missing)}, "
-            f"only {fields_of(row)}; name the columns by --config.data.columns"
+        raise RowError(
+            f"format {name!r} needs {', '.join(form.fields)}; the row has no {', '.join(missing)}",
+            f"only {fields_of(row)}; name the columns by --config.data.columns",
         )
     found = form.read(row, chat)
     examples = [found] if isinstance(found, Example) else found
+    examples = [_with_system(one, row) for one in examples]
     if form.kind == "completions":
         examples = [dataclasses.replace(one, scores=rows.score_of(row)) for one in examples]
     for example in examples:
         if any(_is_empty(response) for response in example.responses):
             raise RowError("empty response")
-        if example.prompt == ():
+        if _is_silent(example.prompt) and name != "text":
             raise RowError("empty prompt")
         _check_encodable(example)
     return examples
+
+
+def known_fields() -> set[str]:
+    """Return the names of all fields that a format or any row's reader knows."""
+    return rows.KNOWN | {name for form in FORMATS.values() for name in _plain(form.fields)}
 
 
 def _plain(fields: Sequence[str]) -> list[str]:
@@ -138,9 +145,32 @@ def _plain(fields: Sequence[str]) -> list[str]:
     return [re.split(r"[=\[]", name)[0] for field in fields for name in field.split("|")]
 
 
+def _with_system(example: Example, row: Row) -> Example:
+    """Put the row's system message before a prompt whose format has none of its own.
+
+    Raises:
+        RowError: the prompt is a text that does not hold it, where no template could render it.
+    """
+    system, prompt = rows.system_of(row), example.prompt
+    if not system or (isinstance(prompt, str) and system[0]["content"] in prompt):
+        return example
+    if isinstance(prompt, str):
+        raise RowError("system: the prompt is plain text, which has no system message")
+    return dataclasses.replace(example, prompt=rows.with_system(row, prompt))
+
+
+def _is_silent(prompt: str | tuple[Message, ...]) -> bool:
+    """Tell whether a prompt says nothing."""
+    if isinstance(prompt, str):
+        return not prompt.strip()
+    turns = [turn for turn in prompt if turn["role"] != "system"] or prompt
+    return not any(turn["content"].strip() or turn.get("tool_calls") for turn in turns)
+
+
 def _check_encodable(example: Example) -> None:
     """Refuse texts that no tokenizer can read: half of a surrogate pair."""
-    for name, value in (("prompt", example.prompt), ("response", example.responses)):
+    parts = {"prompt": example.prompt, "response": example.responses, **example.template}
+    for name, value in parts.items():
         try:
             json.dumps(value, ensure_ascii=False, default=str).encode()
         except UnicodeEncodeError as error:
@@ -152,10 +182,9 @@ def _is_empty(response: str | tuple[Message, ...]) -> bool:
     if isinstance(response, str):
         return not response.strip()
     turns = [message for message in response if message["role"] == "assistant"]
-    return not turns or not all(turn["content"].strip() or turn.keys() - _WORDS for turn in turns)
-
-
-_WORDS = {"role", "content", "loss"}  # a turn that has more, such as a tool's call, says something
+    return not turns or not all(
+        turn["content"].strip() or turn.keys() & set(SAID) for turn in turns
+    )
 
 
 FORMATS: Mapping[str, Format] = {
@@ -217,7 +246,7 @@ FORMATS: Mapping[str, Format] = {
     "sharegpt": Format("completions", ("conversations",), rows.read_conversation_completion),
     "completion": Format("completions", ("prompt", "completion|response"), rows.read_completion),
     "alpaca_outputs": Format("pairs", ("instruction", "output[]"), rows.read_alpaca_outputs),
-    "alpaca": Format("completions", ("instruction", "output"), rows.read_alpaca),
+    "alpaca": Format("completions", ("instruction", "output|response"), rows.read_alpaca),
     "question": Format("completions", ("question", "response|answer"), rows.read_question),
     "text": Format("completions", ("text",), rows.read_text),
     "prompt": Format("prompts", ("prompt",), rows.read_only_prompt),

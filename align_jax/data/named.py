@@ -17,8 +17,8 @@ import numpy as np
 from align_jax.core.choose import choose
 from align_jax.core.schema import Example
 from align_jax.data.conversions import prompt_key
+from align_jax.data.messages import Row
 from align_jax.data.published import grow_trees
-from align_jax.data.rows import Row
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,20 +12,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from align_jax.core.schema import Example, Message
+from align_jax.data.messages import Row, given, kind_of, text_of, user
 from align_jax.data.rows import (
-    Row,
     about,
     choice_of,
-    given,
-    kind_of,
     label_of,
     number_of,
     order,
     prompt_of,
     response_of,
     system_of,
-    text_of,
-    user,
 )
 from align_jax.data.transcripts import RowError, asking
 

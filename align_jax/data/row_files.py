@@ -12,13 +12,15 @@ import functools
 import io
 import json
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from etils import epath
 
 from align_jax.core import files
-from align_jax.data.rows import Row
+from align_jax.data.messages import Row, kind_of
+from align_jax.data.transcripts import RowError
 
 
 class Rows(NamedTuple):
@@ -68,16 +70,35 @@ def _text(path: str, wanted: str) -> bytes:
     return _as_utf8(path, data)
 
 
+# names under which a JSON object holds rows
+_HOLDERS = ("data", "rows", "examples", "train", "instances")
+_HOLDS_ROWS = re.compile(rb'\{\s*"(%s)"\s*:\s*\[' % "|".join(_HOLDERS).encode())
+
+
 def _open_json(path: str) -> Rows:
     data = _text(path, "rows of JSON")
-    if data[:4096].lstrip()[:1] == b"[" or path.removesuffix(".gz").endswith(".json"):
+    if path.removesuffix(".gz").endswith(".json") or _is_document(data):
         if (found := _whole_document(path, data)) is not None:
             return _rows_of_document(path, found)
     return _open_json_lines(path, data)
 
 
+def _is_document(data: bytes) -> bool:
+    """Tell whether a file of lines seems to be one JSON value instead."""
+    first, _, rest = data.lstrip()[: 1 << 20].partition(b"\n")
+    if first[:1] != b"{":
+        return first[:1] == b"["
+    if rest.strip():
+        return not _is_json(first.decode("utf-8", "replace"))  # it goes on in the next line
+    return _HOLDS_ROWS.match(first) is not None
+
+
 def _as_utf8(path: str, data: bytes) -> bytes:
     """Return a text file's bytes in UTF-8 without its mark; other encodings are named."""
+    if wide := _wide(data):
+        raise ValueError(
+            f"{path}: it seems to be {wide} without its mark: iconv -f {wide} -t utf-8 {path}"
+        )
     for mark, encoding in ((b"\xff\xfe", "utf-16-le"), (b"\xfe\xff", "utf-16-be")):
         if data.startswith(mark):
             try:
@@ -100,6 +121,16 @@ def _as_utf8(path: str, data: bytes) -> bytes:
                 f"iconv -f latin1 -t utf8 {path}"
             ) from error
     return data
+
+
+def _wide(data: bytes) -> str:
+    """Return the encoding of a text whose characters take several bytes and that no mark names."""
+    if bytes(3) in data[:16]:
+        return "utf-32le" if data[:1] != b"\x00" else "utf-32be"
+    if len(data) < 8 or data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return ""
+    zeros = [data[1:8:2] == bytes(4), data[:8:2] == bytes(4)]
+    return ("utf-16le", "utf-16be")[zeros.index(True)] if any(zeros) else ""
 
 
 def _whole_document(path: str, data: bytes) -> Any:
@@ -129,7 +160,14 @@ def _rows_of_document(path: str, value: Any) -> Rows:
                 + ", ".join(f'"{name}": ...' for name in sorted(value))
                 + "}"
             )
-        named = [name for name in ("data", "rows", "examples", "train") if name in holding]
+        named = [name for name in _HOLDERS if name in holding]
+        if named and len(holding) > 1:
+            raise ValueError(
+                f"{path}: several lists of rows: {', '.join(sorted(holding))}; write the one that "
+                f"you mean into a file of its own: jq -c '.{named[0]}[]' {path} > rows.jsonl"
+            )
+        if len(lists) == len(value) == 1 and lists[0] in _HOLDERS:
+            named = lists
         value = value[named[0]] if named else [value]
     where = numbered(path)
 
@@ -173,9 +211,7 @@ def _line_end(data: bytes, start: int) -> int:
 
 def _check_row(row: Any, where: str) -> Row:
     if not isinstance(row, dict):
-        raise ValueError(
-            f"{where}: expected a JSON object with named fields, got {type(row).__name__}"
-        )
+        raise RowError(f"expected a JSON object with named fields, got {kind_of(row)}", where=where)
     return row
 
 
@@ -203,7 +239,9 @@ def _open_csv(path: str) -> Rows:
             line = reader.line_num + 1
     except csv.Error as error:
         raise ValueError(f"{path}:{line}: malformed CSV: {error}") from error
-    names = cells.pop(0) if cells else []
+    names = [name.strip() for name in cells.pop(0)] if cells else []
+    if names[:1] == [""]:
+        names[0] = "Unnamed: 0"  # pandas writes its index so, and calls it this when it reads
     twice = [name for name, count in collections.Counter(names).items() if count > 1 or not name]
     if twice:
         raise ValueError(f"{path}:1: columns without a name, or with the same one: {names}")

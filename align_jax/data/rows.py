@@ -6,36 +6,27 @@ Each takes a row and whether the tokenizer has a chat template; ``formats`` has 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from align_jax.core.choose import nearest
-from align_jax.core.fields import is_number
 from align_jax.core.schema import Example, Message
 from align_jax.data import transcripts
+from align_jax.data.messages import (
+    Row,
+    answer_of,
+    check_no_media,
+    given,
+    kind_of,
+    messages,
+    text_of,
+    user,
+)
 from align_jax.data.transcripts import RowError
 
-Row = Mapping[str, Any]
-ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "prompter": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "model": "assistant",
-    "bot": "assistant",
-    "chatgpt": "assistant",
-    "function_call": "assistant",
-    "tool": "tool",
-    "observation": "tool",
-    "function": "tool",
-}
-MARKS = ("weight", "train", "trainable", "loss")  # on a turn: 0 or false, and it is not learned
 TEMPLATE = ("tools", "documents", "chat_template_kwargs", "enable_thinking")  # columns it is given
 # what rendering itself says to a chat template
 RENDERED = {
@@ -55,24 +46,8 @@ RENDERED = {
     "truncation",
     "max_length",
     "tokenizer_kwargs",
+    "strftime_now",
 }
-UNREADABLE = ("images", "image", "videos", "audios")  # columns that text alone cannot keep
-
-
-def kind_of(value: Any) -> str:
-    """Say what a value is in the words of JSON.
-
-    >>> kind_of([]), kind_of(True), kind_of(None), kind_of("x")
-    ('a list', 'true or false', 'null', 'a text')
-    """
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return "true or false"
-    if isinstance(value, (int, float)):
-        return "a number"
-    kinds = ((str, "a text"), ((list, tuple), "a list"), (Mapping, "a dict"))
-    return next((name for kind, name in kinds if isinstance(value, kind)), type(value).__name__)
 
 
 def fields_of(row: Collection[str]) -> str:
@@ -80,28 +55,6 @@ def fields_of(row: Collection[str]) -> str:
     names = [f"{name:.40}" for name in sorted(row)]
     more = f" and {len(names) - 40} more" if len(names) > 40 else ""
     return f"{names[:40]}{more}"
-
-
-def text_of(value: Any, what: str) -> str:
-    """Read a text, or a list of text parts, which are joined.
-
-    Raises:
-        RowError: anything else, or a part that is no text (an image).
-    """
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, (list, tuple)):
-        raise RowError(f"{what}: expected a text, got {kind_of(value)}")
-    parts = []
-    for part in value:
-        if not isinstance(part, Mapping) or "type" not in part:
-            raise RowError(f"{what}: expected a text or text parts, got a list")
-        if part["type"] != "text" or not isinstance(part.get("text"), str):
-            raise RowError(
-                f"{what}: a part that is no text cannot be kept", f"type {part['type']!r:.60}"
-            )
-        parts.append(part["text"])
-    return "".join(parts)
 
 
 def number_of(value: Any, what: str, *, low: float | int = -math.inf) -> float:
@@ -136,106 +89,20 @@ def choice_of(row: Row, name: str) -> int:
     return int(choice)
 
 
-def messages(value: Any, what: str) -> tuple[Message, ...]:
-    """Read a list of messages: ``role``/``content``, or ShareGPT's ``from``/``value``.
-
-    Every other key is kept for the chat template, but for the marks of a turn that is not learned.
+def words_of(row: Row, *names: str) -> str:
+    """Read the text of the first of these fields that is there; "" where there is none.
 
     Raises:
-        RowError: not a list of such messages, or an unknown role.
+        RowError: two that differ, or something else than a text, be it 0 or false.
     """
-    if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
-            raise RowError(f"{what}: a text that begins like JSON, but is none") from error
-    if isinstance(value, Mapping):
-        value = [value]
-    if not isinstance(value, (list, tuple)):
-        raise RowError(f"{what}: expected a list of messages, got {kind_of(value)}")
-    return tuple(_message(one, what) for one in value)
-
-
-def with_roles(value: Any, roles: Mapping[str, str]) -> Any:
-    """Rename the roles of all messages in a row, as ``config.data.roles`` says."""
-    if isinstance(value, (list, tuple)):
-        return [with_roles(one, roles) for one in value]
-    if not isinstance(value, Mapping):
-        return value
-    turn = {"role", "from"} & value.keys() and {"content", "value"} & value.keys()
-    return {
-        key: roles.get(inner, inner)
-        if turn and key in ("role", "from") and isinstance(inner, str)
-        else with_roles(inner, roles)
-        for key, inner in value.items()
-    }
-
-
-def _message(value: Any, what: str) -> Message:
-    if not isinstance(value, Mapping) or not {"role", "from"} & value.keys():
-        raise RowError(f"{what}: expected messages with role and content, got {kind_of(value)}")
-    role = value.get(given(value, "role", "from"))
-    name = role.lower() if isinstance(role, str) else ""
-    if name not in ROLES:
-        short = str(role)[:40]
-        hint = f"--config.data.roles='{json.dumps({short: 'assistant'})}' says what it is"
-        raise RowError(f"{what}: a role is unknown", f"{short!r}{nearest(short, ROLES)}; {hint}")
-    taken = ("role", "from", "content", "value", *MARKS)
-    found = {
-        key: inner
-        for key, inner in value.items()
-        if key not in taken and inner is not None and inner not in ("", [], {})
-    }
-    content = value.get(given(value, "content", "value"))
-    if name == "function_call":
-        found, content = {"tool_calls": [_function_call(content, what)]}, ""
-    if content is None and found.get("tool_calls"):
-        content = ""
-    if not _learned(value, what):
-        found["loss"] = False
-    return {"role": ROLES[name], "content": text_of(content, f"{what}'s content"), **found}
-
-
-def _function_call(content: Any, what: str) -> dict[str, Any]:
-    """Read ShareGPT's turn that calls a function: its name and arguments as JSON."""
-    try:
-        call = json.loads(content)
-    except (TypeError, ValueError, RecursionError):
-        call = None
-    if not isinstance(call, Mapping) or not isinstance(call.get("name"), str):
-        raise RowError(f"{what}: a function_call turn is no JSON with name and arguments")
-    function = {"name": call["name"], "arguments": call.get("arguments", {})}
-    return {"type": "function", "function": function}
-
-
-def _learned(turn: Mapping[str, Any], what: str) -> bool:
-    """Tell whether a turn's marks leave it to be learned; a share of a turn is refused."""
-    for mark in MARKS:
-        value = turn.get(mark)
-        if value is not None and value not in (0, 1):
-            raise RowError(f"{what}: a turn's {mark} is neither 0 nor 1 (true, false)")
-        if value is not None and not value:
-            return False
-    return True
-
-
-def given(row: Row, *names: str) -> str:
-    """Return the first of these fields that the row has; the last where it has none.
-
-    Raises:
-        RowError: it has several, and they differ.
-    """
-    has = [name for name in names if row.get(name) is not None]
-    if any(row[name] != row[has[0]] for name in has):
-        raise RowError(f"{' and '.join(has)} differ: two names of one thing")
-    return has[0] if has else names[-1]
+    value = row.get(name := given(row, *names))
+    return "" if value is None else text_of(value, name)
 
 
 def system_of(row: Row) -> tuple[Message, ...]:
     """Read the row's system message, if it has one."""
-    name = given(row, "system", "system_prompt")
-    text = row.get(name)
-    return ({"role": "system", "content": text_of(text, name)},) if text else ()
+    text = words_of(row, "system", "system_prompt")
+    return ({"role": "system", "content": text},) if text else ()
 
 
 def with_system(row: Row, turns: tuple[Message, ...]) -> tuple[Message, ...]:
@@ -252,20 +119,16 @@ def with_system(row: Row, turns: tuple[Message, ...]) -> tuple[Message, ...]:
     return system + turns
 
 
-def user(text: str) -> tuple[Message, ...]:
-    """Return one turn of a user."""
-    return ({"role": "user", "content": text},)
-
-
 def about(row: Row, *used: str) -> dict[str, Any]:
     """Read margin, weight and what the template is given; keep the columns that are not ``used``.
 
     Raises:
         RowError: a margin that is no number, a negative weight, or pictures and the like.
     """
-    for name in UNREADABLE:
-        if row.get(name):
-            raise RowError(f"{name}: a column that text alone cannot keep")
+    check_no_media(row, "")
+    if row.get("functions") and "tools" not in row:
+        hint = '--config.data.columns=\'{"tools": "functions"}\' makes them so'
+        raise RowError("functions: a chat template is given tools", hint)
     margin, weight = row.get("margin"), row.get("weight")
     used = (*used, "margin", "weight", *TEMPLATE)
     return {
@@ -280,12 +143,7 @@ def _template(row: Row) -> dict[str, Any]:
     """Read what the chat template is given beside the messages."""
     found: dict[str, Any] = {}
     for name in TEMPLATE:
-        value = row.get(name)
-        if isinstance(value, str) and name != "enable_thinking":
-            try:
-                value = json.loads(value)
-            except (ValueError, RecursionError) as error:
-                raise RowError(f"{name}: a text that is no JSON") from error
+        value = row.get(name) if name == "enable_thinking" else _parsed(row.get(name), name)
         if name == "chat_template_kwargs" and value:
             if not isinstance(value, Mapping):
                 raise RowError(f"{name}: expected a dict, got {kind_of(value)}")
@@ -293,21 +151,77 @@ def _template(row: Row) -> dict[str, Any]:
                 raise RowError(f"{name}: {', '.join(taken)} is no keyword that a row may give")
             found |= value
         elif value is not None and value not in ([], ""):
+            if name in found and found[name] != value:
+                raise RowError(f"{name} and chat_template_kwargs differ")
             found[name] = value
     for name in ("tools", "documents"):
         if name in found and not isinstance(found[name], (list, tuple)):
             raise RowError(f"{name}: expected a list, got {kind_of(found[name])}")
+        if name in found:
+            found[name] = [_parsed(one, name) for one in found[name]]
+    if "enable_thinking" in found:
+        found["enable_thinking"] = _truth(found["enable_thinking"], "enable_thinking")
     return found
 
 
+def _parsed(value: Any, name: str) -> Any:
+    """Read JSON that may be written as a text; a blank one is None.
+
+    Raises:
+        RowError: a text that is none.
+    """
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value) if value.strip() else None
+    except (ValueError, RecursionError) as error:
+        raise RowError(f"{name}: a text that is no JSON") from error
+
+
+def _truth(value: Any, name: str) -> bool:
+    """Read true or false: to a template each text is true, "false" too."""
+    words = {"true": True, "1": True, "false": False, "0": False}
+    if (name_of := str(value).strip().lower()) not in words:
+        raise RowError(f"{name}: expected true or false", f"got {value!r:.40}")
+    return words[name_of]
+
+
 def prompt_of(row: Row, name: str = "prompt") -> tuple[Message, ...] | str:
-    """Read a prompt: text, or messages where it is given as such or there is a system message."""
-    value, system = row[name], system_of(row)
+    """Read a prompt: text, or messages where it is given as such or there are a system message or
+    earlier turns."""
+    value, before = row[name], system_of(row) + _turns_before(row)
     if isinstance(value, str):
-        return system + user(value) if system else value
+        return before + user(value) if before else value
     if not isinstance(value, (list, tuple, Mapping)):
         raise RowError(f"{name}: expected a text or messages, got {kind_of(value)}")
+    if len(before) > 1:
+        raise RowError(f"history: {name} is messages, which have their earlier turns themselves")
     return with_system(row, messages(value, name))
+
+
+def _turns_before(row: Row) -> tuple[Message, ...]:
+    """Read a prompt's ``history`` where it is its earlier turns, and no column of another kind."""
+    value = row.get("history")
+    value = _parsed(value, "history") if isinstance(value, str) and value[:2] == "[[" else value
+    is_pair = (
+        [isinstance(one, (list, tuple)) and len(one) == 2 for one in value]
+        if (isinstance(value, (list, tuple)))
+        else [False]
+    )
+    return history_of(row) if is_pair and all(is_pair) else ()
+
+
+def history_of(row: Row) -> tuple[Message, ...]:
+    """Read the earlier turns of an instruction: [[what the user said, the answer], ...]."""
+    turns: list[Message] = []
+    pairs = _parsed(row.get("history"), "history")
+    pairs = () if pairs in (None, []) else pairs
+    for pair in pairs if isinstance(pairs, (list, tuple)) else [pairs]:
+        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
+            raise RowError("history: expected pairs of a text and its answer")
+        said, answer = (text_of(one, "history") for one in pair)
+        turns += [*user(said), {"role": "assistant", "content": answer}]
+    return tuple(turns)
 
 
 def first_answer(turns: Sequence[Message]) -> int:
@@ -325,8 +239,9 @@ def response_of(
     Raises:
         RowError: anything else, or messages that begin with other turns than the prompt's.
     """
+    before = user(prompt) if isinstance(prompt, str) else prompt
     if isinstance(value, str):
-        return value
+        return _without_prompt(value, prompt, before, what)
     is_messages = isinstance(value, (list, tuple)) and all(
         isinstance(one, Mapping) and {"role", "from"} & one.keys() for one in value
     )
@@ -335,7 +250,6 @@ def response_of(
     if not is_messages or not value:
         raise RowError(f"{what}: expected a text or messages, got {kind_of(value)}")
     turns = messages(value, what)
-    before = user(prompt) if isinstance(prompt, str) else prompt
     for repeated in (before, before[1:] if before and before[0]["role"] == "system" else before):
         if repeated and turns[: len(repeated)] == repeated:
             turns = turns[len(repeated) :]
@@ -351,10 +265,26 @@ def response_of(
     return answer_of(turns[0]) if len(turns) == 1 else turns
 
 
-def answer_of(turn: Message) -> str | tuple[Message, ...]:
-    """Return an answer of one turn: its text, where it is the assistant's and nothing else."""
-    plain = turn["role"] == "assistant" and turn.keys() == {"role", "content"}
-    return turn["content"] if plain else (turn,)
+def _without_prompt(
+    text: str, prompt: tuple[Message, ...] | str, before: tuple[Message, ...], what: str
+) -> str | tuple[Message, ...]:
+    """Take the prompt off an answer that is a whole transcript; any other text is the answer.
+
+    Raises:
+        RowError: a transcript that begins otherwise.
+    """
+    if not transcripts.is_transcript(text):
+        return text
+    if isinstance(prompt, str) and prompt and text.startswith(prompt):
+        return text[len(prompt) :]
+    turns = transcripts.turns(text)
+    if before and turns[: len(before)] == before and len(turns) > len(before):
+        rest = turns[len(before) :]
+        return answer_of(rest[0]) if len(rest) == 1 else rest
+    raise RowError(
+        f"{what}: its first turns are not the prompt's",
+        f"expected {_brief(before)}, got {_brief(turns)}",
+    )
 
 
 def _brief(turns: Sequence[Message]) -> str:
@@ -362,28 +292,46 @@ def _brief(turns: Sequence[Message]) -> str:
     return " / ".join(f"{turn['role']}: {turn['content'][:40]!r}" for turn in turns[:4])
 
 
+def list_of(row: Row, name: str) -> Sequence[Any]:
+    """Read a list."""
+    if not isinstance(row[name], (list, tuple)):
+        raise RowError(f"{name}: expected a list, got {kind_of(row[name])}")
+    return row[name]
+
+
+_PAIR_SCORES = (
+    ("score_chosen", "score_rejected"),
+    ("chosen_score", "rejected_score"),
+    ("chosen_rating", "rejected_rating"),
+)
+# columns that may stand beside a format's own and are read
+KNOWN = {
+    *("system", "system_prompt", "history", "input", "context", "score", "reward", "scores"),
+    *("ranks", "all_rm_scores", "score_A", "score_B", "reward_A", "reward_B", "parent_id"),
+    *(name for pair in _PAIR_SCORES for name in pair),
+}
+
+
 def pair_scores(row: Row) -> tuple[float, float] | None:
     """Read the scores of chosen and rejected, under any of the names in use; None where there are
     none."""
     # SimPO's on-policy data: chosen has the highest score, rejected the lowest
     if row.get("all_rm_scores"):
-        found = [number_of(score, "all_rm_scores") for score in row["all_rm_scores"]]
+        scores = list_of(row, "all_rm_scores")
+        found = [number_of(score, "all_rm_scores") for score in scores]
         return max(found), min(found)
-    for chosen, rejected in (
-        ("score_chosen", "score_rejected"),
-        ("chosen_score", "rejected_score"),
-        ("chosen_rating", "rejected_rating"),
-    ):
+    for chosen, rejected in _PAIR_SCORES:
         if row.get(chosen) is not None and row.get(rejected) is not None:
             return number_of(row[chosen], chosen), number_of(row[rejected], rejected)
     return None
 
 
 def score_of(row: Row) -> tuple[float] | None:
-    """Read a single response's score, from a column ``score`` or ``reward`` that holds a number."""
+    """Read a single response's score, from a column ``score`` or ``reward`` that holds a finite
+    number; NaN is a missing one."""
     for name in ("score", "reward"):
-        if is_number(row.get(name)):
-            return (number_of(row[name], name),)
+        with contextlib.suppress(RowError):
+            return (number_of(row.get(name), name),)
     return None
 
 
@@ -404,6 +352,8 @@ def order(example: Example, row: Row) -> Example:
     Ranks that are not all different become scores, so that equal ones are no preference.
     """
     given_scores = row.get("scores") is not None
+    if given_scores and row.get("ranks") is not None:
+        raise RowError("ranks and scores: give one of them")
     name = "scores" if given_scores else "ranks"
     if not isinstance(row[name], (list, tuple)):
         raise RowError(f"{name}: expected a list of numbers, got {kind_of(row[name])}")
@@ -516,15 +466,9 @@ def read_unpaired(row: Row, chat: bool) -> Example:
 def read_ranked(row: Row, chat: bool) -> Example:
     """Read prompt, responses, ranks or scores."""
     prompt = prompt_of(row)
-    responses = tuple(response_of(one, prompt, "responses") for one in _list_of(row, "responses"))
+    responses = tuple(response_of(one, prompt, "responses") for one in list_of(row, "responses"))
     known = about(row, "prompt", "responses", "ranks", "scores")
     return order(Example(as_messages(prompt, responses), responses, **known), row)
-
-
-def _list_of(row: Row, name: str) -> Sequence[Any]:
-    if not isinstance(row[name], (list, tuple)):
-        raise RowError(f"{name}: expected a list of answers, got {kind_of(row[name])}")
-    return row[name]
 
 
 def read_only_prompt(row: Row, chat: bool) -> Example:
@@ -539,14 +483,12 @@ def read_text(row: Row, chat: bool) -> Example:
 
 def _alpaca_prompt(row: Row, chat: bool) -> tuple[Message, ...] | str:
     instruction = text_of(row["instruction"], "instruction")
-    extra = text_of(row.get(given(row, "input", "context")) or "", "input")
-    history = _history(row)
+    extra, history = words_of(row, "input", "context"), history_of(row)
     if chat:
         return with_system(
             row, history + user(f"{instruction}\n\n{extra}" if extra else instruction)
         )
-    if history:
-        raise RowError("history: turns need a tokenizer with a chat template")
+    _check_no_history(history)
     lead = "".join(f"{turn['content']}\n\n" for turn in system_of(row))
     lead += "Below is an instruction that describes a task"
     lead += ", paired with an input that provides further context. " if extra else ". "
@@ -555,15 +497,9 @@ def _alpaca_prompt(row: Row, chat: bool) -> tuple[Message, ...] | str:
     return f"{lead}### Instruction:\n{instruction}\n\n{given_input}### Response:\n"
 
 
-def _history(row: Row) -> tuple[Message, ...]:
-    """Read the earlier turns of an instruction: [[what the user said, the answer], ...]."""
-    turns: list[Message] = []
-    for pair in row.get("history") or ():
-        if not isinstance(pair, (list, tuple)) or len(pair) != 2:
-            raise RowError("history: expected pairs of a text and its answer")
-        said, answer = (text_of(one, "history") for one in pair)
-        turns += [*user(said), {"role": "assistant", "content": answer}]
-    return tuple(turns)
+def _check_no_history(history: tuple[Message, ...]) -> None:
+    if history:
+        raise RowError("history: turns need a tokenizer with a chat template")
 
 
 def read_alpaca_pairs(row: Row, chat: bool) -> Example:
@@ -573,7 +509,7 @@ def read_alpaca_pairs(row: Row, chat: bool) -> Example:
 
 def read_alpaca_outputs(row: Row, chat: bool) -> Example:
     """Read instruction, input, output: the better answer and the worse."""
-    outputs = _list_of(row, "output")
+    outputs = list_of(row, "output")
     if len(outputs) != 2:
         raise RowError(f"output: expected two answers, the better first, got {len(outputs)}")
     return _alpaca_answers(row, chat, *outputs, used=("output",))
@@ -589,23 +525,27 @@ def _alpaca_answers(row: Row, chat: bool, *answers: Any, used: tuple[str, ...]) 
 
 
 def read_alpaca(row: Row, chat: bool) -> Example:
-    """Read instruction, input, output."""
+    """Read instruction, input, output (or response)."""
     prompt = _alpaca_prompt(row, chat)
-    response = response_of(row["output"], prompt, "output")
-    return Example(as_messages(prompt, [response]), (response,), **about(row, "output"))
+    name = given(row, "output", "response")
+    response = response_of(row[name], prompt, name)
+    return Example(as_messages(prompt, [response]), (response,), **about(row, name))
 
 
 def _answered(row: Row, chat: bool, *names: str, several: bool = False, **known: Any) -> Example:
     """Read a question and the answers in these fields: one in each, or (``several``) a list."""
-    question = text_of(row["question"], "question")
+    question, extra = text_of(row["question"], "question"), words_of(row, "input", "context")
+    question = f"{question}\n\n{extra}" if extra else question
     values = [
-        (name, one) for name in names for one in (_list_of(row, name) if several else [row[name]])
+        (name, one) for name in names for one in (list_of(row, name) if several else [row[name]])
     ]
     known |= about(row, "question", "chosen", "rejected", "responses", "response")
-    prompt = with_system(row, user(question))
+    history = _turns_before(row)
+    prompt = with_system(row, history + user(question))
     responses = tuple(response_of(value, prompt, name) for name, value in values)
     if chat or any(not isinstance(one, str) for one in responses):
         return Example(prompt, responses, **known)
+    _check_no_history(history)
     lead = "".join(f"{message['content']}\n\n" for message in prompt[:-1])
     text = f"{lead}Question: {question}\nAnswer:"
     return Example(text, tuple(f" {answer}" for answer in responses), **known)

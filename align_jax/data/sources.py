@@ -29,8 +29,8 @@ from etils import epath
 from align_jax.core import files
 from align_jax.core.choose import nearest
 from align_jax.data import synthetic
+from align_jax.data.messages import Row
 from align_jax.data.row_files import SUFFIXES, Rows, numbered, open_file
-from align_jax.data.rows import Row
 
 MOST_FILES = 10_000  # of one source
 

@@ -11,18 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from align_jax.core.schema import Example, Step
-from align_jax.data.rows import (
-    Row,
-    about,
-    given,
-    kind_of,
-    label_of,
-    number_of,
-    prompt_of,
-    text_of,
-    user,
-    with_system,
-)
+from align_jax.data.messages import Row, given, kind_of, text_of, user
+from align_jax.data.rows import about, label_of, number_of, prompt_of, with_system
 from align_jax.data.transcripts import RowError
 
 TAG = "ки"  # Math-Shepherd's, behind each step

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import signal
 import threading
 import time
@@ -63,14 +64,25 @@ def apply(
         return cast(str, tokenizer.apply_chat_template(turns, tokenize=False, **given))
 
 
+@functools.lru_cache(maxsize=2)
 def _dated(date: str) -> str:
     """Return a macro that stands before a template and hides the clock: templates are given no
     functions but those of their environment."""
     # noon: a template that asks for the hour is given one that is fixed, too
     noon = datetime.datetime.combine(datetime.date.fromisoformat(date), datetime.time(12))
-    codes = [f"%{flag}{letter}" for flag in ("-", "") for letter in "aAbBcdHIjmMpSUwWxXyY"]
-    body = "".join(f"|replace({code!r}, {noon.strftime(code)!r})" for code in codes)
-    return f"{{% macro strftime_now(format) %}}{{{{ format{body} }}}}{{% endmacro %}}\n"
+    noon = noon.replace(tzinfo=datetime.UTC)
+    codes = [f"%{flag}{letter}" for flag in ("", *_FLAGS) for letter in _LETTERS]
+    written = {"%%": _PERCENT, **{code: noon.strftime(code) for code in codes}, _PERCENT: "%"}
+    return (
+        "{% macro strftime_now(format) %}{% set at = namespace(text=format) %}"
+        f"{{% for code, text in {list(written.items())!r} %}}"
+        "{% set at.text = at.text | replace(code, text) %}{% endfor %}{{ at.text }}{% endmacro %}\n"
+    )
+
+
+# of the formats of a date: all that the C library has
+_LETTERS, _FLAGS = "aAbBcCdDeFfgGhHIjklmMnpPrRsStTuUVwWxXyYzZ", "-_0^#EO"
+_PERCENT = "\u2063percent\u2063"
 
 
 @contextlib.contextmanager

@@ -20,11 +20,13 @@ class RowError(ValueError):
     Args:
         reason: why, without the row's own text: dropped rows are counted by it.
         detail: what of the row shows it.
+        where: its place, if whoever catches this need not say it.
     """
 
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(f"{reason}: {detail}" if detail else reason)
-        self.reason = reason
+    def __init__(self, reason: str, detail: str = "", where: str = "") -> None:
+        lead = f"{where}: " if where else ""
+        super().__init__(lead + (f"{reason}: {detail}" if detail else reason))
+        self.reason, self.where = reason, where
 
 
 class TranscriptError(RowError):

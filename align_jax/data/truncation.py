@@ -182,7 +182,7 @@ def truncate_all(encoded: Encoded, limits: Limits) -> Truncations:
     too_long = head + lengths.max(axis=1) > limits.max_length
     if limits.max_prompt_length:
         too_long |= head > limits.max_prompt_length
-    counts: collections.Counter[str] = collections.Counter()
+    counts: collections.Counter[str] = collections.Counter(encoded.notes)
     for group in np.flatnonzero(too_long).tolist():
         whole = tuple(lengths[group].tolist())
         left = truncate_group(encoded, group, whole, limits)

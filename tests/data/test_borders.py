@@ -129,6 +129,113 @@ READ = {
     ),
 }
 
+HUMAN = "\n\nHuman: q\n\nAssistant:"
+TEXT_CALL = {**CALL, "function": {"name": "search", "arguments": '{"q": "x"}'}}
+READ |= {
+    "calls in a text": (
+        {"messages": [U("q"), A("", tool_calls=json.dumps([CALL]))]},
+        "completions",
+        (U("q"),),
+        ((A("", tool_calls=[CALL]),),),
+    ),
+    "openai's old call": (
+        {"messages": [U("q"), A(None, function_call=TEXT_CALL["function"])]},
+        "completions",
+        (U("q"),),
+        ((A("", tool_calls=[TEXT_CALL]),),),
+    ),
+    "several calls of sharegpt": (
+        {"messages": [U("q"), {"role": "tool_call", "content": [CALL["function"]] * 2}]},
+        "completions",
+        (U("q"),),
+        ((A("", tool_calls=[CALL] * 2),),),
+    ),
+    "marks of other names": (
+        {"messages": [U("a"), A("x", training=False), U("b"), A("y", loss_mask=0), U("c"), A("z")]},
+        "completions",
+        (U("a"),),
+        ((A("x", loss=False), U("b"), A("y", loss=False), U("c"), A("z")),),
+    ),
+    "history in a text": (
+        {"instruction": "b", "output": "c", "history": '[["a", "x"]]'},
+        "completions",
+        (U("a"), A("x"), U("b")),
+        ("c",),
+    ),
+    "history of a prompt": (
+        {"prompt": "b", "completion": "c", "history": [["a", "x"]]},
+        "completions",
+        (U("a"), A("x"), U("b")),
+        ("c",),
+    ),
+    "a question's context": (
+        {"question": "q", "context": "k", "answer": "a"},
+        "completions",
+        (U("q\n\nk"),),
+        ("a",),
+    ),
+    "dolly": (
+        {"instruction": "q", "input": "", "context": "k", "response": "a"},
+        "completions",
+        (U("q\n\nk"),),
+        ("a",),
+    ),
+    "messages in texts": (
+        {"prompt": json.dumps([S("s"), U("q")]), "chosen": json.dumps([A("c")]), "rejected": "r"},
+        "pairs",
+        (S("s"), U("q")),
+        ("c", "r"),
+    ),
+    "JSON that is an answer": (
+        {"prompt": "q", "completion": '[{"value": 1}]'},
+        "completions",
+        "q",
+        ('[{"value": 1}]',),
+    ),
+    "the system beside transcripts": (
+        {"system": "s", "chosen": f"{HUMAN} c", "rejected": f"{HUMAN} r"},
+        "pairs",
+        (S("s"), U("q")),
+        ("c", "r"),
+    ),
+    "the system beside a public set's fields": (
+        {
+            "system": "s",
+            "prompt": "q",
+            "response_0": "r",
+            "response_1": "c",
+            "better_response_id": 1,
+        },
+        "pairs",
+        (S("s"), U("q")),
+        ("c", "r"),
+    ),
+    "the system said twice": (
+        {"messages": [S("s"), S("s"), U("q"), A("a")]},
+        "completions",
+        (S("s"), U("q")),
+        ("a",),
+    ),
+    "transcripts that repeat the prompt": (
+        {"prompt": HUMAN, "chosen": f"{HUMAN} c", "rejected": " r"},
+        "pairs",
+        HUMAN,
+        (" c", " r"),
+    ),
+    "a transcript beside messages": (
+        {"prompt": [U("q")], "chosen": f"{HUMAN} c", "rejected": "r"},
+        "pairs",
+        (U("q"),),
+        ("c", "r"),
+    ),
+    "roles with spaces": (
+        {"messages": [{"role": "User ", "content": "q"}, {"role": "AI", "content": "a"}]},
+        "completions",
+        (U("q"),),
+        ("a",),
+    ),
+}
+
 
 @pytest.mark.parametrize("name", READ)
 def test_a_row_is_read_whole(tmp_path, name):
@@ -223,6 +330,71 @@ REFUSED = {
     ),
 }
 
+ALPACA = {"instruction": "q", "output": "a"}
+REFUSED |= {
+    f"{field} of {value!r}": ({**ALPACA, field: value}, "completions", f"{field}: expected")
+    for field in ("input", "context", "system", "system_prompt")
+    for value in (0, False, [], {"a": 1})
+}
+REFUSED |= {
+    f"history of {value!r}": (
+        {**ALPACA, "history": value},
+        "completions",
+        "history: expected pairs",
+    )
+    for value in (5, True, {"a": "b"}, [["a"]])
+}
+REFUSED |= {
+    f"a turn's {key}": ({"messages": [U("q", **{key: "x"}), A("a")]}, "completions", said)
+    for key, said in (
+        ("mask", "mask is no known mark"),
+        ("images", "messages's images: text alone cannot keep it"),
+        ("Video_Path", "Video_Path: text alone"),
+    )
+}
+REFUSED |= {
+    "a picture in a text part": (
+        {"messages": [U([{"type": "text", "text": "q", "image_url": "x"}]), A("a")]},
+        "completions",
+        "content: image_url: text alone",
+    ),
+    "audio": ({**P, "audio": {"path": "x"}}, "pairs", "audio: text alone"),
+    "thinking of a list": ({"messages": [U("q"), A("a", thinking=["t"])]}, "completions", "a text"),
+    "a role of null": ({"messages": [{"role": None, "content": "q"}]}, "completions", "got null"),
+    "an answer without words": ({"messages": [U("q"), A("", id=3)]}, "completions", "empty resp"),
+    "functions": ({**P, "functions": [{"name": "f"}]}, "pairs", '"tools": "functions"'),
+    "a thinking that is neither": ({**P, "enable_thinking": "maybe"}, "pairs", "expected true"),
+    "two words on thinking": (
+        {**P, "enable_thinking": True, "chat_template_kwargs": {"enable_thinking": False}},
+        "pairs",
+        "enable_thinking and chat_template_kwargs differ",
+    ),
+    "no instruction": ({"instruction": " ", "output": "a"}, "completions", "empty prompt"),
+    "no question": ({"question": "", "chosen": "c", "rejected": "r"}, "pairs", "empty prompt"),
+    "Python's lists": ({**P, "prompt": str([U("q")])}, "pairs", "begins like JSON, but is none"),
+    "a transcript of another prompt": (
+        {**P, "chosen": HUMAN + " c", "prompt": "p"},
+        "pairs",
+        "first",
+    ),
+    "ranks and scores": (
+        {"prompt": "q", "responses": ["a", "b"], "ranks": [1, 2], "scores": [1, 2]},
+        "ranked",
+        "ranks and scores: give one",
+    ),
+    "scores of a number": ({**P, "all_rm_scores": 5}, "pairs", "all_rm_scores: expected a list"),
+    "half a character in tools": (
+        {**P, "tools": [{"type": "function", "function": {"name": "\ud83d"}}]},
+        "pairs",
+        "tools: a text with half a character",
+    ),
+    "the system of a plain text": (
+        {"system": "s", "text": "a"},
+        "completions",
+        "system: the prompt",
+    ),
+}
+
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_bad_row_is_named_and_can_be_dropped(tmp_path, name):
@@ -308,6 +480,36 @@ def test_a_field_that_is_null_in_the_first_row_is_a_field(tmp_path):
     assert found.items[0].label is True and found.report["dropped: label: null"] == 1
 
 
+def test_a_row_that_lacks_a_field_or_is_none_is_a_bad_row(tmp_path):
+    bad = ({"prompt": "q", "rejected": "r"}, {}, None, ["q"])
+    with pytest.raises(ValueError, match=r"jsonl:1: expected a JSON object.*got null; --config"):
+        load(tmp_path, [None, P])
+    found = load(tmp_path, [*bad, P], invalid="drop")
+    assert len(found) == 1 and sum(value for key, value in found.report.items() if ":" in key) == 4
+
+
+def test_a_field_that_is_null_in_many_first_rows_is_a_field(tmp_path):
+    row = {"prompt": "q", "completion": "a", "label": True}
+    rows = [*[{**row, "label": None}] * 70, row]
+    assert len(load(tmp_path, rows, "unpaired", invalid="drop")) == 1
+
+
+def test_what_stands_beside_the_text_is_said(tmp_path):
+    report = load(tmp_path, [{**P, "reasoning": "t", "id": 3, "score_chosen": 1}]).report
+    assert report["columns beside the text"] == "id reasoning"
+
+
+def test_a_number_written_as_a_text_is_a_score_and_nan_a_missing_one(tmp_path):
+    row = {"prompt": "q", "completion": "a"}
+    found = load(tmp_path, [{**row, "score": "0.5"}], "scored")
+    assert found.items[0].scores == (0.5,)
+    rows = [{**row, "score": 1}, {**row, "score": float("nan")}]
+    with pytest.raises(ValueError, match=r"data\.jsonl:2: no score.*--config.data.invalid=drop"):
+        load(tmp_path, rows, "scored")
+    report = load(tmp_path, rows, "scored", invalid="drop").report
+    assert report == {"examples": 1, "dropped: no score": 1}
+
+
 def test_another_kind_is_told_with_the_columns_that_may_hold_it(tmp_path):
     row = {"prompt": "q", "chosen_response": "c", "rejected_response": "r"}
     with pytest.raises(
@@ -329,6 +531,9 @@ LIST = json.dumps([P, P]).encode()
         ("a.json", b"\xef\xbb\xbf" + LIST),
         ("a.json", json.dumps({"data": [P, P], "version": 1}).encode()),
         ("a.jsonl", b"\xef\xbb\xbf" + f"{json.dumps(P)}\n{json.dumps(P)}\n".encode()),
+        ("a.jsonl", json.dumps({"data": [P, P]}).encode()),
+        ("a.jsonl", json.dumps({"rows": [P, P]}, indent=1).encode()),
+        ("a.csv", b",prompt, chosen,rejected\n0,q,c,r\n1,q,c,r\n"),
         ("a.json", json.dumps([P, P]).encode("utf-16")),
         ("a.json", f"{json.dumps(P)}\n{json.dumps(P)}\n".encode()),
     ],
@@ -344,6 +549,10 @@ def test_json_is_read_in_the_forms_it_has(tmp_path, name, raw):
     [
         (json.dumps({"prompt": ["a", "b"], "chosen": ["c", "d"]}).encode(), "looks like columns"),
         (json.dumps({**P, "prompt": "é"}, ensure_ascii=False).encode("latin-1"), "Latin-1"),
+        (json.dumps(P).encode("utf-16-le"), "seems to be utf-16le without its mark"),
+        (json.dumps(P).encode("utf-32"), "seems to be utf-32le"),
+        (json.dumps({"train": [P], "test": [P]}).encode(), "several lists of rows: test, train"),
+        (b'{"data": []}', "no rows"),
     ],
 )
 def test_what_is_no_rows_is_said_to_look_like_what_it_is(tmp_path, raw, said):
@@ -428,6 +637,60 @@ def test_the_prompt_ends_at_the_assistants_header_and_never_in_the_answer(answer
     found = render(OPENS_THINK, [U("q")], answer)
     assert found.prompt == "<|user|>q<|end|><|assistant|>"
     assert "".join(span.text for span in found.responses[0] if span.loss) == f"{answer}<|end|>"
+
+
+def test_the_words_of_the_header_with_which_an_answer_begins_are_the_answers():
+    answers = "<think>\nadd</think>4", "<think>\nguess</think>5"
+    found = render(OPENS_THINK, [U("q")], *answers)
+    assert found.prompt == "<|user|>q<|end|><|assistant|>"
+    assert [spans[0].text for spans in found.responses] == [f"{one}<|end|>" for one in answers]
+    found = render(OPENS_THINK, [U("q")], (A(answers[0]), U("p"), A(answers[1])))
+    learned = [span.text for span in found.responses[0] if span.loss]
+    assert learned == [f"{one}<|end|>" for one in answers]
+
+
+@pytest.mark.parametrize("role", ["system", "user", "tool"])
+def test_a_template_that_leaves_out_the_words_of_a_turn_is_refused(role):
+    drops = PLAIN.replace(
+        "{{ m.content }}", "{% if m.role != '" + role + "' %}{{ m.content }}{% endif %}"
+    )
+    turns = [S("sys"), U("ask"), A("call"), {"role": "tool", "content": "(3)"}]
+    for responses in (("so three",), ()):
+        with pytest.raises(ValueError, match=f"leaves out a turn's words: role {role}"):
+            render(drops, turns, *responses)
+    assert render(PLAIN.replace("m.content", "m.content | tojson"), [U('an "e"')], "a")
+
+
+def test_what_a_template_makes_otherwise_of_the_turns_before_is_counted():
+    made = tokenizer.load_tokenizer("byte", chat_template=DROPS_THINK)
+    turns = (U("q"), A("<think>t</think>4", reasoning="w"), U("p", id=3))
+    examples = [Example(turns, ("5",), source="f:1"), Example((U("q"),), ("4",), source="f:2")]
+    encoded = encoding.encode_all(examples, made, DataOptions())
+    report = truncation.truncate_all(encoded, truncation.Limits(64)).report
+    assert report == {
+        "answers in the history that the chat template rewrites": 1,
+        "reasoning in the history that the chat template leaves out": 1,
+        "keys that the chat template does not read: id": 1,
+    }
+
+
+@pytest.mark.parametrize("written", [CALL, TEXT_CALL])
+@pytest.mark.parametrize(
+    "arguments", ["| tojson", "", ".items() | list", "if t.function.arguments is string else 1 / 0"]
+)
+def test_a_calls_arguments_have_the_form_that_the_template_reads(written, arguments):
+    template = WHOLE.replace("t.function.name }}", f"t.function.arguments {arguments} }}}}")
+    found = render(template, [U("q")], (A("", tool_calls=[written]),)).responses[0][0].text
+    expected = '{"q": "x"}' if "items" not in arguments else "[('q', 'x')]"
+    assert found == f"CALL {expected}<|end|>"
+
+
+def test_a_keyword_that_no_template_reads_is_refused():
+    with pytest.raises(ValueError, match="does not read enable_thinkin"):
+        render("{% set t = enable_thinking %}" + PLAIN, [U("q")], "a", enable_thinkin=False)
+    made = tokenizer.load_tokenizer("byte")
+    with pytest.raises(ValueError, match="enable_thinking: the prompt is plain text"):
+        chat.render(Example("q", ("a",), template={"enable_thinking": False}), made)
 
 
 def test_a_header_that_closes_its_thinking_gives_way_to_an_answer_that_thinks():

@@ -686,7 +686,7 @@ def test_kinds_are_converted(source, target, examples, options, expected):
 
 def test_a_score_beside_a_completion_is_kept_and_a_missing_one_is_named():
     row = {"prompt": "p", "completion": "c"}
-    for score, read in ((2, (2.0,)), ("2", None), (True, None), (None, None)):
+    for score, read in ((2, (2.0,)), ("2", (2.0,)), (True, None), (None, None)):
         (example,) = formats.read({**row, "score": score}, "completion", chat=False)
         assert example.scores == read
     with pytest.raises(ValueError, match="no score: a column score or reward"):

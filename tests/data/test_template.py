@@ -53,6 +53,24 @@ def test_off_the_main_thread_templates_still_render():
     assert made == ["03 Feb 2020|hi"]
 
 
+@pytest.mark.parametrize(
+    "form, text",
+    [
+        ("%F", "2020-02-03"),
+        ("%e %B %Y", " 3 February 2020"),
+        ("%-d/%-m/%y, %T", "3/2/20, 12:00:00"),
+        ("%D %R %Z", "02/03/20 12:00 UTC"),
+        ("%G-W%V-%u", "2020-W06-1"),
+        ("%^a %_d 100%%d", "MON  3 100%d"),
+    ],
+)
+def test_every_form_of_a_date_is_written(form, text):
+    tok = tokenizer.load_tokenizer(
+        "byte", chat_template=f"{{{{ strftime_now({form!r}) }}}}", date="2020-02-03"
+    )
+    assert template.apply(tok, [{"role": "user", "content": "a"}]) == text
+
+
 def test_the_date_is_part_of_the_digest_only_where_it_is_read():
     def digest(date, text):
         tok = tokenizer.load_tokenizer("byte", chat_template=text, date=date)
