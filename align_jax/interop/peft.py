@@ -43,7 +43,7 @@ from align_jax.models.lora import LEAVES, LoraConfig
 PREFIX = "base_model.model."
 SCORE = "score/out/kernel"
 # family -> targets whose modules PEFT 0.21 takes for experts (transformers_weight_conversion.py)
-MISREAD = {"dots1": "shared/", "glm4_moe": "shared/"}
+MISREAD = dict.fromkeys(("deepseek_v2", "deepseek_v3", "dots1", "glm4_moe", "kimi_k2"), "shared/")
 # our leaf -> the end of the tensor's name
 ENDS = dict(zip(LEAVES, (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector")))
 

@@ -53,13 +53,13 @@ def _allowed(
 def weighted(
     q: Float[Array, "N T H h"],
     k: Float[Array, "N S K h"],
-    v: Float[Array, "N S K h"],
+    v: Float[Array, "N S K v"],
     allowed: Bool[Array, "N T S"],
     *,
     scale: float,
     softcap: float = 0.0,
     sinks: Float[Array, "H"] | None = None,
-) -> Float[Array, "N T H h"]:
+) -> Float[Array, "N T H v"]:
     """Return softmax(cap(scale q k)) v with logits, cap and softmax in float32; H a multiple of
     K, and the widths of keys and values may differ.
 
@@ -83,7 +83,7 @@ def weighted(
 def xla(
     q: Float[Array, "N T H h"],
     k: Float[Array, "N T K h"],
-    v: Float[Array, "N T K h"],
+    v: Float[Array, "N T K v"],
     *,
     segment_ids: Int[Array, "N T"],
     positions: Int[Array, "N T"],
@@ -92,7 +92,7 @@ def xla(
     softcap: float = 0.0,
     scale: float = 1.0,
     sinks: Float[Array, "H"] | None = None,
-) -> Float[Array, "N T H h"]:
+) -> Float[Array, "N T H v"]:
     """Attend by plain matrix products; the [N, H, T, T] weights are held.
 
     Args:
@@ -110,7 +110,7 @@ def xla(
 def blocks(
     q: Float[Array, "N T H h"],
     k: Float[Array, "N T K h"],
-    v: Float[Array, "N T K h"],
+    v: Float[Array, "N T K v"],
     *,
     segment_ids: Int[Array, "N T"],
     positions: Int[Array, "N T"],
@@ -120,7 +120,7 @@ def blocks(
     scale: float = 1.0,
     sinks: Float[Array, "H"] | None = None,
     block: int = 256,
-) -> Float[Array, "N T H h"]:
+) -> Float[Array, "N T H v"]:
     """Attend as ``xla`` does, ``block`` queries at a time: [N, H, block, T] weights are held,
     recomputed backwards."""
     rows, length, heads, _ = q.shape
@@ -153,7 +153,7 @@ def blocks(
 def segments(
     q: Float[Array, "N T H h"],
     k: Float[Array, "N T K h"],
-    v: Float[Array, "N T K h"],
+    v: Float[Array, "N T K v"],
     *,
     segment_ids: Int[Array, "N T"],
     positions: Int[Array, "N T"],
@@ -162,7 +162,7 @@ def segments(
     softcap: float = 0.0,
     scale: float = 1.0,
     sinks: Float[Array, "H"] | None = None,
-) -> Float[Array, "N T H h"]:
+) -> Float[Array, "N T H v"]:
     """Attend by blocks that follow the segments; short rows, and rows that are split over a mesh's
     sequence axis, by plain products."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -185,7 +185,7 @@ def segments(
 def splash(
     q: Float[Array, "N T H h"],
     k: Float[Array, "N T K h"],
-    v: Float[Array, "N T K h"],
+    v: Float[Array, "N T K v"],
     *,
     segment_ids: Int[Array, "N T"],
     positions: Int[Array, "N T"],
@@ -194,7 +194,7 @@ def splash(
     softcap: float = 0.0,
     scale: float = 1.0,
     sinks: Float[Array, "H"] | None = None,
-) -> Float[Array, "N T H h"]:
+) -> Float[Array, "N T H v"]:
     """Attend by the TPU's splash kernels; what they lack, a window over shared prefixes, goes by
     blocks."""
     if window is not None and prefix_ids is not None:
@@ -226,7 +226,7 @@ def splash(
 def cudnn(
     q: Float[Array, "N T H h"],
     k: Float[Array, "N T K h"],
-    v: Float[Array, "N T K h"],
+    v: Float[Array, "N T K v"],
     *,
     segment_ids: Int[Array, "N T"],
     positions: Int[Array, "N T"],
@@ -235,10 +235,11 @@ def cudnn(
     softcap: float = 0.0,
     scale: float = 1.0,
     sinks: Float[Array, "H"] | None = None,
-) -> Float[Array, "N T H h"]:
-    """Attend by cuDNN's fused kernels; what they lack, float32, soft caps and sinks, goes by
-    blocks."""
-    if softcap or sinks is not None or q.dtype == jnp.float32:
+) -> Float[Array, "N T H v"]:
+    """Attend by cuDNN's fused kernels; what they lack, float32, soft caps, sinks and values of
+    another width than keys, goes by blocks."""
+    plain = not softcap and sinks is None and q.shape[-1] == v.shape[-1]
+    if not plain or q.dtype == jnp.float32:
         return blocks(
             q,
             k,

@@ -37,7 +37,7 @@ SAVED = "attention"
 def splash(
     q: Float[Array, "N T H h"],
     k: Float[Array, "N T K h"],
-    v: Float[Array, "N T K h"],
+    v: Float[Array, "N T K v"],
     *,
     segment_ids: Int[Array, "N T"],
     prefix_ids: Int[Array, "N T"] | None = None,
@@ -46,7 +46,7 @@ def splash(
     scale: float = 1.0,
     sinks: Float[Array, "H"] | None = None,
     interpret: bool = False,
-) -> Float[Array, "N T H h"]:
+) -> Float[Array, "N T H v"]:
     """Attend by JAX's splash attention kernels (Pallas, TPU), forwards and backwards.
 
     Args:
@@ -124,11 +124,11 @@ def splash(
 def cudnn(
     q: Float[Array, "N T H h"],
     k: Float[Array, "N T K h"],
-    v: Float[Array, "N T K h"],
+    v: Float[Array, "N T K v"],
     allowed: Bool[Array, "N T T"],
     *,
     scale: float = 1.0,
-) -> Float[Array, "N T H h"]:
+) -> Float[Array, "N T H v"]:
     """Attend by cuDNN's fused kernels (Ampere or newer; bfloat16 or float16; h at most 128, on
     Hopper 256).
 

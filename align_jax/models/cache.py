@@ -16,10 +16,13 @@ from jaxtyping import Array, Float, Int
 
 
 class Cache(NamedTuple):
-    """Keys and values of the tokens seen; C slots a row."""
+    """Keys and values of the tokens seen; C slots a row.
+
+    Of latent attention K is 1: the latents stand for keys, the key that heads share for values.
+    """
 
     keys: Float[Array, "L N C K h"]
-    values: Float[Array, "L N C K h"]
+    values: Float[Array, "L N C K v"]
     segment_ids: Int[Array, "N C"]  # 0 = empty
     positions: Int[Array, "N C"]
     length: Int[Array, "N"]  # tokens seen

@@ -52,6 +52,23 @@ class Rope:
 
 
 @dataclasses.dataclass(frozen=True)
+class Latent:
+    """What multi-head latent attention makes queries, keys and values from.
+
+    Attributes:
+        rank: width of a token's latent.
+        query_rank: of the queries'; 0: they are made from the token itself.
+        rope_dim: features of a query, and of the key that all heads share, that turn.
+        value_dim: width of a head's values.
+    """
+
+    rank: int
+    query_rank: int
+    rope_dim: int
+    value_dim: int
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """A decoder-only transformer.
 
@@ -65,6 +82,8 @@ class ModelConfig:
         rope_interleaved: whether neighboring features turn together, not those half a head apart.
         qk_norm: "" none, "head" over each head's features, "full" over all heads' features.
         qk_norm_turned: whether that follows the rotation.
+        latent: of latent attention, whose heads' queries and keys are ``head_dim`` wide, the
+            features that turn behind the others.
         sinks: whether each head has a learned logit more in its softmax, of no key.
         norm_inputs, norm_outputs: whether the attention's and MLP's inputs and outputs are
             normalized.
@@ -76,8 +95,8 @@ class ModelConfig:
         glu_limit: where above 0, gate and up are clipped to it, and a gated map is
             (up + 1) * gate * sigmoid(``glu_gain`` * gate).
         routing: "softmax", or "sigmoid" with a bias that corrects the choice alone.
-        expert_groups, groups_per_token: of sigmoids: the experts stand in so many groups, of which
-            a token chooses from so many.
+        expert_groups, groups_per_token: the experts stand in so many groups, of which a token
+            chooses from so many.
         routed_scale: factor on the chosen experts' sum.
         dense_layers: of a mixture, those without experts; ``dense_size``: their width.
         shared_size: width of the expert that every token passes, 0 = none; ``shared_gate``: whether
@@ -111,6 +130,7 @@ class ModelConfig:
     rope_interleaved: bool = False
     qk_norm: str = ""
     qk_norm_turned: bool = False
+    latent: Latent | None = None
     sinks: bool = False
     attention_bias: bool = False
     output_bias: bool = False
@@ -181,8 +201,16 @@ class ModelConfig:
     @property
     def sizes(self) -> dict[str, int]:
         """The dimension letters' sizes (core/schema.py; d is D again, f a shared expert's
-        width, G that of dense layers among such with experts, X a learned table's positions)."""
+        width, G that of dense layers among such with experts, X a learned table's positions; of
+        latent attention q is the queries' rank, c the latent's, z that with the shared key's width,
+        v a value's width, w that with a key's that does not turn)."""
+        latent = self.latent or Latent(0, 0, 0, self.head_dim)
         return {
+            "q": latent.query_rank,
+            "c": latent.rank,
+            "z": latent.rank + latent.rope_dim,
+            "v": latent.value_dim,
+            "w": self.still_dim + latent.value_dim,
             "D": self.hidden_size,
             "d": self.hidden_size,
             "H": self.num_heads,
@@ -196,6 +224,24 @@ class ModelConfig:
             "L": self.num_layers,
             "X": self.max_positions + self.position_offset,
         }
+
+    @property
+    def value_dim(self) -> int:
+        """Width of a head's values."""
+        return self.latent.value_dim if self.latent else self.head_dim
+
+    @property
+    def still_dim(self) -> int:
+        """Features of a head's key that do not turn, in latent attention."""
+        return self.head_dim - self.latent.rope_dim if self.latent else 0
+
+    @property
+    def cached(self) -> tuple[int, int, int]:
+        """Heads and widths of what a cache holds of a token: a key's and a value's; of latent
+        attention the latent's and the shared key's."""
+        if self.latent:
+            return 1, self.latent.rank, self.latent.rope_dim
+        return self.num_kv_heads, self.head_dim, self.head_dim
 
     @property
     def stacks(self) -> tuple[Stack, ...]:

@@ -69,7 +69,8 @@ FIELDS = (
         tuple(
             """vocab_size hidden_size num_attention_heads intermediate_size max_position_embeddings
             n_embd n_head n_positions ffn_dim word_embed_proj_dim num_experts_per_tok
-            moe_intermediate_size n_group topk_group shared_expert_intermediate_size
+            moe_intermediate_size kv_lora_rank qk_rope_head_dim qk_nope_head_dim v_head_dim
+            shared_expert_intermediate_size
             decoder_sparse_step""".split()
         ),
     ),
@@ -81,7 +82,10 @@ FIELDS = (
     Kind(
         "a positive integer or null",
         or_null(is_count),
-        ("num_key_value_heads", "head_dim", "n_inner", "sliding_window", "align_jax_run_length"),
+        tuple(
+            """num_key_value_heads head_dim n_inner sliding_window align_jax_run_length n_group
+            topk_group q_lora_rank""".split()
+        ),
     ),
     Kind(
         "a number between 0 and 1",
@@ -113,7 +117,8 @@ FIELDS = (
             """attention_bias mlp_bias tie_word_embeddings use_parallel_residual
             do_layer_norm_before enable_bias layer_norm_elementwise_affine scale_attn_weights
             scale_attn_by_inverse_layer_idx add_cross_attention norm_topk_prob
-            use_sliding_window attention_out_bias qk_layernorm qkv_bias use_qk_norm""".split()
+            use_sliding_window attention_out_bias qk_layernorm qkv_bias use_qk_norm
+            rope_interleave""".split()
         ),
     ),
     Kind("true, false or null", or_null(is_bool), ("use_bidirectional_attention", "use_bias")),

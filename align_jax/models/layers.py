@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from flax.core import meta
 from jaxtyping import Array, Float
 
+from align_jax.models.config import ModelConfig
 from align_jax.models.lora import LoraConfig
 from align_jax.models.quantize import Quantized, product
 from align_jax.models.roles import Role
@@ -132,6 +133,23 @@ class Linear(nn.Module):
             y = y + _aligned(array(bias, y.dtype), y)
         return y
 
+    def matrix(self) -> Float[Array, "*inputs_and_outputs"]:
+        """Return the map as one kernel in the compute type, its adapter folded in."""
+
+        def stored(name: str, dtype: jnp.dtype) -> jax.Array:
+            value: Stored = self.get_variable("params", name)
+            return array(value, dtype)
+
+        if self.lora is None:
+            return stored("kernel", self.dtype)
+        exact = jnp.dtype(jnp.float32)
+        kernel, down, up = (stored(name, exact) for name in ("kernel", "lora_a", "lora_b"))
+        whole = kernel + self.lora.scale * jnp.tensordot(down, up, axes=1)
+        if self.lora.dora:
+            norm = column_norm(kernel, down, up, self.lora.scale)
+            whole = whole * _aligned(stored("lora_m", exact) / norm, whole)
+        return whole.astype(self.dtype)
+
     def _adapt(self, lora: LoraConfig, x: jax.Array, y: jax.Array, kernel: Stored) -> jax.Array:
         count = len(self.inputs)
         inward, outward = Role("adapter", inputs=count), Role("adapter", inputs=1)
@@ -233,3 +251,34 @@ class Norm(nn.Module):
             bias = parameter(self, "bias", zeros, self.shape, self.axes, role)
             y = y + _aligned(bias.astype(jnp.float32), y)
         return y.astype(self.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How a model is computed, beside what it is: see ``models.model.build``."""
+
+    dtype: jnp.dtype
+    remat: str
+    attention: str
+    lora: LoraConfig | None
+    heads: tuple[str, ...]
+    unembed: bool
+    dropout: float
+
+
+def linear(
+    config: ModelConfig,
+    options: Options,
+    target: str,
+    inputs: tuple[int, ...],
+    outputs: tuple[int, ...],
+    axes: tuple[str, ...],
+    bias: bool,
+) -> Linear:
+    """Make a linear map of the layers, with its adapter if it gets one; ``target``'s end is its
+    name."""
+    role = Role("linear", len(inputs), target=target)
+    lora = options.lora.on(target) if options.lora is not None else None
+    name = target.split("/")[-1]
+    std, dtype = config.init_std, options.dtype
+    return Linear(inputs, outputs, axes, dtype, role, bias, std, lora, name=name)

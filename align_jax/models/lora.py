@@ -41,7 +41,8 @@ class LoraConfig:
         dropout: on the adapter's input, in training.
         targets: regular expression matched in full against "attention/query", "attention/key",
             "attention/value", "attention/output", "mlp/gate", "mlp/up", "mlp/down"; and where an
-            expert takes every token "shared/gate", "shared/up", "shared/down".
+            expert takes every token "shared/gate", "shared/up", "shared/down"; of latent attention
+            "attention/query_a", "attention/query_b", "attention/key_value_a" and "_b".
         rank_stabilized: rsLoRA.
         dora: train each output's magnitude beside the direction.
     """

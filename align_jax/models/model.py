@@ -26,8 +26,8 @@ from align_jax.models import lora as loras
 from align_jax.models.cache import Cache
 from align_jax.models.config import ModelConfig
 from align_jax.models.heads import HEADS
-from align_jax.models.layers import Named
-from align_jax.models.transformer import REMAT, Decoder, Options
+from align_jax.models.layers import Named, Options
+from align_jax.models.transformer import REMAT, Decoder
 from align_jax.parallel.sharding import spread
 
 Params = Mapping[str, Any]
@@ -171,10 +171,13 @@ class Model:
         """
         c, dtype = self.config, dtype or self.options.dtype
         length = caches.slots(c.windows, length)
-        shape = (c.num_layers, rows, length, c.num_kv_heads, c.head_dim)
+        heads, *widths = c.cached
+        keys, values = (
+            jnp.zeros((c.num_layers, rows, length, heads, width), dtype) for width in widths
+        )
         return Cache(
-            jnp.zeros(shape, dtype),
-            jnp.zeros(shape, dtype),
+            keys,
+            values,
             jnp.zeros((rows, length), jnp.int32),
             jnp.zeros((rows, length), jnp.int32),
             jnp.zeros((rows,), jnp.int32),

@@ -60,31 +60,30 @@ def route(
     """Choose each token's experts, by a softmax or, with a bias, by sigmoids.
 
     The bias corrects the choice alone (DeepSeek-AI 2024, arXiv 2412.19437, equation 16); of (n, k)
-    ``groups`` of experts the k are chosen from whose best two are highest.
+    ``groups`` of experts the k are chosen from whose best is highest, of sigmoids the best two.
 
     Returns:
         probabilities float32 [N, T, E], the chosen experts' weights float32 [N, T, k], and the
         experts int32 [N, T, k].
     """
     probabilities = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
-    if bias is None:
-        weights, experts = jax.lax.top_k(probabilities, count)
-    else:
+    scores = ranked = probabilities
+    if bias is not None:
         scores = jax.nn.sigmoid(logits.astype(jnp.float32))
         ranked = scores + bias.astype(jnp.float32)[None, None]
-        if groups[1] < groups[0]:
-            ranked = _of_best_groups(ranked, *groups)
-        _, experts = jax.lax.top_k(ranked, count)
-        weights = jnp.take_along_axis(scores, experts, axis=-1)
+    if groups[1] < groups[0]:
+        ranked = _of_best_groups(ranked, *groups, of=1 if bias is None else 2)
+    _, experts = jax.lax.top_k(ranked, count)
+    weights = jnp.take_along_axis(scores, experts, axis=-1)
     if normalize:
         weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
     return probabilities, weights, experts
 
 
-def _of_best_groups(scores: Float[Array, "N T E"], groups: int, kept: int) -> jax.Array:
-    """Put the scores outside the best groups out of reach; a group is as good as its best two."""
+def _of_best_groups(scores: Float[Array, "N T E"], groups: int, kept: int, of: int) -> jax.Array:
+    """Put the scores outside the best groups out of reach; a group is as good as its best few."""
     grouped = scores.reshape(*scores.shape[:2], groups, -1)
-    best, _ = jax.lax.top_k(grouped, min(2, grouped.shape[-1]))
+    best, _ = jax.lax.top_k(grouped, min(of, grouped.shape[-1]))
     _, chosen = jax.lax.top_k(jnp.sum(best, axis=-1), kept)
     inside = jnp.any(jax.nn.one_hot(chosen, groups, dtype=jnp.bool_), axis=2)  # [N, T, groups]
     return jnp.where(inside[..., None], grouped, -jnp.inf).reshape(scores.shape)

@@ -50,7 +50,7 @@ class _Walk(NamedTuple):
 def attend(
     q: Float[Array, "N T H h"],
     k: Float[Array, "N T K h"],
-    v: Float[Array, "N T K h"],
+    v: Float[Array, "N T K v"],
     *,
     segment_ids: Int[Array, "N T"],
     positions: Int[Array, "N T"],
@@ -60,7 +60,7 @@ def attend(
     scale: float = 1.0,
     sinks: Float[Array, "H"] | None = None,
     block: int = BLOCK,
-) -> Float[Array, "N T H h"]:
+) -> Float[Array, "N T H v"]:
     """Attend by blocks that follow the segments; on a mesh, each device to its own rows and heads.
 
     Args:

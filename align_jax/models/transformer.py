@@ -9,28 +9,42 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.ad_checkpoint import checkpoint_name, checkpoint_policies
-from jaxtyping import Array, Bool, Float, Int
+from jax.ad_checkpoint import checkpoint_policies
+from jaxtyping import Array, Float, Int
 
-from align_jax.models import attention as attentions
 from align_jax.models import cache as caches
 from align_jax.models import rope as ropes
 from align_jax.models.cache import Cache
 from align_jax.models.config import ModelConfig
 from align_jax.models.heads import HEADS
-from align_jax.models.layers import ACTIVATIONS, Linear, Norm, array, contract, normal, parameter
-from align_jax.models.lora import LoraConfig
+from align_jax.models.layers import (
+    ACTIVATIONS,
+    Linear,
+    Norm,
+    Options,
+    array,
+    contract,
+    linear,
+    normal,
+    parameter,
+)
 from align_jax.models.moe import Experts
 from align_jax.models.roles import Role
+from align_jax.models.self_attention import (
+    Attention,
+    KeysAndValues,
+    LatentAttention,
+    Layer,
+    Rows,
+    States,
+)
 from align_jax.models.stacks import Stack
 from align_jax.parallel.sharding import constrain
 
@@ -40,187 +54,6 @@ REMAT: Mapping[str, Callable[..., Any]] = {
     "dots": checkpoint_policies.dots_with_no_batch_dims_saveable,
     "attention": checkpoint_policies.save_only_these_names("attention"),
 }
-
-States = Float[Array, "N T D"]
-Heads = Float[Array, "N T heads h"]
-Queries = Float[Array, "N T H h"]
-Keys = Float[Array, "N T K h"]  # and values
-KeysAndValues = tuple[Float[Array, "L N C K h"], Float[Array, "L N C K h"]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """How a model is computed, beside what it is: see ``models.model.build``."""
-
-    dtype: jnp.dtype
-    remat: str
-    attention: str
-    lora: LoraConfig | None
-    heads: tuple[str, ...]
-    unembed: bool
-    dropout: float
-
-
-class Layer(NamedTuple):
-    """What differs from layer to layer; the scan hands each its own."""
-
-    number: Int[Array, "*L"]
-    window: Int[Array, "*L"]  # among the distinct windows, sorted
-    rope: Int[Array, "*L"]  # among the distinct rotary embeddings; -1 = none
-
-
-class Rows(NamedTuple):
-    """What all layers see of the rows; C slots of a cache."""
-
-    segment_ids: Int[Array, "N T"]
-    positions: Int[Array, "N T"]
-    prefix_ids: Int[Array, "N T"] | None
-    ropes: tuple[tuple[jax.Array, jax.Array], ...]  # cosines and sines of each rotary embedding
-    held: Int[Array, "N C"] | None = None  # prefill of a ring: the token that each slot keeps
-    slots: Int[Array, "N"] | None = None  # decoding: where this token's key and value go
-    allowed: Bool[Array, "N C"] | None = None  # decoding: slots of the token's own segment
-    distance: Int[Array, "N C"] | None = None  # decoding: tokens back to each slot
-
-
-def _linear(
-    config: ModelConfig,
-    options: Options,
-    target: str,
-    inputs: tuple[int, ...],
-    outputs: tuple[int, ...],
-    axes: tuple[str, ...],
-    bias: bool,
-) -> Linear:
-    """Make a linear map of the layers, with its adapter if it gets one; ``target``'s end is its
-    name."""
-    role = Role("linear", len(inputs), target=target)
-    lora = options.lora.on(target) if options.lora is not None else None
-    name = target.split("/")[-1]
-    std, dtype = config.init_std, options.dtype
-    return Linear(inputs, outputs, axes, dtype, role, bias, std, lora, name=name)
-
-
-class Attention(nn.Module):
-    """Grouped-query attention over a row's segments, or over a cache."""
-
-    config: ModelConfig
-    options: Options
-
-    @nn.compact
-    def __call__(
-        self, x: States, layer: Layer, rows: Rows, cache: KeysAndValues | None
-    ) -> tuple[States, KeysAndValues | None]:
-        c = self.config
-        D, H, K, h = c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim
-
-        def project(name: str, heads: int, axis: str) -> Heads:
-            axes, target = ("embed", axis, "head"), f"attention/{name}"
-            return _linear(c, self.options, target, (D,), (heads, h), axes, c.attention_bias)(x)
-
-        q = project("query", H, "heads")
-        k = project("key", K, "kv_heads")
-        v = project("value", K, "kv_heads")
-        if c.qk_norm_turned:
-            q, k = self._rotate(q, k, layer, rows)
-        if c.qk_norm:
-            q, k = self._norm("query_norm", q, "heads"), self._norm("key_norm", k, "kv_heads")
-        if not c.qk_norm_turned:
-            q, k = self._rotate(q, k, layer, rows)
-        y, cache = self._attend(q, k, v, layer, rows, cache)
-        y = checkpoint_name(y, "attention")
-        axes, target = ("heads", "head", "embed"), "attention/output"
-        return _linear(c, self.options, target, (H, h), (D,), axes, c.output_bias)(y), cache
-
-    def _norm(self, name: str, x: Heads, axis: str) -> Heads:
-        c, shape = self.config, x.shape[-2:]
-        axes: tuple[str, ...] = (axis, "head")
-        if c.qk_norm == "head":
-            shape, axes = (c.head_dim,), ("norm",)
-        return Norm(shape, "rms", c.norm_eps, c.norm_offset, self.options.dtype, axes, name=name)(x)
-
-    def _rotate(self, q: Queries, k: Keys, layer: Layer, rows: Rows) -> tuple[Queries, Keys]:
-        if not rows.ropes:
-            return q, k
-        cos, sin = rows.ropes[0]
-        if len(rows.ropes) > 1:
-            cos, sin = (jnp.stack(tables)[layer.rope] for tables in zip(*rows.ropes))
-        pairs = self.config.rope_interleaved
-        turned = ropes.rotate(q, cos, sin, pairs), ropes.rotate(k, cos, sin, pairs)
-        if -1 not in self.config.layer_ropes:
-            return turned
-        on = layer.rope >= 0
-        return jnp.where(on, turned[0], q), jnp.where(on, turned[1], k)
-
-    def _attend(
-        self, q: Queries, k: Keys, v: Keys, layer: Layer, rows: Rows, cache: KeysAndValues | None
-    ) -> tuple[Queries, KeysAndValues | None]:
-        c = self.config
-        kinds = sorted(set(c.windows))
-        sinks = None
-        if c.sinks:
-            role, shape = Role("linear", matrix=False), (c.num_heads,)
-            sinks = parameter(self, "sinks", normal(c.init_std), shape, ("heads",), role)
-            sinks = array(sinks, jnp.dtype(jnp.float32))
-        if cache is not None and rows.slots is not None:
-            return _decode(q, k, v, sinks, layer, kinds, rows, cache, c)
-        if cache is not None:
-            keys, values = (x if rows.held is None else caches.taken(x, rows.held) for x in (k, v))
-            cache = _stored(cache[0], keys, layer), _stored(cache[1], values, layer)
-        function = attentions.implementation(self.options.attention)
-
-        def branch(window: int) -> Callable[[Queries, Keys, Keys], Queries]:
-            def attend(q: Queries, k: Keys, v: Keys) -> Queries:
-                return function(
-                    q,
-                    k,
-                    v,
-                    segment_ids=rows.segment_ids,
-                    positions=rows.positions,
-                    prefix_ids=rows.prefix_ids,
-                    window=window or None,
-                    scale=c.query_scale,
-                    softcap=c.attention_softcap,
-                    sinks=sinks,
-                )
-
-            return attend
-
-        if len(kinds) == 1:
-            return branch(kinds[0])(q, k, v), cache
-        return jax.lax.switch(layer.window, [branch(kind) for kind in kinds], q, k, v), cache
-
-
-def _stored(whole: jax.Array, new: Keys, layer: Layer) -> jax.Array:
-    """Write a layer's keys or values into the first slots of a cache."""
-    start = (layer.number, 0, 0, 0, 0)
-    return jax.lax.dynamic_update_slice(whole, new[None].astype(whole.dtype), start)
-
-
-def _decode(
-    q: Queries,
-    k: Keys,
-    v: Keys,
-    sinks: Float[Array, "H"] | None,
-    layer: Layer,
-    kinds: list[int],
-    rows: Rows,
-    cache: KeysAndValues,
-    config: ModelConfig,
-) -> tuple[Queries, KeysAndValues]:
-    """Write one token a row into the cache and attend to the row's own segment in it."""
-    keys, values = cache
-    assert rows.allowed is not None and rows.distance is not None  # as rows.slots is
-    at = (layer.number, jnp.arange(q.shape[0]), rows.slots)
-    keys = keys.at[at].set(k[:, 0].astype(keys.dtype), mode="drop")
-    values = values.at[at].set(v[:, 0].astype(values.dtype), mode="drop")
-    allowed = rows.allowed
-    if kinds != [0]:
-        limits = jnp.asarray([w or np.iinfo(np.int32).max for w in kinds], jnp.int32)
-        allowed = allowed & (rows.distance < limits[layer.window])
-    mine = keys[layer.number].astype(q.dtype), values[layer.number].astype(q.dtype)
-    scale, softcap = config.query_scale, config.attention_softcap
-    y = attentions.weighted(q, *mine, allowed[:, None], scale=scale, softcap=softcap, sinks=sinks)
-    return y, (keys, values)
 
 
 class Mlp(nn.Module):
@@ -242,11 +75,11 @@ class Mlp(nn.Module):
 
         def up(name: str) -> Float[Array, "N T F"]:
             axes = ("embed", "ffn")
-            return _linear(c, self.options, f"{self.part}/{name}", D, F, axes, c.mlp_bias)(x)
+            return linear(c, self.options, f"{self.part}/{name}", D, F, axes, c.mlp_bias)(x)
 
         y = up("up")
         y = act(up("gate")) * y if c.gated else act(y)
-        return _linear(c, self.options, f"{self.part}/down", F, D, ("ffn", "embed"), c.mlp_bias)(y)
+        return linear(c, self.options, f"{self.part}/down", F, D, ("ffn", "embed"), c.mlp_bias)(y)
 
 
 class Block(nn.Module):
@@ -275,7 +108,10 @@ class Block(nn.Module):
 
         with jax.named_scope("attention"):
             first = norm("attention_norm", c.norm_inputs, x)
-            y, cache = Attention(c, self.options, name="attention")(first, layer, rows, cache)
+            attention = (LatentAttention if c.latent else Attention)(
+                c, self.options, name="attention"
+            )
+            y, cache = attention(first, layer, rows, cache)
             y = dropped(norm("attention_out_norm", c.norm_outputs, y))
             y = y if c.residual_scale == 1 else y * c.residual_scale
         residual = x if c.parallel_residual else x + y

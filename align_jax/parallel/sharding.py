@@ -30,6 +30,7 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "ffn": ("tensor",),
     "experts": ("expert",),
     "norm": (),
+    "latent": (),
     "rank": (),
     "positions": (),
     "score": (),

@@ -177,7 +177,8 @@ def _activations(call: ModelCall, mesh: Mapping[str, int]) -> dict[str, float]:
     reduced += at_loss * backward
 
     heads = max(1.0, config.num_kv_heads / tensor)
-    keys_and_values = 2 * rows * call.length * heads * config.head_dim * call.itemsize * layers
+    widths = config.head_dim + config.value_dim
+    keys_and_values = rows * call.length * heads * widths * call.itemsize * layers
     gathers = 1 + int(backward and remat != "none") + backward
 
     tokens = states * layers * (mesh["expert"] - 1) if config.num_experts else 0.0

@@ -81,12 +81,28 @@ def layer_weights(config: ModelConfig) -> int:
         config.intermediate_size,
     )
     attention = D * H * h + 2 * D * K * h + H * h * D
+    if latent := config.latent:
+        q, c, v = latent.query_rank, latent.rank, latent.value_dim
+        queries = q * (D + H * h) if q else D * H * h
+        keys = D * (c + latent.rope_dim) + c * H * (config.still_dim + v)
+        attention = queries + keys + H * v * D
     mlp, first = (3 if config.gated else 2) * D * F, len(config.dense_layers)
     dense = first * 3 * D * config.dense_size
     if config.num_experts:
         mlp = mlp * config.experts_per_token + D * config.num_experts
         mlp += 3 * D * config.shared_size
     return config.num_layers * attention + (config.num_layers - first) * mlp + dense
+
+
+def _pair(config: ModelConfig) -> int:
+    """Count the operations of one query and one key, in one layer."""
+    return 2 * config.num_heads * (config.head_dim + config.value_dim)
+
+
+def _decoded_widths(config: ModelConfig) -> int:
+    """Return the widths of what a drawn token attends to and of what it takes from there."""
+    _, keys, values = config.cached
+    return 2 * keys + values if config.latent else keys + values
 
 
 # Seconds of a FLOP of attention, all T^2 pairs of a row counted, over those of a FLOP of a matrix
@@ -106,7 +122,7 @@ def attention_cost(config: ModelConfig, attention: str) -> float:
         config: the model.
         attention: a name from ``models.attention.ATTENTION``, or "auto".
     """
-    pair = 4 * config.num_layers * config.num_heads * config.head_dim
+    pair = config.num_layers * _pair(config)
     token = 2 * layer_weights(config) + config.vocab_size * config.hidden_size
     return ATTENTION_SLOWER[named(attention)] * pair / token
 
@@ -133,7 +149,7 @@ def forward_flops(
     for window in config.windows:
         reach = min(window or segment, segment)
         pairs += reach * (reach + 1) / 2 + (segment - reach) * reach
-    attention = 4 * config.num_heads * config.head_dim * pairs * tokens / segment
+    attention = _pair(config) * pairs * tokens / segment
     head = (
         2 * config.hidden_size * config.vocab_rows * rows * positions
         if model.options.unembed
@@ -161,7 +177,7 @@ def decode_flops(model: Model, *, rows: int, context: int) -> Forward:
     seen = sum(min(window or context, context) for window in config.windows)
     return Forward(
         2.0 * layer_weights(config) * rows,
-        4.0 * config.num_heads * config.head_dim * seen * rows,
+        2.0 * config.num_heads * _decoded_widths(config) * seen * rows,
         2.0 * config.hidden_size * config.vocab_rows * rows,
     )
 

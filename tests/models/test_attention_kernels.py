@@ -15,6 +15,7 @@ from align_jax.models import attention, attention_kernels
 from align_jax.parallel.mesh import make_mesh
 
 ROWS, HEADS, GROUPS, WIDTH = 2, 4, 2, 8
+VALUES = 6  # width of a value: latent attention's is not a key's
 
 
 def _inputs(length: int, shared: bool, rows: int = ROWS):
@@ -22,7 +23,8 @@ def _inputs(length: int, shared: bool, rows: int = ROWS):
     positions."""
     key = jax.random.split(jax.random.key(0), 3)
     q = jax.random.normal(key[0], (rows, length, HEADS, WIDTH), jnp.float32)
-    k, v = (jax.random.normal(one, (rows, length, GROUPS, WIDTH), jnp.float32) for one in key[1:])
+    k = jax.random.normal(key[1], (rows, length, GROUPS, WIDTH), jnp.float32)
+    v = jax.random.normal(key[2], (rows, length, GROUPS, VALUES), jnp.float32)
     cuts = [0, length // 3, 2 * length // 3, length - 5, length]
     segments = np.zeros((rows, length), np.int32)
     positions, prefixes = np.zeros_like(segments), np.zeros_like(segments)
@@ -42,7 +44,8 @@ def _both(length, shared=False, rows=ROWS, sinks=False, **numbers):
     if sinks:
         arrays += (jnp.linspace(-1.0, 2.0, HEADS),)
     real = (fields["segment_ids"] > 0)[..., None, None]
-    cotangent = jnp.where(real, jax.random.normal(jax.random.key(9), arrays[0].shape), 0.0)
+    shape = (*arrays[0].shape[:-1], VALUES)
+    cotangent = jnp.where(real, jax.random.normal(jax.random.key(9), shape), 0.0)
 
     def run(function, **more):
         def attend(q, k, v, sinks=None):

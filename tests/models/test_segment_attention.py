@@ -14,6 +14,7 @@ from align_jax.models import attention, segment_attention
 from align_jax.parallel.mesh import make_mesh
 
 ROWS, HEADS, WIDTH, BLOCK = 2, 4, 8, 16
+VALUES = 6  # width of a value: latent attention's is not a key's
 
 
 def _fields(lengths, shared, length):
@@ -72,10 +73,8 @@ def _gradients(function, arrays, fields, numbers):
 
 def _compare(function, groups, lengths, shared, numbers, length=100):
     key = jax.random.split(jax.random.key(0), 3)
-    heads = (HEADS, groups, groups)
-    arrays = tuple(
-        jax.random.normal(one, (ROWS, length, count, WIDTH)) for one, count in zip(key, heads)
-    )
+    heads = ((HEADS, WIDTH), (groups, WIDTH), (groups, VALUES))
+    arrays = tuple(jax.random.normal(one, (ROWS, length, *shape)) for one, shape in zip(key, heads))
     fields = _fields(lengths, shared, length)
     numbers = {"scale": 0.3, **numbers}
     if numbers.pop("sinks", False):

@@ -1,0 +1,254 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A layer's attention to itself: projections, rotation, and what the cache of generation keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float, Int
+
+from align_jax.models import attention as attentions
+from align_jax.models import cache as caches
+from align_jax.models import rope as ropes
+from align_jax.models.config import Latent, ModelConfig
+from align_jax.models.layers import Norm, Options, array, linear, normal, parameter
+from align_jax.models.roles import Role
+
+States = Float[Array, "N T D"]
+Heads = Float[Array, "N T heads h"]
+Queries = Float[Array, "N T H h"]
+Keys = Float[Array, "N T K h"]
+Values = Float[Array, "N T K v"]
+# of all layers, as the cache holds them
+KeysAndValues = tuple[Float[Array, "L N C K h"], Float[Array, "L N C K v"]]
+
+
+class Layer(NamedTuple):
+    """What differs from layer to layer; the scan hands each its own."""
+
+    number: Int[Array, "*L"]
+    window: Int[Array, "*L"]  # among the distinct windows, sorted
+    rope: Int[Array, "*L"]  # among the distinct rotary embeddings; -1 = none
+
+
+class Rows(NamedTuple):
+    """What all layers see of the rows; C slots of a cache."""
+
+    segment_ids: Int[Array, "N T"]
+    positions: Int[Array, "N T"]
+    prefix_ids: Int[Array, "N T"] | None
+    ropes: tuple[tuple[jax.Array, jax.Array], ...]  # cosines and sines of each rotary embedding
+    held: Int[Array, "N C"] | None = None  # prefill of a ring: the token that each slot keeps
+    slots: Int[Array, "N"] | None = None  # decoding: where this token's key and value go
+    allowed: Bool[Array, "N C"] | None = None  # decoding: slots of the token's own segment
+    distance: Int[Array, "N C"] | None = None  # decoding: tokens back to each slot
+
+
+class Attention(nn.Module):
+    """Grouped-query attention over a row's segments, or over a cache."""
+
+    config: ModelConfig
+    options: Options
+
+    @nn.compact
+    def __call__(
+        self, x: States, layer: Layer, rows: Rows, cache: KeysAndValues | None
+    ) -> tuple[States, KeysAndValues | None]:
+        c = self.config
+        D, H, K, h = c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim
+
+        def project(name: str, heads: int, axis: str) -> Heads:
+            axes, target = ("embed", axis, "head"), f"attention/{name}"
+            return linear(c, self.options, target, (D,), (heads, h), axes, c.attention_bias)(x)
+
+        q = project("query", H, "heads")
+        k = project("key", K, "kv_heads")
+        v = project("value", K, "kv_heads")
+        if c.qk_norm_turned:
+            q, k = _rotated(q, k, layer, rows, c)
+        if c.qk_norm:
+            q, k = self._norm("query_norm", q, "heads"), self._norm("key_norm", k, "kv_heads")
+        if not c.qk_norm_turned:
+            q, k = _rotated(q, k, layer, rows, c)
+        sinks = self._sinks() if c.sinks else None
+        if cache is not None and rows.slots is not None:
+            (k, v), allowed, cache = _extended((k, v), layer, rows, cache, c)
+            numbers = {"scale": c.query_scale, "softcap": c.attention_softcap}
+            y = attentions.weighted(q, k, v, allowed, sinks=sinks, **numbers)
+        else:
+            cache = cache and _filled((k, v), layer, rows, cache)
+            y = _attended(q, k, v, sinks, layer, rows, c, self.options)
+        y = checkpoint_name(y, "attention")
+        axes, target = ("heads", "head", "embed"), "attention/output"
+        return linear(c, self.options, target, (H, h), (D,), axes, c.output_bias)(y), cache
+
+    def _norm(self, name: str, x: Heads, axis: str) -> Heads:
+        c, shape = self.config, x.shape[-2:]
+        axes: tuple[str, ...] = (axis, "head")
+        if c.qk_norm == "head":
+            shape, axes = (c.head_dim,), ("norm",)
+        return Norm(shape, "rms", c.norm_eps, c.norm_offset, self.options.dtype, axes, name=name)(x)
+
+    def _sinks(self) -> Float[Array, "H"]:
+        role, shape = Role("linear", matrix=False), (self.config.num_heads,)
+        sinks = parameter(self, "sinks", normal(self.config.init_std), shape, ("heads",), role)
+        return array(sinks, jnp.dtype(jnp.float32))
+
+
+class LatentAttention(nn.Module):
+    """Multi-head latent attention: each token's keys and values are made from its latent, and from
+    one key that turns and all heads share; these two are all that a cache keeps.
+
+    Decoding takes what makes keys and values to the query's side and to the output's, so that it
+    attends to the latents themselves.
+
+    References:
+        DeepSeek-AI 2024, DeepSeek-V2 (arXiv 2405.04434), section 2.1 and appendix C.
+    """
+
+    config: ModelConfig
+    options: Options
+
+    @nn.compact
+    def __call__(
+        self, x: States, layer: Layer, rows: Rows, cache: KeysAndValues | None
+    ) -> tuple[States, KeysAndValues | None]:
+        c, o = self.config, self.options
+        assert c.latent is not None  # who has none has the other attention
+        D, H, rank, still, v = c.hidden_size, c.num_heads, c.latent.rank, c.still_dim, c.value_dim
+        q = self._queries(x, c.latent)
+        outputs, bias = (rank + c.latent.rope_dim,), c.attention_bias
+        axes: tuple[str, ...] = ("embed", "latent")
+        both = linear(c, o, "attention/key_value_a", (D,), outputs, axes, bias)(x)
+        latent = self._norm("latent_norm", both[..., :rank])[:, :, None]
+        turned, key = _rotated(q[..., still:], both[:, :, None, rank:], layer, rows, c)
+        q = jnp.concatenate([q[..., :still], turned], axis=-1)
+        axes = ("embed", "heads", "head")
+        expand = linear(c, o, "attention/key_value_b", (rank,), (H, still + v), axes, False)
+        if cache is not None and rows.slots is not None:
+            (latents, keys), allowed, cache = _extended((latent, key), layer, rows, cache, c)
+            kernel = expand.matrix()  # [rank, H, still + v]
+            inward = jnp.einsum("NTHs,cHs->NTHc", q[..., :still], kernel[..., :still])
+            q = jnp.concatenate([inward, q[..., still:]], axis=-1)
+            keys = jnp.concatenate([latents, keys], axis=-1)
+            y = attentions.weighted(q, keys, latents, allowed, scale=c.query_scale)
+            y = jnp.einsum("NTHc,cHv->NTHv", y, kernel[..., still:])
+        else:
+            cache = cache and _filled((latent, key), layer, rows, cache)
+            made = expand(latent[:, :, 0])
+            shared = jnp.broadcast_to(key, (*key.shape[:2], H, key.shape[-1]))
+            k = jnp.concatenate([made[..., :still], shared], axis=-1)
+            y = _attended(q, k, made[..., still:], None, layer, rows, c, o)
+        y = checkpoint_name(y, "attention")
+        axes, target = ("heads", "head", "embed"), "attention/output"
+        return linear(c, o, target, (H, v), (D,), axes, c.output_bias)(y), cache
+
+    def _queries(self, x: States, latent: Latent) -> Queries:
+        c, o = self.config, self.options
+        D, rank, outputs = c.hidden_size, latent.query_rank, (c.num_heads, c.head_dim)
+        axes = ("embed", "heads", "head")
+        if not rank:
+            return linear(c, o, "attention/query", (D,), outputs, axes, False)(x)
+        low, bias = ("embed", "latent"), c.attention_bias
+        x = linear(c, o, "attention/query_a", (D,), (rank,), low, bias)(x)
+        x = self._norm("query_norm", x)
+        return linear(c, o, "attention/query_b", (rank,), outputs, axes, False)(x)
+
+    def _norm(self, name: str, x: Float[Array, "N T r"]) -> Float[Array, "N T r"]:
+        # the released code gives these norms no epsilon of the configuration
+        return Norm(x.shape[-1:], "rms", 1e-6, False, self.options.dtype, name=name)(x)
+
+
+def _rotated(
+    q: Queries, k: Keys, layer: Layer, rows: Rows, config: ModelConfig
+) -> tuple[Queries, Keys]:
+    """Turn queries and keys by the layer's rotary embedding, if it has one."""
+    if not rows.ropes:
+        return q, k
+    cos, sin = rows.ropes[0]
+    if len(rows.ropes) > 1:
+        cos, sin = (jnp.stack(tables)[layer.rope] for tables in zip(*rows.ropes))
+    pairs = config.rope_interleaved
+    turned = ropes.rotate(q, cos, sin, pairs), ropes.rotate(k, cos, sin, pairs)
+    if -1 not in config.layer_ropes:
+        return turned
+    on = layer.rope >= 0
+    return jnp.where(on, turned[0], q), jnp.where(on, turned[1], k)
+
+
+def _attended(
+    q: Queries,
+    k: Keys,
+    v: Values,
+    sinks: Float[Array, "H"] | None,
+    layer: Layer,
+    rows: Rows,
+    config: ModelConfig,
+    options: Options,
+) -> Float[Array, "N T H v"]:
+    """Attend over whole rows, with the layer's window."""
+    function = attentions.implementation(options.attention)
+    kinds = sorted(set(config.windows))
+
+    def branch(window: int) -> Callable[[Queries, Keys, Values], Float[Array, "N T H v"]]:
+        def attend(q: Queries, k: Keys, v: Values) -> Float[Array, "N T H v"]:
+            return function(
+                q,
+                k,
+                v,
+                segment_ids=rows.segment_ids,
+                positions=rows.positions,
+                prefix_ids=rows.prefix_ids,
+                window=window or None,
+                scale=config.query_scale,
+                softcap=config.attention_softcap,
+                sinks=sinks,
+            )
+
+        return attend
+
+    if len(kinds) == 1:
+        return branch(kinds[0])(q, k, v)
+    return jax.lax.switch(layer.window, [branch(kind) for kind in kinds], q, k, v)
+
+
+def _filled(
+    new: tuple[Keys, Values], layer: Layer, rows: Rows, cache: KeysAndValues
+) -> KeysAndValues:
+    """Write a layer's keys and values of whole rows into the first slots of a cache."""
+    start = (layer.number, 0, 0, 0, 0)
+    held = (x if rows.held is None else caches.taken(x, rows.held) for x in new)
+    first, second = (
+        jax.lax.dynamic_update_slice(whole, x[None].astype(whole.dtype), start)
+        for whole, x in zip(cache, held)
+    )
+    return first, second
+
+
+def _extended(
+    new: tuple[Keys, Values], layer: Layer, rows: Rows, cache: KeysAndValues, config: ModelConfig
+) -> tuple[tuple[jax.Array, jax.Array], Bool[Array, "N 1 C"], KeysAndValues]:
+    """Write one token a row into the cache.
+
+    Returns:
+        The layer's keys and values of all slots [N, C, K, h], which slots the token attends to
+        (its own segment's, within the window), and the cache.
+    """
+    assert rows.allowed is not None and rows.distance is not None  # as rows.slots is
+    at = (layer.number, jnp.arange(new[0].shape[0]), rows.slots)
+    keys, values = (
+        whole.at[at].set(x[:, 0].astype(whole.dtype), mode="drop") for whole, x in zip(cache, new)
+    )
+    allowed = rows.allowed
+    kinds = sorted(set(config.windows))
+    if kinds != [0]:
+        limits = jnp.asarray([w or np.iinfo(np.int32).max for w in kinds], jnp.int32)
+        allowed = allowed & (rows.distance < limits[layer.window])
+    mine = (keys[layer.number].astype(new[0].dtype), values[layer.number].astype(new[1].dtype))
+    return mine, allowed[:, None], (keys, values)
