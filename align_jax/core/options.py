@@ -191,6 +191,11 @@ class ReferenceOptions(Checked):
         "in_graph, or cached: token log-probabilities computed once and kept on disk",
         choices=("in_graph", "cached"),
     )
+    guide: str = option(
+        "",
+        "of tgdpo: a policy trained on preferences, whose log-ratios to the reference are the "
+        "tokens' rewards; directory or hub id, computed once and kept; '' = the starting weights",
+    )
     cache: str = option("", "folder of the cache; '' = WORKDIR/reference", resume=True)
     sync_every_steps: int = option(
         0,

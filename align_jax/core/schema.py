@@ -95,6 +95,7 @@ class Batch(NamedTuple):
     # is the step that ends here right? from 0 to 1; the loss mask is true at ends of steps alone
     step_labels: Float[Any, "N T"] | None = None
     reference_token_logps: Float[Any, "N T"] | None = None  # cached: the reference is then not run
+    guide_token_logps: Float[Any, "N T"] | None = None  # of a policy that rewards tokens
     old_token_logps: Float[Any, "N T"] | None = None  # of the behavior policy
     # of what drew the samples, and what corrects for their difference (losses.sampler)
     sampler_token_logps: Float[Any, "N T"] | None = None

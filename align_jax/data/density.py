@@ -77,7 +77,7 @@ def density_ratios(
 
     References:
         Jung et al. 2024, arXiv 2404.04656, section 4.2 (underlying distribution matching); TRL
-        1.16.0, ``BCOTrainer._get_udm_weight``.
+        1.9.0, ``BCOTrainer._get_udm_weight``.
 
     Raises:
         ValueError: one label alone, other numbers of embeddings than of labels, or bounds that are

@@ -18,6 +18,7 @@ from align_jax.losses import (
     contests,
     covariance,
     distillation,
+    guided,
     kto,
     objective,
     pointwise,
@@ -214,6 +215,11 @@ OBJECTIVES: dict[str, Objective] = {
         batchwise.Tdpo,
         "-log σ(β d - α β (D_l - sg(D_w))), D = Σ_t KL(π_ref||π)",
         "arXiv 2404.11999",
+    ),
+    "tgdpo": _pairs(
+        guided.Tgdpo,
+        "-log σ(Σ_t β (1 + α r_t) x_w,t - Σ_t β (1 - α r_t) x_l,t), r_t = β log(π_guide/π_ref)",
+        "arXiv 2506.14574",
     ),
     "beta_dpo": _pairs(
         batchwise.BetaDpo,

@@ -32,6 +32,7 @@ POSITIONAL = {  # what positional arguments mean, by kind of data
     "rollout": ("policy", "old_token_logps", "advantages"),
 }
 TOKEN_COLUMNS = (
+    "guide_token_logps",
     "old_token_logps",
     "sampler_token_logps",
     "sampler_ratio",

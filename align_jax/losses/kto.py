@@ -229,7 +229,7 @@ class Bco(StatisticsLoss, UnpairedLoss):
 
     References:
         Jung et al. 2024, arXiv 2404.04656: the reward shift, and underlying distribution matching;
-        TRL 1.16.0, ``BCOTrainer.bco_loss``.
+        TRL 1.9.0, ``BCOTrainer.bco_loss``.
 
     >>> from align_jax.losses import jitted
     >>> found = jitted("bco", beta=0.5)([-8.0, -9.0], [True, False], [-10.0, -9.0])

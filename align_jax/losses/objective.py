@@ -94,6 +94,7 @@ class Loss(Options):
 
     reference: ClassVar[bool] = False  # can it compare with the reference?
     wants_margin: ClassVar[bool] = False  # are the pairs' margins what it learns?
+    wants_guide: ClassVar[bool] = False  # does it read a guide's log-probabilities of the tokens?
     mismatched: ClassVar[bool] = False  # does it need each prompt with another prompt's response?
     text: ClassVar[bool] = False  # does it learn text beside the rollout?
     # whose samples the policy's meet on the rollout source: what rollout.against = "auto" means

@@ -137,12 +137,14 @@ class AbstractRun:
     def batch(self, *, train: bool = True) -> Batch:
         """Return the shapes of a step's global batch; ``train`` false: of one to evaluate."""
         mismatched = any(term.objective.mismatched for term in self.spec.terms)
+        guided = any(term.loss.wants_guide for term in self.spec.terms)
         host = (
             offline_batch(
                 self.config,
                 self.kind,
                 self.mesh,
                 mismatched=mismatched,
+                guided=guided,
                 loss_positions=self.loss_positions,
                 train=train,
             )
@@ -158,6 +160,7 @@ def offline_batch(
     mesh: Mesh,
     *,
     mismatched: bool = False,
+    guided: bool = False,
     loss_positions: int = 0,
     train: bool = True,
 ) -> Batch:
@@ -168,6 +171,7 @@ def offline_batch(
         kind: of data.
         mesh: the mesh.
         mismatched: the objective needs mismatched pairs.
+        guided: it reads a guide's log-probabilities.
         loss_positions: as ``AbstractRun`` has it.
         train: false: a batch to evaluate.
     """
@@ -176,12 +180,13 @@ def offline_batch(
     other = None
     if mismatched:
         other = layout.mismatched_shape(shape, shape.length, shape.loss_positions)
+    fields = ["reference_token_logps"] if config.reference.mode == "cached" else []
     return layout.abstract_batch(
         shape,
         config.data.layout,
         kind,
         mismatched=other,
-        token_fields=["reference_token_logps"] if config.reference.mode == "cached" else [],
+        token_fields=fields + ["guide_token_logps"] * guided,
     )
 
 

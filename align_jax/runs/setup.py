@@ -133,6 +133,7 @@ def resolve_config(config: Config, devices: int) -> ResolvedConfig:
             "positions of the model (max_position_embeddings)"
         )
     _check_reference(config, terms)
+    _check_guide(config, terms)
     _check_model(config, terms, model_config)
     lora, online = adapter(config, model_config), is_online(terms, config)
     models = initialize.make_models(
@@ -197,6 +198,25 @@ def _check_reference(config: Config, terms: Sequence[Term]) -> None:
         raise ValueError(
             "config.rollout.stop_kl ends rollouts early, so that the steps of "
             "config.reference.sync_every_rollouts are not known: set one of them to 0"
+        )
+
+
+def _check_guide(config: Config, terms: Sequence[Term]) -> None:
+    """Refuse a guide that no term reads, and one of samples, which cannot be computed once.
+
+    Raises:
+        ValueError: the objective or the key, and what to give instead.
+    """
+    guided = [term.name for term in terms if term.loss.wants_guide]
+    if guided and is_online(terms, config):
+        raise ValueError(
+            f"the objective {guided[0]!r} reads a guide's log-probabilities of a fixed data set, "
+            "computed once; an online run trains on new samples: use dpo"
+        )
+    if (guide := config.reference.guide) and not guided:
+        raise ValueError(
+            f"config.reference.guide = {guide!r} has no effect: the objective "
+            f"{config.objective.name!r} reads no guide; tgdpo does"
         )
 
 

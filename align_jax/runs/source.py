@@ -8,12 +8,15 @@ prompts ─ rollouts of the policy ───────────────
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import tqdm
 from etils import epath
 
+from align_jax.core.options import ReferenceOptions
 from align_jax.data.datasets import Examples
 from align_jax.data.pipeline import Pipeline
 from align_jax.data.tokenizer import tokenizer_digest
@@ -23,7 +26,13 @@ from align_jax.online.rollout import Rollouts, read_saved
 from align_jax.parallel import distributed
 from align_jax.parallel.sharding import put_batch
 from align_jax.runs import weights
-from align_jax.runs.setup import Run, make_pipeline, make_reference_specs
+from align_jax.runs.setup import (
+    Run,
+    make_pipeline,
+    make_reference_specs,
+    make_step_spec,
+    resolve_config,
+)
 from align_jax.training import partitioning, reference
 
 
@@ -61,13 +70,31 @@ def cached_reference(run: Run, examples: Examples) -> reference.Cache:
     return cache
 
 
+def as_guided(run: Run) -> Run:
+    """Return the run with the guide in the reference's place."""
+    r = run.config.reference
+    guide = ReferenceOptions(path=r.guide, dtype=r.dtype, mode="cached", cache=r.cache)
+    config = dataclasses.replace(run.config, reference=guide)
+    resolved = resolve_config(config, jax.device_count())
+    spec = make_step_spec(config, resolved, run.total_steps)
+    return run._replace(config=config, resolved=resolved, step_spec=spec)
+
+
 def batches_of(run: Run, source: Pipeline, examples: Examples) -> Callable[[int], Iterator[Any]]:
-    """Return a function from a step to this process's batches from there on, the cached reference
-    filled in."""
-    if run.config.reference.mode != "cached" or not run.step_spec.wants_reference:
-        return source.iterator
-    cache = cached_reference(run, examples)
-    return lambda step: map(cache.fill, source.iterator(step))
+    """Return a function from a step to this process's batches from there on, what is cached of the
+    reference and of a guide filled in."""
+    caches = {}
+    if run.config.reference.mode == "cached" and run.step_spec.wants_reference:
+        caches["reference_token_logps"] = cached_reference(run, examples)
+    if any(term.loss.wants_guide for term in run.resolved.terms):
+        caches["guide_token_logps"] = cached_reference(as_guided(run), examples)
+
+    def fill(batch: Any) -> Any:
+        for field, cache in caches.items():
+            batch = cache.fill(batch, field)
+        return batch
+
+    return lambda step: map(fill, source.iterator(step))
 
 
 class Offline:

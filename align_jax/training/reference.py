@@ -78,8 +78,8 @@ class Cache:
     def __init__(self, token_logps: np.ndarray, ends: np.ndarray):
         self.token_logps, self.ends = token_logps, ends
 
-    def fill(self, batch: Batch) -> Batch:
-        """Return the batch with ``reference_token_logps`` [N, T].
+    def fill(self, batch: Batch, field: str = "reference_token_logps") -> Batch:
+        """Return the batch with ``field`` [N, T], token log-probabilities.
 
         Raises:
             ValueError: a response has another number of loss tokens than the cache knows.
@@ -95,7 +95,8 @@ class Cache:
                     "this data's"
                 )
             out[row, tokens] = values
-        return batch._replace(reference_token_logps=out)
+        filled: dict[str, Any] = {field: out}
+        return batch._replace(**filled)
 
 
 def compute(batches: Iterable[Batch], step: Callable[[Batch], jax.Array], examples: int) -> Cache:

@@ -202,6 +202,7 @@ def make_batch(
         step_labels=jnp.asarray(np.where(mask, indices % 2, 0).astype(np.float32))
         if kind == "stepwise"
         else None,
+        guide_token_logps=-jnp.abs(draw()) if kind == "pairs" else None,
         **(rollout if kind == "rollout" else {}),
     )
 

@@ -48,6 +48,7 @@ AT_REFERENCE = {
     "dpo_shift": LOG2,
     "rpo": 0.0,
     "tdpo": LOG2,
+    "tgdpo": LOG2,
     "beta_dpo": LOG2,
     "simpo": math.log1p(math.e),
     "alphapo": math.log1p(math.e),

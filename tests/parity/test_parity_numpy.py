@@ -89,6 +89,18 @@ def tdpo(alpha):
     return loss
 
 
+def tgdpo(alpha):
+    def loss(a):
+        """Zhu et al. 2506.14574, section 4; the released code's line: logsigmoid((β (1 + α β r_w)
+        x_w).sum - (β (1 - α β r_l) x_l).sum), r = log π_guide - log π_ref of each token."""
+        x, r = (a[name] - a["reference"] for name in ("policy", "guide_token_logps"))
+        chosen = (0.1 * (1 + alpha * 0.1 * r) * x * a["mask"])[:, 0].sum(-1)
+        rejected = (0.1 * (1 - alpha * 0.1 * r) * x * a["mask"])[:, 1].sum(-1)
+        return np.mean(-log_sigmoid(chosen - rejected))
+
+    return loss
+
+
 def beta_dpo(a):
     """Wu et al. 2407.08639: at the first batch M₀ is its own mean, so β is β₀."""
     return np.mean(-log_sigmoid(0.1 * d_of(a)))
@@ -405,6 +417,9 @@ CASES = {
     "dpop": ("dpop", {}, dpop),
     "tdpo2": ("tdpo", {}, tdpo(0.5)),
     "tdpo1": ("tdpo", {"alpha": 1.0, "stop_gradient_chosen": False}, tdpo(1.0)),
+    "tgdpo": ("tgdpo", {}, tgdpo(0.5)),
+    "tgdpo_steep": ("tgdpo", {"alpha": 3.0}, tgdpo(3.0)),
+    "tgdpo_is_dpo": ("tgdpo", {"alpha": 0.0}, tgdpo(0.0)),
     "beta_dpo": ("beta_dpo", {}, beta_dpo),
     "odpo": ("dpo", {}, odpo),
     "ipo_sum": ("ipo", {"lengths": "sum"}, ipo_sum),
@@ -499,6 +514,8 @@ def draw(name, case, spread):
     a["policy"] = exact(np.minimum(reference + spread * rng.normal(size=shape), -0.01) * mask)
     if kind == "pairs":
         a |= {"kl": exact(rng.gamma(1.0, 1.0, shape) * mask)} if name == "tdpo" else {}
+        if name == "tgdpo":
+            a["guide_token_logps"] = exact((reference + rng.normal(size=shape)) * mask)
         a |= {"margin": exact(rng.gamma(1.0, 1.0, B))} if case == "odpo" or name == "rpo" else {}
         a |= {"weight": np.array([1.0, 0.0, 2.0, 0.5])} if case == "weighted" else {}
     if kind == "ranked":

@@ -16,6 +16,7 @@ from align_jax.interop import hf
 from align_jax.models.model import build
 from align_jax.online.rollout import Weights
 from align_jax.runs import loop, setup
+from align_jax.runs.source import make_source
 
 TINY = pathlib.Path(__file__).parents[2] / "configs/tiny.py"
 TEACHER = dict(
@@ -204,3 +205,21 @@ def test_an_objective_of_a_column_refuses_rows_without(name, options, words, tmp
     config.objective.update(options)
     with pytest.raises(ValueError, match=words):
         setup.prepare(configs.read(config), str(tmp_path))
+
+
+def test_a_guide_is_read_as_a_cached_reference_is(teacher, tmp_path):
+    """tgdpo's token rewards are of reference.guide, whatever the reference is."""
+    found = {}
+    for key, more in (("guide", {}), ("path", {"reference.mode": "cached"})):
+        config = tiny("tgdpo")
+        config.model.config.update(num_hidden_layers=1, hidden_size=32, intermediate_size=32)
+        keys = {"data.train": "builtin:preferences:train?size=16", "batch_size": 8}
+        keys |= {"data.eval_fraction": 0.0, "data.layout": "plain", f"reference.{key}": teacher}
+        config.update_from_flattened_dict(keys | more)
+        run = setup.prepare(configs.read(config), str(tmp_path / key))
+        with jax.set_mesh(run.mesh):
+            found[key] = make_source(run, 0, {}).next(lambda: None)
+    given = found["guide"].guide_token_logps
+    assert found["guide"].reference_token_logps is None and (given < 0).any()
+    np.testing.assert_allclose(given, found["path"].reference_token_logps, rtol=1e-6)
+    assert not np.allclose(given, found["path"].guide_token_logps)  # the starting weights

@@ -35,6 +35,8 @@ def resolve(name, **keys):
         ),
         ("ppo", {"objective.ptx_coef": 0.5}, "name a source"),
         ("ppo", {"data.text": "builtin:completions:train"}, "set config.objective.ptx_coef"),
+        ("dpo", {"reference.guide": "other"}, "tgdpo does"),
+        ("online_tgdpo", {}, "of a fixed data set"),
         ("grpo", {"rollout.responses_per_prompt": 1}, "must be at least 2"),
         ("grpo", {"rollout.stop_kl": 0.1}, "with one pass there are none"),
         ("dpo", {"model.load_balancing": 0.1}, "no mixture of experts"),

@@ -29,7 +29,9 @@ import numpy as np
 from align_jax import losses
 from align_jax.core import config as configs
 from align_jax.core.tree import flatten
+from align_jax.interop import hf
 from align_jax.losses import OBJECTIVES
+from align_jax.models.model import build
 from align_jax.parallel.mesh import make_mesh
 from align_jax.parallel.sharding import put_batch
 from align_jax.runs import loop, setup, weights
@@ -369,6 +371,18 @@ def with_columns() -> str:
     return str(path)
 
 
+@functools.cache
+def guide() -> str:
+    """Save a random model that is neither the policy nor the reference."""
+    folder = str(pathlib.Path(shared_folder()) / "guide")
+    sizes = dict(vocab_size=272, hidden_size=16, intermediate_size=16, num_hidden_layers=1)
+    heads = dict(num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=256)
+    config = hf.config_from({"model_type": "llama", "initializer_range": 0.5, **sizes, **heads})
+    model = build(config, compute_dtype="float32", remat="none", attention="xla")
+    hf.save(folder, config, model.init(jax.random.key(1)))
+    return folder
+
+
 def config_of(case: Case) -> Any:
     """Return a case's config: configs/tiny.py, as small as can be."""
     config = module("tiny").get_config(case.name)
@@ -400,6 +414,8 @@ def config_of(case: Case) -> Any:
             keys["objective.epochs"] = 2
     if case.name in ("rpo", "bco"):
         keys["data.train"] = with_columns()
+    if case.name == "tgdpo":
+        keys["reference.guide"] = guide()
     keys |= KEYS[chosen["weights"]] | KEYS[chosen["reference"]] | json.loads(case.keys)
     if "objective.ptx_coef" in keys or "ptx" in case.name:
         keys["data.text"] = "builtin:completions:train?size=16"
