@@ -23,6 +23,7 @@ from typing import Any
 from absl import flags
 
 from align_jax.core.choose import choose
+from align_jax.core.files import json_text
 from align_jax.core.options import DataOptions, RolloutOptions
 from align_jax.core.progress import samples_table
 from align_jax.data import datasets
@@ -174,7 +175,10 @@ def define_flags() -> None:
     flags.DEFINE_bool("allow_http", False, "--judge may be plain http to another host.")
     flags.DEFINE_string("json", "", "File for the results.")
     flags.DEFINE_string(
-        "answers", "", "generation, win_rate: file for the answers, a JSON object a line."
+        "answers",
+        "",
+        "generation, win_rate: file for the answers, a JSON object a line (win_rate: prompt, "
+        "output, other, and win, 1 where output is better).",
     )
     flags.DEFINE_integer("limit", 0, "Rows of each source; 0 = all.", 0)
     flags.DEFINE_integer("batch_size", 16, "Groups at once.", 1)
@@ -251,26 +255,28 @@ def main(argv: Sequence[str]) -> None:
     )
     sampled = {"options": drawn, "max_length": values.max_length, "seed": values.seed}
     answers: dict[str, list[Mapping[str, Any]]] = {}
-    results = evaluate(
-        policy,
-        values.eval,
-        rewards=rewards,
-        compare=compare,
-        limit=values.limit or None,
-        options={
-            "preference": scored | {"beta": values.beta},
-            "perplexity": scored,
-            "win_rate": sampled,
-            "generation": sampled,
-        },
-        answers=answers,
-    )
+    try:
+        results = evaluate(
+            policy,
+            values.eval,
+            rewards=rewards,
+            compare=compare,
+            limit=values.limit or None,
+            options={
+                "preference": scored | {"beta": values.beta},
+                "perplexity": scored,
+                "win_rate": sampled,
+                "generation": sampled,
+            },
+            answers=answers,
+        )
+    finally:  # a judge that fails in the end leaves what was sampled
+        if kept is not None:
+            lines = ({"eval": item, **row} for item, rows in answers.items() for row in rows)
+            kept.write_text("".join(json_text(line) + "\n" for line in lines))
     print(table(results))
     for item, rows in answers.items():
         print(f"\n{item}: {min(4, len(rows))} of {len(rows)} answers\n{samples_table(rows)}")
-    if kept is not None:
-        lines = ({"eval": item, **row} for item, rows in answers.items() for row in rows)
-        kept.write_text("".join(json.dumps(line) + "\n" for line in lines))
     if written is not None:
         written.write_text(json.dumps({"policy": policy.name, "results": results}, indent=1) + "\n")
 

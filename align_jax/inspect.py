@@ -12,7 +12,6 @@ on there.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import tempfile
@@ -22,6 +21,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from align_jax.core import config as configs
+from align_jax.core.files import json_text
 from align_jax.core.options import Config
 from align_jax.runs import command, weights
 from align_jax.runs.inspection import Inspection, inspect_run
@@ -64,7 +64,7 @@ def main(argv: Sequence[str]) -> None:
     )
     print(found.text(color=sys.stdout.isatty() and not os.environ.get("NO_COLOR")))
     if written is not None:
-        written.write_text(json.dumps(found.to_dict(), indent=1, ensure_ascii=False) + "\n")
+        written.write_text(json_text(found.to_dict(), indent=1) + "\n")
 
 
 if __name__ == "__main__":

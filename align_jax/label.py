@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import collections
 import itertools
-import json
 import operator
 import os
 import pathlib
@@ -31,6 +30,7 @@ import tqdm
 from absl import flags, logging
 
 from align_jax.core.choose import nearest
+from align_jax.core.files import json_text
 from align_jax.core.schema import Example, Message
 from align_jax.data.messages import kind_of
 from align_jax.data.rows import LARGEST, prompt_of, response_of
@@ -384,13 +384,11 @@ def write(path: str, records: Sequence[Mapping[str, Any]]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f"{file.name}.{os.getpid()}.part")
     try:
-        # what is no character, half a pair of surrogates, is written as JSON escapes it
-        with part.open("w", encoding="utf-8", errors="backslashreplace") as out:
+        with part.open("w", encoding="utf-8") as out:
             if file.suffix == ".json":
-                json.dump(list(records), out, ensure_ascii=False, indent=1)
-                out.write("\n")
+                out.write(json_text(list(records), indent=1) + "\n")
             else:
-                out.writelines(json.dumps(one, ensure_ascii=False) + "\n" for one in records)
+                out.writelines(json_text(one) + "\n" for one in records)
         part.replace(file)
     finally:
         part.unlink(missing_ok=True)

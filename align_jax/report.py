@@ -24,6 +24,7 @@ from typing import Any
 
 from absl import flags
 
+from align_jax.core.files import escaped
 from align_jax.data.sources import open_source
 from align_jax.runs import command, reported
 from align_jax.runs.reported import Run, embedded, html_table, markdown_table, read_runs
@@ -80,7 +81,7 @@ def write(
 def _replace(path: pathlib.Path, text: str) -> None:
     """Write a file at once: whoever reads it meanwhile has the old one."""
     partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, "utf-8")
+    partial.write_text(escaped(text), "utf-8")
     os.replace(partial, path)
 
 

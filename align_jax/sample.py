@@ -24,6 +24,7 @@ import tqdm
 from absl import flags
 from transformers import PreTrainedTokenizerBase
 
+from align_jax.core.files import json_text
 from align_jax.core.options import DataOptions, ServerOptions
 from align_jax.core.schema import Example, Message
 from align_jax.data import chat, datasets
@@ -229,7 +230,7 @@ def sample_file(
     numbered = list(enumerate(examples.items))[done // samples :]
     skip, written, total = done % samples, 0, len(examples) * samples
     bar = tqdm.tqdm(total=total, initial=done, unit="sample", file=sys.stderr, disable=not show)
-    with bar, path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+    with bar, path.open("a", encoding="utf-8") as file:
         for begin in range(0, len(numbered), chunk):
             part = numbered[begin : begin + chunk]
             encoded = chat.encode_many([example for _, example in part], tokenizer)
@@ -244,7 +245,7 @@ def sample_file(
                 )
             )
             for record in records[skip:]:
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                file.write(json_text(record) + "\n")
             file.flush()
             written, skip = written + len(records) - skip, 0
     return written

@@ -11,7 +11,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from align_jax import inspect as program
-from align_jax.runs import loop, setup
+from align_jax.core import files
+from align_jax.runs import inspection, loop, setup
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 
@@ -96,6 +97,16 @@ def test_cuts_turns_without_loss_and_control_characters_are_shown(tmp_path):
     found = str(program.show_batch(config, examples=1))
     assert "\\x1b[2J" in found and "\x1b" not in found
     assert "rows.jsonl:" in found
+
+
+def test_no_character_of_a_name_or_a_text_stops_it_or_is_lost():
+    half = "a\ud83d \u2028 \x1b[2J"
+    part = inspection.Part("prompt", (inspection.Piece(half, "prompt"),), 3, 0, 0)
+    shown = inspection.Shown(half, f"; {half}", (part,))
+    found = inspection.Inspection((half,), {half: half}, {}, {}, {}, {}, (shown,))
+    assert json.loads(files.json_text(found.to_dict()).encode())["examples"][0]["source"] == half
+    for text in (str(found), found.text(color=True), found._repr_html_()):
+        assert "\x1b[2J" not in text and text.encode() and text.count("a\\ud83d") >= 4
 
 
 def test_feedback_and_prompts_say_what_they_are(tmp_path):

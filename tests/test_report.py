@@ -13,6 +13,7 @@ from align_jax import report
 from align_jax.runs import reported
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "chrome"))), "")
+HALF = "a\ud83d \u2028 \x1b[2J \x85"  # half a character, and those that end lines or move a cursor
 EVIL = "</script><script>document.title='owned'</script><img src=x onerror=alert(1)> & \u2028"
 
 
@@ -67,6 +68,15 @@ def test_two_runs_are_compared_in_words_and_tables(tmp_path):
     page = path.read_text()
     assert not re.search(r"(src|href)=['\"]?(https?:)?//", page) and EVIL not in page
     assert page.count("<script") == 2 and "default-src 'none'" in page
+
+
+def test_half_characters_and_numbers_that_are_none_are_reported(tmp_path):
+    workdir = pathlib.Path(_run(tmp_path / "a", 0.1, 0.0))
+    row = {"step": 1, "prompt": [{"role": "user", "content": HALF}], "output": HALF}
+    (workdir / "samples.jsonl").write_text(json.dumps({**row, "reward": float("nan")}) + "\n")
+    page = report.write(reported.read_runs([str(workdir)]), f"{tmp_path}/out").read_text("utf-8")
+    data = page.partition('id="data">')[2].partition("</script>")[0]
+    assert HALF in json.dumps(json.loads(data), ensure_ascii=False).replace("\\u001b", "\x1b")
 
 
 def test_runs_are_told_apart_and_one_named_twice_is_refused(tmp_path):

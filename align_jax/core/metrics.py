@@ -208,7 +208,7 @@ class JsonLines:
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Append one row."""
-        line = json.dumps(row) + "\n"
+        line = json.dumps(row, default=str) + "\n"
         if not self._remote:
             self._file.write(line)
             return

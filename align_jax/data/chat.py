@@ -22,6 +22,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from align_jax.core.progress import printable
 from align_jax.core.schema import Example, Message
 from align_jax.data import calls
 from align_jax.data import template as templates
@@ -213,7 +214,10 @@ def _check_context(
         doubtful = _left_out(tokenizer, roles, asked)
         for i, turn in enumerate(turns if asked else turns[: answers[-1] + 1]):
             unread = turn.keys() - known
-            notes |= {f"keys that the chat template does not read: {key:.40}" for key in unread}
+            notes |= {
+                f"keys that the chat template does not read: {printable(key[:40])}"
+                for key in unread
+            }
             if any(turn[key].strip() not in text for key in REASONING if key in turn):
                 notes.add("reasoning in the history that the chat template leaves out")
             if turn["content"].strip() in text and i not in doubtful:

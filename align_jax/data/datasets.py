@@ -20,6 +20,7 @@ from jaxtyping import Bool
 
 from align_jax.core.choose import choose, nearest
 from align_jax.core.options import DataOptions
+from align_jax.core.progress import printable
 from align_jax.core.schema import Example
 from align_jax.data import cache, conversions, formats, named
 from align_jax.data.messages import ROLES, Row, answer_of, decoded, with_roles
@@ -190,7 +191,9 @@ def _read_all(
         raise ValueError(f"{specs}: all {len(items)} examples have the weight 0")
     report: dict[str, Any] = {"examples": len(items), **_positive(counts)}
     if beside := sorted({name for one in items for name in one.extras} - formats.known_fields()):
-        report["columns beside the text"] = " ".join(f"{name:.40}" for name in beside[:10])
+        report["columns beside the text"] = " ".join(
+            printable(f"{name:.40}") for name in beside[:10]
+        )
     return items, ends, report
 
 

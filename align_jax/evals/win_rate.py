@@ -132,7 +132,7 @@ def win_rate(
         compare: `by_rewards` or `by_judge`.
         options: how samples are drawn; of each prompt one.
         keep: is given each prompt with both answers and which won: 1 the policy's, 0 the other, ½
-            neither.
+            neither; None where the comparison failed.
         more: further options of ``generation.sample``.
 
     Raises:
@@ -155,14 +155,17 @@ def win_rate(
         raise ValueError(
             "win_rate needs a reference to compare with, or prompts that bring an answer"
         )
-    wins = compare(
-        [prompt_text(one.example) for one in samples],
-        [one.completions[0].text for one in samples],
-        second,
-        extras,
-    )
-    for one, other, win in zip(samples, second, wins):
+    wins: Sequence[float] = ()
+    try:
+        wins = compare(
+            [prompt_text(one.example) for one in samples],
+            [one.completions[0].text for one in samples],
+            second,
+            extras,
+        )
+    finally:
         if keep is not None:
-            row = record(one, 0)
-            keep({**row, "other": other, "win": float(win)})
+            for number, (one, other) in enumerate(zip(samples, second)):
+                win = float(wins[number]) if wins else None
+                keep({**record(one, 0), "other": other, "win": win})
     return tally(np.asarray(wins, np.float32))

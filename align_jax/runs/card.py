@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from align_jax.core import config as configs
+from align_jax.core.files import escaped
 from align_jax.core.metrics import read_rows
 from align_jax.core.options import Config
 from align_jax.interop import hf
@@ -111,7 +112,7 @@ class Card:
         parts += ["## Use", self._use()]
         if self.record:
             parts += ["## How it was made", self._made()]
-        body = "\n\n".join(parts) + "\n"
+        body = escaped("\n\n".join(parts) + "\n")
         return f"{body}\n{MARK.format(_digest(body))}\n"
 
     def _header(self) -> str:

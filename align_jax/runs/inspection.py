@@ -127,12 +127,16 @@ class Inspection:
             return f"⟦{text}⟧" if kind == "response, not in the loss" else text
 
         legend = [paint(kind, kind) for kind in COLORS] if color else []
-        lines = [*self._lines(), *([f"colors: {', '.join(legend)}"] if color else [])]
+        lines = [
+            *map(printable, self._lines()),
+            *([f"colors: {', '.join(legend)}"] if color else []),
+        ]
         for one in self.examples:
-            lines += ["", f"── {printable(one.source)}{one.facts}"]
+            lines += ["", f"── {printable(one.source + one.facts)}"]
             for part in one.parts:
                 lines.append(f"   {part.head}")
-                lines.append("".join(paint(piece.kind, piece.text) for piece in part.pieces))
+                pieces = ((piece.kind, printable(piece.text)) for piece in part.pieces)
+                lines.append("".join(itertools.starmap(paint, pieces)))
         return "\n".join(lines)
 
     def _lines(self) -> Iterator[str]:
@@ -156,20 +160,25 @@ class Inspection:
     def _repr_html_(self) -> str:
         """Return it for a notebook."""
         box = "white-space:pre-wrap;overflow-wrap:anywhere;margin:.2em 0 .8em;font-size:90%"
-        page = [f"<pre style='{box}'>{html.escape(chr(10).join(self._lines()))}</pre><p>"]
+        page = [f"<pre style='{box}'>{_shown(chr(10).join(self._lines()))}</pre><p>"]
         page += [
             f"<span style='color:{color}'>{kind}</span> " for kind, (_, color) in COLORS.items()
         ]
         page.append("</p>")
         for one in self.examples:
-            page.append(f"<p><b>{html.escape(one.source)}</b>{html.escape(one.facts)}</p>")
+            page.append(f"<p><b>{_shown(one.source)}</b>{_shown(one.facts)}</p>")
             for part in one.parts:
                 pieces = (
-                    f"<span style='color:{COLORS[kind][1]}'>{html.escape(text)}</span>"
+                    f"<span style='color:{COLORS[kind][1]}'>{_shown(text)}</span>"
                     for text, kind in part.pieces
                 )
                 page.append(f"<small>{part.head}</small><pre style='{box}'>{''.join(pieces)}</pre>")
         return "".join(page)
+
+
+def _shown(text: str) -> str:
+    """Return a text for a notebook's page."""
+    return html.escape(printable(text))
 
 
 def inspect_run(run: Run, about: Sequence[str], *, examples: int = 3, step: int = 1) -> Inspection:
@@ -331,7 +340,7 @@ def _pieces(
     runs = itertools.groupby(zip(ids.tolist(), kinds), kind_of)
     decode: Callable[..., Any] = tokenizer.decode
     return tuple(
-        Piece(printable(str(decode([token for token, _ in run], skip_special_tokens=False))), kind)
+        Piece(str(decode([token for token, _ in run], skip_special_tokens=False)), kind)
         for kind, run in runs
     )
 

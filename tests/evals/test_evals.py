@@ -117,6 +117,10 @@ def test_generation_reports_rewards_and_the_kl_of_its_own_samples(policy, pairs)
     assert found["objective/kl"] == pytest.approx(0.0, abs=1e-5) and "best_of_n" not in found
 
 
+def _lost(*given):
+    raise ConnectionError("the judge is gone")
+
+
 def test_win_rate_against_itself_is_half_and_against_empty_answers_one(policy, pairs, tmp_path):
     examples = datasets.load(pairs, "prompts", DataOptions(), chat=False)
     same = policy._replace(params=policy.reference.params)
@@ -126,6 +130,10 @@ def test_win_rate_against_itself_is_half_and_against_empty_answers_one(policy, p
     assert [row["win"] for row in kept] == [0.5] * 5 and len(json.dumps(kept)) > 0
     assert all(row["output"] == row["other"] and row["prompt"] for row in kept)
     assert found["win_rate"] == 0.5 and found["ties"] == 1.0
+    kept.clear()
+    with pytest.raises(ConnectionError):  # what was sampled is not lost with the judge
+        EVALS["win_rate"].fn(same, examples, _lost, options=options(1), keep=kept.append)
+    assert [(bool(row["other"]), row["win"]) for row in kept] == [(True, None)] * 5
     path = tmp_path / "answers.jsonl"
     path.write_text("".join(json.dumps({"prompt": p, "answer": ""}) + "\n" for p, *_ in PAIRS))
     alone = policy._replace(reference=None)

@@ -64,6 +64,14 @@ def test_a_card_says_what_it_is_made_of_and_keeps_what_is_private(base):
     assert "text-classification" in made(base, reward=True).text()
 
 
+def test_a_card_of_names_with_half_characters_is_written(base, tmp_path):
+    name = "a\ud83d \u2028 \x1b"
+    record = {"config": {"data": {"train": f"{name}.jsonl"}}, "command": [f"--workdir={name}"]}
+    assert card.write(card.Card(name, card.base_of(base), record), str(tmp_path)) == "README.md"
+    assert "a\\ud83d" in (tmp_path / "README.md").read_text("utf-8")
+    assert card.write(card.Card("b", card.base_of(base), record), str(tmp_path)) == "README.md"
+
+
 @pytest.mark.parametrize("readme", ["", "---\n: [\n---\n", "no header", None])
 def test_a_base_that_says_no_license_is_told_so(readme, tmp_path):
     if readme is not None:
