@@ -153,6 +153,14 @@ class ModelOptions(Checked):
         "of objectives with values: linear, or three layers on detached states",
         choices=("value", "value_mlp"),
     )
+    value_path: str = option(
+        "",
+        "a reward model's checkpoint whose score head the linear value head starts from (the "
+        "decoder stays the policy's); '' = drawn at random, or as path has it",
+    )
+    value_warmup_steps: int = option(
+        0, "first steps in which the value head alone moves", unit="steps", low=0
+    )
     load_balancing: float = option(
         0.0, "coefficient of a mixture of experts' load-balancing loss", low=0
     )
@@ -169,6 +177,11 @@ class ModelOptions(Checked):
             yield (
                 "path is empty and so is model.config: name a checkpoint, or give the fields of a "
                 f"{self.family} config for random weights"
+            )
+        if self.value_path and self.value_head != "value":
+            yield (
+                f"value_path = {self.value_path!r} gives a reward model's linear head to the "
+                f"value head, which is {self.value_head!r}: set model.value_head = 'value'"
             )
         if self.quantize and not (self.lora.rank or self.lora.path):
             yield "quantize holds the frozen base quantized: it needs model.lora.rank > 0"

@@ -12,6 +12,7 @@ import dataclasses
 import datetime
 import functools
 import math
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -221,23 +222,33 @@ def _check_guide(config: Config, terms: Sequence[Term]) -> None:
 
 
 def _check_model(config: Config, terms: Sequence[Term], model_config: ModelConfig) -> None:
-    """Refuse keys of the model that would do nothing.
+    """Refuse keys of the model that would do nothing, or that do not fit it.
 
     Raises:
         ValueError: the key.
+        FileNotFoundError: there is no such reward model.
     """
     if config.model.load_balancing and not model_config.num_experts:
         raise ValueError(
             f"config.model.load_balancing = {config.model.load_balancing:g} has no effect: the "
             "model is no mixture of experts"
         )
-    if config.model.value_head != ModelOptions().value_head and not any(
-        "values" in term.needs for term in terms
-    ):
+    valued = any("values" in term.needs for term in terms)
+    for key in ("value_head", "value_path", "value_warmup_steps"):
+        value = getattr(config.model, key)
+        if value != getattr(ModelOptions(), key) and not valued:
+            raise ValueError(
+                f"config.model.{key} = {value!r} has no effect: the objective "
+                f"{config.objective.name!r} needs no values"
+            )
+    head = f"{config.model.value_head}/out/kernel"
+    if valued and (held := [one for one in config.model.freeze if re.search(one, head)]):
         raise ValueError(
-            f"config.model.value_head = {config.model.value_head!r} has no effect: the objective "
-            f"{config.objective.name!r} needs no values"
+            f"config.model.freeze = {held[0]!r} holds the value head, which the objective "
+            f"{config.objective.name!r} learns"
         )
+    if path := config.model.value_path:
+        weights.check_value_path(path, model_config)
 
 
 def _check_text(config: Config, terms: Sequence[Term]) -> None:
@@ -333,6 +344,7 @@ def make_step_spec(config: Config, resolved: ResolvedConfig, total_steps: int) -
         microbatches=config.microbatches,
         seed=config.seed,
         value_head=config.model.value_head,
+        value_warmup_steps=config.model.value_warmup_steps,
         load_balancing=config.model.load_balancing,
         temperature=1.0 if rollouts is None else rollouts.temperature,
         sync_every_steps=r.sync_every_steps or round_steps,
@@ -502,6 +514,15 @@ def first_day(workdir: str) -> str:
     return datetime.date.fromordinal(int(agreed)).isoformat()
 
 
+def _check_value_warmup(config: Config, total: int) -> None:
+    """Refuse a run in which the policy would never learn."""
+    if (first := config.model.value_warmup_steps) >= total:
+        raise ValueError(
+            f"config.model.value_warmup_steps = {first} of {total} steps: the policy would never "
+            "learn; give fewer"
+        )
+
+
 def _as_laid_out(config: Config, train: Pipeline | Rollouts) -> Config:
     """Return the config with the layout and the row length that its data have chosen."""
     data = dataclasses.replace(config.data, layout=train.layout)
@@ -571,6 +592,7 @@ def prepare(config: Config, workdir: str, *, here: bool = True) -> Run:
             held = make_pipeline(config, resolved, mesh, held_out, once=True)
     config = _as_laid_out(config, train)
     total = config.total_steps_of(train.steps_per_epoch)
+    _check_value_warmup(config, total)
     step_spec = make_step_spec(config, resolved, total)
     specs = make_state_specs(config, resolved, step_spec, mesh)
     run = Run(

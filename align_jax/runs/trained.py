@@ -64,8 +64,13 @@ def restore(workdir: str, which: str = "latest") -> Trained:
     config = dataclasses.replace(
         config, mesh=MeshOptions(), checkpoint=dataclasses.replace(config.checkpoint, local="")
     )
-    # the reference's checkpoint, which may be gone by now, says nothing of the policy
-    alone = dataclasses.replace(config, reference=dataclasses.replace(config.reference, path=""))
+    # the checkpoints of the reference and of the value head's start, which may be gone by now, say
+    # nothing of the policy
+    alone = dataclasses.replace(
+        config,
+        reference=dataclasses.replace(config.reference, path=""),
+        model=dataclasses.replace(config.model, value_path=""),
+    )
     resolved = resolve_config(alone, jax.device_count())
     mesh = make_mesh(dataclasses.asdict(config.mesh))
     step_spec = make_step_spec(alone, resolved, total_steps=1 + config.optimizer.warmup_steps)

@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from align_jax.core.options import Config
 from align_jax.core.tree import flatten, unflatten
 from align_jax.interop import hf, peft
+from align_jax.models.config import ModelConfig
 from align_jax.models.lora import fold, merge
 from align_jax.models.model import LoadedModel, Model, build
 from align_jax.models.quantize import Quantized, quantize
@@ -199,11 +200,52 @@ def check_headers(spec: StepSpec, config: Config) -> list[str]:
         FileNotFoundError, ValueError: as ``interop.hf.load`` does.
     """
     read = ((config.model.path, spec.policy), (config.reference.path, spec.reference))
-    return [
+    found = [
         hf.check_headers(path, model.config, model.options.heads, model.options.unembed)
         for path, model in read
         if path
     ]
+    if path := config.model.value_path:
+        found.append(hf.check_headers(path, hf.load_config(path), ("score",), False))
+    return found
+
+
+def check_value_path(path: str, policy: ModelConfig) -> None:
+    """Check that a reward model's head fits the policy's decoder.
+
+    Args:
+        path: of its checkpoint.
+        policy: what the policy is.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it has no score head of whole answers, or is of another size.
+    """
+    config = hf.load_config(path)
+    _check_score_head(json.loads(config.hf), path, steps=False)
+    if config.hidden_size != policy.hidden_size:
+        raise ValueError(
+            f"config.model.value_path = {path!r} has a head for states of {config.hidden_size}, "
+            f"the policy's have {policy.hidden_size}: the value head stands on the policy's "
+            "decoder, so a reward model that began as the same model is needed"
+        )
+
+
+def _value_head(path: str, shapes: Tree) -> Tree:
+    """Start a linear value head from a reward model's score head, without bias.
+
+    Args:
+        path: of the reward model's checkpoint.
+        shapes: of the value head, with shardings.
+    """
+    leaf = shapes["out"]["kernel"]
+    where = {"score": {"out": {"kernel": leaf.sharding}}}
+    _, found = hf.load(
+        path, shardings=where, dtype=leaf.dtype, heads=("score",), only=("score/out/kernel",)
+    )
+    bias = shapes["out"]["bias"]
+    zeros = jax.jit(lambda: jax.numpy.zeros(bias.shape, bias.dtype), out_shardings=bias.sharding)
+    return {"out": {"kernel": found["score"]["out"]["kernel"], "bias": zeros()}}
 
 
 def load_frozen(spec: StepSpec, specs: StateSpecs, config: Config) -> Tree:
@@ -247,6 +289,14 @@ def load_trained(spec: StepSpec, specs: StateSpecs, frozen: Tree, config: Config
             adapter to start from, "" = a fresh one.
         frozen: from ``load_frozen``.
     """
+    trained = _load_trained(spec, specs, frozen, config)
+    if path := config.model.value_path:
+        trained["value"] = _value_head(path, specs.trained["value"])
+    return trained
+
+
+def _load_trained(spec: StepSpec, specs: StateSpecs, frozen: Tree, config: Config) -> Tree:
+    """Load or draw them as the policy's checkpoint and the adapter have them."""
     key, path = jax.random.key(config.seed), config.model.path
     if spec.policy.options.lora is None:
         return load_params(spec.policy, specs.trained, path=path, key=key)

@@ -64,6 +64,7 @@ class StepSpec(NamedTuple):
     sync_every_steps: int = 0
     mix: float = 1.0
     value_head: str = "value"
+    value_warmup_steps: int = 0  # first steps in which it alone moves
     # of the samples that a policy gradient learns from: logits are divided by it
     temperature: float = 1.0
     other: Model | None = None  # the reference, where it is another model than the base
@@ -475,6 +476,8 @@ def _update(
                 lambda x, old: x.astype(old.dtype), opt_state, state["opt_state"]
             )
             rate = jnp.asarray(spec.schedule(state["step"]), jnp.float32)
+            if spec.value_warmup_steps:
+                updates = _of_values_first(spec, state["step"], updates)
             params = optax.apply_updates(state["params"], updates)
         step = state["step"] + 1
         changed = {"params": params, "opt_state": opt_state, "running": running}
@@ -484,6 +487,17 @@ def _update(
         kept = {name: state[name] for name in changed}
         changed = jax.tree.map(lambda new, old: jnp.where(finite, new, old), changed, kept)
     return {"step": step, **changed}, {"grad_norm": norm, "learning_rate": rate}
+
+
+def _of_values_first(spec: StepSpec, step: jax.Array, updates: Tree) -> Tree:
+    """Hold all but the value head in the first steps; the optimizer's moments gather meanwhile."""
+    moves = step >= spec.value_warmup_steps
+    return {
+        name: part
+        if name == spec.value_head
+        else jax.tree.map(lambda x: jnp.where(moves, x, jnp.zeros_like(x)), part)
+        for name, part in updates.items()
+    }
 
 
 def _sync(spec: StepSpec, step: jax.Array, reference: Tree, params: Tree) -> Tree:

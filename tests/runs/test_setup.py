@@ -41,6 +41,15 @@ def resolve(name, **keys):
         ("grpo", {"rollout.stop_kl": 0.1}, "with one pass there are none"),
         ("dpo", {"model.load_balancing": 0.1}, "no mixture of experts"),
         ("dpo", {"model.value_head": "value_mlp"}, "needs no values"),
+        ("grpo", {"model.value_warmup_steps": 3}, "value_warmup_steps = 3 has no effect"),
+        ("grpo", {"model.value_path": "rm"}, "value_path = 'rm' has no effect"),
+        (
+            "ppo",
+            {"model.value_path": "rm", "model.value_head": "value_mlp"},
+            "set model.value_head = 'value'",
+        ),
+        ("ppo", {"model.freeze": ("embed", "^value")}, r"freeze = '\^value' holds the value head"),
+        ("ppo", {"model.value_path": "/no/such"}, "no model folder at '/no/such'"),
         ("dpo", {"model.lora.dora": True}, "no effect without an adapter"),
         ("dpo", {"reference.mix": 0.5}, "does not move"),
         ("ppo", {"data.text_share": 0.5}, "no effect without data.text"),
@@ -56,5 +65,5 @@ def resolve(name, **keys):
     ],
 )
 def test_keys_that_do_not_go_together_are_refused(name, keys, words):
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises((ValueError, FileNotFoundError), match=words):
         resolve(name, **keys)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Adapters in a run: over a base in few bits, from a PEFT adapter, beside heads."""
 
+import dataclasses
 import functools
 import math
 
@@ -176,6 +177,41 @@ def test_a_fresh_adapter_stands_beside_a_head_that_its_base_lacks(checkpoint, na
     trained = weights.load_trained(spec, specs, frozen, started(checkpoint))
     assert jax.tree.structure(trained) == jax.tree.structure(specs.trained)
     assert set(trained) == {"layers", "score" if "reward" in name else "value"}
+
+
+@pytest.mark.parametrize("lora", [None, LoraConfig(2)])
+def test_the_value_head_starts_from_a_reward_model_s(checkpoint, tmp_path, lora):
+    draw = np.random.default_rng(1)
+    shapes = build(CONFIG, heads=("score",), unembed=False).shapes()
+    params = jax.tree.map(lambda x: draw.normal(size=x.shape).astype(np.float32), shapes)
+    hf.save(str(tmp_path), CONFIG, params, heads=("score",))
+    weights.check_value_path(str(tmp_path), CONFIG)
+    spec, _, specs = prepared("ppo", lora, SHARDED)
+    config = started(checkpoint, value_path=str(tmp_path))
+    frozen = weights.load_frozen(spec, specs, config)
+    trained = weights.load_trained(spec, specs, frozen, config)
+    head = trained["value"]["out"]
+    np.testing.assert_array_equal(head["kernel"], params["score"]["out"]["kernel"])
+    assert not np.asarray(head["bias"]).any()
+    where = jax.tree.map(lambda x: x.sharding, specs.trained)
+    assert jax.tree.map(lambda x: x.sharding, trained) == where
+    plain = weights.load_trained(spec, specs, frozen, started(checkpoint))
+    same = jax.tree.map(np.array_equal, {**trained, "value": 0}, {**plain, "value": 0})
+    assert all(jax.tree.leaves(same))
+    assert weights.check_headers(spec, config)[-1].startswith(str(tmp_path))
+
+
+def test_a_reward_model_whose_head_does_not_fit_is_named(checkpoint, tmp_path):
+    other = dataclasses.replace(CONFIG, hidden_size=128)
+    for path, policy, words in (
+        (checkpoint, CONFIG, "expected a sequence classifier"),
+        (str(tmp_path), other, "states of 256, the policy's have 128"),
+    ):
+        shapes = build(CONFIG, heads=("score",), unembed=False).shapes()
+        zeros = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), shapes)
+        hf.save(str(tmp_path), CONFIG, zeros, heads=("score",))
+        with pytest.raises(ValueError, match=words):
+            weights.check_value_path(path, policy)
 
 
 @pytest.mark.parametrize(

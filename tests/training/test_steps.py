@@ -232,6 +232,24 @@ def test_a_reference_that_moves_starts_from_its_own_weights(make_step_spec, draw
     jax.tree.map(np.testing.assert_array_equal, reference, other | {"value": trained["value"]})
 
 
+def test_the_value_head_alone_moves_in_its_first_steps(train_steps, drawn_weights, put_as):
+    options = {"value_warmup_steps": 1}
+    _, once, step, parts = train_steps("ppo_offline", steps=1, **options)
+    specs, spec, mesh, batch = parts
+    frozen, start = drawn_weights("ppo_offline", options=(), **options)
+
+    def moved(params):
+        same = jax.tree.map(np.array_equal, start, jax.device_get(params))
+        return {path for path, equal in flatten(same).items() if not equal}
+
+    assert moved(once) == {"value/out/kernel", "value/out/bias"}
+    with jax.set_mesh(mesh):
+        state = initialize.first_state(spec, specs, put_as(start, specs.trained))
+        for _ in range(2):
+            state, _ = step(state, put_as(frozen, specs.frozen), batch)
+    assert {"embed/tokens", "layers/mlp/up/kernel"} < moved(state["params"])
+
+
 def test_no_dropout_where_the_old_log_probabilities_had_none(make_step_spec):
     assert make_step_spec("dpo", rank=2, dropout=0.5).drops
     assert not make_step_spec("grpo", rank=2, dropout=0.5, options=(("entropy_coef", 0.1),)).drops
