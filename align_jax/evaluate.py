@@ -6,12 +6,15 @@
         [--reference=HF_DIR --rewards=JSON_OR_FILE --judge=URL --judge_model=NAME --json=FILE
         --answers=FILE.jsonl]
 
-    preference=pairs.jsonl     accuracy and margins on pairs
+    preference=pairs.jsonl     accuracy and margins of log-probabilities on pairs
+    reward=pairs.jsonl         accuracy and margins of a reward model's scores on pairs
     perplexity=answers.jsonl   nats a token on completions
     generation=prompts.jsonl   reward, length, KL
+    pass_at_k=prompts.jsonl    whether any of k samples passes, by rewards
     win_rate=prompts.jsonl     against the reference
 
-A run's reference is what it was trained against; a model's is what ``--reference`` names, or none.
+Where pairs or prompts have a column ``subset``, accuracies are told for each subset too.  A run's
+reference is what it was trained against; a model's is what ``--reference`` names, or none.
 """
 
 from __future__ import annotations
@@ -44,18 +47,18 @@ from align_jax.runs.weights import load_model
 
 
 def model_policy(
-    path: str, reference: str = "", dtype: str = "", max_length: int = 0
+    path: str, reference: str = "", dtype: str = "", max_length: int = 0, heads: Sequence[str] = ()
 ) -> EvaluatedPolicy:
     """Return a checkpoint as the policy, another as its reference.
 
     Args:
         path, reference: directories or hub ids; "" = no reference.
         dtype: of weights and activations; "" as ``runs.weights.load_model`` has it.
-        max_length: as that takes it.
+        max_length, heads: as that takes them.
     """
     mesh = make_mesh({"fsdp": -1})
     how: dict[str, Any] = {"mesh": mesh, "compute_dtype": dtype, "max_length": max_length}
-    loaded = load_model(path, **how)
+    loaded = load_model(path, heads=heads, **how)
     other = load_model(reference, **how) if reference else None
     return EvaluatedPolicy(*loaded, load_tokenizer(path), mesh, other, name=path)
 
@@ -70,7 +73,9 @@ def run_policy(workdir: str, which: str = "latest", reference: str = "") -> Eval
     trained = trained_runs.restore(workdir, which)
     config, resolved, mesh = trained.config, trained.resolved, trained.mesh
     other = None
-    if trained.reference is not None and not reference:
+    if not resolved.models.policy.options.unembed:
+        pass  # a reward model is compared with none
+    elif trained.reference is not None and not reference:
         other = LoadedModel(resolved.models.policy, trained.reference)
     elif path := reference or config.reference.path or config.model.path:
         dtype, length = config.model.compute_dtype, config.max_length
@@ -108,11 +113,13 @@ def evaluate(
         ``name=source`` -> metric -> number.
 
     Raises:
-        ValueError: an unknown evaluation, a missing source, or no rewards where they are needed.
+        ValueError: an unknown evaluation, a missing source, no rewards where they are needed, or a
+            policy without what it asks.
     """
     found, data = {}, data or DataOptions()
     for item, (name, source) in ((item, named_source(item)) for item in wanted):
         row = EVALS[name]
+        _check_head(policy, row.head)
         takes: list[Any] = []
         if row.takes == "compare" and compare is not None:
             takes = [compare]
@@ -129,6 +136,20 @@ def evaluate(
             own["keep"] = answers.setdefault(item, []).append
         found[item] = row.fn(policy, examples, *takes, **own)
     return found
+
+
+def _check_head(policy: EvaluatedPolicy, head: str) -> None:
+    """Refuse words of a reward model, and scores of another model."""
+    options = policy.model.options
+    if head and head not in options.heads:
+        raise ValueError(
+            f"{policy.name} has no {head} head: --eval=reward is of a reward model; "
+            "--eval=preference=PAIRS compares a policy's log-probabilities"
+        )
+    if not head and not options.unembed:
+        raise ValueError(
+            f"{policy.name} is a reward model, which says no words: --eval=reward=PAIRS"
+        )
 
 
 def named_source(item: str) -> tuple[str, str]:
@@ -177,7 +198,7 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "answers",
         "",
-        "generation, win_rate: file for the answers, a JSON object a line (win_rate: prompt, "
+        "File for the answers that are sampled, a JSON object a line (win_rate: prompt, "
         "output, other, and win, 1 where output is better).",
     )
     flags.DEFINE_integer("limit", 0, "Rows of each source; 0 = all.", 0)
@@ -186,12 +207,13 @@ def define_flags() -> None:
         "max_length", 1024, "Tokens of prompt and response; the model's positions, if fewer.", 1
     )
     flags.DEFINE_integer("samples_per_prompt", 1, "generation: completions of each prompt.", 1)
-    flags.DEFINE_integer("max_new_tokens", 128, "generation, win_rate: tokens of a completion.", 1)
+    flags.DEFINE_float("pass_score", 1.0, "pass_at_k: an answer passes from this reward on.")
+    flags.DEFINE_integer("max_new_tokens", 128, "Where answers are sampled: their tokens.", 1)
     flags.DEFINE_float(
-        "temperature", Sampling().temperature, "generation, win_rate: 0 is greedy.", 0
+        "temperature", Sampling().temperature, "Where answers are sampled; 0 is greedy.", 0
     )
-    flags.DEFINE_float("top_p", 1.0, "generation, win_rate.", 0, 1)
-    flags.DEFINE_integer("seed", 0, "generation, win_rate: of the samples.", 0, 2**31)
+    flags.DEFINE_float("top_p", 1.0, "Where answers are sampled.", 0, 1)
+    flags.DEFINE_integer("seed", 0, "Of the samples.", 0, 2**31)
     flags.DEFINE_float("beta", 0.1, "preference: of implicit rewards.", 0)
     command.define_dtype("Of weights and activations (--model)")
 
@@ -214,15 +236,25 @@ def check_flags() -> None:
     command.belong(("judge_model",), "--judge", bool(values.judge))
     command.belong(("allow_http",), "--judge", bool(values.judge))
     command.belong(("judge",), "--eval=win_rate", "win_rate" in names)
-    command.belong(("samples_per_prompt",), "--eval=generation", "generation" in names)
+    several = {"generation", "pass_at_k"}
+    command.belong(
+        ("samples_per_prompt",), "--eval=generation and --eval=pass_at_k", bool(names & several)
+    )
+    command.belong(("pass_score",), "--eval=pass_at_k", "pass_at_k" in names)
     command.belong(("beta",), "--eval=preference", "preference" in names)
     drawn = ("answers", "rewards", "max_new_tokens", "temperature", "top_p", "seed")
-    sampling = names & {"generation", "win_rate"}
-    command.belong(drawn, "--eval=generation and --eval=win_rate", bool(sampling))
-    scored = names & {"preference", "perplexity"}
-    command.belong(("batch_size",), "--eval=preference and --eval=perplexity", bool(scored))
-    if "generation" in names and not values.rewards:
-        raise command.Usage("--eval=generation needs --rewards")
+    for own, sampled in ((drawn, True), (("batch_size",), False)):
+        takers = [name for name, row in EVALS.items() if row.sampled is sampled]
+        where = ", ".join(f"--eval={name}" for name in takers)
+        command.belong(own, where, not names.isdisjoint(takers))
+    command.belong(("reference",), "evaluations of words", names != {"reward"})
+    for name in sorted(names):
+        if EVALS[name].takes == "rewards" and not values.rewards:
+            raise command.Usage(f"--eval={name} needs --rewards")
+    if len({EVALS[name].head for name in names}) > 1:
+        raise command.Usage(
+            "--eval=reward is of a reward model, which says no words: give it alone"
+        )
     if "win_rate" in names and not (values.rewards or values.judge):
         raise command.Usage("--eval=win_rate needs --rewards or --judge")
     Sampling(values.temperature, top_p=values.top_p)
@@ -244,7 +276,9 @@ def main(argv: Sequence[str]) -> None:
     if values.workdir:
         policy = run_policy(values.workdir, values.step, values.reference)
     else:
-        policy = model_policy(values.model, values.reference, values.dtype or "", values.max_length)
+        how = {"dtype": values.dtype or "", "max_length": values.max_length}
+        heads = tuple(filter(None, {EVALS[named_source(item)[0]].head for item in values.eval}))
+        policy = model_policy(values.model, values.reference, heads=heads, **how)
     scored = {"batch_size": values.batch_size, "max_length": values.max_length}
     drawn = RolloutOptions(
         responses_per_prompt=values.samples_per_prompt,
@@ -262,11 +296,10 @@ def main(argv: Sequence[str]) -> None:
             rewards=rewards,
             compare=compare,
             limit=values.limit or None,
-            options={
+            options={name: sampled if row.sampled else scored for name, row in EVALS.items()}
+            | {
                 "preference": scored | {"beta": values.beta},
-                "perplexity": scored,
-                "win_rate": sampled,
-                "generation": sampled,
+                "pass_at_k": sampled | {"pass_score": values.pass_score},
             },
             answers=answers,
         )

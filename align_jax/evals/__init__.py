@@ -7,8 +7,10 @@ import dataclasses
 from collections.abc import Callable, Mapping
 
 from align_jax.evals.generation import generation
+from align_jax.evals.pass_at_k import pass_at_k
 from align_jax.evals.perplexity import perplexity
 from align_jax.evals.preference import preference
+from align_jax.evals.reward import reward
 from align_jax.evals.win_rate import win_rate
 
 
@@ -21,16 +23,22 @@ class Eval:
         kind: of examples.
         takes: "" nothing more, "rewards" a weighted sum of rewards, "compare" a comparison of two
             answers.
+        sampled: answers are sampled; else the data's are scored.
+        head: what of the policy it asks: "" its words, "score" its rewards.
     """
 
     fn: Callable[..., dict[str, float]]
     kind: str
     takes: str = ""
+    sampled: bool = False
+    head: str = ""
 
 
 EVALS: Mapping[str, Eval] = {
     "preference": Eval(preference, "pairs"),
+    "reward": Eval(reward, "pairs", head="score"),
     "perplexity": Eval(perplexity, "completions"),
-    "generation": Eval(generation, "prompts", "rewards"),
-    "win_rate": Eval(win_rate, "prompts", "compare"),
+    "generation": Eval(generation, "prompts", "rewards", sampled=True),
+    "pass_at_k": Eval(pass_at_k, "prompts", "rewards", sampled=True),
+    "win_rate": Eval(win_rate, "prompts", "compare", sampled=True),
 }

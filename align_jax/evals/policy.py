@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from transformers import PreTrainedTokenizerBase
 
 from align_jax.core.options import DataOptions
@@ -49,6 +49,7 @@ class ResponseLogps(NamedTuple):
     policy: Float[np.ndarray, "n R"]  # nats
     reference: Float[np.ndarray, "n R"] | None
     lengths: Float[np.ndarray, "n R"]  # tokens
+    rows: Int[np.ndarray, "n"]  # number of each example
 
 
 def response_logps(
@@ -77,7 +78,7 @@ def response_logps(
         BatchSizes(round_up(batch_size, multiple), limit, row_multiple=multiple),
         once=True,
     )
-    own, reference, lengths = [], [], []
+    own, reference, lengths, index = [], [], [], []
     with jax.set_mesh(policy.mesh):
         for batch in pipeline.iterator():
             placed, real = put_batch(policy.mesh, batch), np.asarray(batch.example_index) >= 0
@@ -85,10 +86,12 @@ def response_logps(
             if policy.reference is not None:
                 reference.append(_sums(*policy.reference, placed, batch)[real])
             lengths.append(batch.lengths[real].astype(np.float32))
+            index.append(np.asarray(batch.example_index)[real])
     return ResponseLogps(
         np.concatenate(own),
         np.concatenate(reference) if reference else None,
         np.concatenate(lengths),
+        np.concatenate(index),
     )
 
 

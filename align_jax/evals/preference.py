@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from align_jax.data.datasets import Examples
-from align_jax.evals.policy import EvaluatedPolicy, response_logps, standard_error
+from align_jax.evals.policy import EvaluatedPolicy, response_logps
+from align_jax.evals.subsets import by_subset, subsets
 
 
 def preference(
@@ -26,9 +27,12 @@ def preference(
     Returns:
         ``logps/{chosen,rejected,accuracies}`` (sums), ``logps/mean_accuracies`` (per token) and,
         with a reference, ``rewards/{chosen,rejected,margins,accuracies}``; ``examples``;
-        ``.../stderr`` of accuracies.  Accuracy counts strictly greater.
+        accuracies with ``/stderr``, and of each of the data's subsets.  Accuracy counts strictly
+        greater.
     """
     found = response_logps(policy, examples, **options)
+    named = subsets(examples)
+    named = [named[i] for i in found.rows] if named else []
     per_token = found.policy / np.maximum(found.lengths, 1.0)
 
     def greater(x: np.ndarray) -> np.ndarray:
@@ -40,14 +44,13 @@ def preference(
         "logps/rejected": float(found.policy[:, 1].mean()),
     }
     for name, x in (("logps/accuracies", found.policy), ("logps/mean_accuracies", per_token)):
-        values |= {name: float(greater(x).mean()), f"{name}/stderr": standard_error(greater(x))}
+        values |= by_subset(name, greater(x), named)
     if found.reference is not None:
         rewards = beta * (found.policy - found.reference)
         values |= {
             "rewards/chosen": float(rewards[:, 0].mean()),
             "rewards/rejected": float(rewards[:, 1].mean()),
             "rewards/margins": float((rewards[:, 0] - rewards[:, 1]).mean()),
-            "rewards/accuracies": float(greater(rewards).mean()),
-            "rewards/accuracies/stderr": standard_error(greater(rewards)),
+            **by_subset("rewards/accuracies", greater(rewards), named),
         }
     return values

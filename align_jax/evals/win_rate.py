@@ -101,12 +101,62 @@ def by_judge(
     return compare
 
 
-def tally(wins: Float[np.ndarray, "n"]) -> dict[str, float]:
-    """Return the win rate (ties count half) with its standard error, and the shares of wins, ties
-    and losses."""
+def interval(wins: Float[np.ndarray, "n"], draws: int = 2000) -> tuple[float, float]:
+    """Return the bootstrap's 95 % interval of a mean: prompts drawn with replacement, always by the
+    same seed."""
+    rng = np.random.default_rng(0)
+    means = [wins[rng.integers(len(wins), size=len(wins))].mean() for _ in range(draws)]
+    low, high = np.quantile(means, (0.025, 0.975))
+    return float(low), float(high)
+
+
+def length_controlled(wins: Float[np.ndarray, "n"], longer: Float[np.ndarray, "n"]) -> float:
+    """Return the win rate that is left where both answers are equally long.
+
+        P(win) = σ(θ + φ tanh(Δ / std Δ)), the rate is σ(θ)
+
+    fitted by Newton's method; ½φ² is added to the summed losses, so that answers that won by length
+    alone have a fit.  The paper's form for one model against one, without its difficulty of each
+    instruction, which needs other models' answers.
+
+    Args:
+        wins: 1, ½ or 0 of each prompt.
+        longer: Δ: characters that the policy's answer is longer by.
+
+    References:
+        Dubois et al. 2024, arXiv 2404.04475, section 3.
+    """
+    scale = float(longer.std()) or 1.0
+    inputs = np.stack([np.ones(len(wins)), np.tanh(longer / scale)], axis=1)
+    penalty = np.asarray([1e-6, 1.0])
+    weights = np.zeros(2)
+    for _ in range(100):
+        said = 1.0 / (1.0 + np.exp(-inputs @ weights))
+        slope = inputs.T @ (said - wins) + penalty * weights
+        curve = (inputs * (said * (1.0 - said))[:, None]).T @ inputs + np.diag(penalty)
+        # a step of at most 1: beside a wall of wins the curve is nearly flat
+        step = np.clip(np.linalg.solve(curve, slope), -1.0, 1.0)
+        weights = weights - step
+        if np.abs(step).max() < 1e-9 or abs(weights[0]) > 20.0:
+            break
+    return float(1.0 / (1.0 + np.exp(-weights[0])))
+
+
+def tally(wins: Float[np.ndarray, "n"], longer: Float[np.ndarray, "n"]) -> dict[str, float]:
+    """Return the win rate (ties count half) with its standard error and 95 % interval, the rate at
+    equal lengths, and the shares of wins, ties and losses.
+
+    Args:
+        wins: 1, ½ or 0 of each prompt.
+        longer: characters that the policy's answer is longer by.
+    """
+    low, high = interval(wins)
     return {
         "win_rate": float(wins.mean()),
         "win_rate/stderr": standard_error(wins),
+        "win_rate/low": low,
+        "win_rate/high": high,
+        "win_rate/length_controlled": length_controlled(wins, longer),
         "wins": float((wins > 0.5).mean()),
         "ties": float((wins == 0.5).mean()),
         "losses": float((wins < 0.5).mean()),
@@ -155,17 +205,14 @@ def win_rate(
         raise ValueError(
             "win_rate needs a reference to compare with, or prompts that bring an answer"
         )
+    first = [one.completions[0].text for one in samples]
     wins: Sequence[float] = ()
     try:
-        wins = compare(
-            [prompt_text(one.example) for one in samples],
-            [one.completions[0].text for one in samples],
-            second,
-            extras,
-        )
+        wins = compare([prompt_text(one.example) for one in samples], first, second, extras)
     finally:
         if keep is not None:
             for number, (one, other) in enumerate(zip(samples, second)):
                 win = float(wins[number]) if wins else None
                 keep({**record(one, 0), "other": other, "win": win})
-    return tally(np.asarray(wins, np.float32))
+    longer = [float(len(own) - len(other)) for own, other in zip(first, second)]
+    return tally(np.asarray(wins, np.float32), np.asarray(longer, np.float32))

@@ -168,7 +168,7 @@ def test_a_judge_is_asked_in_both_orders():
         lambda text: "A" if text.index("best") < text.index("Answer B") else "The answer: B"
     )
     assert by_judge(fair, "m")(["p", "p"], ["best", "y"], ["x", "best"], [{}, {}]) == [1.0, 0.0]
-    assert tally(np.float32([1.0, 0.5, 0.0, 1.0]))["win_rate"] == 0.625
+    assert tally(np.float32([1.0, 0.5, 0.0, 1.0]), np.zeros(4, np.float32))["win_rate"] == 0.625
     with pytest.raises(ValueError, match="neither A, B nor C"):
         by_judge(Judge(lambda text: "well"), "m")(["p"], ["x"], ["y"], [{}])
     with pytest.raises(ValueError, match="'m' at https://judge named A and B: .*prompt 'p'"):
