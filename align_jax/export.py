@@ -101,11 +101,9 @@ def export_run(
 
 
 def _classifier(trained: Trained) -> dict[str, Any]:
-    """Return what config.json says of a reward model: the token that transformers' classifiers find
-    the end of each row by, and where a process reward model's scores are read."""
-    tokenizer, resolved = trained.resolved.tokenizer, trained.resolved
-    pad = tokenizer.pad_token_id
-    found: dict[str, Any] = {"pad_token_id": tokenizer.eos_token_id if pad is None else pad}
+    """Return what config.json says of where a process reward model's scores are read."""
+    resolved = trained.resolved
+    found: dict[str, Any] = {}
     if resolved.kind == "stepwise":
         separator = trained.config.data.step_separator
         found |= {"id2label": {"0": hf.STEP}, "label2id": {hf.STEP: 0}}

@@ -110,6 +110,7 @@ def encode_all(
     *,
     digest: str = "",
     processes: int | None = None,
+    unread: int | None = None,
 ) -> Encoded:
     """Tokenize all examples; those whose tokens are kept are not looked at.
 
@@ -122,6 +123,8 @@ def encode_all(
         digest: what the examples are made of (``Examples.digest``); part of the cache's key.
         processes: how many tokenize at once; None: one for every 20,000 examples, at most one a
             CPU.
+        unread: a token that is left off the responses' ends: a reward model whose rows are filled
+            with its end token gives its score before that (``inference.score.RewardModel``).
 
     Raises:
         ValueError: examples without responses or with unlike numbers of them, or one that cannot be
@@ -129,9 +132,9 @@ def encode_all(
     """
     control = tuple(options.control_tokens)
     inputs = [VERSION, digest, tokenizer_digest(tokenizer), control, len(examples), options.invalid]
-    inputs.append(options.step_separator)
+    inputs += [options.step_separator, unread]
     key = hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
-    how = _How(tokenizer, control, options.invalid == "drop", options.step_separator)
+    how = _How(tokenizer, control, options.invalid == "drop", options.step_separator, unread)
 
     def make() -> cache.Kept:
         return _encode_all(examples, how, processes)
@@ -148,6 +151,7 @@ class _How(NamedTuple):
     control: tuple[str, ...]
     drop: bool
     separator: str
+    unread: int | None
 
 
 def _encode_all(examples: Sequence[Any], how: _How, processes: int | None) -> cache.Kept:
@@ -253,6 +257,8 @@ def _encode_chunk(chunk: Sequence[Example], how: _How) -> _Part:
         prompts.append(np.asarray(tokens.prompt, np.int32))
         for index, (ids, mask) in enumerate(zip(tokens.responses, tokens.masks)):
             lead = [] if tokens.refused else _control_ids(how, example, index)
+            while len(ids) > 1 and ids[-1] == how.unread:
+                ids, mask = ids[:-1], mask[:-1]
             texts.append(np.asarray(lead + ids, np.int32))
             masks.append(np.asarray([False] * len(lead) + mask, np.bool_))
     responses = len(chunk[0].responses)

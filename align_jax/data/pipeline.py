@@ -197,6 +197,7 @@ def make_pipeline(
     once: bool = False,
     process_index: int = 0,
     process_count: int = 1,
+    unread: int | None = None,
 ) -> Pipeline:
     """Tokenize, truncate and pack the examples, and fix every batch.
 
@@ -210,6 +211,7 @@ def make_pipeline(
         once: a single pass in the order of the data, the last batch filled up with groups of weight
             0; else epoch after epoch without end.
         process_index, process_count: this process and how many there are.
+        unread: as ``encoding.encode_all`` takes it.
 
     Raises:
         ValueError: sizes that do not fit or divide, no examples left, or mismatched completions
@@ -220,7 +222,7 @@ def make_pipeline(
     if not len(examples):
         raise ValueError("no examples")
     sizes = dataclasses.replace(sizes, row_multiple=math.lcm(sizes.row_multiple, process_count))
-    encoded = encode_all(examples.items, tokenizer, options, digest=examples.digest)
+    encoded = encode_all(examples.items, tokenizer, options, digest=examples.digest, unread=unread)
     responses = encoded.responses
     if mismatched and responses != 1:
         raise ValueError(

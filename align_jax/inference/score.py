@@ -109,7 +109,8 @@ class RewardModel:
     label.
 
     Of a whole completion the score is read at its last token, the end-of-turn token that the
-    tokenizer's template or the end-of-sequence rule puts there.
+    tokenizer's template or the end-of-sequence rule puts there; where that is the token that fills
+    rows (``pad_token_id`` of config.json), at the one before it, as transformers reads it.
 
     Args:
         loaded: the model and its parameters, on the mesh.
@@ -167,8 +168,11 @@ class RewardModel:
                 if response[-1] not in ends:
                     break
                 response = response[:-1]
-            texts.append([*encoded.prompt, *response][-self._max_length :])
-            places.append([len(texts[-1]) - 1])
+            text = [*encoded.prompt, *response][-self._max_length :]
+            while len(text) > 1 and text[-1] == self._model.config.pad_token:
+                text = text[:-1]
+            texts.append(text)
+            places.append([len(text) - 1])
         found = self._scores(texts, places, most=1)
         return np.array([one[0] for one in found], np.float32)
 

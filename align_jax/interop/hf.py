@@ -508,7 +508,7 @@ def save(
         heads: scalar heads to write.
         unembed: whether to write a language-model head; default: not beside a "score" head.
         shard_bytes: largest file, in bytes.
-        changes: further keys of config.json (``pad_token_id``, which sequence classifiers need).
+        changes: further keys of config.json.
         like: folder of a checkpoint whose tensors' types are kept, one by one, where ``dtype`` is
             None.
         beside: folder or hub id of the checkpoint that the model came from: what it holds beside

@@ -289,6 +289,19 @@ class ModelConfig:
             f"{'beyond' if side == 'long' else 'within'} that (vLLM: --max-model-len)"
         )
 
+    @property
+    def pad_token(self) -> int | None:
+        """What fills rows, as the Hugging Face configuration has it."""
+        found: dict[str, Any] = json.loads(self.hf)
+        return found.get("text_config", found).get("pad_token_id")
+
+    def with_pad(self, token: int) -> ModelConfig:
+        """Return the same model with this ``pad_token``, before which transformers' sequence
+        classifiers read a row's score."""
+        found: dict[str, Any] = json.loads(self.hf)
+        found.get("text_config", found)["pad_token_id"] = token
+        return dataclasses.replace(self, hf=json.dumps(found, sort_keys=True))
+
     def padded(self, multiple: int) -> ModelConfig:
         """Return the same model with its embedding table's rows padded to a multiple (so that a
         mesh divides them)."""

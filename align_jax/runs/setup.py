@@ -30,7 +30,7 @@ from align_jax.data import datasets, pipeline, synthetic, template
 from align_jax.data.datasets import Examples
 from align_jax.data.layout import BatchSizes
 from align_jax.data.pipeline import Pipeline
-from align_jax.data.tokenizer import has_tokenizer, load_tokenizer
+from align_jax.data.tokenizer import has_tokenizer, load_tokenizer, pad_id
 from align_jax.interop import hf, peft
 from align_jax.losses.logprobs import WHOLE
 from align_jax.losses.objective import Term, data_kind
@@ -123,6 +123,8 @@ def resolve_config(config: Config, devices: int) -> ResolvedConfig:
     tensor = mesh_shape(dataclasses.asdict(config.mesh), devices)[AXES.index("tensor")]
     multiple = math.lcm(VOCABULARY_MULTIPLE, tensor, config.rollout.tensor or 1)
     model_config = dataclasses.replace(model_config.padded(multiple), run_length=config.max_length)
+    if any({"scores", "step_scores"} & set(term.needs) for term in terms):
+        model_config = model_config.with_pad(pad_id(tokenizer))
     if len(tokenizer) > model_config.vocab_size:
         raise ValueError(
             f"the tokenizer {config.tokenizer or config.model.path!r} has {len(tokenizer)} tokens, "
@@ -471,6 +473,7 @@ def make_pipeline(
 ) -> Pipeline:
     """Tokenize and pack examples: for training (shuffled, endless), or once in fixed order
     (evaluation)."""
+    scored = any("scores" in term.needs for term in resolved.terms)
     return pipeline.make_pipeline(
         examples,
         resolved.tokenizer,
@@ -484,6 +487,7 @@ def make_pipeline(
         seed=config.seed,
         mismatched=any(term.objective.mismatched for term in resolved.terms),
         once=once,
+        unread=resolved.model_config.pad_token if scored else None,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )

@@ -3,6 +3,7 @@
 
 import itertools
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-from align_jax import evaluate
+from align_jax import evaluate, export
 from align_jax.core.options import DataOptions, RolloutOptions
 from align_jax.data import datasets
 from align_jax.data.tokenizer import load_tokenizer
@@ -21,6 +22,8 @@ from align_jax.evals.subsets import by_subset
 from align_jax.evals.win_rate import interval, length_controlled, tally
 from align_jax.online import rewards
 from align_jax.parallel.mesh import make_mesh
+from align_jax.runs import loop
+from align_jax.runs.config_file import load
 from align_jax.runs.weights import load_model
 
 ROWS = [
@@ -75,6 +78,42 @@ def test_a_reward_models_accuracy_is_transformers(testdata, pairs, tmp_path):
     assert found["accuracy/easy"] == right[[0, 2]].mean() and found["accuracy/rest"] == right[3]
     with pytest.raises(ValueError, match="is a reward model, which says no words"):
         evaluate.evaluate(policy, [f"preference={pairs}"])
+
+
+def test_a_trained_reward_model_gives_the_same_scores_in_transformers_on_batches(
+    testdata, pairs, tmp_path
+):
+    """The tokenizer fills rows with its end token, as those do that have no other: transformers
+    reads the score before it, so that is where it is trained."""
+    base = tmp_path / "base"
+    shutil.copytree(testdata / "models" / "TinyStories-656K", base)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
+    tokenizer.pad_token = tokenizer.eos_token
+    (base / "special_tokens_map.json").unlink()  # which has the old one
+    tokenizer.save_pretrained(base)
+    config = load("tiny:reward")
+    config.model.path, config.data.train, config.data.eval_fraction = str(base), pairs, 0.0
+    config.batch_size, config.total_steps = 8, 2
+    loop.train(config, str(tmp_path / "run"))
+    item = f"reward={pairs}"
+    found = evaluate.evaluate(evaluate.run_policy(str(tmp_path / "run")), [item])[item]
+    export.export_run(str(tmp_path / "run"), str(tmp_path / "hf"), dtype="float32")
+    again = evaluate.evaluate(
+        evaluate.model_policy(str(tmp_path / "hf"), dtype="float32", heads=("score",)), [item]
+    )[item]
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(
+        tmp_path / "hf", dtype=torch.float32
+    ).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    texts = [row["prompt"] + row[key] for key in ("chosen", "rejected") for row in ROWS]
+    batch = tokenizer([text + tokenizer.eos_token for text in texts], padding=True)
+    assert len({sum(mask) for mask in batch["attention_mask"]}) > 1
+    assert model.config.pad_token_id == tokenizer.pad_token_id == tokenizer.eos_token_id
+    with torch.no_grad():
+        scores = model(**batch.convert_to_tensors("pt")).logits[:, 0].reshape(2, -1)
+    margin = float((scores[0] - scores[1]).mean())
+    assert found["margin"] == pytest.approx(margin, abs=1e-4) and abs(margin) > 1e-3
+    assert again["margin"] == pytest.approx(margin, abs=1e-4)
 
 
 def test_preference_tells_subsets_and_a_policy_has_no_score_head(testdata, pairs):
