@@ -35,6 +35,7 @@ def rows(names: Sequence[str] = ()) -> list[dict[str, Any]]:
                 "needs": [*row.needs, *(["mismatched"] if row.mismatched else [])],
                 "metric": row.metric,
                 "paper": row.paper,
+                "use": row.use,
                 "options": row.options,
                 "meanings": {name: option.text for name, option in row.declared.items()},
             }
@@ -50,6 +51,7 @@ def text(table: Sequence[dict[str, Any]]) -> str:
         reference = "with a reference" if row["reference"] else "no reference"
         facts = f"{row['data']}, {reference}{needs}; improves {row['metric']}; {row['paper']}"
         lines += [f"{row['name']:<18} {row['formula']}", f"{'':<18} {facts}"]
+        lines += [f"{'':<18} use: {row['use']}"]
         for name, default in row["options"].items():
             lines.append(f"{'':<18} {f'{name}={default!r}':<29} {row['meanings'][name]}")
     return "\n".join(lines)

@@ -65,6 +65,8 @@ def get_config(objective: str = "dpo") -> ConfigDict:
         config.rollout.responses_per_prompt = 4
         config.rollout.max_new_tokens = 16
         config.max_length = 64
+    if name == "rpo":  # learns by how much the chosen answer is better
+        config.data.columns = ConfigDict({"margin": "gap"})
     if "ptx" in name.split("+"):
         config.data.text = f"builtin:{MADE['completions']}:train"
     config.eval.max_examples = 64 if online else 128

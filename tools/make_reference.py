@@ -105,6 +105,8 @@ def objective_pages() -> str:
             "",
             f"`{row['formula']}`",
             "",
+            f"Use: {row['use']}.",
+            "",
             f"{row['data']}; {reference}{needs}; improves `{row['metric']}`; {row['paper']}",
             "",
             f"```text\n{text}\n```",

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib.util
 import json
 import os
@@ -26,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 import jax
 
-from align_jax import losses
+from align_jax import export, losses
 from align_jax.runs import loop
 
 # rows of the table that other objectives add, not objectives by themselves
@@ -42,7 +43,8 @@ seed. *Before* and *after* are the objective's own metric on {examples} held-out
 (share of lower-case letters among 16 bytes) of four samples of 12 held-out prompts each. At the
 start policy and reference are one, so no chosen answer is ahead and accuracies by log-ratios are
 0. *CPU* is processor time, compiling included; on two idle cores a run takes between half of it
-and all of it. Written by `tools/measure_tiny.py` (JAX {jax}, seed 0).
+and all of it. The teacher of `gkd` is what `sft` makes, the guide of `tgdpo` what `dpo` makes.
+Written by `tools/measure_tiny.py` (JAX {jax}, seed 0).
 
 Options and formulas of each: `python -m align_jax.objectives`.
 
@@ -69,10 +71,26 @@ def metric(name: str) -> str:
     return "reward up" if name.startswith("online_") else objective(name).metric
 
 
+# objective -> a key that names another model, and the objective that makes that one here
+OTHER_MODEL = {"gkd": ("reference.path", "sft"), "tgdpo": ("reference.guide", "dpo")}
+
+
+@functools.cache
+def trained(name: str) -> str:
+    """Train configs/tiny.py:NAME and export it; return the folder."""
+    folder = tempfile.mkdtemp()
+    loop.train(tiny(name), f"{folder}/run")
+    export.export_run(f"{folder}/run", f"{folder}/model")
+    return f"{folder}/model"
+
+
 def measure(name: str) -> dict[str, object]:
     """Train, and return the metric before and after with the processor time that it took, in
     seconds."""
     config, key = tiny(name), metric(name).partition(" ")[0]
+    if name in OTHER_MODEL:
+        other, maker = OTHER_MODEL[name]
+        config.update_from_flattened_dict({other: trained(maker)})
     config.log.every_steps, config.eval.every_steps = 1, 0
     started = time.process_time()
     with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nowhere:

@@ -170,6 +170,7 @@ def _preferences(rng: np.random.Generator, held_out: bool) -> Mapping[str, Any]:
         "question": question,
         "chosen": _answer(rng, job, high),
         "rejected": _answer(rng, job, low),
+        "gap": high - low,
     }
 
 

@@ -220,6 +220,7 @@ class Objective:
         loss: the loss's class; its fields are the objective's own options.
         formula: in one line.
         paper: arXiv id, or authors and year.
+        use: when to take it, in one line.
         data: "completions" (R = 1), "pairs" (R = 2, chosen first), "ranked" (R = K, best first),
             "unpaired" (R = 1 with a label), "scored" (R = 1 with a number),
             "stepwise" (R = 1, labels at the ends of steps) or "rollout".
@@ -234,6 +235,7 @@ class Objective:
     loss: type[Loss]
     formula: str
     paper: str
+    use: str
     data: str
     metric: str
     adds: Mapping[str, tuple[str, float]] = dataclasses.field(default_factory=dict)

@@ -407,6 +407,8 @@ def test_jitted_names_its_mistakes():
 def test_the_program_prints_every_row():
     rows = objectives.rows([])
     printed = objectives.text(rows)
+    uses = [row["use"] for row in rows]
+    assert all(uses) and len(set(uses)) == len(rows) and f"use: {uses[0]}" in printed
     assert [row["name"] for row in json.loads(json.dumps(rows))] == list(losses.OBJECTIVES)
     for row in rows:
         assert row["name"] in printed and row["formula"] in printed and row["paper"] in printed

@@ -202,6 +202,7 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(teacher, tmp_path):
 def test_an_objective_of_a_column_refuses_rows_without(name, options, words, tmp_path):
     config = tiny(name)
     config.data.train += "?size=16"
+    config.data.columns = {}
     config.objective.update(options)
     with pytest.raises(ValueError, match=words):
         setup.prepare(configs.read(config), str(tmp_path))

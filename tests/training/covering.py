@@ -357,16 +357,13 @@ def shared_folder() -> str:
 
 
 @functools.cache
-def with_columns() -> str:
-    """Write pairs that say by how much the chosen response is better, and what each weighs."""
-    path = pathlib.Path(shared_folder()) / "margins.jsonl"
+def with_weights() -> str:
+    """Write pairs of which each weighs another amount."""
+    path = pathlib.Path(shared_folder()) / "weights.jsonl"
     pairs = (
         {"prompt": f"say {i}", "chosen": "yes " * (i + 1), "rejected": "no"} for i in range(16)
     )
-    rows = [
-        {**pair, "margin": 0.1 * (number + 1), "weight": 0.5 + 0.1 * number}
-        for number, pair in enumerate(pairs)
-    ]
+    rows = [{**pair, "weight": 0.5 + 0.1 * number} for number, pair in enumerate(pairs)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
 
@@ -412,8 +409,8 @@ def config_of(case: Case) -> Any:
         keys |= {"rollout.rows": 16, "rewards.regex.reward": 0.3}
         if "epochs" in config.objective:
             keys["objective.epochs"] = 2
-    if case.name in ("rpo", "bco"):
-        keys["data.train"] = with_columns()
+    if case.name == "bco":
+        keys["data.train"] = with_weights()
     if case.name == "tgdpo":
         keys["reference.guide"] = guide()
     keys |= KEYS[chosen["weights"]] | KEYS[chosen["reference"]] | json.loads(case.keys)
