@@ -11,6 +11,7 @@ import operator
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 
@@ -19,12 +20,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from align_jax import export
+from align_jax import evaluate, export, report, sample
 from align_jax.core import config as configs
 from align_jax.data.sources import open_source
 from align_jax.data.tokenizer import load_tokenizer
+from align_jax.inference.engines import Request
 from align_jax.online.rollout import Rollouts
-from align_jax.runs import loop, setup, trained
+from align_jax.runs import loop, reported, setup, trained
+from align_jax.storage import checkpoint
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 
@@ -65,9 +68,9 @@ def params(workdir):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """One uninterrupted run of six steps."""
+    """One uninterrupted run of six steps, with checkpoints of the third and the last."""
     workdir = tmp_path_factory.mktemp("run")
-    loop.train(tiny(), str(workdir))
+    loop.train(tiny(checkpoint__every_steps=3), str(workdir))
     return workdir
 
 
@@ -111,6 +114,45 @@ def test_stopped_and_resumed_equals_uninterrupted_to_the_bit(finished, tmp_path,
         for name in ("loss", "grad_norm", "num_tokens", "rewards/margins"):
             assert whole[step][name] == halves[step][name], (step, name)
     jax.tree.map(np.testing.assert_array_equal, params(finished), params(tmp_path))
+
+
+def listing(folder):
+    return {
+        str(path): (path.stat().st_mtime_ns, path.read_bytes() if path.is_file() else b"")
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+def test_programs_that_read_a_run_leave_its_folder_byte_for_byte(finished, tmp_path):
+    before, prompts = listing(finished), tmp_path / "pairs.jsonl"
+    prompts.write_text('{"prompt": "a?", "chosen": "b", "rejected": "c"}\n' * 2)
+    small = {"batch_size": 8, "max_length": 64}
+    evaluate.evaluate(
+        evaluate.run_policy(str(finished)), [f"preference={prompts}"], options={"preference": small}
+    )
+    policy = sample.load_run(str(finished), rows=8, max_length=64)
+    request = Request((), samples=1, max_new_tokens=4)
+    sample.sample_file(policy, str(prompts), str(tmp_path / "out.jsonl"), request, show=False)
+    assert export.export_run(str(finished), str(tmp_path / "model")) == 6
+    report.write(reported.read_runs([str(finished)]), str(tmp_path / "report"))
+    assert listing(finished) == before
+
+
+def test_a_checkpoint_that_the_run_removes_while_it_is_read_is_passed_over(
+    finished, tmp_path, monkeypatch
+):
+    run, read, gone = shutil.copytree(finished, tmp_path / "run"), checkpoint._read_here, {"6"}
+
+    def removed(path, *given):
+        if path.name in gone and path.exists():
+            path.rmtree()
+        return read(path, *given)
+
+    monkeypatch.setattr(checkpoint, "_read_here", removed)
+    assert export.export_run(str(run), str(tmp_path / "model")) == 3
+    gone.add("3")
+    with pytest.raises(FileNotFoundError, match="checkpoints/3 was removed while it was read"):
+        evaluate.run_policy(str(run), "3")
 
 
 def test_a_run_that_gains_nothing_stops_early_and_a_resumed_one_at_the_same_step(
