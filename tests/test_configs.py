@@ -35,7 +35,20 @@ SMALL = dict(
     num_hidden_layers=2,
     num_attention_heads=4,
     num_key_value_heads=2,
+    head_dim=8,
     num_local_experts=4,
+    num_experts=4,
+    n_routed_experts=4,
+    num_experts_per_tok=2,
+    moe_intermediate_size=16,
+    n_group=2,
+    topk_group=1,
+    first_k_dense_replace=1,
+    kv_lora_rank=16,
+    q_lora_rank=16,
+    qk_rope_head_dim=4,
+    qk_nope_head_dim=8,
+    v_head_dim=8,
     max_position_embeddings=512,
     sliding_window=32,
 )
@@ -82,11 +95,10 @@ def shrunk(spec):
     if online(config):
         kind = "completions" if config.rollout.against == "data" else "prompts"
     with config.unlocked():
-        config.model.config.update(
-            {key: value for key, value in SMALL.items() if config.model.config.get(key)}
-        )
-        if "rope_scaling" in config.model.config:
-            config.model.config.rope_scaling.original_max_position_embeddings = 64
+        fields = config.model.config.get("text_config", config.model.config)
+        fields.update({key: value for key, value in SMALL.items() if fields.get(key)})
+        if "rope_scaling" in fields:
+            fields.rope_scaling.original_max_position_embeddings = 64
         if config.rewards:  # no reward model to load
             config.rewards = configs.ConfigDict({"length": {"target": 3}})
     config.model.path, config.tokenizer, config.data.format = "", "byte", "auto"

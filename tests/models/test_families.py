@@ -308,10 +308,8 @@ GRADIENTS = """llama gemma2 gemma3_text gpt_neox gpt2 olmo2 mixtral qwen2_moe gl
 granite phi gpt_oss deepseek_v3""".split()
 
 
-@pytest.fixture(scope="module", params=CASES)
-def peer(request, tmp_path_factory):
-    """A tiny random model of transformers, saved, and ours read from it."""
-    family, changes = CASES[request.param]
+def make_peer(family, changes, path):
+    """A tiny random model of transformers, saved, and ours read from it, with its parameters."""
     torch.manual_seed(1)
     whole = changes if "text_config" in changes else SHAPE | changes
     config = transformers.CONFIG_MAPPING[family](**whole)
@@ -326,10 +324,15 @@ def peer(request, tmp_path_factory):
         for name, buffer in model.named_buffers():
             if name.endswith("correction_bias"):
                 buffer.add_(torch.randn_like(buffer))
-    path = tmp_path_factory.mktemp("peer")
     model.save_pretrained(path)
     ours, params = hf.load(str(path), config=hf.load_config(str(path), LENGTH), dtype="float32")
-    built = build(ours, compute_dtype="float32", remat="none")
+    return model, build(ours, compute_dtype="float32", remat="none"), params
+
+
+@pytest.fixture(scope="module", params=CASES)
+def peer(request, tmp_path_factory):
+    path = tmp_path_factory.mktemp("peer")
+    model, built, params = make_peer(*CASES[request.param], path)
     apply = jax.jit(lambda params, *fields: built.unembed(params, built.hidden(params, *fields)[0]))
     # one compilation for all tests of the case
     return request.param, path, model, built, params, apply
