@@ -25,6 +25,8 @@ FOLDER = pathlib.Path(__file__).parents[1] / "configs"
 FILES = sorted(path.stem for path in FOLDER.glob("*.py"))
 RECIPES = [name for name in FILES if name not in ("tiny", "start")]
 SPECS = [*RECIPES, "dpo_pythia_2p8b:sft"]
+# trained are those of a kind that no other recipe has: these two are as dpo_mixtral and dpo_7b are
+TRAINED = [spec for spec in SPECS if spec not in ("dpo_qwen3_30b_a3b", "dpo_gemma3_27b")]
 ONLINE = ("dpo", "kto", "ipo", "simpo")  # as tiny.py:online_NAME
 
 # A model small enough for a test: what a family's fields are shrunk to, where the recipe has them.
@@ -173,7 +175,7 @@ def quick_compiles():
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("spec", TRAINED)
 def test_a_shrunk_recipe_trains_two_steps(spec, tmp_path, quick_compiles):
     config = shrunk(spec)
     loop.train(config, str(tmp_path))

@@ -221,6 +221,9 @@ def test_unsupported_variants_are_errors():
         (GLM | {"n_group": 3}, "n_group, topk_group: expected a divisor of the 128 experts"),
         (QWEN3_MOE | {"mlp_only_layers": [48]}, r"expected layers from 0 to 47, got \[48\]"),
         (QWEN3_MOE | {"decoder_sparse_step": 49}, "fewer dense layers than .*, 48, got 48"),
+        ({"model_type": "deepseek_v3", "scoring_func": "softmax"}, "expected 'sigmoid', .* got 's"),
+        ({"model_type": "deepseek_v2", "moe_layer_freq": 2}, "moe_layer_freq: expected 1"),
+        ({"model_type": "deepseek_v2", "topk_method": "noaux_tc"}, "'group_limited_greedy'"),
         ({"model_type": "dots1"}, "dots1: expected n_routed_experts, num_experts_per_tok, n_shar"),
         (GEMMA2 | {"use_bidirectional_attention": True}, "bidirectional"),
     ):

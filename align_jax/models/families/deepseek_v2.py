@@ -20,6 +20,7 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
         ValueError: another way to choose experts than the released models'.
     """
     full = complete(hf)
+    deepseek_v3.check_routing(hf, scoring_func="softmax", moe_layer_freq=1)
     method, groups = full["topk_method"], full["topk_method"] == "group_limited_greedy"
     if not groups and method != "greedy" or full["norm_topk_prob"]:
         raise ValueError(

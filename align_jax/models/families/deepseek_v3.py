@@ -14,10 +14,31 @@ from align_jax.models.tensor_map import TensorMap, by_kind, linear, norm
 
 
 def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
-    """Read a Hugging Face configuration."""
+    """Read a Hugging Face configuration.
+
+    Raises:
+        ValueError: another way to choose experts than the released models'.
+    """
     full = complete(hf)
+    check_routing(hf, scoring_func="sigmoid", topk_method="noaux_tc", moe_layer_freq=1)
     fields = latent_fields(full) | glm4_moe.expert_fields(full)
     return decoder_config(hf, full, rope_interleaved=full["rope_interleave"], **fields)
+
+
+def check_routing(hf: Mapping[str, Any], **computed: Any) -> None:
+    """Refuse what the released configurations say of experts and transformers passes over, where
+    it is not what is computed.
+
+    Raises:
+        ValueError: all such keys.
+    """
+    wrong = [
+        f"{key}: expected {value!r}, which is what transformers computes; got {hf[key]!r}"
+        for key, value in computed.items()
+        if hf.get(key) not in (None, value)
+    ]
+    if wrong:
+        raise ValueError("; ".join(wrong))
 
 
 def latent_fields(full: Mapping[str, Any]) -> dict[str, Any]:
