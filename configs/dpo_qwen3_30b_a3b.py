@@ -55,7 +55,7 @@ def get_config() -> ConfigDict:
     config.optimizer.warmup_fraction = 0.1
 
     config.mesh.fsdp = -1
-    config.mesh.expert = 8
+    config.mesh.expert = 2
 
     config.checkpoint.every_steps = 100
     config.checkpoint.best_metric = "eval/rewards/accuracies"
