@@ -66,7 +66,10 @@ def export_run(
                 f"{workdir} is a full fine-tune (model.lora.rank = 0): it has no adapter to export"
             )
         params, roles = flatten(trained.params), flatten(policy.roles())
-        leaves = {name: leaf for name, leaf in params.items() if roles[name].beside_base}
+        apart = {*lora.whole, *lora.replaced}
+        leaves = {
+            name: leaf for name, leaf in params.items() if roles[name].beside_base or name in apart
+        }
         peft.save(output, config, lora, unflatten(leaves), base_name=trained.config.model.path)
     else:
         params = fold(trained.params, lora) if lora is not None else trained.params

@@ -181,8 +181,7 @@ def load_config(path: str, run_length: int = 0) -> ModelConfig:
         raise ValueError(f"{file}: {error}") from error
     folder = os.path.dirname(file)
     if config.tied and not _is_tied(folder, config):
-        said = json.dumps(json.loads(config.hf) | {"tie_word_embeddings": False}, sort_keys=True)
-        config = dataclasses.replace(config, tied=False, hf=said)
+        config = config.untied()
     return dataclasses.replace(
         config,
         end_tokens=_end_tokens(folder, found),
@@ -300,7 +299,7 @@ def load(
         path: folder, or hub id.
         config: what to read it as; default: the checkpoint's own.  Its vocabulary may differ from
             that: rows that the checkpoint lacks get the mean of those it has (new tokens), rows
-            that pad the table are zero.
+            that pad the table are zero.  Untied, a tied checkpoint's head is its embedding.
         shardings: tree of jax.sharding.Sharding parallel to the parameters; None: the first device.
         dtype: the parameters' type; None: as stored.
         heads: scalar heads to read as well; one that the checkpoint lacks is left out of the
@@ -377,6 +376,12 @@ def _checked_entries(
     checked."""
     present = tuple(head for head in heads if HEAD_TENSORS[head][0].name in reader.names)
     entries = _with_base(tensor_maps(config, present, unembed), reader.names, config.family)
+    if own.tied and not config.tied:
+        (embed,) = (entry.name for entry in entries if entry.path == "embed/tokens")
+        entries = [
+            TensorMap(embed, entry.path, "V D -> D V") if entry.path == "output/kernel" else entry
+            for entry in entries
+        ]
     _check_tensors(reader, entries, own, path)
     return entries
 
@@ -388,6 +393,7 @@ def _check_config(config: ModelConfig, own: ModelConfig, path: str) -> None:
         vocab_rows=config.vocab_rows,
         end_tokens=config.end_tokens,
         run_length=config.run_length,
+        tied=own.tied and config.tied,
     )
     differing = [
         f"{field.name} is {getattr(own, field.name)!r}, expected {getattr(config, field.name)!r}"

@@ -10,7 +10,8 @@ block-diagonal, at the sum of the ranks: the same numbers. Read back, a part tak
 that reach it alone; where all are shared, each part gets them all.
 
 PEFT may adapt some layers only, we adapt all: a layer that the file lacks has A and B of zeros,
-which no gradient reaches, and is left out again when it is written.
+which no gradient reaches, and is left out again when it is written. What the file holds beside A
+and B is in ``peft_whole``.
 
 References:
     https://github.com/huggingface/peft, version 0.21: utils/save_and_load.py (the tensors' names).
@@ -18,34 +19,30 @@ References:
 
 from __future__ import annotations
 
-import collections
 import json
 import math
-import os
-import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import safetensors.numpy
 from etils import epath
 
 from align_jax.core.tree import flatten, unflatten
-from align_jax.interop import hf, peft_settings
-from align_jax.interop.peft_modules import LinearMap, Module, adaptable, bare, suffix
+from align_jax.interop import hf, peft_settings, peft_tensors, peft_whole
+from align_jax.interop.peft_modules import EMBED, LinearMap, Module, adaptable, bare, suffix
 from align_jax.interop.peft_settings import CONFIG, TENSORS, Settings
-from align_jax.interop.tensor_files import DTYPES, NO_FLOATS, Reader, listed, remove_older
+from align_jax.interop.peft_tensors import PREFIX, Tensors
+from align_jax.interop.tensor_files import listed, remove_older
 from align_jax.models import BESIDE, FAMILIES
 from align_jax.models.config import ModelConfig
 from align_jax.models.heads import HEADS
 from align_jax.models.lora import LEAVES, LoraConfig
+from align_jax.models.model import build
 
-PREFIX = "base_model.model."
 SCORE = "score/out/kernel"
 # family -> targets whose modules PEFT 0.21 takes for experts (transformers_weight_conversion.py)
 MISREAD = dict.fromkeys(("deepseek_v2", "deepseek_v3", "dots1", "glm4_moe", "kimi_k2"), "shared/")
-# our leaf -> the end of the tensor's name
-ENDS = dict(zip(LEAVES, (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector")))
 
 
 # ------------------------------------------------------------------------------------------- export
@@ -80,6 +77,7 @@ def save(
     modules = adaptable(config)
     maps = [part for module in modules for part in module.parts]
     known = {f"{part.path}/{leaf}" for part in maps for leaf in LEAVES} | {SCORE}
+    known |= {*lora.whole, *lora.replaced, peft_whole.TOKEN_ROWS, peft_whole.HEAD_ROWS}
     if unknown := sorted(flat.keys() - known):
         raise ValueError(f"not parameters of a PEFT adapter of {config.family}: {unknown}")
     adapted = {one: parts for one in modules if (parts := _adapted(one, flat, lora))}
@@ -90,19 +88,25 @@ def save(
             "export without --adapter, which merges them"
         )
     tensors: dict[str, np.ndarray] = {}
+    names: set[str] = set()
     for module, parts in adapted.items():
         for place, number in _present(module, parts, flat):
-            found = _layer_tensors(parts, flat, place, module.rows, lora)
-            name = PREFIX + module.name.format(layer=number)
-            tensors |= {name + end: tensor for end, tensor in found.items()}
+            name = module.name.format(layer=number)
+            names.add(name)
+            for leaf, tensor in _layer_tensors(module, parts, flat, place, lora).items():
+                tensors[name + module.ends[leaf]] = tensor
+    more, settings = peft_whole.write(config, lora, flat, names)
+    tensors |= more
     if SCORE in flat:
-        tensors[f"{PREFIX}score.weight"] = np.ascontiguousarray(flat[SCORE].T)
+        tensors["score.weight"] = flat[SCORE].T
+        settings["modules_to_save"].append("score")
+    tensors = {PREFIX + name: np.ascontiguousarray(x) for name, x in tensors.items()}
     folder = epath.Path(path)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / TENSORS).write_bytes(safetensors.numpy.save(tensors, {"format": "pt"}))
-    transposed = any(part.transposed for part in maps)
+    transposed = any(part.transposed for part in maps if part.path != EMBED)
     ranks = _ranks(adapted, flat, config, lora)
-    settings = _settings(lora, ranks, transposed, SCORE in flat, base_name)
+    settings = _settings(lora, ranks, transposed, SCORE in flat, base_name) | settings
     if FAMILIES[config.family].carried:  # whose modules are called as the decoder's
         settings["exclude_modules"] = rf"(.*\.)?{BESIDE}\..*"
     (folder / CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
@@ -132,7 +136,7 @@ def _present(
     return [
         (place, number)
         for place, number in enumerate(module.layers)
-        if any(np.any(flat[name][place]) for name in names)
+        if any(np.any(flat[name][place] if module.inside else flat[name]) for name in names)
     ]
 
 
@@ -167,26 +171,28 @@ def _ranks(
 
 
 def _layer_tensors(
+    module: Module,
     adapted: Sequence[LinearMap],
     flat: Mapping[str, np.ndarray],
     place: int,
-    rows: int,
     lora: LoraConfig,
 ) -> dict[str, np.ndarray]:
-    """Put a layer's adapters of a module's linear maps together: end of the tensor's name -> it."""
+    """Put a layer's adapters of a module's linear maps together: our leaf -> the tensor."""
 
     def written(part: LinearMap, leaf: str) -> np.ndarray:
-        return part.write(leaf, flat[f"{part.path}/{leaf}"][place], lora.rank)
+        stored = flat[f"{part.path}/{leaf}"]
+        own = stored[place] if module.inside else stored
+        real = tuple(slice(size) for size in part.shape(leaf, lora.rank))  # without padded rows
+        return part.write(leaf, own[real], lora.rank)
 
     down = np.concatenate([written(part, "lora_a") for part in adapted])
-    up = np.zeros((rows, lora.rank * len(adapted)), np.float32)
-    magnitude = np.zeros((rows,), np.float32)
+    up = np.zeros((module.rows, lora.rank * len(adapted)), np.float32)
+    magnitude = np.zeros((module.rows,), np.float32)
     for i, part in enumerate(adapted):
         up[part.rows, i * lora.rank : (i + 1) * lora.rank] = written(part, "lora_b")
         if lora.dora:
             magnitude[part.rows] += written(part, "lora_m")
-    found = {"lora_a": down, "lora_b": up} | ({"lora_m": magnitude} if lora.dora else {})
-    return {ENDS[leaf]: tensor for leaf, tensor in found.items()}
+    return {"lora_a": down, "lora_b": up} | ({"lora_m": magnitude} if lora.dora else {})
 
 
 def _settings(
@@ -207,13 +213,11 @@ def _settings(
         "lora_dropout": lora.dropout,
         "target_modules": sorted(ranks),
         "rank_pattern": others,
-        "bias": "none",
         "init_lora_weights": True,
         "alpha_pattern": {name: alpha(rank) for name, rank in others.items()},
         "use_rslora": lora.rank_stabilized,
         "use_dora": lora.dora,
         "fan_in_fan_out": transposed,
-        "modules_to_save": ["score"] if score else None,
     }
 
 
@@ -224,7 +228,7 @@ def load(path: str, config: ModelConfig) -> tuple[LoraConfig, dict[str, Any]]:
     """Read a PEFT adapter.
 
     Modules of unlike ranks are filled up with zeros to the largest; unlike scales go into B; layers
-    that are not adapted are zeros.
+    that are not adapted are zeros, and rows that pad the vocabulary.
 
     Args:
         path: folder or hub id.
@@ -232,7 +236,8 @@ def load(path: str, config: ModelConfig) -> tuple[LoraConfig, dict[str, Any]]:
 
     Returns:
         The adapter's configuration; and its parameters, float32 numpy arrays in nested dicts, with
-        ``score/out/kernel`` where the adapter has a score head.
+        what stands in the place of the base's own, and ``score/out/kernel`` where the adapter has a
+        score head.  Where the configuration is ``untied``, they are of ``config.untied()``.
 
     Raises:
         FileNotFoundError: no such folder, or no adapter in it.
@@ -241,75 +246,48 @@ def load(path: str, config: ModelConfig) -> tuple[LoraConfig, dict[str, Any]]:
     """
     folder = hf.locate(path)
     settings = peft_settings.read(folder, path)
-    tensors = _read_tensors(folder, config.family)
-    found = _by_module(tensors, config, settings, path)
+    tensors = peft_tensors.read(folder, config.family)
+    untied = peft_whole.unties(tensors, config, settings)
+    config = config.untied() if untied else config
+    beside = peft_whole.read(tensors, config, settings, untied)
+    found = _by_module(tensors, config, settings, path, beside)
     flat, rank = _stack(found, settings)
     dora, stabilized = bool(settings.get("use_dora")), bool(settings.get("use_rslora"))
     alpha = settings["lora_alpha"]
     if rank != settings["r"]:
         alpha = _usual_scale(settings) * (math.sqrt(rank) if stabilized else rank)
     targets = "|".join(sorted({part.target for module in found for part in module.parts}))
+    lora = LoraConfig(
+        rank,
+        float(alpha),
+        settings.get("lora_dropout") or 0.0,
+        targets,
+        stabilized,
+        dora,
+        whole=beside.whole,
+        replaced=beside.replaced,
+        tokens=beside.tokens,
+        head_tokens=beside.head_tokens,
+        untied=untied,
+    )
+    flat |= beside.leaves
+    if config.vocab_rows > config.vocab_size:
+        shapes = flatten(build(config, lora=lora).shapes())
+        flat = {name: _padded(leaf, shapes[name].shape) for name, leaf in flat.items()}
     if "score.weight" in tensors.found:
         flat[SCORE] = tensors.found["score.weight"].T
-    dropout = settings.get("lora_dropout") or 0.0
-    return LoraConfig(rank, float(alpha), dropout, targets, stabilized, dora), unflatten(flat)
+    return lora, unflatten(flat)
 
 
-class Tensors(NamedTuple):
-    """The tensors of an adapter's file."""
-
-    found: Mapping[str, np.ndarray]  # by their names without prefixes and the adapter's name
-    prefix: str  # what stands before the layers' names in the file: "model."
-
-    def module(self, name: str, family: str) -> str:
-        """Return the name that a module had where the adapter was made."""
-        short = bare(name, family)
-        return name if short == name else self.prefix + short
-
-
-# tensors behind whose names PEFT puts the adapter's name, when others than it write the file
-NAMED = re.compile(
-    r"(.+\.(?:lora_A|lora_B|lora_magnitude_vector))\.(?!weight$|bias$)[^.]+(\.weight|\.bias)?"
-)
-
-
-def _plain(name: str) -> str:
-    """Return a tensor's name as PEFT writes it, without its prefix."""
-    name = name.removeprefix(PREFIX)
-    if match := NAMED.fullmatch(name):
-        name = match[1] + (match[2] or "")
-    return re.sub(r"\.lora_magnitude_vector\.weight$", ".lora_magnitude_vector", name)
-
-
-def _read_tensors(folder: str, family: str) -> Tensors:
-    file = os.path.join(folder, TENSORS)
-    with Reader(folder, TENSORS) as reader:
-        other = [f"{name}: {reader.code(name)}" for name in sorted(reader.names)]
-        other = [one for one in other if one.rpartition(" ")[2] not in DTYPES]
-        if other:
-            raise ValueError(f"{file}:\n{listed({NO_FLOATS: other})}")
-        names: dict[str, list[str]] = {}
-        for name in sorted(reader.names):
-            names.setdefault(bare(_plain(name), family), []).append(name)
-        if twice := [" and ".join(those) for those in names.values() if len(those) > 1]:
-            kind = "of one module (several adapters in one file? save the one that is meant)"
-            raise ValueError(f"{file}:\n{listed({kind: twice})}")
-        found = {short: reader.read(name).astype(np.float32) for short, (name,) in names.items()}
-        reader.check_finite()
-    before = collections.Counter(
-        _plain(name).removesuffix(short)
-        for short, (name,) in names.items()
-        if re.search(r"\.\d+\.", short)
-    )
-    own = FAMILIES[family].modules or FAMILIES[family].base
-    return Tensors(found, before.most_common(1)[0][0] if before else own)
+def _padded(leaf: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    return np.pad(leaf, [(0, size - had) for size, had in zip(shape, leaf.shape)])
 
 
 Layers = list[dict[str, np.ndarray] | None]  # of each layer: our leaf -> a module's tensor
 
 
 def _by_module(
-    tensors: Tensors, config: ModelConfig, settings: Settings, path: str
+    tensors: Tensors, config: ModelConfig, settings: Settings, path: str, beside: peft_whole.Found
 ) -> dict[Module, Layers]:
     """Sort the file's tensors by module and layer; every mistake is in one error.
 
@@ -317,10 +295,9 @@ def _by_module(
         The modules of which some layer is adapted.
     """
     leaves = LEAVES if settings.get("use_dora") else LEAVES[:2]
-    left = dict.fromkeys(tensors.found)
+    left = dict.fromkeys(name for name in tensors.found if name not in beside.taken)
     left.pop("score.weight", None)
-    missing: list[str] = []
-    misshaped: list[str] = []
+    missing, misshaped = beside.missing, beside.misshaped
     score = tensors.found.get("score.weight")
     if score is not None and score.shape != (1, config.hidden_size):
         misshaped.append(f"score.weight: expected {(1, config.hidden_size)}, got {score.shape}")
@@ -329,10 +306,11 @@ def _by_module(
     for module in modules:
         layers: Layers = []
         for number in module.layers:
-            name = tensors.module(module.name, config.family).format(layer=number)
-            stored = {leaf: bare(name, config.family) + ENDS[leaf] for leaf in leaves}
+            name = tensors.module(module.name).format(layer=number)
+            short = bare(name, config.family)
+            stored = {leaf: short + end for leaf, end in module.ends.items() if leaf in leaves}
             own = {leaf: tensors.found[one] for leaf, one in stored.items() if one in left}
-            if not _is_adapted(tensors, module, name, config.family, settings):
+            if not _is_adapted(tensors, module, name, settings):
                 layers.append(None)
                 continue
             for one in stored.values():
@@ -349,12 +327,12 @@ def _by_module(
         out[module] = layers
     out = _targeted(out)
     if left or missing or misshaped or not out:
-        known = ", ".join(dict.fromkeys(one.name.split("{layer}.")[1] for one in modules))
+        known = ", ".join(dict.fromkeys(one.name.split("{layer}.")[-1] for one in modules))
         wrong = {"missing": missing, "unexpected": sorted(left), "mis-shaped": misshaped}
         way = f"\n  what is unexpected is not read; {peft_settings.MERGE}" if left else ""
         raise ValueError(
-            f"the adapter {path!r} does not fit a {config.family} model, in each layer of which "
-            f"these can be adapted: {known}\n{listed(wrong) or '  it adapts none of them'}{way}"
+            f"the adapter {path!r} does not fit a {config.family} model, of which these can be "
+            f"adapted: {known}\n{listed(wrong) or '  it adapts none of them'}{way}"
         )
     _check_dora(out, settings, path)
     return out
@@ -375,15 +353,13 @@ def _targeted(modules: Mapping[Module, Layers]) -> dict[Module, Layers]:
     }
 
 
-def _is_adapted(
-    tensors: Tensors, module: Module, name: str, family: str, settings: Settings
-) -> bool:
+def _is_adapted(tensors: Tensors, module: Module, name: str, settings: Settings) -> bool:
     """Tell whether a layer of a module is adapted: as the settings say, or where these name nothing
     (``target_modules`` of older versions), whether the file has any layer of it."""
     if settings.get("target_modules") is not None:
-        return peft_settings.adapts(settings, name)
-    names = {bare(module.name, family).format(layer=one) + ENDS["lora_a"] for one in module.layers}
-    return not names.isdisjoint(tensors.found)
+        return peft_settings.adapts(settings, name, module.inside)
+    short = bare(module.name, tensors.family) + module.ends["lora_a"]
+    return any(short.format(layer=layer) in tensors.found for layer in module.layers)
 
 
 def _check_dora(modules: Mapping[Module, Layers], settings: Settings, path: str) -> None:
@@ -407,13 +383,13 @@ def _stack(
     ours: dict[LinearMap, list[dict[str, np.ndarray]]] = {}  # of each layer, {}: not adapted
     for module, layers in modules.items():
         for number, tensors in zip(module.layers, layers):
-            found: list[dict[str, np.ndarray]] = [{} for _ in module.parts]
+            divided: list[dict[str, np.ndarray]] = [{} for _ in module.parts]
             if tensors is not None:
                 name, rank = module.name.format(layer=number), len(tensors["lora_a"])
                 alpha = peft_settings.of_module(settings, "alpha_pattern", name, "lora_alpha")
                 factor = peft_settings.scale(settings, rank, alpha) / _usual_scale(settings)
-                found = _divided(module, tensors, factor)
-            for part, own in zip(module.parts, found):
+                divided = _divided(module, tensors, factor)
+            for part, own in zip(module.parts, divided):
                 ours.setdefault(part, []).append(own)
     rank = max(len(own["lora_b"]) for layers in ours.values() for own in layers if own)
     leaves = LEAVES if settings.get("use_dora") else LEAVES[:2]
@@ -423,11 +399,13 @@ def _stack(
             return np.zeros(part.shape(leaf, rank), np.float32)
         return _filled(own[leaf], rank, leaf)
 
-    return {
-        f"{part.path}/{leaf}": np.stack([filled(part, own, leaf) for own in layers])
-        for part, layers in ours.items()
-        for leaf in leaves
-    }, rank
+    inside = {part for module in modules if module.inside for part in module.parts}
+    found = {}
+    for part, own_layers in ours.items():
+        for leaf in leaves:
+            every = [filled(part, own, leaf) for own in own_layers]
+            found[f"{part.path}/{leaf}"] = np.stack(every) if part in inside else every[0]
+    return found, rank
 
 
 def _divided(

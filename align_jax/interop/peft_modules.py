@@ -18,9 +18,12 @@ from align_jax.core.tree import flatten
 from align_jax.interop import hf
 from align_jax.models import FAMILIES
 from align_jax.models.config import ModelConfig
+from align_jax.models.lora import LEAVES
 from align_jax.models.model import build
 from align_jax.models.roles import role_of
-from align_jax.models.tensor_map import AxisMap, parse
+from align_jax.models.tensor_map import AxisMap, TensorMap, parse
+
+EMBED = "embed"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -114,9 +117,74 @@ class Module:
         """How many outputs it has."""
         return max(part.rows.stop for part in self.parts)
 
+    @property
+    def inside(self) -> bool:
+        """Whether it stands in the layers, which "all-linear" means."""
+        return "{layer}" in self.name
+
+    @property
+    def ends(self) -> dict[str, str]:
+        """Our leaf -> the end of the tensor's name."""
+        if any(part.path == EMBED for part in self.parts):
+            return dict(zip(LEAVES, (".lora_embedding_A", ".lora_embedding_B")))
+        return dict(zip(LEAVES, (".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector")))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Whole:
+    """A parameter of ours as the tensors of transformers' modules hold it, not an adapter of it.
+
+    Attributes:
+        name: the tensor's, with {layer}.
+        entry: where it stands in them.
+        axes: and how it is laid out there.
+        layers: the layers' numbers, in the order of our stack of them.
+    """
+
+    name: str
+    entry: TensorMap
+    axes: AxisMap
+    layers: range
+
+    @property
+    def module(self) -> str:
+        """The module that has it."""
+        return self.name.rpartition(".")[0]
+
+    @property
+    def names(self) -> list[str]:
+        """The tensors' names, layer by layer."""
+        return [self.name.format(layer=layer) for layer in self.layers]
+
+    def _rows(self, tensor: np.ndarray) -> np.ndarray:
+        span = self.entry.span
+        return tensor[span[0] : sum(span)] if span else tensor
+
+    def fault(self, tensor: np.ndarray, shape: tuple[int, ...]) -> str:
+        """Say what is wrong with a tensor's shape."""
+        return "" if tensor.shape == shape else f"expected {shape}, got {tensor.shape}"
+
+    def read(self, tensors: Sequence[np.ndarray]) -> np.ndarray:
+        """Take it out of the layers' tensors."""
+        index = [slice(None)] * len(self.axes.ours)
+        bounds = self.axes.bounds(index)
+        found = [self.axes.to_ours(self._rows(tensor)[bounds], index) for tensor in tensors]
+        return np.stack(found) if self.entry.stacked else found[0]
+
+    def write(self, ours: np.ndarray, place: int, tensor: np.ndarray) -> None:
+        """Put a layer of it into its tensor."""
+        one = ours[place] if self.entry.stacked else ours
+        real = tuple(slice(size) for size in self.axes.our_shape)  # without rows of padding
+        self.axes.to_theirs(one[real], self._rows(tensor))
+
+
+def _unpadded(config: ModelConfig) -> ModelConfig:
+    return dataclasses.replace(config, vocab_rows=config.vocab_size)
+
 
 def adaptable(config: ModelConfig) -> list[Module]:
     """Return a family's modules that can be adapted."""
+    config = _unpadded(config)
     roles = flatten(build(config).roles())
     found: dict[tuple[str, range], list[LinearMap]] = {}
     for entry in FAMILIES[config.family].tensor_maps(config):
@@ -124,10 +192,36 @@ def adaptable(config: ModelConfig) -> list[Module]:
         if role.adaptable:
             name = hf.as_module(entry.name, config.family).removesuffix(".weight")
             start = entry.span[0] if entry.span else 0
-            path, axes = entry.path.removesuffix("/kernel"), parse(entry, config)
-            part = LinearMap(path, role.target, axes, role.inputs, start)
+            path = EMBED if role.target == EMBED else entry.path.removesuffix("/kernel")
+            part = LinearMap(path, role.target, parse(entry, config), role.inputs or 1, start)
             found.setdefault((name, entry.numbers(config)), []).append(part)
     return [Module(name, layers, tuple(parts)) for (name, layers), parts in found.items()]
+
+
+def parameters(config: ModelConfig) -> dict[str, Whole]:
+    """Return a family's parameters by our paths, but for experts."""
+    config = _unpadded(config)
+    return {
+        entry.path: Whole(
+            hf.as_module(entry.name, config.family),
+            entry,
+            parse(entry, config),
+            entry.numbers(config),
+        )
+        for entry in FAMILIES[config.family].tensor_maps(config)
+        if not entry.by_expert
+    }
+
+
+def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of all tensors of transformers' modules."""
+    config = _unpadded(config)
+    entries = FAMILIES[config.family].tensor_maps(config)
+    spelled = [
+        dataclasses.replace(entry, name=hf.as_module(entry.name, config.family))
+        for entry in entries
+    ]
+    return hf.tensor_shapes(spelled, config)
 
 
 def bare(name: str, family: str) -> str:
@@ -140,11 +234,17 @@ def bare(name: str, family: str) -> str:
     return name
 
 
-def suffix(name: str, modules: Sequence[str]) -> str:
-    """Return the shortest end of a module's name that no other module's name has."""
+def suffix(name: str, modules: Sequence[str], dot: str = ".") -> str:
+    """Return the shortest end of a module's name that no other module's name has.
+
+    Args:
+        name: the module's.
+        modules: all modules' names.
+        dot: what stands before the end in a name that has it: "" where PEFT compares text alone.
+    """
     parts = name.split(".")
     for count in range(1, len(parts)):
-        end = "." + ".".join(parts[-count:])
-        if not any(other.endswith(end) for other in modules if other != name):
-            return end[1:]
+        end = ".".join(parts[-count:])
+        if not any(other.endswith(dot + end) for other in modules if other != name):
+            return end
     return name

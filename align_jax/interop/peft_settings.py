@@ -41,14 +41,18 @@ def _is_layers(value: Any) -> bool:
     return fields.is_integer(value) or fields.is_list_of(fields.is_integer)(value)
 
 
+def _is_tokens(value: Any) -> bool:
+    ids = fields.is_list_of(lambda one: fields.is_integer(one) and one >= 0)
+    return ids(value) and len(set(value)) == len(value) > 0
+
+
 # keys of adapter_config.json that change what is computed -> the values that we compute the same
 PLAIN: Mapping[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
-    "bias": ("none", None),
+    "bias": ("none", None, "all", "lora_only"),
     "lora_bias": (False, None),
     "layer_replication": (None, []),
     "target_parameters": (None, []),
-    "trainable_token_indices": (None,),
     "alora_invocation_tokens": (None,),
     "use_qalora": (False, None),
     "use_bdlora": (False, None),
@@ -57,7 +61,6 @@ PLAIN: Mapping[str, tuple[Any, ...]] = {
     "velora_config": (None,),
     "monteclora_config": (None,),
     "kasa_config": (None,),
-    "modules_to_save": (None, [], ["score"], ["classifier", "score"]),
     # the others (pissa, olora, corda, loftq, lora_ga, ...) change the base's weights too
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
 }
@@ -65,10 +68,10 @@ PLAIN: Mapping[str, tuple[Any, ...]] = {
 # unset
 HARMLESS = frozenset(
     """r lora_alpha lora_dropout use_rslora use_dora rank_pattern alpha_pattern target_modules
-    exclude_modules layers_to_transform layers_pattern fan_in_fan_out task_type inference_mode
-    auto_mapping base_model_name_or_path revision peft_version runtime_config megatron_core
-    qalora_group_size loftq_config eva_config corda_config lora_ga_config
-    ensure_weight_tying""".split()
+    exclude_modules layers_to_transform layers_pattern modules_to_save trainable_token_indices
+    fan_in_fan_out task_type inference_mode auto_mapping base_model_name_or_path revision
+    peft_version runtime_config megatron_core qalora_group_size loftq_config eva_config
+    corda_config lora_ga_config ensure_weight_tying""".split()
 )
 
 FIELDS = (
@@ -99,6 +102,11 @@ FIELDS = (
         "a layer's number, a list of them, or null",
         fields.or_null(_is_layers),
         ("layers_to_transform",),
+    ),
+    fields.Kind(
+        "a list of unlike tokens' ids, an object from modules to such, or null",
+        fields.or_null(lambda value: _is_tokens(value) or fields.is_object_of(_is_tokens)(value)),
+        ("trainable_token_indices",),
     ),
     fields.Kind(
         "a list of modules, or null",
@@ -194,7 +202,8 @@ def adapts(settings: Settings, module: str, linear: bool = True) -> bool:
         return False
     if not isinstance(excluded, str) and _named(module, excluded or ()):
         return False
-    if saves(settings, module):
+    saved = settings.get("modules_to_save") or ()
+    if any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in saved):
         return False
     if isinstance(targets, str):
         if targets.lower() == "all-linear":
@@ -206,9 +215,20 @@ def adapts(settings: Settings, module: str, linear: bool = True) -> bool:
 
 
 def saves(settings: Settings, module: str) -> bool:
-    """Tell whether PEFT trains a module whole (``modules_to_save``)."""
+    """Tell whether PEFT trains a module whole: ``modules_to_save`` are ends of its name, or of one
+    that it stands in."""
     saved = settings.get("modules_to_save") or ()
-    return any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in saved)
+    parts = module.split(".")
+    paths = [".".join(parts[: count + 1]) for count in range(len(parts))]
+    return any(path.endswith(name) for path in paths for name in saved)
+
+
+def rows(settings: Settings, module: str, is_embedding: bool) -> tuple[int, ...]:
+    """Return the tokens whose rows PEFT trains in a module (``trainable_token_indices``)."""
+    given = settings.get("trainable_token_indices") or {}
+    if not isinstance(given, Mapping):
+        return tuple(given) if is_embedding else ()
+    return next((tuple(ids) for name, ids in given.items() if module.endswith(name)), ())
 
 
 def _named(module: str, names: Any) -> bool:

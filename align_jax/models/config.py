@@ -302,6 +302,11 @@ class ModelConfig:
         found.get("text_config", found)["pad_token_id"] = token
         return dataclasses.replace(self, hf=json.dumps(found, sort_keys=True))
 
+    def untied(self) -> ModelConfig:
+        """Return the same model with a head of its own."""
+        said = json.dumps(json.loads(self.hf) | {"tie_word_embeddings": False}, sort_keys=True)
+        return dataclasses.replace(self, tied=False, hf=said)
+
     def padded(self, multiple: int) -> ModelConfig:
         """Return the same model with its embedding table's rows padded to a multiple (so that a
         mesh divides them)."""

@@ -21,7 +21,7 @@ from flax.core import meta
 from jaxtyping import Array, Float
 
 from align_jax.models.config import ModelConfig
-from align_jax.models.lora import LoraConfig
+from align_jax.models.lora import LoraConfig, with_rows
 from align_jax.models.quantize import Quantized, product
 from align_jax.models.roles import Role
 
@@ -104,6 +104,7 @@ class Linear(nn.Module):
         role: the kernel's.
         lora: the adapter on this map, if any.
         result: type of y where it is not the compute type: logits are summed and kept in float32.
+        tokens: outputs whose weights are trained in rows of their own.
     """
 
     inputs: tuple[int, ...]
@@ -115,12 +116,17 @@ class Linear(nn.Module):
     init_std: float = 0.02
     lora: LoraConfig | None = None
     result: jnp.dtype | None = None
+    tokens: tuple[int, ...] = ()
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch_and_inputs"]) -> Float[Array, "*batch_and_outputs"]:
         count = len(self.inputs)
         shape = self.inputs + self.outputs
         kernel = parameter(self, "kernel", normal(self.init_std), shape, self.axes, self.role)
+        if self.tokens:
+            shape, axes = (len(self.tokens), *self.inputs), ("rank", *self.axes[:count])
+            rows = parameter(self, "rows", normal(self.init_std), shape, axes, Role("adapter"))
+            kernel = with_rows(array(kernel, self.dtype), rows, self.tokens, 1)
         if isinstance(kernel, Quantized):
             y = product(x, kernel, count)
         else:
@@ -161,7 +167,7 @@ class Linear(nn.Module):
         if lora.dropout and self.has_rng("dropout"):
             x = nn.Dropout(lora.dropout)(x, deterministic=False)
         inside = contract(x, array(down, self.dtype), count)
-        delta = contract(inside, array(up, self.dtype), 1) * lora.scale
+        delta = (contract(inside, array(up, self.dtype), 1) * lora.scale).astype(y.dtype)
         if not lora.dora:
             return y + delta
         axes = self.axes[count:]
@@ -169,7 +175,7 @@ class Linear(nn.Module):
         # the norm is a constant for the gradient (Liu et al. 2024, DoRA, arXiv 2402.09353, section
         # 4.3)
         norm = column_norm(*jax.lax.stop_gradient((kernel, down, up)), lora.scale)
-        factor = (magnitude.astype(jnp.float32) / norm).astype(self.dtype)
+        factor = (magnitude.astype(jnp.float32) / norm).astype(y.dtype)
         return (y + delta) * _aligned(factor, y)
 
 

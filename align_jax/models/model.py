@@ -140,9 +140,10 @@ class Model:
         copies = spread(kernel.astype(self.options.dtype), *axes).astype(kernel.dtype)
         if copies.shape[0] == 1:
             return lambda hidden: self.unembed(params, hidden)
-        bias = {"output/bias": flatten(params)["output/bias"]} if self.config.head_bias else {}
+        module = path.split("/")[0]
+        rest = flatten({module: params[module]})
         one = jax.vmap(
-            lambda kernel, hidden: self.unembed(unflatten({path: kernel, **bias}), hidden)
+            lambda kernel, hidden: self.unembed(unflatten({**rest, path: kernel}), hidden)
         )
 
         def unembed(hidden: Float[Array, "N c D"]) -> Float[Array, "N c V"]:
@@ -220,15 +221,15 @@ class Model:
     def init_adapter(
         self, key: jax.Array, base: Params, dtype: Any = jnp.float32
     ) -> dict[str, Any]:
-        """Return a fresh adapter for these base parameters: random A, zero B, and DoRA's magnitudes
-        of the base.
+        """Return a fresh adapter for these base parameters: random A, zero B, and the base's
+        magnitudes (DoRA) and rows.
 
         Raises:
             ValueError: the model was built without an adapter.
         """
         if self.options.lora is None:
             raise ValueError("the model was built without lora=LoraConfig(...)")
-        return loras.fresh(key, self.shapes(dtype), base)
+        return loras.fresh(key, self.shapes(dtype), base, self.options.lora)
 
 
 class LoadedModel(NamedTuple):

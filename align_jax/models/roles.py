@@ -30,7 +30,8 @@ class Role:
             them are its outputs.  0 = a table that is looked up, or no matrix.
         leading: axes before those, along which there are many such parameters: layers, experts.
         matrix: false for what scales or shifts a feature: a norm's scale, a bias, a magnitude.
-        target: what an adapter's ``targets`` are matched with: "attention/query"; "" = never.
+        target: what an adapter's ``targets`` are matched with: "attention/query", "embed",
+            "output"; "" = never.
     """
 
     part: str
@@ -56,7 +57,7 @@ class Role:
     @property
     def adaptable(self) -> bool:
         """Whether an adapter may stand beside it."""
-        return self.part == "linear" and bool(self.target)
+        return self.part in ("linear", "embedding", "output") and bool(self.target)
 
     @property
     def quantized(self) -> bool:

@@ -35,6 +35,7 @@ from align_jax.models.layers import (
     normal,
     parameter,
 )
+from align_jax.models.lora import LoraConfig, with_rows
 from align_jax.models.moe import Experts
 from align_jax.models.roles import Role
 from align_jax.models.self_attention import (
@@ -178,7 +179,7 @@ class Decoder(nn.Module):
     def setup(self) -> None:
         c, o = self.config, self.options
         self.stacks = [self._stack(stack) for stack in c.stacks]
-        self.embed = Embedding(c, o.dtype)
+        self.embed = Embedding(c, o.dtype, o.lora)
         self.drop = nn.Dropout(o.dropout)
         self.final_norm = Norm((c.hidden_size,), c.norm, c.norm_eps, c.norm_offset, o.dtype)
         if o.unembed and not c.tied:
@@ -187,10 +188,12 @@ class Decoder(nn.Module):
                 (c.vocab_rows,),
                 ("embed", "vocab"),
                 o.dtype,
-                Role("output", inputs=1),
+                Role("output", inputs=1, target="output"),
                 c.head_bias,
                 init_std=c.init_std,
+                lora=o.lora.on("output") if o.lora is not None else None,
                 result=jnp.dtype(jnp.float32),
+                tokens=o.lora.head_tokens if o.lora is not None else (),
             )
         self.scalars = {name: HEADS[name](c.hidden_size, name) for name in o.heads}
 
@@ -308,9 +311,7 @@ class Decoder(nn.Module):
         with jax.named_scope("unembed"):
             hidden = hidden.astype(self.options.dtype)
             if c.tied:
-                logits = jnp.einsum(
-                    "...D,VD->...V", hidden, self.embed.table(), preferred_element_type=jnp.float32
-                )
+                logits = self.embed.logits(hidden)
             else:
                 logits = self.output(hidden)
             if c.output_scale != 1:
@@ -330,22 +331,49 @@ class Decoder(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Token embeddings, with learned positions where the family has them."""
+    """Token embeddings, with learned positions where the family has them, and with what of an
+    adapter stands beside them."""
 
     config: ModelConfig
     dtype: jnp.dtype
+    lora: LoraConfig | None = None
 
     def setup(self) -> None:
         c, role = self.config, Role("embedding")
         init, shape = normal(c.init_std), (c.vocab_rows, c.hidden_size)
-        self.tokens = parameter(self, "tokens", init, shape, ("vocab", "embed"), role)
+        own = Role("embedding", target="embed")
+        self.tokens = parameter(self, "tokens", init, shape, ("vocab", "embed"), own)
+        self.adapted = self.lora is not None and self.lora.on("embed") is not None
+        if self.lora is not None and self.adapted:
+            shape, axes = (c.vocab_rows, self.lora.rank), ("vocab", "rank")
+            self.down = parameter(self, "lora_a", init, shape, axes, Role("adapter"))
+            shape, axes = (self.lora.rank, c.hidden_size), ("rank", "embed")
+            self.up = parameter(self, "lora_b", init, shape, axes, Role("adapter", inputs=1))
+        if self.lora is not None and self.lora.tokens:
+            shape, axes = (len(self.lora.tokens), c.hidden_size), ("rank", "embed")
+            self.rows = parameter(self, "rows", init, shape, axes, Role("adapter"))
         if c.learned_positions:
             shape = (c.max_positions + c.position_offset, c.hidden_size)
             self.positions = parameter(self, "positions", init, shape, ("positions", "embed"), role)
 
     def table(self) -> Float[Array, "V D"]:
-        """Return the embedding matrix in the compute type."""
-        return array(self.tokens, self.dtype)
+        """Return the embedding matrix in the compute type, without an adapter."""
+        table = array(self.tokens, self.dtype)
+        if self.lora is None or not self.lora.tokens:
+            return table
+        return with_rows(table, self.rows, self.lora.tokens, 0)
+
+    def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
+        """Return a tied head's float32 logits."""
+
+        def product(x: jax.Array, matrix: jax.Array) -> jax.Array:
+            return jnp.einsum("...d,vd->...v", x, matrix, preferred_element_type=jnp.float32)
+
+        logits = product(hidden, self.table())
+        if self.lora is None or not self.adapted:
+            return logits
+        inside = contract(hidden, array(self.up, self.dtype).T, 1)
+        return logits + self.lora.scale * product(inside, array(self.down, self.dtype))
 
     def __call__(self, tokens: Int[Array, "N T"], positions: Int[Array, "N T"]) -> States:
         c = self.config
@@ -354,6 +382,10 @@ class Embedding(nn.Module):
             # and one sum over the tensor axis puts them together; else the partitioner moves the
             # looked-up states between all devices.
             x = jnp.take(constrain(self.table(), "vocab", "features"), tokens, axis=0)
+            if self.lora is not None and self.adapted:
+                down = constrain(array(self.down, self.dtype), "vocab", None)
+                inside = jnp.take(down, tokens, axis=0)
+                x = x + self.lora.scale * contract(inside, array(self.up, self.dtype), 1)
             if c.embed_scale != 1:
                 x = x * jnp.asarray(c.embed_scale, self.dtype)
             if c.learned_positions:

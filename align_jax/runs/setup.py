@@ -139,6 +139,8 @@ def resolve_config(config: Config, devices: int) -> ResolvedConfig:
     _check_guide(config, terms)
     _check_model(config, terms, model_config)
     lora, online = adapter(config, model_config), is_online(terms, config)
+    if lora is not None and lora.untied:
+        model_config = model_config.untied()
     models = initialize.make_models(
         model_config,
         terms,

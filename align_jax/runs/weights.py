@@ -260,11 +260,26 @@ def load_frozen(spec: StepSpec, specs: StateSpecs, config: Config) -> Tree:
     key = jax.random.key(config.seed)
     frozen: dict[str, Tree] = {"base": {}}
     if specs.base:
-        frozen["base"] = load_params(spec.base, specs.base, path=config.model.path, key=key)
+        base = load_params(spec.base, specs.base, path=config.model.path, key=key)
+        frozen["base"] = _with_replaced(base, spec.policy, config)
     if specs.reference is not None:
         path = config.reference.path
         frozen["reference"] = load_params(spec.reference, specs.reference, path=path, key=key)
     return frozen
+
+
+def _with_replaced(base: Tree, policy: Model, config: Config) -> Tree:
+    """Put into the base what came with the adapter in its place."""
+    if policy.options.lora is None or not policy.options.lora.replaced:
+        return base
+    given = flatten(peft.load(config.model.lora.path, policy.config)[1])
+    leaves = flatten(base)
+    replaced = {
+        path: _from_host(given[path], leaves[path])
+        for path in policy.options.lora.replaced
+        if path in leaves
+    }
+    return merge(base, unflatten(replaced))
 
 
 def load_moving_reference(spec: StepSpec, specs: StateSpecs, config: Config) -> Tree | None:
@@ -320,7 +335,7 @@ def _load_trained(spec: StepSpec, specs: StateSpecs, frozen: Tree, config: Confi
     return merge(unflatten(trained), heads)
 
 
-def _from_host(value: np.ndarray, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+def _from_host(value: np.ndarray, leaf: jax.ShapeDtypeStruct | jax.Array) -> jax.Array:
     return jax.make_array_from_callback(
         leaf.shape, leaf.sharding, lambda index: value[index].astype(leaf.dtype)
     )

@@ -158,7 +158,11 @@ def forward_flops(
     adapter = 0
     if model.options.lora:
         roles, shapes = flatten(model.roles()), flatten(model.shapes())
-        factors = [path for path, role in roles.items() if role.part == "adapter" and role.matrix]
+        factors = [
+            path
+            for path, role in roles.items()
+            if role.part == "adapter" and role.inputs  # a table's rows are looked up
+        ]
         adapter = sum(shapes[path].size for path in factors)
     return Forward(
         2.0 * layer_weights(config) * tokens, attention, float(head), 2.0 * adapter * tokens

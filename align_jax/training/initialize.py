@@ -114,11 +114,13 @@ def make_state_specs(
         ValueError: the mesh does not divide a parameter, or its blocks; nothing is left to train.
     """
     axes = spec.policy.axes()
+    lora = spec.policy.options.lora
     trained, rest = trainable(
         spec.policy.shapes(model.param_dtype),
         spec.policy.roles(),
-        adapter=spec.policy.options.lora is not None,
+        adapter=lora is not None,
         freeze=model.freeze,
+        whole=() if lora is None else lora.whole,
     )
     base_shapes = spec.base.shapes(reference.dtype)
     with_reference = spec.wants_reference if with_reference is None else with_reference

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any
 
 import jax
@@ -35,7 +35,12 @@ Tree = Any
 
 
 def trainable(
-    params: Tree, roles: Tree, *, adapter: bool, freeze: Sequence[str] = ()
+    params: Tree,
+    roles: Tree,
+    *,
+    adapter: bool,
+    freeze: Sequence[str] = (),
+    whole: Container[str] = (),
 ) -> tuple[Tree, Tree]:
     """Divide a tree of parameters (or of shapes, or axes) into what is trained and the rest.
 
@@ -45,6 +50,7 @@ def trainable(
         adapter: train the low-rank adapters and the heads alone.
         freeze: regular expressions; parameters whose path one of them matches (search) are not
             trained.
+        whole: paths that are trained beside an adapter.
 
     Returns:
         Two nested dicts that share no leaf; ``merge`` of them is the whole.
@@ -62,7 +68,7 @@ def trainable(
     trained = {
         path: leaf
         for path, leaf in leaves.items()
-        if (not adapter or role_of(known, path).beside_base)
+        if (not adapter or role_of(known, path).beside_base or path in whole)
         and not any(re.search(pattern, path) for pattern in freeze)
     }
     if not trained:

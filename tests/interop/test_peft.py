@@ -2,6 +2,7 @@
 """Adapters of every family against the peft package, both ways."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -13,10 +14,10 @@ import safetensors.numpy
 import torch
 import transformers
 
-from align_jax.core.tree import flatten
-from align_jax.interop import hf, peft, peft_settings
+from align_jax.core.tree import flatten, unflatten
+from align_jax.interop import hf, peft, peft_settings, peft_tensors
 from align_jax.models import FAMILIES
-from align_jax.models.lora import LoraConfig, merge
+from align_jax.models.lora import LoraConfig, fold, merge
 from align_jax.models.model import build
 
 V, LENGTH = 67, 7
@@ -191,15 +192,10 @@ def tokens():
     return np.random.default_rng(0).integers(3, V, (2, LENGTH)).astype(np.int32)
 
 
-def ours(config, params, lora=None, head=None):
+@functools.cache
+def program(config, lora, head):
     model = build(
         config, compute_dtype="float32", remat="none", lora=lora, heads=(head,) if head else ()
-    )
-    rows = tokens()
-    fields = (
-        rows,
-        np.ones_like(rows),
-        np.broadcast_to(np.arange(LENGTH, dtype=np.int32), rows.shape),
     )
 
     @jax.jit
@@ -207,7 +203,17 @@ def ours(config, params, lora=None, head=None):
         hidden = model.hidden(params, *fields)[0]
         return model.head(params, head, hidden)[:, -1] if head else model.unembed(params, hidden)
 
-    return np.asarray(run(params, *map(jnp.asarray, fields)))
+    return run
+
+
+def ours(config, params, lora=None, head=None):
+    rows = tokens()
+    fields = (
+        rows,
+        np.ones_like(rows),
+        np.broadcast_to(np.arange(LENGTH, dtype=np.int32), rows.shape),
+    )
+    return np.asarray(program(config, lora, head)(params, *map(jnp.asarray, fields)))
 
 
 def peers(model):
@@ -318,12 +324,11 @@ def edited(path, **changes):
 # a key of adapter_config.json that we do not follow -> a value that changes what is computed
 OTHERS = {
     "peft_type": "LOHA",
-    "bias": "lora_only",
+    "bias": "boft_only",
     "lora_bias": True,
     "init_lora_weights": "lora_ga",
     "layer_replication": [[0, 1], [0, 2]],
     "target_parameters": ["experts.down_proj"],
-    "trainable_token_indices": [3],
     "alora_invocation_tokens": [4, 5],
     "use_qalora": True,
     "use_bdlora": {"nblocks": 2},
@@ -332,7 +337,6 @@ OTHERS = {
     "velora_config": {"scale": 1.0},
     "monteclora_config": {"num_samples": 2},
     "kasa_config": {"beta": 0.1},
-    "modules_to_save": ["embed_tokens"],
     "a_key_of_next_year": 0.5,
 }
 
@@ -379,12 +383,12 @@ def test_what_is_not_the_same_adapter_is_refused(tmp_path, saved):
         }
     }
     peft.save(str(tmp_path), config, model.options.lora, adapter, base_name="")
-    edited(tmp_path, bias="all", init_lora_weights="pissa")
+    edited(tmp_path, lora_bias=True, init_lora_weights="pissa")
     with pytest.raises(
-        ValueError, match=r"bias = 'all' \(expected 'none', None\); init_lora_weights = 'pissa'"
+        ValueError, match=r"lora_bias = True \(expected False, None\); init_lora_weights = 'pissa'"
     ):
         peft.load(str(tmp_path), config)
-    edited(tmp_path, bias="none", init_lora_weights=True)
+    edited(tmp_path, lora_bias=False, init_lora_weights=True)
     tensors = safetensors.numpy.load_file(tmp_path / "adapter_model.safetensors")
     name = "base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"
     tensors["base_model.model.lm_head.lora_A.weight"] = tensors.pop(name)
@@ -400,18 +404,8 @@ def test_what_is_not_the_same_adapter_is_refused(tmp_path, saved):
 
 # adapters on some layers only, as people make them
 PARTLY = {
-    "layers_to_transform": dict(target_modules=["q_proj", "up_proj"], layers_to_transform=[1]),
-    "one layer by number and pattern": dict(
-        target_modules=["q_proj"], layers_to_transform=1, layers_pattern="layers"
-    ),
     "a regular expression": dict(
         target_modules=r".*layers\.0\.self_attn\.(q|v)_proj|.*layers\.1\.mlp\.down_proj"
-    ),
-    "all-linear without a layer": dict(
-        target_modules="all-linear", exclude_modules=r".*layers\.0\..*"
-    ),
-    "exclude_modules by name": dict(
-        target_modules=["q_proj", "k_proj"], exclude_modules=["layers.1.self_attn.q_proj"]
     ),
     "full names, ranks and scales": dict(
         target_modules=["model.layers.0.self_attn.q_proj", "v_proj"],
@@ -422,38 +416,159 @@ PARTLY = {
 }
 
 
+# the same, of which only the layers are looked at
+LAYERS = {
+    "layers_to_transform": dict(target_modules=["q_proj", "up_proj"], layers_to_transform=[1]),
+    "one layer by number and pattern": dict(
+        target_modules=["q_proj"], layers_to_transform=1, layers_pattern="layers"
+    ),
+    "all-linear without a layer": dict(
+        target_modules="all-linear", exclude_modules=r".*layers\.0\..*"
+    ),
+    "exclude_modules by name": dict(
+        target_modules=["q_proj", "k_proj"], exclude_modules=["layers.1.self_attn.q_proj"]
+    ),
+}
+
+
 def of_peft(base, **settings):
     """A model with an adapter made by peft that does something."""
     plain = dict(r=4, lora_alpha=6, task_type="CAUSAL_LM", init_lora_weights=False)
     torch.manual_seed(3)
     model = transformers.AutoModelForCausalLM.from_pretrained(base, attn_implementation="eager")
-    return theirs.get_peft_model(model, theirs.LoraConfig(**(plain | settings))).eval()
+    model = theirs.get_peft_model(model, theirs.LoraConfig(**(plain | settings))).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and "lora_" not in name:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
 
 
-@pytest.mark.parametrize("kind", PARTLY)
-def test_an_adapter_on_some_layers_is_read_trained_and_written(kind, tmp_path, saved):
-    config, base = hf.load(saved("llama"), dtype="float32")
-    model = of_peft(saved("llama"), **PARTLY[kind])
+def round_trip(base_path, tmp_path, **settings):
+    """Read an adapter of peft's, train it, write it, read it with peft; return the two sets of
+    leaves, and its configuration."""
+    model = of_peft(base_path, **settings)
     model.save_pretrained(tmp_path / "theirs")
+    config = hf.load_config(base_path)
     lora, adapter = peft.load(str(tmp_path / "theirs"), config)
+    config = config.untied() if lora.untied else config
+    _, base = hf.load(base_path, config=config, dtype="float32")
     got = ours(config, merge(base, jax.tree.map(jnp.asarray, adapter)), lora)
     np.testing.assert_allclose(got, peers(model), atol=1e-4)
     assert np.abs(got - ours(config, base)).max() > 0.05
     stepped = sgd(config, base, lora, adapter)
-    for name, leaf in flatten(adapter).items():
-        empty = ~leaf.any(axis=tuple(range(1, leaf.ndim)))
-        after = np.asarray(flatten(stepped)[name])
-        assert not after[empty].any() and (after != leaf)[~empty].any(), name
+    params = merge(base, stepped)
+    expected = ours(config, params, lora)
+    np.testing.assert_allclose(ours(config, fold(params, lora)), expected, atol=1e-4)
     peft.save(str(tmp_path / "ours"), config, lora, stepped, base_name="")
     names = [
         set(safetensors.numpy.load_file(tmp_path / one / peft_settings.TENSORS))
         for one in ("ours", "theirs")
     ]
-    assert names[0] == names[1]
+    ends = {peft_tensors.PREFIX + one for one in ("model.embed_tokens.weight", "lm_head.weight")}
+    more = ends if lora.untied else set()
+    assert names[0] >= names[1] and names[0] - names[1] <= more
     again = theirs.PeftModel.from_pretrained(
-        transformers.AutoModelForCausalLM.from_pretrained(saved("llama")), tmp_path / "ours"
+        transformers.AutoModelForCausalLM.from_pretrained(base_path), tmp_path / "ours"
     ).eval()
-    np.testing.assert_allclose(ours(config, merge(base, stepped), lora), peers(again), atol=1e-4)
+    np.testing.assert_allclose(expected, peers(again), atol=1e-4)
+    same(peft.load(str(tmp_path / "ours"), hf.load_config(base_path))[1], stepped)
+    return flatten(adapter), flatten(stepped), lora
+
+
+@pytest.mark.parametrize("kind", PARTLY)
+def test_an_adapter_on_some_layers_is_read_trained_and_written(kind, tmp_path, saved):
+    before, after, _ = round_trip(saved("llama"), tmp_path, **PARTLY[kind])
+    for name, leaf in before.items():
+        empty = ~leaf.any(axis=tuple(range(1, leaf.ndim)))
+        assert not after[name][empty].any() and (after[name] != leaf)[~empty].any(), name
+
+
+SEEN = sorted(tokens()[:, 0].tolist(), reverse=True)  # each row holds one
+HEAD = ["lm_head"]
+ENDS = ["embed_tokens", "lm_head"]
+# what people train beside the layers' matrices: family -> settings, and what of it is not A and B
+WHOLE = {
+    "ends and norms saved": (
+        "llama",
+        dict(modules_to_save=["norm", *ENDS]),
+        "embed/tokens output/kernel final_norm/scale layers/attention_norm/scale "
+        "layers/mlp_norm/scale",
+    ),
+    "head adapted, DoRA": (
+        "llama",
+        dict(target_modules=["q_proj", *HEAD], use_dora=True),
+        "output/kernel",
+    ),
+    "both ends adapted": (
+        "llama",
+        dict(target_modules=["q_proj", *ENDS], rank_pattern={"lm_head": 2}, use_rslora=True),
+        "embed/tokens output/kernel",
+    ),
+    "rows of both ends": (
+        "llama",
+        dict(trainable_token_indices={"embed_tokens": SEEN, "lm_head": [4, 3]}),
+        "embed/rows output/rows",
+    ),
+    "all biases": (
+        "qwen2",
+        dict(bias="all"),
+        "layers/attention/query/bias layers/attention/key/bias layers/attention/value/bias",
+    ),
+    "tied: embedding saved": ("tied", dict(modules_to_save=["embed_tokens"]), "embed/tokens"),
+    "tied: both saved as one": (
+        "tied",
+        dict(modules_to_save=["embed_tokens"], ensure_weight_tying=True),
+        "embed/tokens",
+    ),
+    "tied: head adapted": (
+        "tied",
+        dict(target_modules=["q_proj", *HEAD]),
+        "embed/tokens output/kernel",
+    ),
+    "tied: both adapted as one": (
+        "tied",
+        dict(target_modules=["q_proj", "embed_tokens"], ensure_weight_tying=True),
+        "embed/tokens",
+    ),
+    "tied: rows": ("tied", dict(trainable_token_indices=SEEN), "embed/rows"),
+    "tied: rows of the head alone": (
+        "tied",
+        dict(trainable_token_indices={"lm_head": [4, 3]}),
+        "output/rows",
+    ),
+    "fused biases": (
+        "gpt2",
+        dict(target_modules=["c_attn"], bias="lora_only", fan_in_fan_out=True),
+        "layers/attention/query/bias layers/attention/key/bias layers/attention/value/bias",
+    ),
+    "scaled": (
+        "gemma",
+        dict(target_modules=["embed_tokens", "v_proj"]),
+        "embed/tokens output/kernel",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory):
+    """The folder of a tiny random model that is tied."""
+    path = tmp_path_factory.mktemp("tied")
+    tiny("llama", tie_word_embeddings=True).save_pretrained(path)
+    return str(path)
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+def test_what_stands_beside_a_and_b_is_read_trained_and_written(kind, tmp_path, saved, tied):
+    family, settings, expected = WHOLE[kind]
+    settings = {"target_modules": ["q_proj"]} | settings
+    path = tied if family == "tied" else saved(family)
+    before, after, lora = round_trip(path, tmp_path, **settings)
+    beside = {name for name in before if name.split("/")[-1] not in ("lora_a", "lora_b", "lora_m")}
+    assert beside == set(expected.split())
+    assert {*lora.whole, *lora.replaced} == {name for name in beside if "rows" not in name}
+    trained = before.keys() - set(lora.replaced)
+    assert all((after[name] != before[name]).any() for name in trained)
 
 
 def sgd(config, base, lora, adapter):
@@ -469,9 +584,28 @@ def sgd(config, base, lora, adapter):
             hidden = model.hidden(params, rows, jnp.ones_like(rows), positions)[0]
             return jnp.mean(jnp.square(model.unembed(params, hidden)[..., :5] - 1))
 
-        return jax.tree.map(lambda x, slope: x - slope, adapter, jax.grad(loss)(adapter))
+        slopes = jax.grad(loss)(adapter)
+        return jax.tree.map(lambda x, slope: x - 0.02 * jnp.sign(slope), adapter, slopes)
 
-    return step(jax.tree.map(jnp.asarray, adapter))
+    given = flatten(jax.tree.map(jnp.asarray, adapter))
+    return unflatten(
+        flatten(step(unflatten(given))) | {path: given[path] for path in lora.replaced}
+    )
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_the_layers_of_an_adapter_are_those_that_peft_adapts(kind, tmp_path, saved):
+    model = of_peft(saved("llama"), **LAYERS[kind])
+    model.save_pretrained(tmp_path / "theirs")
+    config = hf.load_config(saved("llama"))
+    lora, adapter = peft.load(str(tmp_path / "theirs"), config)
+    peft.save(str(tmp_path / "ours"), config, lora, adapter, base_name="")
+    one, other = (
+        safetensors.numpy.load_file(tmp_path / by / peft_settings.TENSORS)
+        for by in ("ours", "theirs")
+    )
+    assert one.keys() == other.keys()
+    assert all((one[name] == other[name]).all() for name in other)
 
 
 # how the tensors of one adapter are called by those who write them
@@ -500,8 +634,10 @@ def test_an_adapter_is_read_however_its_tensors_are_called(tmp_path, saved):
         lora, adapter = peft.load(str(tmp_path), config)
         assert lora == expected[0], spelling
         same(adapter, expected[1])
-    both = {SPELLINGS["the adapter's name"](name): x for name, x in tensors.items()} | tensors
-    safetensors.numpy.save_file(both, file)
+    both = {SPELLINGS["the adapter's name"](name): x for name, x in tensors.items()}
+    safetensors.numpy.save_file(both | tensors, file)
+    same(peft.load(str(tmp_path), config)[1], expected[1])
+    safetensors.numpy.save_file(both | {name: x + 1 for name, x in tensors.items()}, file)
     with pytest.raises(ValueError, match=r"6 of one module \(several adapters in one file"):
         peft.load(str(tmp_path), config)
     name = "base_model.model.model.layers.1.mlp.down_proj.lora_A.weight"
@@ -517,9 +653,21 @@ def test_an_adapter_is_read_however_its_tensors_are_called(tmp_path, saved):
 
 # what is refused, and what to do instead
 REFUSED = {
+    "one norm of several": (
+        dict(modules_to_save=["layers.1.input_layernorm"]),
+        "layers.{layer}.input_layernorm.weight whole in some layers only, .*merge_and_unload",
+    ),
+    "a token that is none": (
+        dict(trainable_token_indices=[5], edited=dict(trainable_token_indices=[V])),
+        f"trainable_token_indices: {V} is no token of a vocabulary of {V}",
+    ),
+    "a token twice": (
+        dict(edited=dict(trainable_token_indices=[4, 4])),
+        "trainable_token_indices: expected a list of unlike tokens' ids",
+    ),
     "bin": (dict(), "adapter_model.bin beside it is not read: convert it, python -c"),
     "dora on some layers": (
-        dict(PARTLY["layers_to_transform"], use_dora=True),
+        dict(LAYERS["layers_to_transform"], use_dora=True),
         "DoRA on some layers only of model.layers.{layer}.self_attn.q_proj, .*merge_and_unload",
     ),
     "pissa": (
@@ -536,7 +684,7 @@ REFUSED = {
     ),
     "no module of ours": (
         dict(edited=dict(target_modules=["w_proj"])),
-        "(?s)each layer of which these can be adapted: self_attn.q_proj.*4 unexpected",
+        "(?s)of which these can be adapted: .*lm_head, self_attn.q_proj.*4 unexpected",
     ),
 }
 

@@ -40,6 +40,7 @@ CONFIG = hf.config_from(
         max_position_embeddings=32,
     )
 )
+PLAIN = LoraConfig(2)
 SHARDED = {"fsdp": 4, "tensor": 2}
 
 
@@ -83,11 +84,9 @@ def started(path, **more):
 
 
 @functools.cache
-def stepped(checkpoint, make_batch, quantization, sharded):
+def stepped(checkpoint, make_batch, quantization, sharded, lora=PLAIN):
     """Take two steps of DPO; return their metrics and the frozen weights."""
-    spec, mesh, specs = prepared(
-        "dpo", LoraConfig(2), SHARDED if sharded else None, quantize=quantization
-    )
+    spec, mesh, specs = prepared("dpo", lora, SHARDED if sharded else None, quantize=quantization)
     with jax.set_mesh(mesh):
         frozen = weights.load_frozen(spec, specs, started(checkpoint))
         assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), frozen) == jax.tree.map(
@@ -130,6 +129,46 @@ def test_a_quantized_base_is_the_same_over_a_mesh(checkpoint, make_batch):
         assert {
             name: pytest.approx(value, rel=1e-4, abs=1e-6, nan_ok=True) for name, value in a.items()
         } == b
+
+
+def test_ends_are_adapted_and_rows_trained_over_a_mesh(checkpoint, make_batch):
+    lora = LoraConfig(
+        2, targets="attention/query|embed", whole=("final_norm/scale",), head_tokens=(3, 5)
+    )
+    metrics, _ = stepped(checkpoint, make_batch, "nf4", True, lora)
+    assert metrics[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert metrics[0]["grad_norm"] > 1e-3 and metrics[1]["rewards/margins"] != 0
+    spec, _, specs = prepared("dpo", lora)
+    assert flatten(specs.trained).keys() >= {"embed/lora_a", "output/rows", "final_norm/scale"}
+
+
+def test_what_came_with_an_adapter_stands_in_the_place_of_the_base_s(checkpoint, tmp_path):
+    lora = LoraConfig(
+        2,
+        targets="attention/query",
+        whole=("final_norm/scale",),
+        replaced=("embed/tokens",),
+        head_tokens=(5, 3),
+    )
+    shapes = flatten(build(CONFIG, lora=lora).shapes())
+    kept = {"embed/tokens", "output/rows", "final_norm/scale"}
+    kept |= {path for path in shapes if "lora" in path}
+    draw = np.random.default_rng(1)
+    given = {path: draw.normal(size=shapes[path].shape).astype(np.float32) for path in kept}
+    peft.save(str(tmp_path), CONFIG, lora, unflatten(given), base_name=checkpoint)
+    assert peft.load(str(tmp_path), CONFIG)[0] == LoraConfig(**{**vars(lora), "alpha": 16.0})
+    spec, _, specs = prepared("dpo", lora, SHARDED)
+    config = started(checkpoint, lora=LoraOptions(path=str(tmp_path)))
+    frozen = weights.load_frozen(spec, specs, config)
+    trained = flatten(weights.load_trained(spec, specs, frozen, config))
+    base = flatten(frozen["base"])
+    assert trained.keys() == kept - {"embed/tokens"}
+    for path in trained:
+        np.testing.assert_array_equal(trained[path], given[path], err_msg=path)
+    np.testing.assert_array_equal(base["embed/tokens"], given["embed/tokens"])
+    np.testing.assert_array_equal(
+        base["final_norm/scale"], flatten(hf.load(checkpoint)[1])["final_norm/scale"]
+    )
 
 
 @pytest.mark.parametrize("method", ["int8", "nf4"])
