@@ -37,7 +37,7 @@ from align_jax.evals.win_rate import Compare, by_judge, by_rewards
 from align_jax.inference.client import Client
 from align_jax.inference.samplers import Sampling
 from align_jax.models.model import LoadedModel
-from align_jax.online.judges import TOTAL_SECONDS
+from align_jax.online.judges import TOTAL_SECONDS, PairJudge
 from align_jax.online.rewards import WeightedRewards, from_json, resolve
 from align_jax.parallel import distributed
 from align_jax.parallel.mesh import make_mesh
@@ -272,7 +272,7 @@ def main(argv: Sequence[str]) -> None:
     compare = None
     if values.judge:
         client = Client(values.judge, allow_http=values.allow_http, total_seconds=TOTAL_SECONDS)
-        compare = by_judge(client, values.judge_model)
+        compare = by_judge(PairJudge(client, values.judge_model))
     if values.workdir:
         policy = run_policy(values.workdir, values.step, values.reference)
     else:

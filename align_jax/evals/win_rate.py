@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -15,28 +14,12 @@ from align_jax.core.options import RolloutOptions
 from align_jax.data.datasets import Examples
 from align_jax.evals.generation import ONE_SAMPLE, Keep, record, sample
 from align_jax.evals.policy import EvaluatedPolicy, standard_error
-from align_jax.inference.client import Client
-from align_jax.online.judges import check_question, verdict
+from align_jax.online.judges import PairJudge
 from align_jax.online.rewards import WeightedRewards, columns, prompt_text
 
 Compare = Callable[
     [Sequence[str], Sequence[str], Sequence[str], Sequence[Mapping[str, Any]]], Sequence[float]
 ]
-
-QUESTION = """Which of two answers to the same request is better? Judge help, correctness and \
-clarity, not length.
-
-Request:
-{prompt}
-
-Answer A:
-{a}
-
-Answer B:
-{b}
-
-Reply with a single letter: A if answer A is better, B if answer B is better, C if they are \
-equally good."""
 
 
 def by_rewards(rewards: WeightedRewards) -> Compare:
@@ -55,39 +38,8 @@ def by_rewards(rewards: WeightedRewards) -> Compare:
     return compare
 
 
-def by_judge(
-    client: Client, model: str, *, question: str = QUESTION, concurrency: int = 16, **options: Any
-) -> Compare:
-    """Compare by a language model behind an OpenAI-compatible server, which is asked in both
-    orders.
-
-    Args:
-        client: of the server.
-        model: the judge's name there.
-        question: with the fields ``{prompt}``, ``{a}`` and ``{b}``; the letter A, B or C on the
-            answer's last line counts, else the only one that it names.
-        concurrency: questions under way at once.
-        options: of the request (``temperature``, ``max_tokens``).
-
-    Raises:
-        ValueError: a question without the fields; when called, an answer without A, B or C.
-    """
-
-    check_question(question, ("prompt", "a", "b"))
-
-    def ask(prompt: str, a: str, b: str) -> float:
-        asked = question.format(prompt=prompt, a=a, b=b)
-        text = client.chat(model, [{"role": "user", "content": asked}], **options)
-        try:
-            return {"A": 1.0, "B": 0.0, "C": 0.5}[verdict(text)]
-        except ValueError as error:
-            raise ValueError(
-                f"the judge {model!r} at {client.url} {error} (prompt {prompt[-60:]!r})"
-            ) from None
-
-    def both(one: tuple[str, str, str]) -> float:
-        prompt, first, second = one
-        return 0.5 * (ask(prompt, first, second) + 1.0 - ask(prompt, second, first))
+def by_judge(judge: PairJudge) -> Compare:
+    """Compare by a language model that sees both answers in both orders."""
 
     def compare(
         prompts: Sequence[str],
@@ -95,8 +47,7 @@ def by_judge(
         second: Sequence[str],
         extras: Sequence[Mapping[str, Any]],
     ) -> Sequence[float]:
-        with concurrent.futures.ThreadPoolExecutor(concurrency) as pool:
-            return list(pool.map(both, zip(prompts, first, second, strict=True)))
+        return judge(prompts, first, second).wins.tolist()
 
     return compare
 

@@ -45,6 +45,7 @@ class RolloutConfig:
         own_share: of the prompts whose responses are sampled; the others have the data's answer.
         learns_opponent: what the samples meet is in the groups of policy gradients, too.
         steps_rewarded: some rewards stand at the ends of a completion's steps.
+        judged: a judge of pairs compares a prompt's completions.
         seed: of the prompts' order, the draws and the slices.
 
     Raises:
@@ -65,6 +66,7 @@ class RolloutConfig:
     own_share: float = 1.0
     learns_opponent: bool = False
     steps_rewarded: bool = False
+    judged: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -96,6 +98,8 @@ class RolloutConfig:
         self._check_method()
         if self.steps_rewarded:
             self._check_steps()
+        if self.judged:
+            self._check_judged()
         if (self.targets or {}).get("bootstrap") and not options.keep_unfinished:
             raise ValueError(
                 "config.objective.bootstrap gives a value to what follows a response that was cut "
@@ -215,6 +219,37 @@ class RolloutConfig:
                 "rewards of kind 'process' stand at their steps: set the reward's aggregate to "
                 "'min'"
             )
+
+    def _check_judged(self) -> None:
+        """Refuse what a judge of pairs does not go with, and where it would have nothing to say."""
+        options, default = self.options, RolloutOptions()
+        for key in ("normalize_scores", "score_clip"):
+            if (value := getattr(options, key)) != getattr(default, key):
+                raise ValueError(
+                    f"config.rollout.{key} = {value!r} shapes rewards; a judge of pairs says how "
+                    f"often a completion wins: leave it at {getattr(default, key)!r}"
+                )
+        if self.method == "greedy":
+            raise ValueError(
+                "config.objective.advantages = 'greedy' compare with a score of one more sample; a "
+                "judge of pairs gives none: give another, or a reward of kind 'judge'"
+            )
+        one = options.responses_per_prompt == 1
+        if one and options.against == "none":
+            raise ValueError(
+                "config.rollout.responses_per_prompt = 1 leaves a judge of pairs nothing to "
+                "compare: give 2 or more"
+            )
+        if options.against == "data" and (self.kind == "unpaired" or (one and not self.wins)):
+            raise ValueError(
+                "config.rollout.against = 'data' counts the data's answer as better, whatever a "
+                "judge of pairs says: leave config.rewards empty"
+            )
+
+    @property
+    def facing(self) -> bool:
+        """Whether each sample counts against what it meets alone."""
+        return self.kind == "rollout" and self.options.against != "none"
 
     @property
     def method(self) -> str:
@@ -337,6 +372,7 @@ def make_rollout_config(terms: Sequence[Term], config: Config) -> RolloutConfig:
     }
     needs = {need for term in terms for need in term.needs}
     named = rewards.read(config.rewards) if config.rewards else []
+    judged = _is_judged(named)
     if targets is None:
         rewards.refuse_steps(named, f"the objective {config.objective.name!r} learns one a sample")
     return RolloutConfig(
@@ -352,9 +388,27 @@ def make_rollout_config(terms: Sequence[Term], config: Config) -> RolloutConfig:
         mismatched=any(term.objective.mismatched for term in terms),
         learns_opponent=any(term.loss.learns_opponent for term in terms),
         steps_rewarded=any(rewards.gives_steps(one) for one in named),
+        judged=judged,
         own_share=next((s for term in terms if (s := term.loss.own_share)), 1.0),
         seed=config.seed,
     )
+
+
+def _is_judged(named: Sequence[rewards.RewardTerm]) -> bool:
+    """Tell whether a judge of pairs decides.
+
+    Raises:
+        ValueError: it has a weight, or stands beside another reward.
+    """
+    judge = next((term for term in named if term.kind == "pair_judge"), None)
+    if judge is None:
+        return False
+    if len(named) > 1 or judge.weight != 1:
+        raise ValueError(
+            f"reward {judge.name!r} says which of two completions is better, which cannot be added "
+            "to other rewards or weighed: let it be the only one, of weight 1"
+        )
+    return True
 
 
 def _truncates(options: RolloutOptions) -> bool:

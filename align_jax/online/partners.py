@@ -152,7 +152,7 @@ class Opponent(NamedTuple):
 
 
 def judge(
-    scores: Float[np.ndarray, "Q m"], options: RolloutOptions, *, wins: bool
+    scores: Float[np.ndarray, "Q m"], options: RolloutOptions, *, wins: bool, judged: bool = False
 ) -> tuple[Float[np.ndarray, "Q k"], Float[np.ndarray, "Q k"]]:
     """Turn the scores of samples, and of what they meet, into what is learned.
 
@@ -161,6 +161,7 @@ def judge(
         options: the rollout's.
         wins: score a sample by the probability to win, σ(score - the other's), and leave the others
             out; else the others are learned too.
+        judged: the scores are such probabilities already.
 
     Returns:
         The scores, and what they are selected by: in it the data's answer is better than any
@@ -176,6 +177,8 @@ def judge(
     n = options.responses_per_prompt
     if not others(options):
         return scores, scores
+    if wins and judged:
+        return scores[:, :n], scores[:, :n]
     if wins:
         gaps = (scores[:, :n] - scores[:, n:]).astype(np.float64)
         found = (0.5 * (1.0 + np.tanh(0.5 * gaps))).astype(np.float32)

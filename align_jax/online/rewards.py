@@ -37,11 +37,14 @@ from align_jax.data.tokenizer import load_tokenizer
 from align_jax.inference.score import RewardModel
 from align_jax.models.model import LoadedModel
 from align_jax.online import functions, judges, rules
+from align_jax.online.comparisons import Compared, Judge, compare
 from align_jax.online.deadline import OutOfTime
 from align_jax.online.functions import Columned, Extras, RewardFunction, RowError, Scores
+from align_jax.online.judges import PairJudge
 from align_jax.online.steps import StepReward, StepRewards, process
 
 LoadModel = Callable[..., LoadedModel]  # runs.weights.load_model
+Reward = RewardFunction | StepReward | PairJudge  # the last two for rollouts alone
 
 _SUCH = '{"numeric": 1.0, "short": {"kind": "length", "target": 50, "weight": 0.5}}'
 _GREATEST = float(np.finfo(np.float32).max)
@@ -147,7 +150,7 @@ def model(
     return score
 
 
-REWARDS: Mapping[str, Callable[..., RewardFunction | StepReward]] = {
+REWARDS: Mapping[str, Callable[..., Reward]] = {
     "exact": rules.exact,
     "numeric": rules.numeric,
     "regex": rules.regex,
@@ -159,6 +162,7 @@ REWARDS: Mapping[str, Callable[..., RewardFunction | StepReward]] = {
     "model": model,
     "process": process,
     "judge": judges.judge,
+    "pair_judge": judges.pair_judge,
 }
 
 
@@ -169,10 +173,12 @@ class WeightedRewards:
     Attributes:
         terms: (name, weight, function) of each.
         step_terms: the same of those whose rewards stand at the ends of steps.
+        pairs: name and judge, where a prompt's completions are compared; it is then the only one.
     """
 
     terms: tuple[tuple[str, float, RewardFunction], ...]
     step_terms: tuple[tuple[str, float, StepReward], ...] = ()
+    pairs: tuple[str, Judge] | None = None
 
     @property
     def of_environment(self) -> bool:
@@ -238,6 +244,24 @@ class WeightedRewards:
                     parts[name][i] = np.mean([reward for _, reward in steps])
         return [sorted(one.items()) for one in sums], parts
 
+    def compared(
+        self, prompts: Sequence[str], completions: Sequence[Sequence[str]], own: int, facing: bool
+    ) -> list[Compared] | None:
+        """Let the judge of pairs compare each prompt's completions; None where there is no such
+        judge.
+
+        Args:
+            prompts, completions, own, facing: as ``comparisons.compare`` takes them.
+
+        Raises:
+            ValueError, ConnectionError: as the judge.
+        """
+        if self.pairs is None:
+            return None
+        name, judge = self.pairs
+        asked = functools.partial(_ask, name, judge)
+        return compare(asked, prompts, completions, own, facing=facing)
+
     def check(self, examples: Sequence[Example]) -> None:
         """Check that the data have what the rewards read.
 
@@ -263,9 +287,9 @@ def _ask(
     fn: Callable[..., Any],
     prompts: Sequence[str],
     completions: Sequence[str],
-    extras: Extras,
+    extras: Sequence[Any],
 ) -> Any:
-    """Call a reward function.
+    """Call a reward function, or a judge of pairs, which takes other completions for columns.
 
     Raises:
         ValueError, ConnectionError, TimeoutError: whatever it raised, with its name, the row and
@@ -297,7 +321,10 @@ def _place(row: int, prompts: Sequence[str], completions: Sequence[str]) -> str:
 
 
 def _failing_row(
-    fn: Callable[..., Any], prompts: Sequence[str], completions: Sequence[str], extras: Extras
+    fn: Callable[..., Any],
+    prompts: Sequence[str],
+    completions: Sequence[str],
+    extras: Sequence[Any],
 ) -> int | None:
     """Return the first row with which a function fails by itself; None: it fails with none."""
 
@@ -433,8 +460,7 @@ def check(rewards: Mapping[str, Any], examples: Sequence[Example]) -> None:
         ValueError: as `resolve`, or as `WeightedRewards.check`.
     """
     made = [(x.name, x.weight, _make(x)) for x in read(rewards) if not _loads_model(x)]
-    terms = tuple((name, w, fn) for name, w, fn in made if not isinstance(fn, StepReward))
-    WeightedRewards(terms).check(examples)
+    _sorted(made).check(examples)
 
 
 def resolve(
@@ -442,7 +468,7 @@ def resolve(
     *,
     load_model: LoadModel,
     mesh: Mesh | None = None,
-    steps: bool = False,
+    online: bool = False,
 ) -> WeightedRewards:
     """Build the weighted sum that a config's ``rewards`` describes.
 
@@ -450,20 +476,34 @@ def resolve(
         rewards: as `read` takes them.
         load_model: reads the checkpoints of rows that run a model.
         mesh: where these models run; None: the default device.
-        steps: rewards may stand at the ends of steps.
+        online: they are a rollout's: some may stand at the ends of steps, or compare completions.
 
     Raises:
         ValueError: as `read`, or a value that the row refuses.
     """
     terms = read(rewards)
-    if not steps:
+    if not online:
         refuse_steps(terms, "here each completion has one")
+        for term in terms:
+            if term.kind == "pair_judge":
+                raise ValueError(
+                    f"reward {term.name!r} compares a prompt's completions, and here each has a "
+                    "number of its own: kind 'judge' rates them; python -m align_jax.evaluate "
+                    "--eval=win_rate=SOURCE --judge=URL compares with a reference"
+                )
     made = [
         (term.name, term.weight, _make(term, load_model=load_model, mesh=mesh)) for term in terms
     ]
+    return _sorted(made)
+
+
+def _sorted(made: Sequence[tuple[str, float, Reward]]) -> WeightedRewards:
+    """Sort rewards by what they are of."""
+    special = (StepReward, PairJudge)
     return WeightedRewards(
-        tuple((name, w, fn) for name, w, fn in made if not isinstance(fn, StepReward)),
+        tuple((name, w, fn) for name, w, fn in made if not isinstance(fn, special)),
         tuple((name, w, fn) for name, w, fn in made if isinstance(fn, StepReward)),
+        next(((name, fn) for name, _, fn in made if isinstance(fn, PairJudge)), None),
     )
 
 
@@ -494,7 +534,7 @@ def _loads_model(term: RewardTerm) -> bool:
     return "load_model" in inspect.signature(REWARDS[term.kind]).parameters
 
 
-def _make(term: RewardTerm, **resources: Any) -> RewardFunction | StepReward:
+def _make(term: RewardTerm, **resources: Any) -> Reward:
     """Make a term's function.
 
     Raises:
@@ -509,7 +549,7 @@ def _make(term: RewardTerm, **resources: Any) -> RewardFunction | StepReward:
         raise ValueError(f"reward {term.name!r}: {error}") from error
 
 
-def _bind(term: RewardTerm, **resources: Any) -> Callable[[], RewardFunction | StepReward]:
+def _bind(term: RewardTerm, **resources: Any) -> Callable[[], Reward]:
     """Check a row's options, and give it those of the program's resources that it takes.
 
     A row may be any function, with options that are said nowhere but in its signature; this is the

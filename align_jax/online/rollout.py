@@ -204,7 +204,7 @@ class RolloutMaker:
         """Write scored samples into rows, and fill in what the objective needs of them."""
         config = self.config
         scores = np.stack([np.append(one.scores, one.other_scores) for one in samples])
-        scores, by = judge(scores, config.options, wins=config.wins)
+        scores, by = judge(scores, config.options, wins=config.wins, judged=config.judged)
         all_scores = sampling.gather(by.reshape(-1))
         groups = SELECTIONS[config.kind].fn(by, all_scores, config.options)
         prompts = [one.prompt for one in samples]
@@ -645,11 +645,12 @@ def make_rollouts(
         reshard = make_resharder(policy, where) if rollouts.options.tensor else None
         engine = Local(generator, reshard=reshard)
     scored = _scored(config, tokenizer, mesh, load_model)
-    opponent = make_opponent(
-        rollouts, policy, reference, tokenizer, mesh, config.max_length, longest
-    )
+    lengths = config.max_length, longest
+    opponent = make_opponent(rollouts, policy, reference, tokenizer, mesh, *lengths)
     greedy, share = rollouts.method == "greedy", rollouts.own_share
-    sampler = PromptSampler(rollouts.options, engine, scored, player, share, greedy, opponent)
+    sampler = PromptSampler(
+        rollouts.options, engine, scored, player, share, greedy, opponent, rollouts.facing
+    )
     maker = RolloutMaker(rollouts, prompts, sampler, pad_id(tokenizer), policy, reference, mesh)
     return Rollouts(maker, others, text)
 
@@ -669,7 +670,7 @@ def _scored(
     """
     if not config.rewards:
         return rewards.WeightedRewards(())
-    found = rewards.resolve(config.rewards, mesh=mesh, load_model=load_model, steps=True)
+    found = rewards.resolve(config.rewards, mesh=mesh, load_model=load_model, online=True)
     for name, _, term in found.step_terms:
         try:
             check_separator(term.separator, tokenizer)

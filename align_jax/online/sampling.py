@@ -28,6 +28,8 @@ from align_jax.inference.engines import Engine
 from align_jax.inference.generate import Completion, Request, true_on_all_processes
 from align_jax.inference.samplers import Sampling
 from align_jax.losses import advantages as estimators
+from align_jax.online import comparisons
+from align_jax.online.comparisons import Compared
 from align_jax.online.environment import Episode, Player, turn_tokens
 from align_jax.online.partners import Answers, Opponent, others, sampled_positions
 from align_jax.online.rewards import WeightedRewards, by_name, columns, counted, prompt_text
@@ -190,6 +192,7 @@ class PromptSamples(NamedTuple):
     episodes: list[Episode] = []  # of the samples, where an environment answers
     # of the samples, where rewards stand at the ends of steps: each step's last token, its reward
     steps: list[list[tuple[int, float]]] = []
+    compared: Compared | None = None  # where a judge of pairs compared them
     sampled: bool = True  # else the completions are the data's answer
     greedy_score: float = math.nan  # of the most probable completion, where one was asked for
     others: list[Completion] = []  # what the completions meet
@@ -267,6 +270,7 @@ class PromptSampler:
         own_share: of the prompts whose responses are sampled; the others have the data's answer.
         greedy: score the most probable completion to each of a rollout's prompts too.
         opponent: the other player, where it samples.
+        facing: a judge of pairs compares each sample with what was drawn against it alone.
     """
 
     options: RolloutOptions
@@ -276,6 +280,7 @@ class PromptSampler:
     own_share: float = 1.0
     greedy: bool = False
     opponent: Opponent | None = None
+    facing: bool = False
 
     def sample(
         self,
@@ -294,7 +299,7 @@ class PromptSampler:
             moments: the running moments of all scores.
             greedy: score the most probable completion to each prompt too; it counts among the
                 moments, and nowhere else.
-            alone: leave out what the samples meet.
+            alone: leave out what the samples meet, and a judge of pairs.
 
         Returns:
             The samples, the running moments of all scores, and the seconds spent generating.
@@ -334,6 +339,9 @@ class PromptSampler:
             extras,
         )
         rewards = total.reshape(len(chosen), -1)
+        compared = None if alone else self._compared(examples, everyone)
+        if compared is not None:
+            rewards = np.stack([one.wins for one in compared])
         scores, moments = shape_scores(rewards, everyone, options, moments)
         found = []
         for i, (position, (example, ids)) in enumerate(zip(positions, chosen)):
@@ -344,8 +352,29 @@ class PromptSampler:
                 greedy_score=float(scores[i, -1]) if greedy else math.nan,
             )
             one = one._replace(others=met[i], other_scores=scores[i, n:])
-            found.append(one._replace(other_rewards=rewards[i, n:]))
+            one = one._replace(other_rewards=rewards[i, n:])
+            found.append(one if compared is None else self._judged(one, compared[i]))
         return self._with_steps(prompts, found, extras), moments, seconds
+
+    def _compared(
+        self, examples: Sequence[Example], everyone: Sequence[Sequence[Completion]]
+    ) -> list[Compared] | None:
+        """Let a judge of pairs compare each prompt's completions, where there is one."""
+        return self.rewards.compared(
+            [prompt_text(example) for example in examples],
+            [[one.text for one in several] for several in everyone],
+            self.options.responses_per_prompt,
+            self.facing,
+        )
+
+    def _judged(self, one: PromptSamples, compared: Compared) -> PromptSamples:
+        """Say by whom these samples were judged; of what each met, how often it was the better
+        one."""
+        name, _ = self.rewards.pairs or ("", None)
+        others = 1.0 - one.rewards if self.facing else one.other_rewards[:0]
+        return one._replace(
+            compared=compared, each_reward={name: one.rewards}, other_rewards=others
+        )
 
     def _with_steps(
         self, prompts: Prompts, samples: list[PromptSamples], extras: Sequence[Mapping[str, Any]]
@@ -489,6 +518,12 @@ def describe(rollout: SampledRollout) -> dict[str, float]:
             metrics[f"rewards/{name}/abstained"] = float(len(own) - len(said))
     if each_reward and silent.any():
         metrics["rewards/all_abstained"] = float(silent.sum())
+    judged = [one.compared for one in rollout.prompts if one.compared is not None]
+    if judged:
+        counts = gather(comparisons.describe(judged)).reshape(-1, 4).sum(axis=0)
+        names = ("judge/ties", "judge/disagreements", "judge/silent")
+        metrics |= {name: float(x / counts[0]) for name, x in zip(names, counts[1:])}
+        metrics["judge/pairs"] = float(counts[0])
     steps = [len(one) for several in rollout.prompts for one in several.steps]
     if steps:
         metrics["completions/steps"] = float(gather(np.array(steps, np.float32)).mean())

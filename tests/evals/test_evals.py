@@ -19,6 +19,7 @@ from align_jax.evals.policy import EvaluatedPolicy
 from align_jax.evals.win_rate import by_judge, by_rewards, tally
 from align_jax.inference.client import Client
 from align_jax.online import judges, rewards
+from align_jax.online.judges import PairJudge
 from align_jax.parallel.mesh import make_mesh
 from align_jax.runs.weights import load_model
 
@@ -163,20 +164,24 @@ def test_a_judge_is_asked_in_both_orders():
             return self.answer(messages[0]["content"])
 
     biased = Judge(lambda text: "I say A")
-    assert by_judge(biased, "m")(["p"], ["x"], ["y"], [{}]) == [0.5] and len(biased.asked) == 2
+    assert (
+        by_judge(PairJudge(biased, "m"))(["p"], ["x"], ["y"], [{}]) == [0.5]
+        and len(biased.asked) == 2
+    )
     fair = Judge(
         lambda text: "A" if text.index("best") < text.index("Answer B") else "The answer: B"
     )
-    assert by_judge(fair, "m")(["p", "p"], ["best", "y"], ["x", "best"], [{}, {}]) == [1.0, 0.0]
+    found = by_judge(PairJudge(fair, "m"))(["p", "p"], ["best", "y"], ["x", "best"], [{}, {}])
+    assert found == [1.0, 0.0]
     assert tally(np.float32([1.0, 0.5, 0.0, 1.0]), np.zeros(4, np.float32))["win_rate"] == 0.625
     with pytest.raises(ValueError, match="neither A, B nor C"):
-        by_judge(Judge(lambda text: "well"), "m")(["p"], ["x"], ["y"], [{}])
+        by_judge(PairJudge(Judge(lambda text: "well"), "m"))(["p"], ["x"], ["y"], [{}])
     with pytest.raises(ValueError, match="'m' at https://judge named A and B: .*prompt 'p'"):
-        by_judge(Judge(lambda text: "B beats A"), "m")(["p"], ["x"], ["y"], [{}])
+        by_judge(PairJudge(Judge(lambda text: "B beats A"), "m"))(["p"], ["x"], ["y"], [{}])
     reasoned = Judge(lambda text: "A good answer beats a bad one.\n**Answer: C**")
-    assert by_judge(reasoned, "m")(["p"], ["x"], ["y"], [{}]) == [0.5]
+    assert by_judge(PairJudge(reasoned, "m"))(["p"], ["x"], ["y"], [{}]) == [0.5]
     with pytest.raises(ValueError, match="expected the fields {prompt}, {a}, {b}"):
-        by_judge(reasoned, "m", question="Which of {a} and {b}?")
+        PairJudge(reasoned, "m", question="Which of {a} and {b}?")
 
 
 def test_the_program_names_mistakes_and_writes_an_aligned_table(policy, pairs):

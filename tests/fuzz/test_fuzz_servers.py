@@ -125,6 +125,32 @@ def test_a_judge_s_score_is_on_its_scale_or_the_server_is_named(server, says, mo
     )
 
 
+@fuzzed(short=25, share=1)
+@hypothesis.given(says=answers(CHAT), abstain=st.booleans())
+def test_a_verdict_is_the_letter_that_was_given_or_the_server_is_named(
+    server, says, abstain, monkeypatch
+):
+    monkeypatch.setattr(judges, "Client", functools.partial(Client, retry_seconds=()))
+    status, headers, body = says
+    server.says = status, headers, body.replace(b"Score: 7", b"Verdict: A")
+    asked = judges.pair_judge(url_of(server), "m", timeout_seconds=1.0, abstain=abstain)
+    weighted = rewards.WeightedRewards((), pairs=("j", asked))
+
+    def check(found):
+        [one] = found
+        same(one.wins.tolist(), [0.5, 0.5], "wins")  # the same answer in both orders
+        if one.ties + one.disagreements + one.silent != 1 or (one.silent and not abstain):
+            raise Wrong(f"it became {one}")
+
+    judge(
+        "pairs",
+        says,
+        lambda: weighted.compared(["p"], [["a", "b"]], 2, False),
+        names=[url_of(server)],
+        check=check,
+    )
+
+
 @fuzzed(short=40, share=1)
 @hypothesis.given(says=answers(TOKENS))
 def test_a_server_s_tokens_are_as_asked_or_the_server_is_named(server, says):
