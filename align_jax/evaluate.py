@@ -70,7 +70,7 @@ def run_policy(workdir: str, which: str = "latest", reference: str = "") -> Eval
     Raises:
         FileNotFoundError: no such run or checkpoint.
     """
-    trained = trained_runs.restore(workdir, which)
+    trained = trained_runs.restore(workdir, which, speaks=True)
     config, resolved, mesh = trained.config, trained.resolved, trained.mesh
     other = None
     if not resolved.models.policy.options.unembed:

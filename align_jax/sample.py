@@ -97,7 +97,7 @@ def load_run(
         which: "latest", "best" or a step.
         max_length: tokens of a prompt with its completion; None: the model's positions.
     """
-    trained = trained_runs.restore(workdir, which)
+    trained = trained_runs.restore(workdir, which, speaks=True)
     tokenizer = trained.resolved.tokenizer
     limit = max_length or trained.resolved.model_config.longest
     generator = Generator(

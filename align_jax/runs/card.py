@@ -196,6 +196,12 @@ class Card:
             'tokenizer = AutoTokenizer.from_pretrained("PATH_OR_REPOSITORY")',
         ]
         note = f"\n\n{self.note[0].upper()}{self.note[1:]}." if self.note else ""
+        if "reward_process" in str(self._config.get("objective.name")):
+            separator = self._config.get("data.step_separator")
+            note += (
+                "\n\nIt scores steps: the logit that a step is right stands at the last token of "
+                f"`{separator!r}` behind the step, not at the end of the answer."
+            )
         return "\n".join(["```python", *lines, "```"]) + note
 
     def _made(self) -> str:

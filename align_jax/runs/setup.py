@@ -149,6 +149,8 @@ def resolve_config(config: Config, devices: int) -> ResolvedConfig:
         unembed=online,
         reference=_reference_config(config, tokenizer, model_config, multiple),
     )
+    if config.model.path and models.policy.options.unembed:
+        weights.check_speaks(model_config, config.model.path)
     _check_text(config, terms)
     _check_labels(config, "samples" if online else data_kind(terms))
     rollouts = make_rollout_config(terms, config) if online else None
@@ -304,6 +306,7 @@ def _reference_config(
         return None
     fields = {"model_type": config.reference.family, **known}
     found = (hf.load_config(path) if path else hf.config_from(fields)).padded(multiple)
+    weights.check_speaks(found, path)
     found = dataclasses.replace(found, run_length=config.max_length)
     if config.reference.moves:
         if found.sizes != policy.sizes or found.family != policy.family:

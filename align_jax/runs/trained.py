@@ -38,17 +38,18 @@ class Trained(NamedTuple):
     reference: Any | None = None  # the same of a reference that moved with it
 
 
-def restore(workdir: str, which: str = "latest") -> Trained:
+def restore(workdir: str, which: str = "latest", *, speaks: bool = False) -> Trained:
     """Read back the policy that a run has trained, onto whatever devices there are.
 
     Args:
         workdir: the run's folder.
         which: "latest", "best" or a step.
+        speaks: it is wanted for what it says: no reward model will do.
 
     Raises:
         FileNotFoundError: no run, or no such checkpoint, in the folder.
         ValueError: neither "latest" nor "best" nor a step; a config that this version refuses; more
-            than these devices can hold.
+            than these devices can hold; a reward model where one that speaks is wanted.
     """
     if which not in ("latest", "best") and not which.isdigit():
         raise ValueError(f"--step={which}: expected latest, best or a step, such as 100")
@@ -72,6 +73,12 @@ def restore(workdir: str, which: str = "latest") -> Trained:
         model=dataclasses.replace(config.model, value_path=""),
     )
     resolved = resolve_config(alone, jax.device_count())
+    if speaks and not resolved.models.policy.options.unembed:
+        raise ValueError(
+            f"{workdir} has trained a reward model (config.objective.name = "
+            f"{config.objective.name!r}), which says nothing: export it, and name the export among "
+            "rewards"
+        )
     mesh = make_mesh(dataclasses.asdict(config.mesh))
     step_spec = make_step_spec(alone, resolved, total_steps=1 + config.optimizer.warmup_steps)
     specs = make_state_specs(step_spec, mesh, config.model, alone.reference, with_reference=False)

@@ -70,6 +70,8 @@ def load_model(
         config = dataclasses.replace(config, run_length=length)
     if "score" in heads:
         _check_score_head(json.loads(config.hf), path, steps)
+    else:
+        check_speaks(config, path)
     config = config.padded(1 if mesh is None else mesh.shape["tensor"])
     compute_dtype = compute_dtype or _own_dtype(json.loads(config.hf))
     model = build(
@@ -86,6 +88,25 @@ def load_model(
     if missing := [head for head in heads if head not in params]:
         raise ValueError(f"the checkpoint {path!r} has no {' and no '.join(missing)} head")
     return LoadedModel(model, params)
+
+
+def check_speaks(config: ModelConfig, path: str) -> None:
+    """Refuse a reward model where one that speaks is wanted: with tied embeddings nothing else
+    would tell.
+
+    Args:
+        config: of the checkpoint.
+        path: where it lies.
+
+    Raises:
+        ValueError: it is a sequence classifier.
+    """
+    kinds = json.loads(config.hf).get("architectures") or []
+    if any("SequenceClassification" in kind for kind in kinds):
+        raise ValueError(
+            f"{path} is a reward model ({', '.join(kinds)}), which says nothing: name it among "
+            "rewards, and here a language model"
+        )
 
 
 def _check_score_head(found: Mapping[str, Any], path: str, steps: bool) -> None:
