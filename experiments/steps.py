@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """A reward for each step against one for the whole answer, which is hardly ever right at first.
 
-    python experiments/steps.py --output=DIR [--seeds=0,1 --rollouts=80]
+    python experiments/steps.py --output=DIR [--seeds=0,1 --rollouts=60]
 
-Asked "3:" the answer is the next four digits, a line each: 4, 5, 6, 7 (behind 9 comes 0).  The
-policy begins as one that has learned the form alone: four lines, each with any digit, so that one
-answer in 10,000 is right.  A process reward model learns, of such answers with their steps labeled,
-whether a digit is the one before it plus 1.  Then GRPO learns from three rewards:
+Asked "3:" the answer is the next eight digits, a line each: 4, 5, 6, ... (behind 9 comes 0).  The
+policy begins as one that has learned from answers of which a third of the steps are right, so that
+one whole answer in 2,700 is.  A process reward model learns, of such answers with their steps
+labeled, whether a digit is the one before it plus 1.  Then GRPO learns from three rewards, each
+beside 1 for eight digits on eight lines:
 
-    outcome   1 for the whole answer, else 0
+    outcome   1 for the whole right answer, else 0
     steps     the process reward model's probability of each step, at the step's end
     least     the least of these probabilities, as one number an answer
 
@@ -21,19 +22,21 @@ import json
 import pathlib
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from absl import app, flags, logging
 
-from align_jax import evaluate, export, losses, train
+from align_jax import evaluate, export, losses
 from align_jax.core.config import ConfigDict, defaults
 from align_jax.core.options import DataOptions, RolloutOptions
 from align_jax.data import datasets
 from align_jax.evals.generation import generation
 from align_jax.online import rewards
+from align_jax.runs import loop
 from align_jax.runs.weights import load_model
 
-DIGITS, NEW_TOKENS = 4, 8  # four digits, three line ends, the end of the answer
+DIGITS, NEW_TOKENS = 8, 16  # eight digits, seven line ends, the end of the answer
 SAMPLES = 64  # of each question, in the measurement
 MODEL = dict(
     hidden_size=128,
@@ -57,16 +60,19 @@ def write_data(folder: pathlib.Path) -> dict[str, str]:
     rows: dict[str, list[dict]] = {"form": [], "labeled": [], "held_out": []}
     for number in range(2304):
         first = int(rng.integers(10))
-        told = [str(digit) for digit in rng.integers(0, 10, DIGITS)]
-        rows["form"].append({"prompt": f"{first}:", "completion": "\n".join(told)})
-        steps, labels, before = [], [], first
-        for _ in range(DIGITS):  # half of the steps are right
-            right = (before + 1) % 10
-            before = right if rng.random() < 0.5 else int(rng.integers(10))
-            steps.append(str(before))
-            labels.append(before == right)
-        row = {"prompt": f"{first}:", "completions": steps, "labels": labels}
-        rows["labeled" if number < 2048 else "held_out"].append(row)
+        for name, share in (("form", 0.3), ("labeled", 0.5)):
+            steps, labels, before = [], [], first
+            for _ in range(DIGITS):
+                right = (before + 1) % 10
+                before = right if rng.random() < share else int(rng.integers(10))
+                steps.append(str(before))
+                labels.append(before == right)
+            row: dict = {"prompt": f"{first}:", "completions": steps, "labels": labels}
+            if name == "form":
+                row = {"prompt": f"{first}:", "completion": "\n".join(steps)}
+            elif number >= 2048:
+                name = "held_out"
+            rows[name].append(row)
     rows["questions"] = [{"prompt": f"{n}:", "answer": "\n".join(answer(n))} for n in range(10)]
     found = {}
     for name, several in rows.items():
@@ -76,10 +82,10 @@ def write_data(folder: pathlib.Path) -> dict[str, str]:
     return found
 
 
-def make_config(objective: str, data: str, seed: int, **options: float | str) -> ConfigDict:
+def make_config(objective: str, data: str, seed: int, **options: Any) -> ConfigDict:
     """Return what the runs have in common."""
     config = defaults()
-    config.seed, config.max_length = seed, 16
+    config.seed, config.max_length = seed, 32
     config.model.family, config.model.config = "llama", ConfigDict(MODEL)
     config.model.compute_dtype, config.model.remat = "float32", "none"
     config.reference.dtype = "float32"
@@ -96,17 +102,18 @@ def offline(objective: str, data: str, held_out: str, steps: int, folder: pathli
     config = make_config(objective, data, 0)
     config.batch_size, config.total_steps = 64, steps
     config.data.eval, config.eval.every_steps = held_out, steps
-    train.train(config, str(folder / objective))
+    loop.train(config, str(folder / objective))
     export.export_run(str(folder / objective), str(folder / f"{objective}_hf"))
     return str(folder / f"{objective}_hf")
 
 
 def online(start: str, questions: str, reward: dict, seed: int, rollouts: int) -> ConfigDict:
     """Return a run of GRPO."""
-    config = make_config("grpo", questions, seed, loss_type="dapo")
+    config = make_config("grpo", questions, seed, loss_type="dapo", beta=0.02)
     config.model.path, config.batch_size, config.total_steps = start, 10, rollouts
     config.rollout.responses_per_prompt, config.rollout.max_new_tokens = 32, NEW_TOKENS
-    config.rewards = ConfigDict(reward)
+    form = {"kind": "regex", "pattern": r"^(\d\n){7}\d$"}
+    config.rewards = ConfigDict(reward | {"form": form})
     return config
 
 
@@ -116,7 +123,7 @@ def accuracy(workdir: str, questions: str) -> float:
     examples = datasets.load(questions, "prompts", DataOptions(), chat=False)
     scored = rewards.resolve({"exact": 1.0}, load_model=load_model)
     options = RolloutOptions(responses_per_prompt=SAMPLES, max_new_tokens=NEW_TOKENS, rows=640)
-    return generation(policy, examples, scored, options, max_length=16, seed=1000)["reward"]
+    return generation(policy, examples, scored, options, max_length=32, seed=1000)["reward"]
 
 
 def main(argv: Sequence[str]) -> None:
@@ -126,13 +133,13 @@ def main(argv: Sequence[str]) -> None:
     folder = pathlib.Path(values.output)
     folder.mkdir(parents=True, exist_ok=True)
     data = write_data(folder)
-    start = offline("sft", data["form"], "", 150, folder)
+    start = offline("sft", data["form"], "", 200, folder)
     model = offline("reward_process", data["labeled"], data["held_out"], 100, folder)
     last = (folder / "reward_process" / "metrics.jsonl").read_text().splitlines()
     held = [row for row in map(json.loads, last) if "eval/accuracy" in row]
     print(f"the process reward model is right about {held[-1]['eval/accuracy']:.3f} of new steps")
     print(f"the start is right in {accuracy(str(folder / 'sft'), data['questions']):.4f}")
-    kinds = {
+    kinds: dict[str, dict] = {
         "outcome": {"exact": 1.0},
         "steps": {"process": {"path": model}},
         "least": {"process": {"path": model, "aggregate": "min"}},
@@ -141,7 +148,7 @@ def main(argv: Sequence[str]) -> None:
     for seed in map(int, values.seeds):
         for name, reward in kinds.items():
             began, workdir = time.monotonic(), str(folder / f"{name}_{seed}")
-            train.train(online(start, data["questions"], reward, seed, values.rollouts), workdir)
+            loop.train(online(start, data["questions"], reward, seed, values.rollouts), workdir)
             seconds = time.monotonic() - began
             right = accuracy(workdir, data["questions"])
             lines.append(f"| {name} | {seed} | {right:.3f} | {seconds:.0f} |")
@@ -151,5 +158,5 @@ def main(argv: Sequence[str]) -> None:
 if __name__ == "__main__":
     flags.DEFINE_string("output", None, "Folder of the runs.", required=True)
     flags.DEFINE_list("seeds", ["0", "1"], "Seeds.")
-    flags.DEFINE_integer("rollouts", 80, "Of each run.", 1)
+    flags.DEFINE_integer("rollouts", 60, "Of each run.", 1)
     app.run(main)
