@@ -1,9 +1,81 @@
 # SPDX-License-Identifier: Apache-2.0
-"""align_jax: language-model alignment from preferences, for TPU pods, in JAX and Flax."""
+"""align_jax: language-model alignment from preferences, for TPU pods, in JAX and Flax.
 
+    train         train on rows, frames, data sets or files       show_batch    look at them first
+    load          open what a run has trained                     Result        what both return
+    recipe        a recipe's config, to change                    recipes       their names
+    Config        every option, frozen                            Example       what a row becomes
+    OBJECTIVES, REWARDS, FORMATS, FAMILIES, OPTIMIZERS            the tables
+    losses        the objectives as functions of arrays
+
+A name is imported when it is first used, so that ``import align_jax`` takes no time.
+"""
+
+from __future__ import annotations
+
+import importlib
 import os
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"  # setup.cfg reads it from here
 
 # it would complain that PyTorch is missing: not needed
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
+if TYPE_CHECKING:
+    from align_jax import losses
+    from align_jax.core.options import Config
+    from align_jax.core.schema import Example
+    from align_jax.data.formats import FORMATS
+    from align_jax.losses import OBJECTIVES
+    from align_jax.models import FAMILIES
+    from align_jax.notebook import Result, load, recipe, recipes, show_batch, train
+    from align_jax.online.rewards import REWARDS
+    from align_jax.training.optim import OPTIMIZERS
+
+_FROM = {
+    "Config": "core.options",
+    "Example": "core.schema",
+    "FAMILIES": "models",
+    "FORMATS": "data.formats",
+    "OBJECTIVES": "losses",
+    "OPTIMIZERS": "training.optim",
+    "REWARDS": "online.rewards",
+    "Result": "notebook",
+    "load": "notebook",
+    "losses": "",
+    "recipe": "notebook",
+    "recipes": "notebook",
+    "show_batch": "notebook",
+    # a function, though a program's file has the same name: that is run, and never imported
+    "train": "notebook",
+}
+__all__ = [
+    "Config",
+    "Example",
+    "FAMILIES",
+    "FORMATS",
+    "OBJECTIVES",
+    "OPTIMIZERS",
+    "REWARDS",
+    "Result",
+    "load",
+    "losses",
+    "recipe",
+    "recipes",
+    "show_batch",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _FROM:
+        raise AttributeError(f"module 'align_jax' has no attribute {name!r}")
+    if not _FROM[name]:
+        return importlib.import_module(f"align_jax.{name}")
+    globals()[name] = found = getattr(importlib.import_module(f"align_jax.{_FROM[name]}"), name)
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_FROM})

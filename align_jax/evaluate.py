@@ -43,6 +43,7 @@ from align_jax.parallel import distributed
 from align_jax.parallel.mesh import make_mesh
 from align_jax.runs import command
 from align_jax.runs import trained as trained_runs
+from align_jax.runs.trained import Trained
 from align_jax.runs.weights import load_model
 
 
@@ -71,6 +72,12 @@ def run_policy(workdir: str, which: str = "latest", reference: str = "") -> Eval
         FileNotFoundError: no such run or checkpoint.
     """
     trained = trained_runs.restore(workdir, which, speaks=True)
+    trained = trained_runs.restore(workdir, which)
+    return policy_of(trained, f"{workdir}@{trained.step}", reference)
+
+
+def policy_of(trained: Trained, name: str, reference: str = "") -> EvaluatedPolicy:
+    """Return a policy that was read back; its reference is as ``run_policy`` says."""
     config, resolved, mesh = trained.config, trained.resolved, trained.mesh
     other = None
     if not resolved.models.policy.options.unembed:
@@ -80,7 +87,6 @@ def run_policy(workdir: str, which: str = "latest", reference: str = "") -> Eval
     elif path := reference or config.reference.path or config.model.path:
         dtype, length = config.model.compute_dtype, config.max_length
         other = load_model(path, mesh=mesh, compute_dtype=dtype, max_length=length)
-    name = f"{workdir}@{trained.step}"
     return EvaluatedPolicy(
         resolved.models.policy, trained.params, resolved.tokenizer, mesh, other, name
     )

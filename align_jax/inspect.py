@@ -15,7 +15,7 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -23,6 +23,7 @@ from ml_collections import ConfigDict, config_flags
 from align_jax.core import config as configs
 from align_jax.core.files import json_text
 from align_jax.core.options import Config
+from align_jax.data.sources import Source
 from align_jax.runs import command, weights
 from align_jax.runs.inspection import Inspection, inspect_run
 from align_jax.runs.loop import describe
@@ -30,7 +31,12 @@ from align_jax.runs.setup import check_memory, prepare
 
 
 def show_batch(
-    config: ConfigDict | Config, workdir: str = "", *, examples: int = 3, step: int = 1
+    config: ConfigDict | Config,
+    workdir: str = "",
+    *,
+    examples: int = 3,
+    step: int = 1,
+    given: Mapping[str, Source] | None = None,
 ) -> Inspection:
     """Show what a run will train on; a notebook displays it in colors, ``print`` writes it.
 
@@ -39,13 +45,14 @@ def show_batch(
         workdir: of a run that goes on; "" = one that begins.
         examples: how many to show.
         step: of the batch whose examples are shown; 1 = the first.
+        given: name in ``config.data`` -> the rows from Python that it stands for.
 
     Raises:
         ValueError, KeyError, FileNotFoundError: as ``train`` does, with its messages.
     """
     config = configs.read(config)
     with tempfile.TemporaryDirectory() as nowhere:
-        run = prepare(config, workdir or os.path.join(nowhere, "new"), here=False)
+        run = prepare(config, workdir or os.path.join(nowhere, "new"), here=False, given=given)
         about = [line for line in describe(run) if not line.startswith("data: ")]
         about += weights.check_headers(run.step_spec, run.config)
         try:

@@ -65,6 +65,13 @@ def write(
     parts = [f"# {title_of(runs)}", "\n".join(f"- {line}" for line in said)]
     parts += [f"## {name}\n\n{markdown_table(rows)}" for name, rows in tables.items()]
     _replace(folder / "report.md", "\n\n".join(parts) + "\n")
+    _replace(folder / "report.html", page_of(runs, columns, refresh=refresh))
+    return folder / "report.html"
+
+
+def page_of(runs: Sequence[Run], columns: Columns = (), *, refresh: int = 0) -> str:
+    """Return the page, as ``write`` writes it."""
+    said, tables = reported.sentences(runs), tables_of(runs)
     data = reported.page_data(runs, columns)
     page = (importlib.resources.files("align_jax.runs") / "report.html").read_text("utf-8")
     filled = {
@@ -73,9 +80,7 @@ def write(
         "@BODY@": _body(runs, said, tables, data, live=bool(refresh)),
         "@DATA@": embedded(data),
     }
-    page = re.sub(r"@(?:REFRESH|TITLE|BODY|DATA)@", lambda mark: filled[mark.group()], page)
-    _replace(folder / "report.html", page)
-    return folder / "report.html"
+    return re.sub(r"@(?:REFRESH|TITLE|BODY|DATA)@", lambda mark: filled[mark.group()], page)
 
 
 def _replace(path: pathlib.Path, text: str) -> None:

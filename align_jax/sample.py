@@ -37,6 +37,7 @@ from align_jax.parallel import distributed
 from align_jax.parallel.mesh import make_mesh, row_shards
 from align_jax.runs import command
 from align_jax.runs import trained as trained_runs
+from align_jax.runs.trained import Trained
 from align_jax.runs.weights import load_model
 
 
@@ -98,6 +99,15 @@ def load_run(
         max_length: tokens of a prompt with its completion; None: the model's positions.
     """
     trained = trained_runs.restore(workdir, which, speaks=True)
+    trained = trained_runs.restore(workdir, which)
+    name = f"{workdir}@{trained.step}"
+    return policy_of(trained, name, rows=rows, max_length=max_length)
+
+
+def policy_of(
+    trained: Trained, name: str, *, rows: int, max_length: int | None = None
+) -> SamplingPolicy:
+    """Return a policy that was read back, for generation; the arguments are ``load_run``'s."""
     tokenizer = trained.resolved.tokenizer
     limit = max_length or trained.resolved.model_config.longest
     generator = Generator(
@@ -107,7 +117,7 @@ def load_run(
         rows=round_up(rows, row_shards(trained.mesh)),
         max_length=limit,
     )
-    engine, name = engines.Local(generator, trained.params), f"{workdir}@{trained.step}"
+    engine = engines.Local(generator, trained.params)
     return SamplingPolicy(engine, tokenizer, name, limit, trained.config.data.strings)
 
 

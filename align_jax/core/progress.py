@@ -125,8 +125,14 @@ def _fit(text: str, size: int, *, end: bool = False) -> str:
     return kept + " " * (size - used)
 
 
+def in_notebook() -> bool:
+    """Tell whether this runs in a notebook's kernel."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return shell is not None and "IPKernelApp" in shell.config
+
+
 class Progress:
-    """A bar (terminal) or a line every ``every_steps`` steps (pipe, file, notebook's log).
+    """A bar (terminal, notebook) or a line every ``every_steps`` steps (pipe, file).
 
     Args:
         total_steps: steps of the whole run.
@@ -155,8 +161,14 @@ class Progress:
         # the first step held the compilation: time counts from its end
         self._first: tuple[int, float] | None = None
         self._bar = None
-        if shown and self._stream.isatty():
-            self._bar = tqdm.tqdm(
+        notebook = stream is None and in_notebook()
+        if shown and (notebook or self._stream.isatty()):
+            bar: Any = tqdm.tqdm
+            if notebook:  # a widget where there are widgets, else text that is written over
+                from tqdm import auto
+
+                bar = auto.tqdm
+            self._bar = bar(
                 total=total_steps,
                 initial=start_step,
                 desc=name,

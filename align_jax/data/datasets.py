@@ -108,7 +108,7 @@ _READ = (
 
 
 def load(
-    specs: str | Sequence[str],
+    specs: str | Sequence[str | Source],
     kind: str,
     options: DataOptions,
     *,
@@ -120,8 +120,8 @@ def load(
     """Load examples of the kind an objective needs.
 
     Args:
-        specs: one source or several (see ``data.sources``), or named data sets (``set:...``, see
-            ``data.named``).
+        specs: one source or several (see ``data.sources``, ``data.given``), or named data sets
+            (``set:...``, see ``data.named``).
         kind: one of ``conversions.KINDS``; data of other kinds are converted.
         options: how rows are read and converted.  Anthropic transcripts of which no example can be
             made are dropped and counted whatever ``invalid`` says: the public files hold some.
@@ -319,7 +319,7 @@ def _part(examples: Examples, chosen: Bool[np.ndarray, "n"], name: str) -> Examp
 
 
 def _check(
-    specs: Sequence[str], kind: str, options: DataOptions, weights: Sequence[float] | None
+    specs: Sequence[str | Source], kind: str, options: DataOptions, weights: Sequence[float] | None
 ) -> None:
     if kind not in conversions.KINDS:
         raise ValueError(f"kind = {kind!r} is unknown{nearest(kind, conversions.KINDS)}")
@@ -358,8 +358,11 @@ class _Found(NamedTuple):
         return f"{self.spec}={self.source.digest}"
 
 
-def _find(spec: str, options: DataOptions) -> _Found:
+def _find(spec: str | Source, options: DataOptions) -> _Found:
     format = options.format
+    if isinstance(spec, Source):
+        dataset = named.DATASETS.get(format)
+        return _Found(spec.spec, spec, dataset, "auto" if dataset else format, True)
     if format in named.DATASETS:
         spec, format = f"set:{format}:{spec}", "auto"
     if not spec.startswith("set:"):

@@ -7,6 +7,8 @@ that know their place.
                               directory
     hf:owner/name[/folder]:split   a data set repository's own JSON or Parquet files
     builtin:name:split[?seed=0&size=512]   made by code (data/synthetic.py)
+
+Rows from Python (``data.given``) are a source, too: ``rows:NAME@FINGERPRINT`` in a run's config.
 """
 
 from __future__ import annotations
@@ -243,22 +245,22 @@ def _open_tfds(spec: str) -> Source:
     rows = builder.as_data_source(split)
 
     def read(index: int) -> Row:
-        return _plain(rows[index])
+        return plain(rows[index])
 
     opened = Rows(len(rows), read, numbered(spec))
     return Source(spec, f"{builder.data_dir}:{split}", lambda: opened)
 
 
-def _plain(value: Any) -> Any:
-    """Turn what TFDS yields (numpy arrays and scalars, bytes) into plain Python values."""
+def plain(value: Any) -> Any:
+    """Turn numpy arrays and scalars, bytes and tuples into plain Python values, as files have."""
     if isinstance(value, dict):
-        return {key: _plain(entry) for key, entry in value.items()}
+        return {key: plain(entry) for key, entry in value.items()}
     if isinstance(value, bytes):
         return value.decode()
     if isinstance(value, np.ndarray):
-        return [_plain(entry) for entry in value.tolist()] if value.ndim else _plain(value.item())
+        return [plain(entry) for entry in value.tolist()] if value.ndim else plain(value.item())
     if isinstance(value, (list, tuple)):
-        return [_plain(entry) for entry in value]
+        return [plain(entry) for entry in value]
     return value.item() if isinstance(value, np.generic) else value
 
 
@@ -292,8 +294,15 @@ def _open_hub(spec: str) -> Source:
     return dataclasses.replace(source, digest=f"{spec}@{pathlib.Path(root).name}")
 
 
+def _rows_of_python(spec: str) -> Source:
+    raise ValueError(
+        f"{spec!r} are rows that align_jax.train was given in Python: give them to it again"
+    )
+
+
 SCHEMES: Mapping[str, Callable[[str], Source]] = {
     "tfds": _open_tfds,
     "hf": _open_hub,
     "builtin": _open_builtin,
+    "rows": _rows_of_python,
 }

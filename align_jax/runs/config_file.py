@@ -25,6 +25,7 @@ from ml_collections import ConfigDict
 from align_jax import losses
 from align_jax.core import config as configs
 from align_jax.core.choose import nearest
+from align_jax.core.options import Config
 
 
 class ConfigMistake(flags.Error):
@@ -214,6 +215,57 @@ def _fill(
             continue
         with config.ignore_type():  # types are checked together, with the ranges
             config[key] = _frozen(loader.construct_object(value_node, deep=True))
+
+
+def changed(config: ConfigDict | Config | Mapping[str, Any], **keys: Any) -> ConfigDict:
+    """Return a copy of a config with some keys changed.
+
+    Args:
+        config: as ``core.config`` makes it, or nested dicts of the keys that are not at their
+            defaults.
+        keys: key -> value; a group's in a dict, or by dotted names.
+
+    Raises:
+        ConfigMistake: a key that the config has not, with the nearest; an unknown objective.
+    """
+    known = configs.defaults()
+    if isinstance(config, ConfigDict):
+        made = config.copy_and_resolve_references().unlock()
+    else:
+        made = configs.defaults().unlock()
+        values = configs.to_dict(config) if isinstance(config, Config) else config
+        _change(made, values, "", known)
+    _change(made, keys, "", known)
+    return made.lock()
+
+
+def _change(config: ConfigDict, values: Mapping[str, Any], prefix: str, known: ConfigDict) -> None:
+    """Put values into a group of keys; what is an empty dict by default is the user's own, and is
+    replaced."""
+    if prefix == "objective.":  # its own options stand beside its name
+        name = values.get("name", config.name)
+        try:
+            own = losses.options(str(name))
+        except (ValueError, KeyError) as error:
+            raise ConfigMistake(words(error)) from error
+        for key in [key for key in config if key not in known and name != config.name]:
+            del config[key]
+        config.update({key: value for key, value in own.items() if key not in config})
+    for name, value in values.items():
+        first, _, rest = name.partition(".")
+        value = {rest: value} if rest else value
+        if first not in config:
+            close = nearest(first, list(config))
+            close = close if "did you mean" in close else _nearest_key(first) or close
+            raise ConfigMistake(f"the config has no key {prefix + first!r}{close}")
+        group = known.get(first)
+        if isinstance(group, ConfigDict) and group:
+            if not isinstance(value, Mapping):
+                raise ConfigMistake(f"{prefix}{first} = {value!r:.60}: expected a dict of its keys")
+            _change(config[first], value, f"{prefix}{first}.", group)
+            continue
+        with config.ignore_type():  # types are checked together, with the ranges
+            config[first] = _frozen(value)
 
 
 def _frozen(value: Any) -> Any:

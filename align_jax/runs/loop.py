@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,6 +19,7 @@ from align_jax.core import config as configs
 from align_jax.core import metrics
 from align_jax.core.options import Config
 from align_jax.core.progress import Progress
+from align_jax.data.sources import Source
 from align_jax.models.lora import merge
 from align_jax.online.rollout import Rollouts, Weights
 from align_jax.parallel import distributed
@@ -97,12 +98,20 @@ def rows_of(run: Run, batch: Any) -> str:
     return ", ".join(rows[:8]) + (f" and {len(rows) - 8} more" if len(rows) > 8 else "")
 
 
-def train(config: configs.ConfigDict | Config, workdir: str) -> dict[str, float]:
+def train(
+    config: configs.ConfigDict | Config,
+    workdir: str,
+    *,
+    given: Mapping[str, Source] | None = None,
+    writers: Sequence[metrics.Writer] = (),
+) -> dict[str, float]:
     """Train; resume if the workdir holds a run of the same config.
 
     Args:
         config: see ``core.options``.
         workdir: local path or gs://...
+        given: name in ``config.data`` -> the rows from Python that it stands for.
+        writers: are handed each row of metrics, too; on the first process.
 
     Returns:
         The last evaluation's metrics, {} without one.
@@ -111,7 +120,7 @@ def train(config: configs.ConfigDict | Config, workdir: str) -> dict[str, float]
     distributed.start()
     if config.debug.compile_cache:
         jax.config.update("jax_compilation_cache_dir", config.debug.compile_cache)
-    run = prepare(config, workdir)
+    run = prepare(config, workdir, given=given)
     config = run.config  # with what the run's first start has fixed
     main_process = distributed.is_main()
     with (
@@ -123,7 +132,7 @@ def train(config: configs.ConfigDict | Config, workdir: str) -> dict[str, float]
         if main_process:
             record.write_record(workdir, configs.to_dict(config))
         first, state, frozen, extra = start(run, checkpoints)
-        writers = (
+        opened = (
             metrics.open_writers(
                 workdir,
                 start_step=first,
@@ -135,6 +144,8 @@ def train(config: configs.ConfigDict | Config, workdir: str) -> dict[str, float]
             if main_process
             else []
         )
+        if main_process:
+            opened += writers
         bar = Progress(
             run.total_steps,
             start_step=first,
@@ -142,7 +153,7 @@ def train(config: configs.ConfigDict | Config, workdir: str) -> dict[str, float]
             shown=main_process,
         )
         recorder = metrics.Recorder(
-            writers,
+            opened,
             bar,
             every_steps=config.log.every_steps,
             start_step=first,

@@ -13,7 +13,7 @@ import datetime
 import functools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -30,6 +30,7 @@ from align_jax.data import datasets, pipeline, synthetic, template
 from align_jax.data.datasets import Examples
 from align_jax.data.layout import BatchSizes
 from align_jax.data.pipeline import Pipeline
+from align_jax.data.sources import Source
 from align_jax.data.tokenizer import has_tokenizer, load_tokenizer, pad_id
 from align_jax.interop import hf, peft
 from align_jax.losses.logprobs import WHOLE
@@ -400,8 +401,15 @@ class Run(NamedTuple):
     total_steps: int
 
 
-def read_data(config: Config, resolved: ResolvedConfig) -> tuple[Examples, Examples | None]:
-    """Read the training and the held-out examples; every malformed row is found here."""
+def read_data(
+    config: Config, resolved: ResolvedConfig, given: Mapping[str, Source] | None = None
+) -> tuple[Examples, Examples | None]:
+    """Read the training and the held-out examples; every malformed row is found here.
+
+    Args:
+        config, resolved: of the run.
+        given: name in ``config.data`` -> the rows from Python that it stands for.
+    """
     d, kind = config.data, resolved.kind
     if resolved.rollouts is not None:
         kind = "completions" if resolved.rollouts.answers else "prompts"
@@ -412,10 +420,14 @@ def read_data(config: Config, resolved: ResolvedConfig) -> tuple[Examples, Examp
         seed=config.seed,
         chat=bool(resolved.tokenizer.chat_template),
     )
-    examples = load(d.train.split(","), weights=d.weights)
+
+    def sources(names: str) -> list[str | Source]:
+        return [(given or {}).get(name, name) for name in names.split(",")]
+
+    examples = load(sources(d.train), weights=d.weights)
     _check_columns(resolved.terms, examples)
     if held_out := d.eval or (synthetic.eval_split(d.train) if d.eval_fraction else ""):
-        return examples, load(held_out.split(","), limit=config.eval.max_examples or None)
+        return examples, load(sources(held_out), limit=config.eval.max_examples or None)
     return datasets.hold_out(
         examples, d.eval_fraction, most=config.eval.max_examples, seed=config.seed, folder=d.cache
     )
@@ -541,7 +553,9 @@ def _as_laid_out(config: Config, train: Pipeline | Rollouts) -> Config:
     return dataclasses.replace(config, data=data, row_length=length)
 
 
-def prepare(config: Config, workdir: str, *, here: bool = True) -> Run:
+def prepare(
+    config: Config, workdir: str, *, here: bool = True, given: Mapping[str, Source] | None = None
+) -> Run:
     """Check the config, index the data, lay out the parameters; nothing is compiled and no weight
     is read.
 
@@ -549,6 +563,7 @@ def prepare(config: Config, workdir: str, *, here: bool = True) -> Run:
         config: of the run.
         workdir: of the run; it need not exist.
         here: the run is to step on these devices: sizes that they cannot hold are refused.
+        given: as ``read_data`` takes it.
 
     Raises:
         ValueError, KeyError, FileNotFoundError: a mistake in the config, the data or the workdir.
@@ -568,7 +583,7 @@ def prepare(config: Config, workdir: str, *, here: bool = True) -> Run:
     config = as_first_started(config, workdir)
     record.check(workdir, configs.to_dict(config), configs.may_change())
     mesh = make_mesh(dataclasses.asdict(config.mesh))
-    examples, held_out = read_data(config, resolved)
+    examples, held_out = read_data(config, resolved, given)
     if config.eval.stop_metric and held_out is None:
         raise ValueError(
             f"config.eval.stop_metric = {config.eval.stop_metric!r}: nothing is held out to "
