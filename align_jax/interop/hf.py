@@ -33,7 +33,7 @@ from align_jax.core.files import json_kind, looks_like, read_json
 from align_jax.core.tree import flatten, unflatten
 from align_jax.interop import tensor_files
 from align_jax.interop.streaming import read_parameter
-from align_jax.models import FAMILIES
+from align_jax.models import FAMILIES, unread
 from align_jax.models.config import RUN_LENGTH, ModelConfig
 from align_jax.models.hf_fields import check
 from align_jax.models.layers import ACTIVATIONS
@@ -84,6 +84,7 @@ def config_from(hf: Mapping[str, Any]) -> ModelConfig:
         except ValueError as error:
             raise ValueError(f"text_config: {error}") from error
     config = row.from_hf(hf)
+    unread.check(hf, config)
     if config.activation not in ACTIVATIONS:
         given = [key for key in ACTIVATION_FIELDS if hf.get(key) == config.activation]
         choose(ACTIVATIONS, config.activation, *(given or ["activation"])[:1])

@@ -7,6 +7,7 @@ else.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from align_jax.core.choose import choose
 from align_jax.core.files import json_kind
 from align_jax.models.hf_fields import ROPE_KINDS
 from align_jax.models.stacks import Stack, stacks
+from align_jax.models.unread import unread
 
 # our own key of config.json, where rotary embeddings depend on it; other programs pass over it
 RUN_LENGTH = "align_jax_run_length"
@@ -325,7 +327,9 @@ class ModelConfig:
         hf = json.loads(self.hf) | {"model_type": self.family}
         text = hf.get("text_config", hf)
         text["vocab_size"] = self.vocab_size
-        hf.pop("quantization_config", None)  # the weights that it described are no more
+        for part in (hf, text):  # the weights that they described are no more
+            part.pop("quantization_config", None)
+            part.pop("compression_config", None)
         if self.limit and self.run_length:
             hf[RUN_LENGTH] = self.run_length
         if architecture is not None:
@@ -349,12 +353,18 @@ def complete(hf: Mapping[str, Any]) -> dict[str, Any]:
     from transformers import CONFIG_MAPPING  # here, because importing it takes seconds
 
     known = {
-        key: value
+        # copied, since transformers writes into nested objects
+        key: copy.deepcopy(value)
         for key, value in hf.items()
         if key not in ("transformers_version", "_name_or_path")
     }
     try:
-        return CONFIG_MAPPING[hf["model_type"]].from_dict(known).to_dict()
+        for key in unread(hf):
+            del known[key]
+        config = CONFIG_MAPPING[hf["model_type"]].from_dict(known)
+        if getattr(config, "rope_parameters", None):
+            config.standardize_rope_params()  # as its modules do: again, now that all is known
+        return config.to_dict()
     # its dataclasses and each model's own code raise what they like
     except Exception as error:
         said = " ".join(str(error.__cause__ or error).split())
@@ -363,8 +373,16 @@ def complete(hf: Mapping[str, Any]) -> dict[str, Any]:
         ) from error
 
 
-def rope_from_hf(parameters: Mapping[str, Any], head_dim: int, max_positions: int) -> Rope:
+def rope_from_hf(
+    parameters: Mapping[str, Any], head_dim: int, max_positions: int, partial: bool = False
+) -> Rope:
     """Turn ``rope_parameters`` into a Rope.
+
+    Args:
+        parameters: as transformers completes them.
+        head_dim: features of a head.
+        max_positions: the model's.
+        partial: whether transformers' modules of the family let a part of a head's features turn.
 
     Raises:
         ValueError: an unknown ``rope_type``; a scaling that lacks a parameter, or has one that
@@ -380,7 +398,13 @@ def rope_from_hf(parameters: Mapping[str, Any], head_dim: int, max_positions: in
             f"rope_parameters (rope_scaling) of type {kind!r}: expected {', '.join(missing)} too"
         )
     theta = float(options.pop("rope_theta"))
-    rotary_dim = int(head_dim * options.pop("partial_rotary_factor", 1.0))
+    part = options.pop("partial_rotary_factor", 1.0)
+    if part != 1 and not partial:
+        raise ValueError(
+            f"partial_rotary_factor: expected 1, or none, as transformers' modules of this family "
+            f"turn whole heads; got {part}"
+        )
+    rotary_dim = int(head_dim * part)
     if rotary_dim % 2 or rotary_dim < (4 if kind == "dynamic" else 2):
         raise ValueError(
             f"head_dim: expected an even number of features that turn, got {rotary_dim} (of "
@@ -409,12 +433,15 @@ def rope_from_hf(parameters: Mapping[str, Any], head_dim: int, max_positions: in
     return Rope(theta=theta, rotary_dim=rotary_dim, kind=kind, options=frozen)
 
 
-def decoder_config(hf: Mapping[str, Any], full: Mapping[str, Any], **changes: Any) -> ModelConfig:
+def decoder_config(
+    hf: Mapping[str, Any], full: Mapping[str, Any], *, partial_rotary: bool = False, **changes: Any
+) -> ModelConfig:
     """Read the keys that Llama-like families share, and let a family override what differs.
 
     Args:
         hf: the configuration as it was saved.
         full: the same completed with defaults.
+        partial_rotary: as ``rope_from_hf`` takes it.
         changes: ModelConfig fields that differ from Llama's reading.
     """
     heads = full["num_attention_heads"]
@@ -463,5 +490,6 @@ def decoder_config(hf: Mapping[str, Any], full: Mapping[str, Any], **changes: An
         hf=json.dumps(dict(hf), sort_keys=True),
     )
     if "ropes" not in changes:
-        fields["ropes"] = (rope_from_hf(full["rope_parameters"], head_dim, max_positions),)
+        parameters = full["rope_parameters"]
+        fields["ropes"] = (rope_from_hf(parameters, head_dim, max_positions, partial_rotary),)
     return ModelConfig(**(fields | changes))

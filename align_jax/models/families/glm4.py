@@ -14,7 +14,12 @@ from align_jax.models.tensor_map import TensorMap, norm
 def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     """Read a Hugging Face configuration."""
     return decoder_config(
-        hf, complete(hf), norm_outputs=True, rope_interleaved=True, output_bias=False
+        hf,
+        complete(hf),
+        partial_rotary=True,
+        norm_outputs=True,
+        rope_interleaved=True,
+        output_bias=False,
     )
 
 

@@ -18,6 +18,7 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     return decoder_config(
         hf,
         full,
+        partial_rotary=True,
         output_bias=False,
         qk_norm="head" if full["use_qk_norm"] else "",
         **expert_fields(full),

@@ -20,6 +20,7 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     return decoder_config(
         hf,
         full,
+        partial_rotary=True,
         norm="layer",
         norm_eps=full["layer_norm_eps"],
         gated=False,

@@ -17,6 +17,7 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     return decoder_config(
         hf,
         full,
+        partial_rotary=True,
         qk_norm="full",
         num_experts=full["num_local_experts"],
         experts_per_token=full["num_experts_per_tok"],

@@ -17,5 +17,11 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     """Read a Hugging Face configuration."""
     full = complete(hf)
     return decoder_config(
-        hf, full, norm="layer", norm_offset=True, norm_eps=full["norm_eps"], gated=False
+        hf,
+        full,
+        partial_rotary=True,
+        norm="layer",
+        norm_offset=True,
+        norm_eps=full["norm_eps"],
+        gated=False,
     )

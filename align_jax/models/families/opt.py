@@ -23,10 +23,12 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
         not full["do_layer_norm_before"]
         or full["word_embed_proj_dim"] != full["hidden_size"]
         or not (full["enable_bias"] and full["layer_norm_elementwise_affine"])
+        or full["_remove_final_layer_norm"]
     ):
         raise ValueError(
             "opt: do_layer_norm_before, enable_bias and layer_norm_elementwise_affine must be true "
-            "and word_embed_proj_dim equal to hidden_size (opt-350m is not supported)"
+            "and word_embed_proj_dim equal to hidden_size (opt-350m is not supported), "
+            "_remove_final_layer_norm false"
         )
     return decoder_config(
         hf,

@@ -4,11 +4,17 @@
 
 from __future__ import annotations
 
-from align_jax.models.config import ModelConfig
+from collections.abc import Mapping
+from typing import Any
+
+from align_jax.models.config import ModelConfig, complete, decoder_config
 from align_jax.models.families import llama
 from align_jax.models.tensor_map import TensorMap
 
-from_hf = llama.from_hf
+
+def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
+    """Read a Hugging Face configuration."""
+    return decoder_config(hf, complete(hf), partial_rotary=True)
 
 
 def tensor_maps(config: ModelConfig) -> list[TensorMap]:
