@@ -172,6 +172,8 @@ def test_a_rollouts_time_is_divided_among_its_programs():
     line = charts.rollout_line(found, 128)
     assert "128 completions" in line and "77.0 s" in line
     assert "generating 55.0 s (71%), scoring 16.5 s (21%), training 5.5 s (7%)" in line
+    found[1] = _estimate(name="decode opponent", runs=10)
+    assert charts.rollout_line(found, 128) == line
 
 
 def test_a_ring_uses_the_links_of_the_torus_axes_that_it_spans():

@@ -50,7 +50,7 @@ def advise(estimate: CostEstimate, config: Config, rows_a_device: float | int) -
 
 def _smaller_arrays(name: str, config: Config, rows_a_device: float | int) -> list[str]:
     """Say what makes a program's own arrays smaller."""
-    if name in ("prefill", "decode"):
+    if name.startswith(("prefill", "decode")):
         return ["config.rollout.rows halved: fewer completions at a time, a smaller cache"]
     if name.startswith("reward "):
         return [f"config.rewards.{name.removeprefix('reward ')}.rows or .max_length halved"]

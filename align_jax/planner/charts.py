@@ -20,6 +20,7 @@ COLORS = {
     "program": "#9498a0",
 }
 # of a rollout; all else is scoring
+# of a program, by its first word
 STAGES = {"prefill": "generating", "decode": "generating", "train": "training"}
 
 
@@ -118,7 +119,7 @@ def rollout_line(estimates: Sequence[CostEstimate], completions: int) -> str:
     """
     seconds = {"generating": 0.0, "scoring": 0.0, "training": 0.0}
     for one in estimates:
-        seconds[STAGES.get(one.name, "scoring")] += one.runs * one.exposed
+        seconds[STAGES.get(one.name.partition(" ")[0], "scoring")] += one.runs * one.exposed
     total = sum(seconds.values())
     shares = [
         f"{stage} {value:.1f} s ({value / total:.0%})" for stage, value in seconds.items() if value

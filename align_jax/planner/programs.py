@@ -3,21 +3,25 @@
 
 train ─ eval ─ reference (where its log-probabilities are cached)
 online: prefill ─ decode (a loop: one token a row) ─ reward NAME ─ rescore ─ rescore reference
-        (with an environment also prefill and decode of later turns)
+        (with an environment also prefill and decode of later turns; where samples meet another
+        player's, prefill and decode of the opponent)
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from align_jax.core.schema import Batch
 from align_jax.inference import score
 from align_jax.inference.generate import Generator, Request
+from align_jax.inference.mixture import Mixture
 from align_jax.inference.resharding import decode_specs
 from align_jax.inference.samplers import Sampling
 from align_jax.models.lora import merge
@@ -26,6 +30,7 @@ from align_jax.online import batches
 from align_jax.online.config import RolloutConfig
 from align_jax.online.environment import later_room, turn_tokens
 from align_jax.online.generators import generation_mesh, make_generator
+from align_jax.online.partners import others
 from align_jax.parallel.lowering import lower
 from align_jax.parallel.sharding import row_sharding
 from align_jax.planner.abstract_run import AbstractRun, RewardModel, rollout_batch
@@ -118,11 +123,18 @@ def _reference_program(run: AbstractRun, batch: Batch) -> Program:
 
 def rollout_programs(run: AbstractRun, rollouts: RolloutConfig) -> Iterator[Program]:
     """Lower what a rollout runs."""
-    policy = merge(run.specs.base, run.specs.trained)
-    if not rollouts.options.server.url:
-        yield from _generation(run, rollouts, policy)
+    policy, options = merge(run.specs.base, run.specs.trained), rollouts.options
+    reference, held = _reference(run, policy)
+    if not options.server.url:
+        yield from _generation(run, rollouts, [(run.spec.policy, policy)])
+    if options.against == "reference":
+        yield from _generation(run, rollouts, [(reference, held)], " opponent")
+    if options.against == "mixture":
+        both = [(run.spec.policy, policy), (reference, held)]
+        yield from _generation(run, rollouts, both, " opponent")
     for name, reward in run.rewards.items():
-        yield _reward_program(run, name, reward, rollouts.samples)
+        samples = rollouts.samples + options.prompts * others(options)
+        yield _reward_program(run, name, reward, samples)
     if rollouts.targets is None:  # the objective takes no old or reference log-probabilities
         return
     groups = np.arange(rollouts.batch_size // rollouts.microbatches)
@@ -133,11 +145,15 @@ def rollout_programs(run: AbstractRun, rollouts: RolloutConfig) -> Iterator[Prog
         head, model = rollouts.value_head, run.spec.policy
         yield _rescore(run, rollouts, "rescore", model, policy, part, head, fields)
     if rollouts.needs_reference:
-        model, weights = run.spec.reference, run.specs.reference
-        if run.spec.sync_every_steps:  # a policy of an earlier step
-            model, weights = run.spec.policy, policy
-        weights = run.specs.base if weights is None else weights
-        yield _rescore(run, rollouts, "rescore reference", model, weights, part, "")
+        yield _rescore(run, rollouts, "rescore reference", reference, held, part, "")
+
+
+def _reference(run: AbstractRun, policy: Any) -> tuple[Model, Any]:
+    """Return the reference and its weights, shapes: where it moves, a policy of an earlier step."""
+    if run.spec.sync_every_steps:
+        return run.spec.policy, policy
+    weights = run.specs.reference
+    return run.spec.reference, run.specs.base if weights is None else weights
 
 
 def _rescore(
@@ -182,13 +198,24 @@ def _reward_program(run: AbstractRun, name: str, reward: RewardModel, samples: i
     )
 
 
-def _generation(run: AbstractRun, rollouts: RolloutConfig, params: Any) -> Iterator[Program]:
+Weights = Sequence[tuple[Model, Any]]  # of one model, or of the two that a mixture is of
+
+
+def _generation(
+    run: AbstractRun, rollouts: RolloutConfig, weights: Weights, name: str = ""
+) -> Iterator[Program]:
+    """Lower what one player samples with."""
     max_length, options = run.config.max_length, rollouts.options
     longest = max_length - options.max_new_tokens
-    mesh = generation_mesh(rollouts, run.spec.policy, run.mesh)
+    (model, params), mesh = weights[0], generation_mesh(rollouts, weights[-1][0], run.mesh)
     if options.tensor:
-        params = decode_specs(run.spec.policy, params, mesh)
-    generator = make_generator(rollouts, run.spec.policy, run.tokenizer, mesh, max_length, longest)
+        weights = [(one, decode_specs(one, held, mesh)) for one, held in weights]
+        params = weights[0][1]
+    player: Model | Mixture = model
+    if len(weights) > 1:
+        player = Mixture(model, weights[1][0], options.mixture)
+        params = {"first": params, "second": weights[1][1]}
+    generator = make_generator(rollouts, player, run.tokenizer, mesh, max_length, longest)
     first = Request(
         (1,) * longest,
         options.responses_per_prompt,
@@ -196,53 +223,53 @@ def _generation(run: AbstractRun, rollouts: RolloutConfig, params: Any) -> Itera
         Sampling.of(options),
         stop=options.stop,
     )
-    yield from _turn(run, rollouts, generator, params, [first] * options.prompts)
+    turn = functools.partial(_turn, run, weights, generator, params, mesh)
+    yield from turn([first] * options.prompts, name)
     if options.environment:
         room = later_room(options, longest, max_length)
         later = dataclasses.replace(first, samples=1, room=room)
-        requests, name = [later] * rollouts.samples, " of later turns"
-        yield from _turn(run, rollouts, generator, params, requests, name, options.max_turns - 1)
+        yield from turn([later] * rollouts.samples, " of later turns", options.max_turns - 1)
 
 
 def _turn(
     run: AbstractRun,
-    rollouts: RolloutConfig,
+    weights: Weights,
     generator: Generator,
     params: Any,
+    mesh: Mesh,
     requests: Sequence[Request],
-    name: str = "",
+    name: str,
     times: int = 1,
 ) -> Iterator[Program]:
     """Lower what answers these requests, so many times over."""
-    model, mesh = run.spec.policy, generation_mesh(rollouts, run.spec.policy, run.mesh)
     lowered = generator.lower(params, requests, PLATFORM)
     state, drawn = lowered.state, requests[0].max_new_tokens
     resident: Mapping[str, Any] = {**run.resident, "cache": state}
-    if rollouts.options.tensor:
+    if run.rollouts is not None and run.rollouts.options.tensor:
         resident = {**resident, "generation": params}
     prompts, length = lowered.prompts
-    call = ModelCall(model, params, prompts, length, 1)
+    calls = [ModelCall(model, held, prompts, length, 1) for model, held in weights]
     yield Program(
         f"prefill{name}",
         lowered.prefill,
         params,
         resident,
-        _forward(call),
-        lower_bound([call], mesh.shape),
+        _forward(*calls),
+        lower_bound(calls, mesh.shape),
         outputs=state,
         runs=lowered.calls * times,
         mesh=mesh,
     )
     rows = state.tokens.shape[0]
     middle = max(len(requests[0].prompt), requests[0].room[0]) + drawn // 2
-    flops = decode_flops(model, rows=rows, context=middle).total
+    flops = sum(decode_flops(model, rows=rows, context=middle).total for model, _ in weights)
     yield Program(
         f"decode{name}",
         lowered.decode,
         (params, state),
         resident,
         StepFlops(flops, 0.0, 0.0, 0.0, rows),
-        lower_bound([ModelCall(model, params, rows, 1, 1)], mesh.shape),
+        lower_bound([ModelCall(model, held, rows, 1, 1) for model, held in weights], mesh.shape),
         runs=lowered.calls * drawn * times,
         mesh=mesh,
     )
@@ -253,8 +280,11 @@ def _call(model: Model, params: Any, batch: Batch) -> ModelCall:
     return ModelCall(model, params, rows, length, batch.loss_index.shape[1])
 
 
-def _forward(call: ModelCall) -> StepFlops:
-    """Count a program that is one forward pass."""
-    rows, length = call.rows, call.length
-    flops = forward_flops(call.model, rows=rows, length=length, positions=call.positions)
-    return StepFlops(flops.total, 0.0, 0.0, 0.0, rows * length)
+def _forward(*calls: ModelCall) -> StepFlops:
+    """Count a program that is one forward pass, of each model if there are two."""
+    first = calls[0]
+    flops = sum(
+        forward_flops(one.model, rows=one.rows, length=one.length, positions=one.positions).total
+        for one in calls
+    )
+    return StepFlops(flops, 0.0, 0.0, 0.0, first.rows * first.length)

@@ -98,6 +98,21 @@ def test_generation_as_training_lies_gathers_weights_for_every_token(reward_mode
     assert programs["decode"].lower_bound["fsdp"] == pytest.approx(3 * weights, rel=0.02)
 
 
+@pytest.mark.parametrize("name, models", [("xpo", 1), ("nash_md", 2)])
+def test_what_the_samples_meet_is_sampled_and_scored_too(reward_model, name, models):
+    rewards = {"model": {"path": reward_model, "rows": 8, "max_length": 64}}
+    config = _config(name, rewards, rollout__rows=32)
+    run = plan.make_run(config, describe_topology("v5e:2x2"))
+    programs = {program.name: program for program in other_programs(run)}
+    names = ["prefill", "decode", "prefill opponent", "decode opponent", "reward model"]
+    assert list(programs) == names
+    own, other = programs["decode"], programs["decode opponent"]
+    assert other.flops.policy == pytest.approx(models * own.flops.policy, rel=1e-6)
+    assert other.lower_bound["fsdp"] == pytest.approx(models * own.lower_bound["fsdp"], rel=1e-3)
+    samples = run.rollouts.samples
+    assert programs["reward model"].runs == 2 * samples // 8 and own.runs == other.runs
+
+
 def test_a_cached_reference_is_computed_by_a_program_of_its_own():
     config = _config("dpo", reference__mode="cached")
     run = plan.make_run(config, describe_topology("v5e:2x2"))
