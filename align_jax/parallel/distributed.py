@@ -17,6 +17,7 @@ import contextlib
 import importlib.util
 import os
 import pathlib
+import re
 import signal
 import sys
 import threading
@@ -124,6 +125,65 @@ def quiet_without_tpu(environment: dict[str, str] | os._Environ[str], tpu: bool)
         jax.config.update("jax_platforms", "cpu")
 
 
+def tpu_holders(root: pathlib.Path = pathlib.Path("/")) -> list[str]:
+    """Return the processes that hold a TPU chip's device open, beside this one: number and command.
+
+    Those of other users are seen by root alone.
+
+    Args:
+        root: the file system's root; another one in tests.
+    """
+    found = []
+    for process in sorted(root.glob("proc/[0-9]*"), key=lambda path: path.name):
+        if process.name == str(os.getpid()):
+            continue
+        with contextlib.suppress(OSError):  # gone meanwhile, or another user's
+            opened = [os.readlink(link) for link in (process / "fd").iterdir()]
+            if any(re.fullmatch(r"/dev/(accel\w*|vfio/\d+)", file) for file in opened):
+                words = (process / "cmdline").read_bytes().replace(b"\0", b" ")
+                found.append(f"process {process.name} ({words.decode(errors='replace').strip()})")
+    return found
+
+
+def check_tpu(
+    environment: Mapping[str, str],
+    backend: Callable[[], str] = jax.default_backend,
+    root: pathlib.Path = pathlib.Path("/"),
+) -> None:
+    """Refuse to go on by CPU on a machine whose TPU is not to be had; JAX would only warn of it.
+
+    Args:
+        environment: ``os.environ``; a JAX_PLATFORMS without tpu in it is the user's own choice.
+        backend: starts JAX's devices and returns their kind.
+        root: the file system's root; another one in tests.
+
+    Raises:
+        SystemExit: who holds the chip, if that is to be seen, and what to do.
+    """
+    chosen = environment.get("JAX_PLATFORMS", "")
+    if chosen and "tpu" not in chosen.split(","):
+        return
+    said = ""
+    try:
+        if backend() != "cpu":
+            return
+    except RuntimeError as error:
+        said = f" ({str(error).strip().splitlines()[0]})"
+    lock = root / "tmp/libtpu_lockfile"
+    if importlib.util.find_spec("libtpu") is None:
+        why = "libtpu is not installed: pip install libtpu"
+    elif holders := tpu_holders(root):
+        why = f"it is held by {', '.join(holders)}: wait for it, or end it"
+    elif lock.exists():
+        why = f"no process is seen that holds it; if none runs, take away {lock} and try again"
+    else:
+        why = "no process is seen that holds it; it may be another user's, or broken (sudo dmesg)"
+    raise SystemExit(
+        f"align_jax: this machine has a TPU, and JAX could not start it{said}: {why}. To run on "
+        "its CPU on purpose: JAX_PLATFORMS=cpu"
+    )
+
+
 def start(*, wait_seconds: int | None = None, heartbeat_seconds: int | None = None) -> Processes:
     """Bring this process up, with its peers where there are any.  Call it once, before any other
     use of JAX.
@@ -138,10 +198,19 @@ def start(*, wait_seconds: int | None = None, heartbeat_seconds: int | None = No
 
     Raises:
         ValueError: contradictory environment.
-        SystemExit: the peers did not appear (the message names the coordinator and this process).
+        SystemExit: the peers did not appear (the message names the coordinator and this process);
+            or as ``check_tpu``.
     """
     tpu = tpu_present(os.environ)
     quiet_without_tpu(os.environ, tpu)
+    found = _join(tpu, wait_seconds, heartbeat_seconds)
+    if tpu:
+        check_tpu(os.environ)
+    return found
+
+
+def _join(tpu: bool, wait_seconds: int | None, heartbeat_seconds: int | None) -> Processes:
+    """Join the peers, where there are any."""
     if jax.distributed.is_initialized():
         return Processes("explicit", None, jax.process_count(), jax.process_index())
     found = detect(os.environ, tpu)

@@ -71,6 +71,44 @@ def test_a_tpu_is_known_by_its_device_and_a_network_card_is_none(tmp_path):
     assert distributed.tpu_present({}, tmp_path / "second")
 
 
+def _process(root, number, files, command=b"python\0-m\0other\0"):
+    folder = root / f"proc/{number}"
+    (folder / "fd").mkdir(parents=True)
+    (folder / "cmdline").write_bytes(command)
+    for place, file in enumerate(files):
+        (folder / "fd" / str(place)).symlink_to(file)
+
+
+def _broken():
+    raise RuntimeError("Unable to initialize backend 'tpu': UNAVAILABLE: no chip\nmore")
+
+
+@pytest.mark.parametrize(
+    "opened, backend, words",
+    [
+        ("/dev/accel0", lambda: "cpu", r"held by process 71 \(python -m other\): wait"),
+        ("/dev/vfio/3", lambda: "cpu", r"held by process 71 \(python -m other\): wait"),
+        ("/dev/vfio/vfio", lambda: "cpu", "no process is seen .* broken"),
+        ("/dev/null", _broken, r"start it \(Unable to initialize.*no chip\): no process"),
+        ("/tmp/libtpu_lockfile", lambda: "cpu", "take away .*/tmp/libtpu_lockfile"),
+    ],
+)
+def test_a_tpu_that_is_not_to_be_had_is_no_reason_for_the_cpu(tmp_path, opened, backend, words):
+    _process(tmp_path, 7, ["/dev/null", "/dev/accelerometer/x"])
+    _process(tmp_path, 71, ["/dev/null", opened])
+    _process(tmp_path, os.getpid(), ["/dev/accel0"])
+    if "lockfile" in opened:
+        (tmp_path / "tmp").mkdir()
+        (tmp_path / "tmp/libtpu_lockfile").touch()
+    with pytest.raises(SystemExit, match=words) as error:
+        distributed.check_tpu({}, backend, tmp_path)
+    assert "JAX_PLATFORMS=cpu" in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(SystemExit):
+        distributed.check_tpu({"JAX_PLATFORMS": "tpu,cpu"}, backend, tmp_path)
+    distributed.check_tpu({"JAX_PLATFORMS": "cpu"}, backend, tmp_path)
+    distributed.check_tpu({}, lambda: "tpu", tmp_path)
+
+
 def test_the_users_platform_is_left_alone():
     environment = {"JAX_PLATFORMS": "cuda"}
     distributed.quiet_without_tpu(environment, tpu=False)
