@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import pathlib
 import runpy
 import sys
@@ -33,6 +34,8 @@ def main() -> None:
     """Run from the command line."""
     own = SCRIPT if pathlib.Path(sys.argv[0]).stem == SCRIPT else "python -m align_jax"
     name, *rest = sys.argv[1:] or [""]
+    if own == SCRIPT:  # as python -m does: the user's own parts lie here
+        sys.path.insert(0, os.getcwd())
     if name in programs():
         program, *first = ("sample", "--chat") if name == CHAT else (name,)
         sys.argv[1:] = [*first, *rest]

@@ -72,7 +72,6 @@ def run_policy(workdir: str, which: str = "latest", reference: str = "") -> Eval
         FileNotFoundError: no such run or checkpoint.
     """
     trained = trained_runs.restore(workdir, which, speaks=True)
-    trained = trained_runs.restore(workdir, which)
     return policy_of(trained, f"{workdir}@{trained.step}", reference)
 
 

@@ -99,7 +99,6 @@ def load_run(
         max_length: tokens of a prompt with its completion; None: the model's positions.
     """
     trained = trained_runs.restore(workdir, which, speaks=True)
-    trained = trained_runs.restore(workdir, which)
     name = f"{workdir}@{trained.step}"
     return policy_of(trained, name, rows=rows, max_length=max_length)
 

@@ -280,7 +280,8 @@ class DataOptions(Checked):
     )
     format: str = option(
         "auto",
-        "of the rows: a format, or a named data set; auto = found from the fields",
+        "of the rows: a format, a named data set, or your own module:name; auto = found from the "
+        "fields",
         table="align_jax.data:FORMATS",
     )
     columns: Mapping[str, str] = option({}, "field that the format expects -> column of the data")
@@ -389,7 +390,9 @@ class ObjectiveOptions(Checked):
     """What is minimized; the objective's own options stand beside its name in the config."""
 
     name: str = option(
-        "dpo", "an objective, or a sum of several: dpo+sft", table="align_jax.losses:OBJECTIVES"
+        "dpo",
+        "an objective, your own module:name, or a sum of several: dpo+sft",
+        table="align_jax.losses:OBJECTIVES",
     )
     weights: tuple[float, ...] = option((), "of a sum's terms; () = 1 each")
     options: Mapping[str, Any] = option({}, "the objective's own, by name")
@@ -399,7 +402,11 @@ class ObjectiveOptions(Checked):
 class OptimizerOptions(Checked):
     """How the parameters move."""
 
-    name: str = option("adamw", "the optimizer", table="align_jax.training.optim:OPTIMIZERS")
+    name: str = option(
+        "adamw",
+        "the optimizer, or your own module:name",
+        table="align_jax.training.optim:OPTIMIZERS",
+    )
     learning_rate: float = option(1e-6, "the peak", low=0)
     schedule: str = option(
         "linear",

@@ -18,7 +18,8 @@ import numpy as np
 import tqdm
 from jaxtyping import Bool
 
-from align_jax.core.choose import choose, nearest
+from align_jax.core import own
+from align_jax.core.choose import nearest
 from align_jax.core.options import DataOptions
 from align_jax.core.progress import printable
 from align_jax.core.schema import Example
@@ -140,7 +141,7 @@ def load(
     _check(specs, kind, options, weights)
     found = [_find(spec, options) for spec in specs]
     inputs = [VERSION, [one.digest for one in found], kind, chat, seed, limit]
-    inputs += [[getattr(options, name) for name in _READ]]
+    inputs += [[getattr(options, name) for name in _READ], own.digest(options.format)]
     digest = hashlib.sha256(json.dumps(inputs, default=dict).encode()).hexdigest()[:24]
 
     @functools.cache
@@ -405,7 +406,7 @@ def _read(
         )
     if format == "auto":
         format = dataset.format if dataset else _detect(source, options.columns, target)
-    kind = choose(formats.FORMATS, format, "config.data.format").kind
+    kind = own.row(formats.FORMATS, format, "config.data.format").kind
     examples: list[Example] = []
     fields: Collection[str] = ()
     for where, get in tqdm.tqdm(rows, desc="reading", total=size, unit="rows", disable=None):

@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
-from align_jax.core.choose import choose
+from align_jax.core import own
 from align_jax.core.schema import Example, Message
 from align_jax.data import published, rows, steps
 from align_jax.data.messages import SAID, Row
@@ -105,14 +105,14 @@ def read(row: Row, name: str, *, chat: bool) -> list[Example]:
 
     Args:
         row: the row, columns already renamed.
-        name: a key of ``FORMATS``.
+        name: a key of ``FORMATS``, or ``module:name`` of a ``Format`` of one's own.
         chat: whether the tokenizer has a chat template.
 
     Raises:
         ValueError: an unknown format, or a needed field is missing.
         RowError: a response is empty, or the row contradicts itself.
     """
-    form = choose(FORMATS, name, "config.data.format")
+    form = own.row(FORMATS, name, "config.data.format")
     missing = form.missing(row)
     if null := [name for name in _plain(missing) if name in row and row[name] is None]:
         raise RowError(f"{', '.join(null)}: null")

@@ -12,6 +12,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from align_jax.core import own
 from align_jax.losses import (
     arrays,
     batchwise,
@@ -52,6 +53,7 @@ __all__ = [
     "batch_statistics",
     "describe_options",
     "dpo_from_indices",
+    "find",
     "first_running",
     "jitted",
     "needs_statistics",
@@ -500,11 +502,28 @@ OBJECTIVES: dict[str, Objective] = {
 }
 
 
+@functools.cache
+def _of_function(function: Callable[..., Any]) -> Objective:
+    """Make a row of a user's function of a ``Pair``, as those of ``preference`` are."""
+    return _pairs(paired(function), formula="", paper="", use="")
+
+
+def find(name: str) -> Objective:
+    """Return an objective by name: the table's, or the user's own, ``module:name``.
+
+    The user's is an ``Objective``, or a function of a ``Pair``.
+
+    Raises:
+        ValueError: an unknown name; something else than an objective.
+    """
+    return own.row(OBJECTIVES, name, "objective", _of_function)
+
+
 def resolve(
     name: str, options: Mapping[str, Any] | None = None, weights: Sequence[float] | None = None
 ) -> tuple[Term, ...]:
     """Turn "dpo+bco_pair+sft" with options and weights into terms; see ``objective.resolve``."""
-    return objective.resolve(OBJECTIVES, name, options, weights)
+    return objective.resolve(find, name, options, weights)
 
 
 def options(name: str, weights: Sequence[float] = (), **values: Any) -> dict[str, Any]:
@@ -521,7 +540,7 @@ def options(name: str, weights: Sequence[float] = (), **values: Any) -> dict[str
     known = {
         option: default
         for part in name.split("+")
-        for option, default in OBJECTIVES[part.strip()].options.items()
+        for option, default in find(part.strip()).options.items()
     }
     for term in terms:
         known |= term.loss.values()
@@ -539,7 +558,7 @@ def describe_options(name: str) -> dict[str, Option]:
     Raises:
         ValueError: an unknown objective.
     """
-    return objective.accepted(OBJECTIVES, name)
+    return objective.accepted(find, name)
 
 
 def jitted(

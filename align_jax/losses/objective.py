@@ -8,13 +8,13 @@ group's weight is a function of the batch alone.  Nothing is reduced here: see `
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from align_jax.core.choose import choose, nearest
+from align_jax.core.choose import nearest
 from align_jax.core.schema import Batch, Outputs
 from align_jax.losses.logprobs import JENSEN_SHANNON, Divergence, sum_by_slot
 from align_jax.losses.options import Option, Options, declared, make
@@ -22,6 +22,7 @@ from align_jax.losses.options import Option, Options, declared, make
 # name -> (weighted sum, sum of the weights), scalars; or an extreme (core.metrics)
 Metrics = dict[str, Any]
 Tree = Any  # a pytree of arrays
+Find = Callable[[str], "Objective"]  # name -> row; a ValueError of an unknown one
 
 
 class Inputs(NamedTuple):
@@ -324,14 +325,14 @@ class Term:
         return inputs._replace(policy=policy, mismatched=mismatched)
 
 
-def accepted(table: Mapping[str, Objective], name: str) -> dict[str, Option]:
+def accepted(find: Find, name: str) -> dict[str, Option]:
     """Return the options that a sum of objectives accepts, those of the terms they add too.
 
     Raises:
         ValueError: an unknown objective.
     """
-    rows = [choose(table, part.strip(), "objective") for part in name.split("+")]
-    rows += [table[other] for row in rows for other, _ in row.adds.values()]
+    rows = [find(part.strip()) for part in name.split("+")]
+    rows += [find(other) for row in rows for other, _ in row.adds.values()]
     found: dict[str, Option] = {}
     for row in rows:
         found |= {option: row.declared[option] for option in row.declared if option not in found}
@@ -339,7 +340,7 @@ def accepted(table: Mapping[str, Objective], name: str) -> dict[str, Option]:
 
 
 def resolve(
-    table: Mapping[str, Objective],
+    find: Find,
     name: str,
     options: Mapping[str, Any] | None = None,
     weights: Sequence[float] | None = None,
@@ -349,7 +350,7 @@ def resolve(
     An option is given to every term that accepts it.
 
     Args:
-        table: the objectives.
+        find: returns an objective by its name.
         name: one objective or several joined by "+".
         options: option -> value; what is not named keeps its default.
         weights: one for each objective named; 1 by default.
@@ -362,7 +363,7 @@ def resolve(
             range or without effect beside the others, weights that do not match the names, or
             objectives on different kinds of data.
     """
-    options, known = dict(options or {}), accepted(table, name)
+    options, known = dict(options or {}), accepted(find, name)
     for option in options:
         if option not in known:
             raise ValueError(
@@ -377,7 +378,7 @@ def resolve(
         )
     terms: list[Term] = []
     for part, coefficient in zip(names, coefficients):
-        terms += _terms(table, part, options, coefficient)
+        terms += _terms(find, part, options, coefficient)
     for option, value in options.items():
         owners = [term for term in terms if option in term.objective.declared]
         if not owners and value != known[option].default:
@@ -396,11 +397,9 @@ def resolve(
     return tuple(terms)
 
 
-def _terms(
-    table: Mapping[str, Objective], name: str, options: Mapping[str, Any], weight: float
-) -> list[Term]:
+def _terms(find: Find, name: str, options: Mapping[str, Any], weight: float) -> list[Term]:
     """Make an objective's term, and those that it adds."""
-    objective, more = table[name], []
+    objective, more = find(name), []
     known = objective.declared
     values = objective.options | {option: options[option] for option in options if option in known}
     try:
@@ -413,7 +412,7 @@ def _terms(
         for option, (other, _) in objective.adds.items():
             known[option].check(option, values[option])
             if values[option]:
-                more += _terms(table, other, options, weight * float(values[option]))
+                more += _terms(find, other, options, weight * float(values[option]))
         for option, value in values.items():
             known[option].check_effect(option, value, values)
     except ValueError as error:

@@ -104,18 +104,19 @@ def _named_rewards(rewards: Any) -> Any:
         rewards = [rewards]
     if not isinstance(rewards, Mapping):
         rewards = dict.fromkeys(rewards, 1.0)
-    return {_named(one) if callable(one) else one: weight for one, weight in rewards.items()}
+    return dict(_named(*one) if callable(one[0]) else one for one in rewards.items())
 
 
-def _named(function: Callable[..., Any]) -> str:
-    """Return a function's ``module:name``, by which a run that goes on finds it."""
+def _named(function: Callable[..., Any], weight: float) -> tuple[str, dict[str, Any]]:
+    """Return a function's name, and where a run that goes on finds it."""
     name = getattr(function, "__qualname__", "")
     if not name.isidentifier():
         raise ValueError(
             f"{function!r:.60}: expected a function with a name of its own, at the top of a module "
             "or a notebook"
         )
-    return f"{function.__module__}:{name}"
+    path = f"{function.__module__}:{name}"
+    return name, {"kind": "function", "path": path, "weight": weight}
 
 
 def show_batch(

@@ -141,6 +141,8 @@ class Result:
 
     def _sampler(self, rows: int) -> sample.SamplingPolicy:
         """Return what answers, compiled for so many rows at once, or the next power of two."""
+        if not self._trained.resolved.models.policy.options.unembed:
+            raise ValueError("a reward model says nothing: evaluate it, or export it")
         rows = 1 << (rows - 1).bit_length()
         if rows not in self._samplers:
             self._samplers[rows] = sample.policy_of(self._trained, self.workdir, rows=rows)
@@ -155,8 +157,8 @@ class Result:
             data: rows or a source, as ``train`` takes them; None: return what the last evaluation
                 on held-out data gave.
             name: an evaluation of ``align-jax evaluate``; "" = what fits the objective:
-                preference (pairs), perplexity (answers), generation (prompts, scored by the run's
-                own rewards).
+                preference (pairs), reward (pairs, a reward model), perplexity (answers), generation
+                (prompts, scored by the run's own rewards).
             limit: at most so many rows.
             options: of that evaluation, such as ``batch_size``.
 
@@ -173,7 +175,11 @@ class Result:
             found = {key.removeprefix("eval/"): value for key, value in rows[-1].items()}
             return {key: value for key, value in found.items() if key not in ("step", "time")}
         config, kind = self._trained.config, self._trained.resolved.kind
-        row = choose(EVALS, name or FITS.get(kind, "preference"), "name")
+        scores = "score" in self._trained.resolved.models.policy.options.heads
+        name = name or ("reward" if scores else FITS.get(kind, "preference"))
+        row = choose(EVALS, name, "name")
+        if (row.head == "score") != scores:
+            raise ValueError(f"{name}: the run has trained {'a' if scores else 'no'} reward model")
         source = os.fspath(data) if isinstance(data, (str, os.PathLike)) else given(data, "data")
         examples = datasets.load(
             [source], row.kind, config.data, chat=bool(self.tokenizer.chat_template), limit=limit

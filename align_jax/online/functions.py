@@ -13,17 +13,15 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import dataclasses
-import importlib
-import importlib.util
 import inspect
 import os
-import sys
 import sysconfig
 import traceback
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
+from align_jax.core import own
 from align_jax.core.choose import choose, nearest
 from align_jax.online import deadline
 
@@ -69,9 +67,6 @@ class RowError(ValueError):
 def find(path: str, what: str = "a reward function", classes: bool = False) -> Callable[..., Any]:
     """Return the function that ``module:function`` names.
 
-    A function of the very script that runs is taken from there: importing a script without a main
-    guard would run it a second time.
-
     Args:
         path: its name.
         what: it is for, in messages.
@@ -80,48 +75,11 @@ def find(path: str, what: str = "a reward function", classes: bool = False) -> C
     Raises:
         ValueError: a path not of that form, a module that cannot be imported, no such function.
     """
-    module, _, name = path.partition(":")
     kind = "function or class" if classes else "function"
-    if not module or not name:
-        raise ValueError(f"{what} is named 'module:function', got {path!r}")
-    loaded = _module(module)
-    found = getattr(loaded, name, None)
-    if found is None:
-        known = [
-            key
-            for key, value in vars(loaded).items()
-            if inspect.isfunction(value) or (classes and inspect.isclass(value))
-        ]
-        raise ValueError(f"{module!r} has no {kind} {name!r}{nearest(name, known)}")
+    found = own.load(path, what, kind)
     if (inspect.isclass(found) and not classes) or not callable(found):
         raise ValueError(f"{path!r} is a {type(found).__name__}; expected a {kind}")
     return found
-
-
-def _module(name: str) -> Any:
-    if name in sys.modules and name != "__main__":
-        return sys.modules[name]
-    main = sys.modules["__main__"]
-    script = getattr(main, "__file__", None)  # none of an interpreter's own prompt
-    try:
-        origin = getattr(importlib.util.find_spec(name), "origin", None)
-    except (ImportError, ValueError, AttributeError):
-        origin = None
-    if name == "__main__" or (origin and script and origin == os.path.abspath(script)):
-        return main
-    try:
-        return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is not None and name.split(".")[0] == error.name.split(".")[0]:
-            hint = f" (a module, not a file: {name[:-3]!r}?)" if name.endswith(".py") else ""
-            raise ValueError(
-                f"no module {name!r}{hint}; start where it lies, or name its folder in PYTHONPATH"
-            ) from None
-        raise ValueError(f"the module {name!r} cannot be imported: {error}") from error
-    except (Exception, SystemExit) as error:  # whatever a user's module does
-        raise ValueError(
-            f"the module {name!r} cannot be imported: {type(error).__name__}: {error}"
-        ) from error
 
 
 def adapt(fn: Callable[..., Any], path: str, options: Mapping[str, Any]) -> RewardFunction:

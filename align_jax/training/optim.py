@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from align_jax.core import own
 from align_jax.core.choose import choose
 from align_jax.core.options import OptimizerOptions
 from align_jax.core.tree import flatten
@@ -249,6 +250,11 @@ OPTIMIZERS: Mapping[str, Optimizer] = {
 }
 
 
+def _of_function(make: Callable[..., optax.GradientTransformation]) -> Optimizer:
+    """Make a row of a user's function of (options, schedule, roles); it may read every option."""
+    return Optimizer(make, tuple(field.name for field in dataclasses.fields(OptimizerOptions)))
+
+
 def make_optimizer(
     options: OptimizerOptions, schedule: Schedule, roles: Roles
 ) -> optax.GradientTransformation:
@@ -262,7 +268,7 @@ def make_optimizer(
     Raises:
         ValueError: an unknown name; an option that this optimizer does not have.
     """
-    row = choose(OPTIMIZERS, options.name, "config.optimizer.name")
+    row = own.row(OPTIMIZERS, options.name, "config.optimizer.name", _of_function)
     others = {name for other in OPTIMIZERS.values() for name in other.takes} - set(row.takes)
     foreign = [
         field.name

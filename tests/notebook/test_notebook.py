@@ -120,6 +120,20 @@ def test_a_wrong_key_is_told_with_the_nearest(config, keys, said):
         align_jax.show_batch(config, ROWS, **keys)
 
 
+def agree(prompts, completions, extras):
+    return [0.0 for _ in completions]
+
+
+def test_a_function_is_a_reward_by_its_name():
+    for rewards in (agree, [agree], {agree: 1.0}):
+        made = ask("tiny:grpo", None, None, "", {"rewards": rewards}).config.rewards
+        assert made == {"agree": {"kind": "function", "path": f"{__name__}:agree", "weight": 1.0}}
+    mixed = ask(
+        "tiny:grpo", None, None, "", {"rewards": {agree: 2.0, "length": 0.5}}
+    ).config.rewards
+    assert mixed["agree"]["weight"] == 2.0 and mixed["length"] == 0.5
+
+
 def test_keys_change_a_copy_of_the_config():
     config = align_jax.recipe("tiny:dpo")
     asked = {

@@ -74,7 +74,7 @@ MISTAKES = {
     ".config --config=imports.py": "imports.py:2: ModuleNotFoundError: No module named 'no_such",
     ".train --config=typo.py --workdir=x": "typo.py:5: the config has no key 'learning_rte'; "
     "did you mean 'config.optimizer.learning_rate'?",
-    ".train TINY:dp0 --workdir=x": "objective = 'dpo:dp0' is unknown",
+    ".train TINY:dp0 --workdir=x": "no module 'dpo'; start where it lies",
     # its keys
     ".train TINY --workdir=x --config.optimizer.learning_rte=1": "did you mean "
     "'--config.optimizer.learning_rate'?",
