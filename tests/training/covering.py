@@ -261,10 +261,11 @@ def refused(row: Row, setting: tuple[Any, ...]) -> bool:
     )
 
 
-def pairs_of(row: Row, setting: tuple[Any, ...]) -> set[tuple]:
+@functools.cache
+def pairs_of(row: Row, setting: tuple[Any, ...]) -> frozenset[tuple]:
     """Return the pairs of values that a case covers."""
     values = [("objective", row[0]), ("option", row[1] or row[2]), *zip(SETTINGS, setting)]
-    return set(itertools.combinations(values, 2))
+    return frozenset(itertools.combinations(values, 2))
 
 
 @functools.cache
@@ -494,7 +495,8 @@ def check(case: Case) -> str:
     own = json.loads(case.keys)
     if not own:
         _DEFAULTS[case] = found
-    if not own or case.option in SAME:
+    whole = case.option == "kl_scope" and "microbatch" in case.keys and 1 in case.setting
+    if not own or case.option in SAME or whole:  # one microbatch is the global batch
         return "trained"
     changed_key = f"objective.{case.option}" if case.option else list(own)[-1]
     rest = {key: value for key, value in own.items() if key != changed_key}
