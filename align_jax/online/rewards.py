@@ -541,11 +541,11 @@ def _make(term: RewardTerm, **resources: Any) -> Reward:
         ValueError: what the row refuses, with the reward's name.
     """
     make = _bind(term, **resources)
-    if _loads_model(term):
-        return make()
+    # where a model is loaded, a checkpoint that is not there stays what it is, with its path
+    refused = (ValueError,) if _loads_model(term) else (ValueError, OSError, re.error)
     try:
         return make()
-    except (ValueError, OSError, re.error) as error:
+    except refused as error:
         raise ValueError(f"reward {term.name!r}: {error}") from error
 
 

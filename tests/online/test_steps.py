@@ -188,6 +188,9 @@ def test_a_mistake_about_a_process_reward_is_named(checkpoint, tmp_path):
     path, _, _ = checkpoint
     with pytest.raises(ValueError, match="reward 'p' gives a number a step, and here each"):
         rewards.resolve({"p": {"kind": "process", "path": str(path)}}, load_model=load_model)
+    with pytest.raises(ValueError, match="reward 'p': .*form"):
+        given = {"p": {"kind": "process", "path": str(path), "form": "log"}}
+        rewards.resolve(given, load_model=load_model, online=True)
     for options, words in (
         ({"separator": "##"}, "was trained with '\\\\n' behind each step"),
         ({"form": "log"}, "form"),
