@@ -335,7 +335,7 @@ def accepted(find: Find, name: str) -> dict[str, Option]:
     rows += [find(other) for row in rows for other, _ in row.adds.values()]
     found: dict[str, Option] = {}
     for row in rows:
-        found |= {option: row.declared[option] for option in row.declared if option not in found}
+        found |= {option: one for option, one in row.declared.items() if option not in found}
     return found
 
 

@@ -11,6 +11,7 @@ value out of range is refused.  Modules that declare options do without
 """
 
 import dataclasses
+import functools
 import math
 import numbers
 import types
@@ -147,6 +148,12 @@ class Option:
 
 def declared(options: type["Options"]) -> dict[str, Option]:
     """Read the options of a class."""
+    kind: Any = options  # mypy takes a class for one of its values, which have no hash
+    return dict(_declared(kind))
+
+
+@functools.cache  # a config is read many times, a class is what it is
+def _declared(options: Any) -> dict[str, Option]:
     return {
         field.name: read(field.type, field.default)
         for field in sorted(dataclasses.fields(options), key=lambda x: x.name not in options.own)

@@ -221,6 +221,8 @@ def changed(name: str, option: str) -> dict[str, Any]:
         change = {"form": declared[option].choices[-1]}
     if change[option] == declared[option].default and option != "epochs":
         change |= {option: "global" if option == "advantages" else 0.5 * change[option]}
+    if option == "delta" and name == "slic":  # beside sums of hundreds of nats
+        change = {"delta": 2.0}
     if option == "epsilon_high" and name == "cispo":
         change = {"epsilon_high": 0.5}
     known = losses.describe_options(name)
@@ -261,11 +263,10 @@ def refused(row: Row, setting: tuple[Any, ...]) -> bool:
     )
 
 
-@functools.cache
-def pairs_of(row: Row, setting: tuple[Any, ...]) -> frozenset[tuple]:
+def pairs_of(row: Row, setting: tuple[Any, ...]) -> set[tuple]:
     """Return the pairs of values that a case covers."""
     values = [("objective", row[0]), ("option", row[1] or row[2]), *zip(SETTINGS, setting)]
-    return frozenset(itertools.combinations(values, 2))
+    return set(itertools.combinations(values, 2))
 
 
 @functools.cache
