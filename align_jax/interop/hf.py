@@ -488,6 +488,16 @@ def _check_tensors(
 # --------------------------------------------------------------------------------------- export
 
 
+def not_exported(config: ModelConfig, heads: tuple[str, ...]) -> str:
+    """Say why a model with these heads cannot be exported; "" where it can."""
+    if "score" not in heads or FAMILIES[config.family].classifier:
+        return ""
+    return (
+        f"transformers has no sequence classifier of {config.family}: a reward model of it is used "
+        "from its run's folder, and not exported"
+    )
+
+
 def save(
     path: str,
     config: ModelConfig,
@@ -526,11 +536,8 @@ def save(
             score head on it.
     """
     unembed = "score" not in heads if unembed is None else unembed
-    if "score" in heads and not FAMILIES[config.family].classifier:
-        raise ValueError(
-            f"transformers has no sequence classifier of {config.family}: a reward model of it "
-            "is used from its run's folder, and not exported"
-        )
+    if why := not_exported(config, heads):
+        raise ValueError(why)
     flat, hf = flatten(params), json.loads(config.hf)
     first = next(iter(flat.values()))
     stored = jnp.dtype(dtype or hf.get("dtype") or hf.get("torch_dtype") or first.dtype)

@@ -20,6 +20,7 @@ from align_jax.core import metrics
 from align_jax.core.options import Config
 from align_jax.core.progress import Progress
 from align_jax.data.sources import Source
+from align_jax.interop import hf
 from align_jax.models.lora import merge
 from align_jax.online.rollout import Rollouts, Weights
 from align_jax.parallel import distributed
@@ -302,7 +303,8 @@ def describe(run: Run, first: int = 0) -> list[str]:
             "config.rollout.overlap: the rollout that was being made when the run stopped is made "
             "anew with these weights, so what follows is not the same to the bit"
         ]
-    rope = run.resolved.model_config.rope_note()
+    policy = run.resolved.models.policy
+    rope, alone = policy.config.rope_note(), hf.not_exported(policy.config, policy.options.heads)
     return [
         f"{run.config.objective.name}: {run.train.num_examples} examples, {run.total_steps} steps "
         f"of {groups:.4g} groups in {shape.rows} rows of {shape.length} tokens "
@@ -315,6 +317,7 @@ def describe(run: Run, first: int = 0) -> list[str]:
             for name, value in {**run.examples.report, **run.train.report}.items()
         ),
         *([rope] if rope else []),
+        *([alone] if alone else []),
         *resumed,
     ]
 
