@@ -4,16 +4,17 @@
     python experiments/steps.py --output=DIR [--seeds=0,1 --rollouts=60]
 
 Asked "3:" the answer is the next eight digits, a line each: 4, 5, 6, ... (behind 9 comes 0).  The
-policy begins as one that has learned from answers of which a third of the steps are right, so that
-one whole answer in 2,700 is.  A process reward model learns, of such answers with their steps
-labeled, whether a digit is the one before it plus 1.  Then GRPO learns from three rewards, each
-beside 1 for eight digits on eight lines:
+policy begins as one that has learned the form, eight digits on eight lines, of answers of which a
+third of the steps are right; after these few steps its digits are right by chance.  A process
+reward model learns, of such answers with their steps labeled, whether a digit is the one before it
+plus 1.  Then GRPO learns from three rewards, each beside 1 for the form:
 
     outcome   1 for the whole right answer, else 0
     steps     the process reward model's probability of each step, at the step's end
     least     the least of these probabilities, as one number an answer
 
-After training each of the ten questions is sampled 64 times at temperature 1.
+After training each of the ten questions is sampled 64 times at temperature 1; right steps are those
+of the last rollout's samples that were logged.
 """
 
 from __future__ import annotations
@@ -117,6 +118,19 @@ def online(start: str, questions: str, reward: dict, seed: int, rollouts: int) -
     return config
 
 
+def right_steps(workdir: str) -> float:
+    """Return the share of right digits in the last rollout's samples that were logged."""
+    rows = [json.loads(line) for line in (pathlib.Path(workdir) / "samples.jsonl").open()]
+    hits, count = 0, 0
+    for row in rows:
+        before = int(row["prompt"][0])
+        for said in row["output"].split("\n") if row["step"] == rows[-1]["step"] else ():
+            count += 1
+            hits += said == str((before + 1) % 10)
+            before = int(said) if said.isdecimal() else -2
+    return hits / count
+
+
 def accuracy(workdir: str, questions: str) -> float:
     """Return the share of samples that are the whole right answer."""
     policy = evaluate.run_policy(workdir)
@@ -144,14 +158,15 @@ def main(argv: Sequence[str]) -> None:
         "steps": {"process": {"path": model}},
         "least": {"process": {"path": model, "aggregate": "min"}},
     }
-    lines = ["| reward | seed | right answers | seconds |", "|---|---|---|---|"]
+    lines = ["| reward | seed | right steps | right answers | seconds |", "|---|---|---|---|---|"]
     for seed in map(int, values.seeds):
         for name, reward in kinds.items():
             began, workdir = time.monotonic(), str(folder / f"{name}_{seed}")
             loop.train(online(start, data["questions"], reward, seed, values.rollouts), workdir)
             seconds = time.monotonic() - began
             right = accuracy(workdir, data["questions"])
-            lines.append(f"| {name} | {seed} | {right:.3f} | {seconds:.0f} |")
+            steps = right_steps(workdir)
+            lines.append(f"| {name} | {seed} | {steps:.3f} | {right:.3f} | {seconds:.0f} |")
             print("\n".join(lines), flush=True)
 
 
