@@ -2,6 +2,8 @@
 """Text towers from checkpoint to export, and reward models of families that transformers has no
 classifier of."""
 
+import json
+
 import pytest
 import torch
 import transformers
@@ -10,6 +12,7 @@ from safetensors.torch import load_file
 from align_jax import export
 from align_jax.core import config as configs
 from align_jax.data.tokenizer import byte_tokenizer
+from align_jax.interop import hf
 from align_jax.runs import loop, setup
 from align_jax.runs.config_file import load
 
@@ -83,8 +86,10 @@ def test_a_run_of_a_text_tower_leaves_its_eyes_byte_for_byte(family, rank, tmp_p
 
 def test_a_reward_model_that_cannot_be_exported_is_named_in_the_first_lines(tmp_path):
     config = load("tiny:reward")
-    for family, said in (("granite", True), ("llama", False)):
-        config.model.family = family
-        run = setup.prepare(configs.read(config), str(tmp_path / family))
-        lines = "\n".join(loop.describe(run))
-        assert ("no sequence classifier of granite" in lines) is said
+    pairs = [{"prompt": "a", "chosen": "b" * n, "rejected": "c"} for n in range(1, 9)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    config.model.family, config.data.train = "granite", str(tmp_path / "pairs.jsonl")
+    config.batch_size, config.total_steps, config.data.eval_fraction = 8, 1, 0.0
+    run = setup.prepare(configs.read(config), str(tmp_path / "run"))
+    assert "no sequence classifier of granite" in "\n".join(loop.describe(run))
+    assert hf.not_exported(hf.config_from({"model_type": "llama"}), ("score",)) == ""
