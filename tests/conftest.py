@@ -66,6 +66,37 @@ def testdata() -> pathlib.Path:
     return DATA
 
 
+@pytest.fixture(scope="session")
+def tiny_chat(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of a random Llama of bytes with a chat template."""
+    from align_jax.data.tokenizer import byte_tokenizer
+    from align_jax.interop import hf
+    from align_jax.models.model import build
+
+    folder = str(tmp_path_factory.mktemp("tiny_chat"))
+    config = hf.config_from(
+        dict(
+            model_type="llama",
+            vocab_size=272,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=1024,
+        )
+    )
+    made = build(config, compute_dtype="float32", remat="none", attention="xla")
+    hf.save(folder, config, made.init(jax.random.key(0)))
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}"
+        "{{ eos_token if m.role == 'assistant' }}\n{% endfor %}"
+        "{{ 'assistant: ' if add_generation_prompt }}"
+    )
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Print what came of each fuzzed border's cases (tests/fuzz)."""
     reports = [one for reports in terminalreporter.stats.values() for one in reports]

@@ -370,8 +370,8 @@ class Trackio:
 # option of log -> the package that it needs, and how it is installed
 NEEDED = {
     "tensorboard": ("tensorboardX", "pip install 'align_jax[tensorboard]'"),
-    "wandb": ("wandb", "pip install wandb"),
-    "trackio": ("trackio", "pip install trackio"),
+    "wandb": ("wandb", "pip install 'align_jax[wandb]'"),
+    "trackio": ("trackio", "pip install 'align_jax[trackio]'"),
 }
 
 

@@ -177,7 +177,7 @@ def test_tensorboard_files_appear_when_asked_and_a_missing_package_is_named(tmp_
     asked = {"every_steps": 1, "tensorboard": True, "wandb": "project"}
     for package, words in (
         ("tensorboardX", "config.log.tensorboard = True needs tensorboardX.*pip install.* False"),
-        ("wandb", "config.log.wandb = 'project' needs wandb.*pip install wandb.* ''"),
+        ("wandb", "config.log.wandb = 'project' needs wandb.*align_jax.wandb.* ''"),
     ):
         others = functools.partial(operator.ne, package)
         monkeypatch.setattr(

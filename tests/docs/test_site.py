@@ -13,46 +13,17 @@ import shlex
 import subprocess
 import sys
 
-import jax
 import pytest
 
 from align_jax.data import formats
-from align_jax.data.tokenizer import byte_tokenizer
-from align_jax.interop import hf
-from align_jax.models.model import build
 
 ROOT = pathlib.Path(__file__).parents[2]
 sys.path.append(str(ROOT / "tests/faults"))
 
 import processes  # noqa: E402
 
-TURNS = (
-    "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token if m.role == 'assistant' }}\n"
-)
-TEMPLATE = TURNS + "{% endfor %}{{ 'assistant: ' if add_generation_prompt }}"
-MODEL = dict(
-    model_type="llama",
-    vocab_size=272,
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=1,
-    num_attention_heads=2,
-    max_position_embeddings=512,
-)
+NAMED = "HuggingFaceTB/SmolLM2-135M-Instruct"  # the model that the pages name
 PAGES = sorted([*(ROOT / "docs/tutorials").glob("*.md"), ROOT / "docs/install.md"])
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """A random Llama with a chat template."""
-    folder = str(tmp_path_factory.mktemp("model"))
-    config = hf.config_from(MODEL)
-    made = build(config, compute_dtype="float32", remat="none", attention="xla")
-    hf.save(folder, config, made.init(jax.random.key(0)))
-    tokenizer = byte_tokenizer()
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 def test_the_site_builds_without_a_warning(tmp_path):
@@ -91,16 +62,25 @@ def commands(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_a_page_s_commands_run(page, model, tmp_path):
-    shell = {**os.environ, "PATH": f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}"}
+def test_a_page_s_commands_run(page, tiny_chat, tmp_path):
+    shell = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "MODEL": tiny_chat,
+        "PATH": f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}",
+    }
     ran = 0
     for command in commands(page):
         if isinstance(command, str):
             subprocess.run(
-                ["bash", "-euc", command], cwd=tmp_path, env=shell, check=True, timeout=120
+                ["bash", "-euc", command.replace(NAMED, tiny_chat)],
+                cwd=tmp_path,
+                env=shell,
+                check=True,
+                timeout=120,
             )
             continue
-        words = [word.replace("$MODEL", model) for word in command]
+        words = [word.replace("$MODEL", tiny_chat) for word in command]
         started = processes.fork("align_jax", words, log=tmp_path / "log", folder=tmp_path)
         processes.wait(started, tmp_path / "log")
         ran += 1

@@ -68,8 +68,8 @@ def test_the_workflow_runs_the_whole_suite_on_every_python_that_is_promised():
     assert job["strategy"]["matrix"]["python"] == promised
 
 
-def _code(without=""):
-    notebook = json.loads((LAUNCH / "colab.ipynb").read_text())
+def _code(without="", name="colab"):
+    notebook = json.loads((LAUNCH / f"{name}.ipynb").read_text())
     assert notebook["nbformat"] == 4 and notebook["nbformat_minor"] == 5
     cells = notebook["cells"]
     assert len({cell["id"] for cell in cells}) == len(cells)
@@ -92,6 +92,19 @@ def test_the_notebook_is_valid_and_its_programs_have_the_options_that_it_gives()
                 assert re.search(rf"""["'](--)?{option}["']""", text), (
                     f"align_jax.{module} has no --{option}"
                 )
+
+
+@pytest.mark.parametrize("name", ["kto"])
+def test_a_notebook_runs_from_its_first_cell_to_its_last(name, tiny_chat, tmp_path, monkeypatch):
+    main = types.ModuleType("__main__")  # where a notebook's functions lie
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    monkeypatch.setenv("MODEL", tiny_chat)
+    monkeypatch.chdir(tmp_path)
+    for source in _code(name=name):
+        if "pip install" not in source:
+            exec(compile(source, name, "exec"), vars(main))
+    assert main.result.metrics[-1]["step"] == 5  # an epoch of what is not held out
+    assert main.result._repr_html_().startswith("<iframe")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
