@@ -18,8 +18,8 @@ DEFAULTS = configs.defaults()
 ALL = {"config", "debug", "help", "dtype"}  # flags that runs.command defines
 OTHERS = {"dirty", "quick", "logprobs"}  # git's, launch/test.sh's, vLLM's
 NO_KEYS = re.compile(
-    r"model\.(layers|language_model|decoder\.layers|safetensors)|\w+\.jsonl?"
-)  # tensors, files
+    r"model\.(layers|language_model|decoder\.layers|safetensors)|\w+\.jsonl?|data\.formats"
+)  # tensors, files, a module
 GROUPS = "|".join(name for name, value in DEFAULTS.items() if hasattr(value, "items"))
 KEY = re.compile(
     rf"(?<![\w./-])(?:--)?(?:config\.)?((?:{GROUPS})\.[a-z_][a-z_.0-9]*[a-z0-9])(?![\w/(])"

@@ -240,8 +240,8 @@ class Bco(StatisticsLoss, UnpairedLoss):
     density_ratio: Annotated[
         bool,
         Option(
-            "the data's weights are ratios of prompts' densities (data.density): they multiply the "
-            "losses alone"
+            "the data's weights are ratios of prompts' densities (density_ratios): they multiply "
+            "the losses alone"
         ),
     ] = False
 
