@@ -10,6 +10,7 @@ Beside the weights stands a model card: method, data, config, held-out metrics, 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Sequence
@@ -66,6 +67,10 @@ def export_run(
                 f"{workdir} is a full fine-tune (model.lora.rank = 0): it has no adapter to export"
             )
         params, roles = flatten(trained.params), flatten(policy.roles())
+        if trained.resolved.new_tokens:  # as PEFT: whoever loads it may have other rows for them
+            ends = ("embed/tokens",) if config.tied else ("embed/tokens", "output/kernel")
+            kept = [path for path in ends if path in params and path not in lora.whole]
+            lora = dataclasses.replace(lora, replaced=tuple(kept))
         apart = {*lora.whole, *lora.replaced}
         leaves = {
             name: leaf for name, leaf in params.items() if roles[name].beside_base or name in apart

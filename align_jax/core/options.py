@@ -97,6 +97,11 @@ class LoraOptions(Checked):
     )
     rslora: bool = option(False, "scale by alpha / sqrt(rank) (arXiv 2312.03732)")
     dora: bool = option(False, "train each column's norm too (arXiv 2402.09353)")
+    tokens: tuple[str, ...] = option(
+        (),
+        "tokens whose rows of the embedding and the head are trained too; new = those that the "
+        "vocabulary has grown by",
+    )
     path: str = option(
         "",
         "a PEFT adapter to start from; its rank, alpha, targets and kind then hold (rank: 0 or the "

@@ -24,7 +24,8 @@ from align_jax.models.lora import LoraConfig
 
 TOKENS, HEAD = "embed/tokens", "output/kernel"
 TOKEN_ROWS, HEAD_ROWS = "embed/rows", "output/rows"
-ROWS = ".token_adapter.trainable_tokens_delta"
+WRAP = ".token_adapter"
+ROWS = f"{WRAP}.trainable_tokens_delta"
 
 
 class Ends(NamedTuple):
@@ -236,7 +237,11 @@ def write(
         ValueError: a bias alone that is neither one of all nor one of all that are adapted.
     """
     known = parameters(config)
-    tensors = _tensors(config, known, [*lora.whole, *lora.replaced], flat, adapted)
+    embed, head = ends(config)
+    rows = {embed: (TOKEN_ROWS, lora.tokens), head: (HEAD_ROWS, lora.head_tokens)}
+    rows = {name: pair for name, pair in rows.items() if pair[1]}
+    wrapped = dict.fromkeys(adapted, ".base_layer") | dict.fromkeys(rows, f"{WRAP}.base_layer")
+    tensors = _tensors(config, known, [*lora.whole, *lora.replaced], flat, wrapped)
     modules = {known[path].module for path in lora.whole}
     alone = {  # biases of modules that are not saved
         module
@@ -244,7 +249,6 @@ def write(
         if any(one.module == module and path not in lora.whole for path, one in known.items())
     }
     everything = sorted({one.module for one in known.values()})
-    embed, head = ends(config)
     settings: dict[str, Any] = {
         "modules_to_save": [suffix(name, everything, "") for name in sorted(modules - alone)],
         "bias": _bias(known, lora, alone, adapted),
@@ -257,8 +261,6 @@ def write(
         if embed in adapted:
             tensors[f"{head}.lora_A.weight"] = flat["embed/lora_b"]
             tensors[f"{head}.lora_B.weight"] = flat["embed/lora_a"][: config.vocab_size]
-    rows = {embed: (TOKEN_ROWS, lora.tokens), head: (HEAD_ROWS, lora.head_tokens)}
-    rows = {name: pair for name, pair in rows.items() if pair[1]}
     tensors |= {name + ROWS: flat[path] for name, (path, _) in rows.items()}
     if rows:
         ids = {name.rpartition(".")[2]: list(of) for name, (_, of) in rows.items()}
@@ -271,14 +273,14 @@ def _tensors(
     known: Mapping[str, Whole],
     paths: Iterable[str],
     flat: Mapping[str, np.ndarray],
-    adapted: set[str],
+    wrapped: Mapping[str, str],
 ) -> dict[str, np.ndarray]:
     shapes, tensors = tensor_shapes(config), {}
     for path in paths:
         one = known[path]
         for place, name in enumerate(one.names):
             module, _, end = name.rpartition(".")
-            spelled = f"{module}.base_layer.{end}" if module in adapted else name
+            spelled = f"{module}{wrapped.get(module, '')}.{end}"
             if spelled not in tensors:
                 tensors[spelled] = np.zeros(shapes[name], np.float32)
             one.write(flat[path], place, tensors[spelled])

@@ -289,6 +289,22 @@ def model_flops(run: Run) -> float:
     ).model
 
 
+def _grown(run: Run) -> list[str]:
+    """Name the tokens that the checkpoint has no rows for."""
+    new, resolved = run.resolved.new_tokens, run.resolved
+    if not new:
+        return []
+    lora = resolved.models.policy.options.lora
+    trained = lora is None or {*lora.whole} & {"embed/tokens"} or lora.tokens or lora.on("embed")
+    more = f" and {len(new) - 10} more" if len(new) > 10 else ""
+    size = resolved.model_config.vocab_size
+    return [
+        f"vocabulary: grown from {size - len(new)} to the tokenizer's {size} by "
+        f"{', '.join(new[:10])}{more}; a new token's row is the mean of the others"
+        + ("" if trained else " and is not trained (model.lora.tokens=new)")
+    ]
+
+
 def describe(run: Run, first: int = 0) -> list[str]:
     """Say in a few lines what is about to run, after ``first`` steps."""
     shape, mesh = run.train.shape, {axis: size for axis, size in run.mesh.shape.items() if size > 1}
@@ -318,6 +334,7 @@ def describe(run: Run, first: int = 0) -> list[str]:
         ),
         *([rope] if rope else []),
         *([alone] if alone else []),
+        *_grown(run),
         *resumed,
     ]
 

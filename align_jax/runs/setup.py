@@ -31,7 +31,7 @@ from align_jax.data.datasets import Examples
 from align_jax.data.layout import BatchSizes
 from align_jax.data.pipeline import Pipeline
 from align_jax.data.sources import Source
-from align_jax.data.tokenizer import has_tokenizer, load_tokenizer, pad_id
+from align_jax.data.tokenizer import load_tokenizer, pad_id
 from align_jax.interop import hf, peft
 from align_jax.losses.logprobs import WHOLE
 from align_jax.losses.objective import Term, data_kind
@@ -40,7 +40,7 @@ from align_jax.models.lora import LoraConfig
 from align_jax.online.config import RolloutConfig, is_online, make_rollout_config
 from align_jax.online.rollout import Rollouts, make_rollouts
 from align_jax.parallel.mesh import AXES, make_mesh, mesh_shape, row_shards
-from align_jax.runs import memory, weights
+from align_jax.runs import memory, vocabulary, weights
 from align_jax.storage import workdir as record
 from align_jax.training import initialize, optim, partitioning
 from align_jax.training.flops import attention_cost
@@ -60,6 +60,7 @@ class ResolvedConfig(NamedTuple):
     models: initialize.Models
     kind: str  # of data the objective trains on
     rollouts: RolloutConfig | None  # how an online run generates; None of an offline one
+    new_tokens: tuple[str, ...] = ()  # that the checkpoint's vocabulary has grown by
 
 
 def objective_terms(config: Config) -> tuple[Term, ...]:
@@ -69,26 +70,41 @@ def objective_terms(config: Config) -> tuple[Term, ...]:
     )
 
 
-def adapter(config: Config, model_config: ModelConfig) -> LoraConfig | None:
+def adapter(
+    config: Config, model_config: ModelConfig, tokenizer: Any, new_tokens: tuple[str, ...] = ()
+) -> LoraConfig | None:
     """Return the policy's adapter: as the config says, or as the PEFT adapter is that it starts
     from.
 
+    Args:
+        config: the config.
+        model_config: what the base is.
+        tokenizer: the run's, whose ids ``model.lora.tokens`` have.
+        new_tokens: that the vocabulary has grown by.
+
     Raises:
-        ValueError: the config gives another rank than that adapter's.
+        ValueError: the config gives another rank than that adapter's, or tokens beside it, or ones
+            that are none.
     """
     options = config.model.lora
     if not options.path:
-        return (
-            LoraConfig(
-                options.rank,
-                alpha=options.alpha,
-                dropout=options.dropout,
-                targets=options.targets,
-                rank_stabilized=options.rslora,
-                dora=options.dora,
-            )
-            if options.rank
-            else None
+        if not options.rank:
+            return None
+        tokens = vocabulary.trained_rows(options.tokens, tokenizer, new_tokens)
+        return LoraConfig(
+            options.rank,
+            alpha=options.alpha,
+            dropout=options.dropout,
+            targets=options.targets,
+            rank_stabilized=options.rslora,
+            dora=options.dora,
+            tokens=tokens,
+            head_tokens=() if model_config.tied else tokens,
+        )
+    if options.tokens:
+        raise ValueError(
+            f"config.model.lora.tokens = {options.tokens}: the rows that the adapter "
+            f"{options.path!r} trains hold; leave tokens empty, or merge the adapter first"
         )
     lora, _ = peft.load(options.path, model_config)
     if options.rank not in (0, lora.rank):
@@ -121,16 +137,14 @@ def resolve_config(config: Config, devices: int) -> ResolvedConfig:
     if model_config is None:
         fields = {"vocab_size": len(tokenizer), **config.model.config}
         model_config = hf.config_from({"model_type": config.model.family, **fields})
+    had = model_config.vocab_size
+    model_config = vocabulary.grown(model_config, tokenizer, config.model.path, "config.model.path")
+    new_tokens = vocabulary.added(tokenizer, had)
     tensor = mesh_shape(dataclasses.asdict(config.mesh), devices)[AXES.index("tensor")]
     multiple = math.lcm(VOCABULARY_MULTIPLE, tensor, config.rollout.tensor or 1)
     model_config = dataclasses.replace(model_config.padded(multiple), run_length=config.max_length)
     if any({"scores", "step_scores"} & set(term.needs) for term in terms):
         model_config = model_config.with_pad(pad_id(tokenizer))
-    if len(tokenizer) > model_config.vocab_size:
-        raise ValueError(
-            f"the tokenizer {config.tokenizer or config.model.path!r} has {len(tokenizer)} tokens, "
-            f"the model's vocabulary only {model_config.vocab_size}; use the model's own tokenizer"
-        )
     if config.max_length > model_config.max_positions:
         raise ValueError(
             f"config.max_length = {config.max_length} exceeds the {model_config.max_positions} "
@@ -139,7 +153,7 @@ def resolve_config(config: Config, devices: int) -> ResolvedConfig:
     _check_reference(config, terms)
     _check_guide(config, terms)
     _check_model(config, terms, model_config)
-    lora, online = adapter(config, model_config), is_online(terms, config)
+    lora, online = adapter(config, model_config, tokenizer, new_tokens), is_online(terms, config)
     if lora is not None and lora.untied:
         model_config = model_config.untied()
     models = initialize.make_models(
@@ -155,7 +169,8 @@ def resolve_config(config: Config, devices: int) -> ResolvedConfig:
     _check_text(config, terms)
     _check_labels(config, "samples" if online else data_kind(terms))
     rollouts = make_rollout_config(terms, config) if online else None
-    return ResolvedConfig(terms, tokenizer, model_config, models, data_kind(terms), rollouts)
+    kind = data_kind(terms)
+    return ResolvedConfig(terms, tokenizer, model_config, models, kind, rollouts, new_tokens)
 
 
 def _check_reference(config: Config, terms: Sequence[Term]) -> None:
@@ -299,15 +314,16 @@ def _reference_config(
     """Read what the reference is, where it has a checkpoint of its own.
 
     Raises:
-        ValueError: it moves and is no model of the policy's kind, its vocabulary or positions are
-            too few, or it has another tokenizer.
+        ValueError: it moves and is no model of the policy's kind, its positions are too few, or it
+            has another tokenizer (tokens that were added to it aside).
     """
     path, known = config.reference.path, dict(config.reference.config)
     if not path and not known:
         return None
     fields = {"model_type": config.reference.family, **known}
-    found = (hf.load_config(path) if path else hf.config_from(fields)).padded(multiple)
+    found = hf.load_config(path) if path else hf.config_from(fields)
     weights.check_speaks(found, path)
+    found = vocabulary.grown(found, tokenizer, path, "config.reference.path").padded(multiple)
     found = dataclasses.replace(found, run_length=config.max_length)
     if config.reference.moves:
         if found.sizes != policy.sizes or found.family != policy.family:
@@ -317,22 +333,17 @@ def _reference_config(
                 "policy (reference.sync_every_steps) is a model of its kind"
             )
         return None
-    for name, needed, has in (
-        ("tokens in its vocabulary", len(tokenizer), found.vocab_size),
-        ("positions", config.max_length, found.max_positions),
-    ):
-        if has < needed:
-            raise ValueError(
-                f"config.reference.path = {path!r} has {has} {name}; this run needs {needed}"
-            )
-    if path and has_tokenizer(folder := hf.locate(path)):
-        theirs, ours = load_tokenizer(folder).get_vocab(), tokenizer.get_vocab()
-        if other := sorted(token for token in ours if theirs.get(token) != ours[token]):
-            raise ValueError(
-                f"config.reference.path = {path!r} has another tokenizer: {len(other)} of the "
-                f"policy's {len(ours)} tokens differ, {other[0]!r} among them; the reference sees "
-                "the policy's token ids"
-            )
+    if found.max_positions < config.max_length:
+        raise ValueError(
+            f"config.reference.path = {path!r} has {found.max_positions} positions; this run needs "
+            f"{config.max_length}"
+        )
+    if path and (other := vocabulary.differing(tokenizer, path)):
+        raise ValueError(
+            f"config.reference.path = {path!r} has another tokenizer: {len(other)} of its tokens "
+            f"differ from the policy's, {other[0]!r} among them; the reference sees the policy's "
+            "token ids"
+        )
     return found
 
 

@@ -176,13 +176,17 @@ def test_a_teacher_that_does_not_fit_is_refused(teacher, keys, words):
 
 
 def test_a_teacher_with_another_tokenizer_is_refused(teacher, tmp_path):
-    other = byte_tokenizer()
-    other.add_tokens(["<|new|>"])
     config = student(teacher)
-    other.save_pretrained(tmp_path / "tokenizer")
+    for token, folder in (("<|new|>", "tokenizer"), ("<|old|>", "teacher")):
+        other = byte_tokenizer()
+        other.add_tokens([token])
+        other.save_pretrained(tmp_path / folder)
+    for file in ("config.json", "model.safetensors"):
+        (tmp_path / "teacher" / file).symlink_to(pathlib.Path(teacher) / file)
     config.tokenizer = str(tmp_path / "tokenizer")
+    config.reference.path = str(tmp_path / "teacher")
     config.model.config.vocab_size = 288
-    with pytest.raises(ValueError, match=r"another tokenizer.*'<\|new\|>'"):
+    with pytest.raises(ValueError, match=r"another tokenizer.*'<\|old\|>'"):
         setup.resolve_config(configs.read(config), 1)
 
 
