@@ -732,6 +732,9 @@ class DebugOptions(Checked):
             yield "memory_profile_step = 0: steps count from 1; -1 = never"
 
 
+LENGTHS = ("total_steps", "total_epochs", "total_examples")  # of a run: one is given
+
+
 @dataclasses.dataclass(frozen=True)
 class Config(Checked):
     """A whole run."""
@@ -780,11 +783,10 @@ class Config(Checked):
     debug: DebugOptions = group(DebugOptions, resume=True)
 
     def check(self) -> Iterator[str]:
-        lengths = ("total_steps", "total_epochs", "total_examples")
-        given = {name: getattr(self, name) for name in lengths}
+        given = {name: getattr(self, name) for name in LENGTHS}
         if sum(value > 0 for value in given.values()) != 1:
             got = ", ".join(f"{name}={value}" for name, value in given.items())
-            yield f"{', '.join(lengths)}: exactly one must be positive; got {got}"
+            yield f"{', '.join(LENGTHS)}: exactly one must be positive; got {got}"
         if self.batch_size % self.microbatches:
             yield (
                 f"batch_size = {self.batch_size} is not divisible by microbatches = "

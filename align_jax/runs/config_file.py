@@ -15,7 +15,7 @@ import re
 import runpy
 import sys
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 from align_jax import losses
 from align_jax.core import config as configs
 from align_jax.core.choose import nearest
-from align_jax.core.options import Config
+from align_jax.core.options import LENGTHS, Config
 
 
 class ConfigMistake(flags.Error):
@@ -60,8 +60,10 @@ class ConfigFile(flags.ArgumentParser):
         given = next(i for i, word in enumerate(sys.argv) if re.match("--?config(=|$)", word))
         for key in _changed(sys.argv[1:given]):
             raise ConfigMistake(f"--config.{key} changes a key of a config: give --config first")
-        for key in _changed(sys.argv[given:]):
+        keys = list(_changed(sys.argv[given:]))
+        for key in keys:
             _check_key(config, key)
+        _keep_one_length(config, keys)
         return config
 
 
@@ -235,8 +237,16 @@ def changed(config: ConfigDict | Config | Mapping[str, Any], **keys: Any) -> Con
         made = configs.defaults().unlock()
         values = configs.to_dict(config) if isinstance(config, Config) else config
         _change(made, values, "", known)
+    _keep_one_length(made, keys)
     _change(made, keys, "", known)
     return made.lock()
+
+
+def _keep_one_length(config: ConfigDict, keys: Collection[str]) -> None:
+    """Let the length that is given take the place of the recipe's, which may be in another unit."""
+    if any(name in keys for name in LENGTHS):
+        for name in LENGTHS:
+            config[name] = type(config[name])(0)
 
 
 def _change(config: ConfigDict, values: Mapping[str, Any], prefix: str, known: ConfigDict) -> None:

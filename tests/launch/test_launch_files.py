@@ -94,16 +94,20 @@ def test_the_notebook_is_valid_and_its_programs_have_the_options_that_it_gives()
                 )
 
 
-@pytest.mark.parametrize("name", ["kto"])
-def test_a_notebook_runs_from_its_first_cell_to_its_last(name, tiny_chat, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("name", "steps"), [("kto", 5), ("grpo", 3)])
+def test_a_notebook_runs_from_its_first_cell_to_its_last(
+    name, steps, tiny_chat, tmp_path, monkeypatch
+):
     main = types.ModuleType("__main__")  # where a notebook's functions lie
     monkeypatch.setitem(sys.modules, "__main__", main)
     monkeypatch.setenv("MODEL", tiny_chat)
     monkeypatch.chdir(tmp_path)
     for source in _code(name=name):
-        if "pip install" not in source:
+        if "pip install" in source:
+            assert "import sys" in source and "{sys.executable}" in source
+        else:
             exec(compile(source, name, "exec"), vars(main))
-    assert main.result.metrics[-1]["step"] == 5  # an epoch of what is not held out
+    assert main.result.metrics[-1]["step"] == steps  # an epoch of what is not held out
     assert main.result._repr_html_().startswith("<iframe")
 
 

@@ -3,11 +3,12 @@
 
 import pathlib
 import runpy
+import sys
 
 import pytest
 
 from align_jax.core import config as configs
-from align_jax.runs.config_file import ConfigMistake, load
+from align_jax.runs.config_file import ConfigFile, ConfigMistake, changed, load
 
 TINY = pathlib.Path(__file__).parents[2] / "configs" / "tiny.py"
 GOOD = """# as configs/tiny.py:ipo, with a few keys changed
@@ -47,6 +48,19 @@ def test_yaml_is_read_as_a_python_file_is(tmp_path):
     assert dict(config.model.config) == {"hidden_size": 32, "num_hidden_layers": 1}
     assert dict(config.data.columns) == {"chosen": "good"} and "regex" in config.rewards
     assert configs.defaults() == read(tmp_path, "")
+
+
+def test_a_length_that_is_given_takes_the_place_of_the_recipes_in_another_unit(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train", "--config=dpo", "--config.total_steps=3"])
+    read_back = ConfigFile().parse("dpo")  # absl sets what the command line gives afterwards
+    assert (read_back.total_epochs, read_back.total_steps) == (0.0, 0)
+    assert load("dpo").total_epochs == 1.0
+    start = load("tiny:dpo")
+    assert (start.total_steps, start.total_epochs) == (30, 0.0)
+    given = configs.read(changed(start, total_epochs=2.0, seed=1))
+    assert (given.total_steps, given.total_epochs) == (0, 2.0)
+    with pytest.raises(ValueError, match="exactly one must be positive"):
+        configs.read(changed(start, total_steps=3, total_epochs=1.0))
 
 
 @pytest.mark.parametrize(
