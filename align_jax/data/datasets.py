@@ -216,8 +216,9 @@ def _of_kind(
     try:
         made = conversions.convert(made, rows.kind, kind, options, seed=seed)
     except ValueError as error:
-        columns = formats.columns_for(kind, rows.fields)
-        hint = f"; perhaps --config.data.columns='{json.dumps(columns)}'" if columns else ""
+        columns, lacks = (fn(kind, rows.fields) for fn in (formats.columns_for, formats.lacking))
+        hint = f"; {lacks}" if lacks else ""
+        hint = f"; perhaps --config.data.columns='{json.dumps(columns)}'" if columns else hint
         raise ValueError(
             f"{rows.where}: a row with the fields {fields_of(rows.fields)}, read as format "
             f"{rows.format!r}: {error}{hint}"

@@ -95,6 +95,26 @@ def columns_for(kind: str, fields: Collection[str]) -> dict[str, str]:
     return min(guesses, key=len, default={})
 
 
+# fields that ask alone: they set no format apart
+_ASKING = {"prompt", "instruction", "question", "prompt|instruction", "conversations", "messages"}
+
+
+def lacking(kind: str, fields: Collection[str]) -> str:
+    """Say which one field more would make a format of this kind; "" where it would take several.
+
+    >>> lacking("pairs", ["prompt", "chosen"])
+    "it lacks rejected to be of format 'pairs'"
+    >>> lacking("pairs", ["prompt"])
+    ''
+    """
+    for name, form in FORMATS.items():
+        wanted = form.fields if form.kind == kind else ()
+        missing = form.missing(dict.fromkeys(fields, ()))
+        if len(missing) == 1 and set(wanted) - _ASKING - set(missing):
+            return f"it lacks {missing[0]} to be of format {name!r}"
+    return ""
+
+
 def _holding(name: str, fields: Collection[str]) -> str:
     """Return the column whose name holds a field's, as chosen_response holds chosen; "" = none."""
     return next((field for field in sorted(fields) if name in field.split("_")), "")

@@ -531,6 +531,12 @@ MISTAKES = [
         "a role is unknown: 'narrator'",
     ),
     ("no way", [{"text": "t"}], {}, "no conversion from completions to pairs"),
+    (
+        "half a pair",
+        [{"prompt": "p", "chosen": "c"}],
+        {},
+        "it lacks rejected to be of format .pairs.",
+    ),
     ("unknown kind", [GOOD], {"kind": "pair"}, "kind = 'pair' is unknown; did you mean 'pairs'"),
     (
         "unknown choice",
