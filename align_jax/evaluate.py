@@ -64,14 +64,23 @@ def model_policy(
     return EvaluatedPolicy(*loaded, load_tokenizer(path), mesh, other, name=path)
 
 
-def run_policy(workdir: str, which: str = "latest", reference: str = "") -> EvaluatedPolicy:
+def run_policy(
+    workdir: str, which: str = "latest", reference: str = "", heads: Sequence[str] = ()
+) -> EvaluatedPolicy:
     """Return a run's policy; its reference is the one it was trained against, unless another is
     named.
 
+    Args:
+        workdir: the run's folder.
+        which: "latest", "best" or a step.
+        reference: directory or hub id; "" = as above.
+        heads: what is asked of it, as ``model_policy`` takes them; () = its words.
+
     Raises:
         FileNotFoundError: no such run or checkpoint.
+        ValueError: a reward model, of which words are asked.
     """
-    trained = trained_runs.restore(workdir, which, speaks=True)
+    trained = trained_runs.restore(workdir, which, speaks=not heads)
     return policy_of(trained, f"{workdir}@{trained.step}", reference)
 
 
@@ -278,11 +287,11 @@ def main(argv: Sequence[str]) -> None:
     if values.judge:
         client = Client(values.judge, allow_http=values.allow_http, total_seconds=TOTAL_SECONDS)
         compare = by_judge(PairJudge(client, values.judge_model))
+    heads = tuple(filter(None, {EVALS[named_source(item)[0]].head for item in values.eval}))
     if values.workdir:
-        policy = run_policy(values.workdir, values.step, values.reference)
+        policy = run_policy(values.workdir, values.step, values.reference, heads)
     else:
         how = {"dtype": values.dtype or "", "max_length": values.max_length}
-        heads = tuple(filter(None, {EVALS[named_source(item)[0]].head for item in values.eval}))
         policy = model_policy(values.model, values.reference, heads=heads, **how)
     scored = {"batch_size": values.batch_size, "max_length": values.max_length}
     drawn = RolloutOptions(

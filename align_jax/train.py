@@ -4,8 +4,7 @@
     align-jax train dpo --model=DIRECTORY_OR_HUB_ID --data=pairs.jsonl [--config.any.key=value ...]
     align-jax train --config=dpo_7b --workdir=gs://bucket/run [--config.any.key=value ...]
 
-In Python the same is the function ``align_jax.train``: nothing may import this file, which would
-put the module in the function's place.
+In Python the same is the function ``align_jax.train``.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ reader of training need not enter: only ``runs`` and the programs import it.
 """
 
 import ast
+import collections
 import functools
 import pathlib
 import re
@@ -186,3 +187,11 @@ def test_a_function_is_read_in_one_sitting_and_a_file_carries_its_license(path):
     found = [node for node in ast.walk(tree(path)) if isinstance(node, functions)]
     long = {node.name: length(node) for node in found if length(node) > limit}
     assert not long or str(path) in PENDING_LONG, f"{path}: {long}"
+
+
+def test_no_two_files_of_tests_have_one_name():
+    """Pytest would collect the first alone."""
+    names = collections.Counter(
+        path.name for path in pathlib.Path(__file__).parent.rglob("test_*.py")
+    )
+    assert [name for name, count in names.items() if count > 1] == []

@@ -7,10 +7,13 @@ half. What a library says of those ("invalid UTF-8", "EOF") names neither file n
 
 from __future__ import annotations
 
+import datetime
+import decimal
 import gzip
 import json
 import os
 import stat
+import uuid
 import zipfile
 import zlib
 from typing import Any
@@ -186,13 +189,27 @@ def no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def json_text(value: Any, *, indent: int | None = None) -> str:
     """Write a value as JSON that every file can hold and nothing of it is lost in.
 
-    Half of a pair of surrogates, which is no character, is escaped; what JSON has no kind for, such
-    as a date, becomes its text.
+    Half of a pair of surrogates, which is no character, is escaped; what the files of rows have and
+    JSON has no kind for becomes its text (dates, times, decimals, bytes) or a list (arrays).
+
+    Raises:
+        TypeError: a value of another kind.
 
     >>> print(json_text({"said": "é\\ud83d"}))
     {"said": "é\\ud83d"}
     """
-    return escaped(json.dumps(value, ensure_ascii=False, indent=indent, default=str))
+    return escaped(json.dumps(value, ensure_ascii=False, indent=indent, default=_plain))
+
+
+_TEXTS = (datetime.date, datetime.time, datetime.timedelta, decimal.Decimal, uuid.UUID, bytes)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (np.ndarray, np.generic)):
+        return value.tolist()
+    if isinstance(value, _TEXTS):
+        return str(value)
+    raise TypeError(f"expected what JSON can hold, got {type(value).__name__}: {value!r:.60}")
 
 
 def escaped(text: str) -> str:

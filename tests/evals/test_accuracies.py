@@ -96,7 +96,9 @@ def test_a_trained_reward_model_gives_the_same_scores_in_transformers_on_batches
     config.batch_size, config.total_steps = 8, 2
     loop.train(config, str(tmp_path / "run"))
     item = f"reward={pairs}"
-    found = evaluate.evaluate(evaluate.run_policy(str(tmp_path / "run")), [item])[item]
+    found = evaluate.evaluate(evaluate.run_policy(str(tmp_path / "run"), heads=("score",)), [item])[
+        item
+    ]
     export.export_run(str(tmp_path / "run"), str(tmp_path / "hf"), dtype="float32")
     again = evaluate.evaluate(
         evaluate.model_policy(str(tmp_path / "hf"), dtype="float32", heads=("score",)), [item]

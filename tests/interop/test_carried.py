@@ -235,7 +235,7 @@ def test_other_quantized_weights_are_refused_in_a_line(folder, said, names):
     [
         ("lama", {}, "did you mean 'llama'"),
         ("qwen_3", {}, "did you mean 'qwen3'"),
-        ("deepseek_v3", {}, "known: "),
+        ("jamba", {}, "known: "),
         ("qwen4", {}, "known: "),
         ("llama4", {"vision_config": {}, "text_config": {"model_type": "llama4_text"}}, "multimod"),
     ],

@@ -39,7 +39,7 @@ YAML = "optimizer:\n  lr: 1\n"
 MISTAKES = {
     # the command line
     "nosuch": "no program 'nosuch'; known: bench, chat, config,",
-    "chat --output=o": "python -m align_jax chat: --output belongs to --prompts, not to --chat",
+    "chat --model=m --output=o": "python -m align_jax chat: --output belongs to --prompts, not to",
     "trian": "no program 'trian'; did you mean 'train'?",
     "train --workdir=x": "python -m align_jax train: missing --config; ",
     ".train": "missing --config, --workdir; --help shows all flags",
