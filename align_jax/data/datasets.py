@@ -89,7 +89,7 @@ class Later(Sequence[Example]):
         return iter(self._items)
 
 
-VERSION = 3  # of how rows become examples: what is kept of an older one is made anew
+VERSION = 4  # of how rows become examples: what is kept of an older one is made anew
 # what of the options decides which examples there are; the digest is made of it
 _READ = (
     "format",
@@ -176,6 +176,7 @@ def _read_all(
     """Read all sources: the examples, where each source's end, and counts by reason."""
     counts: collections.Counter[str] = collections.Counter()
     items: list[Example] = []
+    beside: set[str] = set()
     ends = []
     for one in found:
         rows = _read(one, options, kind, chat=chat, seed=seed, limit=limit, counts=counts)
@@ -186,15 +187,15 @@ def _read_all(
                 f"{_positive(counts)}"
             )
         items += made
+        beside.update(rows.beside)
         ends.append(len(items))
     if not any(example.weight for example in items):
         specs = ", ".join(one.spec for one in found)
         raise ValueError(f"{specs}: all {len(items)} examples have the weight 0")
     report: dict[str, Any] = {"examples": len(items), **_positive(counts)}
-    if beside := sorted({name for one in items for name in one.extras} - formats.known_fields()):
-        report["columns beside the text"] = " ".join(
-            printable(f"{name:.40}") for name in beside[:10]
-        )
+    if beside:
+        shown = " ".join(printable(f"{name:.40}") for name in sorted(beside)[:10])
+        report["columns beside the text"] = shown
     return items, ends, report
 
 
@@ -381,6 +382,7 @@ class _Rows(NamedTuple):
     format: str
     where: str  # of the first row
     fields: Collection[str]
+    beside: Collection[str]  # columns of which no example is made
 
 
 def _read(
@@ -407,7 +409,7 @@ def _read(
         )
     if format == "auto":
         format = dataset.format if dataset else _detect(source, options.columns, target)
-    kind = own.row(formats.FORMATS, format, "config.data.format").kind
+    form = own.row(formats.FORMATS, format, "config.data.format")
     examples: list[Example] = []
     fields: Collection[str] = ()
     for where, get in tqdm.tqdm(rows, desc="reading", total=size, unit="rows", disable=None):
@@ -431,7 +433,8 @@ def _read(
     if dataset is not None and dataset.keep is not None:
         before, examples = len(examples), list(dataset.keep(examples, training, seed))
         counts["dropped: the data set's own filter"] += before - len(examples)
-    return _Rows(examples, kind, format, source.where(0), fields)
+    beside = formats.unread(form, {name for one in examples for name in one.extras})
+    return _Rows(examples, form.kind, format, source.where(0), fields, beside)
 
 
 # rows that are looked at together: a field may be null in the first, or in many

@@ -35,11 +35,13 @@ class Format:
         fields: a row that has all of these is taken for this format, unless an earlier one matches;
             an alternative is written ``a|b``, a value ``type=sample``, a list ``output[]``.
         read: (row, has a chat template) -> an example, or several.
+        beside: columns that it reads where they are there (those of every format aside).
     """
 
     kind: str
     fields: tuple[str, ...]
     read: Callable[[Row, bool], Example | list[Example]]
+    beside: tuple[str, ...] = ()
 
     def missing(self, row: Row) -> list[str]:
         """Return which of this format's fields the row lacks."""
@@ -155,9 +157,10 @@ def read(row: Row, name: str, *, chat: bool) -> list[Example]:
     return examples
 
 
-def known_fields() -> set[str]:
-    """Return the names of all fields that a format or any row's reader knows."""
-    return rows.KNOWN | {name for form in FORMATS.values() for name in _plain(form.fields)}
+def unread(form: Format, fields: Collection[str]) -> set[str]:
+    """Return which of a row's columns make nothing of its examples: they are kept for rewards and
+    reports alone."""
+    return set(fields) - {*_plain(form.fields), *form.beside, "system", "system_prompt"}
 
 
 def _plain(fields: Sequence[str]) -> list[str]:
@@ -207,29 +210,44 @@ def _is_empty(response: str | tuple[Message, ...]) -> bool:
     )
 
 
+_HISTORY = ("history",)
+_QUESTION = ("history", "input", "context")
+_SCORED = ("score", "reward")
+_PAIRED = ("all_rm_scores", *(name for pair in rows.PAIR_SCORES for name in pair))
 FORMATS: Mapping[str, Format] = {
     # files that HALOs' sample and label programs (and ours) write
     "binary_feedback": Format(
         "unpaired",
         ("type=binary_feedback", "prompt|instruction", "output", "label"),
         published.read_binary_feedback,
+        _HISTORY + ("reward",),
     ),
     "pairwise_feedback": Format(
         "pairs",
         ("type=pairwise_feedback", "prompt|instruction", "output_A", "output_B", "label"),
         published.read_pairwise_feedback,
+        _HISTORY + ("reward_A", "reward_B"),
     ),
     "scalar_feedback": Format(
         "scored",
         ("type=scalar_feedback", "prompt|instruction", "output", "reward"),
         published.read_scalar_feedback,
+        _HISTORY,
     ),
     "sample": Format(
-        "completions", ("type=sample", "prompt|instruction", "output"), published.read_sample
+        "completions",
+        ("type=sample", "prompt|instruction", "output"),
+        published.read_sample,
+        _HISTORY + _SCORED,
     ),
     # public data sets with fields of their own
     "oasst_tree": Format("ranked", ("message_tree_id", "prompt"), published.read_oasst_tree),
-    "shp": Format("pairs", ("history", "human_ref_A", "human_ref_B", "labels"), published.read_shp),
+    "shp": Format(
+        "pairs",
+        ("history", "human_ref_A", "human_ref_B", "labels"),
+        published.read_shp,
+        ("score_A", "score_B"),
+    ),
     "safe_rlhf": Format(
         "pairs",
         ("prompt", "response_0", "response_1", "better_response_id"),
@@ -243,31 +261,49 @@ FORMATS: Mapping[str, Format] = {
     "math_shepherd": Format("stepwise", ("input", "label", "task"), steps.read_math_shepherd),
     # fields that say what they are
     "stepwise": Format(
-        "stepwise", ("prompt|question", "completions[]", "labels[]"), steps.read_stepwise
+        "stepwise", ("prompt|question", "completions[]", "labels[]"), steps.read_stepwise, _HISTORY
     ),
-    "ranked": Format("ranked", ("prompt", "responses", "ranks|scores"), rows.read_ranked),
+    "ranked": Format("ranked", ("prompt", "responses", "ranks|scores"), rows.read_ranked, _HISTORY),
     "question_ranked": Format(
-        "ranked", ("question", "responses", "ranks|scores"), rows.read_question_ranked
+        "ranked", ("question", "responses", "ranks|scores"), rows.read_question_ranked, _QUESTION
     ),
-    "pairs": Format("pairs", ("prompt", "chosen", "rejected"), rows.read_pairs),
-    "sharegpt_pairs": Format("pairs", ("conversations", "chosen", "rejected"), rows.read_pairs),
-    "alpaca_pairs": Format("pairs", ("instruction", "chosen", "rejected"), rows.read_alpaca_pairs),
-    "question_pairs": Format("pairs", ("question", "chosen", "rejected"), rows.read_question_pairs),
-    "implicit_pairs": Format("pairs", ("chosen", "rejected"), rows.read_implicit),
+    "pairs": Format("pairs", ("prompt", "chosen", "rejected"), rows.read_pairs, _HISTORY + _PAIRED),
+    "sharegpt_pairs": Format(
+        "pairs", ("conversations", "chosen", "rejected"), rows.read_pairs, _PAIRED
+    ),
+    "alpaca_pairs": Format(
+        "pairs", ("instruction", "chosen", "rejected"), rows.read_alpaca_pairs, _QUESTION + _PAIRED
+    ),
+    "question_pairs": Format(
+        "pairs", ("question", "chosen", "rejected"), rows.read_question_pairs, _QUESTION + _PAIRED
+    ),
+    "implicit_pairs": Format("pairs", ("chosen", "rejected"), rows.read_implicit, _PAIRED),
     "messages_label": Format("unpaired", ("messages", "label"), rows.read_conversation_label),
     "sharegpt_label": Format(
         "unpaired", ("conversations", "label|kto_tag"), rows.read_conversation_label
     ),
-    "unpaired": Format("unpaired", ("prompt", "completion|response", "label"), rows.read_unpaired),
-    "question_label": Format(
-        "unpaired", ("question", "response|answer", "label"), rows.read_question_label
+    "unpaired": Format(
+        "unpaired", ("prompt", "completion|response", "label"), rows.read_unpaired, _HISTORY
     ),
-    "messages": Format("completions", ("messages",), rows.read_conversation_completion),
-    "sharegpt": Format("completions", ("conversations",), rows.read_conversation_completion),
-    "completion": Format("completions", ("prompt", "completion|response"), rows.read_completion),
-    "alpaca_outputs": Format("pairs", ("instruction", "output[]"), rows.read_alpaca_outputs),
-    "alpaca": Format("completions", ("instruction", "output|response"), rows.read_alpaca),
-    "question": Format("completions", ("question", "response|answer"), rows.read_question),
-    "text": Format("completions", ("text",), rows.read_text),
-    "prompt": Format("prompts", ("prompt",), rows.read_only_prompt),
+    "question_label": Format(
+        "unpaired", ("question", "response|answer", "label"), rows.read_question_label, _QUESTION
+    ),
+    "messages": Format("completions", ("messages",), rows.read_conversation_completion, _SCORED),
+    "sharegpt": Format(
+        "completions", ("conversations",), rows.read_conversation_completion, _SCORED
+    ),
+    "completion": Format(
+        "completions", ("prompt", "completion|response"), rows.read_completion, _HISTORY + _SCORED
+    ),
+    "alpaca_outputs": Format(
+        "pairs", ("instruction", "output[]"), rows.read_alpaca_outputs, _QUESTION + _PAIRED
+    ),
+    "alpaca": Format(
+        "completions", ("instruction", "output|response"), rows.read_alpaca, _QUESTION + _SCORED
+    ),
+    "question": Format(
+        "completions", ("question", "response|answer"), rows.read_question, _QUESTION + _SCORED
+    ),
+    "text": Format("completions", ("text",), rows.read_text, _SCORED),
+    "prompt": Format("prompts", ("prompt",), rows.read_only_prompt, _HISTORY),
 }

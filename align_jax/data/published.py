@@ -19,6 +19,7 @@ from align_jax.data.rows import (
     label_of,
     number_of,
     order,
+    pair_scores,
     prompt_of,
     response_of,
     system_of,
@@ -66,11 +67,11 @@ def read_binary_feedback(row: Row, chat: bool) -> Example:
 def read_pairwise_feedback(row: Row, chat: bool) -> Example:
     """Read prompt, output_A, output_B and label: 1 where A is preferred."""
     sides = ("A", "B") if label_of(row["label"]) else ("B", "A")
-    given = all(row.get(f"reward_{side}") is not None for side in sides)
+    rewards = (f"reward_{sides[0]}", f"reward_{sides[1]}")
     return Example(
         _prompt(row),
         tuple(_output(row[f"output_{side}"]) for side in sides),
-        scores=tuple(_number(row, f"reward_{side}") for side in sides) if given else None,
+        scores=pair_scores(row, [rewards]),
         **about(row, "prompt", "output_A", "output_B", "label"),
     )
 

@@ -200,15 +200,18 @@ def prompt_of(row: Row, name: str = "prompt") -> tuple[Message, ...] | str:
 
 
 def _turns_before(row: Row) -> tuple[Message, ...]:
-    """Read a prompt's ``history`` where it is its earlier turns, and no column of another kind."""
+    """Read a prompt's earlier turns: a ``history`` of pairs, or of messages.
+
+    Raises:
+        RowError: a column of that name that is neither.
+    """
     value = row.get("history")
-    value = _parsed(value, "history") if isinstance(value, str) and value[:2] == "[[" else value
-    is_pair = (
-        [isinstance(one, (list, tuple)) and len(one) == 2 for one in value]
-        if (isinstance(value, (list, tuple)))
-        else [False]
-    )
-    return history_of(row) if is_pair and all(is_pair) else ()
+    if not isinstance(value, str):
+        return messages(value, "history") if _holds_messages(value) else history_of(row)
+    if value.strip() and value[:2] != "[[":
+        hint = '--config.data.columns=\'{"note": "history"}\' gives it another name'
+        raise RowError("history: expected a prompt's earlier turns, got a text", hint)
+    return history_of(row)
 
 
 def history_of(row: Row) -> tuple[Message, ...]:
@@ -299,31 +302,46 @@ def list_of(row: Row, name: str) -> Sequence[Any]:
     return row[name]
 
 
-_PAIR_SCORES = (
-    ("score_chosen", "score_rejected"),
-    ("chosen_score", "rejected_score"),
-    ("chosen_rating", "rejected_rating"),
+# what people call the scores of the two answers of a pair, chosen then rejected
+PAIR_SCORES = tuple(
+    (name.format("chosen"), name.format("rejected"))
+    for name in (
+        *("score_{}", "{}_score", "{}-score", "{}_avg_score", "score_of_{}"),
+        *("rating_{}", "{}_rating", "{}-rating", "{}_avg_rating", "avg_rating_{}"),
+        *("reward_{}", "{}_reward", "{}-reward", "{}_rm_score", "rm_score_{}"),
+    )
 )
-# columns that may stand beside a format's own and are read
-KNOWN = {
-    *("system", "system_prompt", "history", "input", "context", "score", "reward", "scores"),
-    *("ranks", "all_rm_scores", "score_A", "score_B", "reward_A", "reward_B", "parent_id"),
-    *(name for pair in _PAIR_SCORES for name in pair),
-}
 
 
-def pair_scores(row: Row) -> tuple[float, float] | None:
+def pair_scores(
+    row: Row, names: Sequence[tuple[str, str]] = PAIR_SCORES
+) -> tuple[float, float] | None:
     """Read the scores of chosen and rejected, under any of the names in use; None where there are
-    none."""
+    none.
+
+    Args:
+        row: the row.
+        names: of the two columns; the first two that are filled count.
+
+    Raises:
+        RowError: no finite number, or one of two alone.
+    """
     # SimPO's on-policy data: chosen has the highest score, rejected the lowest
     if row.get("all_rm_scores"):
         scores = list_of(row, "all_rm_scores")
         found = [number_of(score, "all_rm_scores") for score in scores]
         return max(found), min(found)
-    for chosen, rejected in _PAIR_SCORES:
-        if row.get(chosen) is not None and row.get(rejected) is not None:
-            return number_of(row[chosen], chosen), number_of(row[rejected], rejected)
-    return None
+    both: tuple[float, float] | None = None
+    for pair in names:
+        here = [name for name in pair if row.get(name) is not None]
+        if len(here) == 1:
+            (other,) = set(pair) - set(here)
+            raise RowError(
+                f"{here[0]}: no {other} beside it", "a pair has the scores of both answers, or none"
+            )
+        if here and both is None:
+            both = number_of(row[pair[0]], pair[0]), number_of(row[pair[1]], pair[1])
+    return both
 
 
 def score_of(row: Row) -> tuple[float] | None:
@@ -483,7 +501,7 @@ def read_text(row: Row, chat: bool) -> Example:
 
 def _alpaca_prompt(row: Row, chat: bool) -> tuple[Message, ...] | str:
     instruction = text_of(row["instruction"], "instruction")
-    extra, history = words_of(row, "input", "context"), history_of(row)
+    extra, history = words_of(row, "input", "context"), _turns_before(row)
     if chat:
         return with_system(
             row, history + user(f"{instruction}\n\n{extra}" if extra else instruction)

@@ -168,6 +168,12 @@ READ |= {
         (U("a"), A("x"), U("b")),
         ("c",),
     ),
+    "history of messages": (
+        {"prompt": "b", "completion": "c", "history": [U("a"), A("x")]},
+        "completions",
+        (U("a"), A("x"), U("b")),
+        ("c",),
+    ),
     "a question's context": (
         {"question": "q", "context": "k", "answer": "a"},
         "completions",
@@ -245,6 +251,7 @@ def test_a_row_is_read_whole(tmp_path, name):
 
 
 P = {"prompt": "q", "chosen": "c", "rejected": "r"}
+SIDES = ("score_chosen", "score_rejected")
 REFUSED = {
     "two names of a role": (
         {"messages": [{"role": "user", "from": "gpt", "content": "q"}, A("a")]},
@@ -396,6 +403,48 @@ REFUSED |= {
 }
 
 
+_FEEDBACK = {"type": "pairwise_feedback", "output_A": "c", "output_B": "r", "label": 1}
+_PAIRS = {  # a row of pairs, the columns of its two scores
+    "prompt": (P, "score_chosen", "score_rejected"),
+    "another name": (P, "chosen_score", "rejected_score"),
+    "rating": (P, "chosen_rating", "rejected_rating"),
+    "rating before": (P, "rating_chosen", "rating_rejected"),
+    "reward": (P, "chosen_reward", "rejected_reward"),
+    "hyphens": (P, "chosen-rating", "rejected-rating"),
+    "implicit": ({"chosen": [U("q"), A("c")], "rejected": [U("q"), A("r")]}, *SIDES),
+    "sharegpt": ({"conversations": [U("q")], "chosen": "c", "rejected": "r"}, *SIDES),
+    "instruction": ({"instruction": "q", "chosen": "c", "rejected": "r"}, *SIDES),
+    "two outputs": ({"instruction": "q", "output": ["c", "r"]}, *SIDES),
+    "question": ({"question": "q", "chosen": "c", "rejected": "r"}, *SIDES),
+    "feedback": ({**_FEEDBACK, "prompt": "q"}, "reward_A", "reward_B"),
+}
+REFUSED |= {
+    f"one score of two: {name}, {one}": (
+        {**row, one: 0.5, other: None},
+        "pairs",
+        f"{one}: no {other}",
+    )
+    for name, (row, *both) in _PAIRS.items()
+    for one, other in (both, both[::-1])
+}
+_RANKED = {"prompt": "q", "responses": ["a", "b"]}
+_SHP = {"history": "q", "human_ref_A": "a", "human_ref_B": "b", "labels": 1, "score_A": 3}
+REFUSED |= {
+    "one rank of two": ({**_RANKED, "ranks": [1, None]}, "ranked", "ranks: expected a finite"),
+    "one score of a ranking": ({**_RANKED, "scores": [None, 1]}, "ranked", "scores: expected a"),
+    "fewer scores": ({**_RANKED, "scores": [1]}, "ranked", "another number of responses"),
+    "one vote of two": (_SHP, "pairs", "score_B: expected a finite number"),
+    "history in a text": ({**P, "history": "what was said"}, "pairs", '"note": "history"'),
+}
+
+
+@pytest.mark.parametrize("name", _PAIRS)
+def test_a_pairs_two_scores_are_read(tmp_path, name):
+    row, chosen, rejected = _PAIRS[name]
+    assert load(tmp_path, [{**row, chosen: "7", rejected: 2}]).items[0].scores == (7, 2)
+    assert load(tmp_path, [{**row, chosen: None, rejected: None}]).items[0].scores is None
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_bad_row_is_named_and_can_be_dropped(tmp_path, name):
     row, kind, said = REFUSED[name]
@@ -495,8 +544,9 @@ def test_a_field_that_is_null_in_many_first_rows_is_a_field(tmp_path):
 
 
 def test_what_stands_beside_the_text_is_said(tmp_path):
-    report = load(tmp_path, [{**P, "reasoning": "t", "id": 3, "score_chosen": 1}]).report
-    assert report["columns beside the text"] == "id reasoning"
+    row = {**P, "reasoning": "t", "id": 3, "score_chosen": 1, "score_rejected": 0}
+    report = load(tmp_path, [{**row, "context": "k", "scores": [1], "label": 1}]).report
+    assert report["columns beside the text"] == "context id label reasoning scores"
 
 
 def test_a_number_written_as_a_text_is_a_score_and_nan_a_missing_one(tmp_path):
