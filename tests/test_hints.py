@@ -120,9 +120,11 @@ def test_every_flag_and_key_that_a_message_names_exists_and_takes_the_value():
     assert not wrong
 
 
-@pytest.mark.parametrize("path", ["README.md", "CONTRIBUTING.md", "docs/pod.md"])
+@pytest.mark.parametrize(
+    "path", ["README.md", "CONTRIBUTING.md", "docs/pod.md", "docs/design.md", "docs/online.md"]
+)
 def test_the_documents_flags_exist(path):
     text = (PACKAGE.parent / path).read_text()
     every = set().union(*flags_of_programs().values()) | ALL
-    for program, flag in re.findall(r"align_jax\.(\w+)[^\n|`]*? --(\w+)", text):
+    for program, flag in re.findall(r"align[_-]jax[. ](\w+)[^\n|`]*? --(\w+)", text):
         assert flag in every, f"{program} --{flag}"
