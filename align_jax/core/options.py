@@ -126,7 +126,9 @@ class ModelOptions(Checked):
         "config",
     )
     family: str = option(
-        "llama", "for random weights: a Hugging Face model_type", table="align_jax.models:FAMILIES"
+        "llama",
+        "for random weights: a Hugging Face model_type; or your own module:name, of path's too",
+        table="align_jax.models:FAMILIES",
     )
     config: Mapping[str, Any] = option(
         {}, "for random weights: fields of that family's Hugging Face config"
@@ -197,7 +199,9 @@ class ReferenceOptions(Checked):
     """The frozen reference that the policy is compared with."""
 
     path: str = option("", "directory or hub id; '' = the starting weights")
-    family: str = option("llama", "of config", table="align_jax.models:FAMILIES")
+    family: str = option(
+        "llama", "of config; or your own module:name, of path's", table="align_jax.models:FAMILIES"
+    )
     config: Mapping[str, Any] = option(
         {}, "fields of path's config.json, with which align_jax.plan does without the checkpoint"
     )

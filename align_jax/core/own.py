@@ -39,7 +39,7 @@ def row(
     if ":" not in name:
         return choose(table, name, what)
     kind = type(next(iter(table.values())))
-    found = load(name, what)
+    found = load(name, what, "function" if adapt else kind.__name__)
     if isinstance(found, kind):
         return found
     if adapt is not None and inspect.isfunction(found):
@@ -47,7 +47,7 @@ def row(
     wanted = f"{inspect.getmodule(kind).__name__}.{kind.__name__}"  # type: ignore[union-attr]
     raise ValueError(
         f"{what} = {name!r} is a {type(found).__name__}; expected "
-        f"{'a function, or ' if adapt else ''}a {wanted}, as the table's own rows are"
+        f"{'a function, or ' if adapt else ''}an {wanted}, as the table's own rows are"
     )
 
 

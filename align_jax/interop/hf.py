@@ -33,8 +33,8 @@ from align_jax.core.files import json_kind, looks_like, read_json
 from align_jax.core.tree import flatten, unflatten
 from align_jax.interop import tensor_files
 from align_jax.interop.streaming import read_parameter
-from align_jax.models import FAMILIES, unread
-from align_jax.models.config import RUN_LENGTH, ModelConfig
+from align_jax.models import FAMILIES, find_family, own_family, unread
+from align_jax.models.config import OWN_FAMILY, RUN_LENGTH, ModelConfig
 from align_jax.models.hf_fields import check
 from align_jax.models.layers import ACTIVATIONS
 from align_jax.models.model import build
@@ -62,13 +62,19 @@ HEAD_TENSORS: Mapping[str, tuple[TensorMap, ...]] = {
 # ------------------------------------------------------------------------------- configurations
 
 
-def config_from(hf: Mapping[str, Any]) -> ModelConfig:
+def config_from(hf: Mapping[str, Any], family: str = "") -> ModelConfig:
     """Turn a Hugging Face configuration into ours.
+
+    Args:
+        hf: the configuration.
+        family: the user's own that reads it, ``module:name``; else as ``hf`` says.
 
     Raises:
         ValueError: no or an unknown ``model_type``, a field of a wrong type or an impossible value,
             or a feature that the family's file does not support.
     """
+    if named := own_family.named(hf, family):
+        return own_family.read(hf, named)
     kind = hf.get("model_type")
     if not isinstance(kind, str) or not kind:
         raise ValueError(
@@ -111,8 +117,26 @@ def _unknown_family(kind: str, hf: Mapping[str, Any]) -> str:
         if re.sub(r"[^0-9]", "", name) == digits
     ]
     near = [name for name in near if abs(len(name) - len(kind)) <= 1]  # a typo, not a relative
-    meant = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(FAMILIES)}"
-    return f"model_type = {kind!r} is unknown{meant}"
+    if near:
+        return f"model_type = {kind!r} is unknown; did you mean {near[0]!r}?"
+    return (
+        f"model_type = {kind!r} is unknown; known: {', '.join(FAMILIES)}; or your own: "
+        f"config.model.family = 'module:name' of a Family, or {OWN_FAMILY!r} in config.json"
+    )
+
+
+def config_of(family: str, fields: Mapping[str, Any]) -> ModelConfig:
+    """Turn fields of a family's Hugging Face configuration into ours, for random weights.
+
+    Args:
+        family: a name of ``models.FAMILIES``, or the user's own, ``module:name``, whose module is
+            the ``model_type`` that an export has.
+        fields: those that are not as the family has them by default.
+
+    Raises:
+        ValueError: as ``config_from``.
+    """
+    return config_from({"model_type": family.partition(":")[0], **fields}, family)
 
 
 def locate(path: str, file: str = "") -> str:
@@ -158,13 +182,14 @@ def locate(path: str, file: str = "") -> str:
         ) from error
 
 
-def load_config(path: str, run_length: int = 0) -> ModelConfig:
+def load_config(path: str, run_length: int = 0, family: str = "") -> ModelConfig:
     """Read the configuration of a checkpoint folder or hub id.
 
     Args:
         path: folder or hub id.
         run_length: tokens of the longest text that is computed with; 0: as the checkpoint's own run
             had it, else within the original context.
+        family: as ``config_from`` takes it.
 
     Raises:
         FileNotFoundError: there is none.
@@ -177,7 +202,7 @@ def load_config(path: str, run_length: int = 0) -> ModelConfig:
     if "config" in found and "versions" in found:
         raise ValueError(f"{file}: expected a model's, got a run's{_of_a_run(path)}")
     try:
-        config = config_from(found)
+        config = config_from(found, family)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
     folder = os.path.dirname(file)
@@ -256,7 +281,7 @@ def tensor_maps(
 ) -> list[TensorMap]:
     """Return the tensor map of a model with these scalar heads, with or without a language-model
     head."""
-    entries = FAMILIES[config.family].tensor_maps(config)
+    entries = find_family(config.family).tensor_maps(config)
     if not unembed:
         roles = flatten(build(config, unembed=True).roles())
         entries = [entry for entry in entries if role_of(roles, entry.path).part != "output"]
@@ -317,7 +342,7 @@ def load(
             missing, unexpected, mis-shaped, no floats or not finite: all of a kind in one message.
     """
     folder = locate(path)
-    own = load_config(folder)
+    own = load_config(folder, family=config.family if config else "")
     config = config or own
     _check_config(config, own, path)
     unembed = "score" not in heads if unembed is None else unembed
@@ -356,7 +381,7 @@ def check_headers(path: str, config: ModelConfig, heads: tuple[str, ...], unembe
         FileNotFoundError, ValueError: as ``load`` does.
     """
     folder = locate(path)
-    own = load_config(folder)
+    own = load_config(folder, family=config.family)
     _check_config(config, own, path)
     with _reader(folder, own) as reader:
         entries = _checked_entries(reader, config, own, heads, unembed, path)
@@ -427,7 +452,7 @@ def _with_base(entries: list[TensorMap], present: set[str], family: str) -> list
     """Spell the names as the checkpoint does: without the base prefix where it is of the bare
     decoder (as GPT-2's on the hub), or with that of transformers' modules; a layer's experts as
     one where it has them so."""
-    base, modules = FAMILIES[family].base, FAMILIES[family].modules
+    base, modules = find_family(family).base, find_family(family).modules
     if modules and any(name.startswith(modules) for name in present):
         spelled = [as_module(entry.name, family) for entry in entries]
     elif not base or any(name.startswith(base) for name in present):
@@ -440,7 +465,7 @@ def _with_base(entries: list[TensorMap], present: set[str], family: str) -> list
 
 def as_module(name: str, family: str) -> str:
     """Return the name that transformers' module has for what a checkpoint's tensor holds."""
-    row = FAMILIES[family]
+    row = find_family(family)
     if not row.modules:
         return name
     if name.startswith(row.base):
@@ -462,7 +487,7 @@ def _check_tensors(
     unexpected = reader.names - expected.keys()
     if unexpected:
         unexpected -= _other_heads(config)
-    row = FAMILIES[config.family]
+    row = find_family(config.family)
     ignored = "|".join(filter(None, (row.ignored, row.carried)))
     wrong = {
         "missing": sorted(expected.keys() - reader.names),
@@ -490,7 +515,7 @@ def _check_tensors(
 
 def not_exported(config: ModelConfig, heads: tuple[str, ...]) -> str:
     """Say why a model with these heads cannot be exported; "" where it can."""
-    if "score" not in heads or FAMILIES[config.family].classifier:
+    if "score" not in heads or find_family(config.family).classifier:
         return ""
     return (
         f"transformers has no sequence classifier of {config.family}: a reward model of it is used "
@@ -566,7 +591,7 @@ def save(
             )
         return tensor
 
-    main, row = jax.process_index() == 0, FAMILIES[config.family]
+    main, row = jax.process_index() == 0, find_family(config.family)
     with contextlib.ExitStack() as stack:
         others: dict[str, Callable[[str], np.ndarray]] = {}
         if beside and row.carried:
@@ -598,7 +623,7 @@ def _types(folder: str, config: ModelConfig, wanted: Iterable[str]) -> dict[str,
     """Return the types that a checkpoint stores these tensors in, of those that it has."""
     out: dict[str, np.dtype] = {}
     with _reader(folder, config) as reader:
-        base = FAMILIES[config.family].base
+        base = find_family(config.family).base
         for name in wanted:
             spelled = (name, as_module(name, config.family), name.removeprefix(base))
             if there := next((one for one in spelled if one in reader.names), ""):

@@ -34,7 +34,7 @@ from align_jax.interop.peft_modules import EMBED, LinearMap, Module, adaptable, 
 from align_jax.interop.peft_settings import CONFIG, TENSORS, Settings
 from align_jax.interop.peft_tensors import PREFIX, Tensors
 from align_jax.interop.tensor_files import listed, remove_older
-from align_jax.models import BESIDE, FAMILIES
+from align_jax.models import BESIDE, find_family
 from align_jax.models.config import ModelConfig
 from align_jax.models.heads import HEADS
 from align_jax.models.lora import LEAVES, LoraConfig
@@ -107,7 +107,7 @@ def save(
     transposed = any(part.transposed for part in maps if part.path != EMBED)
     ranks = _ranks(adapted, flat, config, lora)
     settings = _settings(lora, ranks, transposed, SCORE in flat, base_name) | settings
-    if FAMILIES[config.family].carried:  # whose modules are called as the decoder's
+    if find_family(config.family).carried:  # whose modules are called as the decoder's
         settings["exclude_modules"] = rf"(.*\.)?{BESIDE}\..*"
     (folder / CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
     # a whole model that lay here before would be loaded in place of the adapter
@@ -151,7 +151,7 @@ def _ranks(
     everything = sorted(
         {
             hf.as_module(entry.name, config.family).removesuffix(".weight")
-            for entry in FAMILIES[config.family].tensor_maps(config)
+            for entry in find_family(config.family).tensor_maps(config)
         }
     )
     ranks: dict[str, int] = {}

@@ -16,7 +16,7 @@ import numpy as np
 
 from align_jax.core.tree import flatten
 from align_jax.interop import hf
-from align_jax.models import FAMILIES
+from align_jax.models import find_family
 from align_jax.models.config import ModelConfig
 from align_jax.models.lora import LEAVES
 from align_jax.models.model import build
@@ -187,7 +187,7 @@ def adaptable(config: ModelConfig) -> list[Module]:
     config = _unpadded(config)
     roles = flatten(build(config).roles())
     found: dict[tuple[str, range], list[LinearMap]] = {}
-    for entry in FAMILIES[config.family].tensor_maps(config):
+    for entry in find_family(config.family).tensor_maps(config):
         role = role_of(roles, entry.path)
         if role.adaptable:
             name = hf.as_module(entry.name, config.family).removesuffix(".weight")
@@ -208,7 +208,7 @@ def parameters(config: ModelConfig) -> dict[str, Whole]:
             parse(entry, config),
             entry.numbers(config),
         )
-        for entry in FAMILIES[config.family].tensor_maps(config)
+        for entry in find_family(config.family).tensor_maps(config)
         if not entry.by_expert
     }
 
@@ -216,7 +216,7 @@ def parameters(config: ModelConfig) -> dict[str, Whole]:
 def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Return the shapes of all tensors of transformers' modules."""
     config = _unpadded(config)
-    entries = FAMILIES[config.family].tensor_maps(config)
+    entries = find_family(config.family).tensor_maps(config)
     spelled = [
         dataclasses.replace(entry, name=hf.as_module(entry.name, config.family))
         for entry in entries
@@ -227,7 +227,7 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 def bare(name: str, family: str) -> str:
     """Return a module's or tensor's name without the prefixes that depend on which class of
     transformers, and of which version, it stands in."""
-    row = FAMILIES[family]
+    row = find_family(family)
     prefixes = [one for one in (row.base, row.modules, "model.", "language_model.") if one]
     while prefix := next((one for one in prefixes if name.startswith(one)), ""):
         name = name.removeprefix(prefix)

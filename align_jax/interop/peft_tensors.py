@@ -19,7 +19,7 @@ import numpy as np
 from align_jax.interop.peft_modules import bare
 from align_jax.interop.peft_settings import TENSORS
 from align_jax.interop.tensor_files import DTYPES, NO_FLOATS, Reader, listed
-from align_jax.models import FAMILIES
+from align_jax.models import find_family
 
 PREFIX = "base_model.model."
 # behind these PEFT puts the adapter's name, which is in the file where others than it write it
@@ -86,5 +86,5 @@ def read(folder: str, family: str) -> Tensors:
         for short, those in names.items()
         if re.search(r"\.\d+\.", short)
     )
-    own = FAMILIES[family].modules or FAMILIES[family].base
+    own = find_family(family).modules or find_family(family).base
     return Tensors(found, before.most_common(1)[0][0] if before else own, family)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
+from align_jax.core import own
 from align_jax.models.config import ModelConfig
 from align_jax.models.families import (
     arcee,
@@ -166,3 +167,12 @@ FAMILIES: Mapping[str, Family] = {
     "smollm3": _row(smollm3, "SmolLM3"),
     "starcoder2": _row(starcoder2, "Starcoder2"),
 }
+
+
+def find_family(name: str) -> Family:
+    """Return a family by name: the table's, or the user's own, ``module:name``.
+
+    Raises:
+        ValueError: an unknown name; something else than a ``Family``.
+    """
+    return own.row(FAMILIES, name, "the model's family")

@@ -21,6 +21,8 @@ from align_jax.models.unread import unread
 
 # our own key of config.json, where rotary embeddings depend on it; other programs pass over it
 RUN_LENGTH = "align_jax_run_length"
+# and of a family of the user's own: where it is found, ``module:name``
+OWN_FAMILY = "align_jax_family"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +77,7 @@ class ModelConfig:
     """A decoder-only transformer.
 
     Attributes:
-        family: Hugging Face ``model_type``.
+        family: Hugging Face ``model_type``; or the user's own family, ``module:name``.
         vocab_size: token ids in use; ``vocab_rows`` >= it are the rows of the embedding table
             (padded to divide the mesh); logits beyond ``vocab_size`` are the lowest float32.
         windows: a window for each layer, in tokens, the token itself included; 0 = the whole row.
@@ -324,7 +326,8 @@ class ModelConfig:
             dtype: the weights' type as stored.
             changes: further keys (num_labels, ...).
         """
-        hf = json.loads(self.hf) | {"model_type": self.family}
+        kind = OWN_FAMILY if ":" in self.family else "model_type"
+        hf = json.loads(self.hf) | {kind: self.family}
         text = hf.get("text_config", hf)
         text["vocab_size"] = self.vocab_size
         for part in (hf, text):  # the weights that they described are no more

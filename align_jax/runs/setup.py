@@ -128,7 +128,8 @@ def resolve_config(config: Config, devices: int) -> ResolvedConfig:
     """
     terms = objective_terms(config)
     # first the model's own file, of which a tokenizer's loader would say less
-    model_config = hf.load_config(config.model.path) if config.model.path else None
+    path, family = config.model.path, config.model.family
+    model_config = hf.load_config(path, family=family) if path else None
     tokenizer = load_tokenizer(
         config.tokenizer or config.model.path or "byte",
         chat_template=config.data.chat_template or None,
@@ -136,7 +137,7 @@ def resolve_config(config: Config, devices: int) -> ResolvedConfig:
     )
     if model_config is None:
         fields = {"vocab_size": len(tokenizer), **config.model.config}
-        model_config = hf.config_from({"model_type": config.model.family, **fields})
+        model_config = hf.config_of(family, fields)
     had = model_config.vocab_size
     model_config = vocabulary.grown(model_config, tokenizer, config.model.path, "config.model.path")
     new_tokens = vocabulary.added(tokenizer, had)
@@ -320,8 +321,8 @@ def _reference_config(
     path, known = config.reference.path, dict(config.reference.config)
     if not path and not known:
         return None
-    fields = {"model_type": config.reference.family, **known}
-    found = hf.load_config(path) if path else hf.config_from(fields)
+    family = config.reference.family
+    found = hf.load_config(path, family=family) if path else hf.config_of(family, known)
     weights.check_speaks(found, path)
     found = vocabulary.grown(found, tokenizer, path, "config.reference.path").padded(multiple)
     found = dataclasses.replace(found, run_length=config.max_length)
