@@ -11,7 +11,7 @@ Compiles the very programs of the run with the TPU compiler, for chips that need
     eval                   offline, where something is held out
     reference              where the reference's log-probabilities are cached
     prefill, decode        online: sampling, of held-out prompts too; "opponent": what the samples
-                           meet (the reference, or its mixture with the policy)
+                           meet (the reference, or its mixture with the policy); "greedy": of ReMax
     reward NAME            online: each reward model
     rescore, rescore reference    online: old and reference log-probabilities, values
 

@@ -279,9 +279,19 @@ class RolloutConfig:
         return self.slices * self.options.epochs
 
     @property
+    def sampled_prompts(self) -> int:
+        """Prompts of a rollout whose responses are sampled."""
+        return round(self.own_share * self.options.prompts)
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most probable response to each prompt is asked for too."""
+        return self.method == "greedy"
+
+    @property
     def samples(self) -> int:
-        """Completions in a rollout."""
-        return self.options.prompts * self.options.responses_per_prompt
+        """Completions that a rollout samples and learns from."""
+        return self.sampled_prompts * self.options.responses_per_prompt
 
     @property
     def temperature(self) -> float:

@@ -647,7 +647,7 @@ def make_rollouts(
     scored = _scored(config, tokenizer, mesh, load_model)
     lengths = config.max_length, longest
     opponent = make_opponent(rollouts, policy, reference, tokenizer, mesh, *lengths)
-    greedy, share = rollouts.method == "greedy", rollouts.own_share
+    greedy, share = rollouts.greedy, rollouts.own_share
     sampler = PromptSampler(
         rollouts.options, engine, scored, player, share, greedy, opponent, rollouts.facing
     )

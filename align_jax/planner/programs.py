@@ -3,8 +3,8 @@
 
 train ─ eval ─ reference (where its log-probabilities are cached)
 online: prefill ─ decode (a loop: one token a row) ─ reward NAME ─ rescore ─ rescore reference
-        (with an environment also prefill and decode of later turns; where samples meet another
-        player's, prefill and decode of the opponent)
+        (with an environment also prefill and decode of later turns; of ReMax the greedy ones;
+        where samples meet another player's, the opponent's)
 """
 
 from __future__ import annotations
@@ -133,7 +133,8 @@ def rollout_programs(run: AbstractRun, rollouts: RolloutConfig) -> Iterator[Prog
         both = [(run.spec.policy, policy), (reference, held)]
         yield from _generation(run, rollouts, both, " opponent")
     for name, reward in run.rewards.items():
-        samples = rollouts.samples + options.prompts * others(options)
+        beside = rollouts.greedy + others(options)  # what is scored of each prompt, too
+        samples = rollouts.samples + rollouts.sampled_prompts * beside
         yield _reward_program(run, name, reward, samples)
     if rollouts.targets is None:  # the objective takes no old or reference log-probabilities
         return
@@ -224,11 +225,16 @@ def _generation(
         stop=options.stop,
     )
     turn = functools.partial(_turn, run, weights, generator, params, mesh)
-    yield from turn([first] * options.prompts, name)
+    prompts, alone = rollouts.sampled_prompts, dataclasses.replace(first, samples=1)
+    greedy = [alone] * (prompts * rollouts.greedy)  # of ReMax
+    together = greedy if first == alone else []  # requests of like shapes share their calls
+    yield from turn([first] * prompts + together, name)
+    if greedy and not together:
+        yield from turn(greedy, " greedy")
     if options.environment:
-        room = later_room(options, longest, max_length)
-        later = dataclasses.replace(first, samples=1, room=room)
-        yield from turn([later] * rollouts.samples, " of later turns", options.max_turns - 1)
+        later = dataclasses.replace(alone, room=later_room(options, longest, max_length))
+        count = rollouts.samples + len(greedy)
+        yield from turn([later] * count, " of later turns", options.max_turns - 1)
 
 
 def _turn(

@@ -113,6 +113,34 @@ def test_what_the_samples_meet_is_sampled_and_scored_too(reward_model, name, mod
     assert programs["reward model"].runs == 2 * samples // 8 and own.runs == other.runs
 
 
+@pytest.mark.parametrize(
+    "name, keys, runs",
+    [  # of 8 prompts, four samples each where nothing else is said, in calls of 8 rows
+        ("grpo", {"objective__advantages": "greedy"}, [4, 64, 1, 16, 5]),
+        (
+            "reinforce",
+            {"objective__advantages": "greedy", "rollout__responses_per_prompt": 1},
+            [2, 32, 2],
+        ),
+        ("gkd", {"objective__on_policy": 0.5, "rollout__responses_per_prompt": 1}, [1, 16]),
+        ("minillm", {}, [4, 64]),
+    ],
+)
+def test_a_greedy_sample_a_prompt_counts_and_answers_of_the_data_do_not(
+    reward_model, name, keys, runs
+):
+    learns_rewards = "advantages" in str(keys)
+    rewards = {"model": {"path": reward_model, "rows": 8, "max_length": 64}}
+    keys = {"rollout__responses_per_prompt": 4, "rollout__prompts": 8, "rollout__rows": 8} | keys
+    config = _config(name, rewards if learns_rewards else None, rollout__max_new_tokens=16, **keys)
+    run = plan.make_run(config, describe_topology("v5e:2x2"))
+    programs = {program.name: program.runs for program in other_programs(run)}
+    names = ["prefill", "decode"] + ["prefill greedy", "decode greedy"] * (len(runs) == 5)
+    names += ["reward model"] * learns_rewards
+    assert [name for name in programs if "rescore" not in name] == names
+    assert [programs[name] for name in names] == runs
+
+
 def test_a_cached_reference_is_computed_by_a_program_of_its_own():
     config = _config("dpo", reference__mode="cached")
     run = plan.make_run(config, describe_topology("v5e:2x2"))
