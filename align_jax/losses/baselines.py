@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from align_jax.core.schema import Batch
-from align_jax.losses.advantages import discounted_sum, group_advantages
+from align_jax.losses.advantages import discounted_sum
 
 EPS = 1e-4  # added to standard deviations, as TRL does
 
@@ -133,16 +133,22 @@ def filtered(
     count: int,
     by: str = "length",
     scale: str = "group",
+    hard: int | None = None,
 ) -> Float[Array, "B R"]:
-    """Compute GFPO's advantages: of a group only ``count`` responses are kept and compared.
+    """Compute GFPO's advantages: of a group only some responses are kept and compared.
 
-        S = the ``count`` shortest, or those of most score a token
+        S = the k shortest, or those of most score a token
         A_r = (s_r - mean_S s) / (std_S s + eps) of r in S, 0 of the others
 
+    k is ``count``; in the adaptive form (``hard``) it is ``count`` for the quarter of the groups of
+    the greatest mean score, halfway to ``hard`` (rounded down) for the next quarter, and ``hard``
+    for the others.
+
     They are ``group_advantages`` of what is kept, with the sample's standard deviation (as in TRL
-    1.5's trainer; the paper's divides by ``count``).  Of equal ones the first are kept.  A response
+    1.5's trainer; the paper's divides by k).  Of equal ones the first are kept.  A response
     that bears no loss has length 0 and is kept last.  The others' tokens still count in the mean
-    over tokens, as in the paper.
+    over tokens, as in the paper.  The paper's quarters are of all prompts so far; here they are of
+    this batch, the whole rollout.
 
     Args:
         scores: [B, R].
@@ -151,22 +157,35 @@ def filtered(
         by: "length", or "efficiency": score over length.
         scale: the standard deviation of the "group" that is kept, of all in the "batch" that are,
             or "none".
+        hard: responses kept of a hard group, from ``count`` to R; None: ``count`` of each.
 
     References:
-        Shrivastava et al. 2025, arXiv 2508.09726, section 3 and algorithm 1.
+        Shrivastava et al. 2025, arXiv 2508.09726, section 3 and algorithm 1; adaptive: section 3.2.
 
     >>> scores, lengths = jnp.array([[1.0, 0.0, 1.0]]), jnp.array([[2, 3, 9]])
     >>> filtered(scores, lengths, count=2, scale="none").tolist()
     [[0.5, -0.5, 0.0]]
     """
-    responses = scores.shape[1]
-    if not 2 <= count <= responses:
-        raise ValueError(f"GFPO keeps from 2 to the {responses} responses of a prompt, got {count}")
+    responses, most = scores.shape[1], count if hard is None else hard
+    if not 2 <= count <= most <= responses:
+        raise ValueError(
+            f"GFPO keeps from 2 to the {responses} responses of a prompt, got {count} to {most}"
+        )
+    means = scores.mean(axis=1)
+    harder = (means[None, :] < means[:, None]).mean(axis=1)  # the share of groups that are
+    counts = jnp.where(harder >= 0.75, count, jnp.where(harder >= 0.5, (count + most) // 2, most))
     size = lengths.astype(jnp.float32)
     order = size if by == "length" else -scores / jnp.maximum(size, 1.0)
-    kept = jnp.argsort(jnp.where(size > 0, order, jnp.inf), axis=1, stable=True)[:, :count]
-    found = group_advantages(jnp.take_along_axis(scores, kept, axis=1), scale=scale)
-    return jnp.put_along_axis(jnp.zeros_like(scores), kept, found, axis=1, inplace=False)
+    order = jnp.argsort(jnp.where(size > 0, order, jnp.inf), axis=1, stable=True)
+    kept = jnp.argsort(order, axis=1) < counts[:, None]  # by each one's place in the order
+    centered = scores - scores.mean(axis=1, keepdims=True, where=kept)
+    low = jnp.where(kept, scores, jnp.inf).min(axis=1, keepdims=True)
+    high = jnp.where(kept, scores, -jnp.inf).max(axis=1, keepdims=True)
+    centered = jnp.where(kept & (low < high), centered, 0.0)  # equal ones: 0, not rounding noise
+    if scale == "none":
+        return centered
+    axis = 1 if scale == "group" else None
+    return centered / (scores.std(axis=axis, ddof=1, keepdims=True, where=kept) + EPS)
 
 
 def optimal_token(

@@ -103,6 +103,23 @@ class RolloutOptions(SamplerOptions):
             only={"advantages": ("filtered",)},
         ),
     ] = "length"
+    keep_hard: Annotated[
+        int | None,
+        Option(
+            "responses that are kept of hard groups, with fewer and fewer, down to keep_count, of "
+            "easier ones; None = keep_count of each",
+            low=2,
+            only={"advantages": ("filtered",)},
+        ),
+    ] = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.keep_hard is not None and self.keep_hard <= self.keep_count:
+            raise ValueError(
+                f"keep_hard = {self.keep_hard}: expected more than keep_count = {self.keep_count}, "
+                "which is kept of easy groups"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -370,6 +387,7 @@ def make_targets(
     pass_score: float = 0.5,
     keep_count: int = 2,
     keep_by: str = "length",
+    keep_hard: int | None = None,
 ) -> tuple[Batch, Metrics]:
     """Fill a rollout's ``advantages`` (and of one with values its ``returns``).
 
@@ -400,7 +418,7 @@ def make_targets(
         extras: what some methods need besides (``EXTRAS``).
         reward_weights: of the rewards in ``extras.each_score``.
         advantages, gamma, lam, bootstrap, whiten_advantages, whiten_rewards, kl_estimator, scale,
-            pass_k, pass_score, keep_count, keep_by: as declared.
+            pass_k, pass_score, keep_count, keep_by, keep_hard: as declared.
         kl_coef: units of reward per nat, in the reward; what looks at scores alone has its KL in
             the loss and takes none.
 
@@ -429,12 +447,7 @@ def make_targets(
     rewards = rewards + (0.0 if extras.steps is None else extras.steps.at_ends)
     kl = sum_by_slot(estimators.kl_estimate(ratio, kl_estimator), batch)
     totals = scores - kl_coef * kl  # [B, R]
-    returns: Array | None = None
-    if advantages == "gae":
-        if whiten_rewards:
-            rewards = estimators.whiten(rewards, token_weight, shift_mean=False)
-        found, returns = _gae(batch, rewards, gamma, lam, bootstrap)
-    else:
+    if advantages != "gae":
         togo = estimators.discounted_sum(rewards, mask, slot, gamma)
         returns = None if batch.old_values is None else togo
         if advantages == "global":
@@ -443,11 +456,15 @@ def make_targets(
             found = baselines.optimal_token(togo, old, jnp.asarray(extras.log_sum_sq), batch)
         else:
             passing = {"k": pass_k, "pass_score": pass_score}
-            keeping = {"count": keep_count, "by": keep_by, "scale": scale}
+            keeping = {"count": keep_count, "by": keep_by, "scale": scale, "hard": keep_hard}
             of_responses = _of_responses(
                 advantages, batch, totals, extras, scale, reward_weights, passing, keeping
             )
             found = _with_steps(of_responses, advantages, batch, extras, scale)
+    else:
+        if whiten_rewards:
+            rewards = estimators.whiten(rewards, token_weight, shift_mean=False)
+        found, returns = _gae(batch, rewards, gamma, lam, bootstrap)
     if whiten_advantages or advantages in ("global", "group_global"):
         found = estimators.whiten(found, token_weight)
     batch = batch._replace(advantages=jax.lax.stop_gradient(found), returns=returns)

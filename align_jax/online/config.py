@@ -170,11 +170,12 @@ class RolloutConfig:
                 f"config.objective.pass_k = {self.targets['pass_k']} is more than the {responses} "
                 "responses of a prompt (config.rollout.responses_per_prompt)"
             )
-        if method == "filtered" and self.targets and self.targets["keep_count"] > responses:
-            raise ValueError(
-                f"config.objective.keep_count = {self.targets['keep_count']} is more than the "
-                f"{responses} responses of a prompt (config.rollout.responses_per_prompt)"
-            )
+        for key in ("keep_hard", "keep_count") if method == "filtered" and self.targets else ():
+            if (kept := (self.targets or {})[key] or 0) > responses:
+                raise ValueError(
+                    f"config.objective.{key} = {kept} is more than the {responses} responses of a "
+                    "prompt (config.rollout.responses_per_prompt)"
+                )
         if method == "greedy" and options.temperature == 0:
             raise ValueError(
                 "config.objective.advantages = 'greedy' compare samples with the most probable "

@@ -102,6 +102,19 @@ def test_gfpo_is_grpo_among_the_responses_that_are_kept(options, kept):
             baselines.filtered(*arrays, count=count)
 
 
+def test_adaptive_gfpo_keeps_more_of_hard_groups():
+    """Section 3.2: quarters of the groups by their mean reward keep 2, 3, 4, 4 from the easiest."""
+    scores = np.array([[0, 1, 1, 2.0], [5, 5, 6, 4], [0, 0, 0, 1], [3, 2, 1, 4]])
+    lengths = np.array([[1, 2, 3, 4]] * 4)
+    found = np.asarray(
+        baselines.filtered(jnp.float32(scores), jnp.asarray(lengths), count=2, hard=4)
+    )
+    for scored, k, row in zip(scores, (4, 2, 4, 3), found):
+        own, std = scored[:k], scored[:k].std(ddof=1)
+        np.testing.assert_allclose(row[:k], (own - own.mean()) / (std + 1e-4), atol=1e-5)
+        assert not row[k:].any()
+
+
 def by_hand(method, batch, totals, extras, options):
     """The papers' formulas, response by response: [B, R] of float64."""
     lengths = np.asarray(batch.lengths, np.float64)
@@ -221,6 +234,7 @@ def test_beside_values_every_method_has_returns_for_the_critic():
         ("grpo", {"keep_count": 3}, "keep_count = 3 has no effect with advantages = 'group'"),
         ("rloo", {"advantages": "filtered"}, "set kl_coef = 0"),
         ("grpo", {"advantages": "filtered", "keep_count": 1}, "at least 2"),
+        ("grpo", {"advantages": "filtered", "keep_hard": 2}, "more than keep_count = 2"),
     ],
 )
 def test_an_option_without_effect_is_refused(name, options, words):

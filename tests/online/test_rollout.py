@@ -188,6 +188,7 @@ def test_the_optimal_token_baseline_sees_the_distributions_that_were_sampled(mod
     [
         ({"advantages": "pass_at_k", "pass_k": 5}, {}, "pass_k = 5 is more than the 4"),
         ({"advantages": "filtered", "keep_count": 5}, {}, "keep_count = 5 is more than the 4"),
+        ({"advantages": "filtered", "keep_hard": 5}, {}, "keep_hard = 5 is more than the 4"),
         ({"advantages": "length_weighted"}, {"responses_per_prompt": 1}, "must be at least 2"),
         ({"advantages": "greedy"}, {"temperature": 0.0}, "temperature = 0"),
         ({"advantages": "decoupled"}, {"overlong_buffer": 2}, "overlong_buffer = 2 shapes the sum"),

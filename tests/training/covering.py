@@ -115,6 +115,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "pass_k": {"pass_k": 1, "advantages": "pass_at_k", "kl_coef": 0.0},
     "keep_by": {"keep_by": "efficiency", **_FILTERED},
     "keep_count": {"keep_count": 3, **_FILTERED},
+    "keep_hard": {"keep_hard": 4, **_FILTERED},
     "pass_score": {"pass_score": 0.2, "pass_k": 1, "advantages": "pass_at_k", "kl_coef": 0.0},
     "per": {"per": "sequence"},
     "positive_weight": {"positive_weight": 3.0},
