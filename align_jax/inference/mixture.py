@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Generation from the geometric mixture of two models: both see the same tokens, each with a cache
-of its own."""
+"""Generation from a mixture of two models: both see the same tokens, each with a cache of its
+own."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -19,21 +20,25 @@ Both = tuple[Cache, Cache]
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-    """What `decoding` asks of a model, of two: π(y) ∝ first(y)^(1 - weight) second(y)^weight.
+    """What `decoding` asks of a model, of two: π(y) ∝ first(y)^(1 - weight) second(y)^weight, or
+    π(y) = (1 - weight) first(y) + weight second(y).
 
     Parameters are those of both, below "first" and "second"; hidden states stand side by side.
 
     Attributes:
         first, second: the models, of one tokenizer.
         weight: the second one's.
+        arithmetic: the second form.
 
     References:
-        Munos et al. 2023, arXiv 2312.00886, section 6 (the one-step-at-a-time mixture policy).
+        Munos et al. 2023, arXiv 2312.00886, section 6 (the one-step-at-a-time mixture policy);
+        arithmetic: Gu et al. 2023, arXiv 2306.08543, section 2.2 (teacher-mixed sampling).
     """
 
     first: Model
     second: Model
     weight: float
+    arithmetic: bool = False
 
     @property
     def config(self) -> ModelConfig:
@@ -74,4 +79,11 @@ class Mixture:
         first = self.first.unembed(params["first"], hidden[..., :size])
         second = self.second.unembed(params["second"], hidden[..., size:])
         both = min(first.shape[-1], second.shape[-1])
-        return (1.0 - self.weight) * first[..., :both] + self.weight * second[..., :both]
+        weights = (1.0 - self.weight, self.weight)
+        if self.arithmetic:
+            first, second = (
+                jax.nn.log_softmax(x.astype(jnp.float32), axis=-1) + jnp.log(weight)
+                for x, weight in zip((first, second), weights)
+            )
+            return jnp.logaddexp(first[..., :both], second[..., :both])
+        return weights[0] * first[..., :both] + weights[1] * second[..., :both]

@@ -101,10 +101,14 @@ class MiniLlm(TokenMeanLoss):
     Without ``single_step`` the sums begin at t and do all of it.  A_reward is 0 without rewards.
     Mean over the global batch's tokens.
 
+    Samples may be drawn from p̃ = α q + (1 - α) p_old (``teacher_share``), which is harder to please
+    with nonsense; w = p(y_t) / p̃(y_t) is then the importance ratio, clipped as ever.  The first
+    part stays unweighed, as the authors' code has it.
+
     References:
-        Gu et al. 2023, arXiv 2306.08543, equation 3, the single-step decomposition and the length
-        normalization of section 2.2.  Its third device, samples mixed with the teacher's, is left
-        out; its fourth, text beside the samples, is ``ptx_coef``.
+        Gu et al. 2023, arXiv 2306.08543, equation 3, the single-step decomposition, teacher-mixed
+        sampling and the length normalization of section 2.2; its fourth device, text beside the
+        samples, is ``ptx_coef``.  microsoft/LMOps, ``minillm/losses.py``, ``_pg_loss``.
 
     >>> from align_jax.losses import jitted
     >>> logps = [[[-1.0, -2.0]]]
@@ -114,7 +118,7 @@ class MiniLlm(TokenMeanLoss):
     [0.25]
     """
 
-    own = ("single_step", "length_normalization", "gamma", "epsilon")
+    own = ("single_step", "length_normalization", "gamma", "epsilon", "teacher_share")
     single_step: Annotated[
         bool, Option("a token's own step is the KL of whole distributions, not a sample of it")
     ] = True
@@ -123,6 +127,15 @@ class MiniLlm(TokenMeanLoss):
     ] = True
     gamma: Annotated[float, Option("γ: discount per token", above=0, high=1)] = 1.0
     epsilon: Annotated[float, Option("ε: ratios are clipped to 1 ± this", above=0)] = 0.2
+    teacher_share: Annotated[
+        float,
+        Option(
+            "α: samples are drawn from α teacher + (1 - α) student (the paper's: 0.2); 0 = from "
+            "the student alone",
+            low=0,
+            high=1,
+        ),
+    ] = 0.0
 
     reference: ClassVar[bool] = True
 
@@ -137,6 +150,10 @@ class MiniLlm(TokenMeanLoss):
     @property
     def own_share(self) -> float:
         return 1.0
+
+    @property
+    def reference_share(self) -> float:
+        return self.teacher_share
 
     @property
     def divergence(self) -> Divergence:
@@ -156,7 +173,8 @@ class MiniLlm(TokenMeanLoss):
         return found / jnp.maximum(lengths, 1.0) if self.length_normalization else found
 
     def losses(self, inputs: Inputs) -> Result:
-        batch, ratio = inputs.batch, jnp.exp(rollout_log_ratio(inputs))
+        batch, drawn = inputs.batch, "sampler" if self.teacher_share else "old"
+        ratio = jnp.exp(rollout_log_ratio(inputs, f"{drawn}_token_logps"))
         advantages = inputs.of_batch("advantages") + self.later(inputs)
         clipped = jnp.clip(ratio, 1.0 - self.epsilon, 1.0 + self.epsilon)
         losses = -sampler_weights(inputs) * jnp.minimum(ratio * advantages, clipped * advantages)

@@ -129,6 +129,12 @@ class Loss(Options):
         return None
 
     @property
+    def reference_share(self) -> float:
+        """α of the mixture that samples are drawn from, token by token, α reference + (1 - α)
+        policy; its ratios are then those to the mixture (``sampler_token_logps``)."""
+        return 0.0
+
+    @property
     def uses_statistics(self) -> bool:
         """Whether it depends on statistics of the whole batch, with these options."""
         return False

@@ -143,9 +143,9 @@ def response_advantages(inputs: Inputs) -> Float[Array, "B R"]:
     return sums / jnp.maximum(token_counts(inputs.batch), 1.0)
 
 
-def rollout_log_ratio(inputs: Inputs) -> Float[Array, "N T"]:
-    """Compute log w of each token."""
-    difference = inputs.policy.token_logps - inputs.of_batch("old_token_logps")
+def rollout_log_ratio(inputs: Inputs, old: str = "old_token_logps") -> Float[Array, "N T"]:
+    """Compute log w of each token, to the batch's field ``old``."""
+    difference = inputs.policy.token_logps - inputs.of_batch(old)
     return jnp.where(inputs.batch.loss_mask, jnp.clip(difference, -RATIO_MAX, RATIO_MAX), 0.0)
 
 

@@ -76,7 +76,8 @@ def abstract_batch(config: RolloutConfig, shape: BatchShape) -> Batch:
         shape: from ``rollout_shape``.
     """
     filled = ["old_token_logps", "advantages"] if config.targets is not None else []
-    filled += ["sampler_token_logps", "sampler_ratio"] if config.correction else []
+    filled += ["sampler_token_logps"] if config.keeps_drawn else []
+    filled += ["sampler_ratio"] if config.correction else []
     filled += ["returns", "old_values"] if config.value_head else []
     return layouts.abstract_batch(
         shape,

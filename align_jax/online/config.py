@@ -43,6 +43,7 @@ class RolloutConfig:
         value_head: the policy's head that gives values; "" = none.
         mismatched: add mismatched completions.
         own_share: of the prompts whose responses are sampled; the others have the data's answer.
+        reference_share: of the reference in the mixture that samples are drawn from.
         learns_opponent: what the samples meet is in the groups of policy gradients, too.
         steps_rewarded: some rewards stand at the ends of a completion's steps.
         judged: a judge of pairs compares a prompt's completions.
@@ -64,6 +65,7 @@ class RolloutConfig:
     value_head: str = ""
     mismatched: bool = False
     own_share: float = 1.0
+    reference_share: float = 0.0
     learns_opponent: bool = False
     steps_rewarded: bool = False
     judged: bool = False
@@ -114,6 +116,8 @@ class RolloutConfig:
             _check_correction(self.correction, options)
         if self.own_share < 1:
             self._check_answers(options.prompts // processes)
+        if self.reference_share:
+            self._check_mixed()
         check_against(self.kind, options, self.learns_opponent)
         if options.server.url and processes > 1:
             raise ValueError("config.rollout.server works with one process only")
@@ -146,6 +150,34 @@ class RolloutConfig:
                 "config.rollout.tries and config.rollout.environment are for samples alone: set "
                 f"config.objective.on_policy = 1, got {self.own_share:g}"
             )
+
+    def _check_mixed(self) -> None:
+        """Refuse what does not go with samples of a mixture with the reference."""
+        options, share = self.options, f"config.objective.teacher_share = {self.reference_share:g}"
+        if self.correction is not None:
+            raise ValueError(
+                f"{share} weighs samples by their own ratios to the mixture: leave "
+                "config.objective.sampler_correction at 'auto'"
+            )
+        wrong = {
+            "server.url": (bool(options.server.url), "''", "a server has no teacher"),
+            "rescore": (not options.rescore, "True", "the student's are not those of the samples"),
+            "against": (options.against != "none", "'none'", "samples meet no other player"),
+            "temperature": (not options.temperature, "1.0", "ratios are of draws"),
+        }
+        for key, (given, fix, why) in wrong.items():
+            if given:
+                raise ValueError(f"{share} does not go with config.rollout.{key}: {why}; set {fix}")
+        if self.greedy:
+            raise ValueError(
+                f"{share} does not go with config.objective.advantages = 'greedy', whose sample "
+                "is the student's own"
+            )
+
+    @property
+    def keeps_drawn(self) -> bool:
+        """Whether the batch holds the log-probabilities that the samples were drawn with."""
+        return self.correction is not None or self.reference_share > 0
 
     @property
     def answers(self) -> bool:
@@ -375,7 +407,8 @@ def make_rollout_config(terms: Sequence[Term], config: Config) -> RolloutConfig:
             )
     kl = {name: own.pop(name) for name in ("kl_target", "kl_horizon") if name in own}
     groups = config.batch_size * own.pop("minibatches", 1)
-    correction = _correction(own, options)
+    mixed = max(term.loss.reference_share for term in terms)
+    correction = _correction(own, options, corrects=not mixed)
     responses = options.responses_per_prompt + others(options)
     resolved = {
         "epochs": options.epochs or 1,
@@ -401,6 +434,7 @@ def make_rollout_config(terms: Sequence[Term], config: Config) -> RolloutConfig:
         steps_rewarded=any(rewards.gives_steps(one) for one in named),
         judged=judged,
         own_share=next((s for term in terms if (s := term.loss.own_share)), 1.0),
+        reference_share=mixed,
         seed=config.seed,
     )
 
@@ -428,13 +462,15 @@ def _truncates(options: RolloutOptions) -> bool:
     return bool(options.temperature and filters)
 
 
-def _correction(own: dict[str, Any], options: RolloutOptions) -> Correction | None:
-    """Take the sampler's options out of a policy gradient's, and say what is corrected with
-    them."""
+def _correction(own: dict[str, Any], options: RolloutOptions, corrects: bool) -> Correction | None:
+    """Take the sampler's options out of a policy gradient's, and say what is corrected with them;
+    "auto" is nothing unless ``corrects``."""
     given = [own.pop(name) for name in declared(SamplerOptions) if name in own]
     if not given:
         return None
     mode, high, low = given
+    if mode == "auto" and not corrects:
+        return None
     if mode == "auto":
         server = options.server.url and options.rescore and options.temperature
         mode = "sequence_mask" if server else "none"

@@ -26,8 +26,8 @@ def make_opponent(
     max_length: int,
     longest: int,
 ) -> Opponent | None:
-    """Make the other player: the reference, or its mixture with the policy; None where there is
-    none that samples.
+    """Make the other player: the reference, or its mixture with the policy, which may draw the
+    policy's own samples in its place; None where there is none that samples.
 
     Args:
         rollouts, policy, reference, tokenizer, mesh: as ``make_rollouts`` takes them.
@@ -36,11 +36,12 @@ def make_opponent(
     Raises:
         ValueError: as ``generation_mesh``.
     """
-    options, mixes = rollouts.options, rollouts.options.against == "mixture"
-    if options.against not in ("reference", "mixture"):
+    options, against = rollouts.options, rollouts.options.against
+    mixes = against == "mixture" or rollouts.reference_share > 0
+    if not mixes and against != "reference":
         return None
     where = generation_mesh(rollouts, reference, mesh)
-    player = Mixture(policy, reference, options.mixture) if mixes else reference
+    player = make_mixture(rollouts, policy, reference) if mixes else reference
     generator = make_generator(rollouts, player, tokenizer, where, max_length, longest)
     reshard = None
     if options.tensor:
@@ -51,6 +52,13 @@ def make_opponent(
 
         reshard = reshard_both if mixes else theirs
     return Opponent(Local(generator, reshard=reshard), mixes)
+
+
+def make_mixture(rollouts: RolloutConfig, policy: Model, reference: Model) -> Mixture:
+    """Make the mixture that a rollout samples from, or that its samples meet."""
+    if share := rollouts.reference_share:
+        return Mixture(policy, reference, share, arithmetic=True)
+    return Mixture(policy, reference, rollouts.options.mixture)
 
 
 def generation_mesh(rollouts: RolloutConfig, policy: Model, mesh: Mesh) -> Mesh:

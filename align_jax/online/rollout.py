@@ -151,7 +151,8 @@ class RolloutMaker:
         """Generate, score and write one rollout."""
         began, engine = time.monotonic(), self.sampler.engine
         with jax.set_mesh(self.mesh):
-            engine.update(weights.policy)
+            if not self.sampler.mixed:
+                engine.update(weights.policy)
             if (opponent := self.sampler.opponent) is not None:
                 opponent.update(weights.policy, weights.reference)
             sampled = self.sampler.sample_rollout(self.prompts, state.position, state.moments)
@@ -247,14 +248,17 @@ class RolloutMaker:
             reference = self._rescore(self.reference, weights.reference, batch)[0].token_logps
         batch = batch._replace(old_token_logps=old)
         batch, metrics, kl_coef = self._with_targets(batch, reference, kl_coef, extras)
-        if config.correction is not None:
+        if config.keeps_drawn:
             drawn = batches.token_field(batch, groups, completions, "drawn_logps")
             batch, corrected = self._corrected(batch._replace(sampler_token_logps=drawn))
             metrics |= corrected
         return batch, metrics, kl_coef
 
     def _corrected(self, batch: Batch) -> tuple[Batch, dict[str, float]]:
-        """Fill in what corrects for the sampler, and say how far it is from the trainer."""
+        """Fill in what corrects for the sampler, if anything does, and say how far it is from the
+        trainer."""
+        if self.config.correction is None:
+            return batch, {}
         placed = put_batch(self.mesh, batch._replace(mismatched=None))
         ratio, sums = _correct(placed, self.config.correction)
         return batch._replace(sampler_ratio=local_rows(ratio)), means(sums)
@@ -647,9 +651,9 @@ def make_rollouts(
     scored = _scored(config, tokenizer, mesh, load_model)
     lengths = config.max_length, longest
     opponent = make_opponent(rollouts, policy, reference, tokenizer, mesh, *lengths)
-    greedy, share = rollouts.greedy, rollouts.own_share
     sampler = PromptSampler(
-        rollouts.options, engine, scored, player, share, greedy, opponent, rollouts.facing
+        *(rollouts.options, engine, scored, player, rollouts.own_share, rollouts.greedy),
+        *(opponent, rollouts.facing, rollouts.reference_share > 0),
     )
     maker = RolloutMaker(rollouts, prompts, sampler, pad_id(tokenizer), policy, reference, mesh)
     return Rollouts(maker, others, text)

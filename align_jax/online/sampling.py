@@ -271,6 +271,7 @@ class PromptSampler:
         greedy: score the most probable completion to each of a rollout's prompts too.
         opponent: the other player, where it samples.
         facing: a judge of pairs compares each sample with what was drawn against it alone.
+        mixed: the opponent, a mixture of the policy with the reference, draws the samples.
     """
 
     options: RolloutOptions
@@ -281,6 +282,7 @@ class PromptSampler:
     greedy: bool = False
     opponent: Opponent | None = None
     facing: bool = False
+    mixed: bool = False
 
     def sample(
         self,
@@ -299,7 +301,8 @@ class PromptSampler:
             moments: the running moments of all scores.
             greedy: score the most probable completion to each prompt too; it counts among the
                 moments, and nowhere else.
-            alone: leave out what the samples meet, and a judge of pairs.
+            alone: sample the policy itself, and leave out what the samples meet, and a judge of
+                pairs.
 
         Returns:
             The samples, the running moments of all scores, and the seconds spent generating.
@@ -322,7 +325,7 @@ class PromptSampler:
         ]
         began = time.monotonic()
         examples = [example for example, _ in chosen]
-        completions, episodes = self._complete(requests, examples)
+        completions, episodes = self._complete(requests, examples, alone)
         met = self._others(prompts, positions, requests, alone)
         seconds = time.monotonic() - began
         everyone = [[*own, *other] for own, other in zip(completions, met)]
@@ -405,16 +408,18 @@ class PromptSampler:
         return found
 
     def _complete(
-        self, requests: Sequence[Request], examples: Sequence[Example]
+        self, requests: Sequence[Request], examples: Sequence[Example], alone: bool
     ) -> tuple[list[list[Completion]], list[list[Episode]]]:
         """Return each example's completions and episodes; several requests may ask for them."""
-        size = len(examples)
+        size, engine = len(examples), self.engine
+        if self.mixed and not alone and self.opponent is not None:
+            engine = self.opponent.engine
         if self.player is None:
-            found = self.engine(requests)
+            found = engine(requests)
             episodes: list[list[Episode]] = [[] for _ in requests]
         else:
             repeated = [*examples] * (len(requests) // size)
-            played = self.player(self.engine, requests, repeated)
+            played = self.player(engine, requests, repeated)
             found = [one.completions for one in played]
             episodes = [one.episodes for one in played]
         return (

@@ -29,7 +29,7 @@ from align_jax.models.model import Model
 from align_jax.online import batches
 from align_jax.online.config import RolloutConfig
 from align_jax.online.environment import later_room, turn_tokens
-from align_jax.online.generators import generation_mesh, make_generator
+from align_jax.online.generators import generation_mesh, make_generator, make_mixture
 from align_jax.online.partners import others
 from align_jax.parallel.lowering import lower
 from align_jax.parallel.sharding import row_sharding
@@ -125,12 +125,12 @@ def rollout_programs(run: AbstractRun, rollouts: RolloutConfig) -> Iterator[Prog
     """Lower what a rollout runs."""
     policy, options = merge(run.specs.base, run.specs.trained), rollouts.options
     reference, held = _reference(run, policy)
+    both = [(run.spec.policy, policy), (reference, held)]
     if not options.server.url:
-        yield from _generation(run, rollouts, [(run.spec.policy, policy)])
+        yield from _generation(run, rollouts, both if rollouts.reference_share else both[:1])
     if options.against == "reference":
-        yield from _generation(run, rollouts, [(reference, held)], " opponent")
+        yield from _generation(run, rollouts, both[1:], " opponent")
     if options.against == "mixture":
-        both = [(run.spec.policy, policy), (reference, held)]
         yield from _generation(run, rollouts, both, " opponent")
     for name, reward in run.rewards.items():
         beside = rollouts.greedy + others(options)  # what is scored of each prompt, too
@@ -214,7 +214,7 @@ def _generation(
         params = weights[0][1]
     player: Model | Mixture = model
     if len(weights) > 1:
-        player = Mixture(model, weights[1][0], options.mixture)
+        player = make_mixture(rollouts, model, weights[1][0])
         params = {"first": params, "second": weights[1][1]}
     generator = make_generator(rollouts, player, run.tokenizer, mesh, max_length, longest)
     first = Request(

@@ -39,6 +39,7 @@ def play(models):  # noqa: F811
     players = {
         "reference": (generator(reference), False),
         "mixture": (generator(Mixture(policy, reference, 0.5)), True),
+        "teacher": (generator(Mixture(policy, reference, 0.25, arithmetic=True)), True),
     }
     own = generator(policy)
 
@@ -47,12 +48,12 @@ def play(models):  # noqa: F811
         prompts = Prompts(
             ANSWERS, tokenizer, max_length=24, max_new_tokens=6, answers=config.answers
         )
-        opponent = None
-        if config.options.against in players:
-            engine, mixes = players[config.options.against]
+        opponent, mixed = None, config.reference_share > 0
+        if mixed or config.options.against in players:
+            engine, mixes = players["teacher" if mixed else config.options.against]
             opponent = Opponent(Local(engine), mixes)
         engine = Local(own, weights.policy)
-        sampler = PromptSampler(config.options, engine, rewards, opponent=opponent)
+        sampler = PromptSampler(config.options, engine, rewards, opponent=opponent, mixed=mixed)
         maker = RolloutMaker(config, prompts, sampler, pad_id(tokenizer), policy, reference, mesh)
         return Rollouts(maker), prompts
 
@@ -91,13 +92,12 @@ def test_nash_md_scores_a_sample_by_its_probability_to_win(play):
     assert sample["reward"] == sample["score"] != batch.scores[0, 0]
 
 
-def test_samples_of_the_mixture_are_drawn_from_both_models_logits(play, models):  # noqa: F811
+@pytest.mark.parametrize("name", ["mixture", "teacher"])
+def test_samples_of_a_mixture_are_drawn_from_both_models(play, models, name):  # noqa: F811
     _, players, weights = play
     policy, reference, _ = models
     request = Request(tuple(b"prompt 1"), 2, 6, seed=3)
-    [found] = players["mixture"][0](
-        {"first": weights.policy, "second": weights.reference}, [request]
-    )
+    [found] = players[name][0]({"first": weights.policy, "second": weights.reference}, [request])
     for one in found:
         ids = jnp.asarray([[*request.prompt, *one.tokens.tolist()]])
         fields = (ids, jnp.ones_like(ids), jnp.arange(ids.shape[1])[None])
@@ -106,8 +106,28 @@ def test_samples_of_the_mixture_are_drawn_from_both_models_logits(play, models):
             for model, params in ((policy, weights.policy), (reference, weights.reference))
         ]
         logps = jax.nn.log_softmax(0.5 * logits[0] + 0.5 * logits[1], axis=-1)[0]
+        if name == "teacher":
+            first, second = (jax.nn.softmax(x, axis=-1) for x in logits)
+            logps = jnp.log(0.75 * first + 0.25 * second)[0]
         places = np.arange(len(request.prompt) - 1, ids.shape[1] - 1)
         np.testing.assert_allclose(one.token_logps, logps[places, one.tokens], atol=1e-4)
+
+
+def test_of_a_teachers_share_the_drawn_probabilities_are_the_mixtures(play):
+    """They are those that minillm's ratios are to; held-out prompts are the student's alone."""
+    make, players, weights = play
+    share = {"teacher_share": 0.25}
+    source, prompts = make("minillm", WeightedRewards(()), objective=share, responses_per_prompt=2)
+    batch = source.next(lambda: weights)
+    requests = [Request(tuple(prompts[i][1].tolist()), 2, 6, seed=prompts.seed(i)) for i in (0, 1)]
+    both = {"first": weights.policy, "second": weights.reference}
+    drawn = [one for several in players["teacher"][0](both, requests) for one in several]
+    assert responses(batch) == [one.tokens.tolist() for one in drawn]
+    mask = batch.loss_mask
+    for row, one in enumerate(drawn):
+        np.testing.assert_array_equal(batch.sampler_token_logps[row][mask[row]], one.drawn_logps)
+    gap = batch.old_token_logps[mask] - batch.sampler_token_logps[mask]
+    assert batch.sampler_ratio is None and gap.min() < -0.01 and gap.max() < np.log(4 / 3) + 1e-4
 
 
 def test_a_mixture_of_a_model_with_itself_samples_as_the_model(play, models):  # noqa: F811
@@ -149,6 +169,7 @@ def tiny(name, **keys):
     return configs.read(config)
 
 
+MIXED = {"objective.teacher_share": 0.2, "rollout.responses_per_prompt": 2}
 SPIN = {"rollout.against": "data", "data.train": "builtin:completions:train?size=64"}
 
 
@@ -173,6 +194,10 @@ def test_rounds_move_the_reference_after_each_rollout():
         ("online_sft", {"rollout.against": "data"}, "compares none"),
         ("xpo", {"rollout.against": "mixture"}, "exploration term"),
         ("nash_md", {"rollout.against": "none"}, "meet another player's"),
+        ("minillm", MIXED | {"objective.sampler_correction": "token_mask"}, "leave .* at 'auto'"),
+        ("minillm", MIXED | {"rollout.rescore": False}, "rescore: .*; set True"),
+        ("minillm", MIXED | {"rollout.against": "reference"}, "set 'none'"),
+        ("minillm", MIXED | {"objective.advantages": "greedy"}, "the student's own"),
         ("dpo", {"reference.sync_every_rollouts": 1}, "has no rollouts"),
         (
             "online_dpo",

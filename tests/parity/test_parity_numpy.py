@@ -380,9 +380,9 @@ def nash_md(a):
     return np.mean(0.4 * (ratio * a["policy"]).sum(-1) - gain)
 
 
-def minillm(gamma=1.0, normal=True, single=True):
+def minillm(gamma=1.0, normal=True, single=True, drawn="old"):
     """Gu et al. 2306.08543: equation 3's rewards to go, of later tokens beside the single step's
-    KL, their mean where normalized."""
+    KL, their mean where normalized; ratios to the probabilities that drew."""
 
     def loss(a):
         mask, total = a["mask"].astype(bool), 0.0
@@ -393,7 +393,7 @@ def minillm(gamma=1.0, normal=True, single=True):
             discounts = np.array([gamma ** (s - first) for s in later])
             to_go = (discounts * r).sum() / (max(discounts.sum(), 1.0) if normal else 1.0)
             advantage = a["advantages"][i, t] + to_go
-            ratio = np.exp(a["policy"][i, t] - a["old_token_logps"][i, t])
+            ratio = np.exp(a["policy"][i, t] - a[f"{drawn}_token_logps"][i, t])
             total -= min(ratio * advantage, np.clip(ratio, 0.8, 1.2) * advantage)
             total += a["divergence"][i, t] if single else 0.0
         return total / mask.sum()
@@ -482,6 +482,7 @@ CASES = {
     "minillm": ("minillm", {"gamma": 0.9}, minillm(0.9)),
     "minillm_sum": ("minillm", {"length_normalization": False}, minillm(normal=False)),
     "minillm_undecomposed": ("minillm", {"single_step": False}, minillm(single=False)),
+    "minillm_mixed": ("minillm", {"teacher_share": 0.3}, minillm(drawn="sampler")),
     "reinforce": ("reinforce", {}, reinforce),
 }
 COVERED = {name for name, _, _ in CASES.values()}
@@ -538,6 +539,8 @@ def draw(name, case, spread):
     if kind == "rollout":
         a["old_token_logps"] = exact((reference + 0.3 * rng.normal(size=shape)) * mask)
         a["advantages"] = exact(rng.normal(size=shape) * mask)
+    if case == "minillm_mixed":
+        a["sampler_token_logps"] = exact((reference + 0.3 * rng.normal(size=shape)) * mask)
     return a
 
 

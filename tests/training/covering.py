@@ -135,6 +135,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "tau": {"tau": 2.0},
     "tau_negative": {"tau_negative": 0.5},
     "tau_positive": {"tau_positive": 2.0},
+    "teacher_share": {"teacher_share": 0.5},
     "temperature": {"temperature": 2.0, "target": "scores"},
     "top_entropy_quantile": {"top_entropy_quantile": 0.5},
     "unbiased_kl": {"unbiased_kl": True, "beta": 0.5},
