@@ -118,7 +118,7 @@ def render(example: Example, tokenizer: PreTrainedTokenizerBase) -> Rendered:
         spans, closing = _spans(tokenizer, apply, turns, len(prompt), text, len(asked), example)
         responses.append(spans)
         closings.append(closing)
-    last_turn, header = _last_turn(apply, prompt, asked)
+    last_turn, header = _last_turn(apply, tokenizer, prompt, asked, example)
     return Rendered(asked, tuple(responses), last_turn, header, True, tuple(closings), notes)
 
 
@@ -515,7 +515,13 @@ def _prefix(apply: Apply, messages: list[Message], header: bool, text: str) -> s
     return part
 
 
-def _last_turn(apply: Apply, prompt: list[Message], asked: str) -> tuple[int, int]:
+def _last_turn(
+    apply: Apply,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: list[Message],
+    asked: str,
+    example: Example,
+) -> tuple[int, int]:
     """Return where the last turn begins in the prompt, and the length of what follows its words; in
     characters."""
     content = prompt[-1]["content"].strip()
@@ -525,12 +531,30 @@ def _last_turn(apply: Apply, prompt: list[Message], asked: str) -> tuple[int, in
     header = len(asked) - at - len(content)
     if len(prompt) == 1:
         return 0, header
+    if not example.template and all(turn.keys() == {"role", "content"} for turn in prompt):
+        lead = _lead(tokenizer, tuple(turn["role"] for turn in prompt))
+        if lead and asked.endswith(lead, 0, at):
+            return at - len(lead), header
     try:
         before = apply(prompt[:-1], header=False)
     # a template may refuse a conversation of a system message alone; only truncation asks
     except RowError:
         before = ""
     return len(before) if asked.startswith(before) and len(before) <= at else at, header
+
+
+@functools.lru_cache(maxsize=256)
+def _lead(tokenizer: PreTrainedTokenizerBase, roles: tuple[str, ...]) -> str:
+    """Return what a template writes between a conversation and the words of its last turn, all
+    turns of which are plain; "" where it is not known."""
+    turns: list[Message] = [{"role": role, "content": f"zq{i}qz"} for i, role in enumerate(roles)]
+    try:
+        before, text = (
+            _apply(tokenizer, some, header=False, source="") for some in (turns[:-1], turns)
+        )
+    except RowError:
+        return ""
+    return text[len(before) :].partition(turns[-1]["content"])[0] if text.startswith(before) else ""
 
 
 @functools.lru_cache(maxsize=8)
@@ -558,15 +582,25 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False, verbose=False).input_ids if text else []
 
 
+def _encode_batch(tokenizer: PreTrainedTokenizerBase, texts: list[str], **asked: bool) -> Any:
+    """Tokenize texts as they are; what nobody reads is not made."""
+    return tokenizer(
+        texts,
+        add_special_tokens=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+        **asked,
+    )
+
+
 def _continue(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     """Tokenize texts that stand in the middle of one."""
     if not texts:
         return []
     anchor = _anchor(tokenizer)
     lead = _encode(tokenizer, anchor)
-    found = tokenizer(
-        [anchor + text for text in texts], add_special_tokens=False, verbose=False
-    ).input_ids
+    found = _encode_batch(tokenizer, [anchor + text for text in texts]).input_ids
     return [
         ids[len(lead) :] if ids[: len(lead)] == lead else _encode(tokenizer, text)
         for ids, text in zip(found, texts)
@@ -585,19 +619,20 @@ def _encode_prompts(
     """
     if not rendered:
         return []
-    encoding: Any = tokenizer(
-        [one.prompt for one in rendered],
-        add_special_tokens=False,
-        return_offsets_mapping=True,
-        verbose=False,
-    )
+    texts = [one.prompt for one in rendered]
+    encoding = _encode_batch(tokenizer, texts, return_offsets_mapping=True)
     lead, found = bos_ids(tokenizer), []
     for one, ids, offsets in zip(rendered, encoding.input_ids, encoding.offset_mapping):
         last_turn = header = 0
-        if one.last_turn:
-            last_turn = sum(end <= one.last_turn for _, end in offsets)
+        if one.last_turn:  # from the end, which is near
+            after = (end <= one.last_turn for _, end in reversed(offsets))
+            last_turn = len(offsets) - next(
+                (i for i, past in enumerate(after) if past), len(offsets)
+            )
         if one.header:
-            header = sum(start >= len(one.prompt) - one.header for start, _ in offsets)
+            at = len(one.prompt) - one.header
+            before = (start < at for start, _ in reversed(offsets))
+            header = next((i for i, past in enumerate(before) if past), len(offsets))
         if lead and not one.templated and ids[:1] != lead:
             ids, last_turn = lead + ids, last_turn + 1 if last_turn else 0
         found.append((list(ids), last_turn, header))
@@ -627,6 +662,39 @@ def encode_many(
     Raises:
         ValueError: as ``render``, with the example's place.
     """
+    with templates.watched():
+        rendered, refused = _render_many(examples, tokenizer, drop=drop, separator=separator)
+    texts: list[str] = []
+    for one in rendered:
+        for spans in one.responses:
+            texts += [span.text for span in spans]
+    encoded, eos = iter(_continue(tokenizer, texts)), tokenizer.eos_token_id
+    made: list[Tokens] = []
+    for one, (prompt, last_turn, header) in zip(rendered, _encode_prompts(rendered, tokenizer)):
+        responses, masks = [], []
+        for spans in one.responses:
+            ids: list[int] = []
+            mask: list[bool] = []
+            for span in spans:
+                part = next(encoded) + ([eos] if span.end else [])
+                ids += part
+                inner = len(part) - 1 if span.step else 0
+                mask += [False] * inner + [span.loss] * (len(part) - max(inner, 0))
+            if not prompt and mask:
+                mask[0] = False  # nothing precedes the first token, so nothing predicts it
+            responses.append(ids)
+            masks.append(mask)
+        reason = refused.get(len(made), "")
+        made.append(
+            Tokens(prompt, tuple(responses), tuple(masks), last_turn, header, reason, one.notes)
+        )
+    return made
+
+
+def _render_many(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, *, drop: bool, separator: str
+) -> tuple[list[Rendered], dict[int, str]]:
+    """Render examples; return why some are refused, too, by their place."""
     rendered: list[Rendered] = []
     refused: dict[int, str] = {}
     for index, example in enumerate(examples):
@@ -642,31 +710,7 @@ def encode_many(
                 raise ValueError(f"{example.source}: {error}; {hint}") from error
             refused[index] = error.reason
             rendered.append(Rendered("", ((),) * len(example.responses)))
-    texts: list[str] = []
-    for one in rendered:
-        for spans in one.responses:
-            texts += [span.text for span in spans]
-    encoded = iter(_continue(tokenizer, texts))
-    made: list[Tokens] = []
-    for one, (prompt, last_turn, header) in zip(rendered, _encode_prompts(rendered, tokenizer)):
-        responses, masks = [], []
-        for spans in one.responses:
-            ids: list[int] = []
-            mask: list[bool] = []
-            for span in spans:
-                part = next(encoded) + ([tokenizer.eos_token_id] if span.end else [])
-                ids += part
-                inner = len(part) - 1 if span.step else 0
-                mask += [False] * inner + [span.loss] * (len(part) - max(inner, 0))
-            if not prompt and mask:
-                mask[0] = False  # nothing precedes the first token, so nothing predicts it
-            responses.append(ids)
-            masks.append(mask)
-        reason = refused.get(len(made), "")
-        made.append(
-            Tokens(prompt, tuple(responses), tuple(masks), last_turn, header, reason, one.notes)
-        )
-    return made
+    return rendered, refused
 
 
 def encode(example: Example, tokenizer: PreTrainedTokenizerBase) -> Tokens:

@@ -33,6 +33,7 @@ from align_jax.data.tokenizer import tokenizer_digest
 
 VERSION = 5
 _CHUNK = 1024  # examples tokenized at once
+_EACH = 5_000  # examples for which another process is worth its start: seconds of its own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +122,7 @@ def encode_all(
             special tokens), put without loss before each response; or two for unpaired data: before
             desirable and before undesirable ones.
         digest: what the examples are made of (``Examples.digest``); part of the cache's key.
-        processes: how many tokenize at once; None: one for every 20,000 examples, at most one a
+        processes: how many tokenize at once; None: one for every 5,000 examples, at most one a
             CPU.
         unread: a token that is left off the responses' ends: a reward model whose rows are filled
             with its end token gives its score before that (``inference.score.RewardModel``).
@@ -157,7 +158,7 @@ class _How(NamedTuple):
 def _encode_all(examples: Sequence[Any], how: _How, processes: int | None) -> cache.Kept:
     _check_responses(examples)
     if processes is None:
-        processes = min(len(os.sched_getaffinity(0)), len(examples) // 20_000)
+        processes = min(len(os.sched_getaffinity(0)), len(examples) // _EACH)
     with tqdm.tqdm(total=len(examples), desc="tokenizing", unit="examples", disable=None) as bar:
         parts: list[Mapping[str, np.ndarray]] = []
         reasons = {"": 0}

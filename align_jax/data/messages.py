@@ -193,10 +193,15 @@ def with_roles(value: Any, roles: Mapping[str, str]) -> Any:
     return renamed(value)
 
 
+_PLAIN = {"role", "content"}
+
+
 def _message(value: Any, what: str) -> Message:
     if not isinstance(value, Mapping) or not {"role", "from"} & value.keys():
         raise RowError(f"{what}: expected messages with role and content, got {kind_of(value)}")
     name = _role(value, what)
+    if value.keys() == _PLAIN and isinstance(value["content"], str) and name not in CALLS:
+        return {"role": ROLES[name], "content": value["content"]}  # most are, of millions
     check_no_media(value, f"{what}'s ")
     taken = ("role", "from", "content", "value", "function_call", *MARKS)
     found = {
@@ -221,7 +226,7 @@ def _message(value: Any, what: str) -> Message:
 
 def _role(value: Row, what: str) -> str:
     """Read who speaks: a key of ``ROLES``."""
-    role = value.get(given(value, "role", "from"))
+    role = value["role"] if "from" not in value else value.get(given(value, "role", "from"))
     if not isinstance(role, str):
         raise RowError(f"{what}: a role is unknown", f"expected a text, got {kind_of(role)}")
     name = role.strip().lower()

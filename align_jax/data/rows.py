@@ -311,6 +311,7 @@ PAIR_SCORES = tuple(
         *("reward_{}", "{}_reward", "{}-reward", "{}_rm_score", "rm_score_{}"),
     )
 )
+_SCORE_NAMES = frozenset(name for pair in PAIR_SCORES for name in pair)
 
 
 def pair_scores(
@@ -332,6 +333,8 @@ def pair_scores(
         found = [number_of(score, "all_rm_scores") for score in scores]
         return max(found), min(found)
     both: tuple[float, float] | None = None
+    if names is PAIR_SCORES and row.keys().isdisjoint(_SCORE_NAMES):
+        return None
     for pair in names:
         here = [name for name in pair if row.get(name) is not None]
         if len(here) == 1:

@@ -60,8 +60,15 @@ def apply(
         own = tokenizer.get_chat_template(given.get("chat_template"), given.get("tools"))
         given = {**given, "chat_template": _dated(date) + own}
     turns: Any = list(messages)
-    with _bounded(str(tokenizer.name_or_path)):
-        return cast(str, tokenizer.apply_chat_template(turns, tokenize=False, **given))
+    render = functools.partial(tokenizer.apply_chat_template, turns, tokenize=False, **given)
+    if threading.current_thread() is not threading.main_thread():
+        return cast(str, render())
+    with watched():
+        _RUNNING.begin(str(tokenizer.name_or_path))
+        try:
+            return cast(str, render())
+        finally:
+            _RUNNING.name = None
 
 
 @functools.lru_cache(maxsize=2)
@@ -85,28 +92,55 @@ _LETTERS, _FLAGS = "aAbBcCdDeFfgGhHIjklmMnpPrRsStTuUVwWxXyYzZ", "-_0^#EO"
 _PERCENT = "\u2063percent\u2063"
 
 
-@contextlib.contextmanager
-def _bounded(name: str) -> Iterator[None]:
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    begun, at_first = time.monotonic(), 0
+class _Running:
+    """The template that runs just now, if one does, and what it has taken."""
 
-    def look(number: int, frame: Any) -> None:
-        nonlocal at_first
-        seconds, resident = time.monotonic() - begun, _resident()
-        at_first = at_first or resident
-        if seconds > SECONDS or resident - at_first > BYTES:
+    name: str | None = None
+    begun = 0.0
+    at_first = 0  # bytes of memory at the first look
+    watched = False
+
+    def begin(self, name: str) -> None:
+        """Note that a tokenizer's template begins."""
+        self.name, self.begun, self.at_first = name, time.monotonic(), 0
+
+    def look(self, number: int, frame: Any) -> None:
+        """Look at the running template.
+
+        Raises:
+            Endless: it has taken too long, or too much.
+        """
+        if self.name is None:
+            return
+        seconds, resident = time.monotonic() - self.begun, _resident()
+        self.at_first = self.at_first or resident
+        if seconds > SECONDS or resident - self.at_first > BYTES:
+            taken = (resident - self.at_first) >> 20
             raise Endless(
-                f"the chat template of the tokenizer {name!r} (or config.data.chat_template) does "
-                f"not end: after {seconds:.1f} s it had taken {(resident - at_first) >> 20} MiB"
+                f"the chat template of the tokenizer {self.name!r} (or config.data.chat_template) "
+                f"does not end: after {seconds:.1f} s it had taken {taken} MiB"
             )
 
-    before = signal.signal(signal.SIGVTALRM, look)
+
+_RUNNING = _Running()  # a process has one timer
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[None]:
+    """Look at the templates that run meanwhile, every ``_EVERY`` seconds of the processor's time.
+
+    Setting the timer takes as long as a short template: many are applied under one.
+    """
+    if _RUNNING.watched or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGVTALRM, _RUNNING.look)
     signal.setitimer(signal.ITIMER_VIRTUAL, _EVERY, _EVERY)
+    _RUNNING.watched = True
     try:
         yield
     finally:
+        _RUNNING.watched = False
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.signal(signal.SIGVTALRM, before)
 
