@@ -9,6 +9,7 @@ box that ``Model`` takes off at once.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -184,12 +185,51 @@ def _aligned(vector: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.expand_dims(vector, tuple(range(y.ndim - vector.ndim)))
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def contract(
     x: jax.Array, kernel: jax.Array, count: int, result: jnp.dtype | None = None
 ) -> jax.Array:
     """Contract the last ``count`` axes of x with the first of the kernel; ``result`` is the sums'
-    type if another."""
+    type if another.
+
+    Its gradients are those of the product; on a CPU the kernel's is written so that the narrower of
+    the states and of their gradient is transposed.  The compiler would take the latter together
+    with what made it, an activation's derivative for instance, element by element across its rows.
+    """
     return jnp.tensordot(x, kernel, axes=count, preferred_element_type=result)
+
+
+def _contract_forward(
+    x: jax.Array, kernel: jax.Array, count: int, result: jnp.dtype | None
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    # not the function itself: a rematerialization policy is to see the product
+    y = jnp.tensordot(x, kernel, axes=count, preferred_element_type=result)
+    return y, (x, kernel)
+
+
+def _contract_backward(
+    count: int, result: jnp.dtype | None, saved: tuple[jax.Array, jax.Array], dy: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    x, kernel = saved
+    rows, outputs = tuple(range(x.ndim - count)), kernel.ndim - count
+    narrow = math.prod(kernel.shape[:count]) <= math.prod(kernel.shape[count:])
+    product = functools.partial(jax.lax.dot_general, preferred_element_type=result)
+
+    def states_first(x: jax.Array, dy: jax.Array) -> jax.Array:
+        return product(x, dy, ((rows, rows), ((), ())))
+
+    def gradient_first(x: jax.Array, dy: jax.Array) -> jax.Array:
+        turned = product(dy, x, ((rows, rows), ((), ())))  # [*outputs, *inputs]
+        return jnp.moveaxis(turned, range(outputs), range(-outputs, 0))
+
+    over = tuple(range(len(rows), dy.ndim)), tuple(range(count, kernel.ndim))
+    dx = product(dy, kernel, (over, ((), ())))
+    on_cpu = states_first if narrow else gradient_first
+    d_kernel = jax.lax.platform_dependent(x, dy, cpu=on_cpu, default=gradient_first)
+    return dx.astype(x.dtype), d_kernel.astype(kernel.dtype)
+
+
+contract.defvjp(_contract_forward, _contract_backward)
 
 
 def column_norm(kernel: Stored, down: jax.Array, up: jax.Array, scale: float) -> jax.Array:
