@@ -162,9 +162,14 @@ def _type_mistake(value: Any, expected: Any) -> str:
     return ""
 
 
+LARGEST = 2**31 - 1  # steps and sizes are counted in 32 bits
+
+
 def _range_mistake(value: Any, rules: Mapping[str, Any]) -> str:
     if isinstance(value, (int, float)) and not abs(value) <= sys.float_info.max:
         return "expected a finite number"
+    if isinstance(value, int) and abs(value) > LARGEST:
+        return f"expected at most {LARGEST}"
     if rules["choices"] and value not in rules["choices"]:
         return f"expected one of {', '.join(map(repr, rules['choices']))}"
     if rules["low"] is not None and value < rules["low"]:

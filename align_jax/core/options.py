@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from align_jax.core.address import server_address
@@ -76,13 +77,22 @@ class Checked:
         yield from ()
 
 
+def pattern_mistakes(name: str, patterns: Iterable[str]) -> Iterator[str]:
+    """Yield what is wrong with a key's regular expressions."""
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            yield f"{name} = {pattern!r:.100}: no regular expression: {error}"
+
+
 @dataclasses.dataclass(frozen=True)
 class LoraOptions(Checked):
     """The policy's low-rank adapter (arXiv 2106.09685)."""
 
     rank: int = option(0, "0 = full fine-tune", low=0)
     alpha: float = option(
-        16.0, "the adapter's output is scaled by alpha / rank (rslora: alpha / sqrt(rank))"
+        16.0, "the adapter's output is scaled by alpha / rank (rslora: alpha / sqrt(rank))", above=0
     )
     dropout: float = option(
         0.0,
@@ -109,6 +119,7 @@ class LoraOptions(Checked):
     )
 
     def check(self) -> Iterator[str]:
+        yield from pattern_mistakes("targets", [self.targets])
         if self.rank or self.path:
             return
         for field in dataclasses.fields(self):
@@ -180,6 +191,7 @@ class ModelOptions(Checked):
     lora: LoraOptions = group(LoraOptions)
 
     def check(self) -> Iterator[str]:
+        yield from pattern_mistakes("freeze", self.freeze)
         if not self.path and not self.config:
             yield (
                 "path is empty and so is model.config: name a checkpoint, or give the fields of a "
@@ -231,7 +243,7 @@ class ReferenceOptions(Checked):
         unit="rollouts",
         low=0,
     )
-    mix: float = option(1.0, "the policy's share when the reference moves", low=0, high=1)
+    mix: float = option(1.0, "the policy's share when the reference moves", above=0, high=1)
 
     @property
     def moves(self) -> bool:
@@ -241,6 +253,11 @@ class ReferenceOptions(Checked):
     def check(self) -> Iterator[str]:
         if self.config and not self.path:
             yield "config says what reference.path is, which is empty: name the checkpoint"
+        if self.family != ReferenceOptions.family and not self.config:
+            yield (
+                f"family = {self.family!r} has no effect without reference.config: the "
+                "checkpoint says what it is"
+            )
         if self.mix != 1 and not self.moves:
             yield (
                 f"mix = {self.mix:g} has no effect where the reference does not move: set "
@@ -282,7 +299,7 @@ class DataOptions(Checked):
         0.05,
         "of the training examples, whole prompts, at most eval.max_examples; 0 = hold nothing out",
         low=0,
-        high=1,
+        below=1,
     )
     weights: tuple[float, ...] = option(
         (), "shares of several training sources; () = each example once an epoch"
@@ -354,7 +371,7 @@ class DataOptions(Checked):
         choices=("auto", "plain", "packed", "shared_prefix"),
     )
     groups_per_row: float = option(
-        0.0, "packed rows hold so many on average; 0 = as many as fit", low=0
+        0.0, "packed rows hold so many on average; 0 = as many as fit", low=0, high=4096
     )
     truncation: str = option(
         "keep_end",
@@ -375,7 +392,9 @@ class DataOptions(Checked):
         True, "plain rows of the longest example's length where that is below max_length"
     )
     shuffle: bool = option(True, "a new order each epoch; else the data's own")
-    prefetch: int = option(2, "batches made ahead on the host", unit="batches", low=1, resume=True)
+    prefetch: int = option(
+        2, "batches made ahead on the host", unit="batches", low=1, high=1024, resume=True
+    )
     cache: str = option("", "folder of the tokenized data; '' = not kept", resume=True)
 
     def check(self) -> Iterator[str]:
@@ -406,6 +425,10 @@ class ObjectiveOptions(Checked):
     weights: tuple[float, ...] = option((), "of a sum's terms; () = 1 each")
     options: Mapping[str, Any] = option({}, "the objective's own, by name")
 
+    def check(self) -> Iterator[str]:
+        if any(weight <= 0 for weight in self.weights):
+            yield f"weights = {self.weights}: expected numbers above 0, one a term"
+
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerOptions(Checked):
@@ -422,7 +445,7 @@ class OptimizerOptions(Checked):
         "after the warm-up: constant, linear, cosine (to final_fraction of the peak)",
         table="align_jax.training.optim:SCHEDULES",
     )
-    final_fraction: float = option(0.0, "of the peak, at the last step", low=0)
+    final_fraction: float = option(0.0, "of the peak, at the last step", low=0, high=1)
     warmup_steps: int = option(
         0, "from peak / warmup_steps up; at most one of these two is positive", unit="steps", low=0
     )
@@ -431,7 +454,7 @@ class OptimizerOptions(Checked):
     clip_norm: float = option(1.0, "of the gradient's global norm; 0 = no clipping", low=0)
     b1: float = option(0.9, "decay of the first moment", low=0, below=1)
     b2: float = option(0.999, "decay of the second moment", low=0, below=1)
-    eps: float = option(1e-8, "added to the second moment's root", low=0)
+    eps: float = option(1e-8, "added to the second moment's root", above=0)
     moment_dtype: str = option(
         "float32",
         "of the first moment; bfloat16 saves two bytes a parameter",
@@ -441,6 +464,11 @@ class OptimizerOptions(Checked):
     def check(self) -> Iterator[str]:
         if self.warmup_steps and self.warmup_fraction:
             yield "warmup_steps and optimizer.warmup_fraction are both set; set one"
+        if self.schedule == "constant" and self.final_fraction:
+            yield (
+                f"final_fraction = {self.final_fraction:g} has no effect: optimizer.schedule = "
+                "'constant' stays at the peak"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -489,6 +517,11 @@ class CheckpointOptions(Checked):
             yield (
                 f"local = {self.local!r}: expected a folder on each host's own storage, such as "
                 "/dev/shm/align_jax (what lies in a bucket is --workdir)"
+            )
+        if not self.local and self.local_every_steps != CheckpointOptions.local_every_steps:
+            yield (
+                f"local_every_steps = {self.local_every_steps} has no effect without "
+                "checkpoint.local"
             )
         if self.local and 0 < self.every_steps <= self.local_every_steps:
             yield (
@@ -709,6 +742,11 @@ class RolloutOptions(Checked):
                 f"max_turn_tokens = {self.max_turn_tokens}: expected at most max_new_tokens = "
                 f"{self.max_new_tokens}, which holds all turns"
             )
+        if self.threshold not in ("mean", "median", "prompt") and number_in(self.threshold) is None:
+            yield (
+                f"threshold = {self.threshold!r:.60}: expected a number, 'mean', 'median' or "
+                "'prompt'"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -743,7 +781,7 @@ LENGTHS = ("total_steps", "total_epochs", "total_examples")  # of a run: one is 
 class Config(Checked):
     """A whole run."""
 
-    seed: int = option(0, "of the data order, random weights, dropout and sampling")
+    seed: int = option(0, "of the data order, random weights, dropout and sampling", low=0)
     total_steps: int = option(
         0,
         "length of the run: exactly one of these three is positive",
@@ -796,6 +834,16 @@ class Config(Checked):
                 f"batch_size = {self.batch_size} is not divisible by microbatches = "
                 f"{self.microbatches}; --config.batch_size="
                 f"{-(-self.batch_size // self.microbatches) * self.microbatches} is"
+            )
+        if 0 < self.total_examples < self.batch_size:
+            yield (
+                f"total_examples = {self.total_examples}: expected at least batch_size = "
+                f"{self.batch_size}, which is a step"
+            )
+        if self.checkpoint.best_metric and not self.eval.every_steps:
+            yield (
+                f"checkpoint.best_metric = {self.checkpoint.best_metric!r}: there is no evaluation "
+                "on the way: set eval.every_steps > 0"
             )
         if self.data.layout == "plain" and (self.row_length or self.data.groups_per_row):
             yield (

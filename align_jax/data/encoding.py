@@ -157,6 +157,7 @@ class _How(NamedTuple):
 
 def _encode_all(examples: Sequence[Any], how: _How, processes: int | None) -> cache.Kept:
     _check_responses(examples)
+    _check_control(how.control, examples[0])
     if processes is None:
         processes = min(len(os.sched_getaffinity(0)), len(examples) // _EACH)
     with tqdm.tqdm(total=len(examples), desc="tokenizing", unit="examples", disable=None) as bar:
@@ -188,6 +189,20 @@ def _check_responses(examples: Sequence[Any]) -> None:
                 "the first example; --config.data.responses=2 gives every ranking two (the best, "
                 "the worst) and leaves those with fewer out"
             )
+
+
+def _check_control(control: Sequence[str], example: Example) -> None:
+    """Refuse control tokens that no response would get.
+
+    Raises:
+        ValueError: their number is not that of the responses (of labeled ones: two).
+    """
+    wanted = len(example.responses) if example.label is None else 2
+    if control and len(control) != wanted:
+        raise ValueError(
+            f"config.data.control_tokens = {tuple(control)}: expected {wanted}, "
+            + ("one a response" if example.label is None else "of desirable and undesirable ones")
+        )
 
 
 # Encoded's fields, lengths for ends; refusals; notes
@@ -294,9 +309,4 @@ def _control_ids(how: _How, example: Example, index: int) -> list[int]:
     if not how.control:
         return []
     which = index if example.label is None else int(not example.label)
-    if which >= len(how.control):
-        raise ValueError(
-            f"{example.source}: {len(example.responses)} responses, but control tokens for "
-            f"{len(how.control)}"
-        )
     return list(how.tokenizer(how.control[which], add_special_tokens=False).input_ids)

@@ -63,6 +63,7 @@ class ConfigFile(flags.ArgumentParser):
         keys = list(_changed(sys.argv[given:]))
         for key in keys:
             _check_key(config, key)
+        _check_one_model(config, sys.argv[given:], keys)
         _keep_one_length(config, keys)
         return config
 
@@ -215,8 +216,10 @@ def _fill(
         if isinstance(config[key], ConfigDict) and config[key]:
             _fill(config[key], value_node, loader, path, f"{name}.", lines)
             continue
-        with config.ignore_type():  # types are checked together, with the ranges
-            config[key] = _frozen(loader.construct_object(value_node, deep=True))
+        try:
+            _put(config, key, loader.construct_object(value_node, deep=True), prefix)
+        except ConfigMistake as error:
+            raise mistake(key_node, words(error)) from error
 
 
 def changed(config: ConfigDict | Config | Mapping[str, Any], **keys: Any) -> ConfigDict:
@@ -240,6 +243,22 @@ def changed(config: ConfigDict | Config | Mapping[str, Any], **keys: Any) -> Con
     _keep_one_length(made, keys)
     _change(made, keys, "", known)
     return made.lock()
+
+
+def _check_one_model(config: ConfigDict, argv: Sequence[str], keys: Collection[str]) -> None:
+    """Refuse fields of a random model beside a checkpoint, which has its own.
+
+    Raises:
+        ConfigMistake: the key.
+    """
+    random = [key for key in keys if re.match(r"model\.(config|family)\b", key)]
+    given = [word.partition("=")[2] for word in argv if re.match(r"--?config\.model\.path=", word)]
+    path = given[-1] if given else config.model.path
+    if random and path:
+        raise ConfigMistake(
+            f"--config.{random[0]} has no effect: it is of random weights, and config.model.path = "
+            f"{path!r} names a checkpoint, which has its own"
+        )
 
 
 def _keep_one_length(config: ConfigDict, keys: Collection[str]) -> None:
@@ -274,8 +293,22 @@ def _change(config: ConfigDict, values: Mapping[str, Any], prefix: str, known: C
                 raise ConfigMistake(f"{prefix}{first} = {value!r:.60}: expected a dict of its keys")
             _change(config[first], value, f"{prefix}{first}.", group)
             continue
-        with config.ignore_type():  # types are checked together, with the ranges
-            config[first] = _frozen(value)
+        _put(config, first, value, prefix)
+
+
+def _put(config: ConfigDict, name: str, value: Any, prefix: str) -> None:
+    """Put a value where a key is; types are checked together, with the ranges.
+
+    Raises:
+        ConfigMistake: what ml_collections would make a number of.
+    """
+    if isinstance(config[name], float) and isinstance(value, bool):
+        raise ConfigMistake(f"config.{prefix}{name} = {value}: expected a number")
+    try:
+        with config.ignore_type():
+            config[name] = _frozen(value)
+    except OverflowError as error:
+        raise ConfigMistake(f"config.{prefix}{name}: expected a finite number") from error
 
 
 def _frozen(value: Any) -> Any:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -120,7 +122,7 @@ def train(
     config = configs.read(config)
     distributed.start()
     if config.debug.compile_cache:
-        jax.config.update("jax_compilation_cache_dir", config.debug.compile_cache)
+        _keep_programs(config.debug.compile_cache)
     run = prepare(config, workdir, given=given)
     config = run.config  # with what the run's first start has fixed
     main_process = distributed.is_main()
@@ -173,6 +175,25 @@ def train(
             recorder.close()
 
 
+def _keep_programs(folder: str) -> None:
+    """Keep compiled programs in a folder for the next start.
+
+    Raises:
+        ValueError: nothing can be written there, of which JAX would warn at each program.
+    """
+    if "://" not in folder:
+        try:
+            os.makedirs(folder, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise ValueError(
+                f"config.debug.compile_cache = {folder!r}: cannot write there ({error.strerror}); "
+                "name another folder, or '' to keep nothing"
+            ) from error
+    jax.config.update("jax_compilation_cache_dir", folder)
+
+
 def loop(
     run: Run,
     checkpoints: Checkpoints,
@@ -219,6 +240,7 @@ def loop(
         recorder.write(step, values)
         recorder.note(summary(step, values))
         early = early.after(step, values, config.eval)
+        checkpoints.check_measured(values)
         return values
 
     if evaluate is not None and first == 0:

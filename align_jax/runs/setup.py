@@ -25,7 +25,13 @@ from jax.sharding import Mesh
 from align_jax import losses
 from align_jax.core import config as configs
 from align_jax.core import metrics
-from align_jax.core.options import Config, DataOptions, ModelOptions, ReferenceOptions
+from align_jax.core.options import (
+    Config,
+    DataOptions,
+    ModelOptions,
+    ReferenceOptions,
+    RolloutOptions,
+)
 from align_jax.data import datasets, pipeline, synthetic, template
 from align_jax.data.datasets import Examples
 from align_jax.data.layout import BatchSizes
@@ -168,7 +174,9 @@ def resolve_config(config: Config, devices: int) -> ResolvedConfig:
     if config.model.path and models.policy.options.unembed:
         weights.check_speaks(model_config, config.model.path)
     _check_text(config, terms)
-    _check_labels(config, "samples" if online else data_kind(terms))
+    _check_data(config, "samples" if online else data_kind(terms))
+    if not online:
+        _check_rollout(config)
     rollouts = make_rollout_config(terms, config) if online else None
     kind = data_kind(terms)
     return ResolvedConfig(terms, tokenizer, model_config, models, kind, rollouts, new_tokens)
@@ -205,6 +213,12 @@ def _check_reference(config: Config, terms: Sequence[Term]) -> None:
                 f"config.reference.{key} = {value!r}: the objective {name!r} compares with no "
                 "reference, with these options"
             )
+    kept = r.mode == "cached" or any(term.loss.wants_guide for term in terms)
+    if r.cache and not kept:
+        raise ValueError(
+            f"config.reference.cache = {r.cache!r} has no effect: nothing of the reference is "
+            "kept; set reference.mode = 'cached'"
+        )
     whole = not (config.model.lora.rank or config.model.lora.path or config.model.freeze)
     if r.path and r.moves and not whole:
         raise ValueError(
@@ -294,19 +308,49 @@ def _check_text(config: Config, terms: Sequence[Term]) -> None:
         )
 
 
-def _check_labels(config: Config, kind: str) -> None:
-    """Refuse keys that choose among labeled examples where there are none.
+# keys of the data that make something of one kind of examples alone
+_OF_KIND: Mapping[str, tuple[str, ...]] = {
+    "unpaired": ("labels", "frac_unique_desirable", "frac_unique_undesirable", "threshold"),
+    "pairs": ("pairing", "min_difference"),
+    "ranked": ("responses",),
+    "stepwise": ("step_separator",),
+}
+_TRAINS_ON = {
+    "unpaired": "labels, as kto does",
+    "pairs": "pairs, as dpo does",
+    "ranked": "rankings, as reward_ranked does",
+    "stepwise": "labeled steps, as reward_process does",
+}
+
+
+def _check_data(config: Config, kind: str) -> None:
+    """Refuse keys that make something of examples of another kind.
 
     Raises:
-        ValueError: the key, and what trains on labels.
+        ValueError: the key, and what trains on such examples.
     """
-    default = DataOptions()
-    for key in ("labels", "frac_unique_desirable", "frac_unique_undesirable"):
-        if kind != "unpaired" and (value := getattr(config.data, key)) != getattr(default, key):
-            raise ValueError(
-                f"config.data.{key} = {value!r} has no effect: the objective "
-                f"{config.objective.name!r} trains on {kind}, not on labels as kto does"
-            )
+    for wanted, keys in _OF_KIND.items():
+        for key in keys if kind != wanted else ():
+            if (value := getattr(config.data, key)) != getattr(DataOptions(), key):
+                raise ValueError(
+                    f"config.data.{key} = {value!r} has no effect: the objective "
+                    f"{config.objective.name!r} trains on {kind}, not on {_TRAINS_ON[wanted]}"
+                )
+
+
+def _check_rollout(config: Config) -> None:
+    """Refuse keys of rollouts where there are none.
+
+    Raises:
+        ValueError: the keys.
+    """
+    given = configs.to_dict(config.rollout)
+    default = configs.to_dict(RolloutOptions())
+    if named := [f"config.rollout.{key}" for key in given if given[key] != default[key]]:
+        raise ValueError(
+            f"{', '.join(named)}: no effect: the objective {config.objective.name!r} trains on "
+            "data; with config.rewards it would train on its own samples"
+        )
 
 
 def _reference_config(
@@ -547,8 +591,62 @@ def first_day(workdir: str) -> str:
     return datetime.date.fromordinal(int(agreed)).isoformat()
 
 
-def _check_value_warmup(config: Config, total: int) -> None:
-    """Refuse a run in which the policy would never learn."""
+def _resolve_dated(config: Config, workdir: str) -> tuple[Config, ResolvedConfig]:
+    """Resolve a config; where the chat template reads the date, with that of the first start.
+
+    Raises:
+        ValueError: as ``resolve_config``, or a date that no template reads.
+    """
+    resolved, date = resolve_config(config, jax.device_count()), config.data.date
+    if bool(date) == bool(template.date_read(resolved.tokenizer)):
+        return config, resolved
+    if date:
+        raise ValueError(
+            f"config.data.date = {date!r} has no effect: the chat template reads no date"
+        )
+    data = dataclasses.replace(config.data, date=first_day(workdir))
+    config = dataclasses.replace(config, data=data)
+    return config, resolve_config(config, jax.device_count())
+
+
+def _check_measured(config: Config, held_out: Examples | None) -> None:
+    """Refuse metrics of held-out examples where there are none.
+
+    Raises:
+        ValueError: the key.
+    """
+    names = {
+        "eval.stop_metric": config.eval.stop_metric,
+        "checkpoint.best_metric": config.checkpoint.best_metric,
+    }
+    for key, name in names.items():
+        if name and held_out is None:
+            raise ValueError(
+                f"config.{key} = {name!r}: nothing is held out to measure it on: name data.eval, "
+                "or set data.eval_fraction > 0"
+            )
+
+
+def _check_total(config: Config, total: int) -> None:
+    """Refuse a run that is too long to count, one in which the policy would never learn, and keys
+    of steps that it does not have.
+
+    Raises:
+        ValueError: naming the key.
+    """
+    if total > configs.LARGEST:
+        raise ValueError(
+            f"config.total_epochs = {config.total_epochs:g} are {total:,} steps: expected at most "
+            f"{configs.LARGEST:,}"
+        )
+    steps = {
+        "reference.sync_every_steps": config.reference.sync_every_steps,
+        "debug.profile_steps": (config.debug.profile_steps or (0,))[0],
+        "debug.memory_profile_step": config.debug.memory_profile_step,
+    }
+    for key, step in steps.items():
+        if step > total:
+            raise ValueError(f"config.{key}: step {step} never comes: the run has {total} steps")
     if (first := config.model.value_warmup_steps) >= total:
         raise ValueError(
             f"config.model.value_warmup_steps = {first} of {total} steps: the policy would never "
@@ -587,20 +685,12 @@ def prepare(
             "CPU devices: a program read from it would lose the order of its collectives and "
             "hang; --config.debug.compile_cache='' compiles it anew"
         )
-    resolved = resolve_config(config, jax.device_count())
-    if not config.data.date and template.date_read(resolved.tokenizer):
-        day = first_day(workdir)
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, date=day))
-        resolved = resolve_config(config, jax.device_count())
+    config, resolved = _resolve_dated(config, workdir)
     config = as_first_started(config, workdir)
     record.check(workdir, configs.to_dict(config), configs.may_change())
     mesh = make_mesh(dataclasses.asdict(config.mesh))
     examples, held_out = read_data(config, resolved, given)
-    if config.eval.stop_metric and held_out is None:
-        raise ValueError(
-            f"config.eval.stop_metric = {config.eval.stop_metric!r}: nothing is held out to "
-            "measure it on: name data.eval, or set data.eval_fraction > 0"
-        )
+    _check_measured(config, held_out)
     held: Pipeline | None = None
     if resolved.rollouts is None:
         train: Pipeline | Rollouts = make_pipeline(config, resolved, mesh, examples, once=False)
@@ -628,7 +718,7 @@ def prepare(
             held = make_pipeline(config, resolved, mesh, held_out, once=True)
     config = _as_laid_out(config, train)
     total = config.total_steps_of(train.steps_per_epoch)
-    _check_value_warmup(config, total)
+    _check_total(config, total)
     step_spec = make_step_spec(config, resolved, total)
     specs = make_state_specs(config, resolved, step_spec, mesh)
     run = Run(

@@ -33,6 +33,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
+from align_jax.core.choose import nearest
 from align_jax.core.options import CheckpointOptions
 from align_jax.storage.checksums import checksums, differences, is_sound_extra, json_checksum
 from align_jax.storage.local_tier import LocalCheckpoints
@@ -179,6 +180,18 @@ class Checkpoints:
             return "persistent"
         return "local" if self._local and self._local.due(step) else ""
 
+    def check_measured(self, metrics: Mapping[str, float]) -> None:
+        """See that an evaluation, a run's first one, measures ``best_metric``.
+
+        Raises:
+            KeyError: it does not.
+        """
+        if self._best_metric and self._best_metric not in metrics:
+            raise KeyError(
+                f"config.checkpoint.best_metric = {self._best_metric!r} is not among the "
+                f"evaluation's metrics{nearest(self._best_metric, sorted(metrics))}"
+            )
+
     def save(
         self,
         step: int,
@@ -208,11 +221,8 @@ class Checkpoints:
             StorageError: the store failed ``attempts`` times running.
             KeyError: ``metrics`` lacks ``best_metric``.
         """
-        if metrics is not None and self._best_metric and self._best_metric not in metrics:
-            raise KeyError(
-                f"checkpoint.best_metric {self._best_metric!r} is not among the evaluation's "
-                f"metrics {sorted(metrics)}"
-            )
+        if metrics is not None:
+            self.check_measured(metrics)
         if self._local:
             # there in seconds, the other perhaps not in time
             self._local.save(step, state, extra or {})

@@ -1,7 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
+import typing
+from collections.abc import Mapping
+from typing import Any
+
 import pytest
 
 from align_jax.core import config as configs
+from align_jax.core.options import Checked, Config
 
 
 def of(config, group):
@@ -52,6 +57,22 @@ def test_a_misspelled_key_is_an_error():
         ("model.lora", None, "model.lora = None: expected its keys, rank, alpha"),
         ("optimizer", None, "optimizer = None: expected its keys, name, learning_rate"),
         ("log.every_steps", 0, "log.every_steps = 0: expected at least 1"),
+        ("seed", -1, "seed = -1: expected at least 0"),
+        ("total_steps", 2**31, "total_steps = 2147483648: expected at most 2147483647"),
+        ("total_examples", 63, "total_examples"),
+        ("model.freeze", ("embed", "("), "model.freeze = '(': no regular expression: missing )"),
+        ("model.lora.targets", "*", "model.lora.targets = '*': no regular expression"),
+        ("model.lora.alpha", 0.0, "model.lora.alpha = 0.0: expected more than 0"),
+        ("reference.family", "qwen2", "family = 'qwen2' has no effect without reference.config"),
+        ("reference.mix", 0.0, "reference.mix = 0.0: expected more than 0"),
+        ("data.eval_fraction", 1.0, "data.eval_fraction = 1.0: expected less than 1"),
+        ("data.groups_per_row", 1e9, "expected at most 4096"),
+        ("data.prefetch", 10**9, "expected at most 1024"),
+        ("objective.weights", (1.0, 0.0), "objective.weights = (1.0, 0.0): expected numbers above"),
+        ("optimizer.final_fraction", 2.0, "expected at most 1"),
+        ("optimizer.eps", 0.0, "optimizer.eps = 0.0: expected more than 0"),
+        ("checkpoint.local_every_steps", 7, "no effect without checkpoint.local"),
+        ("rollout.threshold", "media", "threshold = 'media': expected a number, 'mean'"),
         ("data.train", None, "data.train = None: expected a text"),
         ("batch_size", None, "batch_size = None: expected an integer"),
         ("optimizer.b1", None, "optimizer.b1 = None: expected a number"),
@@ -64,6 +85,47 @@ def test_a_mistake_is_found_and_named(key, value, said):
     with pytest.raises(ValueError, match="config has mistakes") as error:
         configs.read(config)
     assert said in str(error.value)
+
+
+# a value, and the types of keys of which some take it
+TAKEN = [
+    (None, ()),
+    (float("nan"), ()),
+    (float("-inf"), ()),
+    (-1, (int, float)),
+    (2**31, (float,)),
+    (1.5, (float,)),
+    ("", (str,)),
+    (("a",), (tuple[str, ...],)),
+    (((),), ()),
+    ({"a": 1}, (Mapping[str, Any],)),
+]
+BELOW_ZERO = {"rollout.missing_eos_penalty", "debug.memory_profile_step"}
+BELOW_ZERO |= {f"mesh.{axis}" for axis in ("data", "fsdp", "expert", "sequence", "tensor")}
+
+
+def keys(kind=Config, prefix=""):
+    """Return each key with its type."""
+    for name, type_of in typing.get_type_hints(kind).items():
+        if isinstance(type_of, type) and issubclass(type_of, Checked):
+            yield from keys(type_of, f"{prefix}{name}.")
+        elif prefix + name != "objective.options":
+            yield prefix + name, type_of
+
+
+@pytest.mark.parametrize("value, types", TAKEN)
+def test_each_key_takes_a_value_of_its_type_and_range_or_names_itself(value, types):
+    config = good()
+    for key, _ in keys():
+        group, _, name = key.rpartition(".")
+        with config.ignore_type():
+            setattr(of(config, group), name, value)
+    with pytest.raises(ValueError) as error:
+        configs.parse(config)
+    taken = {key for key, _ in keys() if f"  config.{key} = " not in str(error.value)}
+    own = {key for key, type_of in keys() if type_of in types}
+    assert taken <= own and bool(taken) == bool(types)
+    assert value != -1 or taken == BELOW_ZERO
 
 
 def test_all_mistakes_are_told_at_once():

@@ -495,7 +495,7 @@ ERRORS = [
         "mismatched completions need one response a prompt, these examples have 2",
     ),
     ({"max_prompt_length": 128}, "max_prompt_length = 128: expected less than max_length = 128"),
-    ({"control_tokens": ("x",)}, "t:0: 2 responses, but control tokens for 1"),
+    ({"control_tokens": ("x",)}, "control_tokens = \\('x',\\): expected 2, one a response"),
 ]
 
 

@@ -7,7 +7,7 @@ import pathlib
 import pytest
 
 from align_jax.core import config as configs
-from align_jax.runs import setup
+from align_jax.runs import config_file, setup
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 
@@ -61,9 +61,49 @@ def resolve(name, **keys):
             "would undo the imbalance",
         ),
         ("kto", {"data.frac_unique_desirable": 0.0}, "frac_unique_desirable = 0"),
+        (
+            "dpo",
+            {"data.threshold": "3"},
+            "threshold = '3' has no effect: .* trains on pairs, not on l",
+        ),
+        ("kto", {"data.pairing": "all"}, "pairing = 'all' has no effect: .* not on pairs, as dpo"),
+        ("grpo", {"data.min_difference": 0.5}, "trains on samples, not on pairs"),
+        ("dpo", {"data.responses": 2}, "not on rankings, as reward_ranked does"),
+        ("dpo", {"data.step_separator": ""}, "not on labeled steps, as reward_process does"),
+        (
+            "dpo",
+            {"rollout.temperature": 0.5, "rollout.stop": ("x",)},
+            "rollout.stop, config.rollout.temperature: no effect",
+        ),
+        ("dpo", {"reference.cache": "kept"}, "nothing of the reference is kept"),
         ("ppo", {"objective.kl_coef": 0.0, "objective.kl_target": 6.0}, "has no effect"),
     ],
 )
 def test_keys_that_do_not_go_together_are_refused(name, keys, words):
     with pytest.raises((ValueError, FileNotFoundError), match=words):
         resolve(name, **keys)
+
+
+LATE = [
+    ({"debug.profile_steps": (40, 50)}, "debug.profile_steps: step 40 never comes: the run has 30"),
+    ({"debug.memory_profile_step": 31}, "memory_profile_step: step 31 never comes"),
+    ({"reference.sync_every_steps": 31}, "sync_every_steps: step 31 never comes"),
+    (
+        {"total_steps": 0, "total_epochs": 1e12},
+        "total_epochs = 1e.12 are .* steps: expected at most",
+    ),
+    (
+        {"checkpoint.best_metric": "eval/loss", "data.train": "builtin:completions:train?size=16"}
+        | {"data.eval_fraction": 0.0, "objective": {"name": "sft"}},
+        "nothing is held out to measure it on",
+    ),
+    ({"data.date": "2026-01-31"}, "data.date = '2026-01-31' has no effect"),
+]
+
+
+@pytest.mark.parametrize("keys, words", LATE)
+def test_steps_that_never_come_and_metrics_that_nothing_gives_are_refused(tmp_path, keys, words):
+    few = {"data.train": "builtin:preferences:train?size=16", "batch_size": 8}
+    config = config_file.changed(config_file.load("tiny:dpo"), **{**few, **keys})
+    with pytest.raises(ValueError, match=words):
+        setup.prepare(configs.read(config), str(tmp_path / "run"))

@@ -95,3 +95,19 @@ def test_an_argument_and_a_missing_file_are_refused(tmp_path):
         load(f"{tmp_path}/dpo.yaml:dpo")
     with pytest.raises(ConfigMistake, match="did you mean '.*dpo.yaml'"):
         load(str(tmp_path / "dpp.yaml"))
+
+
+@pytest.mark.parametrize("value, said", [("yes", "True: expected a number"), ("1" * 400, "finite")])
+def test_what_would_become_a_number_is_refused(tmp_path, value, said):
+    with pytest.raises(ConfigMistake, match=rf"yaml:2: config.optimizer.learning_rate.*{said}"):
+        read(tmp_path, f"optimizer:\n  learning_rate: {value}\n")
+
+
+def test_fields_of_a_random_model_beside_a_checkpoint_are_refused(monkeypatch):
+    own, path = "--config.model.config.hidden_size=8", "--config.model.path=m"
+    for words in ([own, path], [path, "--config.model.family=gpt2"]):
+        monkeypatch.setattr(sys, "argv", ["train", "--config=tiny", *words])
+        with pytest.raises(ConfigMistake, match="model.path = 'm' names a checkpoint"):
+            ConfigFile().parse("tiny")
+    monkeypatch.setattr(sys, "argv", ["train", "--config=tiny", own])
+    assert ConfigFile().parse("tiny")

@@ -124,7 +124,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path, mesh):
         assert checkpoints.steps() == [2, 5, 6]
         assert checkpoints.restore(_abstract(mesh, _state(mesh)), "best").step == 2
         assert checkpoints.restore(_abstract(mesh, _state(mesh)), 5).step == 5
-        with pytest.raises(KeyError, match="best_metric 'eval/accuracy' is not among"):
+        with pytest.raises(KeyError, match="best_metric = 'eval/accuracy' is not among"):
             checkpoints.save(7, _state(mesh), metrics={"eval/loss": 1.0})
 
 
