@@ -113,10 +113,12 @@ def shrunk(spec):
     config.max_length, config.row_length = 112, 224 if config.row_length else 0
     config.batch_size, config.microbatches = 16, min(config.microbatches, 2)
     config.optimizer.warmup_steps = min(config.optimizer.warmup_steps, 1)
-    config.rollout.max_new_tokens = 8
-    config.rollout.prompts = min(config.rollout.prompts, config.batch_size)
-    config.rollout.max_turn_tokens = min(config.rollout.max_turn_tokens, 4)
-    config.rollout.tensor = min(config.rollout.tensor, SMALL["num_key_value_heads"])
+    config.checkpoint.best_metric = ""  # nothing is held out
+    if online(config):
+        config.rollout.max_new_tokens = 8
+        config.rollout.prompts = min(config.rollout.prompts, config.batch_size)
+        config.rollout.max_turn_tokens = min(config.rollout.max_turn_tokens, 4)
+        config.rollout.tensor = min(config.rollout.tensor, SMALL["num_key_value_heads"])
     config.mesh.update({axis: min(config.mesh[axis], 2) for axis in AXES})
     config.log.every_steps = 1
     return config

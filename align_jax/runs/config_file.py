@@ -63,7 +63,8 @@ class ConfigFile(flags.ArgumentParser):
         keys = list(_changed(sys.argv[given:]))
         for key in keys:
             _check_key(config, key)
-        _check_one_model(config, sys.argv[given:], keys)
+        paths = [re.match(r"--?config\.model\.path=(.*)", word) for word in sys.argv[given:]]
+        _keep_one_model(config, next((one[1] for one in paths[::-1] if one), None), keys)
         _keep_one_length(config, keys)
         return config
 
@@ -241,24 +242,41 @@ def changed(config: ConfigDict | Config | Mapping[str, Any], **keys: Any) -> Con
         values = configs.to_dict(config) if isinstance(config, Config) else config
         _change(made, values, "", known)
     _keep_one_length(made, keys)
+    given = _dotted(keys)
+    _keep_one_model(made, given.get("model.path"), given)
     _change(made, keys, "", known)
     return made.lock()
 
 
-def _check_one_model(config: ConfigDict, argv: Sequence[str], keys: Collection[str]) -> None:
-    """Refuse fields of a random model beside a checkpoint, which has its own.
+def _keep_one_model(config: ConfigDict, path: str | None, keys: Collection[str]) -> None:
+    """Let a checkpoint that is given take the place of the recipe's random model, or of the fields
+    of the recipe's own.
+
+    Args:
+        config: the recipe's.
+        path: what is given as ``model.path``; None: nothing.
+        keys: that are given, dotted.
 
     Raises:
-        ConfigMistake: the key.
+        ConfigMistake: fields of a random model are given, too.
     """
-    random = [key for key in keys if re.match(r"model\.(config|family)\b", key)]
-    given = [word.partition("=")[2] for word in argv if re.match(r"--?config\.model\.path=", word)]
-    path = given[-1] if given else config.model.path
-    if random and path:
+    if not path:
+        return
+    if fields := [key for key in keys if re.match(r"model\.(config|family)\b", key)]:
         raise ConfigMistake(
-            f"--config.{random[0]} has no effect: it is of random weights, and config.model.path = "
+            f"config.{fields[0]} has no effect: it is of random weights, and config.model.path = "
             f"{path!r} names a checkpoint, which has its own"
         )
+    config.model.config = ConfigDict()
+
+
+def _dotted(keys: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return keys in nested dicts by their dotted names."""
+    found: dict[str, Any] = {}
+    for key, value in keys.items():
+        nested = isinstance(value, Mapping) and value
+        found |= _dotted(value, f"{prefix}{key}.") if nested else {prefix + key: value}
+    return found
 
 
 def _keep_one_length(config: ConfigDict, keys: Collection[str]) -> None:

@@ -103,11 +103,17 @@ def test_what_would_become_a_number_is_refused(tmp_path, value, said):
         read(tmp_path, f"optimizer:\n  learning_rate: {value}\n")
 
 
-def test_fields_of_a_random_model_beside_a_checkpoint_are_refused(monkeypatch):
+def test_a_checkpoint_takes_the_place_of_a_recipes_random_model(monkeypatch):
     own, path = "--config.model.config.hidden_size=8", "--config.model.path=m"
-    for words in ([own, path], [path, "--config.model.family=gpt2"]):
+
+    def parse(*words):
         monkeypatch.setattr(sys, "argv", ["train", "--config=tiny", *words])
+        return ConfigFile().parse("tiny").model
+
+    for words in ([own, path], [path, "--config.model.family=gpt2"]):
         with pytest.raises(ConfigMistake, match="model.path = 'm' names a checkpoint"):
-            ConfigFile().parse("tiny")
-    monkeypatch.setattr(sys, "argv", ["train", "--config=tiny", own])
-    assert ConfigFile().parse("tiny")
+            parse(*words)
+    with pytest.raises(ConfigMistake, match="model.config.hidden_size has no effect"):
+        changed(load("tiny"), model={"path": "m", "config": {"hidden_size": 8}})
+    assert parse(own).config and not parse(path).config
+    assert not changed(load("tiny"), **{"model.path": "m"}).model.config
