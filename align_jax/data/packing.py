@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-import bisect
+import heapq
 from collections.abc import Sequence
 
 import numpy as np
@@ -20,7 +20,8 @@ def best_fit(
     loads: Sequence[int] | None = None,
     max_load: int = 0,
 ) -> list[list[int]]:
-    """Pack items into bins: the longest first, each into the fullest bin that still has room.
+    """Pack items into bins: the longest first, each into the fullest bin that still has room, of
+    equally full ones into the least loaded.
 
     Args:
         lengths: tokens of each item, at most ``capacity``.
@@ -38,27 +39,39 @@ def best_fit(
     [[0, 3], [1, 2], [4]]
     """
     bins: list[list[int]] = []
-    loaded: list[int] = []
-    # (tokens left, bin) of the bins that still take items, ascending: the first with enough is the
-    # fullest, found by bisection
-    room: list[tuple[int, int]] = []
-    for item in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+    # of the bins that still take items, by the tokens left in them: the least loaded first
+    room: list[list[tuple[int, int]]] = [[] for _ in range(capacity + 1)]
+    least = np.full(capacity + 1, _FULL, np.int64)  # what that one holds of the second measure
+    for item in np.argsort(-np.asarray(lengths, np.int64), kind="stable").tolist():
         load = 0 if loads is None else loads[item]
-        at = bisect.bisect_left(room, (lengths[item], -1))
-        while at < len(room) and loads is not None and loaded[room[at][1]] + load > max_load:
-            at += 1
-        if at < len(room):
-            left, chosen = room.pop(at)
-            bins[chosen].append(item)
-            loaded[chosen] += load
+        left = _first(least, lengths[item], max_load - load)
+        if left < 0:
+            left, held, chosen = capacity, 0, len(bins)
+            bins.append([])
         else:
-            left, chosen = capacity, len(bins)
-            bins.append([item])
-            loaded.append(load)
+            held, chosen = heapq.heappop(room[left])
+            least[left] = room[left][0][0] if room[left] else _FULL
+        bins[chosen].append(item)
         left -= lengths[item]
         if left and len(bins[chosen]) < max_items:
-            bisect.insort(room, (left, chosen))
+            heapq.heappush(room[left], (held + load, chosen))
+            least[left] = room[left][0][0]
     return bins
+
+
+_FULL = np.iinfo(np.int64).max
+_NEAR = 256  # the fullest bin that has room is seldom further
+
+
+def _first(least: Int[np.ndarray, "C"], begin: int, most: int) -> int:
+    """Return the first place from ``begin`` on that holds at most so much; -1 where none does."""
+    width = _NEAR
+    while begin < len(least):
+        fits = least[begin : begin + width] <= most
+        if fits[at := int(fits.argmax())]:
+            return begin + at
+        begin, width = begin + width, 8 * width
+    return -1
 
 
 def mean_groups(lengths: Sequence[int], loss_tokens: Sequence[int], row_length: int) -> float:
