@@ -102,7 +102,7 @@ class LoraOptions(Checked):
         below=1,
     )
     targets: str = option(
-        "attention/.*|mlp/.*",
+        "attention/.*|delta/.*|mlp/.*",
         "regular expression of the adapted matrices, as attention/query, mlp/down",
     )
     rslora: bool = option(False, "scale by alpha / sqrt(rank) (arXiv 2312.03732)")

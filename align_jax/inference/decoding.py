@@ -23,7 +23,7 @@ from align_jax.inference.mixture import Mixture
 from align_jax.inference.samplers import Settings, draw
 from align_jax.models import cache as caches
 from align_jax.models.model import Model, Params
-from align_jax.parallel.sharding import tree_shardings
+from align_jax.parallel.sharding import is_axes, tree_shardings
 
 
 class RowRequests(NamedTuple):
@@ -86,14 +86,14 @@ def shardings(mesh: Mesh | AbstractMesh, state: DecodeState) -> DecodeState:
         state: arrays or shapes.
     """
 
-    def of_cache(cache: caches.Cache) -> caches.Cache:
+    def of_cache(cache: caches.Cache) -> Any:
         # each device holds all heads where the tensor axis does not divide them
-        divides = cache.keys.shape[3] % mesh.shape["tensor"] == 0
-        axes: Any = (
-            tuple(None if name == "kv_heads" and not divides else name for name in names)
-            for names in caches.AXES
-        )
-        return caches.Cache(*axes)
+        divides = cache.held.keys.shape[3] % mesh.shape["tensor"] == 0
+
+        def lying(names: tuple[str | None, ...]) -> tuple[str | None, ...]:
+            return tuple(None if name == "kv_heads" and not divides else name for name in names)
+
+        return jax.tree.map(lying, caches.axes(cache), is_leaf=is_axes)
 
     axes = jax.tree.map(of_cache, state.cache, is_leaf=lambda x: isinstance(x, caches.Cache))
 

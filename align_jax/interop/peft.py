@@ -42,7 +42,10 @@ from align_jax.models.model import build
 
 SCORE = "score/out/kernel"
 # family -> targets whose modules PEFT 0.21 takes for experts (transformers_weight_conversion.py)
-MISREAD = dict.fromkeys(("deepseek_v2", "deepseek_v3", "dots1", "glm4_moe", "kimi_k2"), "shared/")
+# where they are called modules, and not where their weights are called parameters
+AS_PARAMETERS = dict.fromkeys(
+    ("deepseek_v2", "deepseek_v3", "dots1", "glm4_moe", "kimi_k2", "qwen3_next"), "shared/"
+)
 
 
 # ------------------------------------------------------------------------------------------- export
@@ -57,6 +60,8 @@ def save(
 ) -> None:
     """Write an adapter that ``peft.PeftModel.from_pretrained`` loads, in float32.
 
+    Experts that every token passes go by ``target_parameters`` where PEFT would take their modules
+    for the others', and the file then has no dropout.
     A reward model's score head goes with it (``modules_to_save``).  Value heads do not: they belong
     to a trainer, and PEFT has no place for them.
 
@@ -68,8 +73,8 @@ def save(
         base_name: name of the base model, for ``base_model_name_or_path``.
 
     Raises:
-        ValueError: leaves that are no adapter's of this family; DoRA on a part of a module; what
-            PEFT would read as something else.
+        ValueError: leaves that are no adapter's of this family; DoRA on a part of a module, or on
+            what goes by ``target_parameters``.
     """
     values = HEADS.keys() - {"score"}
     flat = flatten({name: node for name, node in adapter_params.items() if name not in values})
@@ -81,11 +86,11 @@ def save(
     if unknown := sorted(flat.keys() - known):
         raise ValueError(f"not parameters of a PEFT adapter of {config.family}: {unknown}")
     adapted = {one: parts for one in modules if (parts := _adapted(one, flat, lora))}
-    misread = MISREAD.get(config.family, "")
-    if misread and any(part.target.startswith(misread) for ps in adapted.values() for part in ps):
+    spelled = {one: parts for one, parts in adapted.items() if _is_parameter(one, config)}
+    if spelled and lora.dora:
         raise ValueError(
-            f"PEFT takes the adapters of {config.family}'s {misread}* for those of its experts: "
-            "export without --adapter, which merges them"
+            f"PEFT has no DoRA on {config.family}'s {AS_PARAMETERS[config.family]}*, whose modules "
+            "it takes for experts: export without --adapter, which merges them"
         )
     tensors: dict[str, np.ndarray] = {}
     names: set[str] = set()
@@ -105,14 +110,25 @@ def save(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / TENSORS).write_bytes(safetensors.numpy.save(tensors, {"format": "pt"}))
     transposed = any(part.transposed for part in maps if part.path != EMBED)
-    ranks = _ranks(adapted, flat, config, lora)
+    modules_only = {one: parts for one, parts in adapted.items() if one not in spelled}
+    ranks = _ranks(modules_only, flat, config, lora)
     settings = _settings(lora, ranks, transposed, SCORE in flat, base_name) | settings
+    if spelled:
+        names = {f"{name}.weight" for name in _ranks(spelled, flat, config, lora)}
+        # PEFT drops nothing out before a parameter
+        settings |= {"target_parameters": sorted(names), "lora_dropout": 0.0}
     if find_family(config.family).carried:  # whose modules are called as the decoder's
         settings["exclude_modules"] = rf"(.*\.)?{BESIDE}\..*"
     (folder / CONFIG).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
     # a whole model that lay here before would be loaded in place of the adapter
     remove_older(path, (CONFIG, TENSORS))
     (folder / "config.json").unlink(missing_ok=True)
+
+
+def _is_parameter(module: Module, config: ModelConfig) -> bool:
+    """Tell whether PEFT is to find a module by its weight."""
+    of = AS_PARAMETERS.get(config.family)
+    return of is not None and any(part.target.startswith(of) for part in module.parts)
 
 
 def _adapted(module: Module, flat: Mapping[str, Any], lora: LoraConfig) -> list[LinearMap]:
@@ -326,9 +342,19 @@ def _by_module(
             layers.append(own)
         out[module] = layers
     out = _targeted(out)
-    if left or missing or misshaped or not out:
+    none = [
+        one
+        for one in settings.get("target_parameters") or ()
+        if not any(
+            peft_settings.adapts_weight({"target_parameters": [one]}, module.name.format(layer=n))
+            for module in out
+            for n in module.layers
+        )
+    ]
+    if left or missing or misshaped or none or not out:
         known = ", ".join(dict.fromkeys(one.name.split("{layer}.")[-1] for one in modules))
         wrong = {"missing": missing, "unexpected": sorted(left), "mis-shaped": misshaped}
+        wrong["target_parameters that are no such module's weight"] = none
         way = f"\n  what is unexpected is not read; {peft_settings.MERGE}" if left else ""
         raise ValueError(
             f"the adapter {path!r} does not fit a {config.family} model, of which these can be "
@@ -356,6 +382,8 @@ def _targeted(modules: Mapping[Module, Layers]) -> dict[Module, Layers]:
 def _is_adapted(tensors: Tensors, module: Module, name: str, settings: Settings) -> bool:
     """Tell whether a layer of a module is adapted: as the settings say, or where these name nothing
     (``target_modules`` of older versions), whether the file has any layer of it."""
+    if peft_settings.adapts_weight(settings, name):
+        return True
     if settings.get("target_modules") is not None:
         return peft_settings.adapts(settings, name, module.inside)
     short = bare(module.name, tensors.family) + module.ends["lora_a"]

@@ -52,7 +52,6 @@ PLAIN: Mapping[str, tuple[Any, ...]] = {
     "bias": ("none", None, "all", "lora_only"),
     "lora_bias": (False, None),
     "layer_replication": (None, []),
-    "target_parameters": (None, []),
     "alora_invocation_tokens": (None,),
     "use_qalora": (False, None),
     "use_bdlora": (False, None),
@@ -71,7 +70,7 @@ HARMLESS = frozenset(
     exclude_modules layers_to_transform layers_pattern modules_to_save trainable_token_indices
     fan_in_fan_out task_type inference_mode auto_mapping base_model_name_or_path revision
     peft_version runtime_config megatron_core qalora_group_size loftq_config eva_config
-    corda_config lora_ga_config ensure_weight_tying""".split()
+    corda_config lora_ga_config ensure_weight_tying target_parameters""".split()
 )
 
 FIELDS = (
@@ -112,6 +111,11 @@ FIELDS = (
         "a list of modules, or null",
         fields.or_null(fields.is_list_of(fields.is_text)),
         ("modules_to_save",),
+    ),
+    fields.Kind(
+        "a list of parameters, or null",
+        fields.or_null(fields.is_list_of(fields.is_text)),
+        ("target_parameters",),
     ),
 )
 
@@ -212,6 +216,11 @@ def adapts(settings: Settings, module: str, linear: bool = True) -> bool:
     if module in targets:
         return True
     return _named(module, targets) and _in_layers(settings, module)
+
+
+def adapts_weight(settings: Settings, module: str) -> bool:
+    """Tell whether PEFT adapts a module by its weight's name (``target_parameters``)."""
+    return _named(f"{module}.weight", settings.get("target_parameters") or ())
 
 
 def saves(settings: Settings, module: str) -> bool:

@@ -45,7 +45,10 @@ from align_jax.models.families import (
     qwen2,
     qwen2_moe,
     qwen3,
+    qwen3_5_moe_text,
+    qwen3_5_text,
     qwen3_moe,
+    qwen3_next,
     seed_oss,
     smollm3,
     starcoder2,
@@ -104,7 +107,7 @@ def _tower(family: str, name: str) -> Family:
         f"{name}ForConditionalGeneration",
         base=towers.NAMES[family][0],
         modules="model.language_model.",
-        carried=rf"^(model\.)?{BESIDE}\.",
+        carried=rf"^((model\.)?{BESIDE}|mtp)\.",
     )
 
 
@@ -161,7 +164,18 @@ FAMILIES: Mapping[str, Family] = {
     "qwen2_moe": _row(qwen2_moe, "Qwen2Moe"),
     "qwen2_vl": _tower("qwen2_vl", "Qwen2VL"),
     "qwen3": _row(qwen3, "Qwen3"),
+    "qwen3_5": _tower("qwen3_5", "Qwen3_5"),
+    "qwen3_5_moe": _tower("qwen3_5_moe", "Qwen3_5Moe"),
+    # what predicts more tokens at once stands under mtp, which transformers leaves out
+    "qwen3_5_moe_text": _row(qwen3_5_moe_text, "Qwen3_5Moe", classifier="", carried=r"^mtp\."),
+    "qwen3_5_text": _row(
+        qwen3_5_text,
+        "Qwen3_5",
+        classifier="Qwen3_5TextForSequenceClassification",
+        carried=r"^mtp\.",
+    ),
     "qwen3_moe": _row(qwen3_moe, "Qwen3Moe"),
+    "qwen3_next": _row(qwen3_next, "Qwen3Next", carried=r"^mtp\."),
     "qwen3_vl": _tower("qwen3_vl", "Qwen3VL"),
     "seed_oss": _row(seed_oss, "SeedOss"),
     "smollm3": _row(smollm3, "SmolLM3"),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The key-value cache of generation: what each row has seen, slot by slot.
+"""The cache of generation: each row's keys and values, slot by slot, and its layers' states.
 
 Rows advance on their own: a row's next token goes to its own next free slot, whatever the other
 rows' lengths.  Where every layer has a window, the slots are a ring: token t of a row stands in
@@ -8,6 +8,7 @@ slot t % C, over the token that no window reaches any more.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -15,27 +16,44 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 
-class Cache(NamedTuple):
-    """Keys and values of the tokens seen; C slots a row.
+class Held(NamedTuple):
+    """What the layers keep of the tokens seen: C slots a row of those that attend, a state and the
+    last inputs of their convolution of those that follow the delta rule.
 
     Of latent attention K is 1: the latents stand for keys, the key that heads share for values.
     """
 
     keys: Float[Array, "L N C K h"]
     values: Float[Array, "L N C K v"]
+    states: Float[Array, "l N g r n o"] | None = None
+    inputs: Float[Array, "l N s g m"] | None = None
+
+
+class Cache(NamedTuple):
+    """What was seen, and of which tokens."""
+
+    held: Held
     segment_ids: Int[Array, "N C"]  # 0 = empty
     positions: Int[Array, "N C"]
     length: Int[Array, "N"]  # tokens seen
 
 
-# logical axes, in the order of the fields
-AXES: tuple[tuple[str | None, ...], ...] = (
-    ("layers", "rows", None, "kv_heads", "head"),
-    ("layers", "rows", None, "kv_heads", "head"),
-    ("rows", None),
-    ("rows", None),
-    ("rows",),
-)
+# logical axes of each field
+AXES: Mapping[str, tuple[str | None, ...]] = {
+    "keys": ("layers", "rows", None, "kv_heads", "head"),
+    "values": ("layers", "rows", None, "kv_heads", "head"),
+    "states": ("layers", "rows", "heads", None, None, None),
+    "inputs": ("layers", "rows", None, "heads", None),
+    "segment_ids": ("rows", None),
+    "positions": ("rows", None),
+    "length": ("rows",),
+}
+
+
+def axes(cache: Cache) -> Any:
+    """Return a cache's logical axes, parallel to it."""
+    held = (None if x is None else AXES[name] for name, x in cache.held._asdict().items())
+    return Cache._make([Held._make(held), *(AXES[name] for name in Cache._fields[1:])])
 
 
 def slots(windows: tuple[int, ...], length: int) -> int:
@@ -65,4 +83,11 @@ def taken(x: jax.Array, tokens: Int[Array, "N C"]) -> jax.Array:
 def repeat(cache: Any, times: int) -> Any:
     """Return a cache (or a tree of them) with each row ``times`` times in a row: samples that share
     one prefill."""
-    return jax.tree.map(lambda x: jnp.repeat(x, times, axis=1 if x.ndim == 5 else 0), cache)
+
+    def one(cache: Cache) -> Any:
+        def more(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
+            return jnp.repeat(x, times, axis=names.index("rows"))
+
+        return jax.tree.map(more, cache, axes(cache))
+
+    return jax.tree.map(one, cache, is_leaf=lambda x: isinstance(x, Cache))

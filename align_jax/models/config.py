@@ -73,6 +73,36 @@ class Latent:
 
 
 @dataclasses.dataclass(frozen=True)
+class Delta:
+    """The layers that keep a state by the gated delta rule.
+
+    Attributes:
+        key_heads, value_heads: of queries and keys, and of values: a multiple of these.
+        key_dim, value_dim: their widths.
+        taps: tokens that the convolution before the rule sees.
+        fused: whether a checkpoint has one map for query, key, value and gate, key head by key
+            head, and one for rate and fade.
+    """
+
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    taps: int
+    fused: bool
+
+    @property
+    def repeats(self) -> int:
+        """Values a key head."""
+        return self.value_heads // self.key_heads
+
+    @property
+    def width(self) -> int:
+        """Of a key head's query, key and values side by side: what the convolution runs over."""
+        return 2 * self.key_dim + self.repeats * self.value_dim
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """A decoder-only transformer.
 
@@ -88,6 +118,9 @@ class ModelConfig:
         qk_norm_turned: whether that follows the rotation.
         latent: of latent attention, whose heads' queries and keys are ``head_dim`` wide, the
             features that turn behind the others.
+        delta, delta_layers: the layers that keep a state, where there are such, and their numbers.
+        attention_gate: whether a sigmoid of the token scales each head's output; it is made with
+            the query.
         sinks: whether each head has a learned logit more in its softmax, of no key.
         norm_inputs, norm_outputs: whether the attention's and MLP's inputs and outputs are
             normalized.
@@ -135,6 +168,9 @@ class ModelConfig:
     qk_norm: str = ""
     qk_norm_turned: bool = False
     latent: Latent | None = None
+    delta: Delta | None = None
+    delta_layers: tuple[int, ...] = ()
+    attention_gate: bool = False
     sinks: bool = False
     attention_bias: bool = False
     output_bias: bool = False
@@ -182,6 +218,11 @@ class ModelConfig:
                 f"num_key_value_heads: expected a divisor of num_attention_heads, {self.num_heads} "
                 f"(which are not divisible by it), got {self.num_kv_heads}"
             )
+        if self.delta and self.delta.value_heads % self.delta.key_heads:
+            raise ValueError(
+                "linear_num_value_heads: expected a multiple of linear_num_key_heads, "
+                f"{self.delta.key_heads}, got {self.delta.value_heads}"
+            )
         if self.experts_per_token > self.num_experts:
             raise ValueError(
                 f"num_experts_per_tok: expected at most the number of experts, {self.num_experts}, "
@@ -207,14 +248,25 @@ class ModelConfig:
         """The dimension letters' sizes (core/schema.py; d is D again, f a shared expert's
         width, G that of dense layers among such with experts, X a learned table's positions; of
         latent attention q is the queries' rank, c the latent's, z that with the shared key's width,
-        v a value's width, w that with a key's that does not turn)."""
+        v a value's width, w that with a key's that does not turn; of the delta rule g and u are
+        its key and value heads, n and o their widths, s the convolution's taps, m and p the
+        outputs a key head of its fused maps; t is a query's width with its gate's)."""
         latent = self.latent or Latent(0, 0, 0, self.head_dim)
+        delta = self.delta or Delta(1, 1, 0, 0, 0, False)
         return {
             "q": latent.query_rank,
             "c": latent.rank,
             "z": latent.rank + latent.rope_dim,
             "v": latent.value_dim,
             "w": self.still_dim + latent.value_dim,
+            "g": delta.key_heads,
+            "u": delta.value_heads,
+            "n": delta.key_dim,
+            "o": delta.value_dim,
+            "s": delta.taps,
+            "m": delta.width + delta.repeats * delta.value_dim,
+            "p": 2 * delta.repeats,
+            "t": self.query_dim,
             "D": self.hidden_size,
             "d": self.hidden_size,
             "H": self.num_heads,
@@ -228,6 +280,11 @@ class ModelConfig:
             "L": self.num_layers,
             "X": self.max_positions + self.position_offset,
         }
+
+    @property
+    def query_dim(self) -> int:
+        """Outputs a head of the map that makes queries."""
+        return self.head_dim * (2 if self.attention_gate else 1)
 
     @property
     def value_dim(self) -> int:
@@ -248,17 +305,27 @@ class ModelConfig:
         return self.num_kv_heads, self.head_dim, self.head_dim
 
     @property
-    def stacks(self) -> tuple[Stack, ...]:
-        """The layers in the loops that run them, of kinds "dense" and "experts"; one kind where
-        all are alike."""
-        dense = self.dense_layers
-        return stacks(["dense" if n in dense else "experts" for n in range(self.num_layers)])
+    def kinds(self) -> tuple[str, ...]:
+        """What each layer is: with or without experts, attending or keeping a state."""
+        out = ["dense" if n in self.dense_layers else "experts" for n in range(self.num_layers)]
+        return tuple(
+            f"delta {kind}" if n in self.delta_layers else kind for n, kind in enumerate(out)
+        )
 
     @property
-    def dense(self) -> ModelConfig:
-        """What the layers without experts are."""
+    def stacks(self) -> tuple[Stack, ...]:
+        """The layers in the loops that run them; one kind where all are alike."""
+        return stacks(self.kinds)
+
+    def of_kind(self, kind: str) -> ModelConfig:
+        """Return what the layers of this kind are."""
+        config = self
+        if self.delta and not kind.startswith("delta"):
+            config = dataclasses.replace(config, delta=None, delta_layers=())
+        if not kind.endswith("dense"):
+            return config
         return dataclasses.replace(
-            self,
+            config,
             num_experts=0,
             experts_per_token=0,
             shared_size=0,
@@ -266,6 +333,19 @@ class ModelConfig:
             groups_per_token=1,
             intermediate_size=self.dense_size,
         )
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """Each layer's number among those that attend, or among those that keep a state."""
+        return tuple(
+            sum((other in self.delta_layers) == (n in self.delta_layers) for other in range(n))
+            for n in range(self.num_layers)
+        )
+
+    @property
+    def attending(self) -> tuple[int, ...]:
+        """The windows of the layers that attend."""
+        return tuple(w for n, w in enumerate(self.windows) if n not in self.delta_layers)
 
     @property
     def limit(self) -> int:
@@ -464,6 +544,11 @@ def decoder_config(
             "sliding_window: expected a window in tokens, since layer_types names layers of "
             f"sliding_attention; got {json.dumps(full.get('sliding_window'))}"
         )
+    if types is not None and "linear_attention" in types and "delta" not in changes:
+        raise ValueError(
+            "layer_types: expected 'full_attention' or 'sliding_attention', which the layers of "
+            f"{full['model_type']} are; got 'linear_attention'"
+        )
     windows = (
         (window,) * layers
         if types is None
@@ -478,7 +563,8 @@ def decoder_config(
         num_heads=heads,
         num_kv_heads=full.get("num_key_value_heads") or heads,
         head_dim=head_dim,
-        intermediate_size=full["intermediate_size"],
+        # where every layer has experts, these have a width of their own
+        intermediate_size=full.get("intermediate_size"),
         max_positions=max_positions,
         activation=full.get("hidden_act", "silu"),
         norm_eps=full.get("rms_norm_eps", 1e-6),

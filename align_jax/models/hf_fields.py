@@ -46,7 +46,7 @@ def _is_base(value: Any) -> bool:
 
 
 def _is_attention(value: Any) -> bool:
-    return value in ("full_attention", "sliding_attention")
+    return value in ("full_attention", "sliding_attention", "linear_attention")
 
 
 def _is_flag(value: Any) -> bool:
@@ -70,8 +70,9 @@ FIELDS = (
             """vocab_size hidden_size num_attention_heads intermediate_size max_position_embeddings
             n_embd n_head n_positions ffn_dim word_embed_proj_dim num_experts_per_tok
             moe_intermediate_size kv_lora_rank qk_rope_head_dim qk_nope_head_dim v_head_dim
-            shared_expert_intermediate_size
-            decoder_sparse_step""".split()
+            shared_expert_intermediate_size linear_num_key_heads linear_num_value_heads
+            linear_key_head_dim linear_value_head_dim linear_conv_kernel_dim
+            full_attention_interval decoder_sparse_step""".split()
         ),
     ),
     Kind(
@@ -130,7 +131,8 @@ FIELDS = (
         ("rope_parameters", "rope_scaling", "id2label", "label2id"),
     ),
     Kind(
-        "a list with 'full_attention' or 'sliding_attention' for each layer, or null",
+        "a list with 'full_attention', 'sliding_attention' or 'linear_attention' for each layer, "
+        "or null",
         or_null(is_list_of(_is_attention)),
         ("layer_types",),
     ),

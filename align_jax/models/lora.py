@@ -31,7 +31,7 @@ from align_jax.models.roles import Role
 
 Tree = Mapping[str, Any]
 
-ATTENTION_AND_MLP = "attention/.*|mlp/.*"
+ATTENTION_AND_MLP = "attention/.*|delta/.*|mlp/.*"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +45,10 @@ class LoraConfig:
         targets: regular expression matched in full against "attention/query", "attention/key",
             "attention/value", "attention/output", "mlp/gate", "mlp/up", "mlp/down"; where an expert
             takes every token "shared/gate", "shared/up", "shared/down"; of latent attention
-            "attention/query_a", "attention/query_b", "attention/key_value_a" and "_b"; and "embed"
-            (of a tied model the head too), "output".
+            "attention/query_a", "attention/query_b", "attention/key_value_a" and "_b"; of a layer
+            with a state "delta/mixed", "delta/gates" (or "delta/query", "delta/key", "delta/value",
+            "delta/output_gate", "delta/rate", "delta/fade"), "delta/output"; and "embed" (of a tied
+            model the head too), "output".
         rank_stabilized: rsLoRA.
         dora: train each output's magnitude beside the direction.
         whole: paths of the base's parameters that are trained whole beside the adapter.
@@ -119,9 +121,10 @@ def check_targets(lora: LoraConfig, roles: Iterable[Role]) -> None:
     targets = {role.target: role.part for role in roles if role.target}
     matched = sorted(name for name in targets if lora.on(name))
     if refused := [name for name in matched if targets[name] == "expert"]:
+        others = sorted({name.split("/")[0] for name, part in targets.items() if part == "linear"})
         raise ValueError(
             f"LoRA targets {lora.targets!r} match {', '.join(refused)}, but experts take no "
-            "adapter; adapt the attention: 'attention/.*'"
+            f"adapter; adapt the rest of the layers: '{'|'.join(f'{part}/.*' for part in others)}'"
         )
     if lora.dora and "embed" in matched:
         raise ValueError(

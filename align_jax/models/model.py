@@ -23,7 +23,7 @@ from align_jax.core.tree import flatten, unflatten
 from align_jax.models import attention as attentions
 from align_jax.models import cache as caches
 from align_jax.models import lora as loras
-from align_jax.models.cache import Cache
+from align_jax.models.cache import Cache, Held
 from align_jax.models.config import ModelConfig
 from align_jax.models.heads import HEADS
 from align_jax.models.layers import Named, Options
@@ -166,19 +166,27 @@ class Model:
 
     def init_cache(self, rows: int, length: int, dtype: Any = None) -> Cache:
         """Return an empty cache for ``rows`` rows of up to ``length`` tokens (type: the compute
-        type).
+        type; of states float32).
 
         Where every layer has a window, it has no more slots than the longest of these.
         """
         c, dtype = self.config, dtype or self.options.dtype
         length = caches.slots(c.windows, length)
         heads, *widths = c.cached
+        attending = c.num_layers - len(c.delta_layers)
         keys, values = (
-            jnp.zeros((c.num_layers, rows, length, heads, width), dtype) for width in widths
+            jnp.zeros((attending, rows, length, heads, width), dtype) for width in widths
         )
+        held = Held(keys, values)
+        if delta := c.delta:
+            group = len(c.delta_layers), rows, delta.key_heads
+            sizes = delta.repeats, delta.key_dim, delta.value_dim
+            inputs = (*group[:2], delta.taps - 1, delta.key_heads, delta.width)
+            held = Held(
+                keys, values, jnp.zeros((*group, *sizes), jnp.float32), jnp.zeros(inputs, dtype)
+            )
         return Cache(
-            keys,
-            values,
+            held,
             jnp.zeros((rows, length), jnp.int32),
             jnp.zeros((rows, length), jnp.int32),
             jnp.zeros((rows,), jnp.int32),

@@ -16,7 +16,9 @@ from jaxtyping import Array, Bool, Float, Int
 from align_jax.models import attention as attentions
 from align_jax.models import cache as caches
 from align_jax.models import rope as ropes
+from align_jax.models.cache import Held
 from align_jax.models.config import Latent, ModelConfig
+from align_jax.models.delta_rule import Past
 from align_jax.models.layers import Norm, Options, array, linear, normal, parameter
 from align_jax.models.roles import Role
 
@@ -25,14 +27,12 @@ Heads = Float[Array, "N T heads h"]
 Queries = Float[Array, "N T H h"]
 Keys = Float[Array, "N T K h"]
 Values = Float[Array, "N T K v"]
-# of all layers, as the cache holds them
-KeysAndValues = tuple[Float[Array, "L N C K h"], Float[Array, "L N C K v"]]
 
 
 class Layer(NamedTuple):
     """What differs from layer to layer; the scan hands each its own."""
 
-    number: Int[Array, "*L"]
+    place: Int[Array, "*L"]  # in the cache: among those that keep what it keeps
     window: Int[Array, "*L"]  # among the distinct windows, sorted
     rope: Int[Array, "*L"]  # among the distinct rotary embeddings; -1 = none
 
@@ -44,6 +44,7 @@ class Rows(NamedTuple):
     positions: Int[Array, "N T"]
     prefix_ids: Int[Array, "N T"] | None
     ropes: tuple[tuple[jax.Array, jax.Array], ...]  # cosines and sines of each rotary embedding
+    past: Past | None = None  # of layers that keep a state
     held: Int[Array, "N C"] | None = None  # prefill of a ring: the token that each slot keeps
     slots: Int[Array, "N"] | None = None  # decoding: where this token's key and value go
     allowed: Bool[Array, "N C"] | None = None  # decoding: slots of the token's own segment
@@ -58,18 +59,20 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: States, layer: Layer, rows: Rows, cache: KeysAndValues | None
-    ) -> tuple[States, KeysAndValues | None]:
+        self, x: States, layer: Layer, rows: Rows, cache: Held | None
+    ) -> tuple[States, Held | None]:
         c = self.config
         D, H, K, h = c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim
 
-        def project(name: str, heads: int, axis: str) -> Heads:
+        def project(name: str, heads: int, width: int, axis: str) -> Heads:
             axes, target = ("embed", axis, "head"), f"attention/{name}"
-            return linear(c, self.options, target, (D,), (heads, h), axes, c.attention_bias)(x)
+            return linear(c, self.options, target, (D,), (heads, width), axes, c.attention_bias)(x)
 
-        q = project("query", H, "heads")
-        k = project("key", K, "kv_heads")
-        v = project("value", K, "kv_heads")
+        q, gate = project("query", H, c.query_dim, "heads"), None
+        if c.attention_gate:
+            q, gate = jnp.split(q, 2, axis=-1)
+        k = project("key", K, h, "kv_heads")
+        v = project("value", K, h, "kv_heads")
         if c.qk_norm_turned:
             q, k = _rotated(q, k, layer, rows, c)
         if c.qk_norm:
@@ -85,6 +88,7 @@ class Attention(nn.Module):
             cache = cache and _filled((k, v), layer, rows, cache)
             y = _attended(q, k, v, sinks, layer, rows, c, self.options)
         y = checkpoint_name(y, "attention")
+        y = y if gate is None else y * jax.nn.sigmoid(gate)
         axes, target = ("heads", "head", "embed"), "attention/output"
         return linear(c, self.options, target, (H, h), (D,), axes, c.output_bias)(y), cache
 
@@ -117,8 +121,8 @@ class LatentAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: States, layer: Layer, rows: Rows, cache: KeysAndValues | None
-    ) -> tuple[States, KeysAndValues | None]:
+        self, x: States, layer: Layer, rows: Rows, cache: Held | None
+    ) -> tuple[States, Held | None]:
         c, o = self.config, self.options
         assert c.latent is not None  # who has none has the other attention
         D, H, rank, still, v = c.hidden_size, c.num_heads, c.latent.rank, c.still_dim, c.value_dim
@@ -218,22 +222,20 @@ def _attended(
     return jax.lax.switch(layer.window, [branch(kind) for kind in kinds], q, k, v)
 
 
-def _filled(
-    new: tuple[Keys, Values], layer: Layer, rows: Rows, cache: KeysAndValues
-) -> KeysAndValues:
+def _filled(new: tuple[Keys, Values], layer: Layer, rows: Rows, cache: Held) -> Held:
     """Write a layer's keys and values of whole rows into the first slots of a cache."""
-    start = (layer.number, 0, 0, 0, 0)
+    start = (layer.place, 0, 0, 0, 0)
     held = (x if rows.held is None else caches.taken(x, rows.held) for x in new)
     first, second = (
         jax.lax.dynamic_update_slice(whole, x[None].astype(whole.dtype), start)
-        for whole, x in zip(cache, held)
+        for whole, x in zip((cache.keys, cache.values), held)
     )
-    return first, second
+    return cache._replace(keys=first, values=second)
 
 
 def _extended(
-    new: tuple[Keys, Values], layer: Layer, rows: Rows, cache: KeysAndValues, config: ModelConfig
-) -> tuple[tuple[jax.Array, jax.Array], Bool[Array, "N 1 C"], KeysAndValues]:
+    new: tuple[Keys, Values], layer: Layer, rows: Rows, cache: Held, config: ModelConfig
+) -> tuple[tuple[jax.Array, jax.Array], Bool[Array, "N 1 C"], Held]:
     """Write one token a row into the cache.
 
     Returns:
@@ -241,14 +243,15 @@ def _extended(
         (its own segment's, within the window), and the cache.
     """
     assert rows.allowed is not None and rows.distance is not None  # as rows.slots is
-    at = (layer.number, jnp.arange(new[0].shape[0]), rows.slots)
+    at = (layer.place, jnp.arange(new[0].shape[0]), rows.slots)
     keys, values = (
-        whole.at[at].set(x[:, 0].astype(whole.dtype), mode="drop") for whole, x in zip(cache, new)
+        whole.at[at].set(x[:, 0].astype(whole.dtype), mode="drop")
+        for whole, x in zip((cache.keys, cache.values), new)
     )
     allowed = rows.allowed
     kinds = sorted(set(config.windows))
     if kinds != [0]:
         limits = jnp.asarray([w or np.iinfo(np.int32).max for w in kinds], jnp.int32)
         allowed = allowed & (rows.distance < limits[layer.window])
-    mine = (keys[layer.number].astype(new[0].dtype), values[layer.number].astype(new[1].dtype))
-    return mine, allowed[:, None], (keys, values)
+    mine = (keys[layer.place].astype(new[0].dtype), values[layer.place].astype(new[1].dtype))
+    return mine, allowed[:, None], cache._replace(keys=keys, values=values)

@@ -167,19 +167,23 @@ def by_kind(
     common: Sequence[TensorMap],
     experts: Sequence[TensorMap],
     dense: Sequence[TensorMap],
+    attention: Sequence[TensorMap] = (),
+    delta: Sequence[TensorMap] = (),
 ) -> list[TensorMap]:
     """Return the tensors of all layers, stack by stack.
 
     Args:
-        config: which layers are dense.
+        config: which layers are of which kind.
         common: of each layer, below "layers/".
         experts, dense: beside these of a layer with experts, of a dense one.
+        attention, delta: and of one that attends, of one that keeps a state.
     """
     out = []
     for stack in config.stacks:
         for place, kind in enumerate(stack.kinds):
             path, layers = stack.path(place), stack.layers(place)
-            for entry in (*common, *(dense if kind == "dense" else experts)):
+            mixer = delta if kind.startswith("delta") else attention
+            for entry in (*common, *mixer, *(dense if kind.endswith("dense") else experts)):
                 own = path + entry.path.removeprefix("layers")
                 out.append(dataclasses.replace(entry, path=own, layers=layers))
     return out

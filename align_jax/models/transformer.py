@@ -21,8 +21,10 @@ from jaxtyping import Array, Float, Int
 
 from align_jax.models import cache as caches
 from align_jax.models import rope as ropes
-from align_jax.models.cache import Cache
+from align_jax.models.cache import Cache, Held
 from align_jax.models.config import ModelConfig
+from align_jax.models.delta_attention import DeltaAttention
+from align_jax.models.delta_rule import past
 from align_jax.models.heads import HEADS
 from align_jax.models.layers import (
     ACTIVATIONS,
@@ -38,14 +40,7 @@ from align_jax.models.layers import (
 from align_jax.models.lora import LoraConfig, with_rows
 from align_jax.models.moe import Experts
 from align_jax.models.roles import Role
-from align_jax.models.self_attention import (
-    Attention,
-    KeysAndValues,
-    LatentAttention,
-    Layer,
-    Rows,
-    States,
-)
+from align_jax.models.self_attention import Attention, LatentAttention, Layer, Rows, States
 from align_jax.models.stacks import Stack
 from align_jax.parallel.sharding import constrain
 
@@ -91,8 +86,8 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, carry: tuple[States, KeysAndValues | None], layer: Layer, rows: Rows
-    ) -> tuple[tuple[States, KeysAndValues | None], dict[str, jax.Array]]:
+        self, carry: tuple[States, Held | None], layer: Layer, rows: Rows
+    ) -> tuple[tuple[States, Held | None], dict[str, jax.Array]]:
         c = self.config
         x, cache = carry
         shape, dtype = (c.hidden_size,), self.options.dtype
@@ -109,10 +104,7 @@ class Block(nn.Module):
 
         with jax.named_scope("attention"):
             first = norm("attention_norm", c.norm_inputs, x)
-            attention = (LatentAttention if c.latent else Attention)(
-                c, self.options, name="attention"
-            )
-            y, cache = attention(first, layer, rows, cache)
+            y, cache = self._mixer()(first, layer, rows, cache)
             y = dropped(norm("attention_out_norm", c.norm_outputs, y))
             y = y if c.residual_scale == 1 else y * c.residual_scale
         residual = x if c.parallel_residual else x + y
@@ -128,6 +120,12 @@ class Block(nn.Module):
             z = z if c.residual_scale == 1 else z * c.residual_scale
         x = x + y + z if c.parallel_residual else residual + z
         return (constrain(x, "rows", "length", "features"), cache), aux
+
+    def _mixer(self) -> Attention | LatentAttention | DeltaAttention:
+        if self.config.delta:
+            return DeltaAttention(self.config, self.options, name="delta")
+        kind = LatentAttention if self.config.latent else Attention
+        return kind(self.config, self.options, name="attention")
 
     def _shared(self, x: States) -> States:
         c, o = self.config, self.options
@@ -153,8 +151,8 @@ class Pattern(nn.Module):
 
     @nn.compact
     def __call__(
-        self, carry: tuple[States, KeysAndValues | None], layers: Layer, rows: Rows
-    ) -> tuple[tuple[States, KeysAndValues | None], dict[str, jax.Array]]:
+        self, carry: tuple[States, Held | None], layers: Layer, rows: Rows
+    ) -> tuple[tuple[States, Held | None], dict[str, jax.Array]]:
         aux: dict[str, jax.Array] = {}
         for place, config in enumerate(self.configs):
             layer = Layer(*(each[place] for each in layers))
@@ -210,7 +208,7 @@ class Decoder(nn.Module):
             length=stack.count,
             metadata_params={"name": "layers"},
         )
-        configs = tuple(c.dense if kind == "dense" else c for kind in stack.kinds)
+        configs = tuple(c.of_kind(kind) for kind in stack.kinds)
         if len(configs) == 1:
             return scan(block)(*configs, o, name=stack.name)
         return scan(Pattern)(configs, o, block, name=stack.name)
@@ -252,10 +250,10 @@ class Decoder(nn.Module):
             held = caches.held(end, size)
             rows = rows._replace(held=held)
             segment_ids, positions = caches.taken(segment_ids, held), caches.taken(positions, held)
-        x, (keys, values), _ = self._run(tokens, rows, (cache.keys, cache.values))
+        x, kept, _ = self._run(tokens, rows, cache.held)
         segment_ids = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, (0, 0))
         positions = jax.lax.dynamic_update_slice(cache.positions, positions, (0, 0))
-        return x, Cache(keys, values, segment_ids, positions, end)
+        return x, Cache(kept, segment_ids, positions, end)
 
     def decode(
         self, token: Int[Array, "N"], position: Int[Array, "N"], cache: Cache
@@ -273,23 +271,24 @@ class Decoder(nn.Module):
             allowed=segment_ids == segment[:, None],
             distance=position[:, None] - positions,
         )
-        x, (keys, values), _ = self._run(token[:, None], rows, (cache.keys, cache.values))
-        return x[:, 0], Cache(keys, values, segment_ids, positions, cache.length + 1)
+        x, kept, _ = self._run(token[:, None], rows, cache.held)
+        return x[:, 0], Cache(kept, segment_ids, positions, cache.length + 1)
 
     def _rows(
         self, segment_ids: jax.Array, positions: jax.Array, prefix_ids: jax.Array | None
     ) -> Rows:
         c = self.config
         turned = tuple(ropes.tables(rope, positions, c.run_length) for rope in c.ropes)
-        return Rows(segment_ids, positions, prefix_ids, turned)
+        before = past(segment_ids, prefix_ids, c.delta.taps - 1) if c.delta else None
+        return Rows(segment_ids, positions, prefix_ids, turned, before)
 
     def _run(
-        self, tokens: Int[Array, "N T"], rows: Rows, cache: KeysAndValues | None
+        self, tokens: Int[Array, "N T"], rows: Rows, cache: Held | None
     ) -> tuple[States, Any, dict[str, jax.Array]]:
         c = self.config
         kinds = sorted(set(c.windows))
         layer = Layer(
-            jnp.arange(c.num_layers, dtype=jnp.int32),
+            jnp.asarray(c.places, jnp.int32),
             jnp.asarray([kinds.index(w) for w in c.windows], jnp.int32),
             jnp.asarray(c.layer_ropes, jnp.int32),
         )

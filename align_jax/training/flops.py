@@ -23,6 +23,7 @@ from align_jax.core.schema import Batch
 from align_jax.core.tree import flatten
 from align_jax.models.attention import named
 from align_jax.models.config import ModelConfig
+from align_jax.models.delta_rule import CHUNK
 from align_jax.models.model import Model
 from align_jax.training.steps import StepSpec
 
@@ -31,7 +32,7 @@ class Forward(NamedTuple):
     """Operations of one forward pass, by where they are."""
 
     layers: float  # products with the layers' weights
-    attention: float  # queries with keys, weights with values
+    attention: float  # queries with keys, weights with values; tokens with states
     head: float  # the output head, on loss positions
     adapter: float = 0.0
 
@@ -80,7 +81,7 @@ def layer_weights(config: ModelConfig) -> int:
         config.head_dim,
         config.intermediate_size,
     )
-    attention = D * H * h + 2 * D * K * h + H * h * D
+    attention = D * H * config.query_dim + 2 * D * K * h + H * h * D
     if latent := config.latent:
         q, c, v = latent.query_rank, latent.rank, latent.value_dim
         queries = q * (D + H * h) if q else D * H * h
@@ -91,7 +92,22 @@ def layer_weights(config: ModelConfig) -> int:
     if config.num_experts:
         mlp = mlp * config.experts_per_token + D * config.num_experts
         mlp += 3 * D * config.shared_size
-    return config.num_layers * attention + (config.num_layers - first) * mlp + dense
+    mixers = len(config.attending) * attention
+    if delta := config.delta:
+        keys, values = delta.key_heads * delta.key_dim, delta.value_heads * delta.value_dim
+        maps = D * (2 * keys + 2 * values + 2 * delta.value_heads) + values * D
+        mixers += len(config.delta_layers) * (maps + (2 * keys + values) * delta.taps)
+    return mixers + (config.num_layers - first) * mlp + dense
+
+
+def _state(config: ModelConfig, chunk: int) -> float:
+    """Count the operations of a token of the layers that keep a state, in chunks of so many
+    tokens: three products with the state, four within the chunk."""
+    if not (delta := config.delta):
+        return 0.0
+    n, o = delta.key_dim, delta.value_dim
+    inside = 4 * chunk * (n * delta.key_heads + o * delta.value_heads)
+    return len(config.delta_layers) * (6.0 * n * o * delta.value_heads + inside)
 
 
 def _pair(config: ModelConfig) -> int:
@@ -122,7 +138,7 @@ def attention_cost(config: ModelConfig, attention: str) -> float:
         config: the model.
         attention: a name from ``models.attention.ATTENTION``, or "auto".
     """
-    pair = config.num_layers * _pair(config)
+    pair = len(config.attending) * _pair(config)
     token = 2 * layer_weights(config) + config.vocab_size * config.hidden_size
     return ATTENTION_SLOWER[named(attention)] * pair / token
 
@@ -146,10 +162,11 @@ def forward_flops(
     tokens = rows * length
     segment = min(segment_length or length, length)
     pairs = 0.0  # (query, key) pairs of a segment, over the layers
-    for window in config.windows:
+    for window in config.attending:
         reach = min(window or segment, segment)
         pairs += reach * (reach + 1) / 2 + (segment - reach) * reach
     attention = _pair(config) * pairs * tokens / segment
+    attention += _state(config, min(CHUNK, segment)) * tokens
     head = (
         2 * config.hidden_size * config.vocab_rows * rows * positions
         if model.options.unembed
@@ -178,10 +195,10 @@ def decode_flops(model: Model, *, rows: int, context: int) -> Forward:
         context: tokens that a row has before it.
     """
     config = model.config
-    seen = sum(min(window or context, context) for window in config.windows)
+    seen = sum(min(window or context, context) for window in config.attending)
     return Forward(
         2.0 * layer_weights(config) * rows,
-        2.0 * config.num_heads * _decoded_widths(config) * seen * rows,
+        (2.0 * config.num_heads * _decoded_widths(config) * seen + _state(config, 0)) * rows,
         2.0 * config.hidden_size * config.vocab_rows * rows,
     )
 

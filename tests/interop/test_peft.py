@@ -52,6 +52,20 @@ EYES = {  # what sees images, of every family that does
 SECTIONS = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
 }
+DELTA = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 6,
+}
+EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 20,
+}
 CASES = {  # family -> (what differs from SHAPE, a fused module's name)
     "gemma": ({"head_dim": 12}, ""),
     "gemma2": ({"head_dim": 8}, ""),
@@ -86,15 +100,7 @@ CASES = {  # family -> (what differs from SHAPE, a fused module's name)
     "phi": ({}, ""),
     "seed_oss": ({"head_dim": 8}, ""),
     "starcoder2": ({}, ""),
-    "qwen2_moe": (
-        {
-            "num_experts": 4,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 24,
-            "shared_expert_intermediate_size": 20,
-        },
-        "",
-    ),
+    "qwen2_moe": (EXPERTS, ""),
     "glm4_moe": (
         {
             "head_dim": 8,
@@ -138,6 +144,11 @@ CASES = {  # family -> (what differs from SHAPE, a fused module's name)
     "qwen2_vl": (EYES | {"text_config": SHAPE | SECTIONS}, ""),
     "qwen2_5_vl": (EYES | {"text_config": SHAPE | SECTIONS}, ""),
     "qwen3_vl": (EYES | {"text_config": SHAPE | SECTIONS | {"head_dim": 8}}, ""),
+    "qwen3_next": (DELTA | EXPERTS, ""),
+    "qwen3_5_text": (DELTA, ""),
+    "qwen3_5_moe_text": (DELTA | EXPERTS, ""),
+    "qwen3_5": (EYES | {"text_config": SHAPE | DELTA}, ""),
+    "qwen3_5_moe": (EYES | {"text_config": SHAPE | DELTA | EXPERTS}, ""),
 }
 VARIANTS = {
     "llama": dict(dora=True),
@@ -153,8 +164,13 @@ VARIANTS = {
     "minimax_m2": dict(targets="attention/.*"),
     "deepseek_v2": dict(targets="attention/.*"),
     "gpt_oss": dict(targets="attention/.*"),
-    "glm4_moe": dict(targets="attention/.*"),
-    "dots1": dict(targets="attention/.*"),
+    "glm4_moe": dict(targets="attention/.*|shared/.*"),
+    "dots1": dict(targets="shared/.*"),
+    "qwen3_next": dict(targets="attention/.*|delta/.*|shared/.*"),
+    "qwen3_5_text": dict(targets="attention/.*|delta/.*|mlp/.*"),
+    "qwen3_5_moe_text": dict(targets="delta/(output_gate|fade)"),
+    "qwen3_5": dict(targets="delta/.*"),
+    "qwen3_5_moe": dict(targets="attention/.*"),
 }
 
 
@@ -328,7 +344,6 @@ OTHERS = {
     "lora_bias": True,
     "init_lora_weights": "lora_ga",
     "layer_replication": [[0, 1], [0, 2]],
-    "target_parameters": ["experts.down_proj"],
     "alora_invocation_tokens": [4, 5],
     "use_qalora": True,
     "use_bdlora": {"nblocks": 2},
@@ -731,10 +746,22 @@ def test_dora_on_a_part_of_a_fused_module_is_refused(tmp_path):
         peft.save(str(tmp_path), config, lora, adapter, base_name="")
 
 
-def test_what_peft_would_read_as_experts_is_not_written(tmp_path, saved):
+def test_shared_experts_go_by_their_weights_and_without_dora(tmp_path, saved):
     config, base = hf.load(saved("glm4_moe"), dtype="float32")
-    lora = LoraConfig(2, targets="shared/.*")
-    with pytest.raises(ValueError, match="PEFT takes the adapters of glm4_moe's shared/"):
+    lora = LoraConfig(2, targets="shared/.*", dropout=0.1)
+    peft.save(str(tmp_path), config, lora, trained(config, lora, base), base_name="")
+    said = json.loads((tmp_path / "adapter_config.json").read_text())
+    names = [f"shared_experts.{part}_proj.weight" for part in ("down", "gate", "up")]
+    assert (said["target_parameters"], said["target_modules"], said["lora_dropout"]) == (
+        names,
+        [],
+        0,
+    )
+    edited(tmp_path, target_parameters=[*names, "experts.down_proj"])
+    with pytest.raises(ValueError, match="no such module's weight:\n +experts.down_proj"):
+        peft.load(str(tmp_path), config)
+    lora = dataclasses.replace(lora, dora=True)
+    with pytest.raises(ValueError, match="PEFT has no DoRA on glm4_moe's shared/"):
         peft.save(str(tmp_path), config, lora, trained(config, lora, base), base_name="")
 
 

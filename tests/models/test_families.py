@@ -85,6 +85,21 @@ EYES = {
 SECTIONS = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
 }
+# two values a key head, of another width
+DELTA = {
+    "head_dim": 16,
+    "layer_types": ["linear_attention", "linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 6,
+}
+EXPERTS = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 20,
+}
 CASES = {  # case -> (model_type, what differs from SHAPE)
     "llama": ("llama", {}),
     "llama, linear": (
@@ -301,11 +316,16 @@ CASES = {  # case -> (model_type, what differs from SHAPE)
             "use_qk_norm": True,
         },
     ),
+    "qwen3_next": ("qwen3_next", DELTA | EXPERTS | {"mlp_only_layers": [1]}),
+    "qwen3_5_text": ("qwen3_5_text", DELTA),
+    "qwen3_5_moe_text": ("qwen3_5_moe_text", DELTA | EXPERTS),
+    "qwen3_5": ("qwen3_5", {"text_config": SHAPE | DELTA, "vision_config": EYES}),
+    "qwen3_5_moe": ("qwen3_5_moe", {"text_config": SHAPE | DELTA | EXPERTS, "vision_config": EYES}),
     "opt": ("opt", {"ffn_dim": 40, "word_embed_proj_dim": 32, "dropout": 0.0}),
 }
 # one of each kind
 GRADIENTS = """llama gemma2 gemma3_text gpt_neox gpt2 olmo2 mixtral qwen2_moe glm4_moe cohere2
-granite phi gpt_oss deepseek_v3""".split()
+granite phi gpt_oss deepseek_v3 qwen3_next qwen3_5_text""".split()
 
 
 def make_peer(family, changes, path):
@@ -408,7 +428,7 @@ def test_prefill_and_decode_equal_the_full_forward(peer):
     cache = model.init_cache(3, LENGTH, jnp.float32)
     windows = model.config.windows
     # a ring where every layer has a window
-    assert cache.keys.shape[2] == (WINDOW if all(windows) else LENGTH)
+    assert cache.held.keys.shape[2] == (WINDOW if all(windows) else LENGTH)
     hidden, cache = jax.jit(model.prefill)(params, tokens[:, :width] * real, real, places, cache)
     filled, first = cache, np.asarray(jax.jit(model.unembed)(params, hidden))
     decode = jax.jit(
@@ -487,10 +507,11 @@ def test_newer_names_of_a_text_tower_are_read(peer, tmp_path):
 
 def test_what_is_beside_the_decoder_is_carried_and_never_over_it(peer, tmp_path):
     case, path, _, model, params, _ = peer
-    if case != "glm4_moe":
-        pytest.skip("one family has further layers")
+    further = {"glm4_moe": "model.layers.46.eh_proj.weight", "qwen3_next": "mtp.fc.weight"}
+    if case not in further:
+        pytest.skip("a family without further layers")
     tensors = load_file(path / "model.safetensors")
-    more = {"model.layers.46.eh_proj.weight": torch.arange(6.0)}
+    more = {further[case]: torch.arange(6.0)}
     save_file(tensors | more, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_bytes((path / "config.json").read_bytes())
     config, again = hf.load(str(tmp_path), dtype="float32")

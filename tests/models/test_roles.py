@@ -13,7 +13,8 @@ from align_jax.models.model import build
 ADAPTED = LoraConfig(2, dora=True, targets="attention/.*")
 
 
-SPLIT = ("query", "query_b", "key", "value", "key_value_b")  # maps to heads' features
+# maps to heads' features
+SPLIT = ("query", "query_b", "key", "value", "key_value_b", "mixed", "gates", "output_gate")
 # what a family's own defaults leave open
 NEEDED = {
     "glm4_moe": {"head_dim": 128},  # they make no whole number of it
@@ -43,7 +44,7 @@ def test_a_role_counts_the_axes_that_stand_before_a_matrix_and_those_it_contract
             assert outputs == (2 if path.split("/")[-2] in SPLIT else 1) or (
                 path.endswith("lora_a") and outputs == 1
             ), path
-        vector = path.endswith(("/scale", "bias", "/lora_m", "/sinks"))
+        vector = path.endswith(("/scale", "bias", "/lora_m", "/sinks", "_taps", "/speed", "/shift"))
         assert role.matrix == (not vector), path
 
 

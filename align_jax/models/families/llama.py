@@ -25,15 +25,16 @@ def attention(
     """Return the attention's tensors under Llama's names."""
     path = "layers/attention"
     bias = config.attention_bias
-    parts = (("query", "q_proj", "H"), ("key", "k_proj", "K"), ("value", "v_proj", "K"))
+    query = "H t" if config.attention_gate else "H h"  # the gate is made with the query
+    parts = (("query", "q_proj", query), ("key", "k_proj", "K h"), ("value", "v_proj", "K h"))
     out = [
         entry
         for ours, theirs, heads in parts
         for entry in linear(
             f"{name}.{theirs}",
             f"{path}/{ours}",
-            f"({heads} h) D -> D {heads} h",
-            f"({heads} h) -> {heads} h" if bias else "",
+            f"({heads}) D -> D {heads}",
+            f"({heads}) -> {heads}" if bias else "",
         )
     ]
     out += linear(

@@ -20,24 +20,35 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
         full,
         attention_bias=full["qkv_bias"],
         output_bias=False,
+        normalize_experts=full["norm_topk_prob"],
+        **expert_fields(full),
+        **qwen3_moe.dense_fields(full),
+    )
+
+
+def expert_fields(full: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what experts have one of which every token passes, scaled by a sigmoid."""
+    return dict(
         intermediate_size=full["moe_intermediate_size"],
         num_experts=full["num_experts"],
         experts_per_token=full["num_experts_per_tok"],
-        normalize_experts=full["norm_topk_prob"],
         shared_size=full["shared_expert_intermediate_size"],
         shared_gate=True,
-        **qwen3_moe.dense_fields(full),
     )
 
 
 def tensor_maps(config: ModelConfig) -> list[TensorMap]:
     """Return the tensor map."""
-    name = "model.layers.{layer}.mlp"
     common = [*llama.norms(config), *llama.attention(config)]
-    experts = [
+    parts = by_kind(config, common, experts(config), qwen3_moe.dense(config))
+    return [*llama.ends(config), *parts]
+
+
+def experts(config: ModelConfig) -> list[TensorMap]:
+    """Return the tensors of a layer behind its attention."""
+    name = "model.layers.{layer}.mlp"
+    return [
         *qwen3_moe.experts(name),
         *llama.mlp(config, f"{name}.shared_expert", "layers/shared", "f"),
         TensorMap(f"{name}.shared_expert_gate.weight", "layers/shared_gate", "1 D -> D 1"),
     ]
-    parts = by_kind(config, common, experts, qwen3_moe.dense(config))
-    return [*llama.ends(config), *parts]

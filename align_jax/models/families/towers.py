@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The text decoders of models that see images too: Gemma 3, Mistral 3, Qwen's from 2 to 3.
+"""The text decoders of models that see images too: Gemma 3, Mistral 3, Qwen's from 2 to 3.5.
 
 They are read and trained on text; what sees images is carried from checkpoint to export as it is
 (``Family.carried``).  The rotary sections of Qwen's are one embedding where there is text alone.
@@ -15,7 +15,14 @@ from typing import Any
 
 from align_jax.core.choose import choose
 from align_jax.models.config import ModelConfig, complete
-from align_jax.models.families import gemma3_text, mistral, qwen2, qwen3
+from align_jax.models.families import (
+    gemma3_text,
+    mistral,
+    qwen2,
+    qwen3,
+    qwen3_5_moe_text,
+    qwen3_5_text,
+)
 from align_jax.models.tensor_map import TensorMap
 
 # model_type of a text_config -> the family that it is
@@ -25,6 +32,8 @@ TEXT: Mapping[str, tuple[str, ModuleType]] = {
     "qwen2_vl_text": ("qwen2", qwen2),
     "qwen2_5_vl_text": ("qwen2", qwen2),
     "qwen3_vl_text": ("qwen3", qwen3),
+    "qwen3_5_text": ("qwen3_5_text", qwen3_5_text),
+    "qwen3_5_moe_text": ("qwen3_5_moe_text", qwen3_5_moe_text),
 }
 # family -> what its tensors' names have for Llama's "model." and "lm_head."
 NAMES: Mapping[str, tuple[str, str]] = {
@@ -33,6 +42,8 @@ NAMES: Mapping[str, tuple[str, str]] = {
     "qwen2_vl": ("model.", "lm_head."),
     "qwen2_5_vl": ("model.", "lm_head."),
     "qwen3_vl": ("model.language_model.", "lm_head."),
+    "qwen3_5": ("model.language_model.", "lm_head."),
+    "qwen3_5_moe": ("model.language_model.", "lm_head."),
 }
 
 
