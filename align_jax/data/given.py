@@ -66,16 +66,20 @@ def _rows(data: Any, name: str) -> Iterable[Any]:
     """Return an iterable of rows of whatever holds them."""
     if isinstance(data, Mapping):
         keys = ", ".join(map(repr, itertools.islice(data, 5)))
-        if any(
-            isinstance(value, Mapping) or hasattr(value, "column_names")
-            for value in [*data.values()]
-        ):
-            raise ValueError(f"{name}: a dict of data sets, {keys}: give one of them")
+        if any(hasattr(value, "column_names") for value in [*data.values()]):
+            one = f"{name}[{next(iter(data))!r}]"
+            raise ValueError(f"{name}: a dict of data sets, {keys}: give one of them, as {one}")
         raise ValueError(
             f"{name}: a dict with the keys {keys}: give rows, such as [{{'prompt': ..., ...}}]; of "
             "columns, pandas.DataFrame(columns) makes rows"
         )
+    if hasattr(data, "with_format"):  # datasets, which may give a row as a frame of its own
+        data = data.with_format(None)
+    if hasattr(data, "collect_schema") and not hasattr(data, "to_dicts"):  # polars, lazy
+        data = data.collect()
     if hasattr(data, "to_dict") and hasattr(data, "iloc"):  # pandas
+        if not hasattr(data, "columns"):
+            raise ValueError(f"{name}: a frame's column alone: give the frame with all its fields")
         if not data.columns.is_unique:
             raise ValueError(f"{name}: columns of the same name: {list(data.columns)}")
         return data.astype(object).where(data.notna(), None).to_dict("records")
@@ -97,6 +101,7 @@ def _rows(data: Any, name: str) -> Iterable[Any]:
         return data
     raise TypeError(
         f"{name}: expected {EXPECTED}, or the name of a source; got {type(data).__name__}"
+        f"{', which is to be called' if callable(data) else ''}"
     )
 
 

@@ -166,6 +166,7 @@ def train(
         )
         for line in describe(run, first):
             recorder.note(line)
+        recorder.note("compiling: the first evaluation and the first step take longest")
         batches = make_source(run, first, extra.get("source", {}))
         try:
             stopping = evaluation.Stopping(*extra.get("stopping", ()))
@@ -348,7 +349,7 @@ def describe(run: Run, first: int = 0) -> list[str]:
         f"of {groups:.4g} groups in {shape.rows} rows of {shape.length} tokens "
         f"({run.config.data.layout})",
         f"parameters: {trained:,} trained, {frozen:,} frozen; devices: {jax.device_count()} "
-        f"{jax.devices()[0].device_kind} {mesh or ''}",
+        f"{jax.devices()[0].device_kind}{f' {mesh}' if mesh else ''}",
         "data: "
         + ", ".join(
             f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}"

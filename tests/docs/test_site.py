@@ -12,9 +12,11 @@ import re
 import shlex
 import subprocess
 import sys
+import types
 
 import pytest
 
+import align_jax
 from align_jax.data import formats
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -47,6 +49,34 @@ def test_every_format_has_an_example_that_is_read_as_it():
         assert formats.read(row, name, chat=True)
 
 
+def test_the_lines_beside_trl_s_ask_for_runs(tiny_chat, monkeypatch):
+    here, theirs = re.findall(
+        r"^```python\n(.*?)^```",
+        (ROOT / "docs/coming_from.md").read_text(),
+        re.DOTALL | re.MULTILINE,
+    )
+    compile(theirs, "coming_from.md", "exec")
+    asked = []
+
+    def show(config, rows, **keys):
+        small = {"batch_size": 8, "max_length": 64, "rollout.max_new_tokens": 8}
+        shown = align_jax.show_batch(config, rows, **keys, **small)
+        asked.append((config, shown.about[0].partition(":")[0], len(shown.examples)))
+        return types.SimpleNamespace(evaluate=dict, export=str)
+
+    monkeypatch.setattr(align_jax, "train", show)
+    page = types.ModuleType("coming_from")
+    monkeypatch.setitem(sys.modules, "coming_from", page)
+    vars(page).update(
+        MODEL=tiny_chat,
+        pairs=[{"prompt": f"{n}?", "chosen": "Yes.", "rejected": "No."} for n in range(40)],
+        thumbs=[{"prompt": f"{n}?", "completion": "Yes.", "label": n % 2 == 0} for n in range(40)],
+        sums=[{"prompt": f"{n} + 1", "answer": str(n + 1)} for n in range(40)],
+    )
+    exec(here, vars(page))
+    assert asked == [(name, name, 3) for name in ("dpo", "kto", "reward", "grpo")]
+
+
 def commands(page):
     """Return a page's commands: whole scripts for the shell, and the programs' arguments."""
     for block in re.findall(r"^```console\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
@@ -59,6 +89,13 @@ def commands(page):
             else:
                 script += line
         yield script
+
+
+def quickly(words):
+    """Return a program's arguments with fewer rows, where the page says nothing of them."""
+    if words[0] != "train" or not words[1].startswith("--config=tiny:"):
+        return words
+    return [*words[:2], "--config.batch_size=4", "--config.eval.max_examples=4", *words[2:]]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -77,10 +114,10 @@ def test_a_page_s_commands_run(page, tiny_chat, tmp_path):
                 cwd=tmp_path,
                 env=shell,
                 check=True,
-                timeout=120,
+                timeout=300,
             )
             continue
-        words = [word.replace("$MODEL", tiny_chat) for word in command]
+        words = quickly([word.replace("$MODEL", tiny_chat) for word in command])
         started = processes.fork("align_jax", words, log=tmp_path / "log", folder=tmp_path)
         processes.wait(started, tmp_path / "log")
         ran += 1

@@ -5,6 +5,7 @@ import importlib
 import json
 import subprocess
 import sys
+import types
 
 import grain
 import numpy as np
@@ -37,15 +38,31 @@ KEYS = {
 
 
 class Table:
-    """As a datasets.Dataset gives rows."""
+    """As a datasets.Dataset gives rows: in a format that was asked for, or as dicts."""
 
     column_names = list(ROWS[0])
+
+    def __init__(self, kind=None):
+        self.kind = kind
+
+    def with_format(self, kind):
+        return Table(kind)
 
     def __len__(self):
         return len(ROWS)
 
     def __getitem__(self, index):
-        return dict(ROWS[index])
+        return dict(ROWS[index]) if self.kind is None else pandas.DataFrame([ROWS[index]])
+
+
+class Lazy:
+    """As a polars.LazyFrame, which is a frame once it is collected."""
+
+    def __init__(self, rows):
+        self.collect_schema, self.rows = None, rows
+
+    def collect(self):
+        return types.SimpleNamespace(to_dicts=lambda: self.rows)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +76,8 @@ class Table:
         grain.MapDataset.source,
         lambda rows: grain.MapDataset.source([{}, *rows]).filter(bool),
         lambda rows: grain.MapDataset.source(rows).to_iter_dataset(),
-        lambda rows: Table(),
+        lambda rows: Table("pandas"),
+        Lazy,
         lambda rows: ({name: np.str_(text) for name, text in row.items()} for row in rows),
     ],
 )
@@ -88,7 +106,10 @@ def test_a_frame_s_missing_values_are_none():
         ([{1: "a"}], r"data\[0\]: a field's name is a text, got 1"),
         ([{"a": b"\xff"}], r"data\[0\]: bytes that are no UTF-8"),
         ({"prompt": ["a"]}, "a dict with the keys 'prompt': give rows"),
-        ({"train": Table(), "test": Table()}, "a dict of data sets, 'train', 'test': give one"),
+        ({"train": Table(), "test": Table()}, r"'test': give one of them, as data\['train'\]"),
+        (pandas.DataFrame(ROWS).to_dict(), "a dict with the keys 'prompt', .*: give rows"),
+        (pandas.DataFrame(ROWS)["prompt"], "data: a frame's column alone: give the frame"),
+        (lambda: iter(ROWS), "or the name of a source; got function, which is to be called"),
         (pandas.DataFrame([[1, 2]], columns=["a", "a"]), "columns of the same name"),
         (grain.MapDataset.source(ROWS).repeat(), "a Grain data set that repeats"),
         ([*ROWS[:17], {**ROWS[17], "chosen": 3}], r"data\[17\]: .*chosen"),
