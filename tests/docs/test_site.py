@@ -59,7 +59,9 @@ def test_the_lines_beside_trl_s_ask_for_runs(tiny_chat, monkeypatch):
     asked = []
 
     def show(config, rows, **keys):
-        small = {"batch_size": 8, "max_length": 64, "rollout.max_new_tokens": 8}
+        small = {"batch_size": 8, "max_length": 64}
+        if config == "grpo":
+            small["rollout.max_new_tokens"] = 8
         shown = align_jax.show_batch(config, rows, **keys, **small)
         asked.append((config, shown.about[0].partition(":")[0], len(shown.examples)))
         return types.SimpleNamespace(evaluate=dict, export=str)
