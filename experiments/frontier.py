@@ -3,7 +3,7 @@
 
     python experiments/frontier.py --model=HF_DIR --stories=STORIES.txt --lexicon=vader_lexicon.txt
         --output=DIR [--studies=frontier,pairs,noise,imbalance --methods=DPO,KTO --seeds=0,1,2]
-        [--small]
+        [--middle --small]
 
     stories ─ sentence and next sentence ─ start (SFT) ─ its samples, true reward of each ─┐
       ┌─ pairs, drawn by Bradley-Terry from the true reward ───────────────────────────────┘
@@ -14,7 +14,12 @@ sentiment by a lexicon, s / sqrt(s^2 + 15), in (-1, 1).  A preference is drawn w
 σ((r_a - r_b) / τ), τ = ``TEMPERATURE``; equal rewards make no pair.  Each run is measured at a
 third, two thirds and the whole of its steps: mean true reward of samples at temperature 1, and
 Σ_t log π - log π_start of each, nats.  What DIR/results.jsonl already has is not computed again, so
-the same command goes on where it was stopped.  ``experiments/frontier_page.py`` makes the page.
+the same command goes on where it was stopped.
+
+A run is seconds of arithmetic, so compiling it must not cost more than running it: all runs are of
+one process, a method's strengths and seeds share one compiled step, in which the strength is an
+argument, and a policy is measured where it lies, without a checkpoint.
+``experiments/frontier_page.py`` makes the pages.
 
 References:
     Rafailov et al. 2023, arXiv 2305.18290, section 6.1.
@@ -22,32 +27,45 @@ References:
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import functools
 import json
 import math
 import pathlib
 import re
-import shutil
+import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 
 from align_jax import evaluate, export, losses
+from align_jax.core import config as configs
 from align_jax.core.config import ConfigDict, defaults
 from align_jax.core.options import DataOptions, RolloutOptions
 from align_jax.data import datasets
-from align_jax.evals.generation import generation, sample
-from align_jax.evals.policy import EvaluatedPolicy
+from align_jax.evals.generation import sample, sequence_logps
+from align_jax.evals.policy import EvaluatedPolicy, standard_error
+from align_jax.models.model import LoadedModel
 from align_jax.online import rewards
-from align_jax.runs import loop
+from align_jax.online.sampling import Prompts
+from align_jax.parallel.mesh import make_mesh
+from align_jax.parallel.sharding import put_batch
+from align_jax.runs import loop, weights
+from align_jax.runs.setup import Run, prepare
+from align_jax.runs.source import make_source
 from align_jax.runs.weights import load_model
+from align_jax.training import initialize, steps
+from align_jax.training.flops import forward_flops, step_flops
 
 TEMPERATURE = 0.2  # of Bradley-Terry, units of reward
 NEW_TOKENS, LENGTH = 40, 96
-CONTROL = (" (happy) ", " (sad) ")  # conditional SFT's, before chosen and before rejected answers
+TOLD = (" (happy)", " (sad)")  # behind a prompt of conditional SFT: a chosen, a rejected answer
 _SENTENCE = re.compile(r"[A-Z\"][^.!?\n]{15,110}[.!?]\"?")
 
 
@@ -55,14 +73,15 @@ class Data(NamedTuple):
     """The feedback that a run learns from: a part of the pairs drawn.
 
     Attributes:
-        form: completions (the chosen answers), pairs, unpaired (each pair's two answers), prompts.
-        pairs: how many; 0 = all.
+        form: completions (the chosen answers), told (both answers, each to a prompt that tells
+            which), pairs, unpaired (each pair's two answers), prompts.
+        pairs: how many, at most.
         flipped: share of the pairs whose label is turned.
         desirable: unpaired: share of the desirable answers that is kept.
     """
 
     form: str
-    pairs: int = 0
+    pairs: int = 4096
     flipped: float = 0.0
     desirable: float = 1.0
 
@@ -88,24 +107,24 @@ class Method(NamedTuple):
     strength: str
     values: tuple[float, ...]
     data: Data = Data("pairs")
-    rate: float = 3e-4
+    rate: float = 1e-3
     groups: int = 32
     samples: int = 1
     reward: str = "true"
 
 
 _PAIRS, _UNPAIRED, _PROMPTS = Data("pairs"), Data("unpaired"), Data("prompts")
-_RATES, _BETAS, _COEFS = (1e-4, 3e-4, 1e-3), (0.03, 0.1, 0.5), (0.003, 0.01, 0.05)
+_RATES, _BETAS, _COEFS = (3e-4, 1e-3, 3e-3), (0.03, 0.1, 0.5), (0.003, 0.01, 0.05)
 _PPO = {"epochs": 2, "minibatches": 2}
 METHODS: Mapping[str, Method] = {
     "SFT on chosen": Method("sft", {}, "learning_rate", _RATES, Data("completions"), groups=64),
-    "conditional SFT": Method("csft", {}, "learning_rate", _RATES),
+    "conditional SFT": Method("sft", {}, "learning_rate", _RATES, Data("told"), groups=64),
     "DPO": Method("dpo", {}, "beta", _BETAS),
     "IPO": Method("ipo", {"lengths": "sum"}, "beta", (0.01, 0.05, 0.2)),
     "robust DPO, 20 % flipped": Method(
         "robust", {"label_smoothing": 0.2}, "beta", _BETAS, Data("pairs", flipped=0.2)
     ),
-    "SimPO": Method("simpo", {"beta": 2.0}, "learning_rate", (3e-5, 1e-4, 3e-4)),
+    "SimPO": Method("simpo", {"beta": 2.0}, "learning_rate", (2e-4, 6e-4, 2e-3)),
     "ORPO": Method("orpo", {}, "lam", (0.1, 0.5, 2.0)),
     "KTO": Method("kto", {}, "beta", _BETAS, _UNPAIRED, groups=64),
     "KTO, half of the desirable": Method(
@@ -122,13 +141,13 @@ METHODS: Mapping[str, Method] = {
     "BCO": Method("bco", {}, "beta", _BETAS, _UNPAIRED, groups=64),
     "offline PPO": Method("ppo_offline", {}, "kl_coef", (0.02, 0.1, 0.5), _UNPAIRED, groups=64),
     "PPO, learned reward": Method(
-        "ppo", _PPO, "kl_coef", _COEFS, _PROMPTS, groups=128, reward="learned"
+        "ppo", _PPO, "kl_coef", _COEFS, _PROMPTS, 5e-4, groups=64, reward="learned"
     ),
-    "PPO, true reward": Method("ppo", _PPO, "kl_coef", _COEFS, _PROMPTS, groups=128),
-    "GRPO": Method("grpo", {}, "beta", _COEFS, _PROMPTS, groups=16, samples=8),
-    "RLOO": Method("rloo", {}, "kl_coef", _COEFS, _PROMPTS, groups=16, samples=8),
-    "online DPO": Method("dpo", {}, "beta", _BETAS, _PROMPTS, groups=32, samples=4),
-    "online KTO": Method("kto", {}, "beta", _BETAS, _PROMPTS, groups=128, samples=4),
+    "PPO, true reward": Method("ppo", _PPO, "kl_coef", _COEFS, _PROMPTS, 5e-4, groups=64),
+    "GRPO": Method("grpo", {}, "beta", _COEFS, _PROMPTS, groups=8, samples=8),
+    "RLOO": Method("rloo", {}, "kl_coef", _COEFS, _PROMPTS, groups=8, samples=8),
+    "online DPO": Method("dpo", {}, "beta", _BETAS, _PROMPTS, groups=16, samples=4),
+    "online KTO": Method("kto", {}, "beta", _BETAS, _PROMPTS, groups=16, samples=4),
 }
 
 
@@ -143,12 +162,13 @@ class Scale(NamedTuple):
     rollouts: int
     reward_steps: int
     counts: tuple[int, ...]  # of pairs, in the study of their number
-    all_strengths: bool = True  # else each method's middle one alone
+    rows: int = 256  # decoded together
+    best: tuple[int, ...] = (2, 4, 8, 16)  # n of the best of n samples
 
 
 SCALES = {
-    False: Scale(300, 8, 0, 256, 180, 36, 240, (100, 300, 1000, 3000, 10_000)),
-    True: Scale(20, 2, 128, 16, 6, 3, 12, (32, 64), all_strengths=False),
+    False: Scale(300, 8, 0, 256, 48, 18, 96, (30, 100, 300, 1000)),
+    True: Scale(20, 2, 64, 8, 3, 3, 3, (16, 32), rows=32, best=(2, 4)),
 }
 
 
@@ -169,22 +189,30 @@ class Job(NamedTuple):
 
 
 def jobs(
-    studies: Sequence[str], methods: Sequence[str], seeds: Sequence[int], scale: Scale
+    studies: Sequence[str], methods: Sequence[str], seeds: Sequence[int], scale: Scale, middle: bool
 ) -> list[Job]:
-    """List the runs of the studies, all methods of one seed before the next seed."""
+    """List the runs of the studies, all methods of one seed before the next seed.
+
+    Args:
+        studies, methods, seeds, scale: which.
+        middle: of each method its middle strength alone.
+    """
     found = []
     for seed in seeds:
         for study in studies:
             for label, method in _rows(study, scale):
                 if not methods or label.split(":")[0] in methods:
-                    found += [Job(study, label, method, value, seed) for value in method.values]
+                    values = method.values[1:2] if middle and study == "frontier" else method.values
+                    found += [Job(study, label, method, value, seed) for value in values]
     return found
 
 
 def _rows(study: str, scale: Scale) -> Iterator[tuple[str, Method]]:
+    """Yield a study's labels and methods; a condition that the frontier has (all pairs, no label
+    flipped, all answers) is not repeated."""
     if study == "frontier":
         for label, method in METHODS.items():
-            yield label, method if scale.all_strengths else _middle(method)
+            yield label, method
     elif study == "pairs":
         for count in scale.counts:
             for name in ("DPO", "KTO", "PPO, learned reward"):
@@ -192,7 +220,7 @@ def _rows(study: str, scale: Scale) -> Iterator[tuple[str, Method]]:
                 data = method.data._replace(pairs=count)
                 yield f"{name}: {count}", _middle(method._replace(data=data))
     elif study == "noise":
-        for flipped in (0.0, 0.1, 0.2, 0.4):
+        for flipped in (0.4, 0.2, 0.1):
             for name, method in (
                 ("DPO", METHODS["DPO"]),
                 ("cDPO", METHODS["DPO"]._replace(options={"label_smoothing": flipped})),
@@ -203,11 +231,10 @@ def _rows(study: str, scale: Scale) -> Iterator[tuple[str, Method]]:
                 data = method.data._replace(flipped=flipped)
                 yield (f"{name}: {flipped:.0%}", _middle(method._replace(data=data)))
     elif study == "imbalance":
-        for desirable in (1.0, 0.5, 0.1):
-            for weight in dict.fromkeys((1.0, 1.0 / desirable)):
-                options, data = {"desirable_weight": weight}, Data("unpaired", desirable=desirable)
-                method = METHODS["KTO"]._replace(options=options, data=data)
-                yield f"KTO, weight {weight:g}: {desirable:.0%}", _middle(method)
+        for desirable in (0.5, 0.1):
+            data = Data("unpaired", desirable=desirable)
+            method = _middle(METHODS["KTO"]._replace(data=data))
+            yield f"KTO, weight 1: {desirable:.0%}", method
     else:
         raise SystemExit(f"--studies={study}: expected frontier, pairs, noise or imbalance")
 
@@ -237,7 +264,7 @@ def sentences(source: str, folder: pathlib.Path, scale: Scale) -> None:
         few = list(rows.values())[: scale.held_out if name == "held_out" else scale.prompts or None]
         write_rows(folder / f"{name}.jsonl", few)
     held_out = [json.loads(line) for line in (folder / "held_out.jsonl").read_text().splitlines()]
-    told = [{"prompt": row["prompt"] + CONTROL[0]} for row in held_out]
+    told = [{"prompt": row["prompt"] + TOLD[0]} for row in held_out]
     write_rows(folder / "held_out_control.jsonl", told)
 
 
@@ -253,12 +280,6 @@ def base_config(model: str, seed: int) -> ConfigDict:
     return config
 
 
-def run(config: ConfigDict, workdir: pathlib.Path) -> None:
-    """Train to the end."""
-    loop.train(config, str(workdir))
-    jax.clear_caches()  # hundreds of runs in one process
-
-
 def make_start(model: str, folder: pathlib.Path, scale: Scale) -> str:
     """Fine-tune the model to continue by one sentence; return the checkpoint."""
     output = folder / "start"
@@ -268,7 +289,7 @@ def make_start(model: str, folder: pathlib.Path, scale: Scale) -> str:
         config.objective = ConfigDict(losses.options("sft"))
         config.batch_size, config.total_steps = 64, scale.start_steps
         config.optimizer.learning_rate = 5e-4
-        run(config, folder / "runs" / "start")
+        loop.train(config, str(folder / "runs" / "start"))
         export.export_run(str(folder / "runs" / "start"), str(output))
     return str(output)
 
@@ -289,7 +310,7 @@ def make_pairs(start: str, lexicon: str, folder: pathlib.Path, scale: Scale) -> 
     policy = evaluate.model_policy(start, dtype="float32")
     examples = datasets.load(str(folder / "train.jsonl"), "prompts", DataOptions(), chat=False)
     options = RolloutOptions(
-        responses_per_prompt=scale.samples, max_new_tokens=NEW_TOKENS, rows=256
+        responses_per_prompt=scale.samples, max_new_tokens=NEW_TOKENS, rows=scale.rows
     )
     scored = rewards.resolve(reward_table(lexicon), load_model=load_model)
     rng = np.random.default_rng(0)
@@ -328,7 +349,7 @@ def feedback(data: Data, folder: pathlib.Path) -> str:
         return str(path)
     pairs = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
     rows = []
-    for i, row in enumerate(pairs[: data.pairs or None]):
+    for i, row in enumerate(pairs[: data.pairs]):
         good, bad = row["chosen"], row["rejected"]
         if row["draw"] < data.flipped:
             good, bad = bad, good
@@ -337,6 +358,9 @@ def feedback(data: Data, folder: pathlib.Path) -> str:
             rows.append({**prompt, "chosen": good, "rejected": bad})
         elif data.form == "completions":
             rows.append({**prompt, "completion": good})
+        elif data.form == "told":
+            for how, answer in zip(TOLD, (good, bad)):
+                rows.append({"prompt": row["prompt"] + how, "completion": answer})
         else:
             if i % 10 < round(10 * data.desirable):
                 rows.append({**prompt, "completion": good, "label": True})
@@ -356,7 +380,7 @@ def make_reward(data: Data, start: str, folder: pathlib.Path, scale: Scale) -> s
         config.objective = ConfigDict(losses.options("reward"))
         config.batch_size, config.total_steps = 32, scale.reward_steps
         config.optimizer.learning_rate = 3e-4
-        run(config, folder / "runs" / name)
+        loop.train(config, str(folder / "runs" / name))
         export.export_run(str(folder / "runs" / name), str(output))
     return str(output)
 
@@ -373,8 +397,6 @@ def make_config(
     group = config.optimizer if method.strength == "learning_rate" else config.objective
     group[method.strength] = job.strength
     config.batch_size, config.total_steps = method.groups, scale.offline_steps
-    if method.objective == "csft":
-        config.data.control_tokens = CONTROL
     if method.data.form == "prompts":
         slices = method.options.get("epochs", 1) * method.options.get("minibatches", 1)
         config.total_steps = scale.rollouts * slices
@@ -384,8 +406,143 @@ def make_config(
         if method.reward == "learned":
             learned = make_reward(method.data, start, folder, scale)
         config.rewards = ConfigDict(reward_table(lexicon, learned))
-    config.checkpoint.every_steps, config.checkpoint.keep = config.total_steps // 3, 3
     return config
+
+
+class Stage(NamedTuple):
+    """A policy on its way.
+
+    Attributes:
+        step: of the optimizer.
+        policy: with the start as its reference.
+        flops: of training so far, sampling and the reference's scores included.
+        seconds: of training so far, of the processors; without the compilation of the first steps.
+    """
+
+    step: int
+    policy: EvaluatedPolicy
+    flops: float
+    seconds: float
+
+
+def with_strength(run: Run, method: Method, given: float, strength: jax.Array) -> steps.StepSpec:
+    """Return what a step is compiled from, with the strength an array in place of a constant.
+
+    Args:
+        run: whose config has the strength ``given``.
+        method: its method.
+        given: strength in the run's config, by which a learning rate is scaled.
+        strength: float32 [].
+    """
+    spec = run.step_spec
+    if method.strength == "learning_rate":
+        inner = spec.optimizer
+
+        def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+            updates, state = inner.update(grads, state, params)
+            return jax.tree.map(lambda x: x * (strength / given).astype(x.dtype), updates), state
+
+        return spec._replace(optimizer=inner._replace(update=update))
+
+    held = [hasattr(term.loss, method.strength) for term in spec.terms]
+    if not any(held) and not any(method.strength in term.rollout for term in spec.terms):
+        names = "+".join(term.name for term in spec.terms)
+        raise ValueError(f"{names} has no option {method.strength!r}")
+    terms = []
+    for term, has in zip(spec.terms, held):
+        if has:  # else it is in the rewards, which the rollouts make
+            loss = copy.copy(term.loss)
+            object.__setattr__(loss, method.strength, strength)
+            term = dataclasses.replace(term, loss=loss)
+        terms.append(term)
+    return spec._replace(terms=tuple(terms))
+
+
+def jit_step(run: Run, job: Job) -> Callable[..., Any]:
+    """Compile the train step of (state, frozen, batch, strength)."""
+
+    def step(state: Any, frozen: Any, batch: Any, strength: jax.Array) -> Any:
+        spec = run.step_spec
+        if not is_constant(job.method):
+            spec = with_strength(run, job.method, job.strength, strength)
+        return steps.train_step(spec, state, frozen, batch)
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def is_constant(method: Method) -> bool:
+    """Tell whether a step is compiled for one strength: GRPO's asks whether its beta is 0."""
+    return method.objective == "grpo"
+
+
+def flops_of(run: Run, batch: Any) -> float:
+    """Count a step's model FLOPs with its share of a rollout: of each sample a forward by the
+    policy, which drew it, and one by the reference."""
+    segment = LENGTH // 2  # tokens of a prompt with an answer, about
+    trained = step_flops(run.step_spec, batch, segment_length=segment).model
+    if run.resolved.rollouts is None:
+        return trained
+    once = forward_flops(
+        run.step_spec.policy,
+        rows=run.config.batch_size * run.config.rollout.responses_per_prompt,
+        length=segment,
+        positions=segment // 2,
+    )
+    return trained + 2 * once.total / run.resolved.rollouts.steps
+
+
+def train(
+    config: ConfigDict, job: Job, start: LoadedModel, compiled: dict[Any, Any]
+) -> Iterator[Stage]:
+    """Train, and stop at each third of the steps.
+
+    Args:
+        config: of the run.
+        job: what it is.
+        start: the reference of what is measured.
+        compiled: the steps of earlier runs, by what they are compiled from.
+    """
+    with tempfile.TemporaryDirectory() as workdir:
+        run = prepare(configs.read(config), workdir)
+        with jax.set_mesh(run.mesh):
+            yield from _stages(run, job, start, compiled)
+
+
+def _stages(run: Run, job: Job, start: LoadedModel, compiled: dict[Any, Any]) -> Iterator[Stage]:
+    frozen = weights.load_frozen(run.step_spec, run.state_specs, run.config)
+    trained = weights.load_trained(run.step_spec, run.state_specs, frozen, run.config)
+    state = initialize.first_state(run.step_spec, run.state_specs, trained, None)
+    key = repr(job.method._replace(data=Data(""), values=()))
+    if is_constant(job.method):
+        key += f" {job.strength}"
+    step = compiled.setdefault(key, jit_step(run, job))
+    source, flops, seconds = make_source(run, 0, {}), 0.0, 0.0
+    try:
+        for number in range(1, run.total_steps + 1):
+            began = time.process_time()
+            newest = functools.partial(loop.weights_of, state, frozen)
+            batch = source.next(newest)
+            state, values = step(
+                state, frozen, put_batch(run.mesh, batch), jnp.float32(job.strength)
+            )
+            if not math.isfinite(float(values["loss"])):
+                raise FloatingPointError(f"{job.name}: the loss of step {number} is not finite")
+            seconds += time.process_time() - began if number > 8 else 0.0
+            flops += flops_of(run, batch)
+            if number % (run.total_steps // 3) == 0:
+                params = loop.weights_of(state, frozen).policy
+                policy = EvaluatedPolicy(
+                    run.step_spec.policy, params, run.resolved.tokenizer, run.mesh, start
+                )
+                yield Stage(number, policy, flops, seconds)
+    finally:
+        source.close()
+
+
+@functools.cache
+def scorer(lexicon: str, learned: str = "") -> rewards.WeightedRewards:
+    """Load the true reward, and a learned one beside it."""
+    return rewards.resolve(reward_table(lexicon, learned), load_model=load_model)
 
 
 def measure(
@@ -394,22 +551,52 @@ def measure(
     lexicon: str,
     folder: pathlib.Path,
     samples: int,
-) -> dict[str, float]:
-    """Sample the held-out prompts: the true reward, the learned one if any, KL from the start."""
-    told = config is not None and config.objective.name == "csft"
-    file = folder / ("held_out_control.jsonl" if told else "held_out.jsonl")
-    examples = datasets.load(str(file), "prompts", DataOptions(), chat=False)
+    rows: int,
+    told: bool = False,
+) -> dict[str, Any]:
+    """Sample the held-out prompts: the true reward, the learned one if any, KL from the start.
+
+    A policy that is told to be happy is compared with the start that is told nothing.
+    """
+    read = functools.partial(datasets.load, kind="prompts", options=DataOptions(), chat=False)
+    plain = read(str(folder / "held_out.jsonl"))
+    examples = read(str(folder / "held_out_control.jsonl")) if told else plain
     learned = "" if config is None else dict(config.rewards).get("model", {}).get("path", "")
-    scored = rewards.resolve(reward_table(lexicon, learned), load_model=load_model)
-    options = RolloutOptions(responses_per_prompt=samples, max_new_tokens=NEW_TOKENS, rows=256)
-    found = generation(policy, examples, scored, options, max_length=LENGTH, seed=1000)
+    scored = scorer(lexicon, learned)
+    options = RolloutOptions(responses_per_prompt=samples, max_new_tokens=NEW_TOKENS, rows=rows)
+    found = sample(policy, examples, scored, options, max_length=LENGTH, seed=1000)
+    said = [one.completions for one in found]
+    each = [one for several in said for one in several]
+    prompts = Prompts(
+        plain.items,
+        policy.tokenizer,
+        max_length=LENGTH,
+        max_new_tokens=NEW_TOKENS,
+        seed=0,
+        shuffle=False,
+    )
+    tokens = [prompts[i][1] for i in range(len(prompts))]
+    kl = np.asarray([one.token_logps.sum() for one in each])
+    kl -= sequence_logps(policy, policy.reference, tokens, said, options.rows)
+    reward = np.stack([one.each_reward["lexicon"] for one in found])
+    values = {
+        "prompts": len(found),
+        "reward": float(reward.mean()),
+        "reward/stderr": standard_error(reward.mean(axis=1)),
+        "objective/kl": float(kl.mean()),
+        "objective/kl/stderr": standard_error(kl),
+        "length": float(np.mean([len(one.tokens) for one in each])),
+        "clipped": float(np.mean([one.finish == "length" for one in each])),
+        "distinct": len({one.text for one in each}) / len(each),
+        "rewards": [round(float(x), 3) for x in reward.mean(axis=1)],
+    }
     if learned:
-        found["reward"] = found["rewards/lexicon"]
-    return found
+        values["rewards/model"] = float(np.mean([one.each_reward["model"] for one in found]))
+    return values
 
 
 def best_of(
-    start: str, lexicon: str, folder: pathlib.Path, counts: Sequence[int]
+    start: str, lexicon: str, folder: pathlib.Path, counts: Sequence[int], at_once: int
 ) -> list[dict[str, Any]]:
     """Measure the best of n of the start's samples: reward by their order, KL log n - (n-1)/n.
 
@@ -421,7 +608,7 @@ def best_of(
     examples = datasets.load(str(folder / "held_out.jsonl"), "prompts", DataOptions(), chat=False)
     scored = rewards.resolve(reward_table(lexicon), load_model=load_model)
     most = max(counts) * 2
-    options = RolloutOptions(responses_per_prompt=most, max_new_tokens=NEW_TOKENS, rows=256)
+    options = RolloutOptions(responses_per_prompt=most, max_new_tokens=NEW_TOKENS, rows=at_once)
     found = sample(policy, examples, scored, options, max_length=LENGTH, seed=1000)
     ordered = np.sort(np.stack([one.rewards for one in found]), axis=1)
     rows = []
@@ -439,10 +626,30 @@ def best_of(
     return rows
 
 
-def append(file: pathlib.Path, row: Mapping[str, Any]) -> None:
-    """Add a result."""
+def append(file: pathlib.Path, *rows: Mapping[str, Any]) -> None:
+    """Add results: those of a run together."""
     with file.open("a") as out:
-        out.write(json.dumps(row) + "\n")
+        out.write("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def run_job(
+    job: Job,
+    reference: LoadedModel,
+    values: flags.FlagValues,
+    scale: Scale,
+    compiled: dict[Any, Any],
+) -> list[dict[str, Any]]:
+    """Train and measure; return a row for each third of the steps."""
+    began, rows, folder = time.process_time(), [], pathlib.Path(values.output)
+    config = make_config(job, str(folder / "start"), values.lexicon, folder, scale)
+    told = job.method.data.form == "told"
+    for stage in train(config, job, reference, compiled):
+        found = measure(stage.policy, config, values.lexicon, folder, 1, scale.rows, told)
+        row = {"study": job.study, "label": job.label, "strength": job.strength, "seed": job.seed}
+        row |= {"step": stage.step, "last": stage.step == config.total_steps}
+        rows.append({**row, "flops": stage.flops, "seconds": stage.seconds, **found})
+    cpu = time.process_time() - began
+    return [{**row, "cpu_seconds": cpu} for row in rows]
 
 
 def main(argv: Sequence[str]) -> None:
@@ -465,34 +672,26 @@ def main(argv: Sequence[str]) -> None:
     if ("start", "start", 0, 0) not in done:
         policy = evaluate.model_policy(start, start, dtype="float32")
         common = {"study": "start", "label": "start", "strength": 0, "seed": 0, "last": True}
-        for row in best_of(start, values.lexicon, folder, (2, 4, 8, 16)):
+        for row in best_of(start, values.lexicon, folder, scale.best, scale.rows):
             append(
                 file, {"study": "frontier", "label": "best of n", "seed": 0, "last": True, **row}
             )
-        append(file, {**common, **measure(policy, None, values.lexicon, folder, 4)})
-    wanted = jobs(values.studies, values.methods, [int(seed) for seed in values.seeds], scale)
+        append(file, {**common, **measure(policy, None, values.lexicon, folder, 4, scale.rows)})
+    seeds = [int(seed) for seed in values.seeds]
+    wanted = jobs(values.studies, values.methods, seeds, scale, values.middle)
+    reference = load_model(start, mesh=make_mesh({"fsdp": -1}), compute_dtype="float32")
+    compiled: dict[Any, Any] = {}
     for number, job in enumerate(wanted, 1):
         key = (job.study, job.label, job.strength, job.seed)
         if key in done:
             continue
-        workdir, began = folder / "runs" / job.name, time.monotonic()
-        config = make_config(job, start, values.lexicon, folder, scale)
-        run(config, workdir)
-        seconds = time.monotonic() - began
-        every = config.checkpoint.every_steps
-        for step in (every, 2 * every, config.total_steps):
-            policy = evaluate.run_policy(str(workdir), str(step), start)
-            found = measure(policy, config, values.lexicon, folder, 2)
-            row = dict(zip(("study", "label", "strength", "seed"), key))
-            row |= {"step": step, "last": step == config.total_steps, "seconds": seconds, **found}
-            append(file, row)
+        rows = run_job(job, reference, values, scale, compiled)
+        append(file, *rows)
         print(
-            f"{number}/{len(wanted)} {job.name}: reward {found['reward']:.3f}, KL "
-            f"{found['objective/kl']:.2f} nats, {seconds:.0f} s",
+            f"{number}/{len(wanted)} {job.name}: reward {rows[-1]['reward']:.3f}, KL "
+            f"{rows[-1]['objective/kl']:.2f} nats, {rows[-1]['cpu_seconds']:.0f} CPU-seconds",
             flush=True,
         )
-        jax.clear_caches()
-        shutil.rmtree(workdir)
 
 
 if __name__ == "__main__":
@@ -501,5 +700,6 @@ if __name__ == "__main__":
     flags.DEFINE_list("studies", ["frontier"], "Of frontier, pairs, noise, imbalance.")
     flags.DEFINE_list("methods", [], "Some of the methods alone; default: all.")
     flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds.")
+    flags.DEFINE_bool("middle", False, "Of each method's strengths the middle one alone.")
     flags.DEFINE_bool("small", False, "Few samples and steps: does the command work?")
     app.run(main)

@@ -18,6 +18,7 @@ from align_jax.evals.policy import EvaluatedPolicy, standard_error
 from align_jax.inference.engines import Local
 from align_jax.inference.generate import Completion, Generator, bucket, local_rows
 from align_jax.inference.score import rescore
+from align_jax.models.model import LoadedModel
 from align_jax.online import batches, selection
 from align_jax.online.environment import make_player
 from align_jax.online.rewards import WeightedRewards, counted
@@ -160,6 +161,28 @@ def divergence(
     """
     if policy.reference is None:
         raise ValueError("the divergence from a reference needs one")
+    own = LoadedModel(policy.model, policy.params)
+    return np.subtract(
+        *(sequence_logps(policy, one, prompts, completions, rows) for one in (own, policy.reference))
+    )
+
+
+def sequence_logps(
+    policy: EvaluatedPolicy,
+    scoring: LoadedModel,
+    prompts: Sequence[np.ndarray],
+    completions: Sequence[Sequence[Completion]],
+    rows: int,
+) -> Float[np.ndarray, "n"]:
+    """Return each completion's log-probability after its prompt, by forwards over whole rows, nats.
+
+    Args:
+        policy: who said them, for its tokenizer and mesh.
+        scoring: who is asked: the policy, its reference or another.
+        prompts: tokens; not necessarily those that the policy was given.
+        completions: of each prompt, equally many.
+        rows: of a forward.
+    """
     scores = np.zeros((len(prompts), len(completions[0])), np.float32)
     groups = selection.unpaired(scores, scores.reshape(-1), RolloutOptions())
     shape = one_group_shape(
@@ -178,7 +201,6 @@ def divergence(
         for begin in range(0, len(batch.weight), size):
             chosen = np.minimum(np.arange(begin, begin + size), len(batch.weight) - 1)
             placed = put_batch(policy.mesh, batches.take(batch, chosen))
-            own = local_rows(rescore(policy.model, policy.params, placed)[0])
-            other = local_rows(rescore(*policy.reference, placed)[0])
-            found.append((own - other).sum(axis=1)[: len(batch.weight) - begin])
+            logps = local_rows(rescore(*scoring, placed)[0])
+            found.append(logps.sum(axis=1)[: len(batch.weight) - begin])
     return np.concatenate(found)
