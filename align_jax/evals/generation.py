@@ -162,9 +162,10 @@ def divergence(
     if policy.reference is None:
         raise ValueError("the divergence from a reference needs one")
     own = LoadedModel(policy.model, policy.params)
-    return np.subtract(
-        *(sequence_logps(policy, one, prompts, completions, rows) for one in (own, policy.reference))
+    ours, theirs = (
+        sequence_logps(policy, one, prompts, completions, rows) for one in (own, policy.reference)
     )
+    return ours - theirs
 
 
 def sequence_logps(
