@@ -168,7 +168,7 @@ class Scale(NamedTuple):
 
 SCALES = {
     False: Scale(300, 8, 0, 256, 48, 18, 96, (30, 100, 300, 1000)),
-    True: Scale(20, 2, 64, 8, 3, 3, 3, (16, 32), rows=32, best=(2, 4)),
+    True: Scale(20, 2, 64, 8, 6, 3, 6, (16, 32), rows=32, best=(2, 4)),
 }
 
 
