@@ -50,11 +50,12 @@ KEYS = {
     "lora": {"model.lora.rank": 2},
     "dora": {"model.lora.rank": 2, "model.lora.dora": True},
     "in_graph": {},
-    "cached": {"reference.mode": "cached"},
+    "cached": {"reference.mode": "cached"},  # in a folder of its own, which they share
     "moving": {"reference.sync_every_steps": 1, "reference.mix": 0.5},
 }
 # A value that two steps of a tiny model can tell from the default, and what it needs beside it: a
 # rollout is used twice, so that ratios differ from 1 in the second step.
+_LETTERS = list("abcdefghijklmnopqrstuvwxyz")  # of some samples, not of all
 _FILTERED = {"advantages": "filtered", "kl_coef": 0.0, "rollout.responses_per_prompt": 4}
 CHANGES: dict[str, dict[str, Any]] = {
     "advantages": {"advantages": "batch"},
@@ -152,13 +153,13 @@ OTHERS: list[tuple[str, dict[str, Any]]] = [
     *((name, {"model.lora.rank": 2, "model.lora.dropout": 0.5}) for name in ("dpo", "kto")),
     *((name, {"model.value_head": "value_mlp"}) for name in ("ppo", "ppo_offline")),
     *((name, {"rollout.top_p": 0.5}) for name in ("grpo", "ppo", "online_dpo")),
-    *((name, {"rollout.top_k": 3}) for name in ("grpo", "rloo")),
+    *((name, {"rollout.top_k": 100}) for name in ("grpo", "rloo")),  # digits among them: rewards
     *((name, {"rollout.temperature": 0.5}) for name in ("grpo", "online_kto")),
     *((name, {"rollout.overlong_buffer": 3}) for name in ("grpo", "online_dpo")),
     *((name, {"rollout.score_clip": 0.1}) for name in ("reinforce", "grpo")),
     ("grpo", {"rollout.normalize_scores": True, "objective.scale": "none"}),
-    ("rloo", {"rollout.missing_eos_penalty": 0.5}),
-    ("rloo", {"rollout.keep_unfinished": False}),
+    ("online_dpo", {"rollout.stop": _LETTERS, "rollout.missing_eos_penalty": 0.5}),
+    ("rloo", {"rollout.stop": _LETTERS, "rollout.keep_unfinished": False}),
     ("ppo", {"rollout.rescore": False}),
     ("online_dpo", {"rollout.pairing": "random"}),
     ("online_dpo", {"rollout.min_difference": 9.0}),
@@ -326,19 +327,20 @@ def check_covered() -> None:
             assert (("objective", name), (factor, value)) in met, (name, factor, value)
 
 
-def few(seed: int = 0, runs: int = 24, refusals: int = 10) -> list[Case]:
-    """Return some of the cases: settings at random, in each its objective's defaults and some
-    options, so that one run serves several comparisons; and some that are to be refused."""
-    every, found = list(cases()), []
+def few(seed: int = 0, refusals: int = 6) -> list[Case]:
+    """Return some of the cases: of each kind of data an objective's defaults, in a setting drawn at
+    random, with one of its options; and some that are to be refused."""
+    every, found = list(cases()), {}
     random.Random(seed).shuffle(every)
     wrong = [refused((case.name, case.option, case.keys), case.setting) for case in every]
     able = [case for case, one in zip(every, wrong) if not one]
-    for default in [case for case in able if case.keys == "{}"]:
+    for default in [case for case in able if case.keys == "{}" and case.name in OBJECTIVES]:
         same = [one for one in able if (one.name, one.setting) == (default.name, default.setting)]
-        options = [one for one in same if one.option][:3]
-        if options and len(found) < runs:
-            found += [default, *options]
-    return found + [case for case, one in zip(every, wrong) if one][:refusals]
+        option = next((one for one in same if one.option), None)
+        if option is not None:
+            found.setdefault(OBJECTIVES[default.name].data, (default, option))
+    runs = [case for both in found.values() for case in both]
+    return runs + [case for case, one in zip(every, wrong) if one][:refusals]
 
 
 # -------------------------------------------------------------------------------------- runs
@@ -403,7 +405,6 @@ def config_of(case: Case) -> Any:
         "optimizer.learning_rate": 1e-2,
         "optimizer.schedule": "constant",
         "optimizer.warmup_fraction": 0.0,
-        "reference.cache": shared_folder(),
         "mesh.fsdp": 1,
     }
     if not online and chosen["layout"] != "plain":
@@ -418,8 +419,12 @@ def config_of(case: Case) -> Any:
     if case.name == "tgdpo":
         keys["reference.guide"] = guide()
     keys |= KEYS[chosen["weights"]] | KEYS[chosen["reference"]] | json.loads(case.keys)
+    if chosen["reference"] == "cached":
+        keys["reference.cache"] = shared_folder()
+    if "rollout.stop" in keys:
+        keys["rollout.stop"] = tuple(keys["rollout.stop"])
     if "objective.ptx_coef" in keys or "ptx" in case.name:
-        keys["data.text"] = "builtin:completions:train?size=16"
+        keys |= {"data.text": "builtin:completions:train?size=16", "max_length": 112}
     config.unlock()
     config.update_from_flattened_dict(keys)
     return config
@@ -503,7 +508,7 @@ def check(case: Case) -> str:
         return "trained"
     changed_key = f"objective.{case.option}" if case.option else list(own)[-1]
     rest = {key: value for key, value in own.items() if key != changed_key}
-    if case.option == "humanline":
+    if case.option in ("humanline", "on_policy"):  # the rest has no effect without it
         rest = {}
     if "ptx" in changed_key:
         rest.pop("data.text", None)
