@@ -373,6 +373,11 @@ class DataOptions(Checked):
     groups_per_row: float = option(
         0.0, "packed rows hold so many on average; 0 = as many as fit", low=0, high=4096
     )
+    exact_batch: bool = option(
+        False,
+        "each training step has exactly batch_size groups, not on average: packed rows hold as "
+        "many each, with more padding; what is too little for a row is left out",
+    )
     truncation: str = option(
         "keep_end",
         "of the prompt: keep its start or its end; or drop such examples",
@@ -409,6 +414,11 @@ class DataOptions(Checked):
                 datetime.date.fromisoformat(self.date)
             except ValueError:
                 yield f"date = {self.date!r}: expected YYYY-MM-DD, such as 2026-01-31"
+        if self.exact_batch and self.groups_per_row:
+            yield (
+                "exact_batch fills rows with as many groups each; groups_per_row = "
+                f"{self.groups_per_row:g} says how many on average: give one of them"
+            )
         if self.threshold not in ("mean", "median") and number_in(self.threshold) is None:
             yield f"threshold = {self.threshold!r:.60}: expected a number, 'mean' or 'median'"
 

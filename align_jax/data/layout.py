@@ -13,7 +13,6 @@ What is written at once is a *bin*: the groups of a packed row, or the one group
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -23,6 +22,7 @@ from jaxtyping import Bool, Float, Int
 from align_jax.core.choose import choose
 from align_jax.core.options import Config, DataOptions
 from align_jax.core.schema import Batch
+from align_jax.data.packing import group_slots
 
 
 class Layout(NamedTuple):
@@ -162,12 +162,9 @@ def loss_budget(tokens: int, length: int) -> int:
     return min(round_up(max(tokens, 1), 8 if tokens <= 512 else 128), length)
 
 
-def group_slots(mean_groups: float) -> int:
-    """Return how many groups a packed row has room for: one, or twice the average.
-
-    Rows of short groups hold more than the average; empty slots cost next to nothing.
-    """
-    return 1 if mean_groups == 1 else math.ceil(2 * mean_groups)
+def packed_rows(batch_size: int, mean_groups: float, multiple: int) -> int:
+    """Return how many rows of so many groups on average hold about ``batch_size``."""
+    return max(1, round(batch_size / mean_groups / multiple)) * multiple
 
 
 def batch_shape(
@@ -197,7 +194,7 @@ def batch_shape(
         mean = mean_groups or options.groups_per_row or 1
         if mean < 1:
             raise ValueError(f"config.data.groups_per_row = {mean}: expected at least 1")
-        rows = max(1, round(batch_size / mean / multiple)) * multiple
+        rows = packed_rows(batch_size, mean, multiple)
         length, slots = sizes.row_length or responses * sizes.max_length, group_slots(mean)
         slots *= responses
     else:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -74,11 +75,48 @@ def _first(least: Int[np.ndarray, "C"], begin: int, most: int) -> int:
     return -1
 
 
-def mean_groups(lengths: Sequence[int], loss_tokens: Sequence[int], row_length: int) -> float:
-    """Return how many groups a packed row holds on average, as many as fit of such groups."""
-    load = _max_load(lengths, loss_tokens, row_length)
-    packed = best_fit(lengths, row_length, len(lengths), loads=loss_tokens, max_load=load)
-    return len(lengths) / len(packed)
+def group_slots(mean_groups: float) -> int:
+    """Return how many groups a packed row has room for: one, or twice the average.
+
+    Rows of short groups hold more than the average; empty slots cost next to nothing.
+    """
+    return 1 if mean_groups == 1 else math.ceil(2 * mean_groups)
+
+
+def mean_groups(
+    sources: Sequence[tuple[Sequence[int], Sequence[int]]],
+    weights: Sequence[float],
+    row_length: int,
+) -> float:
+    """Return how many groups a packed row holds on average.
+
+    As many as fit into its length, and into the ``group_slots`` of that average.
+
+    Args:
+        sources: of the data, whose groups share no row: each group's tokens and loss tokens.
+        weights: of the sources, by which groups are drawn from them.
+        row_length: T.
+    """
+    slots = sum(len(lengths) for lengths, _ in sources)
+    while True:
+        counts = []
+        for lengths, loss in sources:
+            load = _max_load(lengths, loss, row_length)
+            counts.append(len(best_fit(lengths, row_length, slots, loads=loss, max_load=load)))
+        mean = mixed([len(lengths) for lengths, _ in sources], counts, weights)
+        if group_slots(mean) >= slots:
+            return mean
+        slots = group_slots(mean)
+
+
+def mixed(groups: Sequence[int], rows: Sequence[int], weights: Sequence[float]) -> float:
+    """Return how many groups a row has on average where sources are mixed by the groups' weights.
+
+    >>> mixed([8, 8], [2, 4], [1.0, 1.0])
+    2.6666666666666665
+    """
+    means = [count / number for count, number in zip(groups, rows, strict=True)]
+    return sum(weights) / sum(weight / mean for weight, mean in zip(weights, means, strict=True))
 
 
 def _max_load(lengths: Sequence[int], loss_tokens: Sequence[int], row_length: int) -> int:
@@ -118,3 +156,49 @@ def make_bins(
     for number, items in enumerate(sorted(map(sorted, packed))):
         bins[number, : len(items)] = [groups[item] for item in items]
     return bins
+
+
+def divide(bins: Int[np.ndarray, "bins slots"], count: int) -> Int[np.ndarray, "more slots"]:
+    """Divide the bins of most groups in two, until there are ``count`` or one group in each."""
+    heap = [(-int((bin != FILLER).sum()), number) for number, bin in enumerate(bins)]
+    heapq.heapify(heap)
+    found = list(bins)
+    while len(found) < count and heap[0][0] < -1:
+        size, number = heapq.heappop(heap)
+        new = np.full_like(found[number], FILLER)
+        kept, moved = -(size // 2), -size // 2
+        new[:moved], found[number][kept:] = found[number][kept:-size], FILLER
+        heapq.heappush(heap, (-kept, number))
+        heapq.heappush(heap, (-moved, len(found)))
+        found.append(new)
+    return np.stack(found)
+
+
+def equal_bins(
+    groups: Int[np.ndarray, "G"], lengths: Int[np.ndarray, "G"], count: int
+) -> Int[np.ndarray, "bins count"]:
+    """Pack groups into rows of exactly ``count``, as even as can be; the last ones, which are too
+    few for a row, are left out.
+
+    Args:
+        groups: their numbers.
+        lengths: tokens of each.
+        count: of groups in a row.
+
+    Returns:
+        Group numbers.
+
+    >>> equal_bins(np.arange(5), np.array([10, 6, 5, 1, 9]), count=2)
+    array([[0, 3],
+           [1, 2]])
+    """
+    rows = len(groups) // count
+    sizes = lengths[: rows * count]
+    order = np.argsort(-sizes, kind="stable").reshape(count, rows)
+    bins, loads = np.zeros((rows, count), np.int64), np.zeros(rows, np.int64)
+    for turn, items in enumerate(order):  # the longest of each turn into the emptiest row
+        emptiest = np.argsort(loads, kind="stable")
+        bins[emptiest, turn] = items
+        loads[emptiest] += sizes[items]
+    bins = np.sort(bins, axis=1)
+    return groups[bins[np.argsort(bins[:, 0])]]

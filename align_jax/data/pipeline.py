@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -37,6 +37,7 @@ from align_jax.data.truncation import Limits, Truncations
 # Grain's own endless repetition overflows when it is cut into batches of one.
 _ENDLESS_EPOCHS = 10**9
 _THREADS = 2  # that prepare batches
+_NEARLY = 1.05  # a cost beside the least, that is paid for shorter rows
 _SAMPLE = 4096  # groups whose packing tells how many a row holds
 
 
@@ -230,9 +231,11 @@ def make_pipeline(
         )
     limits = Limits.of(options, sizes.max_length, tokenizer.bos_token_id)
     truncations = truncation.truncate_all(encoded, limits)
-    rows = _choose_rows(truncations, responses, options, sizes, once=once)
+    if once:  # the last step of a single pass has what is left
+        options = dataclasses.replace(options, exact_batch=False)
+    rows = _choose_rows(examples, truncations, responses, options, sizes, once=once)
     options = dataclasses.replace(options, layout=rows.layout)
-    shape, bins, ends = _lay_out(examples, truncations, responses, options, sizes, rows)
+    shape, bins, ends = _lay_out(examples, truncations, responses, options, sizes, rows, once=once)
     if not once and LAYOUTS[options.layout].packed:
         _check_packing(shape, bins, sizes)
     order = _stream(examples, bins, ends, seed if options.shuffle and not once else None, once)
@@ -241,12 +244,17 @@ def make_pipeline(
     extra = None
     if mismatched:
         extra = _mismatched_shape(shape, encoded, bins, partners, limits, options.trim)
-    fill = _fill(truncations, options.layout, bins, shape)
+    report = {**examples.report, **truncations.report}
+    parts = [bins] if examples.weights is None else np.split(bins, ends[1:-1])
+    mean = _mean(parts, _weights(examples))
+    left_out = int(truncations.lengths.any(axis=1).sum()) - len(used)
+    if left_out:
+        report["left out of equal rows"] = left_out
     return Pipeline(
         kind=examples.kind,
         layout=options.layout,
         shape=shape,
-        report={**examples.report, **truncations.report, **fill},
+        report={**report, **_fill(truncations, options.layout, bins, shape, mean)},
         _encoded=encoded,
         _truncations=truncations,
         _limits=limits,
@@ -262,7 +270,13 @@ def make_pipeline(
 
 
 def _choose_rows(
-    truncations: Truncations, responses: int, options: DataOptions, sizes: BatchSizes, *, once: bool
+    examples: Examples,
+    truncations: Truncations,
+    responses: int,
+    options: DataOptions,
+    sizes: BatchSizes,
+    *,
+    once: bool,
 ) -> Rows:
     """Decide the layout and the row length: as the options say, else what costs least.
 
@@ -279,23 +293,24 @@ def _choose_rows(
             names = ["plain"]
         elif sizes.batch_size % sizes.row_multiple:
             names = [packed]
-    found = [_rows(name, truncations, responses, options, sizes, once=once) for name in names]
+    rows = functools.partial(_rows, examples, truncations, responses, options, once=once)
+    found = [rows(name, sizes) for name in names]
     choices = [one for one in found if one is not None]
     if choices:
         return min(choices, key=lambda one: one.cost)
     # no rows hold about so many groups: what does not divide is refused, with the nearest that does
     name = "plain" if options.layout == "auto" else options.layout
-    sizes = dataclasses.replace(sizes, row_length=responses * sizes.max_length)
-    only = _rows(name, truncations, responses, options, sizes, once=once)
+    only = rows(name, dataclasses.replace(sizes, row_length=responses * sizes.max_length))
     assert only is not None
     return only
 
 
 def _rows(
-    name: str,
+    examples: Examples,
     truncations: Truncations,
     responses: int,
     options: DataOptions,
+    name: str,
     sizes: BatchSizes,
     *,
     once: bool,
@@ -320,10 +335,14 @@ def _rows(
             f"row_length = {given} is shorter than the longest group, {longest} tokens: "
             f"--config.row_length={longest} holds it; or lower max_length"
         )
+    sources = _sources(examples, lengths)
+    if options.exact_batch:
+        return _equal_rows(name, sources, lengths, given, sizes)
     # the mean of so many is that of all to about a hundredth
-    some = np.random.default_rng(0).permutation(left)[:_SAMPLE]
-    loss = truncations.loss_tokens[some].sum(-1).tolist()
-    mean_at = functools.partial(packing.mean_groups, lengths[some].tolist(), loss)
+    some = [np.random.default_rng(0).permutation(groups)[:_SAMPLE] for groups in sources]
+    loss = truncations.loss_tokens.sum(-1)
+    parts = [(lengths[groups].tolist(), loss[groups].tolist()) for groups in some]
+    mean_at = functools.partial(packing.mean_groups, parts, _weights(examples))
     if given:
         mean = options.groups_per_row or mean_at(given)
         return Rows(name, given, mean, row_length.cost(given, sizes.attention_cost) / mean)
@@ -337,6 +356,69 @@ def _rows(
     )
 
 
+def _equal_rows(
+    name: str,
+    sources: Sequence[Int[np.ndarray, "_"]],
+    lengths: Int[np.ndarray, "G"],
+    given: int,
+    sizes: BatchSizes,
+) -> Rows:
+    """Return the best rows that hold as many groups each, ``batch_size`` in a step.
+
+    Raises:
+        ValueError: there are none, or none of the length that is given; what is possible.
+    """
+    size, multiple = sizes.batch_size, sizes.row_multiple
+    if size % multiple:
+        raise ValueError(
+            f"config.data.exact_batch: batch_size {size} is not divisible by {multiple} (devices "
+            f"over rows times microbatches); the next that is: {layout.round_up(size, multiple)}"
+        )
+    fewest, found = min(map(len, sources)), []
+    for count in range(1, min(size // multiple, fewest) + 1):
+        if size % (count * multiple):
+            continue
+        bins = [packing.equal_bins(one, lengths[one], count) for one in sources]
+        longest = max(int(lengths[one].sum(1).max()) for one in bins)
+        length = given or layout.round_up(longest, 8)
+        paid = row_length.cost(length, sizes.attention_cost) / count
+        found.append((longest, Rows(name, length, float(count), paid)))
+    choices = [rows for longest, rows in found if longest <= rows.length]
+    if not choices:
+        raise ValueError(
+            f"config.data.exact_batch: rows of row_length = {given} do not hold as many groups "
+            f"each; the shortest that do: --config.row_length={min(found)[0]}"
+        )
+    # of nearly equal ones the shortest: the more rows a step has, the more mixed they are
+    least = min(rows.cost for rows in choices)
+    return next(rows for rows in choices if rows.cost <= _NEARLY * least)
+
+
+def _sources(examples: Examples, lengths: Int[np.ndarray, "G"]) -> list[Int[np.ndarray, "_"]]:
+    """Return the groups that are left of each source that is mixed by weight; else all together.
+
+    Raises:
+        ValueError: a weighted source of which nothing is left.
+    """
+    if examples.weights is None:
+        return [np.flatnonzero(lengths)]
+    found, start = [], 0
+    for number, end in enumerate(examples.ends):
+        found.append(start + np.flatnonzero(lengths[start:end]))
+        start = end
+        if not len(found[-1]):
+            raise ValueError(
+                f"data source {number + 1} of {len(examples.ends)} has a weight, but no examples "
+                "are left of it: all were dropped"
+            )
+    return found
+
+
+def _weights(examples: Examples) -> Sequence[float]:
+    """Return the weights of ``_sources``."""
+    return [1.0] if examples.weights is None else examples.weights
+
+
 def _lay_out(
     examples: Examples,
     truncations: Truncations,
@@ -344,6 +426,8 @@ def _lay_out(
     options: DataOptions,
     sizes: BatchSizes,
     rows: Rows,
+    *,
+    once: bool,
 ) -> tuple[BatchShape, Int[np.ndarray, "bins slots"], list[int]]:
     """Decide every other static size and what shares a row.
 
@@ -352,9 +436,21 @@ def _lay_out(
     """
     how = LAYOUTS[rows.layout]
     lengths = how.row_length(truncations.head + truncations.tail, truncations.lengths)
-    bins, ends = _pack_by_source(
-        examples, truncations, lengths, rows.length, layout.group_slots(rows.mean)
-    )
+    sources, loss = _sources(examples, lengths), truncations.loss_tokens.sum(-1)
+    if options.exact_batch and how.packed:
+        parts = [packing.equal_bins(one, lengths[one], int(rows.mean)) for one in sources]
+    else:
+        slots = packing.group_slots(rows.mean)
+        parts = [
+            packing.make_bins(
+                one.tolist(), lengths[one].tolist(), loss[one].tolist(), rows.length, slots
+            )
+            for one in sources
+        ]
+        if how.packed and not once:
+            count = layout.packed_rows(sizes.batch_size, rows.mean, sizes.row_multiple)
+            parts = _thinned(parts, sizes.batch_size / count, _weights(examples))
+    bins, ends = np.concatenate(parts), np.cumsum([0, *map(len, parts)]).tolist()
     # the most loss tokens in any row: of a bin's groups together, or of a response
     loss = np.where((bins == FILLER)[..., None], 0, truncations.loss_tokens[bins])
     longest = int(loss.sum(axis=(1, 2)).max() if how.packed else loss.max())
@@ -368,40 +464,19 @@ def _lay_out(
     return shape, bins, ends
 
 
-def _pack_by_source(
-    examples: Examples,
-    truncations: Truncations,
-    lengths: Int[np.ndarray, "G"],
-    row_length: int,
-    group_slots: int,
-) -> tuple[Int[np.ndarray, "bins slots"], list[int]]:
-    """Pack each source's groups by themselves, so that sources can be mixed by weight.
+def _thinned(
+    parts: Sequence[np.ndarray], wanted: float, weights: Sequence[float]
+) -> list[np.ndarray]:
+    """Divide rows of each source where they hold more than the wanted number of groups on
+    average."""
+    more = _mean(parts, weights) / wanted
+    return [packing.divide(bins, round(len(bins) * more)) for bins in parts]
 
-    Raises:
-        ValueError: a weighted source of which nothing is left.
-    """
-    bins, ends, start = [], [0], 0
-    for number, end in enumerate(examples.ends):
-        groups = start + np.flatnonzero(lengths[start:end])
-        start = end
-        if len(groups):
-            loss = truncations.loss_tokens[groups].sum(-1)
-            bins.append(
-                packing.make_bins(
-                    groups.tolist(),
-                    lengths[groups].tolist(),
-                    loss.tolist(),
-                    row_length,
-                    group_slots,
-                )
-            )
-        elif examples.weights is not None:
-            raise ValueError(
-                f"data source {number + 1} of {len(examples.ends)} has a weight, but no examples "
-                f"are left of it: {truncations.report}"
-            )
-        ends.append(sum(map(len, bins)))
-    return np.concatenate(bins), ends
+
+def _mean(parts: Sequence[np.ndarray], weights: Sequence[float]) -> float:
+    """Return how many groups a bin has on average, where sources are mixed by weight."""
+    groups = [int((bins != FILLER).sum()) for bins in parts]
+    return packing.mixed(groups, [len(bins) for bins in parts], weights)
 
 
 def _check_packing(
@@ -478,9 +553,14 @@ def _stream(
 
 
 def _fill(
-    truncations: Truncations, name: str, bins: Int[np.ndarray, "bins slots"], shape: BatchShape
+    truncations: Truncations,
+    name: str,
+    bins: Int[np.ndarray, "bins slots"],
+    shape: BatchShape,
+    mean: float,
 ) -> dict[str, int | float]:
-    """Report what is used, and how full rows and steps are, on average over an epoch."""
+    """Report what is used, how full rows are on average over an epoch, and steps by the mean of
+    bins."""
     used = bins[bins != FILLER]
     prompts = (truncations.head + truncations.tail)[used]
     tokens = int(LAYOUTS[name].tokens(prompts, truncations.lengths[used]).sum())
@@ -489,5 +569,5 @@ def _fill(
         "examples": len(used),  # of what was read, which another part of it may share
         "tokens": tokens,
         "padding_fraction": round(1 - tokens / room, 4),
-        "groups_per_step": round(len(used) / len(bins) * shape.bins, 2),
+        "groups_per_step": round(mean * shape.bins, 2),
     }

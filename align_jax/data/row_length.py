@@ -5,7 +5,8 @@ A row of T tokens costs T + a T² of a token's matrix products, where a is what 
 query to one key costs beside them; 0 where the kernel computes no other segments, so that a group's
 attention costs the same in any row.  Long rows waste little room and much attention, short ones the
 other way round.  Of each number of rows that a step may have there is one length at which they
-hold ``batch_size`` groups on average; the cheapest of these is taken.
+hold ``batch_size`` groups on average, or somewhat more, of which packing then puts less into a row;
+the cheapest of these is taken.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int
+
+from align_jax.data.layout import packed_rows
 
 TRIED = 6  # numbers of rows
 EXACT, NEAR = 0.01, 0.1  # of batch_size: how far from it a step may be; farther is no choice
@@ -26,7 +29,7 @@ class Rows(NamedTuple):
     Attributes:
         layout: a key of ``data.layout.LAYOUTS``.
         length: T.
-        mean: groups a row holds on average.
+        mean: groups that a row has room for, on average.
         cost: of a group, in tokens' matrix products.
     """
 
@@ -75,10 +78,11 @@ def solve(
     tried = [count * row_multiple for count in counts[:: max(1, -(-len(counts) // TRIED))]]
     for count in [*tried, *([batch_size] if batch_size % row_multiple == 0 else [])]:
         length, mean = _length_for(batch_size / count, longest, average, mean_at)
-        rows = max(1, round(batch_size / mean / row_multiple)) * row_multiple
-        off = abs(rows * mean / batch_size - 1)
+        wanted = batch_size / packed_rows(batch_size, mean, row_multiple)
+        off = max(0.0, 1 - mean / wanted)
         if off <= NEAR:
-            one = Rows(layout, length, mean, cost(length, attention_cost) / mean)
+            paid = cost(length, attention_cost) / min(mean, wanted)
+            one = Rows(layout, length, mean, paid)
             found.append((off > EXACT, one.cost, one))
     return min(found)[-1] if found else None
 
@@ -86,7 +90,8 @@ def solve(
 def _length_for(
     wanted: float, longest: int, average: float, mean_at: Callable[[int], float]
 ) -> tuple[int, float]:
-    """Return the row length, at least ``longest``, whose mean is nearest to the one wanted."""
+    """Return the least row length found, at least ``longest``, whose mean is the one wanted or
+    more; where there is none the one nearest to it."""
 
     def even(length: float | int) -> int:  # in steps of a hundredth or less
         unit = max(8, 2 ** int(np.log2(max(length, 128) / 128)))
@@ -100,4 +105,5 @@ def _length_for(
             break
         tried[middle] = mean_at(middle)
         low, high = (middle, high) if tried[middle] < wanted else (low, middle)
-    return min(tried.items(), key=lambda one: (abs(one[1] / wanted - 1), one[0]))
+    enough = [one for one in tried.items() if one[1] >= wanted]
+    return min(enough) if enough else max(tried.items(), key=lambda one: one[1])

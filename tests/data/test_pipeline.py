@@ -496,6 +496,10 @@ ERRORS = [
     ),
     ({"max_prompt_length": 128}, "max_prompt_length = 128: expected less than max_length = 128"),
     ({"control_tokens": ("x",)}, "control_tokens = \\('x',\\): expected 2, one a response"),
+    (
+        {"layout": "packed", "exact_batch": True, "batch_size": 5, "row_multiple": 2},
+        "exact_batch: batch_size 5 is not divisible by 2 .*the next that is: 6",
+    ),
 ]
 
 
@@ -530,8 +534,40 @@ def test_rows_are_as_long_as_a_step_of_the_batch_size_asks(byte, layout, batch_s
         row_multiple=row_multiple,
         shuffle=True,
     )
-    assert pipe.report["groups_per_step"] == pytest.approx(batch_size, rel=0.02)
+    assert pipe.report["groups_per_step"] == pytest.approx(batch_size, rel=0.01)
     assert pipe.report["padding_fraction"] < 0.25
+
+
+def test_a_mixture_of_short_and_long_examples_holds_the_groups_asked_for(byte):
+    short, long = [("p:", " a", " b")] * 900, [("p" * 20, " a" * 4, " b" * 4)] * 600
+    examples = dataclasses.replace(of_texts(*short, *long), ends=(900, 1500), weights=(1.0, 2.0))
+    pipe = make(examples, byte, layout="shared_prefix", batch_size=20, shuffle=True)
+    counts = [len(examples_of(pipe, step)) for step in range(60)]
+    assert np.mean(counts) == pytest.approx(20, rel=0.01) and len(set(counts)) > 1
+    assert pipe.report["groups_per_step"] == pytest.approx(20, rel=0.01)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[1:])
+def test_a_step_holds_exactly_the_groups_asked_for_where_that_is_asked(byte, layout):
+    examples = load("preferences", "pairs", size=61)
+    pipe = make(
+        examples, byte, layout=layout, batch_size=12, row_multiple=2, exact_batch=True, shuffle=True
+    )
+    per_row = 12 // pipe.shape.rows
+    assert {len(examples_of(pipe, step)) for step in range(9)} == {12} and pipe.shape.rows % 2 == 0
+    assert pipe.num_examples == 61 - 61 % per_row
+    assert pipe.report.get("left out of equal rows", 0) == 61 % per_row
+    given = make(
+        examples,
+        byte,
+        layout=layout,
+        batch_size=12,
+        row_multiple=2,
+        exact_batch=True,
+        shuffle=True,
+        row_length=pipe.shape.length,
+    )
+    assert_same(given.batch(3), pipe.batch(3))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS[1:])
