@@ -244,17 +244,12 @@ def make_pipeline(
     extra = None
     if mismatched:
         extra = _mismatched_shape(shape, encoded, bins, partners, limits, options.trim)
-    report = {**examples.report, **truncations.report}
-    parts = [bins] if examples.weights is None else np.split(bins, ends[1:-1])
-    mean = _mean(parts, _weights(examples))
-    left_out = int(truncations.lengths.any(axis=1).sum()) - len(used)
-    if left_out:
-        report["left out of equal rows"] = left_out
+    fill = _fill(examples, truncations, options.layout, bins, ends, shape)
     return Pipeline(
         kind=examples.kind,
         layout=options.layout,
         shape=shape,
-        report={**report, **_fill(truncations, options.layout, bins, shape, mean)},
+        report={**examples.report, **truncations.report, **fill},
         _encoded=encoded,
         _truncations=truncations,
         _limits=limits,
@@ -553,11 +548,12 @@ def _stream(
 
 
 def _fill(
+    examples: Examples,
     truncations: Truncations,
     name: str,
     bins: Int[np.ndarray, "bins slots"],
+    ends: list[int],
     shape: BatchShape,
-    mean: float,
 ) -> dict[str, int | float]:
     """Report what is used, how full rows are on average over an epoch, and steps by the mean of
     bins."""
@@ -565,7 +561,11 @@ def _fill(
     prompts = (truncations.head + truncations.tail)[used]
     tokens = int(LAYOUTS[name].tokens(prompts, truncations.lengths[used]).sum())
     room = len(bins) * shape.rows_per_bin * shape.length
+    parts = [bins] if examples.weights is None else np.split(bins, ends[1:-1])
+    mean = _mean(parts, _weights(examples))
+    left_out = int(truncations.lengths.any(axis=1).sum()) - len(used)
     return {
+        **({"left out of equal rows": left_out} if left_out else {}),
         "examples": len(used),  # of what was read, which another part of it may share
         "tokens": tokens,
         "padding_fraction": round(1 - tokens / room, 4),
