@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train by DPO here and by TRL on the same model and pairs, each in a process of its own, and print
-the ratio.
+"""Train here and by TRL on the same model and data, each in a process of its own, and print the
+ratio.
 
     python tools/against_trl.py --model=DIR --data=PAIRS.jsonl --trl_python=TRL/bin/python
-        [--batch_size=8] [--max_length=512] [--steps=8] [--set=KEY=VALUE ...] [--trl=KEY=VALUE ...]
+        [--objective=dpo] [--batch_size=8] [--max_length=512] [--steps=8]
+        [--set=KEY=VALUE ...] [--trl=KEY=VALUE ...]
 
-Both read the pairs in the file's order, hold float32 parameters, and compute in bfloat16 on an
-accelerator and in float32 on a CPU.  The first steps, which compile, are left out; the median
-counts.  A pair's tokens are its prompt twice, its chosen and its rejected answer, however they are
-laid out.  FLOPs are 8 N a token (policy forward and backward, reference forward) and the causal
-attention's 8 L d n^2 of a row of n tokens.
+Both read the file from its start, hold float32 parameters, and compute in bfloat16 on an
+accelerator and in float32 on a CPU.  An example is a pair (dpo, reward), a prompt with its chosen
+answer (sft), or a prompt with its chosen and the next one with its rejected answer (kto).  The
+first steps, which compile, are left out; the median counts.  A pair's tokens are its prompt twice,
+its chosen and its rejected answer, however they are laid out.  FLOPs are 2 N a token for each
+forward pass and 4 N for the backward pass, and the causal attention's as many L d n^2 of a row of n
+tokens.
 """
 
 from __future__ import annotations
@@ -24,9 +27,50 @@ import subprocess
 import sys
 import tempfile
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 ROOT = pathlib.Path(__file__).parents[1]
+
+
+class Method(NamedTuple):
+    """An objective on both sides."""
+
+    theirs: str  # TRL's trainer and config are called so
+    layout: str  # what "auto" chooses here where the order is free
+    flops: int  # of a token, in N: 2 for a forward pass, 4 for the backward pass
+    rows: Callable[[int, dict[str, str]], dict[str, Any]]  # (number, pair) -> the example
+
+
+def _pair(number: int, pair: dict[str, str]) -> dict[str, Any]:
+    return {key: pair[key] for key in ("prompt", "chosen", "rejected")}
+
+
+def _chosen(number: int, pair: dict[str, str]) -> dict[str, Any]:
+    return {"prompt": pair["prompt"], "completion": pair["chosen"]}
+
+
+def _labeled(number: int, pair: dict[str, str]) -> dict[str, Any]:
+    good = number % 2 == 0
+    answer = pair["chosen" if good else "rejected"]
+    return {"prompt": pair["prompt"], "completion": answer, "label": good}
+
+
+METHODS = {
+    "dpo": Method("DPO", "shared_prefix", 8, _pair),
+    "sft": Method("SFT", "packed", 6, _chosen),
+    "kto": Method("KTO", "packed", 12, _labeled),  # with both models' mismatched pairs
+    "reward": Method("Reward", "shared_prefix", 6, _pair),
+}
+
+
+def examples(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Return the file's examples of the objective."""
+    lines = pathlib.Path(options.data).read_text(encoding="utf-8").splitlines()
+    method = METHODS[options.objective]
+    return [method.rows(number, json.loads(line)) for number, line in enumerate(lines)]
+
+
 WARM_UP = 3  # steps left out: those that compile, and the one under way meanwhile
 
 
@@ -40,10 +84,13 @@ def ours(options: argparse.Namespace, folder: pathlib.Path) -> dict[str, Any]:
     from align_jax.runs import loop, setup
 
     config = configs.defaults()
-    config.model.path, config.data.train = options.model, options.data
+    folder.mkdir(parents=True)
+    data = folder.with_suffix(".jsonl")
+    data.write_text("".join(json.dumps(row) + "\n" for row in examples(options)))
+    config.model.path, config.data.train = options.model, str(data)
     config.data.shuffle, config.data.eval_fraction = False, 0.0
-    config.data.layout = "shared_prefix"  # what "auto" chooses where the order is free
-    config.objective = configs.ConfigDict(losses.options("dpo"))
+    config.data.layout = METHODS[options.objective].layout
+    config.objective = configs.ConfigDict(losses.options(options.objective))
     config.batch_size, config.max_length = options.batch_size, options.max_length
     config.data.max_prompt_length = options.max_length * 7 // 8
     config.total_steps, config.total_epochs = options.steps + WARM_UP, 0.0
@@ -59,7 +106,7 @@ def ours(options: argparse.Namespace, folder: pathlib.Path) -> dict[str, Any]:
             node = node[parent]
         kind = type(node[name])
         node[name] = value == "True" if kind is bool else kind(value)
-    data = setup.prepare(configs.read(config), str(folder)).train.report
+    report = setup.prepare(configs.read(config), str(folder)).train.report
     began = time.monotonic()
     loop.train(config, str(folder))
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -71,7 +118,7 @@ def ours(options: argparse.Namespace, folder: pathlib.Path) -> dict[str, Any]:
     memory = jax.local_devices()[0].memory_stats() or {}
     return {
         "seconds": seconds,
-        "pairs": data["groups_per_step"],
+        "pairs": report["groups_per_step"],
         "losses": [row["loss"] for row in steps],
         "memory": memory.get("peak_bytes_in_use") or resident(),
         "stored_tokens": (steps[-1]["num_tokens"] - steps[0]["num_tokens"]) / (len(steps) - 1),
@@ -86,18 +133,17 @@ def resident() -> int:
 
 
 def theirs(options: argparse.Namespace, folder: pathlib.Path) -> dict[str, Any]:
-    """Train by TRL's DPOTrainer; return what was measured."""
+    """Train by TRL's trainer; return what was measured."""
     import datasets
     import torch
     import transformers
     import trl
 
     gpu = torch.cuda.is_available()
-    lines = pathlib.Path(options.data).read_text(encoding="utf-8").splitlines()
-    wanted = [json.loads(line) for line in lines][: options.batch_size * (options.steps + WARM_UP)]
-    wanted = [{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in wanted]
+    wanted = examples(options)[: options.batch_size * (options.steps + WARM_UP)]
+    method = METHODS[options.objective]
     given = dict(text.split("=", 1) for text in options.trl)
-    args = trl.DPOConfig(
+    args = getattr(trl, f"{method.theirs}Config")(
         output_dir=str(folder),
         per_device_train_batch_size=options.batch_size,
         max_length=options.max_length,
@@ -125,7 +171,7 @@ def theirs(options: argparse.Namespace, folder: pathlib.Path) -> dict[str, Any]:
                 torch.cuda.synchronize()
             seconds.append(time.monotonic() - self.began)
 
-    trainer = trl.DPOTrainer(
+    trainer = getattr(trl, f"{method.theirs}Trainer")(
         model=options.model,
         args=args,
         train_dataset=datasets.Dataset.from_list(wanted),
@@ -135,7 +181,10 @@ def theirs(options: argparse.Namespace, folder: pathlib.Path) -> dict[str, Any]:
 
     def counted(rows: list) -> Any:
         batch = collate(rows)
-        lengths = batch["attention_mask"].sum(-1)
+        mask = batch.get(
+            "attention_mask", batch["input_ids"] != trainer.processing_class.pad_token_id
+        )
+        lengths = mask.sum(-1)
         tokens.append(int(lengths.sum()))
         squares.append(int((lengths**2).sum()))
         return batch
@@ -171,8 +220,8 @@ def run(side: str, python: str, arguments: list[str], written: pathlib.Path) -> 
     return found
 
 
-def table(found: dict[str, dict[str, Any]]) -> str:
-    """Write the two sides and their ratio as text."""
+def table(found: dict[str, dict[str, Any]], times: int) -> str:
+    """Write the two sides and their ratio as text; ``times``: FLOPs of a token, in parameters."""
     sys.path.insert(0, str(ROOT))
     from align_jax.parallel.chips import CHIPS
 
@@ -183,19 +232,19 @@ def table(found: dict[str, dict[str, Any]]) -> str:
             continue
         seconds = statistics.median(one["seconds"])
         rates[side] = one["pairs"] / seconds
-        line = f"{side}: {seconds:.3f} s a step, {rates[side]:.2f} pairs/s"
+        line = f"{side}: {seconds:.3f} s a step, {rates[side]:.2f} examples/s"
         counts = found["trl"]
         if "tokens" in counts:
             # both take the same pairs, so as many tokens a pair
             tokens, squares = (counts[key] / counts["pairs"] for key in ("tokens", "squares"))
-            flops = 8 * counts["parameters"] * tokens + 8 * counts["width"] * squares
-            line += f", {tokens * rates[side]:,.0f} pairs' tokens/s"
+            flops = times * (counts["parameters"] * tokens + counts["width"] * squares)
+            line += f", {tokens * rates[side]:,.0f} examples' tokens/s"
             kinds = (chip for chip in CHIPS.values() if one["device"].startswith(chip.kind))
             peak = next((chip.flops for chip in kinds), 0.0)
             line += f", MFU {flops * rates[side] / peak:.1%}" if peak else ""
         out.append(f"{line}, {one['memory'] / 2**30:.2f} GiB ({one['device']})")
     if len(rates) == 2:
-        out.append(f"ratio of pairs/s: {rates['ours'] / rates['trl']:.2f}")
+        out.append(f"ratio of examples/s: {rates['ours'] / rates['trl']:.2f}")
     return "\n".join(out)
 
 
@@ -207,11 +256,12 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--data", required=True, help="JSON lines of prompt, chosen, rejected")
     parser.add_argument("--trl_python", default=sys.executable, help="of an environment with TRL")
+    parser.add_argument("--objective", default="dpo", choices=METHODS)
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--max_length", type=int, default=512)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--set", action="append", default=[], help="a key of our config")
-    parser.add_argument("--trl", action="append", default=[], help="of DPOConfig; value in JSON")
+    parser.add_argument("--trl", action="append", default=[], help="of TRL's config; value in JSON")
     parser.add_argument("--side", default="", choices=("", "ours", "trl"), help="one of them alone")
     parser.add_argument("--json", default="", help="file of all that was measured")
     options = parser.parse_args()
@@ -226,7 +276,7 @@ def main() -> None:
             side: run(side, python, arguments, folder / f"{side}.json")
             for side, python in (("trl", options.trl_python), ("ours", sys.executable))
         }
-    print(table(found))
+    print(table(found, METHODS[options.objective].flops))
     if options.json:
         pathlib.Path(options.json).write_text(json.dumps(found, indent=2))
 
