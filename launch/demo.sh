@@ -30,31 +30,49 @@ if ! $python -m pip show --quiet align_jax 2>/dev/null; then
   $python -m pip install --quiet --editable .
 fi
 export JAX_PLATFORMS=cpu
-rm -rf "$runs"/{sft,dpo}{,_hf,.jsonl}
+rm -rf "$runs"/{sft,dpo}{,_hf,.json,.jsonl} "$runs/report"
 
 echo "== 1. Supervised fine-tuning on answers of all kinds, the rude ones too"
-$python -m align_jax.train --config=configs/tiny.py:sft --workdir="$runs/sft" --config.total_steps="$steps"
+$python -m align_jax.train --config=tiny:sft --workdir="$runs/sft" --config.total_steps="$steps"
 $python -m align_jax.export --workdir="$runs/sft" --output="$runs/sft_hf"
 
 echo "== 2. DPO from there on preference pairs"
-$python -m align_jax.train --config=configs/tiny.py:dpo --workdir="$runs/dpo" --config.total_steps="$((steps / 3))" \
+$python -m align_jax.train --config=tiny:dpo --workdir="$runs/dpo" --config.total_steps="$((steps / 3))" \
   --config.model.path="$runs/sft_hf" --config.optimizer.learning_rate=6e-5 --config.eval.every_steps=20
 $python -m align_jax.export --workdir="$runs/dpo" --output="$runs/dpo_hf"
 
-echo "== 3. Which of two answers is more probable? On pairs that neither stage has seen"
+echo "== 3. Before and after, on pairs and prompts that neither stage has seen"
 for stage in sft dpo; do
-  echo "after $stage"
-  $python -m align_jax.evaluate --model="$runs/${stage}_hf" --eval=preference=builtin:preferences:eval
-done
-
-echo "== 4. What it says"
-for stage in sft dpo; do
-  $python -m align_jax.sample --model="$runs/${stage}_hf" --prompts=builtin:preferences:eval --limit=3 \
+  $python -m align_jax.evaluate --model="$runs/${stage}_hf" --eval=preference=builtin:preferences:eval \
+    --json="$runs/$stage.json" > /dev/null
+  $python -m align_jax.sample --model="$runs/${stage}_hf" --prompts=builtin:preferences:eval --limit=4 \
     --temperature=0.7 --max_new_tokens=80 --output="$runs/$stage.jsonl"
-  $python - "$stage" "$runs/$stage.jsonl" <<'PYTHON'
-import json, sys
-for line in open(sys.argv[2]):
-    print(f"after {sys.argv[1]}: {json.loads(line)['output']}")
-PYTHON
 done
+$python -m align_jax.report "$runs/sft" "$runs/dpo" --output="$runs/report" > /dev/null
+$python - "$runs" <<'PYTHON'
+import json, statistics, sys, textwrap
+
+runs = sys.argv[1]
+table = {}
+for stage in ("sft", "dpo"):
+    for name, value in json.load(open(f"{runs}/{stage}.json"))["results"].items():
+        found = value if isinstance(value, dict) else {name: value}
+        for metric, number in found.items():
+            if metric in ("logps/accuracies", "logps/chosen", "logps/rejected"):
+                table.setdefault(f"held-out {metric}", []).append(f"{number:.3f}")
+    rows = [json.loads(line) for line in open(f"{runs}/{stage}/metrics.jsonl")]
+    speeds = [row["tokens_per_second"] for row in rows if "tokens_per_second" in row]
+    table.setdefault("tokens/s, median", []).append(f"{statistics.median(speeds):,.0f}" if speeds else "-")
+print(f"{'':<28}{'after sft':<28}after dpo")
+for name, cells in table.items():
+    print(f"{name:<28}" + "".join(f"{cell:<28}" for cell in cells).rstrip())
+said = [[json.loads(line) for line in open(f"{runs}/{stage}.jsonl")] for stage in ("sft", "dpo")]
+for before, after in zip(*said):
+    texts = (before["prompt"][-1]["content"], before["output"], after["output"])
+    columns = [textwrap.wrap(text, 26) or [""] for text in texts]
+    print()
+    for line in range(max(map(len, columns))):
+        print("".join(f"{c[line] if line < len(c) else '':<28}" for c in columns).rstrip())
+PYTHON
+echo "== curves and settings: $runs/report/report.html"
 echo "== the aligned model is in $runs/dpo_hf: transformers loads it"

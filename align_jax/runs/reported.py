@@ -151,7 +151,7 @@ def run_table(runs: Sequence[Run]) -> list[list[str]]:
                 run.name,
                 str(config.get("objective.name", "")),
                 str(config.get("model.path") or config.get("model.family", "")),
-                f"{run.step} of {run.total or '?'}",
+                f"{run.step} of {run.total}" if run.total else str(run.step),
                 f"{int(tokens[-1]):,}" if tokens else "",
                 f"{(times[-1] - times[0]) / 3600:.2f}" if times else "",
                 f"{statistics.median(speed):,.0f}" if speed else "",
