@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A reward for each step against one for the whole answer, which is hardly ever right at first.
+"""A reward for each step against one for the whole answer, which is seldom right at first.
 
-    python experiments/steps.py --output=DIR [--seeds=0,1 --rollouts=60]
+    python experiments/steps.py --output=DIR [--seeds=0,1,2 --rollouts=60]
 
 Asked "3:" the answer is the next eight digits, a line each: 4, 5, 6, ... (behind 9 comes 0).  The
-policy begins as one that has learned the form, eight digits on eight lines, of answers of which a
-third of the steps are right; after these few steps its digits are right by chance.  A process
-reward model learns, of such answers with their steps labeled, whether a digit is the one before it
-plus 1.  Then GRPO learns from three rewards, each beside 1 for the form:
+policy begins as one that has learned answers of which about half of the steps are right, so that
+a whole answer is right once in hundreds of samples.  A process reward model learns, of such answers
+with their steps labeled, whether a digit is the one before it plus 1.  Then GRPO learns from three
+rewards, each beside 1 for the form, eight digits on eight lines:
 
     outcome   1 for the whole right answer, else 0
     steps     the process reward model's probability of each step, at the step's end
     least     the least of these probabilities, as one number an answer
 
-After training each of the ten questions is sampled 64 times at temperature 1; right steps are those
-of the last rollout's samples that were logged.
+Before and after training each of the ten questions is sampled 64 times at temperature 1.  What
+DIR/results.md has already is not trained again.
 """
 
 from __future__ import annotations
@@ -32,12 +32,14 @@ from align_jax import evaluate, export, losses
 from align_jax.core.config import ConfigDict, defaults
 from align_jax.core.options import DataOptions, RolloutOptions
 from align_jax.data import datasets
-from align_jax.evals.generation import generation
+from align_jax.evals.generation import sample
+from align_jax.evals.policy import EvaluatedPolicy
 from align_jax.online import rewards
 from align_jax.runs import loop
 from align_jax.runs.weights import load_model
 
 DIGITS, NEW_TOKENS = 8, 16  # eight digits, seven line ends, the end of the answer
+SHARE = 0.45  # of the steps that the policy first learns, right by more than chance
 SAMPLES = 64  # of each question, in the measurement
 MODEL = dict(
     hidden_size=128,
@@ -61,7 +63,7 @@ def write_data(folder: pathlib.Path) -> dict[str, str]:
     rows: dict[str, list[dict]] = {"form": [], "labeled": [], "held_out": []}
     for number in range(2304):
         first = int(rng.integers(10))
-        for name, share in (("form", 0.3), ("labeled", 0.5)):
+        for name, share in (("form", SHARE), ("labeled", 0.5)):
             steps, labels, before = [], [], first
             for _ in range(DIGITS):
                 right = (before + 1) % 10
@@ -99,13 +101,17 @@ def make_config(objective: str, data: str, seed: int, **options: Any) -> ConfigD
 
 
 def offline(objective: str, data: str, held_out: str, steps: int, folder: pathlib.Path) -> str:
-    """Train and export the policy's start or the process reward model; return the checkpoint."""
+    """Train and export the policy's start or the process reward model, unless an earlier call has;
+    return the checkpoint."""
+    exported = folder / f"{objective}_hf"
+    if (exported / "config.json").exists():
+        return str(exported)
     config = make_config(objective, data, 0)
     config.batch_size, config.total_steps = 64, steps
     config.data.eval, config.eval.every_steps = held_out, steps
     loop.train(config, str(folder / objective))
-    export.export_run(str(folder / objective), str(folder / f"{objective}_hf"))
-    return str(folder / f"{objective}_hf")
+    export.export_run(str(folder / objective), str(exported))
+    return str(exported)
 
 
 def online(start: str, questions: str, reward: dict, seed: int, rollouts: int) -> ConfigDict:
@@ -118,26 +124,21 @@ def online(start: str, questions: str, reward: dict, seed: int, rollouts: int) -
     return config
 
 
-def right_steps(workdir: str) -> float:
-    """Return the share of right digits in the last rollout's samples that were logged."""
-    rows = [json.loads(line) for line in (pathlib.Path(workdir) / "samples.jsonl").open()]
-    hits, count = 0, 0
-    for row in rows:
-        before = int(row["prompt"][0])
-        for said in row["output"].split("\n") if row["step"] == rows[-1]["step"] else ():
-            count += 1
-            hits += said == str((before + 1) % 10)
-            before = int(said) if said.isdecimal() else -2
-    return hits / count
-
-
-def accuracy(workdir: str, questions: str) -> float:
-    """Return the share of samples that are the whole right answer."""
-    policy = evaluate.run_policy(workdir)
+def measure(policy: EvaluatedPolicy, questions: str) -> tuple[float, float]:
+    """Return the shares of right steps and of whole right answers among new samples."""
     examples = datasets.load(questions, "prompts", DataOptions(), chat=False)
     scored = rewards.resolve({"exact": 1.0}, load_model=load_model)
     options = RolloutOptions(responses_per_prompt=SAMPLES, max_new_tokens=NEW_TOKENS, rows=640)
-    return generation(policy, examples, scored, options, max_length=32, seed=1000)["reward"]
+    found = sample(policy, examples, scored, options, max_length=32, seed=1000)
+    hits, count = 0, 0
+    for one in found:
+        for said in one.completions:
+            before = int(str(one.example.prompt)[0])
+            for digit in said.text.split("\n"):
+                count += 1
+                hits += digit == str((before + 1) % 10)
+                before = int(digit) if digit.isdecimal() else -2
+    return hits / count, float(np.mean([one.rewards for one in found]))
 
 
 def main(argv: Sequence[str]) -> None:
@@ -147,31 +148,39 @@ def main(argv: Sequence[str]) -> None:
     folder = pathlib.Path(values.output)
     folder.mkdir(parents=True, exist_ok=True)
     data = write_data(folder)
-    start = offline("sft", data["form"], "", 200, folder)
+    start = offline("sft", data["form"], "", 300, folder)
     model = offline("reward_process", data["labeled"], data["held_out"], 100, folder)
     last = (folder / "reward_process" / "metrics.jsonl").read_text().splitlines()
     held = [row for row in map(json.loads, last) if "eval/accuracy" in row]
     print(f"the process reward model is right about {held[-1]['eval/accuracy']:.3f} of new steps")
-    print(f"the start is right in {accuracy(str(folder / 'sft'), data['questions']):.4f}")
+    right, whole = measure(evaluate.run_policy(str(folder / "sft")), data["questions"])
+    print(f"at the start {right:.3f} of the steps and {whole:.4f} of the answers are right")
     kinds: dict[str, dict] = {
         "outcome": {"exact": 1.0},
         "steps": {"process": {"path": model}},
         "least": {"process": {"path": model, "aggregate": "min"}},
     }
     lines = ["| reward | seed | right steps | right answers | seconds |", "|---|---|---|---|---|"]
+    file = folder / "results.md"
+    lines = file.read_text().splitlines() if file.exists() else lines
     for seed in map(int, values.seeds):
         for name, reward in kinds.items():
+            if any(line.startswith(f"| {name} | {seed} |") for line in lines):
+                continue
             began, workdir = time.monotonic(), str(folder / f"{name}_{seed}")
             loop.train(online(start, data["questions"], reward, seed, values.rollouts), workdir)
             seconds = time.monotonic() - began
-            right = accuracy(workdir, data["questions"])
-            steps = right_steps(workdir)
-            lines.append(f"| {name} | {seed} | {steps:.3f} | {right:.3f} | {seconds:.0f} |")
-            print("\n".join(lines), flush=True)
+            policy = evaluate.run_policy(workdir)
+            if not policy.name.endswith(f"@{values.rollouts}"):
+                raise SystemExit(f"{workdir} was stopped early; the same command goes on")
+            right, whole = measure(policy, data["questions"])
+            lines.append(f"| {name} | {seed} | {right:.3f} | {whole:.3f} | {seconds:.0f} |")
+            file.write_text("\n".join(lines) + "\n")
+            print(file.read_text(), flush=True)
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("output", None, "Folder of the runs.", required=True)
-    flags.DEFINE_list("seeds", ["0", "1"], "Seeds.")
+    flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds.")
     flags.DEFINE_integer("rollouts", 60, "Of each run.", 1)
     app.run(main)
