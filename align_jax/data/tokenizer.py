@@ -15,6 +15,7 @@ import jinja2.meta
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from align_jax.core.choose import nearest
 from align_jax.core.fields import (
     Kind,
     faults,
@@ -226,9 +227,17 @@ def _load(path: str) -> PreTrainedTokenizerBase:
         if os.path.isdir(path):
             _find_fault(path)
         raise ValueError(
-            f"tokenizer {path!r}: expected 'byte', a directory, a tokenizer.json or a hub id: "
-            f"{_said(error)}"
+            f"tokenizer {path!r}: expected 'byte', a directory, a tokenizer.json or a hub id"
+            f"{_near(path)}: {_said(error)}"
         ) from error
+
+
+def _near(path: str) -> str:
+    """Say which name or folder is nearest to one that is none; "" where none is near."""
+    above = os.path.dirname(path)
+    beside = os.listdir(above or ".") if os.path.isdir(above or ".") else []
+    close = nearest(path, ["byte", *(os.path.join(above, name) for name in beside)])
+    return close if "did you mean" in close and not os.path.isdir(path) else ""
 
 
 def has_tokenizer(folder: str) -> bool:

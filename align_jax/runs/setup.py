@@ -155,7 +155,8 @@ def resolve_config(config: Config, devices: int) -> ResolvedConfig:
     if config.max_length > model_config.max_positions:
         raise ValueError(
             f"config.max_length = {config.max_length} exceeds the {model_config.max_positions} "
-            "positions of the model (max_position_embeddings)"
+            "positions of the model (max_position_embeddings): "
+            f"--config.max_length={model_config.max_positions} is the most"
         )
     _check_reference(config, terms)
     _check_guide(config, terms)

@@ -64,3 +64,10 @@ def test_real_tokenizers_load(testdata, name, vocabulary, end, template):
     tok = tokenizer.load_tokenizer(str(testdata / "tokenizers" / name))
     assert (len(tok), tok.eos_token, bool(tok.chat_template)) == (vocabulary, end, template)
     assert 0 <= tokenizer.pad_id(tok) < vocabulary
+
+
+def test_a_name_that_is_no_tokenizer_is_told_the_nearest(tmp_path):
+    (tmp_path / "llama").mkdir()
+    for given, near in (("byt", "byte"), (str(tmp_path / "lama"), str(tmp_path / "llama"))):
+        with pytest.raises(ValueError, match=f"or a hub id; did you mean '{near}'"):
+            tokenizer.load_tokenizer(given)
