@@ -54,12 +54,29 @@ def convert(
     if (source, target) not in CONVERSIONS:
         sources = sorted(a for a, b in CONVERSIONS if b == target)
         others = f", or {', '.join(sources)}, of which they are made" if sources else ""
-        name = OBJECTIVE_OF.get(source, "sft")
         raise ValueError(
-            f"no conversion from {source} to {target}: give data of {target}{others}; or train on "
-            f"{source}, as by --config.objective=\"{{'name': '{name}'}}\""
+            f"no conversion from {source} to {target}: give data of {target}{others}; or "
+            f"{_train_on(source)}"
         )
     return CONVERSIONS[source, target](examples, options, seed)
+
+
+def _train_on(kind: str) -> str:
+    """Return what to do with data of a kind."""
+    name = OBJECTIVE_OF.get(kind, "sft")
+    return f"train on {kind}, as by --config.objective=\"{{'name': '{name}'}}\""
+
+
+def why_none(source: str, target: str) -> str:
+    """Say why a conversion may have made nothing, and what else to do; "" where there was none.
+
+    >>> why_none("unpaired", "pairs")[:64]
+    '; they are made of answers to one prompt that differ in label or'
+    """
+    if source == target:
+        return ""
+    needs = "; they are made of answers to one prompt that differ in label or score"
+    return f"{needs if target in ('pairs', 'ranked') else ''}; or {_train_on(source)}"
 
 
 def prompt_key(example: Example) -> str:

@@ -182,9 +182,10 @@ def _read_all(
         rows = _read(one, options, kind, chat=chat, seed=seed, limit=limit, counts=counts)
         made = _of_kind(rows, kind, options, seed, counts)
         if not made:
+            counted = f": {_positive(counts)}" if _positive(counts) else ""
             raise ValueError(
-                f"{one.spec}: no {kind} are left of {len(rows.examples)} {rows.kind}: "
-                f"{_positive(counts)}"
+                f"{one.spec}: no {kind} are left of {len(rows.examples)} {rows.kind}{counted}"
+                f"{conversions.why_none(rows.kind, kind)}"
             )
         items += made
         beside.update(rows.beside)

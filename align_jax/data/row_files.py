@@ -193,8 +193,11 @@ def _open_json_lines(path: str, data: bytes) -> Rows:
         try:
             row = json.loads(line, object_pairs_hook=files.no_key_twice)
         except (ValueError, RecursionError) as error:
+            said = str(error)
+            if isinstance(error, json.JSONDecodeError):  # whose line is always the first
+                said = f"{error.msg} (column {error.colno})"
             raise ValueError(
-                f"{where(index)}: malformed JSON: {error}; the line begins {line[:60]!r}"
+                f"{where(index)}: malformed JSON: {said}; the line begins {line[:60]!r}"
             ) from error
         return _check_row(row, where(index))
 

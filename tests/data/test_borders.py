@@ -543,6 +543,12 @@ def test_a_field_that_is_null_in_many_first_rows_is_a_field(tmp_path):
     assert len(load(tmp_path, rows, "unpaired", invalid="drop")) == 1
 
 
+def test_thumbs_of_which_no_pairs_can_be_made_are_told_what_learns_of_them(tmp_path):
+    rows = [{"prompt": f"q{i}", "completion": "a", "label": i % 2 == 0} for i in range(4)]
+    with pytest.raises(ValueError, match="left of 4 unpaired; they are made of .*'name': 'kto'"):
+        load(tmp_path, rows)
+
+
 def test_what_stands_beside_the_text_is_said(tmp_path):
     row = {**P, "reasoning": "t", "id": 3, "score_chosen": 1, "score_rejected": 0}
     report = load(tmp_path, [{**row, "context": "k", "scores": [1], "label": 1}]).report
