@@ -2,11 +2,11 @@
 """The device's half of generation: prefill once, then a while loop that draws and decodes.
 
     prompts [G, T] ──prefill──► cache ──repeat──► N = G * samples rows
-        ──► draw ─► decode ─► draw ─► ... until all done
+        ──► draw ─► decode ─► draw ─► ... until all done ──extend──► draw ─► decode ─► ...
 
-Two compiled functions, `prefill` and `decode`; their shapes are set by (G, T, samples, M) alone,
-and everything that differs between requests (settings, keys, limits, stop tokens) is an array, so
-nothing recompiles.
+Compiled functions, `prefill`, `decode` and `extend`; their shapes are set by (G, T, samples, M) and
+the padded length of what is added, and everything that differs between requests (settings, keys,
+limits, stop tokens) is an array, so nothing recompiles.
 """
 
 from __future__ import annotations
@@ -104,7 +104,9 @@ def shardings(mesh: Mesh | AbstractMesh, state: DecodeState) -> DecodeState:
     return tree_shardings(mesh, names)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "samples", "slots", "filters", "dtype"))
+@functools.partial(
+    jax.jit, static_argnames=("model", "samples", "slots", "filters", "dtype", "room")
+)
 def prefill(
     model: Model | Mixture,
     params: Params,
@@ -116,6 +118,7 @@ def prefill(
     slots: int,
     filters: frozenset[str],
     dtype: Any,
+    room: int = 0,
 ) -> DecodeState:
     """Prefill the prompts, give each its samples' rows, and draw the first token.
 
@@ -129,11 +132,12 @@ def prefill(
         slots: M, room for new tokens in a row.
         filters: sampling settings in use by any row.
         dtype: of the cache.
+        room: tokens that the cache has room for, if they are more than T + M.
     """
     index = jnp.arange(tokens.shape[1])
     real = index[None, :] < lengths[:, None]
     positions = jnp.where(real, index[None, :], 0)
-    cache: Any = model.init_cache(tokens.shape[0], tokens.shape[1] + slots, dtype)
+    cache: Any = model.init_cache(tokens.shape[0], max(tokens.shape[1] + slots, room), dtype)
     hidden, cache = model.prefill(params, tokens, real.astype(jnp.int32), positions, cache)
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
     logits = model.unembed(params, last)  # [G, V]
@@ -142,12 +146,25 @@ def prefill(
         group = jnp.arange(tokens.shape[0])[:, None]
         seen = jnp.zeros(logits.shape, bool).at[group, tokens].max(real)
         seen = jnp.repeat(seen, samples, axis=0)
-    n = tokens.shape[0] * samples
+    starts, cache = jnp.repeat(lengths, samples), caches.repeat(cache, samples)
+    state = _begun(requests, starts, slots, seen, cache)
+    return _pinned(_append_token(jnp.repeat(logits, samples, axis=0), requests, filters, state))
+
+
+def _begun(
+    requests: RowRequests,
+    starts: Int[Array, "N"],
+    slots: int,
+    seen: Bool[Array, "N V"] | None,
+    cache: Any,
+) -> DecodeState:
+    """Return rows that have drawn nothing yet behind their first ``starts`` tokens."""
+    n = starts.shape[0]
 
     def empty(dtype: Any) -> Array:
         return jnp.zeros((n, slots), dtype)
 
-    state = DecodeState(
+    return DecodeState(
         tokens=empty(jnp.int32),
         token_logps=empty(jnp.float32),
         drawn_logps=empty(jnp.float32),
@@ -155,12 +172,56 @@ def prefill(
         done=requests.limits <= 0,
         stopped=jnp.zeros(n, bool),
         token=jnp.zeros(n, jnp.int32),
-        starts=jnp.repeat(lengths, samples),
+        starts=starts,
         step=jnp.zeros((), jnp.int32),
         seen=seen,
-        cache=caches.repeat(cache, samples),
+        cache=cache,
     )
-    return _pinned(_append_token(jnp.repeat(logits, samples, axis=0), requests, filters, state))
+
+
+@functools.partial(
+    jax.jit, static_argnames=("model", "slots", "filters"), donate_argnames=("state",)
+)
+def extend(
+    model: Model | Mixture,
+    params: Params,
+    tokens: Int[Array, "N F"],
+    lengths: Int[Array, "N"],
+    requests: RowRequests,
+    state: DecodeState,
+    *,
+    slots: int,
+    filters: frozenset[str],
+) -> DecodeState:
+    """Go on where rows have ended: run further tokens against their cache, and draw the next one.
+
+    Args:
+        model, params, requests, slots, filters: as ``prefill`` takes them.
+        tokens: what follows all that is in a row's cache, padded on the right; the first one is the
+            last that was drawn.
+        lengths: real tokens of each row; 0: it rests.
+        state: the rows, of a cache that ``rewinds``, with room for all, and without penalties.
+    """
+    held = state.starts + state.counts - 1  # the last token drawn is not in the cache
+    every = jnp.arange(tokens.shape[0])
+
+    def rewound(cache: Any, length: Array) -> Any:
+        return jax.tree.map(
+            lambda one: caches.rewound(one, length),
+            cache,
+            is_leaf=lambda x: isinstance(x, caches.Cache),
+        )
+
+    def body(carry: tuple[Array, Array, Any]) -> tuple[Array, Array, Any]:
+        step, last, cache = carry
+        hidden, cache = model.decode(params, tokens[every, step], held + step, cache)
+        return step + 1, jnp.where((step < lengths)[:, None], hidden, last), cache
+
+    hidden, cache = model.decode(params, tokens[:, 0], held, rewound(state.cache, held))
+    first = (jnp.ones((), jnp.int32), hidden, cache)
+    _, hidden, cache = jax.lax.while_loop(lambda x: x[0] < lengths.max(), body, first)
+    begun = _begun(requests, held + lengths, slots, None, rewound(cache, held + lengths))
+    return _pinned(_append_token(model.unembed(params, hidden), requests, filters, begun))
 
 
 def _pinned(state: DecodeState) -> DecodeState:

@@ -115,10 +115,12 @@ class Local:
 
     def update(self, params: Params) -> None:
         """Take the newest parameters."""
+        self._generator.forget()
         self._params = params if self._reshard is None else self._reshard(params)
 
     def release(self) -> None:
-        """Let go of them, and of the copy that they may be."""
+        """Let go of them, of the copy that they may be, and of the cache."""
+        self._generator.forget()
         self._params = None
 
 

@@ -27,6 +27,7 @@ from align_jax.data import chat
 from align_jax.inference import decoding
 from align_jax.inference.mixture import Mixture
 from align_jax.inference.samplers import Sampling, Settings, row_keys, stack
+from align_jax.models import cache as caches
 from align_jax.models.model import Model, Params
 from align_jax.parallel.lowering import lower
 from align_jax.parallel.mesh import row_shards
@@ -35,6 +36,7 @@ from align_jax.parallel.sharding import put_batch, row_sharding
 _STOP_CHECK_TOKENS = 16  # tokens drawn between two looks for stop strings, on the host
 _STOP_IDS_MULTIPLE = 8  # stop tokens are padded to this many, so that one more does not recompile
 _SMALLEST_BUCKET = 16  # tokens
+_TIMES_FASTER = 4  # of a prefilled token against one that is run behind a kept cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +61,9 @@ class Request:
     seed: int = 0
     stop: tuple[str, ...] = ()
     room: tuple[int, int] = (0, 0)
+
+
+_NOTHING = Request((0,), samples=0, max_new_tokens=0)  # asked of a row that rests
 
 
 class Completion(NamedTuple):
@@ -113,6 +118,13 @@ class _Drawn(NamedTuple):
     state: decoding.DecodeState
     rows: list[RowSample]
     stops: Mapping[int, tuple[int, str]]  # row -> what `find_stop` found in it
+
+
+class _Kept(NamedTuple):
+    """The rows of a call, for requests that go on where they have ended."""
+
+    rows: list[tuple[int, ...]]  # the tokens of each; () of a filler
+    state: decoding.DecodeState
 
 
 class Lowered(NamedTuple):
@@ -227,6 +239,11 @@ class Generator:
         cache_dtype: of keys and values; default: the model's compute type.
         prompt_bucket: one padded prompt length for all calls; default: powers of two.  Needed with
             several processes, which must run the same programs whatever their own prompts are.
+        keep: tokens of the cache that is kept behind requests which took one call, until the next
+            call or ``forget``: requests of one sample that each begin with all the tokens of one of
+            its rows go on there, and draw what they would draw.  0: none is.  With several
+            processes, stop strings, a repetition penalty or a cache that cannot be ``rewound`` none
+            is either.
 
     Raises:
         ValueError: rows that the mesh does not divide, or more tokens than the model has positions.
@@ -243,6 +260,7 @@ class Generator:
         stop_ids: Sequence[int] | None = None,
         cache_dtype: Any = None,
         prompt_bucket: int | None = None,
+        keep: int = 0,
     ) -> None:
         shards = 1 if mesh is None else row_shards(mesh)
         if rows < 1 or rows % shards:
@@ -262,6 +280,8 @@ class Generator:
         self._model, self._tokenizer, self._mesh = model, tokenizer, mesh
         self._max_length, self._bucket = max_length or limit, prompt_bucket
         self._cache_dtype = cache_dtype
+        self._keep = 0 if jax.process_count() > 1 else keep
+        self._kept: _Kept | None = None
         processes = jax.process_count()  # each brings an equal part of a call's rows
         self._rows, self._shards = rows // processes, max(1, shards // processes)
         own = model.config.end_tokens
@@ -292,13 +312,70 @@ class Generator:
         """
         self._check(requests)
         found: list[list[Completion]] = [[] for _ in requests]
-        for call in self._plan(requests):
-            completions = self._run(params, [requests[i] for i in call.indices], call)
+        kept, self._kept = self._kept, None
+        rows = None if kept is None else self._rows_before(kept, requests)
+        if kept is not None and rows is not None:
+            found = self._go_on(params, requests, kept, rows)
+            if report is not None:
+                report(len(found))
+            return found
+        calls = list(self._plan(requests))
+        for call in calls:
+            asked = [requests[i] for i in call.indices]
+            completions = self._run(params, asked, call, keep=len(calls) == 1)
             for i, several in zip(call.indices, completions):
                 found[i].extend(several)
             if report is not None:
                 report(sum(map(len, completions)))
         return found
+
+    def forget(self) -> None:
+        """Let go of what was kept of the last call: its memory, and its parameters' doing."""
+        self._kept = None
+
+    def _rows_before(self, kept: _Kept, requests: Sequence[Request]) -> list[int] | None:
+        """Find the row of the last call in which each request's prompt begins; None where that
+        would not serve all of them, or be slower than to prefill."""
+        free: dict[tuple[int, ...], list[int]] = {}
+        for row, tokens in enumerate(kept.rows):
+            free.setdefault(tokens, []).append(row)
+        lengths, found, rest = sorted({len(one) for one in kept.rows} - {0}, reverse=True), [], 0
+        for request in requests:
+            parts = (request.prompt[:n] for n in lengths if n < len(request.prompt))
+            rows = next((free[part] for part in parts if free.get(part)), None)
+            if rows is None or request.samples != 1 or request.stop:
+                return None
+            found.append(rows.pop())
+            rest = max(rest, len(request.prompt) - len(kept.rows[found[-1]]))
+        shortest = min(len(request.prompt) for request in requests)
+        same = len(kept.rows) == self._prompts(1) and kept.state.seen is None
+        return found if same and _TIMES_FASTER * rest < shortest else None
+
+    def _go_on(
+        self, params: Params, requests: Sequence[Request], kept: _Kept, rows: Sequence[int]
+    ) -> list[list[Completion]]:
+        """Answer requests that begin as these rows of the last call."""
+        by_row = [_NOTHING] * len(kept.rows)
+        for row, request in zip(rows, requests):
+            by_row[row] = request
+        length = max(len(request.prompt) for request in requests)
+        call = _Call(tuple(range(len(by_row))), 0, 1, bucket(length, self._max_length))
+        found = self._run(params, by_row, call, keep=True, kept=kept)
+        return [found[row] for row in rows]
+
+    def _tails(
+        self, requests: Sequence[Request], kept: _Kept
+    ) -> tuple[Int[np.ndarray, "N F"], Int[np.ndarray, "N"]]:
+        """Return what requests add to their rows of the last call, that one's last token first."""
+        tails = [
+            request.prompt[len(row) - 1 :] if request.samples else ()
+            for request, row in zip(requests, kept.rows)
+        ]
+        longest = bucket(max(map(len, tails)), self._max_length)
+        tokens = np.zeros((len(tails), longest), np.int32)
+        for row, tail in enumerate(tails):
+            tokens[row, : len(tail)] = tail
+        return tokens, np.array([len(tail) for tail in tails], np.int32)
 
     def stream(self, params: Params, request: Request) -> Iterator[Completion]:
         """Generate one completion and give it each time that it has grown, at last the whole.
@@ -377,6 +454,7 @@ class Generator:
             "slots": arrays.slots,
             "filters": arrays.filters,
             "dtype": self._cache_dtype,
+            "room": self._keep,
         }
 
     def _put(self, tree: Any) -> Any:
@@ -385,17 +463,36 @@ class Generator:
         return put_batch(self._mesh, tree)
 
     def _run(
-        self, params: Params, requests: Sequence[Request], call: _Call
+        self,
+        params: Params,
+        requests: Sequence[Request],
+        call: _Call,
+        keep: bool,
+        kept: _Kept | None = None,
     ) -> list[list[Completion]]:
-        looking = jax.process_count() > 1 or any(request.stop for request in requests)
+        stops = any(request.stop for request in requests)
+        looking = jax.process_count() > 1 or stops
         every = _STOP_CHECK_TOKENS if looking else self._max_length
-        *_, last = self._states(params, requests, call, every)
+        *_, last = self._states(params, requests, call, every, kept)
+        if keep and self._keep and not stops and caches.rewinds(last.state.cache, self._keep):
+            tokens, counts = np.asarray(last.state.tokens), np.asarray(last.state.counts)
+            rows: list[tuple[int, ...]] = [()] * len(counts)
+            for row, (request, number) in enumerate(last.rows):
+                if number < request.samples and counts[row]:
+                    rows[row] = (*request.prompt, *tokens[row, : counts[row]].tolist())
+            self._kept = _Kept(rows, last.state)
         return self._collect(last, call.samples)
 
     def _states(
-        self, params: Params, requests: Sequence[Request], call: _Call, every: int
+        self,
+        params: Params,
+        requests: Sequence[Request],
+        call: _Call,
+        every: int,
+        kept: _Kept | None = None,
     ) -> Iterator[_Drawn]:
-        """Prefill and decode to the end, giving what there is after every so many tokens.
+        """Prefill (or go on in what was kept) and decode to the end, giving what there is after
+        every so many tokens.
 
         Each is to be read before the next is asked for, which takes its memory.
         """
@@ -405,8 +502,17 @@ class Generator:
             jax.random.wrap_key_data(keys), settings, limits, jnp.asarray(self._stop_ids)
         )
         with context_mesh(self._mesh):
-            sizes = self._static(call, arrays)
-            state = decoding.prefill(self._model, params, tokens, lengths, row_requests, **sizes)
+            if kept is None:
+                sizes = self._static(call, arrays)
+                state = decoding.prefill(
+                    self._model, params, tokens, lengths, row_requests, **sizes
+                )
+            else:
+                sizes = {"slots": arrays.slots, "filters": arrays.filters}
+                tails = self._put(self._tails(requests, kept))
+                state = decoding.extend(
+                    self._model, params, *tails, row_requests, kept.state, **sizes
+                )
         stops: dict[int, tuple[int, str]] = {}
         while True:
             self._find_stops(state, arrays.rows, stops)

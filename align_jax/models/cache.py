@@ -80,6 +80,19 @@ def taken(x: jax.Array, tokens: Int[Array, "N C"]) -> jax.Array:
     return jnp.where(index >= 0, jnp.take_along_axis(x, jnp.maximum(index, 0), axis=1), 0)
 
 
+def rewound(cache: Cache, length: Int[Array, "N"]) -> Cache:
+    """Return a cache in which each row has seen its first ``length`` tokens alone."""
+    index = jnp.arange(cache.segment_ids.shape[1])[None]
+    segment_ids = jnp.where(index < length[:, None], cache.segment_ids, 0)
+    return cache._replace(segment_ids=segment_ids, length=length)
+
+
+def rewinds(cache: Any, length: int) -> bool:
+    """Tell whether a cache (or a tree of them) keeps ``length`` tokens each for itself, so that it
+    can be ``rewound``: it is no ring, and holds no state of all that was seen."""
+    return all(x.shape[2] == length for x in jax.tree.leaves(cache) if x.ndim > 2)
+
+
 def repeat(cache: Any, times: int) -> Any:
     """Return a cache (or a tree of them) with each row ``times`` times in a row: samples that share
     one prefill."""

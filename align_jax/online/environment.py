@@ -17,9 +17,10 @@ to ``**columns``): columns of the data's row, ``messages`` (the prompt's turns),
 What they return is a ``Reply``, or a tuple that begins like one, a text (the episode goes on), or
 None (it is over).
 
-An answer's tokens are the very ones that were sampled.  After each turn the context is prefilled
-anew, padded to one length: no program is compiled after the second turn, and no cache is kept from
-turn to turn.
+An answer's tokens are the very ones that were sampled, so that each context begins with all of the
+one before.  Where a rollout's samples are decoded together and replies are short, the cache is kept
+and the reply runs behind it (``Generator``'s ``keep``); else the context is prefilled anew, padded
+to one length.  No program is compiled after the second turn, but for replies of another bucket.
 """
 
 from __future__ import annotations

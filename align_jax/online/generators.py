@@ -12,6 +12,7 @@ from align_jax.inference.mixture import Mixture
 from align_jax.inference.resharding import decode_mesh, make_resharder
 from align_jax.models.model import Model, Params
 from align_jax.online.config import RolloutConfig
+from align_jax.online.environment import later_room
 from align_jax.online.partners import Opponent
 from align_jax.parallel.mesh import row_shards
 from align_jax.training.partitioning import abstract_params, check_divisible
@@ -95,8 +96,11 @@ def make_generator(
         max_length: tokens of a prompt with its completion.
         longest: tokens of the longest prompt.
     """
-    shards = row_shards(mesh)
-    rows = -(-min(rollouts.samples, rollouts.options.rows) // shards) * shards
+    shards, options, keep = row_shards(mesh), rollouts.options, 0
+    rows = -(-min(rollouts.samples, options.rows) // shards) * shards
+    if options.environment:
+        context, answer = later_room(options, longest, max_length)
+        keep = context + bucket(answer, max_length)
     return Generator(
         policy,
         tokenizer,
@@ -104,4 +108,5 @@ def make_generator(
         max_length=max_length,
         mesh=mesh,
         prompt_bucket=bucket(longest, max_length - 1),
+        keep=keep,
     )

@@ -20,7 +20,7 @@ from align_jax.core.options import RolloutOptions
 from align_jax.core.schema import Example
 from align_jax.data import chat
 from align_jax.data.tokenizer import load_tokenizer, pad_id
-from align_jax.inference import decoding
+from align_jax.inference import decoding, generate
 from align_jax.inference.engines import Local, Server
 from align_jax.inference.generate import Generator, Request
 from align_jax.inference.samplers import Sampling
@@ -58,6 +58,17 @@ class Game:
         self.turn += 1
         assert isinstance(said, str) and self.gold[0] == "g" and isinstance(self.seed, int)
         return f"{self.turn}{self.gold}", self.turn == 3, self.turn / 10
+
+
+class Uneven(Game):
+    """Ends after one turn, or goes on for all of them, by what was said first."""
+
+    first = None
+
+    def step(self, said):
+        self.first = said if self.first is None else self.first
+        reply, _, reward = super().step(said)
+        return reply * (1 + self.turn % 2), len(self.first) % 2 == 0, reward
 
 
 def over(said):
@@ -99,7 +110,7 @@ class Recorded:
         pass
 
 
-def make(models, name="grpo", *, examples=CHAT, scored=REWARDS, engine=None, **keywords):
+def make(models, name="grpo", *, examples=CHAT, scored=REWARDS, engine=None, keep=0, **keywords):
     """Make a source of rollouts and its recorded engine; contexts are of at most 56 tokens."""
     keywords = {"max_new_tokens": 40, "max_turn_tokens": 6, "temperature": 1.0} | keywords
     if not keywords.get("environment"):
@@ -110,7 +121,9 @@ def make(models, name="grpo", *, examples=CHAT, scored=REWARDS, engine=None, **k
         examples, TOKENIZER, max_length=56, max_new_tokens=config.options.max_new_tokens
     )
     policy, reference, weights = models
-    generator = Generator(policy, TOKENIZER, rows=8, max_length=56, mesh=mesh, prompt_bucket=16)
+    generator = Generator(
+        policy, TOKENIZER, rows=8, max_length=56, mesh=mesh, prompt_bucket=16, keep=keep
+    )
     recorded = Recorded(engine or Local(generator, weights.policy))
     player = make_player(
         config.options,
@@ -234,6 +247,30 @@ def test_one_turn_is_the_rollout_without_an_environment_bit_for_bit(models, exam
         assert equal(a, b)
     known = {name for name in plain.metrics if not name.startswith("rollout/")}
     assert all(plain.metrics[name] == turns.metrics[name] for name in known)
+
+
+def test_a_kept_cache_draws_what_a_prefill_draws(models, monkeypatch):
+    """Also where episodes end in different turns."""
+    monkeypatch.setattr(generate, "_TIMES_FASTER", 0)
+    times = {"prefill": 0, "extend": 0}
+    for name in times:
+
+        def counted(made, name, *arguments, **keywords):
+            times[name] += 1
+            return made(*arguments, **keywords)
+
+        wrapped = functools.partial(counted, getattr(decoding, name), name)
+        monkeypatch.setattr(decoding, name, wrapped)
+    options = PLAYED | {"environment": "test_environment:Uneven"}
+    found = []
+    for keep in (0, 72):
+        source, _ = make(models, keep=keep, max_turns=4, batch_size=2, **options)
+        found.append(source.next(lambda: models[2]))
+    assert times == {"prefill": 3 + 1, "extend": 2}  # of three turns
+    plain, kept = found
+    np.testing.assert_array_equal(plain.tokens, kept.tokens)
+    np.testing.assert_array_equal(plain.loss_mask, kept.loss_mask)
+    np.testing.assert_allclose(plain.old_token_logps, kept.old_token_logps, atol=1e-5)
 
 
 def test_resuming_within_a_rollout_is_exact_and_samples_keep_their_turns(models, tmp_path):
