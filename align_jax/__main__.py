@@ -39,6 +39,8 @@ def main() -> None:
     if name in programs():
         program, *first = ("sample", "--chat") if name == CHAT else (name,)
         sys.argv[1:] = [*first, *rest]
+        if sys.stderr.isatty() and not set(HELP) & set(rest):  # the imports take seconds
+            print(f"{own} {name} ...", file=sys.stderr, flush=True)
         called = {"CALLED": f"{own} {name}"}  # for the program's messages
         runpy.run_module(f"align_jax.{program}", called, run_name="__main__", alter_sys=True)
         return

@@ -4,6 +4,7 @@
 import configparser
 import os
 import pathlib
+import runpy
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import zipfile
 import pytest
 
 import align_jax
+from align_jax import __main__ as command
 from align_jax.runs import config_file
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -60,6 +62,16 @@ def test_the_installed_command_reads_recipes_by_name(wheel, tmp_path):
     )
     assert found.returncode == 0, found.stderr
     assert found.stdout.split()[:2] == ["optimizer.learning_rate", "5e-07"]
+
+
+@pytest.mark.parametrize("terminal, line", [(False, ""), (True, "align-jax train ...\n")])
+def test_a_terminal_has_a_line_before_the_imports(terminal, line, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["align-jax", "train", "dpo"])
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(runpy, "run_module", lambda *_, **__: print("imported", file=sys.stderr))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    command.main()
+    assert capsys.readouterr().err == f"{line}imported\n"
 
 
 def test_the_packages_are_those_that_there_are():

@@ -70,6 +70,11 @@ def test_two_runs_are_compared_in_words_and_tables(tmp_path):
     assert page.count("<script") == 2 and "default-src 'none'" in page
 
 
+def test_runs_that_end_alike_are_all_the_best(tmp_path):
+    runs = reported.read_runs([_run(tmp_path / name, 0.1, 0.0) for name in "ab"])
+    assert "Held-out loss ends best in a and b, at 0.25." in reported.sentences(runs)
+
+
 def test_half_characters_and_numbers_that_are_none_are_reported(tmp_path):
     workdir = pathlib.Path(_run(tmp_path / "a", 0.1, 0.0))
     row = {"step": 1, "prompt": [{"role": "user", "content": HALF}], "output": HALF}

@@ -264,9 +264,10 @@ def _compared(runs: Sequence[Run]) -> Iterator[str]:
             continue
         told += 1
         order = sorted(ends, key=lambda one: -direction(name) * ends[one])
-        others = ", ".join(f"{one} {number(ends[one])}" for one in order[1:])
-        title = name.removeprefix("eval/")
-        yield f"Held-out {title} ends best in {order[0]}, at {number(ends[order[0]])} ({others})."
+        best = [one for one in order if ends[one] == ends[order[0]]]
+        others = ", ".join(f"{one} {number(ends[one])}" for one in order[len(best) :])
+        title, others = name.removeprefix("eval/"), f" ({others})" if others else ""
+        yield f"Held-out {title} ends best in {_listed(best)}, at {number(ends[best[0]])}{others}."
 
 
 def _listed(names: Sequence[str]) -> str:
