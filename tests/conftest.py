@@ -57,6 +57,14 @@ def pytest_ignore_collect(collection_path: pathlib.Path) -> bool | None:
     return True if script and pathlib.Path(__file__).parent in collection_path.parents else None
 
 
+@pytest.fixture
+def quick_compiles():
+    """Compile in half the time, where what the steps of a tiny model take does not matter."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="session")
 def testdata() -> pathlib.Path:
     """The folder of real data and of a real pretrained model; tests that need it are skipped

@@ -7,7 +7,6 @@ import json
 import pathlib
 import re
 
-import jax
 import numpy as np
 import pytest
 
@@ -167,14 +166,6 @@ def test_a_recipe_fits_its_topology(spec):
     assert shape.rows == config.batch_size * responses // max(1, config.data.groups_per_row), (
         "filler rows"
     )
-
-
-@pytest.fixture
-def quick_compiles():
-    """Compile in half the time; what two steps of a tiny model take does not matter."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.mark.parametrize("spec", TRAINED)

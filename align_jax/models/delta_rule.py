@@ -61,7 +61,8 @@ def past(
     chunk = min(chunk, 1 << (length - 1).bit_length())
     index = jnp.arange(length, dtype=jnp.int32)[None]
     real = segment_ids > 0
-    last = jax.lax.cummax(jnp.where(real, index, 0), axis=1)
+    # not cummax: a window, whose axis the TPU's compiler cannot part into chunks
+    last = jax.lax.associative_scan(jnp.maximum, jnp.where(real, index, 0), axis=1)
     # padding goes on in the segment before it, without effect, so that a row ends in its last
     # token's state
     segments = jnp.take_along_axis(segment_ids, last, axis=1)

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from align_jax.interop import hf
 from align_jax.models import FAMILIES
+from align_jax.models.families import towers
 from align_jax.models.model import build
 
 V, LENGTH, WINDOW = 67, 18, 5
@@ -383,8 +384,15 @@ def test_logits_equal_transformers(peer):
     np.testing.assert_allclose(got[segments > 0], expected[segments > 0], atol=1e-4)
 
 
+def skip_towers(model):
+    """What runs a decoder is compared on its text family: a tower's configuration is that one's."""
+    if FAMILIES[model.config.family].modules:
+        pytest.skip("a model that sees images")
+
+
 def test_packed_rows_equal_separate_ones(peer):
-    _, _, _, _, params, apply = peer
+    _, _, _, model, params, apply = peer
+    skip_towers(model)
     tokens, segments, positions = padded_rows()
     separate = np.asarray(apply(params, tokens, segments, positions))
     packed = [np.concatenate([x[1, :11], x[2, 11:]])[None] for x in (tokens, segments, positions)]
@@ -411,6 +419,7 @@ def test_packed_rows_equal_separate_ones(peer):
 
 def test_prefill_and_decode_equal_the_full_forward(peer):
     _, _, theirs, model, params, apply = peer
+    skip_towers(model)
     tokens, segments, positions = padded_rows()
     full = np.asarray(
         apply(
@@ -480,6 +489,19 @@ def test_experts_are_read_as_modules_of_transformers_hold_them(peer, tmp_path):
     )
     _, again = hf.load(str(tmp_path), dtype="float32")
     jax.tree.map(np.testing.assert_array_equal, again, params)
+
+
+def test_a_tower_is_configured_as_its_text_family(peer):
+    _, _, theirs, model, _, _ = peer
+    if not FAMILIES[model.config.family].modules:
+        pytest.skip("no model that sees images")
+    text = theirs.config.text_config.to_dict()
+    kind = towers.TEXT[text["model_type"]][0]
+    alone = hf.config_from(text | {"model_type": kind})
+    names = ("family", "hf", "tied", "run_length", "end_tokens")
+    own = {name: getattr(model.config, name) for name in names}
+    assert dataclasses.replace(alone, **own) == model.config
+    assert kind in {family for family, _ in CASES.values()}
 
 
 def test_newer_names_of_a_text_tower_are_read(peer, tmp_path):

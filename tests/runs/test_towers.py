@@ -58,7 +58,9 @@ def tower(family, folder, rope=None, **more):
 
 
 @pytest.mark.parametrize("family, rank", [("gemma3", 0), ("qwen2_vl", 2)])
-def test_a_run_of_a_text_tower_leaves_its_eyes_byte_for_byte(family, rank, tmp_path):
+def test_a_run_of_a_text_tower_leaves_its_eyes_byte_for_byte(
+    family, rank, tmp_path, quick_compiles
+):
     base, out = tmp_path / "base", tmp_path / "out"
     tower(family, base, **TOWERS[family])
     config = load("tiny:sft")

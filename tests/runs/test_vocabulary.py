@@ -28,7 +28,7 @@ BASE = dict(
     vocab_size=272,
     hidden_size=32,
     intermediate_size=48,
-    num_hidden_layers=2,
+    num_hidden_layers=1,
     num_attention_heads=2,
     max_position_embeddings=256,
     initializer_range=0.3,
@@ -117,10 +117,13 @@ def logits(trained, rows):
     return np.asarray(policy.unembed(trained.params, hidden))[..., :275]
 
 
-def test_new_rows_are_trained_beside_an_adapter_and_exported(folder, tmp_path, capsys):
+def test_new_rows_are_trained_beside_an_adapter_and_exported(
+    folder, tmp_path, capsys, quick_compiles
+):
     run, name = str(tmp_path / "run"), "untied"
     keys = {"model.lora.rank": 2, "model.lora.tokens": ("new", "a"), "model.lora.alpha": 4.0}
-    loop.train(config_of(folder, name, **keys), run)
+    more = {"total_steps": 1, "data.eval_fraction": 0.0}
+    loop.train(config_of(folder, name, **keys, **more), run)
     said = capsys.readouterr().err
     assert "vocabulary: grown from 272 to the tokenizer's 275 by <|im_start|>" in said
     trained = restore(run)
