@@ -169,6 +169,12 @@ def _made_equal(encoded: Encoded, group: int, left: Truncation, whole: Sequence[
     return np.array_equal(first, second)
 
 
+_LONGER = (
+    "; raise --config.max_length, or cut prompts in place of leaving them out: "
+    "--config.data.truncation=keep_end"
+)
+
+
 def truncate_all(encoded: Encoded, limits: Limits) -> Truncations:
     """Truncate every group, counting what is cut and dropped, and why.
 
@@ -208,7 +214,7 @@ def truncate_all(encoded: Encoded, limits: Limits) -> Truncations:
     if dropped.all():
         raise ValueError(
             f"the data set is empty after truncation to max_length={limits.max_length} tokens: "
-            f"{report}"
+            f"{report}" + _LONGER * (report.get("dropped: too long") == len(dropped))
         )
     _check_room(encoded, lengths, ~dropped, limits)
     for array in (head, tail, lengths, loss_tokens):

@@ -29,7 +29,7 @@ from typing import NoReturn
 from absl import flags, logging
 
 from align_jax.core.choose import nearest
-from align_jax.runs.config_file import ConfigFile, list_keys, value_message, words
+from align_jax.runs.config_file import ConfigFile, list_keys, nearest_key, value_message, words
 
 
 class Usage(flags.Error):
@@ -259,6 +259,8 @@ def _flag_message(error: flags.Error) -> str:
         name = error.flagname
         own = flags.FLAGS.get_flags_for_module(sys.modules["__main__"])
         close = nearest(f"--{name}", [f"--{flag.name}" for flag in own])
+        if "did you mean" not in close and "config" in flags.FLAGS:  # a key, perhaps
+            close = nearest_key(name).replace("'config.", "'--config.")
         return f"no flag --{name}" + (
             close if "did you mean" in close else "; --help shows all flags"
         )

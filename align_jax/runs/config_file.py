@@ -209,7 +209,7 @@ def _fill(
         name = f"{prefix}{key}"
         if key not in config:
             close = nearest(key, list(config))
-            close = close if "did you mean" in close else _nearest_key(key) or close
+            close = close if "did you mean" in close else nearest_key(key) or close
             raise mistake(key_node, f"the config has no key {name!r}{close}")
         if name in lines:
             raise mistake(key_node, f"{name} stands on line {lines[name]}, too")
@@ -303,7 +303,7 @@ def _change(config: ConfigDict, values: Mapping[str, Any], prefix: str, known: C
         value = {rest: value} if rest else value
         if first not in config:
             close = nearest(first, list(config))
-            close = close if "did you mean" in close else _nearest_key(first) or close
+            close = close if "did you mean" in close else nearest_key(first) or close
             raise ConfigMistake(f"the config has no key {prefix + first!r}{close}")
         group = known.get(first)
         if isinstance(group, ConfigDict) and group:
@@ -346,7 +346,7 @@ def _file_message(path: str, error: BaseException) -> str:
     if isinstance(error, (AttributeError, KeyError)):  # ml_collections' own words for a wrong key
         for word in re.findall(r"[\"'](\w+)[\"']", str(error).replace("\\'", "'")):
             if word not in _leaves(configs.defaults()) and not hasattr(ConfigDict, word):
-                return f"{where}: the config has no key {word!r}{_nearest_key(word)}"
+                return f"{where}: the config has no key {word!r}{nearest_key(word)}"
     if isinstance(error, SyntaxError):
         return f"{where}: {error.msg}"
     plain = isinstance(error, ValueError)
@@ -385,7 +385,7 @@ def _check_key(config: ConfigDict, key: str) -> None:
         named = f"--config.{group}.{{}}" if group else "--config.{}"
         close = nearest(named.format(part), [named.format(one) for one in node])
         if "did you mean" not in close or part in _leaves(configs.defaults()):
-            close = _nearest_key(part) or close
+            close = nearest_key(part) or close
         raise ConfigMistake(f"--config.{key}: the config has no key {part!r}{close}")
 
 
@@ -398,7 +398,7 @@ def _leaves(config: ConfigDict, prefix: str = "") -> Mapping[str, str]:
     return found
 
 
-def _nearest_key(name: str) -> str:
+def nearest_key(name: str) -> str:
     """Return "did you mean" for the last part of a key, wherever it stands; "" where none is
     near."""
     leaves = _leaves(configs.defaults())

@@ -488,7 +488,7 @@ ERRORS = [
     ),
     (
         {"max_length": 4, "truncation": "drop"},
-        "the data set is empty after truncation to max_length=4.*too long': 1",
+        "empty after truncation to max_length=4.*too long': 1}; raise --config.max_length",
     ),
     (
         {"mismatched": True},

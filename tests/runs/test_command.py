@@ -47,6 +47,7 @@ MISTAKES = {
     ".train --workdir=x": "missing --config; ",
     ".train TINY --workdir=": "--workdir is empty",
     ".train TINY --wrkdir=x": "no flag --wrkdir; did you mean '--workdir'?",
+    ".train TINY --learning_rate=1": "did you mean '--config.optimizer.learning_rate'?",
     ".train TINY --workdir=x more": "unknown arguments more: flags begin with --",
     ".sample --xyzzy=1": "no flag --xyzzy; --help shows all flags",
     ".bench --prest=tiny_dpo": "did you mean '--preset'?",
