@@ -52,15 +52,19 @@ from align_jax.runs import command, setup
 
 
 def for_planning(config: ConfigDict | Config) -> Config:
-    """Return the config with what only a run on the spot needs replaced: TPU attention, no
-    tokenizer from the hub, and plain rows where the data would choose (they hold the most)."""
+    """Return the config with what only a run on the spot needs replaced: TPU attention and types,
+    no tokenizer from the hub, and plain rows where the data would choose (they hold the most)."""
     config = configs.read(config)
     model, tokenizer = config.model, config.tokenizer
+    if model.compute_dtype == "auto":
+        model = dataclasses.replace(model, compute_dtype="bfloat16")
     if model.attention == "auto":
         model = dataclasses.replace(model, attention="splash")
     if model.config and model.path:
         model, tokenizer = dataclasses.replace(model, path=""), "byte"
     reference = config.reference
+    if reference.dtype == "auto":
+        reference = dataclasses.replace(reference, dtype="bfloat16")
     if reference.config:
         reference = dataclasses.replace(reference, path="")
     data = config.data

@@ -11,7 +11,7 @@ is the short form of
 The argument is any name of ``align-jax objectives``, a sum such as ``dpo+sft``, or an objective of
 pairs or unpaired answers after ``online_``; online ones need ``--config.rewards``.  One epoch; a
 part of the prompts is held out.  All weights instead of an adapter: ``--config.model.lora.rank=0``
-and a tenth of the learning rate.  On a CPU add ``--config.model.compute_dtype=float32``.
+and a tenth of the learning rate.
 
 Hardware: one accelerator, or two CPU cores for a model of 135M parameters.
 """

@@ -96,8 +96,6 @@ def ours(options: argparse.Namespace, folder: pathlib.Path) -> dict[str, Any]:
     config.total_steps, config.total_epochs = options.steps + WARM_UP, 0.0
     config.mesh.fsdp, config.optimizer.learning_rate = -1, 1e-6
     config.checkpoint.every_steps = 0
-    if jax.default_backend() == "cpu":
-        config.model.compute_dtype = config.reference.dtype = "float32"
     for text in options.set:
         key, _, value = text.partition("=")
         *parents, name = key.split(".")

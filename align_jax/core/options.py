@@ -150,9 +150,9 @@ class ModelOptions(Checked):
         choices=("float32", "bfloat16"),
     )
     compute_dtype: str = option(
-        "bfloat16",
-        "of activations and matrix products; float32 on a CPU",
-        choices=("float32", "bfloat16"),
+        "auto",
+        "of activations and matrix products; auto = bfloat16, on a CPU, which emulates it, float32",
+        choices=("auto", "float32", "bfloat16"),
     )
     remat: str = option(
         "full",
@@ -218,7 +218,9 @@ class ReferenceOptions(Checked):
         {}, "fields of path's config.json, with which align_jax.plan does without the checkpoint"
     )
     dtype: str = option(
-        "bfloat16", "of the frozen weights", choices=("float32", "bfloat16", "float16")
+        "auto",
+        "of the frozen weights; auto = bfloat16, on a CPU float32",
+        choices=("auto", "float32", "bfloat16", "float16"),
     )
     mode: str = option(
         "in_graph",

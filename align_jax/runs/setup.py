@@ -568,11 +568,18 @@ def make_pipeline(
 
 
 def as_first_started(config: Config, workdir: str) -> Config:
-    """Return the config with what a run's first start has chosen: the layout and its row length."""
+    """Return the config with what a run's first start has chosen: types, the layout and its row
+    length; the platform's types where it has not started yet."""
     path = epath.Path(workdir) / "config.json"
-    if not path.exists():
-        return config
-    found = record.read_record(path)["config"]
+    found = record.read_record(path)["config"] if path.exists() else {}
+    model, reference = config.model, config.reference
+    if model.compute_dtype == "auto":
+        dtype = found.get("model", {}).get("compute_dtype", "auto")
+        model = dataclasses.replace(model, compute_dtype=initialize.own_dtype(dtype))
+    if reference.dtype == "auto":
+        dtype = found.get("reference", {}).get("dtype", "auto")
+        reference = dataclasses.replace(reference, dtype=initialize.own_dtype(dtype))
+    config = dataclasses.replace(config, model=model, reference=reference)
     if config.data.layout == "auto":
         layout = found.get("data", {}).get("layout", "auto")
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, layout=layout))
@@ -686,8 +693,8 @@ def prepare(
             "CPU devices: a program read from it would lose the order of its collectives and "
             "hang; --config.debug.compile_cache='' compiles it anew"
         )
-    config, resolved = _resolve_dated(config, workdir)
     config = as_first_started(config, workdir)
+    config, resolved = _resolve_dated(config, workdir)
     record.check(workdir, configs.to_dict(config), configs.may_change())
     mesh = make_mesh(dataclasses.asdict(config.mesh))
     examples, held_out = read_data(config, resolved, given)

@@ -84,13 +84,20 @@ def make_models(
     heads = ("score",) * scored + (options.value_head,) * ("values" in needs)
     make = functools.partial(
         build,
-        compute_dtype=options.compute_dtype,
+        compute_dtype=own_dtype(options.compute_dtype),
         remat=options.remat,
         attention=options.attention,
         unembed=unembed or not all(term.scores_alone for term in terms),
     )
     other = None if reference is None else make(reference)
     return Models(make(config, lora=lora, heads=heads), make(config), other)
+
+
+def own_dtype(name: str) -> str:
+    """Return the type that a config names; what "auto" is on this platform."""
+    if name != "auto":
+        return name
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
 def make_state_specs(
@@ -122,7 +129,8 @@ def make_state_specs(
         freeze=model.freeze,
         whole=() if lora is None else lora.whole,
     )
-    base_shapes = spec.base.shapes(reference.dtype)
+    frozen_dtype = own_dtype(reference.dtype)
+    base_shapes = spec.base.shapes(frozen_dtype)
     with_reference = spec.wants_reference if with_reference is None else with_reference
     whole = with_reference and spec.other is None and not spec.sync_every_steps
     base_leaves = flatten(base_shapes)
@@ -132,7 +140,7 @@ def make_state_specs(
     base = abstract_params(mesh, unflatten(base_leaves), axes)
     other = None
     if with_reference and spec.other is not None:
-        shapes = spec.reference.shapes(reference.dtype)
+        shapes = spec.reference.shapes(frozen_dtype)
         other = abstract_params(mesh, shapes, spec.reference.axes())
         check_divisible(other)
     check_divisible(trained)

@@ -36,7 +36,7 @@ MIXTURE = dict(MODEL, model_type="mixtral", num_local_experts=4, num_experts_per
 def bound(name="dpo", sizes=None, *, model=MODEL, rank=0, parts=1, remat="full", train=True):
     terms = losses.resolve(name, {})
     lora = LoraConfig(rank) if rank else None
-    options = ModelOptions(remat=remat, attention="xla")
+    options = ModelOptions(compute_dtype="bfloat16", remat=remat, attention="xla")
     models = initialize.make_models(hf.config_from(model), terms, options, lora)
     adamw = OptimizerOptions(schedule="constant", clip_norm=0.0)
     schedule = optim.make_schedule(adamw, total_steps=10)
@@ -49,7 +49,7 @@ def bound(name="dpo", sizes=None, *, model=MODEL, rank=0, parts=1, remat="full",
         microbatches=parts,
     )
     mesh = make_mesh(sizes)
-    specs = initialize.make_state_specs(spec, mesh, options, ReferenceOptions())
+    specs = initialize.make_state_specs(spec, mesh, options, ReferenceOptions(dtype="bfloat16"))
     by_token = np.zeros((N, T), np.int32)
     batch = Batch(*[by_token] * len(Batch._fields))._replace(
         loss_index=np.zeros((N, P), np.int32), reference_token_logps=None, mismatched=None

@@ -2,14 +2,30 @@
 """Keys that do not go together, or do nothing, are refused by name before anything is read."""
 
 import importlib.util
+import json
 import pathlib
 
 import pytest
 
+from align_jax import plan
 from align_jax.core import config as configs
 from align_jax.runs import config_file, setup
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
+
+
+def test_types_are_the_platforms_and_then_those_of_the_first_start(tmp_path):
+    given = {"model": {"path": "somewhere"}, "data": {"train": "pairs.jsonl"}, "total_steps": 1}
+    config = configs.read(configs.from_dict(given))
+    here = setup.as_first_started(config, str(tmp_path))
+    assert (here.model.compute_dtype, here.reference.dtype) == ("float32", "float32")
+    planned = plan.for_planning(config)
+    assert (planned.model.compute_dtype, planned.reference.dtype) == ("bfloat16", "bfloat16")
+    elsewhere = {"model": {"compute_dtype": "bfloat16"}, "reference": {"dtype": "bfloat16"}}
+    record = {"config": elsewhere, "versions": {}}
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    resumed = setup.as_first_started(config, str(tmp_path))
+    assert (resumed.model.compute_dtype, resumed.reference.dtype) == ("bfloat16", "bfloat16")
 
 
 def resolve(name, **keys):
