@@ -212,7 +212,7 @@ def test_an_objective_s_name_is_a_config_that_lacks_model_and_data_alone(name):
 
 @pytest.mark.parametrize("vocabulary", [275, 272])
 def test_the_vocabulary_has_the_same_rows_on_every_mesh(vocabulary):
-    config, rows = load("tiny"), set()
+    config, rows = load("tiny:grpo"), set()
     config.model.config.vocab_size = vocabulary
     for tensor, decoding in ((1, 0), (2, 0), (1, 2), (2, 8)):
         config.mesh.tensor, config.rollout.tensor = tensor, decoding
