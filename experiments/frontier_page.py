@@ -474,7 +474,9 @@ def introduction(results: Results) -> list[str]:
         f"{dpo.groups * scale.offline_steps:,} in its {scale.offline_steps} steps.  "
         f"{results.start['prompts']} prompts of other stories are held out, a sample each; "
         "reward and KL from the start are measured at a third, two thirds and all of the steps.  "
-        f"On two shared CPU cores {hours:.1f} core-hours were spent on what is below.",
+        f"On two shared CPU cores {hours:.1f} core-hours were spent on what is below.  The "
+        "number of steps, the rates and the rollouts' sizes were set after pilots that were "
+        "measured on the same prompts, and no method was tuned by itself.",
         "",
         *COMMAND,
         "",
