@@ -33,6 +33,7 @@ RESPONSES = {
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "beta": [{"beta": 0.7}],
     "on_policy": [{"on_policy": 0.5}],
+    "teacher_share": [{"teacher_share": 0.3}],
     "single_step": [{"single_step": False}],
     "length_normalization": [{"length_normalization": False}],
     "label_smoothing": [{"label_smoothing": 0.2}],
@@ -184,6 +185,7 @@ def make_batch(
         "advantages": draw(),
         "returns": draw(),
         "old_values": draw(),
+        "sampler_token_logps": -jnp.abs(draw()),
     }
     return Batch(
         tokens=jnp.asarray(tokens),

@@ -95,7 +95,11 @@ def blank(name, groups=2, **shape):
     if row.data == "rollout":
         ones = jnp.where(batch.loss_mask, 1.0, 0.0)
         batch = batch._replace(
-            old_token_logps=0 * ones, advantages=ones, returns=0 * ones, old_values=0 * ones
+            old_token_logps=0 * ones,
+            sampler_token_logps=0 * ones,
+            advantages=ones,
+            returns=0 * ones,
+            old_values=0 * ones,
         )
         batch = batch._replace(text=cases.make_batch("completions", groups))
     if row.data == "scored":
