@@ -38,7 +38,8 @@ $python -m align_jax.export --workdir="$runs/sft" --output="$runs/sft_hf"
 
 echo "== 2. DPO from there on preference pairs"
 $python -m align_jax.train --config=tiny:dpo --workdir="$runs/dpo" --config.total_steps="$((steps / 3))" \
-  --config.model.path="$runs/sft_hf" --config.optimizer.learning_rate=6e-5 --config.eval.every_steps=20
+  --config.model.path="$runs/sft_hf" --config.objective.beta=2.0 --config.optimizer.learning_rate=4e-5 \
+  --config.eval.every_steps=20
 $python -m align_jax.export --workdir="$runs/dpo" --output="$runs/dpo_hf"
 
 echo "== 3. Before and after, on pairs and prompts that neither stage has seen"
