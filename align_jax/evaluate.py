@@ -87,12 +87,10 @@ def run_policy(
 def policy_of(trained: Trained, name: str, reference: str = "") -> EvaluatedPolicy:
     """Return a policy that was read back; its reference is as ``run_policy`` says."""
     config, resolved, mesh = trained.config, trained.resolved, trained.mesh
-    other = None
-    if not resolved.models.policy.options.unembed:
-        pass  # a reward model is compared with none
-    elif trained.reference is not None and not reference:
+    speaks, other = resolved.models.policy.options.unembed, None
+    if speaks and trained.reference is not None and not reference:
         other = LoadedModel(resolved.models.policy, trained.reference)
-    elif path := reference or config.reference.path or config.model.path:
+    elif speaks and (path := reference or config.reference.path or config.model.path):
         dtype, length = config.model.compute_dtype, config.max_length
         other = load_model(path, mesh=mesh, compute_dtype=dtype, max_length=length)
     return EvaluatedPolicy(

@@ -121,7 +121,11 @@ def gae(
 
 
 def group_advantages(
-    scores: Float[Array, "B R"], *, scale: str = "group", eps: float = 1e-4
+    scores: Float[Array, "B R"],
+    *,
+    scale: str = "group",
+    eps: float = 1e-4,
+    kept: Bool[Array, "B R"] | None = None,
 ) -> Float[Array, "B R"]:
     """Compute GRPO's advantages: scores less their group's mean, over a standard deviation.
 
@@ -134,6 +138,7 @@ def group_advantages(
         scores: [B, R], R ≥ 2.
         scale: the standard deviation of the "group" (GRPO), of the "batch", or "none" (Dr. GRPO).
         eps: added to the standard deviation.
+        kept: the responses that are compared, two or more of a group; others have 0.  None: all.
 
     References:
         Shao et al. 2024, arXiv 2402.03300, section 4.1; "none": Liu et al. 2025, arXiv 2503.20783.
@@ -145,18 +150,17 @@ def group_advantages(
         raise ValueError(f"scale must be one of {list(SCALES)}, got {scale!r}")
     if scores.shape[1] < 2:
         raise ValueError(f"group advantages need R >= 2 responses a prompt, got {scores.shape[1]}")
-    centered = scores - scores.mean(axis=1, keepdims=True)
+    centered = scores - scores.mean(axis=1, keepdims=True, where=kept)
     # Equal scores whose mean is rounded must give exactly 0, not rounding noise over eps.
-    equal = (scores == scores[:, :1]).all(axis=1, keepdims=True)
-    centered = jnp.where(equal, 0.0, centered)
+    low = scores.min(axis=1, keepdims=True, where=kept, initial=jnp.inf)
+    high = scores.max(axis=1, keepdims=True, where=kept, initial=-jnp.inf)
+    centered = jnp.where(low == high, 0.0, centered)
+    if kept is not None:
+        centered = jnp.where(kept, centered, 0.0)
     if scale == "none":
         return centered
-    std = (
-        scores.std(axis=1, keepdims=True, ddof=1)
-        if scale == "group"
-        else scores.std(ddof=1)[None, None]
-    )
-    return centered / (std + eps)
+    axis = 1 if scale == "group" else None
+    return centered / (scores.std(axis=axis, keepdims=True, ddof=1, where=kept) + eps)
 
 
 def leave_one_out(scores: Float[Array, "B R"]) -> Float[Array, "B R"]:

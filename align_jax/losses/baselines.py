@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from align_jax.core.schema import Batch
-from align_jax.losses.advantages import discounted_sum
+from align_jax.losses.advantages import discounted_sum, group_advantages
 
 EPS = 1e-4  # added to standard deviations, as TRL does
 
@@ -178,14 +178,7 @@ def filtered(
     order = size if by == "length" else -scores / jnp.maximum(size, 1.0)
     order = jnp.argsort(jnp.where(size > 0, order, jnp.inf), axis=1, stable=True)
     kept = jnp.argsort(order, axis=1) < counts[:, None]  # by each one's place in the order
-    centered = scores - scores.mean(axis=1, keepdims=True, where=kept)
-    low = jnp.where(kept, scores, jnp.inf).min(axis=1, keepdims=True)
-    high = jnp.where(kept, scores, -jnp.inf).max(axis=1, keepdims=True)
-    centered = jnp.where(kept & (low < high), centered, 0.0)  # equal ones: 0, not rounding noise
-    if scale == "none":
-        return centered
-    axis = 1 if scale == "group" else None
-    return centered / (scores.std(axis=axis, ddof=1, keepdims=True, where=kept) + EPS)
+    return group_advantages(scores, scale=scale, kept=kept)
 
 
 def optimal_token(

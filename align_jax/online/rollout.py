@@ -250,15 +250,14 @@ class RolloutMaker:
         batch, metrics, kl_coef = self._with_targets(batch, reference, kl_coef, extras)
         if config.keeps_drawn:
             drawn = batches.token_field(batch, groups, completions, "drawn_logps")
-            batch, corrected = self._corrected(batch._replace(sampler_token_logps=drawn))
+            batch = batch._replace(sampler_token_logps=drawn)
+        if config.correction is not None:
+            batch, corrected = self._corrected(batch)
             metrics |= corrected
         return batch, metrics, kl_coef
 
     def _corrected(self, batch: Batch) -> tuple[Batch, dict[str, float]]:
-        """Fill in what corrects for the sampler, if anything does, and say how far it is from the
-        trainer."""
-        if self.config.correction is None:
-            return batch, {}
+        """Fill in what corrects for the sampler, and say how far it is from the trainer."""
         placed = put_batch(self.mesh, batch._replace(mismatched=None))
         ratio, sums = _correct(placed, self.config.correction)
         return batch._replace(sampler_ratio=local_rows(ratio)), means(sums)
@@ -639,24 +638,41 @@ def make_rollouts(
         max_length=config.max_length,
         rewarded="environment" in _kinds(config),
     )
-    if rollouts.options.server.url:
-        engine: Engine = Server(
-            rollouts.options.server, tokenizer, export=export, vocabulary=policy.config.vocab_size
-        )
-    else:
-        where = generation_mesh(rollouts, policy, mesh)
-        generator = make_generator(rollouts, policy, tokenizer, where, config.max_length, longest)
-        reshard = make_resharder(policy, where) if rollouts.options.tensor else None
-        engine = Local(generator, reshard=reshard)
-    scored = _scored(config, tokenizer, mesh, load_model)
     lengths = config.max_length, longest
+    engine = _make_engine(rollouts, policy, tokenizer, mesh, *lengths, export)
+    scored = _scored(config, tokenizer, mesh, load_model)
     opponent = make_opponent(rollouts, policy, reference, tokenizer, mesh, *lengths)
     sampler = PromptSampler(
-        *(rollouts.options, engine, scored, player, rollouts.own_share, rollouts.greedy),
-        *(opponent, rollouts.facing, rollouts.reference_share > 0),
+        rollouts.options,
+        engine,
+        scored,
+        player,
+        own_share=rollouts.own_share,
+        greedy=rollouts.greedy,
+        opponent=opponent,
+        facing=rollouts.facing,
+        mixed=rollouts.reference_share > 0,
     )
     maker = RolloutMaker(rollouts, prompts, sampler, pad_id(tokenizer), policy, reference, mesh)
     return Rollouts(maker, others, text)
+
+
+def _make_engine(
+    rollouts: RolloutConfig,
+    policy: Model,
+    tokenizer: PreTrainedTokenizerBase,
+    mesh: Mesh,
+    max_length: int,
+    longest: int,
+    export: Export,
+) -> Engine:
+    """Make what samples the policy: a server, or this run's own devices."""
+    if (server := rollouts.options.server).url:
+        return Server(server, tokenizer, export=export, vocabulary=policy.config.vocab_size)
+    where = generation_mesh(rollouts, policy, mesh)
+    generator = make_generator(rollouts, policy, tokenizer, where, max_length, longest)
+    reshard = make_resharder(policy, where) if rollouts.options.tensor else None
+    return Local(generator, reshard=reshard)
 
 
 def _kinds(config: Config) -> set[str]:
