@@ -111,9 +111,9 @@ class Frontier(NamedTuple):
 
     @property
     def interval(self) -> str:
-        """The middle 95 % of the draws."""
+        """The gain, and the middle 95 % of its draws where there are any."""
         low, high = np.quantile(self.draws, (0.025, 0.975))
-        return f"{self.gain:.3f} ({low:.3f} to {high:.3f})"
+        return f"{self.gain:.3f}" + (f" ({low:.3f} to {high:.3f})" if low < high else "")
 
 
 def frontiers(rows: Sequence[Row], start: Row, seeds_differ: float | None) -> dict[str, Frontier]:

@@ -56,13 +56,11 @@ import json, statistics, sys, textwrap
 runs = sys.argv[1]
 table = {}
 for stage in ("sft", "dpo"):
-    for name, value in json.load(open(f"{runs}/{stage}.json"))["results"].items():
-        found = value if isinstance(value, dict) else {name: value}
-        for metric, number in found.items():
-            if metric in ("logps/accuracies", "logps/chosen", "logps/rejected"):
-                table.setdefault(f"held-out {metric}", []).append(f"{number:.3f}")
+    (found,) = json.load(open(f"{runs}/{stage}.json"))["results"].values()
+    for metric in ("logps/chosen", "logps/rejected", "logps/accuracies"):
+        table.setdefault(f"held-out {metric}", []).append(f"{found[metric]:.3f}")
     rows = [json.loads(line) for line in open(f"{runs}/{stage}/metrics.jsonl")]
-    speeds = [row["tokens_per_second"] for row in rows if "tokens_per_second" in row]
+    speeds = [row["tokens_per_second"] for row in rows if "tokens_per_second" in row]  # none of a few steps
     table.setdefault("tokens/s, median", []).append(f"{statistics.median(speeds):,.0f}" if speeds else "-")
 print(f"{'':<28}{'after sft':<28}after dpo")
 for name, cells in table.items():

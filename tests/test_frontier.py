@@ -103,7 +103,6 @@ def test_seeds_differ_by_the_gains_of_equal_runs():
 
 
 def test_the_small_form_measures_goes_on_and_makes_its_page(tmp_path, testdata):
-    pytest.importorskip("matplotlib")
     # as if the command had been stopped before IPO
     done = {"study": "frontier", "label": "DPO", "strength": 0.1, "seed": 0, "last": True}
     (tmp_path / "results.jsonl").write_text(json.dumps(done) + "\n")

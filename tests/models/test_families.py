@@ -329,11 +329,30 @@ GRADIENTS = """llama gemma2 gemma3_text gpt_neox gpt2 olmo2 mixtral qwen2_moe gl
 granite phi gpt_oss deepseek_v3 qwen3_next qwen3_5_text""".split()
 
 
+def configured(family, changes):
+    """Transformers' configuration of a case."""
+    whole = changes if "text_config" in changes else SHAPE | changes
+    return transformers.CONFIG_MAPPING[family](**whole)
+
+
+TOWERS = [case for case, (family, _) in CASES.items() if FAMILIES[family].modules]
+# what runs a decoder is compared on its text family: a tower's configuration is that one's
+DECODERS = [case for case in CASES if case not in TOWERS]
+MIXTURES = [
+    case for case, of in CASES.items() if hf.config_from(configured(*of).to_dict()).num_experts
+]
+FURTHER = {"glm4_moe": "model.layers.46.eh_proj.weight", "qwen3_next": "mtp.fc.weight"}
+
+
+def only(cases):
+    """Run a test on some of the cases alone."""
+    return pytest.mark.parametrize("peer", cases, indirect=True)
+
+
 def make_peer(family, changes, path):
     """A tiny random model of transformers, saved, and ours read from it, with its parameters."""
     torch.manual_seed(1)
-    whole = changes if "text_config" in changes else SHAPE | changes
-    config = transformers.CONFIG_MAPPING[family](**whole)
+    config = configured(family, changes)
     config._attn_implementation = "eager"
     auto = transformers.AutoModelForCausalLM
     if "text_config" in changes:
@@ -384,15 +403,9 @@ def test_logits_equal_transformers(peer):
     np.testing.assert_allclose(got[segments > 0], expected[segments > 0], atol=1e-4)
 
 
-def skip_towers(model):
-    """What runs a decoder is compared on its text family: a tower's configuration is that one's."""
-    if FAMILIES[model.config.family].modules:
-        pytest.skip("a model that sees images")
-
-
+@only(DECODERS)
 def test_packed_rows_equal_separate_ones(peer):
     _, _, _, model, params, apply = peer
-    skip_towers(model)
     tokens, segments, positions = padded_rows()
     separate = np.asarray(apply(params, tokens, segments, positions))
     packed = [np.concatenate([x[1, :11], x[2, 11:]])[None] for x in (tokens, segments, positions)]
@@ -417,9 +430,9 @@ def test_packed_rows_equal_separate_ones(peer):
     np.testing.assert_allclose(got[11:], alone[0, :7], atol=1e-5)
 
 
+@only(DECODERS)
 def test_prefill_and_decode_equal_the_full_forward(peer):
     _, _, theirs, model, params, apply = peer
-    skip_towers(model)
     tokens, segments, positions = padded_rows()
     full = np.asarray(
         apply(
@@ -479,10 +492,9 @@ def test_export_of_import_is_byte_identical(peer, tmp_path):
         assert torch.equal(again(tokens).logits, theirs(tokens).logits)
 
 
+@only([case for case in MIXTURES if case != "gpt_oss"])  # whose files are like its modules
 def test_experts_are_read_as_modules_of_transformers_hold_them(peer, tmp_path):
-    case, path, theirs, model, params, _ = peer
-    if not model.config.num_experts or case == "gpt_oss":
-        pytest.skip("no mixture whose files are unlike its modules")
+    _, _, theirs, _, params, _ = peer
     theirs.save_pretrained(tmp_path, save_original_format=False)
     assert any(
         ".experts.gate_up_proj" in name for name in load_file(tmp_path / "model.safetensors")
@@ -491,10 +503,9 @@ def test_experts_are_read_as_modules_of_transformers_hold_them(peer, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, again, params)
 
 
+@only(TOWERS)
 def test_a_tower_is_configured_as_its_text_family(peer):
     _, _, theirs, model, _, _ = peer
-    if not FAMILIES[model.config.family].modules:
-        pytest.skip("no model that sees images")
     text = theirs.config.text_config.to_dict()
     kind = towers.TEXT[text["model_type"]][0]
     alone = hf.config_from(text | {"model_type": kind})
@@ -504,11 +515,10 @@ def test_a_tower_is_configured_as_its_text_family(peer):
     assert kind in {family for family, _ in CASES.values()}
 
 
+@only(TOWERS)
 def test_newer_names_of_a_text_tower_are_read(peer, tmp_path):
     case, path, _, model, params, _ = peer
     row = FAMILIES[model.config.family]
-    if not row.modules:
-        pytest.skip("no model that sees images")
     tensors = load_file(path / "model.safetensors")
     renamed = {
         name
@@ -527,13 +537,11 @@ def test_newer_names_of_a_text_tower_are_read(peer, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, again, params)
 
 
+@only(FURTHER)
 def test_what_is_beside_the_decoder_is_carried_and_never_over_it(peer, tmp_path):
-    case, path, _, model, params, _ = peer
-    further = {"glm4_moe": "model.layers.46.eh_proj.weight", "qwen3_next": "mtp.fc.weight"}
-    if case not in further:
-        pytest.skip("a family without further layers")
+    case, path, *_ = peer
     tensors = load_file(path / "model.safetensors")
-    more = {further[case]: torch.arange(6.0)}
+    more = {FURTHER[case]: torch.arange(6.0)}
     save_file(tensors | more, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_bytes((path / "config.json").read_bytes())
     config, again = hf.load(str(tmp_path), dtype="float32")
@@ -545,10 +553,9 @@ def test_what_is_beside_the_decoder_is_carried_and_never_over_it(peer, tmp_path)
         assert torch.equal(written[name], tensor if name in more else tensor / 2), name
 
 
+@only(["deepseek_v3"])
 def test_kimi_k2_is_deepseek_v3(peer, tmp_path):
     case, path, _, model, params, _ = peer
-    if case != "deepseek_v3":
-        pytest.skip("another family")
     said = json.loads((path / "config.json").read_text()) | {"model_type": "kimi_k2"}
     (tmp_path / "config.json").write_text(json.dumps(said))
     (tmp_path / "model.safetensors").write_bytes((path / "model.safetensors").read_bytes())
@@ -559,10 +566,9 @@ def test_kimi_k2_is_deepseek_v3(peer, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, again, params)
 
 
+@only(GRADIENTS)
 def test_gradients_equal_transformers(peer, tmp_path):
-    case, _, theirs, model, params, _ = peer
-    if case not in GRADIENTS:
-        pytest.skip(f"gradients are compared on one family of each kind: {', '.join(GRADIENTS)}")
+    _, _, theirs, model, params, _ = peer
     tokens, segments, positions = (jnp.asarray(x[:1]) for x in padded_rows())
     theirs.zero_grad()
     torch.nn.functional.cross_entropy(
