@@ -102,12 +102,14 @@ class Frontier(NamedTuple):
         gain: its mean above the start's.
         draws: of the gain, [DRAWS].
         seeds: of which it is made.
+        strengths: of each seed.
     """
 
     curve: np.ndarray
     gain: float
     draws: np.ndarray
     seeds: int
+    strengths: int = 1
 
     @property
     def interval(self) -> str:
@@ -144,7 +146,8 @@ def frontiers(rows: Sequence[Row], start: Row, seeds_differ: float | None) -> di
         if all("rewards" in row for row in rows_of):  # best of n is no trained policy
             draws = np.mean([drawn_gains(own) for own in seeds], axis=0)
             draws += (seeds_differ or 0.0) / len(seeds) ** 0.5 * rng.standard_normal(DRAWS)
-        found[label] = Frontier(curve, gain, draws, len(seeds))
+        strengths = len({row["strength"] for row in seeds[0]})
+        found[label] = Frontier(curve, gain, draws, len(seeds), strengths)
     return found
 
 
@@ -159,10 +162,9 @@ def frontier_section(rows: Sequence[Row], found: Mapping[str, Frontier]) -> list
         one, own = found[label], [row for row in rows if row["label"] == label]
         own = sum(complete(own), [])
         cells = [f"{np.interp(kl, GRID, one.curve):.3f}" for kl in KLS]
-        strengths = len({row["strength"] for row in own})
         kls = [row["objective/kl"] for row in own]
         lines.append(
-            f"| {label} | {one.seeds} | {strengths} | {one.interval} | {' | '.join(cells)} | "
+            f"| {label} | {one.seeds} | {one.strengths} | {one.interval} | {' | '.join(cells)} | "
             f"{min(kls):.1f} to {max(kls):.1f} |"
         )
     return lines
@@ -243,12 +245,16 @@ CLAIMS = (
 )
 
 
-def verdict(claim: Claim, found: Mapping[str, Frontier], seeds_differ: float | None) -> str:
+def verdict(
+    claim: Claim, found: Mapping[str, Mapping[str, Frontier]], seeds_differ: float | None
+) -> str:
     """Say whether the numbers agree, by the rule that the page tells."""
-    missing = [one for one in (claim.better, claim.worse) if one not in found]
-    if missing:
+    study, names = found.get(claim.study, {}), (claim.better, claim.worse)
+    if missing := [one for one in names if one not in study]:
         return f"not run: {', '.join(missing)} |"
-    more, less = found[claim.better], found[claim.worse]
+    more, less = (study[one] for one in names)
+    if more.strengths != less.strengths:  # who tries more often reaches farther
+        more, less = (found["middle"][one] for one in names)
     allowed = 0.1 * less.gain if claim.as_good else 0.0
     low, high = np.quantile(more.draws - less.draws, (0.025, 0.975))
     numbers = f"{more.gain - less.gain:+.3f} ({low:+.3f} to {high:+.3f})"
@@ -273,15 +279,16 @@ def claims_section(
             else "seeds not yet counted: nothing has run with several"
         )
         + "): all above 0, the claim agrees; all below, it disagrees; else the numbers cannot "
-        "tell.  *As good* allows a tenth of the other's gain.  The papers' models are larger, and "
-        "their PPO, rates and data are others: what disagrees here disagrees at this scale and "
-        "with these settings.",
+        "tell.  *As good* allows a tenth of the other's gain.  Where one was run with more "
+        "strengths than the other, both are taken at their middle one.  The papers' models are "
+        "larger, and their PPO, rates and data are others: what disagrees here disagrees at this "
+        "scale and with these settings.",
         "",
         "| paper | claim | difference of gains | verdict |",
         "|---|---|---|---|",
     ]
     for claim in CLAIMS:
-        said = verdict(claim, found.get(claim.study, {}), seeds_differ)
+        said = verdict(claim, found, seeds_differ)
         lines.append(f"| {claim.paper} | {claim.says} | {said} |")
     return lines
 
@@ -382,7 +389,7 @@ def draw(
     figure.savefig(path, metadata={"Date": None})
 
 
-def with_all(study: str, rows: Sequence[Row], frontier_rows: Sequence[Row]) -> list[Row]:
+def with_all(study: str, rows: Sequence[Row], middle: Sequence[Row]) -> list[Row]:
     """Add to a study what the frontier's runs are of it: all pairs, no label flipped, all or
     weighted answers; of the middle strength."""
     also = {
@@ -394,11 +401,7 @@ def with_all(study: str, rows: Sequence[Row], frontier_rows: Sequence[Row]) -> l
             "KTO, a tenth of the desirable": "KTO, weight 10: 10%",
         },
     }[study]
-    more = [
-        {**row, "label": also[row["label"]]}
-        for row in frontier_rows
-        if row["label"] in also and row["strength"] == frontier.METHODS[row["label"]].values[1]
-    ]
+    more = [{**row, "label": also[row["label"]]} for row in middle if row["label"] in also]
     return [*rows, *more] if rows else []
 
 
@@ -448,8 +451,14 @@ def read(folder: pathlib.Path) -> Results:
     studies = by(rows, "study")
     start, of_all = studies["start"][0], studies.get("frontier", [])
     seeds_differ = seed_spread(rows, start["reward"])
+    studies["middle"] = [
+        row
+        for row in of_all
+        if row["label"] in frontier.METHODS
+        and row["strength"] == frontier.METHODS[row["label"]].values[1]
+    ]
     for study in ("pairs", "noise", "imbalance"):
-        if all_rows := with_all(study, studies.get(study, []), of_all):
+        if all_rows := with_all(study, studies.get(study, []), studies["middle"]):
             studies[study] = all_rows
     found = {
         study: frontiers(own, start, seeds_differ)
@@ -510,7 +519,8 @@ def frontier_page(results: Results, output: pathlib.Path) -> None:
         "A small gain is often one of settings, which the last column tells: the frontier of a "
         "method that stays near the start is flat from its last point on (a stronger setting "
         "reaches farther), and one whose first point is far has a straight line up to there (a "
-        "weaker setting, or an earlier look, shows more).  Conditional SFT is "
+        "weaker setting, or an earlier look, shows more); and who was run with three strengths has "
+        "a higher one than with one.  Conditional SFT is "
         "told to be happy, and its KL is from the start that is told nothing.  The best of n "
         "samples needs no training and n times the sampling; its KL is the upper bound log n - "
         "(n - 1) / n.",

@@ -58,10 +58,14 @@ def test_feedback_is_the_pairs_turned_split_and_thinned(tmp_path):
 def test_a_claim_agrees_only_where_prompts_and_seeds_leave_no_doubt():
     rng = np.random.default_rng(0)
 
-    def frontier_of(gain):
-        return frontier_page.Frontier(np.zeros(201), gain, rng.normal(gain, 0.01, 200), 2)
+    def frontier_of(gain, strengths=1):
+        return frontier_page.Frontier(
+            np.zeros(201), gain, rng.normal(gain, 0.01, 200), 2, strengths
+        )
 
-    found = {"DPO": frontier_of(0.2), "SFT on chosen": frontier_of(0.1), "KTO": frontier_of(0.205)}
+    gains = {"DPO": 0.2, "SFT on chosen": 0.1, "KTO": 0.205, "IPO": 0.1}
+    middle = {name: frontier_of(gain) for name, gain in gains.items()}
+    found = {"middle": middle, "frontier": middle | {"IPO": frontier_of(0.5, strengths=3)}}
     claim = frontier_page.Claim("", "", "DPO", "SFT on chosen")
     ends = {
         claim: "| agrees",
@@ -69,6 +73,7 @@ def test_a_claim_agrees_only_where_prompts_and_seeds_leave_no_doubt():
         claim._replace(better="KTO", worse="DPO"): "| cannot tell",
         claim._replace(better="SFT on chosen", worse="DPO", as_good=True): "| disagrees",
         claim._replace(better="RLOO"): "not run: RLOO |",
+        claim._replace(better="IPO", worse="DPO"): "| disagrees",  # 0.5 is of three tries
     }
     for one, end in ends.items():
         assert frontier_page.verdict(one, found, 0.01).endswith(end)
