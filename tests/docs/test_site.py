@@ -116,7 +116,7 @@ def test_a_page_s_commands_run(page, tiny_chat, tmp_path):
                 cwd=tmp_path,
                 env=shell,
                 check=True,
-                timeout=300,
+                timeout=120,
             )
             continue
         words = quickly([word.replace("$MODEL", tiny_chat) for word in command])

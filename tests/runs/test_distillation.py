@@ -77,7 +77,7 @@ def test_on_the_students_own_samples_as_well(teacher, tmp_path):
     config = tiny("online_gkd")
     for key, value in student(teacher).model.config.items():
         config.model.config[key] = value
-    config.total_steps, config.batch_size, config.max_length = 3, 8, 96
+    config.total_steps, config.batch_size, config.max_length = 4, 8, 96
     config.rollout.prompts, config.rollout.responses_per_prompt = 8, 1
     config.objective.on_policy = 1.0
     config.eval.every_steps, config.log.every_steps = 0, 1
@@ -85,7 +85,7 @@ def test_on_the_students_own_samples_as_well(teacher, tmp_path):
     config.reference.path = teacher
     loop.train(config, str(tmp_path))
     found = losses_of(tmp_path)
-    assert len(found) == 3 and found[-1] < found[0]
+    assert len(found) == 4 and found[-1] < found[0]
 
 
 FEW = {"data.train": "builtin:completions:train?size=64"}
@@ -152,7 +152,7 @@ def test_minillm_needs_no_reward_and_comes_nearer_to_its_teacher(teacher, tmp_pa
     config.rewards = configs.ConfigDict()
     for key, value in student(teacher).model.config.items():
         config.model.config[key] = value
-    config.total_steps, config.batch_size, config.max_length = 4, 8, 64
+    config.total_steps, config.batch_size, config.max_length = 6, 8, 64
     config.rollout.responses_per_prompt, config.rollout.max_new_tokens = 4, 8
     config.eval.every_steps, config.log.every_steps = 0, 1
     config.optimizer.learning_rate = 1e-2
@@ -160,7 +160,7 @@ def test_minillm_needs_no_reward_and_comes_nearer_to_its_teacher(teacher, tmp_pa
     loop.train(config, str(tmp_path))
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     found = [row["divergence"] for row in rows if "loss" in row]
-    assert len(found) == 4 and found[-1] < found[0]
+    assert len(found) == 6 and found[-1] < 0.95 * found[0]
     assert "reward" not in rows[0] or rows[0]["reward"] == 0
 
 
