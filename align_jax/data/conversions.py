@@ -47,24 +47,32 @@ def convert(
     Raises:
         ValueError: no way from one kind to the other, or labels to be made without scores.
     """
+    check_way(source, target)
     if source == target:
         return list(examples)
     if target == "prompts":
         return [_without_responses(example, source) for example in _unique(examples)]
-    if (source, target) not in CONVERSIONS:
+    return CONVERSIONS[source, target](examples, options, seed)
+
+
+def check_way(source: str, target: str) -> None:
+    """Refuse a conversion that there is not.
+
+    Raises:
+        ValueError: with the kinds that may be given instead.
+    """
+    if source != target and target != "prompts" and (source, target) not in CONVERSIONS:
         sources = sorted(a for a, b in CONVERSIONS if b == target)
         others = f", or {', '.join(sources)}, of which they are made" if sources else ""
+        instead = f"; or {_train_on(source)}" if source in OBJECTIVE_OF else ""
         raise ValueError(
-            f"no conversion from {source} to {target}: give data of {target}{others}; or "
-            f"{_train_on(source)}"
+            f"no conversion from {source} to {target}: give data of {target}{others}{instead}"
         )
-    return CONVERSIONS[source, target](examples, options, seed)
 
 
 def _train_on(kind: str) -> str:
     """Return what to do with data of a kind."""
-    name = OBJECTIVE_OF.get(kind, "sft")
-    return f"train on {kind}, as by --config.objective=\"{{'name': '{name}'}}\""
+    return f"train on {kind}, as by --config.objective=\"{{'name': '{OBJECTIVE_OF[kind]}'}}\""
 
 
 def why_none(source: str, target: str) -> str:

@@ -218,13 +218,7 @@ def _of_kind(
     try:
         made = conversions.convert(made, rows.kind, kind, options, seed=seed)
     except ValueError as error:
-        columns, lacks = (fn(kind, rows.fields) for fn in (formats.columns_for, formats.lacking))
-        hint = f"; {lacks}" if lacks else ""
-        hint = f"; perhaps --config.data.columns='{json.dumps(columns)}'" if columns else hint
-        raise ValueError(
-            f"{rows.where}: a row with the fields {fields_of(rows.fields)}, read as format "
-            f"{rows.format!r}: {error}{hint}"
-        ) from error
+        raise _unlike(error, rows.where, rows.fields, rows.format, kind) from error
     counts["answers that begin with their prompt"] += sum(map(_repeats, made))
     if kind == "pairs":
         counts["identical answers"] += sum(one.responses[0] == one.responses[1] for one in made)
@@ -239,6 +233,20 @@ def _of_kind(
         before, made = len(made), conversions.balance(made, seed)
         counts["dropped: balanced labels"] += before - len(made)
     return made
+
+
+def _unlike(
+    error: ValueError, where: str, fields: Collection[str], format: str, kind: str
+) -> ValueError:
+    """Return what to say of rows that are not of the kind wanted, with the nearest columns."""
+    columns, lacks = (fn(kind, fields) for fn in (formats.columns_for, formats.lacking))
+    hint = f"; {lacks}" if lacks else ""
+    hint = f"; perhaps --config.data.columns='{json.dumps(columns)}'" if columns else hint
+    said = str(error).removeprefix(f"{where}: ")
+    return ValueError(
+        f"{where}: a row with the fields {fields_of(fields)}, read as format {format!r}: "
+        f"{said}{hint}"
+    )
 
 
 def _repeats(example: Example) -> bool:
@@ -411,6 +419,11 @@ def _read(
     if format == "auto":
         format = dataset.format if dataset else _detect(source, options.columns, target)
     form = own.row(formats.FORMATS, format, "config.data.format")
+    try:
+        conversions.check_way(form.kind, target)
+    except ValueError as error:  # before a row is refused for what it lacks as this format
+        first = {name: None for row in _first_rows(source, options.columns) for name in row}
+        raise _unlike(error, source.where(0), first, format, target) from error
     examples: list[Example] = []
     fields: Collection[str] = ()
     for where, get in tqdm.tqdm(rows, desc="reading", total=size, unit="rows", disable=None):
@@ -442,7 +455,8 @@ def _read(
 DETECT_ROWS, MOST_DETECT_ROWS = 64, 10_000
 
 
-def _detect(source: Source, columns: Mapping[str, str], kind: str) -> str:
+def _first_rows(source: Source, columns: Mapping[str, str]) -> list[Row]:
+    """Return the first rows that can be read, until each field that they have is filled in one."""
     rows: list[Row] = []
     seen: set[str] = set()
     filled: set[str] = set()
@@ -454,12 +468,17 @@ def _detect(source: Source, columns: Mapping[str, str], kind: str) -> str:
             rows.append(row)
             seen |= row.keys()
             filled |= {name for name, value in row.items() if value is not None}
+    return rows
+
+
+def _detect(source: Source, columns: Mapping[str, str], kind: str) -> str:
+    rows = _first_rows(source, columns)
     if not rows:
         _row(source, 0, columns)
     try:
         return formats.detect(rows)
     except ValueError as error:
-        guess = formats.columns_for(kind, seen)
+        guess = formats.columns_for(kind, {name for row in rows for name in row})
         hint = f"; perhaps --config.data.columns='{json.dumps(guess)}'" if guess else ""
         raise ValueError(f"{source.where(0)}: {error}{hint}") from error
 

@@ -90,11 +90,12 @@ def columns_for(kind: str, fields: Collection[str]) -> dict[str, str]:
     """
     guesses = []
     for form in FORMATS.values():
-        names = [] if form.kind != kind else [_plain([field])[0] for field in form.fields]
-        found = {name: _holding(name, fields) for name in names if name not in fields}
-        if found and all(found.values()):
-            guesses.append(found)
-    return min(guesses, key=len, default={})
+        if form.kind == kind and not any("=" in field for field in form.fields):
+            lacks = [name.split("|")[0] for name in form.missing(dict.fromkeys(fields, ()))]
+            found = {name: _holding(name, fields) for name in _plain(lacks)}
+            if found and all(found.values()) and len(set(found.values())) == len(found):
+                guesses.append((_ASKING.isdisjoint(form.fields), len(found), found))
+    return min(guesses, key=lambda guess: guess[:2], default=(0, 0, {}))[2]
 
 
 # fields that ask alone: they set no format apart
@@ -112,14 +113,24 @@ def lacking(kind: str, fields: Collection[str]) -> str:
     for name, form in FORMATS.items():
         wanted = form.fields if form.kind == kind else ()
         missing = form.missing(dict.fromkeys(fields, ()))
-        if len(missing) == 1 and set(wanted) - _ASKING - set(missing):
+        if len(missing) == 1 and "=" not in missing[0] and set(wanted) - _ASKING - set(missing):
             return f"it lacks {missing[0]} to be of format {name!r}"
     return ""
 
 
+# names under which people publish a field
+_ALSO = {
+    "prompt": rows.ASKING,
+    "completion": ("targets", "target", "output", "answer", "answers", "solution"),
+    "messages": ("conversation", "dialogue", "dialog"),
+}
+
+
 def _holding(name: str, fields: Collection[str]) -> str:
-    """Return the column whose name holds a field's, as chosen_response holds chosen; "" = none."""
-    return next((field for field in sorted(fields) if name in field.split("_")), "")
+    """Return the column whose name holds a field's, as chosen_response holds chosen, or another
+    word for it; "" = none."""
+    held = [field for field in sorted(fields) if name in field.split("_")]
+    return next(iter([*held, *(one for one in _ALSO.get(name, ()) if one in fields)]), "")
 
 
 def read(row: Row, name: str, *, chat: bool) -> list[Example]:

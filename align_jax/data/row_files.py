@@ -298,6 +298,27 @@ def _is_number(cell: str) -> bool:
 _BLOCK = 1024  # rows of a table that become Python's values at once
 
 
+def _as_written(value: Any, listed: bool = False) -> Any:
+    """Return a table's value without the members that it has not itself.
+
+    The structs of a column's lists share their members: a call of ``f(city)`` comes back from the
+    file with a null for every argument of every other call, and so does a tool's description.  A
+    null that was written there cannot be told from these, and goes with them.
+
+    >>> _as_written([{"name": "f", "arguments": {"city": "Rome", "count": None}}])
+    [{'name': 'f', 'arguments': {'city': 'Rome'}}]
+    """
+    if isinstance(value, list):
+        return [_as_written(one, True) for one in value]
+    if not isinstance(value, dict):
+        return value
+    return {
+        name: _as_written(inner, listed)
+        for name, inner in value.items()
+        if not listed or inner is not None
+    }
+
+
 def _open_parquet(path: str) -> Rows:
     import pyarrow.parquet
 
@@ -346,13 +367,16 @@ def _rows_of_table(path: str, table: Any) -> Rows:
     def block(number: int) -> list[Row]:
         return table.slice(number * _BLOCK, _BLOCK).to_pylist()
 
-    def read(index: int) -> Row:
+    def read_as_stored(index: int) -> Row:
         number, place = divmod(index, _BLOCK)
         # where one of the block's rows is damaged it is perhaps another
         with contextlib.suppress(ValueError, pyarrow.ArrowException):
             return block(number)[place]
+        return table.slice(index, 1).to_pylist()[0]
+
+    def read(index: int) -> Row:
         try:
-            return table.slice(index, 1).to_pylist()[0]
+            return {name: _as_written(value) for name, value in read_as_stored(index).items()}
         except (ValueError, pyarrow.ArrowException) as error:
             raise ValueError(f"{where(index)}: not a readable row: {error}") from error
 

@@ -57,6 +57,11 @@ def fields_of(row: Collection[str]) -> str:
     return f"{names[:40]}{more}"
 
 
+def renaming(**columns: str) -> str:
+    """Return the flag that gives columns other names."""
+    return f"--config.data.columns='{json.dumps(columns)}'"
+
+
 def number_of(value: Any, what: str, *, low: float | int = -math.inf) -> float:
     """Read a finite number of single precision, as batches hold it.
 
@@ -127,7 +132,7 @@ def about(row: Row, *used: str) -> dict[str, Any]:
     """
     check_no_media(row, "")
     if row.get("functions") and "tools" not in row:
-        hint = '--config.data.columns=\'{"tools": "functions"}\' makes them so'
+        hint = f"{renaming(tools='functions')} makes them so"
         raise RowError("functions: a chat template is given tools", hint)
     margin, weight = row.get("margin"), row.get("weight")
     used = (*used, "margin", "weight", *TEMPLATE)
@@ -209,7 +214,7 @@ def _turns_before(row: Row) -> tuple[Message, ...]:
     if not isinstance(value, str):
         return messages(value, "history") if _holds_messages(value) else history_of(row)
     if value.strip() and value[:2] != "[[":
-        hint = '--config.data.columns=\'{"note": "history"}\' gives it another name'
+        hint = f"{renaming(note='history')} gives it another name"
         raise RowError("history: expected a prompt's earlier turns, got a text", hint)
     return history_of(row)
 
@@ -340,7 +345,9 @@ def pair_scores(
         if len(here) == 1:
             (other,) = set(pair) - set(here)
             raise RowError(
-                f"{here[0]}: no {other} beside it", "a pair has the scores of both answers, or none"
+                f"{here[0]}: no {other} beside it",
+                "a pair has the scores of both answers, or none; "
+                f"{renaming(note=here[0])} gives it another name",
             )
         if here and both is None:
             both = number_of(row[pair[0]], pair[0]), number_of(row[pair[1]], pair[1])
@@ -436,24 +443,83 @@ def as_messages(
 
 def read_implicit(row: Row, chat: bool) -> Example:
     """Read chosen, rejected: two conversations (texts, transcripts or messages) that begin
-    alike."""
+    alike.
+
+    Raises:
+        RowError: they share no prompt, or are answers to one that stands in another column.
+    """
+    sides = row["chosen"], row["rejected"]
     known = {"scores": pair_scores(row), **about(row, "chosen", "rejected")}
-    if isinstance(row["chosen"], str) and isinstance(row["rejected"], str):
-        return Example(*transcripts.split_pair(row["chosen"], row["rejected"], chat=chat), **known)
-    prompt, *rests = transcripts.split_messages(
-        messages(row["chosen"], "chosen"), messages(row["rejected"], "rejected")
-    )
+    if all(isinstance(side, str) for side in sides):
+        if not all(map(transcripts.is_transcript, sides)):
+            _check_asked_here(row, *sides)
+        return Example(*transcripts.split_pair(*sides, chat=chat), **known)
+    chosen, rejected = messages(sides[0], "chosen"), messages(sides[1], "rejected")
+    if all(turns and turns[0]["role"] == "assistant" for turns in (chosen, rejected)):
+        _check_asked_here(row)
+    prompt, *rests = transcripts.split_messages(chosen, rejected)
     responses = tuple(response_of(rest, (), "response") for rest in rests)
     return Example(with_system(row, prompt), responses, **known)
+
+
+# columns that hold a prompt under another name
+ASKING = (
+    *("prompt", "instruction", "question", "query", "problem", "input", "inputs", "context"),
+    *("messages", "conversation", "conversations", "dialogue", "dialog", "trajectory", "post"),
+)
+
+
+def _check_asked_here(row: Row, *texts: str) -> None:
+    """Refuse two answers whose prompt stands in a column of its own: the words with which both
+    begin are none.
+
+    Raises:
+        RowError: naming the column.
+    """
+    for name in ASKING:
+        value = row.get(name)
+        if isinstance(value, str):
+            asks = bool(value.strip()) and not all(value in text for text in texts or [""])
+        else:
+            asks = _holds_messages(value)
+        if asks:
+            raise RowError(
+                f"chosen and rejected are answers, and {name} seems to be their prompt",
+                f"{renaming(prompt=name)} makes it so",
+            )
+
+
+# columns of an answer, beside messages that end with the user
+_ANSWERS = ("completion", "response", "output", "answer")
+
+
+def _check_answered_here(row: Row, name: str, turns: Sequence[Message]) -> None:
+    """Refuse messages whose last turn is answered in a column of its own, or not at all.
+
+    Raises:
+        RowError: naming the column.
+    """
+    if turns and turns[-1]["role"] != "assistant":
+        for answer in _ANSWERS:
+            if row.get(answer):
+                columns = {"prompt": name, "completion": answer}
+                if answer in ("completion", "response"):
+                    del columns["completion"]
+                raise RowError(
+                    f"{name} do not end with the assistant, and {answer} seems to be the answer",
+                    f"{renaming(**columns)} makes it so",
+                )
+    if first_answer(turns) == len(turns):
+        hint = f"as prompts alone {renaming(prompt=name)} reads them"
+        raise RowError("no turn of the assistant", hint)
 
 
 def read_conversation_completion(row: Row, chat: bool) -> Example:
     """Read messages: the assistant's turns, from the first on, are the completion."""
     name = given(row, "messages", "conversations")
     turns = with_system(row, messages(row[name], name))
+    _check_answered_here(row, name, turns)
     first = first_answer(turns)
-    if first == len(turns):
-        raise RowError("no turn of the assistant")
     return Example(turns[:first], (response_of(turns[first:], (), name),), **about(row, name))
 
 
@@ -462,6 +528,7 @@ def read_conversation_label(row: Row, chat: bool) -> Example:
     name, label = given(row, "messages", "conversations"), given(row, "label", "kto_tag")
     turns = with_system(row, messages(row[name], name))
     if not turns or turns[-1]["role"] != "assistant":
+        _check_answered_here(row, name, turns)
         raise RowError("the labeled conversation does not end with the assistant")
     known = about(row, name, label)
     response = response_of(turns[-1:], (), name)
@@ -498,7 +565,14 @@ def read_only_prompt(row: Row, chat: bool) -> Example:
 
 
 def read_text(row: Row, chat: bool) -> Example:
-    """Read text: all of it is learned."""
+    """Read text: all of it is learned.
+
+    Raises:
+        RowError: it is a message of a tree, which somebody says to somebody.
+    """
+    if row.keys() >= {"message_id", "parent_id", "role"}:
+        hint = "--config.data.format=oasst makes trees of Open-Assistant's messages"
+        raise RowError("text: a message that has a role and a parent, not a text alone", hint)
     return Example("", (text_of(row["text"], "text"),), **about(row, "text"))
 
 

@@ -145,7 +145,8 @@ def _expand(spec: str) -> list[str]:
     """
     if not spec.strip():
         raise ValueError("an empty name among the data sources: is there a comma too many?")
-    if any(character in spec for character in "*?["):
+    path = epath.Path(spec)
+    if any(character in spec for character in "*?[") and not path.exists():
         paths = sorted(itertools.islice(_matching(spec), MOST_FILES + 1))
         if len(paths) > MOST_FILES:
             raise ValueError(
@@ -155,7 +156,6 @@ def _expand(spec: str) -> list[str]:
         if not paths:
             raise FileNotFoundError(f"no file matches {spec!r}{_nearest(spec)}")
         return paths
-    path = epath.Path(spec)
     if path.is_dir():
         raise ValueError(
             f"{spec!r} is a directory: name its files, for example {spec.rstrip('/')}/*.jsonl"

@@ -2,6 +2,7 @@
 """What a user hands in is what is trained, or is refused by name: nothing is dropped in silence."""
 
 import json
+import re
 
 import pytest
 
@@ -20,6 +21,10 @@ def A(text, **more):
 
 def S(text):
     return {"role": "system", "content": text}
+
+
+def G(who, text):
+    return {"from": who, "value": text}
 
 
 CALL = {"type": "function", "function": {"name": "search", "arguments": {"q": "x"}}}
@@ -395,12 +400,71 @@ REFUSED |= {
         "pairs",
         "tools: a text with half a character",
     ),
+    "a message of a tree": (
+        {"message_id": "a", "parent_id": None, "role": "prompter", "text": "q"},
+        "completions",
+        "--config.data.format=oasst",
+    ),
     "the system of a plain text": (
         {"system": "s", "text": "a"},
         "completions",
         "system: the prompt",
     ),
 }
+
+
+# rows of which the message names the columns, kind, prompt, responses; read so, they are whole
+SAID_ALIKE = {"chosen": "The capital here is Paris.", "rejected": "The capital here is Rome."}
+ANSWERS = tuple(SAID_ALIKE.values())
+HINTED = {
+    "a prompt beside answers that begin alike": (
+        {"system": "", "input": "Where?", **SAID_ALIKE},
+        "pairs",
+        "Where?",
+        ANSWERS,
+    ),
+    "turns beside answers": (
+        {"trajectory": [G("user", "q")], "chosen": [A("c")], "rejected": [A("r")]},
+        "pairs",
+        (U("q"),),
+        ("c", "r"),
+    ),
+    "turns beside a better answer and a worse": (
+        {"messages": [U("q")], "chosen_response": A("c"), "rejected_response": A("r")},
+        "pairs",
+        (U("q"),),
+        ("c", "r"),
+    ),
+    "an answer beside turns": (
+        {"messages": [U("a"), A("x"), U("b")], "answer": "c"},
+        "completions",
+        (U("a"), A("x"), U("b")),
+        ("c",),
+    ),
+    "a response beside turns": (
+        {"conversations": [G("human", "q")], "response": "c", "label": True},
+        "unpaired",
+        (U("q"),),
+        ("c",),
+    ),
+    "turns that only ask": ({"messages": [U("q")], "truth": "4"}, "prompts", (U("q"),), ()),
+    "one score of two": ({**P, "chosen_score": 9}, "pairs", "q", ("c", "r")),
+    "aya": ({"inputs": "q", "targets": "a", "user_id": "u"}, "completions", "q", ("a",)),
+    "metamath": ({"query": "q", "type": "t", "response": "a"}, "completions", "q", ("a",)),
+    "lmsys": ({"conversation": [U("q"), A("a")], "model": "m"}, "completions", (U("q"),), ("a",)),
+    "numina": ({"problem": "q", "solution": "s", "answer": "4"}, "prompts", "q", ()),
+    "output": ({"prompt": "q", "output": "a"}, "completions", "q", ("a",)),
+}
+
+
+@pytest.mark.parametrize("name", HINTED)
+def test_the_columns_that_a_message_names_make_the_row_whole(tmp_path, name):
+    row, kind, prompt, responses = HINTED[name]
+    with pytest.raises(ValueError, match=r"data\.jsonl:1: .*--config\.data\.columns='") as error:
+        load(tmp_path, [row], kind)
+    columns = json.loads(re.search(r"columns='(.*?)'", str(error.value))[1])
+    found = load(tmp_path, [row], kind, columns=columns).items[0]
+    assert (found.prompt, found.responses) == (prompt, responses)
 
 
 _FEEDBACK = {"type": "pairwise_feedback", "output_A": "c", "output_B": "r", "label": 1}

@@ -531,6 +531,7 @@ MISTAKES = [
         "a role is unknown: 'narrator'",
     ),
     ("no way", [{"text": "t"}], {}, "no conversion from completions to pairs"),
+    ("prompts alone", [{"prompt": "q", "quality": 3}], {}, "of which they are made$"),
     (
         "half a pair",
         [{"prompt": "p", "chosen": "c"}],

@@ -81,6 +81,24 @@ def test_tables_give_their_rows(tmp_path, name, kind):
     assert source.where(1) == f"{tmp_path / name}[1]"
 
 
+def test_the_calls_of_other_rows_lend_theirs_no_arguments(tmp_path):
+    calls = ({"city": "Rome"}, {"count": 1, "unit": "m"})
+    rows = [
+        {"turns": [{"call": {"arguments": one}}], "style": {"a": None}, "kwargs": None}
+        for one in calls
+    ]
+    import pyarrow.feather
+
+    pyarrow.feather.write_feather(pyarrow.Table.from_pylist(rows), str(tmp_path / "a.feather"))
+    source = sources.open_source(str(tmp_path / "a.feather"))
+    assert [source[i] for i in range(2)] == rows
+
+
+def test_a_name_with_brackets_is_a_file_where_there_is_one(tmp_path):
+    path = write(tmp_path / "run [v1].jsonl", lines(ROWS[:2]))
+    assert len(sources.open_source(path)) == 2
+
+
 @pytest.mark.parametrize("name", ["a.csv", "a.csv.gz", "a.tsv", "semicolon.csv"])
 def test_csv_gives_texts_and_the_values_of_json(tmp_path, name):
     text = io.StringIO(newline="")
