@@ -163,7 +163,7 @@ def test_a_run_that_gains_nothing_stops_early_and_a_resumed_one_at_the_same_step
         yield lambda step: step == 2
 
     config = tiny(eval__every_steps=1, eval__stop_metric="-eval/loss", eval__patience=3)
-    config.optimizer.learning_rate = 0.0
+    config.optimizer.learning_rate = 1e-30
     row = '{{"prompt": "{0}?", "chosen": "Yes.", "rejected": "No {0}."}}'
     config.data.train = pairs_file(tmp_path, *map(row.format, range(24)))
     config.data.eval_fraction = 0.3
@@ -211,7 +211,7 @@ def test_the_exported_model_speaks_in_transformers_as_here(finished, tmp_path):
     ids=["packed", "shared_prefix", "cached_reference"],
 )
 def test_layout_and_cache_leave_the_held_out_measure_unchanged(finished, tmp_path, overrides):
-    config = tiny(total_steps=1, optimizer__learning_rate=0.0, eval__batch_size=16, **overrides)
+    config = tiny(total_steps=1, optimizer__learning_rate=1e-30, eval__batch_size=16, **overrides)
     loop.train(config, str(tmp_path))
     ours, theirs = (
         next(row for row in rows(path) if "eval/loss" in row) for path in (tmp_path, finished)

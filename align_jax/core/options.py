@@ -451,7 +451,7 @@ class OptimizerOptions(Checked):
         "the optimizer, or your own module:name",
         table="align_jax.training.optim:OPTIMIZERS",
     )
-    learning_rate: float = option(1e-6, "the peak", low=0)
+    learning_rate: float = option(1e-6, "the peak", above=0, high=1000)
     schedule: str = option(
         "linear",
         "after the warm-up: constant, linear, cosine (to final_fraction of the peak)",

@@ -138,6 +138,7 @@ def _check_continued(prompt: list[Message], example: Example) -> None:
 
 
 BESIDE = ("tools", "documents")  # of what the template is given beside the messages, the contents
+_KEEPS = "--config.data.chat_template gives one that does"
 STAND_IN = "\u2063words\u2063"  # an answer that no data has, to see where a template puts it
 
 
@@ -151,19 +152,38 @@ def _check_kept(
     Raises:
         RowError: naming what is not rendered.
     """
+    both = list(zip(conversations, texts))
     for name in BESIDE:
-        if example.template.get(name):
-            without = [apply(turns, header=False, **{name: None}) for turns in conversations]
-            if texts and without == texts:
-                raise RowError(f"the chat template does not render {name}")
-    for turns, text in zip(conversations, texts):
+        if example.template.get(name) and both:
+            without = functools.partial(apply, **{name: None})
+            if not any(_differs(without, turns, text) for turns, text in both):
+                raise RowError(f"the chat template does not render {name}", _KEEPS)
+    for turns, text in both:
         for name in SAID:
             places = [i for i, turn in enumerate(turns) if turn.get(name)]
             places = [i for i in places if i == len(turns) - 1] if name in REASONING else places
             for i in places:
-                bare = {key: value for key, value in turns[i].items() if key != name}
-                if apply([*turns[:i], bare, *turns[i + 1 :]], header=False) == text:
-                    raise RowError(f"the chat template does not render {name}")
+                for less in _lacking(turns[i], name):
+                    if not _differs(apply, [*turns[:i], less, *turns[i + 1 :]], text):
+                        one_of = "" if name not in less else "one of several "
+                        raise RowError(f"the chat template does not render {one_of}{name}", _KEEPS)
+
+
+def _lacking(turn: Message, name: str) -> list[Message]:
+    """Return a turn without one of its keys; of several calls, without each of them, too."""
+    found: list[Message] = [{key: value for key, value in turn.items() if key != name}]
+    if name == "tool_calls" and len(calls := turn[name]) > 1:
+        found += [{**turn, name: [*calls[:i], *calls[i + 1 :]]} for i in range(len(calls))]
+    return found
+
+
+def _differs(apply: Apply, turns: list[Message], text: str, *, header: bool = False) -> bool:
+    """Tell whether a template makes another text of messages, or refuses them: such as a tool's
+    answer before which nothing was called."""
+    try:
+        return apply(turns, header=header) != text
+    except RowError:
+        return True
 
 
 def _check_read(example: Example, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -224,11 +244,13 @@ def _check_context(
                 continue
             if turn["role"] != "assistant":
                 other = [*turns[:i], {**turn, "content": STAND_IN}, *turns[i + 1 :]]
-                if apply(other, header=asked) == text:
+                if not _differs(apply, other, text, header=asked):
                     words = f"a turn's words: role {turn['role']}"
                     raise RowError(f"the chat template leaves out {words}")
             elif i < first:
                 notes.add("answers in the history that the chat template rewrites")
+            else:
+                notes.add("answers whose white space around reasoning the chat template sets")
     return tuple(sorted(notes))
 
 
@@ -469,7 +491,8 @@ def _spans(
         body = turn.rstrip()
         ends = _ends_turn(tokenizer, body)
         # keep the answer's own white space; what the template adds comes after the end
-        if not ends and turn.endswith(messages[index]["content"]):
+        content = messages[index]["content"]
+        if not ends and content and turn.endswith(content):
             body = turn
         spans.append(Span(body, learned, not ends))
         closing, begin = turn[len(body) :], end
@@ -479,10 +502,12 @@ def _spans(
 def _check_answer(content: str, turn: str) -> None:
     """Refuse a template that rewrites the answer: what is learned would not be what was said.
 
+    The white space around the tags of reasoning is the template's to set.
+
     Raises:
         RowError: with the first words that are lost.
     """
-    if content.strip() in turn:
+    if content.strip() in turn or _tagged(content).strip() in _tagged(turn):
         return
     written = set(turn.split())
     lost = [word for word in content.split() if word not in written] or content.split()
@@ -491,6 +516,11 @@ def _check_answer(content: str, turn: str) -> None:
         "--config.data.chat_template, or take what it drops out of the data",
         f"lost: {' '.join(lost[:6])!r}",
     )
+
+
+def _tagged(text: str) -> str:
+    """Return a text without the white space around the tags of its reasoning."""
+    return re.sub(r"\s*(</?think(?:ing)?>)\s*", r"\1", text)
 
 
 def _prefix(apply: Apply, messages: list[Message], header: bool, text: str) -> str:

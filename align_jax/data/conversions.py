@@ -305,6 +305,13 @@ def keep_shares(
     return [examples[int(i)] for i in sorted(kept)]
 
 
+def keep_apart(examples: Sequence[Example], least: float) -> list[Example]:
+    """Leave out pairs whose scores differ by no more; those without scores are kept."""
+    return [
+        one for one in examples if one.scores is None or abs(one.scores[0] - one.scores[1]) > least
+    ]
+
+
 def balance(examples: Sequence[Example], seed: int = 0) -> list[Example]:
     """Leave out examples of the more frequent label, chosen by ``seed``, until both are equally
     many."""

@@ -89,7 +89,7 @@ class Later(Sequence[Example]):
         return iter(self._items)
 
 
-VERSION = 4  # of how rows become examples: what is kept of an older one is made anew
+VERSION = 5  # of how rows become examples: what is kept of an older one is made anew
 # what of the options decides which examples there are; the digest is made of it
 _READ = (
     "format",
@@ -117,6 +117,7 @@ def load(
     seed: int = 0,
     limit: int | None = None,
     weights: Sequence[float] | None = None,
+    strict: bool = False,
 ) -> Examples:
     """Load examples of the kind an objective needs.
 
@@ -131,11 +132,12 @@ def load(
         seed: of random choices among the data's pairs and labels.
         limit: at most so many rows of each source.
         weights: each source's share of the training examples; None: as many as it has.
+        strict: the options are given for these examples, and each is to make something of them.
 
     Raises:
         FileNotFoundError: a missing file.
         ValueError: an unknown format, a malformed or unusable row (with file and line), an
-            impossible conversion, or nothing left.
+            impossible conversion, nothing left, or (``strict``) an option without effect.
     """
     specs = [specs] if isinstance(specs, str) else list(specs)
     _check(specs, kind, options, weights)
@@ -146,7 +148,7 @@ def load(
 
     @functools.cache
     def read() -> tuple[list[Example], list[int], Mapping[str, Any]]:
-        return _read_all(found, kind, options, chat=chat, seed=seed, limit=limit)
+        return _read_all(found, kind, options, chat=chat, seed=seed, limit=limit, strict=strict)
 
     def make() -> cache.Kept:
         _, ends, report = read()
@@ -172,12 +174,13 @@ def _read_all(
     chat: bool,
     seed: int,
     limit: int | None,
+    strict: bool,
 ) -> tuple[list[Example], list[int], Mapping[str, Any]]:
     """Read all sources: the examples, where each source's end, and counts by reason."""
     counts: collections.Counter[str] = collections.Counter()
     items: list[Example] = []
     beside: set[str] = set()
-    ends = []
+    ends, kinds = [], set()
     for one in found:
         rows = _read(one, options, kind, chat=chat, seed=seed, limit=limit, counts=counts)
         made = _of_kind(rows, kind, options, seed, counts)
@@ -190,14 +193,63 @@ def _read_all(
         items += made
         beside.update(rows.beside)
         ends.append(len(items))
+        kinds.add(rows.kind)
     if not any(example.weight for example in items):
         specs = ", ".join(one.spec for one in found)
         raise ValueError(f"{specs}: all {len(items)} examples have the weight 0")
+    if strict:
+        _check_effects(options, kinds, counts, items)
     report: dict[str, Any] = {"examples": len(items), **_positive(counts)}
     if beside:
         shown = " ".join(printable(f"{name:.40}") for name in sorted(beside)[:10])
         report["columns beside the text"] = shown
     return items, ends, report
+
+
+RENAMED = "rows with other names of roles"
+ASKED = "texts that are a user's turn"
+SPLIT = "conversations of several answers"
+APART = "dropped: min_difference"
+SCORED = {"ranked", "scored"}  # kinds of which pairs and labels are made by score
+
+
+def _check_effects(
+    options: DataOptions,
+    kinds: Collection[str],
+    counts: Mapping[str, int],
+    items: Sequence[Example],
+) -> None:
+    """Refuse options that have made nothing of the examples.
+
+    Args:
+        options: of the data.
+        kinds: of the sources, as they were read.
+        counts: what was counted, 0 where it was not.
+        items: the examples.
+
+    Raises:
+        ValueError: the option, and why.
+    """
+    given = ", ".join(sorted(kinds))
+    effects = {
+        "strings": (counts[ASKED], "no prompt is a mere text"),
+        "turns": (counts[SPLIT], "no conversation has several answers"),
+        "roles": (counts[RENAMED], f"no turn has the role {', '.join(options.roles)}"),
+        "threshold": (SCORED & set(kinds), f"labels are made of scores; the data are {given}"),
+        "pairing": (
+            {*SCORED, "unpaired"} & set(kinds),
+            f"pairs are made of several answers; the data are {given}",
+        ),
+        "min_difference": (
+            counts[APART] or any(one.scores for one in items),
+            "no pair has the scores of its answers",
+        ),
+    }
+    for name, (effect, why) in effects.items():
+        value = getattr(options, name)
+        if not effect and value != getattr(DataOptions(), name):
+            shown = dict(value) if isinstance(value, Mapping) else value
+            raise ValueError(f"config.data.{name} = {shown!r} has no effect: {why}")
 
 
 def _positive(counts: Mapping[str, int]) -> dict[str, int]:
@@ -208,7 +260,10 @@ def _of_kind(
     rows: _Rows, kind: str, options: DataOptions, seed: int, counts: collections.Counter[str]
 ) -> list[Example]:
     """Convert one source's examples to the kind wanted, counting those left out."""
-    made = [one for example in rows.examples for one in _reshape(example, options)]
+    made = [one for example in rows.examples for one in _reshape(example, options, counts)]
+    if kind == "pairs" and rows.kind == kind and options.min_difference:
+        before, made = len(made), conversions.keep_apart(made, options.min_difference)
+        counts[APART] += before - len(made)
     if kind == "scored" and options.invalid == "drop":
         before, made = len(made), [one for one in made if one.scores or one.label is not None]
         counts["dropped: no score"] += before - len(made)
@@ -349,6 +404,11 @@ def _check(
             )
     if not specs:
         raise ValueError("no data source given; set --config.data.train")
+    if weights and len(specs) == 1:
+        raise ValueError(
+            f"config.data.weights = {tuple(weights)} has no effect: the shares are of several "
+            f"sources, and {specs[0] if isinstance(specs[0], str) else specs[0].spec} is one"
+        )
     if weights and (len(weights) != len(specs) or min(weights) <= 0):
         raise ValueError(
             f"config.data.weights = {tuple(weights)}: expected {len(specs)} positive numbers, one "
@@ -430,7 +490,8 @@ def _read(
         try:
             row = decoded(get())
             if options.roles:
-                row = with_roles(row, options.roles)
+                row, before = with_roles(row, options.roles), row
+                counts[RENAMED] += row != before
             read = formats.read(row, format, chat=chat)
         except RowError as error:
             if options.invalid == "error" and not isinstance(error, TranscriptError):
@@ -487,11 +548,14 @@ def _row(source: Source, index: int, columns: Mapping[str, str]) -> Row:
     return _rename(source[index], columns, source.where(index))
 
 
-def _reshape(example: Example, options: DataOptions) -> list[Example]:
+def _reshape(
+    example: Example, options: DataOptions, counts: collections.Counter[str]
+) -> list[Example]:
     """Make what ``strings`` and ``turns`` ask for of an example as it was read."""
     prompt, responses = example.prompt, example.responses
     if options.strings == "messages" and isinstance(prompt, str) and prompt:
         prompt = ({"role": "user", "content": prompt},)
+        counts[ASKED] += 1
     example = dataclasses.replace(example, prompt=prompt)
     response = responses[0] if len(responses) == 1 else ""
     if options.turns == "all" or isinstance(prompt, str) or isinstance(response, str):
@@ -504,6 +568,7 @@ def _reshape(example: Example, options: DataOptions) -> list[Example]:
     ]
     if not answers:
         return [example]  # nothing to learn: dropped, and counted, when it is tokenized
+    counts[SPLIT] += len(answers) > 1
     # the turns before an answer become its context; what follows it is left out
     return [
         dataclasses.replace(

@@ -268,6 +268,26 @@ FORMATS: Mapping[str, Format] = {
     "scored_completions": Format(
         "ranked", ("instruction", "completions"), published.read_scored_completions
     ),
+    "openai_pairs": Format(
+        "pairs", ("input", "preferred_output", "non_preferred_output"), published.read_openai_pairs
+    ),
+    "preference_strength": Format(
+        "ranked",
+        (
+            "prompt|context",
+            "response_1|response1",
+            "response_2|response2",
+            "preference_strength|overall_preference",
+        ),
+        published.read_strength,
+    ),
+    "ranked_answers": Format(
+        "ranked", ("prompt", "answers[]", "num_responses"), published.read_ranked_answers
+    ),
+    "webgpt": Format(
+        "ranked", ("question", "answer_0", "answer_1", "score_0", "score_1"), published.read_webgpt
+    ),
+    "arena": Format("ranked", ("conversation_a", "conversation_b", "winner"), published.read_arena),
     "prm800k": Format("stepwise", ("question", "label", "labeler"), steps.read_prm800k),
     "math_shepherd": Format("stepwise", ("input", "label", "task"), steps.read_math_shepherd),
     # fields that say what they are

@@ -2,7 +2,8 @@
 """Readers of public data sets and of programs' files whose fields are their own.
 
 Field names: HALOs (ContextualAI/HALOs, commit 4831988: train/sample.py, label.py, data.py),
-Open-Assistant's message trees, SHP, PKU-SafeRLHF, OpenAI's summary comparisons, UltraFeedback.
+Open-Assistant's message trees, SHP, PKU-SafeRLHF, OpenAI's summary comparisons, WebGPT and files
+of preferences for its service, UltraFeedback, HelpSteer, Nectar, Chatbot Arena.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from align_jax.core.schema import Example, Message
-from align_jax.data.messages import Row, given, kind_of, text_of, user
+from align_jax.data.messages import Row, given, kind_of, messages, text_of, user
 from align_jax.data.rows import (
     about,
+    as_messages,
     choice_of,
     label_of,
     number_of,
@@ -23,8 +25,9 @@ from align_jax.data.rows import (
     prompt_of,
     response_of,
     system_of,
+    with_system,
 )
-from align_jax.data.transcripts import RowError, asking
+from align_jax.data.transcripts import RowError, asking, is_transcript, split_messages, turns
 
 
 def _text(row: Row, name: str) -> str:
@@ -196,3 +199,69 @@ def read_scored_completions(row: Row, chat: bool) -> Example:
         **about(row, "instruction", "completions"),
     )
     return order(example, {"scores": [one["overall_score"] for one in completions]})
+
+
+def read_openai_pairs(row: Row, chat: bool) -> Example:
+    """Read a file of preferences as OpenAI's service takes them: input (messages and tools),
+    preferred_output, non_preferred_output."""
+    (inner,) = _dicts([row["input"]], "input")
+    row, sides = {**row, **inner}, ("preferred_output", "non_preferred_output")
+    prompt = with_system(row, messages(row.get("messages"), "input.messages"))
+    responses = tuple(response_of(row[side], prompt, side) for side in sides)
+    return Example(prompt, responses, **about(row, "input", "messages", *sides))
+
+
+def read_strength(row: Row, chat: bool) -> Example:
+    """Read HelpSteer2's and HelpSteer3's preferences: two responses, and from -3 to 3 by how much
+    the second is the better one; 0 is no preference."""
+    prompt_name = given(row, "prompt", "context")
+    names = given(row, "response_1", "response1"), given(row, "response_2", "response2")
+    strength = given(row, "preference_strength", "overall_preference")
+    known, prompt = about(row, prompt_name, *names, strength), prompt_of(row, prompt_name)
+    if isinstance(prompt, str):
+        texts = [_text(row, name) for name in names]
+        example = Example(*asking(user(prompt), texts, chat=chat), **known)
+    else:
+        answers = tuple(response_of(row[name], prompt, name) for name in names)
+        example = Example(as_messages(prompt, answers), answers, **known)
+    return order(example, {"scores": [0.0, _number(row, strength)]})
+
+
+def read_ranked_answers(row: Row, chat: bool) -> Example:
+    """Read Nectar: a prompt, perhaps a transcript, and answers with a rank each (1 is best)."""
+    text, answers = _text(row, "prompt"), _dicts(row["answers"], "answers")
+    asked = turns(text) if is_transcript(text) else user(text.strip())
+    if asked and asked[-1] == {"role": "assistant", "content": ""}:
+        asked = asked[:-1]
+    responses = [_text(one, "answer").strip() for one in answers]
+    example = Example(*asking(asked, responses, chat=chat), **about(row, "prompt", "answers"))
+    return order(example, {"ranks": [one.get("rank") for one in answers]})
+
+
+def read_webgpt(row: Row, chat: bool) -> Example:
+    """Read WebGPT's comparisons: question.full_text, two answers, and a score of each from -1 to
+    1; equal ones are no preference."""
+    (question,) = _dicts([row["question"]], "question")
+    sides = ("answer_0", "answer_1"), ("score_0", "score_1")
+    responses = [_text(row, name).strip() for name in sides[0]]
+    asked = user(text_of(question.get("full_text"), "question.full_text").strip())
+    known = about(row, "question", *sides[0], *sides[1])
+    example = Example(*asking(asked, responses, chat=chat), **known)
+    return order(example, {"scores": [_number(row, name) for name in sides[1]]})
+
+
+_WINS = {"model_a": [1, 0], "model_b": [0, 1], "tie": [0, 0]}
+
+
+def read_arena(row: Row, chat: bool) -> Example:
+    """Read Chatbot Arena's votes: two conversations that begin alike, and which won; a tie is no
+    preference."""
+    sides = ("conversation_a", "conversation_b")
+    winner = _text(row, "winner")
+    won = "tie" if winner.startswith("tie") or winner == "both_bad" else winner
+    if won not in _WINS:
+        raise RowError(f"winner: expected {', '.join(_WINS)} or both_bad", f"got {winner!r:.40}")
+    prompt, *rests = split_messages(*(messages(row[side], side) for side in sides))
+    responses = tuple(response_of(rest, (), side) for rest, side in zip(rests, sides))
+    example = Example(with_system(row, prompt), responses, **about(row, *sides, "winner"))
+    return order(example, {"scores": _WINS[won]})

@@ -481,7 +481,7 @@ def read_data(
     def sources(names: str) -> list[str | Source]:
         return [(given or {}).get(name, name) for name in names.split(",")]
 
-    examples = load(sources(d.train), weights=d.weights)
+    examples = load(sources(d.train), weights=d.weights, strict=True)
     _check_columns(resolved.terms, examples)
     if held_out := d.eval or (synthetic.eval_split(d.train) if d.eval_fraction else ""):
         return examples, load(sources(held_out), limit=config.eval.max_examples or None)

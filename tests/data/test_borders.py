@@ -31,11 +31,11 @@ CALL = {"type": "function", "function": {"name": "search", "arguments": {"q": "x
 TOOLS = [{"type": "function", "function": {"name": "search", "parameters": {}}}]
 
 
-def load(tmp_path, rows, kind="pairs", *, raw=None, name="data.jsonl", **options):
+def load(tmp_path, rows, kind="pairs", *, raw=None, name="data.jsonl", strict=False, **options):
     path = tmp_path / name
     data = raw if raw is not None else "".join(json.dumps(row) + "\n" for row in rows).encode()
     path.write_bytes(data)
-    return datasets.load([str(path)], kind, DataOptions(**options), chat=True)
+    return datasets.load([str(path)], kind, DataOptions(**options), chat=True, strict=strict)
 
 
 # row, kind, prompt, responses
@@ -467,6 +467,45 @@ def test_the_columns_that_a_message_names_make_the_row_whole(tmp_path, name):
     assert (found.prompt, found.responses) == (prompt, responses)
 
 
+TURNS = {"messages": [U("a"), A("b"), U("c"), A("d")]}
+RANKED = {"prompt": "q", "responses": ["a", "b", "c"], "scores": [3, 2, 0]}
+LABELED = {"prompt": "q", "completion": "a", "label": True}
+# a row, kind, options that make something of it, a row of which they make nothing, why
+EFFECTS = [
+    ({**P}, "pairs", {"strings": "messages"}, {**P, "prompt": [U("q")]}, "no prompt is a mere"),
+    (TURNS, "completions", {"turns": "each"}, {"messages": [U("a"), A("b")]}, "several answers"),
+    (TURNS, "completions", {"turns": "last"}, {"messages": [U("a"), A("b")]}, "several answers"),
+    (
+        {"messages": [{"role": "Bo", "content": "q"}, A("a")]},
+        "completions",
+        {"roles": {"bo": "user"}},
+        {"messages": [U("q"), A("a")]},
+        "no turn has the role bo",
+    ),
+    (RANKED, "pairs", {"pairing": "all"}, P, "made of several answers; the data are pairs"),
+    (RANKED, "pairs", {"min_difference": 1.5}, P, "no pair has the scores"),
+    ({**P, "score_chosen": 2, "score_rejected": 0}, "pairs", {"min_difference": 1.0}, P, "scores"),
+    (RANKED, "unpaired", {"threshold": "1"}, LABELED, "made of scores; the data are unpaired"),
+]
+
+
+@pytest.mark.parametrize("row, kind, options, other, why", EFFECTS)
+def test_an_option_that_makes_nothing_of_the_data_is_refused(
+    tmp_path, row, kind, options, other, why
+):
+    ((name, value),) = options.items()
+    assert load(tmp_path, [row], kind, strict=True, **options).items
+    with pytest.raises(ValueError, match=rf"config\.data\.{name} = .* has no effect: .*{why}"):
+        load(tmp_path, [other], kind, strict=True, **options)
+    assert load(tmp_path, [other], kind, **options).items  # given for other examples
+
+
+def test_pairs_whose_scores_are_near_are_left_out(tmp_path):
+    rows = [{**P, "score_chosen": 2, "score_rejected": worse} for worse in (0, 1.5)]
+    found = load(tmp_path, rows, min_difference=0.5)
+    assert len(found) == 1 and found.report["dropped: min_difference"] == 1
+
+
 _FEEDBACK = {"type": "pairwise_feedback", "output_A": "c", "output_B": "r", "label": 1}
 _PAIRS = {  # a row of pairs, the columns of its two scores
     "prompt": (P, "score_chosen", "score_rejected"),
@@ -736,6 +775,35 @@ def test_tools_calls_and_reasoning_reach_the_template():
 def test_what_a_template_does_not_render_is_an_error(response, given, name):
     with pytest.raises(ValueError, match=f"does not render {name}"):
         render(PLAIN, [U("q")], response, **given)
+
+
+PARALLEL = (A("", tool_calls=[CALL, {**CALL, "id": "2"}]),)
+FIRST_CALL = WHOLE.replace("m.tool_calls or []", "(m.tool_calls or [])[:1]")
+ANSWERS_A_CALL = FIRST_CALL.replace(  # as harmony's template does
+    "<|{{ m.role }}|>",
+    "{% if m.role == 'tool' and not messages[loop.index0 - 1].tool_calls %}"
+    "{{ raise_exception('nothing was called') }}{% endif %}<|{{ m.role }}|>",
+)
+
+
+def test_each_of_several_calls_is_rendered_or_the_template_refused():
+    assert "CALL search" in render(WHOLE, [U("q")], PARALLEL).responses[0][0].text
+    with pytest.raises(ValueError, match="does not render one of several tool_calls"):
+        render(FIRST_CALL, [U("q")], PARALLEL)
+
+
+def test_a_template_that_refuses_a_tools_answer_without_its_call_reads_the_call():
+    turns = [U("q"), A("", tool_calls=[CALL]), {"role": "tool", "content": "3"}]
+    (spans,) = render(ANSWERS_A_CALL, turns, "three").responses
+    assert [span.text for span in spans] == ["three<|end|>"]
+
+
+def test_the_white_space_around_reasoning_is_the_templates_to_set():
+    sets = PLAIN.replace("{{ m.content }}", "{{ m.content | replace('<think>', '<think>\\n') }}")
+    assert sets != PLAIN
+    found = render(sets, [U("q")], "<think>add</think>4")
+    assert found.responses[0][0].text == "<think>\nadd</think>4<|end|>"
+    assert found.notes == ("answers whose white space around reasoning the chat template sets",)
 
 
 def test_an_answer_that_goes_on_with_the_prompts_own_is_refused():

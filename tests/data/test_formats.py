@@ -266,6 +266,71 @@ CASES = [
         {"scores": (8.5, 3.0)},
     ),
     (
+        "openai_pairs",
+        {
+            "input": {"messages": [S("s"), U("p")], "tools": [], "parallel_tool_calls": True},
+            "preferred_output": [A("c")],
+            "non_preferred_output": [A("r")],
+        },
+        (S("s"), U("p")),
+        ("c", "r"),
+        {},
+    ),
+    (
+        "preference_strength",
+        {"prompt": "p", "response_1": "r", "response_2": "c", "preference_strength": 2},
+        (U("p"),),
+        ("c", "r"),
+        {"scores": (2.0, 0.0)},
+    ),
+    (
+        "preference_strength",
+        {
+            "context": [U("p"), A("x"), U("q")],
+            "response1": "c",
+            "response2": "r",
+            "overall_preference": -1,
+        },
+        (U("p"), A("x"), U("q")),
+        ("c", "r"),
+        {"scores": (0.0, -1.0)},
+    ),
+    (
+        "ranked_answers",
+        {
+            "prompt": "\n\nHuman: p\n\nAssistant: ",
+            "answers": [{"answer": "b", "rank": 2.0}, {"answer": "a", "rank": 1.0}],
+            "num_responses": 2,
+        },
+        (U("p"),),
+        ("a", "b"),
+        {},
+    ),
+    (
+        "webgpt",
+        {
+            "question": {"full_text": "p", "id": "i"},
+            "answer_0": "r",
+            "answer_1": "c",
+            "score_0": -0.5,
+            "score_1": 0.5,
+        },
+        (U("p"),),
+        ("c", "r"),
+        {"scores": (0.5, -0.5)},
+    ),
+    (
+        "arena",
+        {
+            "conversation_a": [U("p"), A("r"), U("q"), A("s")],
+            "conversation_b": [U("p"), A("c"), U("q"), A("d")],
+            "winner": "model_b",
+        },
+        (U("p"),),
+        ((A("c"), U("q"), A("d")), (A("r"), U("q"), A("s"))),
+        {"scores": (1.0, 0.0)},
+    ),
+    (
         "stepwise",
         {"prompt": "p", "completions": ["a", "b", "c"], "labels": [True, 0.25, None]},
         "p",
@@ -545,7 +610,7 @@ MISTAKES = [
         {"invalid": "drp"},
         "config.data.invalid = 'drp' is unknown; did you mean 'drop'",
     ),
-    ("weights", [GOOD], {"weights": [1.0, 2.0]}, "expected 1 positive numbers, one a source"),
+    ("weights", [GOOD], {"weights": [1.0, 2.0]}, "no effect: the shares are of several"),
 ]
 
 

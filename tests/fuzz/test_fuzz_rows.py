@@ -142,6 +142,27 @@ ROWS = {
         "instruction": w("u"),
         "completions": [{"response": w("a"), "overall_score": w.number()} for _ in range(3)],
     },
+    "openai_pairs": lambda w: {
+        "input": {"messages": [w.turn("s"), w.turn("u")], "tools": []},
+        "preferred_output": [w.turn("a")], "non_preferred_output": [w.turn("a")],
+    },
+    "preference_strength": lambda w: {
+        "context": (prompt := w.prompt()), "response1": w.answer(prompt),
+        "response2": w.answer(prompt), "overall_preference": w.number(),
+    },
+    "ranked_answers": lambda w: {
+        "prompt": f"\n\nHuman: {w('u')}\n\nAssistant: ", "num_responses": 2,
+        "answers": [{"answer": w("a"), "rank": w.number()} for _ in range(2)],
+    },
+    "webgpt": lambda w: {
+        "question": {"full_text": w("u")}, "answer_0": w("a"), "answer_1": w("a"),
+        "score_0": w.number(), "score_1": w.number(),
+    },
+    "arena": lambda w: {
+        "conversation_a": [(asked := w.turn("u")), w.turn("a")],
+        "conversation_b": [asked, w.turn("a")],
+        "winner": w.draw(st.sampled_from(("model_a", "model_b", "tie (bothbad)"))),
+    },
     "ranked": lambda w: {"prompt": (prompt := w.prompt()), **w.ranked("ranks", prompt)},
     "question_ranked": lambda w: {"question": w("u"), **w.ranked("scores", "")},
     "pairs": pairs,
