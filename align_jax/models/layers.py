@@ -19,6 +19,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from flax.core import meta
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from align_jax.models.config import ModelConfig
@@ -28,6 +29,7 @@ from align_jax.models.roles import Role
 
 Init = Callable[[jax.Array, tuple[int, ...]], jax.Array]  # (key, shape) -> float32
 Stored = jax.Array | Quantized  # what may stand in a tree of parameters
+UNMOVED = 1e-6  # how far from 1 DoRA's factor may be for the rounding of a norm alone
 
 ACTIVATIONS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -128,10 +130,13 @@ class Linear(nn.Module):
             shape, axes = (len(self.tokens), *self.inputs), ("rank", *self.axes[:count])
             rows = parameter(self, "rows", normal(self.init_std), shape, axes, Role("adapter"))
             kernel = with_rows(array(kernel, self.dtype), rows, self.tokens, 1)
+        # what an adapter adds is small: it is summed with the product before both are rounded
+        exact = jnp.dtype(jnp.float32)
+        sums, narrow = (self.result, None) if self.lora is None else (exact, self.dtype)
         if isinstance(kernel, Quantized):
-            y = product(x, kernel, count)
+            y = product(x, kernel, count, sums, narrow)
         else:
-            y = contract(x, array(kernel, self.dtype), count, self.result)
+            y = contract(x, array(kernel, self.dtype), count, sums, None if self.result else narrow)
         if self.lora is not None:
             y = self._adapt(self.lora, x, y, kernel)
         if self.bias:
@@ -141,7 +146,8 @@ class Linear(nn.Module):
         return y
 
     def matrix(self) -> Float[Array, "*inputs_and_outputs"]:
-        """Return the map as one kernel in the compute type, its adapter folded in."""
+        """Return the map as one kernel: in the compute type, with an adapter folded in float32, for
+        what the adapter adds would be lost in narrower weights."""
 
         def stored(name: str, dtype: jnp.dtype) -> jax.Array:
             value: Stored = self.get_variable("params", name)
@@ -155,9 +161,10 @@ class Linear(nn.Module):
         if self.lora.dora:
             norm = column_norm(kernel, down, up, self.lora.scale)
             whole = whole * _aligned(stored("lora_m", exact) / norm, whole)
-        return whole.astype(self.dtype)
+        return whole
 
     def _adapt(self, lora: LoraConfig, x: jax.Array, y: jax.Array, kernel: Stored) -> jax.Array:
+        """Add to a product in float32 what the adapter makes of x, and round the sum."""
         count = len(self.inputs)
         inward, outward = Role("adapter", inputs=count), Role("adapter", inputs=1)
         bound = 1 / math.sqrt(math.prod(self.inputs))
@@ -168,16 +175,25 @@ class Linear(nn.Module):
         if lora.dropout and self.has_rng("dropout"):
             x = nn.Dropout(lora.dropout)(x, deterministic=False)
         inside = contract(x, array(down, self.dtype), count)
-        delta = (contract(inside, array(up, self.dtype), 1) * lora.scale).astype(y.dtype)
+        y = y + lora.scale * contract(inside, array(up, self.dtype), 1, y.dtype, self.dtype)
         if not lora.dora:
-            return y + delta
+            return self._rounded(y)
         axes = self.axes[count:]
         magnitude = parameter(self, "lora_m", ones, self.outputs, axes, outward.vector())
         # the norm is a constant for the gradient (Liu et al. 2024, DoRA, arXiv 2402.09353, section
         # 4.3)
         norm = column_norm(*jax.lax.stop_gradient((kernel, down, up)), lora.scale)
-        factor = (magnitude.astype(jnp.float32) / norm).astype(y.dtype)
-        return (y + delta) * _aligned(factor, y)
+        factor = _aligned(magnitude.astype(jnp.float32) / norm, y)
+        held = jax.lax.stop_gradient(factor)
+        # one exactly, where it has not moved, in whatever order the squares were summed
+        constant = jnp.where(jnp.abs(held - 1) < UNMOVED, 1.0, held)
+        # nothing but its gradient, which is taken with the states that are kept in any case
+        moved = (factor - held) * jax.lax.stop_gradient(self._rounded(y)).astype(y.dtype)
+        return self._rounded(y * constant + moved)
+
+    def _rounded(self, y: jax.Array) -> jax.Array:
+        """Round sums to the result's type; a rematerialization policy keeps what is rounded."""
+        return checkpoint_name(y.astype(self.result or self.dtype), "sum")
 
 
 def _aligned(vector: jax.Array, y: jax.Array) -> jax.Array:
@@ -185,12 +201,16 @@ def _aligned(vector: jax.Array, y: jax.Array) -> jax.Array:
     return jnp.expand_dims(vector, tuple(range(y.ndim - vector.ndim)))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def contract(
-    x: jax.Array, kernel: jax.Array, count: int, result: jnp.dtype | None = None
+    x: jax.Array,
+    kernel: jax.Array,
+    count: int,
+    result: jnp.dtype | None = None,
+    narrow: jnp.dtype | None = None,
 ) -> jax.Array:
     """Contract the last ``count`` axes of x with the first of the kernel; ``result`` is the sums'
-    type if another.
+    type if another, ``narrow`` their gradient's where they are rounded to it afterwards.
 
     Its gradients are those of the product; on a CPU the kernel's is written so that the narrower of
     the states and of their gradient is transposed.  The compiler would take the latter together
@@ -200,7 +220,7 @@ def contract(
 
 
 def _contract_forward(
-    x: jax.Array, kernel: jax.Array, count: int, result: jnp.dtype | None
+    x: jax.Array, kernel: jax.Array, count: int, result: jnp.dtype | None, narrow: jnp.dtype | None
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     # not the function itself: a rematerialization policy is to see the product
     y = jnp.tensordot(x, kernel, axes=count, preferred_element_type=result)
@@ -208,11 +228,17 @@ def _contract_forward(
 
 
 def _contract_backward(
-    count: int, result: jnp.dtype | None, saved: tuple[jax.Array, jax.Array], dy: jax.Array
+    count: int,
+    result: jnp.dtype | None,
+    narrow: jnp.dtype | None,
+    saved: tuple[jax.Array, jax.Array],
+    dy: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     x, kernel = saved
+    if narrow is not None:
+        dy, result = dy.astype(narrow), None
     rows, outputs = tuple(range(x.ndim - count)), kernel.ndim - count
-    narrow = math.prod(kernel.shape[:count]) <= math.prod(kernel.shape[count:])
+    inward = math.prod(kernel.shape[:count]) <= math.prod(kernel.shape[count:])
     product = functools.partial(jax.lax.dot_general, preferred_element_type=result)
 
     def states_first(x: jax.Array, dy: jax.Array) -> jax.Array:
@@ -224,7 +250,7 @@ def _contract_backward(
 
     over = tuple(range(len(rows), dy.ndim)), tuple(range(count, kernel.ndim))
     dx = product(dy, kernel, (over, ((), ())))
-    on_cpu = states_first if narrow else gradient_first
+    on_cpu = states_first if inward else gradient_first
     d_kernel = jax.lax.platform_dependent(x, dy, cpu=on_cpu, default=gradient_first)
     return dx.astype(x.dtype), d_kernel.astype(kernel.dtype)
 

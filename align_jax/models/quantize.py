@@ -234,24 +234,35 @@ def _resized(kernel: Any, changes: Mapping[int, int], dtype: Any) -> jax.ShapeDt
     return jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=sharding)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def product(x: jax.Array, kernel: Quantized, count: int) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def product(
+    x: jax.Array,
+    kernel: Quantized,
+    count: int,
+    result: jnp.dtype | None = None,
+    narrow: jnp.dtype | None = None,
+) -> jax.Array:
     """Contract the last ``count`` axes of x with the first of a quantized kernel; the kernel gets
-    no gradient.
+    no gradient.  ``result`` and ``narrow`` are types, as ``layers.contract`` has them.
 
     What is kept for the backward pass is the codes: without this, every layer's kernel would be
     kept at full size.
     """
-    return jnp.tensordot(x, kernel.astype(x.dtype), axes=count)
+    return jnp.tensordot(x, kernel.astype(x.dtype), axes=count, preferred_element_type=result)
 
 
-def _forward(x: jax.Array, kernel: Quantized, count: int) -> tuple[jax.Array, Quantized]:
-    return product(x, kernel, count), kernel
+def _forward(
+    x: jax.Array, kernel: Quantized, count: int, result: jnp.dtype | None, narrow: jnp.dtype | None
+) -> tuple[jax.Array, Quantized]:
+    return product(x, kernel, count, result, narrow), kernel
 
 
-def _backward(count: int, kernel: Quantized, dy: jax.Array) -> tuple[jax.Array, None]:
+def _backward(
+    count: int, result: jnp.dtype | None, narrow: jnp.dtype | None, kernel: Quantized, dy: jax.Array
+) -> tuple[jax.Array, None]:
     outputs = range(count, kernel.ndim)
     over = (tuple(range(dy.ndim - len(outputs), dy.ndim)), tuple(outputs))
+    dy = dy.astype(narrow or dy.dtype)
     return jnp.tensordot(dy, kernel.astype(dy.dtype), axes=over), None
 
 

@@ -138,11 +138,13 @@ class LatentAttention(nn.Module):
         if cache is not None and rows.slots is not None:
             (latents, keys), allowed, cache = _extended((latent, key), layer, rows, cache, c)
             kernel = expand.matrix()  # [rank, H, still + v]
-            inward = jnp.einsum("NTHs,cHs->NTHc", q[..., :still], kernel[..., :still])
+            wide = q[..., :still].astype(kernel.dtype)
+            inward = jnp.einsum("NTHs,cHs->NTHc", wide, kernel[..., :still]).astype(q.dtype)
             q = jnp.concatenate([inward, q[..., still:]], axis=-1)
             keys = jnp.concatenate([latents, keys], axis=-1)
             y = attentions.weighted(q, keys, latents, allowed, scale=c.query_scale)
-            y = jnp.einsum("NTHc,cHv->NTHv", y, kernel[..., still:])
+            y = jnp.einsum("NTHc,cHv->NTHv", y.astype(kernel.dtype), kernel[..., still:])
+            y = y.astype(o.dtype)
         else:
             cache = cache and _filled((latent, key), layer, rows, cache)
             made = expand(latent[:, :, 0])

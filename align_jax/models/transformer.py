@@ -47,7 +47,11 @@ from align_jax.parallel.sharding import constrain
 REMAT: Mapping[str, Callable[..., Any]] = {
     "none": checkpoint_policies.everything_saveable,
     "full": checkpoint_policies.nothing_saveable,
-    "dots": checkpoint_policies.dots_with_no_batch_dims_saveable,
+    # of an adapted map the rounded sum, which makes its products in float32 needless
+    "dots": checkpoint_policies.save_from_both_policies(
+        checkpoint_policies.dots_with_no_batch_dims_saveable,
+        checkpoint_policies.save_only_these_names("sum"),
+    ),
     "attention": checkpoint_policies.save_only_these_names("attention"),
 }
 
@@ -383,8 +387,9 @@ class Embedding(nn.Module):
             x = jnp.take(constrain(self.table(), "vocab", "features"), tokens, axis=0)
             if self.lora is not None and self.adapted:
                 down = constrain(array(self.down, self.dtype), "vocab", None)
-                inside = jnp.take(down, tokens, axis=0)
-                x = x + self.lora.scale * contract(inside, array(self.up, self.dtype), 1)
+                inside, exact = jnp.take(down, tokens, axis=0), jnp.dtype(jnp.float32)
+                delta = contract(inside, array(self.up, self.dtype), 1, exact, self.dtype)
+                x = (x.astype(exact) + self.lora.scale * delta).astype(self.dtype)
             if c.embed_scale != 1:
                 x = x * jnp.asarray(c.embed_scale, self.dtype)
             if c.learned_positions:
