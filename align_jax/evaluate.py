@@ -39,7 +39,7 @@ from align_jax.inference.samplers import Sampling
 from align_jax.models.model import LoadedModel
 from align_jax.online.judges import TOTAL_SECONDS, PairJudge
 from align_jax.online.rewards import WeightedRewards, from_json, resolve
-from align_jax.parallel import distributed
+from align_jax.parallel import compile_cache, distributed
 from align_jax.parallel.mesh import make_mesh
 from align_jax.runs import command
 from align_jax.runs import trained as trained_runs
@@ -278,6 +278,7 @@ def main(argv: Sequence[str]) -> None:
     check_flags()
     written, kept = command.output_path("json"), command.output_path("answers")
     distributed.start()
+    compile_cache.keep()
     rewards = None
     if values.rewards:
         rewards = resolve(from_json(values.rewards), load_model=load_model)

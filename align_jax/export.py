@@ -23,7 +23,7 @@ from align_jax.data.tokenizer import load_tokenizer
 from align_jax.interop import hf, hub, peft
 from align_jax.interop.carried import carry, carry_tokenizer
 from align_jax.models.lora import fold
-from align_jax.parallel import distributed
+from align_jax.parallel import compile_cache, distributed
 from align_jax.runs import card, command
 from align_jax.runs.trained import Trained, restore
 
@@ -171,6 +171,7 @@ def main(argv: Sequence[str]) -> None:
     if values.push_to_hub:
         hub.check(values.push_to_hub)
     distributed.start()
+    compile_cache.keep()
     if values.model:
         export_model(values.model, values.output, dtype=values.dtype)
         what = values.model

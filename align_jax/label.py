@@ -44,7 +44,7 @@ from align_jax.online.rewards import (
     resolve,
 )
 from align_jax.online.selection import resolve_threshold
-from align_jax.parallel import distributed
+from align_jax.parallel import compile_cache, distributed
 from align_jax.runs import command
 from align_jax.runs.weights import load_model
 
@@ -424,6 +424,7 @@ def main(argv: Sequence[str]) -> None:
     """Run from the command line."""
     values = flags.FLAGS
     distributed.start()
+    compile_cache.keep()
     samples = read_samples(values.samples)
     if values.rewards:
         rewards = resolve(from_json(values.rewards), load_model=load_model)

@@ -33,7 +33,7 @@ from align_jax.inference import engines
 from align_jax.inference.generate import Completion, Generator, Request
 from align_jax.inference.samplers import Sampling
 from align_jax.interop import hf
-from align_jax.parallel import distributed
+from align_jax.parallel import compile_cache, distributed
 from align_jax.parallel.mesh import make_mesh, row_shards
 from align_jax.runs import command
 from align_jax.runs import trained as trained_runs
@@ -410,6 +410,7 @@ def main(argv: Sequence[str]) -> None:
         values.temperature, values.top_k, values.top_p, values.min_p, values.repetition_penalty
     )
     distributed.start()
+    compile_cache.keep()
     rows = 1 if values.chat else values.rows
     template = values.chat_template or None
     max_length = values.max_length or None

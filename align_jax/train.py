@@ -14,12 +14,14 @@ from collections.abc import Sequence
 from absl import flags
 from ml_collections import config_flags
 
-from align_jax.runs import command, loop
+from align_jax.runs import command
 
 
 def main(argv: Sequence[str]) -> None:
     """Run from the command line."""
     command.output_path("workdir", folder=True)
+    from align_jax.runs import loop  # here, because importing it takes seconds
+
     loop.train(flags.FLAGS.config, flags.FLAGS.workdir)
 
 

@@ -772,7 +772,12 @@ class DebugOptions(Checked):
         (), "(first, last): write a profiler trace of these steps to WORKDIR/profile"
     )
     dump_hlo: bool = option(False, "write the compiled step's text to WORKDIR/hlo")
-    compile_cache: str = option("", "directory of the persistent compilation cache")
+    compile_cache: str = option(
+        "auto",
+        "folder that keeps compiled programs for the next start; auto = align_jax/programs in the "
+        "user's cache folder, or JAX_COMPILATION_CACHE_DIR (several CPU devices or processes keep "
+        "none); '' = none",
+    )
     memory_profile_step: int = option(
         -1, "write a device memory profile after this step; -1 = never", low=-1
     )

@@ -65,6 +65,8 @@ def run(main: Callable[[Sequence[str]], None], *, arguments: str = "") -> NoRetu
     if any(word in HELP for word in sys.argv[1:]):
         print(usage(program, arguments))
         sys.exit(0)
+    if spec and sys.stderr.isatty() and not hasattr(sys.modules["__main__"], "CALLED"):
+        print(f"{program} ...", file=sys.stderr, flush=True)  # what is imported next takes seconds
     if isinstance(sys.stdout, io.TextIOWrapper):  # no terminal has every character
         sys.stdout.reconfigure(errors="backslashreplace")
     debug = "--debug" in sys.argv[1:]

@@ -22,7 +22,6 @@ import yaml
 from absl import flags
 from ml_collections import ConfigDict
 
-from align_jax import losses
 from align_jax.core import config as configs
 from align_jax.core.choose import nearest
 from align_jax.core.options import LENGTHS, Config
@@ -87,6 +86,8 @@ def find(path: str, *argument: str) -> tuple[str, ...]:
     Raises:
         ConfigMistake: there is none, with the nearest.
     """
+    from align_jax import losses  # here, as below, because importing JAX takes a second
+
     file, known = pathlib.Path(path), recipes()
     if file.is_file():
         return (path, *argument)
@@ -199,6 +200,8 @@ def _fill(
         what = f"config.{prefix.rstrip('.')} is a group" if prefix else "expected a mapping"
         raise mistake(node, f"{what} of keys, such as seed: 0; got {node.value!r:.60}")
     if prefix == "objective.":  # its own options stand beside its name
+        from align_jax import losses
+
         named = [value.value for key, value in node.value if key.value == "name"]
         try:
             config.update(losses.options(named[0] if named else config.name))
@@ -290,6 +293,8 @@ def _change(config: ConfigDict, values: Mapping[str, Any], prefix: str, known: C
     """Put values into a group of keys; what is an empty dict by default is the user's own, and is
     replaced."""
     if prefix == "objective.":  # its own options stand beside its name
+        from align_jax import losses
+
         name = values.get("name", config.name)
         try:
             own = losses.options(str(name))

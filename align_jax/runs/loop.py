@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -25,7 +23,7 @@ from align_jax.data.sources import Source
 from align_jax.interop import hf
 from align_jax.models.lora import merge
 from align_jax.online.rollout import Rollouts, Weights
-from align_jax.parallel import distributed
+from align_jax.parallel import compile_cache, distributed
 from align_jax.parallel.chips import peak_flops
 from align_jax.parallel.sharding import put_batch
 from align_jax.runs import weights
@@ -121,8 +119,7 @@ def train(
     """
     config = configs.read(config)
     distributed.start()
-    if config.debug.compile_cache:
-        _keep_programs(config.debug.compile_cache)
+    compile_cache.keep(config.debug.compile_cache)
     run = prepare(config, workdir, given=given)
     config = run.config  # with what the run's first start has fixed
     main_process = distributed.is_main()
@@ -174,25 +171,6 @@ def train(
         finally:
             batches.close()
             recorder.close()
-
-
-def _keep_programs(folder: str) -> None:
-    """Keep compiled programs in a folder for the next start.
-
-    Raises:
-        ValueError: nothing can be written there, of which JAX would warn at each program.
-    """
-    if "://" not in folder:
-        try:
-            os.makedirs(folder, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                pass
-        except OSError as error:
-            raise ValueError(
-                f"config.debug.compile_cache = {folder!r}: cannot write there ({error.strerror}); "
-                "name another folder, or '' to keep nothing"
-            ) from error
-    jax.config.update("jax_compilation_cache_dir", folder)
 
 
 def loop(

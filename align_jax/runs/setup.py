@@ -45,6 +45,7 @@ from align_jax.models.config import ModelConfig
 from align_jax.models.lora import LoraConfig
 from align_jax.online.config import RolloutConfig, is_online, make_rollout_config
 from align_jax.online.rollout import Rollouts, make_rollouts
+from align_jax.parallel import compile_cache
 from align_jax.parallel.mesh import AXES, make_mesh, mesh_shape, row_shards
 from align_jax.runs import memory, vocabulary, weights
 from align_jax.storage import workdir as record
@@ -687,7 +688,8 @@ def prepare(
         ValueError, KeyError, FileNotFoundError: a mistake in the config, the data or the workdir.
     """
     metrics.check_installed(dataclasses.asdict(config.log))
-    if config.debug.compile_cache and jax.default_backend() == "cpu" and jax.device_count() > 1:
+    named = config.debug.compile_cache not in ("", compile_cache.AUTO)
+    if named and jax.default_backend() == "cpu" and jax.device_count() > 1:
         raise ValueError(
             f"config.debug.compile_cache = {config.debug.compile_cache!r} on {jax.device_count()} "
             "CPU devices: a program read from it would lose the order of its collectives and "

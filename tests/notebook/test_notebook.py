@@ -236,7 +236,13 @@ def test_a_run_goes_on_with_its_own_rows_alone(trained):
 
 
 def test_the_package_is_imported_at_once_and_offers_its_names():
-    light = "import sys, align_jax; dir(align_jax); assert not {'jax', 'numpy'} & set(sys.modules)"
+    light = """if True:
+        import importlib, sys, align_jax
+        dir(align_jax)
+        assert not {'jax', 'numpy'} & set(sys.modules)
+        importlib.import_module("align_jax.train")  # says its first line before slow imports
+        assert not {'jax', 'transformers'} & set(sys.modules)
+    """
     subprocess.run([sys.executable, "-c", light], check=True, timeout=60)
     assert set(align_jax.__all__) == set(align_jax._FROM) <= set(dir(align_jax))
     assert all(getattr(align_jax, name) for name in align_jax.__all__)

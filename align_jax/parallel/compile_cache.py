@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiled programs are kept on disk, so that the next start need not compile them."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import tempfile
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+
+AUTO = "auto"
+MAX_BYTES = 4 * 2**30  # of the user's cache folder: what was not used for longest goes first
+
+
+def users_folder() -> pathlib.Path:
+    """Return where programs are kept of which nothing else is said."""
+    home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    return pathlib.Path(home) / "align_jax" / "programs"
+
+
+def keep(folder: str = AUTO) -> None:
+    """Keep compiled programs in a folder, and read them from there.
+
+    Call it after ``distributed.start()``, before anything is compiled.
+
+    Args:
+        folder: a path; "" = keep none, but where JAX_COMPILATION_CACHE_DIR says; "auto" = there,
+            else in ``users_folder()``, unless it cannot be written to. Programs of several CPU
+            devices cannot be kept, and several processes need a folder that they share: of these
+            "auto" keeps none.
+
+    Raises:
+        ValueError: nothing can be written to the path, of which JAX would warn at each program.
+    """
+    named = getattr(jax.config, "jax_compilation_cache_dir", None)  # it has no types
+    if not folder or folder == AUTO and named:
+        return
+    if folder == AUTO:
+        several_cpus = jax.default_backend() == "cpu" and jax.device_count() > 1
+        if several_cpus or jax.process_count() > 1 or not _is_writable(str(users_folder())):
+            return
+        folder = str(users_folder())
+        jax.config.update("jax_compilation_cache_max_size", MAX_BYTES)
+    elif "://" not in folder and not _is_writable(folder):
+        raise ValueError(
+            f"config.debug.compile_cache = {folder!r}: cannot write there; name another folder, or "
+            "'' to keep nothing"
+        )
+    jax.config.update("jax_compilation_cache_dir", folder)
+    # a small model's hundred small programs together take longest
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    compilation_cache.reset_cache()  # where a notebook has compiled something already
+
+
+def _is_writable(folder: str) -> bool:
+    try:
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False

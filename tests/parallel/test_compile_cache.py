@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where compiled programs are kept, and where not."""
+
+import jax
+import pytest
+
+from align_jax.parallel import compile_cache
+
+KEYS = (
+    "jax_compilation_cache_dir",
+    "jax_compilation_cache_max_size",
+    "jax_persistent_cache_min_compile_time_secs",
+)
+
+
+@pytest.fixture
+def settings():
+    """JAX's settings as they were, afterwards."""
+    kept = {name: getattr(jax.config, name) for name in KEYS}
+    yield
+    for name, value in kept.items():
+        jax.config.update(name, value)
+    compile_cache.compilation_cache.reset_cache()
+
+
+@pytest.mark.parametrize(
+    "asked, named, devices, kept",
+    [
+        ("auto", "", 1, "HOME/align_jax/programs"),
+        ("auto", "", 2, ""),  # of several CPU devices none can be
+        ("auto", "theirs", 1, "theirs"),  # JAX_COMPILATION_CACHE_DIR
+        ("HOME/mine", "theirs", 1, "HOME/mine"),
+        ("", "", 1, ""),
+    ],
+)
+def test_where_programs_are_kept(settings, tmp_path, monkeypatch, asked, named, devices, kept):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(jax, "device_count", lambda: devices)
+    jax.config.update("jax_compilation_cache_dir", named or None)
+    compile_cache.keep(asked.replace("HOME", str(tmp_path)))
+    expected = kept.replace("HOME", str(tmp_path))
+    assert (jax.config.jax_compilation_cache_dir or "") == expected
+
+
+def test_a_folder_that_cannot_be_written_to_is_an_error(settings, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot write there; name another"):
+        compile_cache.keep(str(tmp_path / "file"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    jax.config.update("jax_compilation_cache_dir", None)
+    compile_cache.keep()  # nobody has asked for it
+    assert jax.config.jax_compilation_cache_dir is None
