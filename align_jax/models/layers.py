@@ -106,6 +106,7 @@ class Linear(nn.Module):
         dtype: the compute type.
         role: the kernel's.
         lora: the adapter on this map, if any.
+        exact: sum in float32 before rounding, as beside an adapter.
         result: type of y where it is not the compute type: logits are summed and kept in float32.
         tokens: outputs whose weights are trained in rows of their own.
     """
@@ -118,6 +119,7 @@ class Linear(nn.Module):
     bias: bool = False
     init_std: float = 0.02
     lora: LoraConfig | None = None
+    exact: bool = False
     result: jnp.dtype | None = None
     tokens: tuple[int, ...] = ()
 
@@ -131,14 +133,16 @@ class Linear(nn.Module):
             rows = parameter(self, "rows", normal(self.init_std), shape, axes, Role("adapter"))
             kernel = with_rows(array(kernel, self.dtype), rows, self.tokens, 1)
         # what an adapter adds is small: it is summed with the product before both are rounded
-        exact = jnp.dtype(jnp.float32)
-        sums, narrow = (self.result, None) if self.lora is None else (exact, self.dtype)
+        wide = self.exact or self.lora is not None
+        sums, narrow = (jnp.dtype(jnp.float32), self.dtype) if wide else (self.result, None)
         if isinstance(kernel, Quantized):
             y = product(x, kernel, count, sums, narrow)
         else:
             y = contract(x, array(kernel, self.dtype), count, sums, None if self.result else narrow)
         if self.lora is not None:
             y = self._adapt(self.lora, x, y, kernel)
+        elif wide:
+            y = self._rounded(y)
         if self.bias:
             names = tuple("norm" if name == "embed" else name for name in self.axes[count:])
             bias = parameter(self, "bias", zeros, self.outputs, names, self.role.vector())
@@ -333,6 +337,7 @@ class Options:
     remat: str
     attention: str
     lora: LoraConfig | None
+    beside: LoraConfig | None
     heads: tuple[str, ...]
     unembed: bool
     dropout: float
@@ -350,7 +355,7 @@ def linear(
     """Make a linear map of the layers, with its adapter if it gets one; ``target``'s end is its
     name."""
     role = Role("linear", len(inputs), target=target)
-    lora = options.lora.on(target) if options.lora is not None else None
+    lora, beside = (one.on(target) if one else None for one in (options.lora, options.beside))
     name = target.split("/")[-1]
-    std, dtype = config.init_std, options.dtype
-    return Linear(inputs, outputs, axes, dtype, role, bias, std, lora, name=name)
+    std, dtype, exact = config.init_std, options.dtype, beside is not None
+    return Linear(inputs, outputs, axes, dtype, role, bias, std, lora, exact, name=name)

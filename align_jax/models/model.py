@@ -259,6 +259,7 @@ def build(
     remat: str = "full",
     attention: str = "auto",
     lora: loras.LoraConfig | None = None,
+    beside: loras.LoraConfig | None = None,
     heads: tuple[str, ...] = (),
     unembed: bool | None = None,
     dropout: float = 0.0,
@@ -273,6 +274,8 @@ def build(
             only).
         attention: a name from ``attention.ATTENTION``, or "auto".
         lora: the policy's adapter; None for the base alone.
+        beside: of the base alone, its policy's adapter: products are rounded as there, so that
+            without what the adapter adds both give the same bits.
         heads: scalar heads: "score" (a linear map, as transformers' sequence classification),
             "value" (linear, with bias), "value_mlp" (HALOs': three layers on hidden states without
             gradient).
@@ -292,6 +295,7 @@ def build(
         remat=remat,
         attention=attention,
         lora=None,
+        beside=beside,
         heads=tuple(heads),
         unembed="score" not in heads if unembed is None else unembed,
         dropout=dropout,

@@ -90,7 +90,7 @@ def make_models(
         unembed=unembed or not all(term.scores_alone for term in terms),
     )
     other = None if reference is None else make(reference)
-    return Models(make(config, lora=lora, heads=heads), make(config), other)
+    return Models(make(config, lora=lora, heads=heads), make(config, beside=lora), other)
 
 
 def own_dtype(name: str) -> str:

@@ -122,8 +122,8 @@ def test_the_layer_is_the_papers_formula(name):
 
 @pytest.mark.parametrize("quantized", ["", "nf4"])
 @pytest.mark.parametrize("name", ["plain", "dora"])
-def test_what_an_adapter_adds_outlives_rounding_to_bfloat16(name, quantized):
-    """A tenth of the rounding's step: on the mean over many states none of it is lost."""
+def test_an_adapter_outlives_rounding_to_bfloat16_and_untrained_changes_no_bit(name, quantized):
+    """What it adds is a tenth of the rounding's step: on the mean none of it is lost."""
     lora, draw = LoraConfig(4, dora=name == "dora"), np.random.default_rng(4)
     x = jnp.asarray(draw.normal(size=(1024, 64)), jnp.bfloat16)
     leaves = {
@@ -141,15 +141,21 @@ def test_what_an_adapter_adds_outlives_rounding_to_bfloat16(name, quantized):
         factor = 1 + draw.normal(size=64) * 3e-4
         leaves["lora_m"] = jnp.linalg.norm(kernel, axis=0) * jnp.asarray(factor, jnp.float32)
 
-    def change(dtype):
+    def change(dtype, leaves=leaves):
         """What the adapter changes of y."""
         args = (64,), (64,), ("embed", "ffn"), jnp.dtype(dtype), Role("linear", inputs=1)
         base, adapted = (
-            Linear(*args, lora=one).apply({"params": leaves}, x.astype(dtype))
-            for one in (None, lora)
+            jax.jit(lambda leaves, x, one=one: Linear(*args, **one).apply({"params": leaves}, x))(
+                leaves, x.astype(dtype)
+            )
+            for one in ({"exact": True}, {"lora": lora})
         )
         return np.asarray(adapted, np.float64) - np.asarray(base, np.float64)
 
+    untrained = leaves | {"lora_b": jnp.zeros((4, 64))}
+    if lora.dora:
+        untrained["lora_m"] = jnp.linalg.norm(kernel, axis=0)
+    assert not change("bfloat16", untrained).any()
     expected, got = change("float32"), change("bfloat16")
     assert 0.05 < np.abs(expected).mean() / 2**-5 < 0.2  # y is about 8: its step is 1 / 32
     assert np.sum(got * expected) / np.sum(expected**2) == pytest.approx(1, abs=0.05)

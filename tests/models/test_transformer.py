@@ -141,7 +141,7 @@ def test_dropout_acts_only_with_a_key(base):
     ids=str,
 )
 def test_an_untrained_adapter_changes_no_bit(lora, compute):
-    plain = build(CONFIG, compute_dtype=compute, remat="none")
+    plain = build(CONFIG, compute_dtype=compute, remat="none", beside=lora)
     model = build(CONFIG, compute_dtype=compute, remat="none", lora=lora)
     params = plain.init(jax.random.key(0))
     adapter = model.init_adapter(jax.random.key(1), params)
