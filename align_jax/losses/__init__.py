@@ -96,7 +96,7 @@ OBJECTIVES: dict[str, Objective] = {
         "arXiv 2306.08543",
         "a teacher of own samples, whose best answers are to be kept rather than all of them",
         data="rollout",
-        metric="reward up",  # held-out samples are scored, and compared with no teacher
+        metric="reward up",  # reverse_kl down where there are no rewards
         adds={"entropy_coef": ("entropy", 0.0), "ptx_coef": ("ptx", 0.0)},
         rollout=targets.GrpoRollout,
     ),

@@ -39,7 +39,7 @@ from align_jax.data.layout import BatchShape
 from align_jax.data.pipeline import Pipeline
 from align_jax.data.tokenizer import pad_id
 from align_jax.inference.engines import Engine, Local, Server
-from align_jax.inference.generate import local_rows
+from align_jax.inference.generate import Completion, local_rows
 from align_jax.inference.resharding import make_resharder
 from align_jax.inference.score import Values, outputs_of
 from align_jax.losses import advantages as estimators
@@ -52,7 +52,7 @@ from align_jax.online.environment import make_player
 from align_jax.online.generators import generation_mesh, make_generator, make_opponent
 from align_jax.online.partners import judge
 from align_jax.online.sampling import Prompts, PromptSampler, PromptSamples, SampledRollout
-from align_jax.online.selection import SELECTIONS
+from align_jax.online.selection import SELECTIONS, Groups
 from align_jax.online.steps import check_separator
 from align_jax.parallel.mesh import row_shards
 from align_jax.parallel.sharding import put_batch
@@ -168,13 +168,13 @@ class RolloutMaker:
 
     def evaluate(
         self, held_out: Prompts, weights: Weights, moments: sampling.Moments
-    ) -> dict[str, float]:
+    ) -> tuple[dict[str, float], Iterator[Batch]]:
         """Sample the held-out prompts as training's are sampled, always with the same draws.
 
         Several processes take equal shares; what is left over of the prompts stays out.
 
         Returns:
-            What ``describe`` says of a rollout but for its speed.
+            What ``describe`` says of a rollout but for its speed, and the samples in batches.
         """
         share, engine = len(held_out) // jax.process_count(), self.sampler.engine
         first = jax.process_index() * share
@@ -185,7 +185,49 @@ class RolloutMaker:
             )
             engine.release()
         values = sampling.describe(SampledRollout(found, 1, moments, seconds, tokens=0))
-        return {name: value for name, value in values.items() if not name.startswith("rollout/")}
+        values = {name: x for name, x in values.items() if not name.startswith("rollout/")}
+        return values, self._as_batches(found)
+
+    def _as_batches(self, samples: Sequence[PromptSamples]) -> Iterator[Batch]:
+        """Write samples that no rollout is made of, a microbatch's groups at a time: advantages of
+        0, and the policy that drew them as the old one."""
+        size = self.config.batch_size // self.config.microbatches // jax.process_count()
+        for first in range(0, len(samples), size):
+            some = samples[first : first + size]
+            filled = [*some, *some[-1:] * (size - len(some))]
+            scores = np.stack([one.scores for one in filled])
+            batch, groups, completions = self._lay_out(filled, scores, scores)
+            real = np.arange(size) < len(some)
+            logps = batches.token_field(batch, groups, completions, "token_logps")
+            yield batch._replace(
+                weight=np.where(real, batch.weight, np.float32(0)),
+                old_token_logps=logps,
+                sampler_token_logps=logps,
+                advantages=np.zeros_like(logps),
+            )
+
+    def _lay_out(
+        self,
+        samples: Sequence[PromptSamples],
+        scores: Float[np.ndarray, "Q n"],
+        by: Float[np.ndarray, "Q n"],
+    ) -> tuple[Batch, Groups, list[list[Completion]]]:
+        """Write samples into rows, in groups that are chosen ``by`` what they are worth."""
+        groups = SELECTIONS[self.config.kind].fn(
+            by, sampling.gather(by.reshape(-1)), self.config.options
+        )
+        completions = [[*one.completions, *one.others] for one in samples]
+        batch = batches.write(
+            groups,
+            [one.prompt for one in samples],
+            completions,
+            scores,
+            self.shape,
+            layout=self.config.layout,
+            pad=self.pad,
+            keep_unfinished=self.config.options.keep_unfinished,
+        )
+        return batch, groups, completions
 
     def divergence(self, params: Params, batch: Batch) -> float:
         """Estimate how far the policy has moved since the rollout: mean of (log π - log π_old)² /
@@ -206,23 +248,11 @@ class RolloutMaker:
         config = self.config
         scores = np.stack([np.append(one.scores, one.other_scores) for one in samples])
         scores, by = judge(scores, config.options, wins=config.wins, judged=config.judged)
-        all_scores = sampling.gather(by.reshape(-1))
-        groups = SELECTIONS[config.kind].fn(by, all_scores, config.options)
-        prompts = [one.prompt for one in samples]
-        completions = [[*one.completions, *one.others] for one in samples]
-        batch = batches.write(
-            groups,
-            prompts,
-            completions,
-            scores,
-            self.shape,
-            layout=config.layout,
-            pad=self.pad,
-            keep_unfinished=config.options.keep_unfinished,
-        )
+        batch, groups, completions = self._lay_out(samples, scores, by)
         indices = [self.prompts.index(samples[p].position) for p in groups.prompts]
         batch = batch._replace(example_index=np.array(indices, np.int32))
         if config.mismatched:
+            prompts = [one.prompt for one in samples]
             mismatched = batches.mismatched(groups, prompts, completions, self.shape, pad=self.pad)
             batch = batch._replace(mismatched=mismatched)
         if config.targets is None:
@@ -452,11 +482,11 @@ class Rollouts:
             self._ahead = self._pool.submit(self._maker.make, copy, self._next)
         return now
 
-    def evaluate(self, weights: Weights) -> dict[str, float]:
+    def evaluate(self, weights: Weights) -> tuple[dict[str, float], Iterator[Batch]]:
         """Sample the held-out prompts; see ``RolloutMaker.evaluate``.
 
         Returns:
-            ``reward``, ``rewards/...``, ``completions/...``.
+            ``reward``, ``rewards/...``, ``completions/...``; and the samples in batches.
 
         Raises:
             ValueError: nothing is held out.

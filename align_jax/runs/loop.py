@@ -79,18 +79,36 @@ def make_evaluation(
     """
     if run.held_out is None:
         return None
-
-    def sampled(state: Any, frozen: Any) -> dict[str, float]:
-        return source.evaluate(weights_of(state, frozen))
-
     if run.eval is None:
-        return sampled
+        return _of_samples(run, source)
     held_out = batches_of(run, run.eval, run.held_out)
 
     def batches() -> Iterator[Any]:
         return (put_batch(run.mesh, batch) for batch in held_out(0))
 
     return evaluation.make_evaluation(run.step_spec, run.mesh, batches)
+
+
+TO_TEACHER = ("divergence", "reverse_kl")  # metrics of samples alone, whatever they are worth
+
+
+def _of_samples(
+    run: Run, source: Offline | Rollouts
+) -> Callable[[Any, Any], dict[str, float]]:
+    """Return a function from (state, frozen) to what is said of the held-out prompts' samples; of
+    distillation, how far the student is from its teacher on them."""
+    taught = tuple(term for term in run.step_spec.terms if term.loss.own_share)
+    step = partitioning.jit_eval_step(run.step_spec._replace(terms=taught), run.mesh)
+
+    def evaluate(state: Any, frozen: Any) -> dict[str, float]:
+        values, samples = source.evaluate(weights_of(state, frozen))
+        sums: metrics.Sums | None = None
+        for batch in samples if taught else ():
+            sums = metrics.add_sums(sums, step(state, frozen, put_batch(run.mesh, batch)))
+        found = metrics.means(sums or {})
+        return values | {name: found[name] for name in TO_TEACHER if name in found}
+
+    return evaluate
 
 
 def rows_of(run: Run, batch: Any) -> str:
@@ -348,9 +366,14 @@ def summary(step: int, values: dict[str, float]) -> str:
         "rewards/margins",
         "accuracy",
         "margin",
+        "absolute_error",
+        "divergence",
+        "reverse_kl",
         "nll",
         "kl",
         "reward",
     )
-    found = [f"{name} {values[f'eval/{name}']:.4g}" for name in shown if f"eval/{name}" in values]
+    names = [name for name in shown if f"eval/{name}" in values]
+    names = names or [name.removeprefix("eval/") for name in values][:4]
+    found = [f"{name} {values[f'eval/{name}']:.4g}" for name in names]
     return f"eval at step {step}: " + ", ".join(found)

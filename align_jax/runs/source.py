@@ -110,7 +110,7 @@ class Offline:
         """Return this process's next batch, whatever the weights."""
         return next(self._batches)
 
-    def evaluate(self, weights: Any) -> dict[str, float]:
+    def evaluate(self, weights: Any) -> tuple[dict[str, float], Iterator[Any]]:
         """Sample held-out prompts: a data set's held-out examples have the eval step instead."""
         raise AssertionError("a fixed data set has no prompts to sample")
 

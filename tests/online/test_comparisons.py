@@ -152,7 +152,7 @@ def test_samples_win_against_what_they_meet(play, name):  # noqa: F811
 def test_held_out_prompts_are_sampled_and_not_judged(play):  # noqa: F811
     source, weights = judged_source(play, "dpo", responses_per_prompt=2, batch_size=4)
     held_out = Prompts(HELD_OUT, load_tokenizer("byte"), max_length=24, max_new_tokens=6)
-    found = source._maker.evaluate(held_out, weights, {})
+    found, _ = source._maker.evaluate(held_out, weights, {})
     assert "reward" not in found and "judge/pairs" not in found
     assert found["completions/mean_length"] > 0
 

@@ -550,7 +550,7 @@ def test_evaluation_samples_the_held_out_prompts_and_leaves_the_rollouts_as_they
     undisturbed = make(models, "grpo", overlap=overlap)
     rewards = WeightedRewards((("vowels", 1.0, watched),))
     source = make(models, "grpo", overlap=overlap, rewards=rewards)
-    before = source.evaluate(models[2])
+    before, _ = source.evaluate(models[2])
     assert sorted(set(seen[0])) == [example.prompt for example in HELD_OUT] and len(seen[0]) == 12
     request = [
         Request(tuple(source._held_out[i][1].tolist()), 4, 6, seed=source._held_out.seed(i))
@@ -562,7 +562,7 @@ def test_evaluation_samples_the_held_out_prompts_and_leaves_the_rollouts_as_they
     assert before["reward"] == pytest.approx(np.mean(vowels(None, texts, None)), rel=1e-6)
     for _ in range(3):
         assert equal(undisturbed.next(lambda: models[2]), source.next(lambda: models[2]))
-        assert source.evaluate(models[2]) == before
+        assert source.evaluate(models[2])[0] == before
 
 
 def test_divergence_ends_a_rollout_early(models):

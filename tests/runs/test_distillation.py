@@ -83,9 +83,11 @@ def test_on_the_students_own_samples_as_well(teacher, tmp_path):
     config.eval.every_steps, config.log.every_steps = 0, 1
     config.optimizer.learning_rate = 1e-2
     config.reference.path = teacher
-    loop.train(config, str(tmp_path))
+    held_out = loop.train(config, str(tmp_path))
     found = losses_of(tmp_path)
     assert len(found) == 4 and found[-1] < found[0]
+    # measured on the student's own samples too, of the prompts held out
+    assert 0.5 * found[-1] < held_out["eval/divergence"] < found[0]
 
 
 FEW = {"data.train": "builtin:completions:train?size=64"}
@@ -157,10 +159,12 @@ def test_minillm_needs_no_reward_and_comes_nearer_to_its_teacher(teacher, tmp_pa
     config.eval.every_steps, config.log.every_steps = 0, 1
     config.optimizer.learning_rate = 1e-2
     config.reference.path = teacher
-    loop.train(config, str(tmp_path))
+    held_out = loop.train(config, str(tmp_path))
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     found = [row["divergence"] for row in rows if "loss" in row]
     assert len(found) == 6 and found[-1] < 0.95 * found[0]
+    assert 0.5 * found[-1] < held_out["eval/divergence"] < found[0]
+    assert np.isfinite(held_out["eval/reverse_kl"])
     assert "reward" not in rows[0] or rows[0]["reward"] == 0
 
 
