@@ -8,6 +8,7 @@
 
     preference=pairs.jsonl     accuracy and margins of log-probabilities on pairs
     reward=pairs.jsonl         accuracy and margins of a reward model's scores on pairs
+    process=steps.jsonl        accuracy of a process reward model's scores on labeled steps
     perplexity=answers.jsonl   nats a token on completions
     generation=prompts.jsonl   reward, length, KL
     pass_at_k=prompts.jsonl    whether any of k samples passes, by rewards
@@ -48,20 +49,37 @@ from align_jax.runs.weights import load_model
 
 
 def model_policy(
-    path: str, reference: str = "", dtype: str = "", max_length: int = 0, heads: Sequence[str] = ()
+    path: str,
+    reference: str = "",
+    dtype: str = "",
+    max_length: int = 0,
+    heads: Sequence[str] = (),
+    separator: str | None = None,
 ) -> EvaluatedPolicy:
     """Return a checkpoint as the policy, another as its reference.
 
     Args:
         path, reference: directories or hub ids; "" = no reference.
         dtype: of weights and activations; "" as ``runs.weights.load_model`` has it.
-        max_length, heads: as that takes them.
+        max_length: as that takes it.
+        heads: what is asked of it: () its words, ("score",) rewards, ("steps",) those of steps.
+        separator: behind each step; None = the one that the checkpoint says it was trained with.
+
+    Raises:
+        ValueError: nothing says what stands behind each step.
     """
-    mesh = make_mesh({"fsdp": -1})
+    mesh, steps = make_mesh({"fsdp": -1}), "steps" in heads
     how: dict[str, Any] = {"mesh": mesh, "compute_dtype": dtype, "max_length": max_length}
-    loaded = load_model(path, heads=heads, **how)
+    loaded = load_model(path, heads=("score",) if heads else (), steps=steps, **how)
     other = load_model(reference, **how) if reference else None
-    return EvaluatedPolicy(*loaded, load_tokenizer(path), mesh, other, name=path)
+    if steps and separator is None:
+        separator = json.loads(loaded.model.config.hf).get("step_separator")
+        if separator is None:
+            raise ValueError(
+                f"the process reward model {path} does not say what stands behind each step: give "
+                "--step_separator"
+            )
+    return EvaluatedPolicy(*loaded, load_tokenizer(path), mesh, other, path, separator)
 
 
 def run_policy(
@@ -93,8 +111,9 @@ def policy_of(trained: Trained, name: str, reference: str = "") -> EvaluatedPoli
     elif speaks and (path := reference or config.reference.path or config.model.path):
         dtype, length = config.model.compute_dtype, config.max_length
         other = load_model(path, mesh=mesh, compute_dtype=dtype, max_length=length)
+    separator = config.data.step_separator if resolved.kind == "stepwise" else None
     return EvaluatedPolicy(
-        resolved.models.policy, trained.params, resolved.tokenizer, mesh, other, name
+        resolved.models.policy, trained.params, resolved.tokenizer, mesh, other, name, separator
     )
 
 
@@ -131,7 +150,7 @@ def evaluate(
     found, data = {}, data or DataOptions()
     for item, (name, source) in ((item, named_source(item)) for item in wanted):
         row = EVALS[name]
-        _check_head(policy, row.head)
+        check_head(policy, row.head)
         takes: list[Any] = []
         if row.takes == "compare" and compare is not None:
             takes = [compare]
@@ -150,18 +169,19 @@ def evaluate(
     return found
 
 
-def _check_head(policy: EvaluatedPolicy, head: str) -> None:
+# what a policy says -> what it is, and the evaluation that asks for it
+KINDS = {
+    "": ("a language model, without a score head", "preference=PAIRS, of its log-probabilities"),
+    "score": ("a reward model, which says no words and nothing of a step", "reward=PAIRS"),
+    "steps": ("a process reward model, which scores steps alone", "process=STEPS"),
+}
+
+
+def check_head(policy: EvaluatedPolicy, head: str) -> None:
     """Refuse words of a reward model, and scores of another model."""
-    options = policy.model.options
-    if head and head not in options.heads:
-        raise ValueError(
-            f"{policy.name} has no {head} head: --eval=reward is of a reward model; "
-            "--eval=preference=PAIRS compares a policy's log-probabilities"
-        )
-    if not head and not options.unembed:
-        raise ValueError(
-            f"{policy.name} is a reward model, which says no words: --eval=reward=PAIRS"
-        )
+    if head != policy.head:
+        kind, fix = KINDS[policy.head]
+        raise ValueError(f"{policy.name} is {kind}: --eval={fix}")
 
 
 def named_source(item: str) -> tuple[str, str]:
@@ -227,6 +247,9 @@ def define_flags() -> None:
     flags.DEFINE_float("top_p", 1.0, "Where answers are sampled.", 0, 1)
     flags.DEFINE_integer("seed", 0, "Of the samples.", 0, 2**31)
     flags.DEFINE_float("beta", 0.1, "preference: of implicit rewards.", 0)
+    flags.DEFINE_string(
+        "step_separator", None, "process: behind each step; a run and its export know theirs."
+    )
     command.define_dtype("Of weights and activations (--model)")
 
 
@@ -259,13 +282,17 @@ def check_flags() -> None:
         takers = [name for name, row in EVALS.items() if row.sampled is sampled]
         where = ", ".join(f"--eval={name}" for name in takers)
         command.belong(own, where, not names.isdisjoint(takers))
-    command.belong(("reference",), "evaluations of words", names != {"reward"})
+    asked = {EVALS[name].head for name in names}
+    command.belong(("reference",), "evaluations of words", "" in asked)
+    of_steps = bool(values.model) and "steps" in asked
+    command.belong(("step_separator",), "--model and --eval=process", of_steps)
     for name in sorted(names):
         if EVALS[name].takes == "rewards" and not values.rewards:
             raise command.Usage(f"--eval={name} needs --rewards")
-    if len({EVALS[name].head for name in names}) > 1:
+    if len(asked) > 1:
         raise command.Usage(
-            "--eval=reward is of a reward model, which says no words: give it alone"
+            "--eval=reward is of a reward model and --eval=process of one that scores steps; "
+            "neither says words: give it alone"
         )
     if "win_rate" in names and not (values.rewards or values.judge):
         raise command.Usage("--eval=win_rate needs --rewards or --judge")
@@ -291,7 +318,8 @@ def main(argv: Sequence[str]) -> None:
         policy = run_policy(values.workdir, values.step, values.reference, heads)
     else:
         how = {"dtype": values.dtype or "", "max_length": values.max_length}
-        policy = model_policy(values.model, values.reference, heads=heads, **how)
+        how |= {"heads": heads, "separator": values.step_separator}
+        policy = model_policy(values.model, values.reference, **how)
     scored = {"batch_size": values.batch_size, "max_length": values.max_length}
     drawn = RolloutOptions(
         responses_per_prompt=values.samples_per_prompt,

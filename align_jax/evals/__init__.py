@@ -10,6 +10,7 @@ from align_jax.evals.generation import generation
 from align_jax.evals.pass_at_k import pass_at_k
 from align_jax.evals.perplexity import perplexity
 from align_jax.evals.preference import preference
+from align_jax.evals.process import process
 from align_jax.evals.reward import reward
 from align_jax.evals.win_rate import win_rate
 
@@ -24,7 +25,7 @@ class Eval:
         takes: "" nothing more, "rewards" a weighted sum of rewards, "compare" a comparison of two
             answers.
         sampled: answers are sampled; else the data's are scored.
-        head: what of the policy it asks: "" its words, "score" its rewards.
+        head: what of the policy it asks: "" its words, "score" its rewards, "steps" those of steps.
     """
 
     fn: Callable[..., dict[str, float]]
@@ -37,6 +38,7 @@ class Eval:
 EVALS: Mapping[str, Eval] = {
     "preference": Eval(preference, "pairs"),
     "reward": Eval(reward, "pairs", head="score"),
+    "process": Eval(process, "stepwise", head="steps"),
     "perplexity": Eval(perplexity, "completions"),
     "generation": Eval(generation, "prompts", "rewards", sampled=True),
     "pass_at_k": Eval(pass_at_k, "prompts", "rewards", sampled=True),

@@ -17,7 +17,7 @@ from align_jax.data.datasets import Examples
 from align_jax.data.layout import BatchSizes, round_up
 from align_jax.data.pipeline import make_pipeline
 from align_jax.inference.generate import local_rows
-from align_jax.inference.score import rescore
+from align_jax.inference.score import RewardModel, rescore
 from align_jax.losses.logprobs import sum_by_slot
 from align_jax.models.model import LoadedModel, Model, Params
 from align_jax.parallel.mesh import row_shards
@@ -33,6 +33,7 @@ class EvaluatedPolicy(NamedTuple):
         mesh: where it lies.
         reference: what it is compared with; None where there is nothing.
         name: for reports.
+        separator: of a process reward model, what stands behind each step; None: it is none.
     """
 
     model: Model
@@ -41,6 +42,26 @@ class EvaluatedPolicy(NamedTuple):
     mesh: jax.sharding.Mesh
     reference: LoadedModel | None = None
     name: str = ""
+    separator: str | None = None
+
+    @property
+    def head(self) -> str:
+        """What it says: "" words, "score" rewards of whole answers, "steps" of their steps."""
+        if "score" not in self.model.options.heads:
+            return ""
+        return "score" if self.separator is None else "steps"
+
+    def reward_model(self, batch_size: int, max_length: int) -> RewardModel:
+        """Return what scores so many texts at once, rounded up to what the mesh divides, of at most
+        so many tokens."""
+        loaded, rows = LoadedModel(self.model, self.params), row_shards(self.mesh)
+        return RewardModel(
+            loaded,
+            self.tokenizer,
+            rows=round_up(batch_size, rows),
+            max_length=max_length,
+            mesh=self.mesh,
+        )
 
 
 class ResponseLogps(NamedTuple):

@@ -11,9 +11,6 @@ from jaxtyping import Float
 from align_jax.data.datasets import Examples
 from align_jax.evals.policy import EvaluatedPolicy
 from align_jax.evals.subsets import by_subset, subsets
-from align_jax.inference.score import RewardModel
-from align_jax.models.model import LoadedModel
-from align_jax.parallel.mesh import row_shards
 
 
 def reward(
@@ -34,14 +31,7 @@ def reward(
     References:
         Lambert et al. 2024, arXiv 2403.13787, section 4.
     """
-    shards = row_shards(policy.mesh)
-    model = RewardModel(
-        LoadedModel(policy.model, policy.params),
-        policy.tokenizer,
-        rows=-(-batch_size // shards) * shards,
-        max_length=max_length,
-        mesh=policy.mesh,
-    )
+    model = policy.reward_model(batch_size, max_length)
 
     def scores(which: int) -> Float[np.ndarray, "n"]:
         return model(

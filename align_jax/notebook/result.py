@@ -157,8 +157,8 @@ class Result:
             data: rows or a source, as ``train`` takes them; None: return what the last evaluation
                 on held-out data gave.
             name: an evaluation of ``align-jax evaluate``; "" = what fits the objective:
-                preference (pairs), reward (pairs, a reward model), perplexity (answers), generation
-                (prompts, scored by the run's own rewards).
+                preference (pairs), reward (pairs, a reward model), process (labeled steps, one of
+                steps), perplexity (answers), generation (prompts, scored by the run's own rewards).
             limit: at most so many rows.
             options: of that evaluation, such as ``batch_size``.
 
@@ -175,11 +175,11 @@ class Result:
             found = {key.removeprefix("eval/"): value for key, value in rows[-1].items()}
             return {key: value for key, value in found.items() if key not in ("step", "time")}
         config, kind = self._trained.config, self._trained.resolved.kind
-        scores = "score" in self._trained.resolved.models.policy.options.heads
-        name = name or ("reward" if scores else FITS.get(kind, "preference"))
+        policy = evaluate.policy_of(self._trained, self.workdir)
+        own = {"score": "reward", "steps": "process"}.get(policy.head)
+        name = name or own or FITS.get(kind, "preference")
         row = choose(EVALS, name, "name")
-        if (row.head == "score") != scores:
-            raise ValueError(f"{name}: the run has trained {'a' if scores else 'no'} reward model")
+        evaluate.check_head(policy, row.head)
         source = os.fspath(data) if isinstance(data, (str, os.PathLike)) else given(data, "data")
         examples = datasets.load(
             [source], row.kind, config.data, chat=bool(self.tokenizer.chat_template), limit=limit
@@ -190,7 +190,6 @@ class Result:
                 raise ValueError(f"{name}: the run has no rewards to score samples by")
             scored = resolve(config.rewards, load_model=load_model)
             takes = [evaluate.by_rewards(scored) if row.takes == "compare" else scored]
-        policy = evaluate.policy_of(self._trained, self.workdir)
         return row.fn(policy, examples, *takes, **options)
 
     def export(

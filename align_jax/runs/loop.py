@@ -92,9 +92,7 @@ def make_evaluation(
 TO_TEACHER = ("divergence", "reverse_kl")  # metrics of samples alone, whatever they are worth
 
 
-def _of_samples(
-    run: Run, source: Offline | Rollouts
-) -> Callable[[Any, Any], dict[str, float]]:
+def _of_samples(run: Run, source: Offline | Rollouts) -> Callable[[Any, Any], dict[str, float]]:
     """Return a function from (state, frozen) to what is said of the held-out prompts' samples; of
     distillation, how far the student is from its teacher on them."""
     taught = tuple(term for term in run.step_spec.terms if term.loss.own_share)

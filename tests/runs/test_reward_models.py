@@ -12,8 +12,9 @@ import jax
 import numpy as np
 import pytest
 
-from align_jax import evaluate, export, label, sample
+from align_jax import evaluate, export, label, losses, sample
 from align_jax.core import config as configs
+from align_jax.core.metrics import means
 from align_jax.online import rewards
 from align_jax.parallel.mesh import make_mesh
 from align_jax.runs import setup, trained
@@ -96,11 +97,22 @@ def test_it_says_in_rewards_what_it_said_in_training(exported):
         labeled = label.score(rows, scored)
         np.testing.assert_allclose([one["reward"] for one in labeled], found, atol=1e-6)
         return
-    found, means = scored.of_steps(prompts, completions, extras)
+    found, _ = scored.of_steps(prompts, completions, extras)
     for row, steps in zip(order, found):
         expected = said.step_scores[row][batch.loss_mask[row]]
         np.testing.assert_allclose([reward for _, reward in steps], expected, atol=1e-5)
     assert json.loads((pathlib.Path(path) / "config.json").read_text())["step_separator"] == "\n"
+    policy = evaluate.model_policy(path, dtype="float32", heads=("steps",))
+    item = f"process={pathlib.Path(path).parent / 'rows.jsonl'}"
+    measured = evaluate.evaluate(policy, [item])[item]
+    (term,) = losses.resolve(name)
+    inputs = losses.Inputs(*jax.tree.map(jax.numpy.asarray, (batch, said)))
+    expected = means(term.loss.losses(inputs)[1])
+    for key in expected.keys() - {"mean_reward"}:
+        assert measured[key] == pytest.approx(expected[key], nan_ok=True), key
+    assert (measured["steps"], measured["too_long"]) == (3, 0)
+    with pytest.raises(ValueError, match="scores steps alone: --eval=process=STEPS"):
+        evaluate.check_head(policy, "score")
     record = {"config": {"objective": {"name": name}}}
     assert "It scores steps" in export.card.Card("x", None, record)._use()
 
