@@ -33,8 +33,15 @@ from typing import Any
 import numpy as np
 import torch
 import trl
+from trl.experimental.cpo import CPOConfig
 from trl.experimental.cpo.cpo_trainer import CPOTrainer
+from trl.experimental.gkd import GKDConfig
+from trl.experimental.gmpo import GMPOConfig
+from trl.experimental.gmpo.gmpo_trainer import GMPOTrainer
+from trl.experimental.online_dpo import OnlineDPOConfig
+from trl.experimental.orpo import ORPOConfig
 from trl.experimental.orpo.orpo_trainer import ORPOTrainer
+from trl.experimental.tpo import TPOConfig
 from trl.trainer.dpo_trainer import DPOTrainer
 from trl.trainer.grpo_trainer import GRPOTrainer
 from trl.trainer.kto_trainer import KTOTrainer
@@ -341,10 +348,11 @@ def sampler_ratio(me: SimpleNamespace, inputs: dict, sampler: torch.Tensor) -> t
 
 
 def rollout(
-    arrays: dict, name: str, options: dict, by_token: bool = False
+    arrays: dict, name: str, options: dict, by_token: bool = False, control: dict | None = None
 ) -> dict[str, np.ndarray]:
-    """Call GRPOTrainer._compute_loss or RLOOTrainer._compute_loss on [B, R, T] flattened to
-    rows, with an advantage for each response, or for each token."""
+    """Call the _compute_loss of GRPOTrainer, RLOOTrainer or GMPOTrainer on [B, R, T] flattened to
+    rows, with an advantage for each response, or for each token; ``control`` is what the adaptive
+    entropy bonus remembers."""
     shape = arrays["policy"].shape
     flat = {
         key: torch.tensor(arrays[key].reshape(-1, shape[-1]))
@@ -356,12 +364,13 @@ def rollout(
         torch.tensor(arrays["mask"].reshape(-1, shape[-1]).astype(np.float32)),
     )
     entropies = torch.tensor(arrays["entropy"].reshape(-1, shape[-1]))
-    # every response has a first token
-    each = torch.tensor(arrays["advantages"][..., 0].reshape(-1))
+    # a response's advantage stands at all of its tokens, and 0 elsewhere
+    most = np.abs(arrays["advantages"]).argmax(axis=-1, keepdims=True)
+    each = torch.tensor(np.take_along_axis(arrays["advantages"], most, axis=-1).reshape(-1))
     if by_token:
         each = torch.tensor(arrays["advantages"].reshape(-1, shape[-1]))
     loss_type = {"gspo": "grpo", "reinforce_pp": "bnpo"}.get(name, options.get("loss_type", name))
-    low = options.get("epsilon_low", 3e-4 if name == "gspo" else 0.2)
+    low = options.get("epsilon_low", {"gspo": 3e-4, "gmpo": options.get("epsilon")}.get(name, 0.2))
     high = {"gspo": 4e-4, "cispo": 5.0, "dapo": 0.28}.get(
         loss_type if name == "grpo" else name, low
     )
@@ -380,6 +389,10 @@ def rollout(
             for key, value in defaults.items()
         },
         steps_per_generation=1,
+        entropy_target=options.get("entropy_target"),
+        entropy_coef_min=0.0,
+        entropy_coef_max=options.get("entropy_coef"),
+        entropy_coef_delta=options.get("entropy_coef", 0.0) * options.get("entropy_step", 0.0),
         sapo_temperature_pos=options.get("tau_positive", 1.0),
         sapo_temperature_neg=options.get("tau_negative", 1.05),
     )
@@ -402,11 +415,13 @@ def rollout(
         vllm_importance_sampling_clip_min=options.get("sampler_ratio_min"),
         entropy_coef=options.get("entropy_coef", 0.0),
         _entropy_bonus_enabled="entropy_coef" in options,
-        use_adaptive_entropy=False,
+        use_adaptive_entropy=control is not None,
+        _entropy_window_stats=None,
         max_completion_length=options.get("max_length"),
         vllm_importance_sampling_correction="sampler_token_logps" in arrays,
         _get_per_token_logps_and_entropies=lambda *args, **kwargs: (rows, entropies, None),
     )
+    vars(me).update(control or {})
     me.get_high_entropy_mask = functools.partial(GRPOTrainer.get_high_entropy_mask, me)
     ones = torch.ones(rows.shape[0], 1)
     inputs = {
@@ -425,8 +440,11 @@ def rollout(
         ratio = sampler_ratio(me, inputs, sampler)
         inputs |= {"importance_sampling_ratio": ratio, "sampling_per_token_logps": sampler}
         arrays["sampler_ratio"] = (ratio * mask).reshape(shape).numpy()
-    loss = (RLOOTrainer if name == "rloo" else GRPOTrainer)._compute_loss(me, me.model, inputs)
+    kind = {"rloo": RLOOTrainer, "gmpo": GMPOTrainer}.get(name, GRPOTrainer)
+    loss = kind._compute_loss(me, me.model, inputs)
     loss.backward()
+    for key in control or ():
+        control[key] = getattr(me, key)
     found = me._metrics["train"]
     keys = (
         "kl",
@@ -601,6 +619,46 @@ SOME_TOKENS: list[tuple[str, dict]] = [
 ]
 
 
+# Last: tokens of a tool's among the response's, and responses without any.
+WITH_HOLES: list[tuple[str, dict]] = [
+    *[(name, {"importance": "sequence", "beta": 0.1}) for name in ("cispo", "sapo")],
+    ("cispo", {"importance": "sequence", "epsilon_high": 1.01, "unbiased_kl": True, "beta": 0.1}),
+    ("grpo", {"loss_type": "dr_grpo", "max_length": 8, "importance": "sequence", "delta": 1.05}),
+    (
+        "grpo",
+        {"loss_type": "dapo", "beta": 0.1, "unbiased_kl": True, "off_policy_threshold": 0.1}
+        | {"top_entropy_quantile": 0.5, "entropy_coef": 0.1},
+    ),
+    ("grpo", {"loss_type": "luspo", "importance": "sequence", "top_entropy_quantile": 0.4}),
+    ("vespo", {"top_entropy_quantile": 0.5, "beta": 0.1, "off_policy_threshold": 0.1}),
+    ("gmpo", {"epsilon": 0.4}),
+    ("gmpo", {"epsilon": 0.05, "epsilon_high": 0.2, "beta": 0.1}),
+    ("gmpo", {"epsilon": 0.1, "top_entropy_quantile": 0.4}),
+]
+CONFIGS = (  # whose fields docs/coming_from.md tells one by one
+    *(trl.DPOConfig, trl.KTOConfig, trl.RewardConfig, trl.SFTConfig, trl.GRPOConfig),
+    *(trl.RLOOConfig, OnlineDPOConfig, GKDConfig, ORPOConfig, CPOConfig, TPOConfig, GMPOConfig),
+)
+# the adaptive entropy bonus, over some steps
+CONTROL = {"entropy_coef": 0.2, "entropy_target": 1.0, "entropy_step": 0.4}
+
+
+def fields() -> dict[str, list[str]]:
+    """Return the fields that each of TRL's configs declares by itself, or by a base of TRL's."""
+    return {
+        kind.__name__: sorted(
+            {
+                name
+                for base in kind.__mro__
+                if base.__module__.startswith("trl.")
+                for name in vars(base).get("__annotations__", {})
+                if not name.startswith("_")
+            }
+        )
+        for kind in CONFIGS
+    }
+
+
 def main() -> None:
     """Make all cases, at small and at large log-ratios."""
     rng = np.random.default_rng(SEED)
@@ -624,8 +682,12 @@ def main() -> None:
         grad = np.where(columns["mask"], found["grad"], 0) if "mask" in columns else found["grad"]
         arrays.update({f"{index}/loss": found["loss"], f"{index}/grad": grad.astype(np.float32)})
 
-    def add_rollout(name: str, options: dict, spread: float, sampler: bool = False) -> None:
+    def draw_rollout(spread: float, holes: bool = False) -> dict[str, np.ndarray]:
         columns = draw(rng, 3, 4, LENGTH, spread=spread)
+        if holes:
+            mask = columns["mask"] & (rng.random(columns["mask"].shape) < 0.7)
+            mask[0, 1] = False
+            columns = {key: np.where(mask, x, x.dtype.type(0)) for key, x in columns.items()}
         old = columns["policy"] + np.where(
             columns["mask"], spread * rng.normal(size=(3, 4, LENGTH)), 0
         )
@@ -634,6 +696,12 @@ def main() -> None:
         columns["advantages"] = np.where(columns["mask"], each, np.float32(0))
         entropy = rng.gamma(1.0, 1.0, columns["mask"].shape).astype(np.float32)
         columns["entropy"] = np.where(columns["mask"], entropy, np.float32(0))
+        return columns
+
+    def add_rollout(
+        name: str, options: dict, spread: float, sampler: bool = False, holes: bool = False
+    ) -> None:
+        columns = draw_rollout(spread, holes)
         if sampler:
             gap = np.where(columns["mask"], spread * rng.normal(size=columns["mask"].shape), 0)
             columns["sampler_token_logps"] = columns["old_token_logps"] - gap.astype(np.float32)
@@ -641,7 +709,7 @@ def main() -> None:
             name,
             options,
             "rollout",
-            "RLOOTrainer" if name == "rloo" else "GRPOTrainer",
+            {"rloo": "RLOOTrainer", "gmpo": "GMPOTrainer"}.get(name, "GRPOTrainer"),
             columns,
             rollout(columns, name, options),
         )
@@ -706,11 +774,23 @@ def main() -> None:
     for spread in (0.05, 0.8):
         for name, options in SOME_TOKENS:
             add_rollout(name, options, spread)
+    for spread in (0.05, 0.8):
+        for name, options in WITH_HOLES:
+            add_rollout(name, options, spread, holes=True)
+    control, steps = {"entropy_coef": 0.0, "_last_world_entropy": math.inf}, []
+    for number in range(6):
+        columns = draw_rollout(0.3, holes=True)
+        columns["entropy"] *= np.float32(2.0 if number % 3 == 2 else 0.5)
+        found = rollout(columns, "grpo", CONTROL, control=control)
+        steps.append(columns | {"loss": np.float32(found["loss"]), "coef": control["entropy_coef"]})
+    arrays |= {f"control/{key}": np.stack([step[key] for step in steps]) for key in steps[0]}
     versions = {
         package: importlib.metadata.version(package)
         for package in ("trl", "torch", "transformers", "numpy")
     }
-    arrays["cases"] = np.array(json.dumps({"versions": versions, "seed": SEED, "cases": cases}))
+    header = {"versions": versions, "seed": SEED, "control": CONTROL, "fields": fields()}
+    header["cases"] = cases
+    arrays["cases"] = np.array(json.dumps(header))
     np.savez_compressed(OUTPUT, **arrays)
     print(
         f"{OUTPUT.name}: {len(cases)} cases, trl {trl.__version__}, {OUTPUT.stat().st_size} bytes"

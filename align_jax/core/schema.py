@@ -99,7 +99,7 @@ class Batch(NamedTuple):
     old_token_logps: Float[Any, "N T"] | None = None  # of the behavior policy
     # of what drew the samples, and what corrects for their difference (losses.sampler)
     sampler_token_logps: Float[Any, "N T"] | None = None
-    sampler_ratio: Float[Any, "N T"] | None = None
+    sampler_ratio: Float[Any, "N T"] | Float[Any, "B R"] | None = None  # of sequences [B, R]
     advantages: Float[Any, "N T"] | None = None
     returns: Float[Any, "N T"] | None = None
     old_values: Float[Any, "N T"] | None = None

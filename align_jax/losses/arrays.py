@@ -156,7 +156,8 @@ def make_inputs(terms: tuple[Term, ...], kind: str, arrays: dict[str, Any]) -> I
     rows, tokens = size[0] * responses, kind == "rollout" or len(size) == (3 if grouped else 2)
     others = {name: arrays.pop(f"mismatched_{name}", None) for name in ("policy", "reference")}
     for name in (*FIELDS, *TOKEN_COLUMNS):
-        if name in arrays:
+        # a ratio of each sequence stays one of each
+        if name in arrays and (name != "sampler_ratio" or jnp.shape(arrays[name]) != size[:2]):
             arrays[name] = _flat(arrays[name], rows, True)
     shape = {
         "responses": responses,

@@ -31,7 +31,7 @@ from align_jax.losses.options import Option
 from align_jax.losses.sampler import response_weights, sampler_weights
 from align_jax.losses.token_choice import TopEntropy
 
-Parts = dict[str, Float[Array, "N T"]]  # reported quantities of tokens
+Parts = dict[str, Array]  # reported quantities of tokens [N, T], or of responses [B, R]
 
 EpsilonLow = Annotated[float, Option("ratios are clipped below 1 by this", low=0)]
 EpsilonHigh = Annotated[
@@ -129,6 +129,12 @@ class KlLoss(Loss):
         return kept * sampler_weights(inputs)
 
 
+Importance = Annotated[
+    Literal["token", "sequence"],
+    Option("ratios of tokens, or exp of their logarithms' mean over the sequence (gspo)"),
+]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenKlLoss(TopEntropy, KlLoss):
     """One of which some tokens may be left out."""
@@ -149,6 +155,20 @@ def rollout_log_ratio(inputs: Inputs, old: str = "old_token_logps") -> Float[Arr
     return jnp.where(inputs.batch.loss_mask, jnp.clip(difference, -RATIO_MAX, RATIO_MAX), 0.0)
 
 
+def sequence_log_ratio(log_ratio: Float[Array, "N T"], batch: Batch) -> Float[Array, "N T"]:
+    """Give each token the mean log w of its response: GSPO's ratio of sequences."""
+    mean = sum_by_slot(log_ratio, batch) / jnp.maximum(token_counts(batch), 1.0)
+    return spread_to_tokens(mean, batch)
+
+
+def importance_ratio(inputs: Inputs, importance: str) -> Float[Array, "N T"]:
+    """Compute w of each token, or of its response where ``importance`` is "sequence"."""
+    log_ratio = rollout_log_ratio(inputs)
+    if importance == "sequence":
+        log_ratio = sequence_log_ratio(log_ratio, inputs.batch)
+    return jnp.exp(log_ratio)
+
+
 def clipped(
     ratio: Array, advantages: Array, low: float, high: float, delta: float | None = None
 ) -> tuple[Array, dict[str, Array]]:
@@ -166,14 +186,18 @@ def clipped(
 
 
 def rollout_metrics(inputs: Inputs, parts: Parts, by_response: Sequence[str] = ()) -> Metrics:
-    """Report token means of [N, T] quantities (response means of those in ``by_response``), lengths
-    and rewards."""
+    """Report token means of [N, T] quantities (response means of those in ``by_response``), means
+    of [B, R] ones, lengths and rewards."""
     batch, weight = inputs.batch, group_weights(inputs.batch)
     if inputs.policy.entropy is not None:
         parts = {"entropy": inputs.policy.entropy} | parts
+
+    def of_responses(x: Array) -> bool:
+        return x.shape == batch.lengths.shape
+
     values = {
-        name: summed(response_mean(x, batch), weight)
-        if name in by_response
+        name: summed(x.mean(axis=1) if of_responses(x) else response_mean(x, batch), weight)
+        if name in by_response or of_responses(x)
         else summed(token_mean(x, batch), token_weights(batch))
         for name, x in parts.items()
     }
@@ -272,9 +296,8 @@ class Grpo(TokenKlLoss):
         if high is None:
             high = 0.28 if self.loss_type == "dapo" else self.epsilon_low
         if self.importance != "token":
-            mean = sum_by_slot(log_ratio, batch) / jnp.maximum(token_counts(batch), 1.0)
             own = log_ratio - jax.lax.stop_gradient(log_ratio)  # 0, with the token's gradient
-            log_ratio = spread_to_tokens(mean, batch)
+            log_ratio = sequence_log_ratio(log_ratio, batch)
             if self.importance == "sequence_token":
                 log_ratio = jax.lax.stop_gradient(log_ratio) + own
         ratio = jnp.exp(log_ratio)
@@ -346,17 +369,18 @@ class Cispo(TokenMeanLoss, TokenKlLoss):
     [1.8244]
     """
 
-    own = ("epsilon_high",)
+    own = ("importance", "epsilon_high")
+    importance: Importance = "token"
     epsilon_high: Annotated[float, Option("ratios are cut at this", above=0)] = 5.0
 
     def losses(self, inputs: Inputs) -> Result:
-        advantages = inputs.of_batch("advantages")
-        ratio = jnp.exp(rollout_log_ratio(inputs))
+        advantages, ratio = inputs.of_batch("advantages"), importance_ratio(inputs, self.importance)
         capped = jax.lax.stop_gradient(jnp.minimum(ratio, self.epsilon_high))
         losses = -self.token_factors(inputs) * capped * advantages * inputs.policy.token_logps
         penalty, kl = self.penalty(inputs, ratio)
         clipped = ((ratio > self.epsilon_high) & (advantages > 0)).astype(jnp.float32)
-        metrics = rollout_metrics(inputs, {"cispo_clip_ratio": clipped} | kl)
+        by_response = ("cispo_clip_ratio",) if self.importance == "sequence" else ()
+        metrics = rollout_metrics(inputs, {"cispo_clip_ratio": clipped} | kl, by_response)
         return token_mean(losses + penalty, inputs.batch), metrics
 
 
@@ -376,12 +400,13 @@ class Sapo(TokenKlLoss):
     [-2.3134]
     """
 
-    own = ("tau_positive", "tau_negative")
+    own = ("importance", "tau_positive", "tau_negative")
+    importance: Importance = "token"
     tau_positive: Annotated[float, Option("τ: sharpness of the gate where A > 0", above=0)] = 1.0
     tau_negative: Annotated[float, Option("τ: sharpness of the gate elsewhere", above=0)] = 1.05
 
     def losses(self, inputs: Inputs) -> Result:
-        advantages, ratio = inputs.of_batch("advantages"), jnp.exp(rollout_log_ratio(inputs))
+        advantages, ratio = inputs.of_batch("advantages"), importance_ratio(inputs, self.importance)
         tau = jnp.where(advantages > 0, self.tau_positive, self.tau_negative)
         losses = -jax.nn.sigmoid(tau * (ratio - 1.0)) * 4.0 / tau * advantages
         losses = self.token_factors(inputs) * losses

@@ -5,13 +5,15 @@ As in ``policy_gradient``, w_t = exp(a_t - old_t) is a token's ratio and A its a
 """
 
 import dataclasses
+import math
+from collections.abc import Mapping
 from typing import Annotated, ClassVar
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from align_jax.core.schema import Batch
-from align_jax.losses.objective import Inputs, Loss, Result, summed, token_weights
+from align_jax.losses.objective import Inputs, Loss, Result, Tree, summed, token_weights
 from align_jax.losses.options import Option
 from align_jax.losses.policy_gradient import (
     TokenMeanLoss,
@@ -96,14 +98,63 @@ class Entropy(TopEntropy, TokenMeanLoss):
     """Minus the entropy of the next-token distributions, mean over the global batch's tokens (of
     those that count, where ``top_entropy_quantile`` is below 1), nats.
 
+        -f H,    f ← clip(f ± entropy_step, 0, 1), up after a batch with H ≤ entropy_target
+
+    With a target f starts at 0, and a batch after one with H > entropy_target has no bonus, so that
+    ``entropy_coef`` is the most that H counts; without one f is 1.
+
+    References:
+        The target: He et al. 2025, arXiv 2505.22312, section 3.2.5 (adaptive entropy control); TRL
+        1.16.0, ``grpo_trainer.py``.
+
     >>> from align_jax.losses import jitted
     >>> jitted("entropy")(policy=[[[-1.0, -2.0]]], entropy=[[[0.5, 1.5]]]).losses.tolist()
     [-1.0]
     """
 
+    own = ("entropy_target", "entropy_step")
+    entropy_target: Annotated[
+        float | None,
+        Option(
+            "the bonus grows while the entropy is no more than this, else shrinks and is left out; "
+            "None = it stays",
+            unit="nats a token",
+            above=0,
+        ),
+    ] = None
+    entropy_step: Annotated[
+        float,
+        Option(
+            "share of entropy_coef by which the bonus grows or shrinks in a step",
+            above=0,
+            high=1,
+            unless={"entropy_target": (None,)},
+        ),
+    ] = 0.005
+
+    running: ClassVar[Mapping[str, float]] = {"factor": 0.0, "entropy": math.inf}
+
     @property
     def needs(self) -> tuple[str, ...]:
         return ("entropy",)
+
+    @property
+    def uses_statistics(self) -> bool:
+        return super().uses_statistics or self.entropy_target is not None
+
+    def reduce_statistics(
+        self, found: Mapping[str, Array], weights: Float[Array, "M b"], running: Tree
+    ) -> tuple[Tree, Tree]:
+        """Add f of this step, which the batches before have decided, and move it."""
+        stats, _ = super().reduce_statistics(found, weights, running)
+        if self.entropy_target is None:
+            return stats, running
+        chosen, before = stats["chosen"], running["factor"]
+        entropy = (chosen * found["entropy"]).sum() / jnp.maximum(chosen.sum(), 1.0)
+        now = jnp.where(running["entropy"] <= self.entropy_target, before, 0.0)
+        stats["factor"] = jnp.broadcast_to(now, weights.shape[:1])
+        step = jnp.where(entropy <= self.entropy_target, self.entropy_step, -self.entropy_step)
+        return stats, {"factor": jnp.clip(before + step, 0.0, 1.0), "entropy": entropy}
 
     def losses(self, inputs: Inputs) -> Result:
         entropy = inputs.of_policy("entropy")
@@ -112,7 +163,13 @@ class Entropy(TopEntropy, TokenMeanLoss):
         if self.uses_statistics:
             some = token_mean(self.chosen(inputs) * entropy, inputs.batch)
             losses = -some / jnp.maximum(inputs.stats["share"], 1e-8)
-        return losses, {"entropy": summed(means, self.weights(inputs.batch))}
+        weight = self.weights(inputs.batch)
+        metrics = {"entropy": summed(means, weight)}
+        if self.entropy_target is not None:
+            factor = inputs.stats["factor"]
+            losses *= factor
+            metrics["entropy_factor"] = factor * weight.sum(), weight.sum()
+        return losses, metrics
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -22,6 +22,7 @@ from align_jax.losses.objective import Inputs, Metrics, token_counts
 from align_jax.losses.options import Option, Options
 
 Mode = Literal["auto", "none", "token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
+LEAST_RATIO = 1e-8  # in logarithms; the ratio of what is masked is 0
 _ON = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
 
 
@@ -32,6 +33,11 @@ class Correction(NamedTuple):
     mode: str  # one of the last four of Mode
     high: float | None = 3.0
     low: float | None = None
+
+    @property
+    def by_sequence(self) -> bool:
+        """Whether ratios are of whole sequences."""
+        return self.mode.startswith("sequence")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,8 +76,11 @@ class SamplerOptions(Options):
             )
 
 
-def correct(batch: Batch, correction: Correction) -> tuple[Float[Array, "N T"], Metrics]:
-    """Compute what weighs each token's policy loss, and say how far the two are apart.
+def correct(
+    batch: Batch, correction: Correction
+) -> tuple[Float[Array, "N T"] | Float[Array, "B R"], Metrics]:
+    """Compute what weighs each token's policy loss, or each response's, and say how far the two are
+    apart.
 
         ρ_t = π_old(t) / μ(t), or Π_t ρ_t for all tokens of a sequence
         truncate: clip(ρ, low, high)          mask: ρ where low ≤ ρ ≤ high, else 0
@@ -81,7 +90,8 @@ def correct(batch: Batch, correction: Correction) -> tuple[Float[Array, "N T"], 
         correction: which one.
 
     Returns:
-        Ratios [N, T], 0 where the loss mask is false, and metrics by TRL's names.
+        Ratios: of sequences [B, R], of tokens [N, T] and 0 where the loss mask is false; and
+        metrics by TRL's names.
 
     Raises:
         ValueError: one of the two is None.
@@ -96,7 +106,7 @@ def correct(batch: Batch, correction: Correction) -> tuple[Float[Array, "N T"], 
     ...                       old_token_logps=[[-1.0, -2.0, -1.0]],
     ...                       sampler_token_logps=[[-1.0, -4.0, -1.0]])
     >>> [correct(batch, Correction(mode))[0].tolist()[0] for mode in _ON]
-    [[1.0, 3.0, 1.0], [1.0, 0.0, 1.0], [3.0, 3.0, 3.0], [0.0, 0.0, 0.0]]
+    [[1.0, 3.0, 1.0], [1.0, 0.0, 1.0], [3.0], [0.0]]
     """
     if batch.old_token_logps is None or batch.sampler_token_logps is None:
         raise ValueError("a correction needs batch.old_token_logps and batch.sampler_token_logps")
@@ -105,7 +115,7 @@ def correct(batch: Batch, correction: Correction) -> tuple[Float[Array, "N T"], 
     counted = spread_to_tokens(real.astype(jnp.float32), batch) > 0
     gap = jnp.asarray(batch.old_token_logps) - jnp.asarray(batch.sampler_token_logps)
     gap = jnp.where(mask, gap, 0.0)
-    by_sequence = correction.mode.startswith("sequence")
+    by_sequence = correction.by_sequence
     log_ratio = sum_by_slot(gap, batch) if by_sequence else gap
     ratio = jnp.exp(jnp.clip(log_ratio, -RATIO_MAX, RATIO_MAX))
     bounded = jnp.clip(ratio, correction.low, correction.high)
@@ -115,8 +125,7 @@ def correct(batch: Batch, correction: Correction) -> tuple[Float[Array, "N T"], 
         **_spread("sampling/sampling_logp_difference", jnp.abs(gap), counted, ("mean", "max")),
         **_spread("sampling/importance_sampling_ratio", bounded, real if by_sequence else counted),
     }
-    weights = spread_to_tokens(bounded, batch) if by_sequence else jnp.where(mask, bounded, 0.0)
-    return weights, metrics
+    return bounded if by_sequence else jnp.where(mask, bounded, 0.0), metrics
 
 
 def _spread(
@@ -131,16 +140,37 @@ def _spread(
     return {f"{name}/{kind}": found[kind] for kind in kinds}
 
 
+def _of_sequences(ratio: Array, batch: Batch) -> bool:
+    """Tell ratios of sequences [B, R] from those of tokens [N, T]."""
+    return ratio.shape == batch.lengths.shape
+
+
 def sampler_weights(inputs: Inputs) -> Array:
     """Return what weighs each token's policy loss, [N, T]; 1 where nothing is corrected."""
-    ratio = inputs.batch.sampler_ratio
-    return jnp.ones(()) if ratio is None else jnp.asarray(ratio)
+    if inputs.batch.sampler_ratio is None:
+        return jnp.ones(())
+    ratio = jnp.asarray(inputs.batch.sampler_ratio)
+    return spread_to_tokens(ratio, inputs.batch) if _of_sequences(ratio, inputs.batch) else ratio
 
 
 def response_weights(inputs: Inputs) -> Array:
     """Return what weighs each response's policy loss, [B, R]: the mean over its tokens; 1 where
     nothing is corrected."""
-    weights = sampler_weights(inputs)
-    if not weights.ndim:
-        return weights
-    return sum_by_slot(weights, inputs.batch) / jnp.maximum(token_counts(inputs.batch), 1.0)
+    if inputs.batch.sampler_ratio is None:
+        return jnp.ones(())
+    ratio = jnp.asarray(inputs.batch.sampler_ratio)
+    if _of_sequences(ratio, inputs.batch):
+        return ratio
+    return sum_by_slot(ratio, inputs.batch) / jnp.maximum(token_counts(inputs.batch), 1.0)
+
+
+def log_correction(inputs: Inputs) -> Array:
+    """Return log π_old / μ of each response as it is corrected, [B, R]: of its sequence, or summed
+    over its tokens; 0 where nothing is corrected."""
+    if inputs.batch.sampler_ratio is None:
+        return jnp.zeros(())
+    batch, ratio = inputs.batch, jnp.asarray(inputs.batch.sampler_ratio)
+    found = jnp.log(jnp.maximum(ratio, LEAST_RATIO))
+    if _of_sequences(ratio, batch):
+        return found
+    return sum_by_slot(jnp.where(batch.loss_mask, found, 0.0), batch)

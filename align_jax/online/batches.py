@@ -77,15 +77,17 @@ def abstract_batch(config: RolloutConfig, shape: BatchShape) -> Batch:
     """
     filled = ["old_token_logps", "advantages"] if config.targets is not None else []
     filled += ["sampler_token_logps"] if config.keeps_drawn else []
-    filled += ["sampler_ratio"] if config.correction else []
+    by_sequence = config.correction is not None and config.correction.by_sequence
+    filled += ["sampler_ratio"] if config.correction and not by_sequence else []
     filled += ["returns", "old_values"] if config.value_head else []
-    return layouts.abstract_batch(
+    batch = layouts.abstract_batch(
         shape,
         config.layout,
         config.kind,
         mismatched=shape if config.mismatched else None,
         token_fields=filled,
     )
+    return batch._replace(sampler_ratio=batch.scores) if by_sequence else batch
 
 
 def write(

@@ -102,6 +102,8 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "cov_high": [{"cov_high": 2.0}],
     "cov_coef": [{"cov_coef": 0.5}],
     "epsilon_low": [{"epsilon_low": 0.1}],
+    "entropy_target": [{"entropy_target": 9.0}],
+    "entropy_step": [{"entropy_target": 9.0, "entropy_step": 0.5}],
     "epsilon_high": [{"epsilon_high": 0.3}],
     "tau_positive": [{"tau_positive": 1.2}],
     "tau_negative": [{"tau_negative": 0.9}],

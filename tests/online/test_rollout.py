@@ -18,7 +18,7 @@ from align_jax.data.tokenizer import load_tokenizer, pad_id
 from align_jax.inference.engines import Local
 from align_jax.inference.generate import Generator, Request
 from align_jax.losses import advantages, baselines, targets
-from align_jax.losses.logprobs import sum_by_slot
+from align_jax.losses.logprobs import spread_to_tokens, sum_by_slot
 from align_jax.models.config import ModelConfig, Rope
 from align_jax.models.model import build
 from align_jax.online import sampling
@@ -338,7 +338,7 @@ def test_another_sampler_s_log_probabilities_are_kept_and_its_samples_weighed(mo
     sampler = dataclasses.replace(source._maker.sampler, engine=Other(engine._generator))
     source._maker = dataclasses.replace(source._maker, sampler=sampler)
     batch = source.next(lambda: models[2])
-    ratio = np.asarray(batch.sampler_ratio)[batch.loss_mask]
+    ratio = np.asarray(spread_to_tokens(jnp.asarray(batch.sampler_ratio), batch))[batch.loss_mask]
     allowed = np.exp(-0.1 * (np.arange(4) - 2)).clip(max=1.2)
     np.testing.assert_allclose(sorted(set(ratio.round(3))), sorted(allowed.round(3)), atol=2e-3)
     gap = (batch.old_token_logps - batch.sampler_token_logps)[batch.loss_mask]

@@ -4,6 +4,7 @@ goldens."""
 
 import json
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +12,10 @@ import numpy as np
 import pytest
 
 from align_jax import losses
+from align_jax.core import config as configs
 from align_jax.core.metrics import means
 from align_jax.losses import advantages, arrays, baselines
+from align_jax.losses.logprobs import spread_to_tokens
 from align_jax.losses.sampler import Correction, correct
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "trl_objectives.npz"
@@ -54,9 +57,56 @@ TRL_OBJECTIVES = {
     "cispo",
     "sapo",
     "vespo",
+    "gmpo",
     "rloo",
     "reinforce_pp",
 }
+
+
+COMING = pathlib.Path(__file__).parents[2] / "docs/coming_from.md"
+# of each of TRL's configs, the rows of the page's table that tell its fields
+PARTS = {
+    "DPOConfig": "DPO",
+    "KTOConfig": "KTO",
+    "RewardConfig": "reward",
+    "SFTConfig": "SFT",
+    "GRPOConfig": "GRPO",
+    "RLOOConfig": "RLOO",
+    "OnlineDPOConfig": "online DPO",
+    "GKDConfig": "GKD",
+    "ORPOConfig": "ORPO",
+    "CPOConfig": "CPO",
+    "TPOConfig": "TPO",
+    "GMPOConfig": "GMPO",
+}
+SHARED = {"all", "references", "GRPO, RLOO"}
+BASES = {"GKDConfig": {"SFT"}, "GMPOConfig": {"GRPO"}, "OnlineDPOConfig": {"GRPO, RLOO", "DPO"}}
+
+
+def named_in_the_table():
+    """Return part -> (TRL's fields, our keys) of the page's table of every field."""
+    table = COMING.read_text().split("## Every field of its configs")[1].split("\n## ")[0]
+    found, part = {}, ""
+    for line in re.findall(r"^\|(.*)\|$", table, re.M)[2:]:
+        first, fields, keys, _ = line.split("|")
+        part = first.strip() or part
+        own = found.setdefault(part, (set(), set()))
+        for names, cell in zip(own, (fields, keys)):
+            names |= set(re.findall(r"`([^`]+)`", cell))
+    return found
+
+
+def test_every_field_of_trls_configs_is_told_and_every_key_named_for_it_is_one():
+    told = named_in_the_table()
+    assert told.keys() == SHARED | set(PARTS.values())
+    for kind, fields in HEADER["fields"].items():
+        parts = {PARTS[kind], *SHARED, *BASES.get(kind, ())}
+        known = set().union(*(told[part][0] for part in parts))
+        assert not set(fields) - known, (kind, set(fields) - known)
+    keys = configs.may_change(all_keys=True)
+    for row in losses.OBJECTIVES.values():
+        keys |= {f"objective.{option}" for option in row.options}
+    assert not set().union(*(own for _, own in told.values())) - keys
 
 
 def label(index):
@@ -127,12 +177,31 @@ def test_the_correction_for_the_sampler_equals_trl(index):
     defaults = losses.OBJECTIVES["grpo"].options
     given = Correction(*(options.get(name, defaults[name]) for name in names))
     ratio, sums = correct(batch, given)
-    close(ratio, columns["sampler_ratio"].reshape(ratio.shape))
+    by_token = ratio if ratio.shape == batch.tokens.shape else spread_to_tokens(ratio, batch)
+    close(by_token, columns["sampler_ratio"].reshape(by_token.shape))
     found = means(sums)
     expected = {key: x for key, x in case["metrics"].items() if key.startswith("sampling/")}
     assert expected.keys() == found.keys() and len(found) == 5
     for key, value in expected.items():
         np.testing.assert_allclose(found[key], value, rtol=2e-5, atol=2e-6, err_msg=key)
+
+
+def test_the_adaptive_entropy_bonus_equals_trl_step_by_step():
+    options, running = HEADER["control"], None
+    terms = losses.resolve("grpo", options)
+    steps = {
+        key.removeprefix("control/"): x for key, x in ARRAYS.items() if key.startswith("control/")
+    }
+    expected, coefs = steps.pop("loss"), steps.pop("coef")
+    steps.pop("reference")
+    for number in range(len(expected)):
+        columns = {key: jnp.asarray(x[number]) for key, x in steps.items()}
+        inputs = arrays.make_inputs(terms, "rollout", columns)
+        stats, running = losses.own_statistics(terms, inputs, running)
+        close(losses.total(terms, inputs, stats).loss, expected[number])
+        np.testing.assert_allclose(
+            options["entropy_coef"] * running["1"]["factor"], coefs[number], rtol=1e-6, atol=1e-8
+        )
 
 
 ADVANTAGES = GOLDEN.parent / "trl_advantages.npz"

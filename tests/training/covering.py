@@ -80,6 +80,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     "epochs": {"epochs": 1},
     "epsilon": {"epsilon": 1e-5},
     "epsilon_high": {"epsilon_high": 1e-5},
+    "entropy_step": {"entropy_step": 0.5, "entropy_target": 9.0},
+    "entropy_target": {"entropy_target": 9.0},
     "epsilon_low": {"epsilon_low": 1e-5},
     "eta": {"eta": 2.0},
     "f_alpha": {"f_divergence": "alpha", "f_alpha": 0.3},
