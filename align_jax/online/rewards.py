@@ -196,8 +196,8 @@ class WeightedRewards:
             extras: the columns of their rows.
 
         Returns:
-            The weighted sum, float32 [n], of the rewards that said something (0 where none did, as
-            in TRL), and each reward by itself, unweighted, NaN where it said nothing.
+            The weighted sum, float32 [n], of the rewards that said something (0 where none
+            did), and each reward by itself, unweighted, NaN where it said nothing.
 
         Raises:
             ValueError: a function that fails, or returns another number of scores, or one that is

@@ -223,6 +223,31 @@ def gather(x: Float[np.ndarray, "n"]) -> Float[np.ndarray, "m"]:
     return np.asarray(multihost_utils.process_allgather(x)).reshape(-1)
 
 
+def unscored_as_mean(
+    rewards: Float[np.ndarray, "q n"], each: Mapping[str, Float[np.ndarray, "m"]]
+) -> Float[np.ndarray, "q n"]:
+    """Let completions that no reward scored be worth the mean of their prompt's others, so that
+    they are neither better nor worse; of all processes' where their prompt has no others, 0 without
+    any.
+
+    Args:
+        rewards: the weighted sums, 0 where no reward said anything.
+        each: every reward by itself, NaN where it said nothing.
+
+    >>> each = np.float32([3.0, np.nan, 1.0])
+    >>> unscored_as_mean(np.nan_to_num(each)[None], {"mine": each}).tolist()
+    [[3.0, 2.0, 1.0]]
+    """
+    if not each:
+        return rewards
+    unscored = np.isnan(np.stack([*each.values()])).all(axis=0).reshape(rewards.shape)
+    known = np.where(unscored, 0.0, rewards)
+    sums, counts = known.sum(axis=1), (~unscored).sum(axis=1)
+    total, count = gather(np.array([sums.sum(), counts.sum()])).reshape(-1, 2).sum(axis=0)
+    means = np.where(counts > 0, sums / np.maximum(counts, 1), total / max(count, 1))
+    return np.where(unscored, means[:, None], rewards).astype(np.float32)
+
+
 def shape_scores(
     rewards: Float[np.ndarray, "q n"],
     completions: Sequence[Sequence[Completion]],
@@ -341,7 +366,7 @@ class PromptSampler:
             [one.text for several in everyone for one in several],
             extras,
         )
-        rewards = total.reshape(len(chosen), -1)
+        rewards = unscored_as_mean(total.reshape(len(chosen), -1), each)
         compared = None if alone else self._compared(examples, everyone)
         if compared is not None:
             rewards = np.stack([one.wins for one in compared])

@@ -17,6 +17,7 @@ from align_jax import label
 from align_jax.core.schema import Example
 from align_jax.inference.client import Client
 from align_jax.inference.generate import Completion
+from align_jax.losses import advantages as estimators
 from align_jax.online import judges, rewards, rules, sampling
 from align_jax.online.rewards import REWARDS
 from align_jax.runs.weights import load_model
@@ -228,7 +229,15 @@ def test_numbers_of_all_kinds_are_taken(scores):
     np.testing.assert_array_equal(total, np.float32([2.0, 0.0]))
 
 
-def test_none_abstains_and_a_row_without_any_reward_gets_zero_as_in_trl():
+def test_what_no_reward_scored_is_neither_better_nor_worse():
+    each = np.float32([[3, np.nan, 1], [np.nan] * 3])
+    found = sampling.unscored_as_mean(np.nan_to_num(each), {"mine": each.reshape(-1)})
+    np.testing.assert_array_equal(found, np.float32([[3, 2, 1], [2, 2, 2]]))
+    assert estimators.group_advantages(jnp.asarray(found))[0, 1] == 0
+    assert estimators.leave_one_out(jnp.asarray(found))[0, 1] == 0
+
+
+def test_none_abstains_and_a_row_without_any_reward_gets_zero():
     total, parts = rewards.WeightedRewards(
         (("a", 1.0, lambda *_: [1.0, None, None]), ("b", 0.5, lambda *_: [1.0, 4.0, None]))
     )(["p"] * 3, ["x"] * 3)
