@@ -19,7 +19,7 @@ from align_jax.core import config as configs
 from align_jax.core.options import Config, EvalOptions, ModelOptions
 from align_jax.parallel.chips import CHIPS, GIB
 from align_jax.parallel.mesh import make_mesh
-from align_jax.planner import charts, cost_model
+from align_jax.planner import charts, cost_model, programs
 from align_jax.planner.abstract_run import offline_batch
 from align_jax.planner.advice import advise
 from align_jax.planner.collectives import Collective
@@ -212,3 +212,26 @@ def test_candidates_divide_the_model_the_rows_and_the_devices():
         assert model.num_heads % one.tensor == 0
         assert 256 % (one.data * one.fsdp * one.expert * one.microbatches) == 0
     assert found[0].tensor <= 2  # 256 rows on 64 chips: FSDP alone, or nearly, moves least
+
+
+@pytest.mark.parametrize(
+    "rows, expected",
+    [
+        (32, {"prefill": 1, "decode": 8 + 2 * 8 + 6}),  # replies too are decoded, 6 tokens at most
+        (16, {"prefill": 2, "decode": 2 * 8, "later prefill": 2 * 2, "later decode": 2 * 2 * 8}),
+    ],
+)
+def test_later_turns_are_prefilled_only_where_the_cache_is_not_kept(rows, expected):
+    config = _config("tiny", "grpo")
+    config.model.config.update(hidden_size=16, intermediate_size=16, num_hidden_layers=1)
+    config.batch_size, config.max_length, config.data.layout = 8, 64, "plain"
+    config.rollout.update(responses_per_prompt=4, rows=rows, max_turns=3, max_turn_tokens=8)
+    config.rollout.max_new_tokens = 30
+    config.rollout.environment = "align_jax.online.tools:calculator"
+    topology = dataclasses.replace(_topology(shape=(1, 1)), devices=tuple(jax.devices()[:1]))
+    run = plan.make_run(configs.read(config), topology)
+    found = {one.name: one.runs for one in programs.rollout_programs(run, run.rollouts)}
+    later = "{} of later turns".format
+    names = {later("prefill"): "later prefill", later("decode"): "later decode"}
+    found = {names.get(name, name): runs for name, runs in found.items() if "rescore" not in name}
+    assert found == expected

@@ -333,6 +333,19 @@ class Generator:
         """Let go of what was kept of the last call: its memory, and its parameters' doing."""
         self._kept = None
 
+    def keeps(self, state: Any, requests: Sequence[Request], calls: int) -> bool:
+        """Tell whether requests of one sample could go on in the rows that some requests took so
+        many calls for (``keep``).
+
+        Args:
+            state: where the rows have ended, arrays or shapes.
+            requests: what they were asked for.
+            calls: their number.
+        """
+        whole = calls == 1 and state.tokens.shape[0] == self._prompts(1) and state.seen is None
+        stops = any(request.stop for request in requests)
+        return whole and not stops and self._keep > 0 and caches.rewinds(state.cache, self._keep)
+
     def _rows_before(self, kept: _Kept, requests: Sequence[Request]) -> list[int] | None:
         """Find the row of the last call in which each request's prompt begins; None where that
         would not serve all of them, or be slower than to prefill."""
@@ -348,8 +361,7 @@ class Generator:
             found.append(rows.pop())
             rest = max(rest, len(request.prompt) - len(kept.rows[found[-1]]))
         shortest = min(len(request.prompt) for request in requests)
-        same = len(kept.rows) == self._prompts(1) and kept.state.seen is None
-        return found if same and _TIMES_FASTER * rest < shortest else None
+        return found if _TIMES_FASTER * rest < shortest else None
 
     def _go_on(
         self, params: Params, requests: Sequence[Request], kept: _Kept, rows: Sequence[int]
@@ -474,7 +486,7 @@ class Generator:
         looking = jax.process_count() > 1 or stops
         every = _STOP_CHECK_TOKENS if looking else self._max_length
         *_, last = self._states(params, requests, call, every, kept)
-        if keep and self._keep and not stops and caches.rewinds(last.state.cache, self._keep):
+        if keep and self.keeps(last.state, requests, calls=1):
             tokens, counts = np.asarray(last.state.tokens), np.asarray(last.state.counts)
             rows: list[tuple[int, ...]] = [()] * len(counts)
             for row, (request, number) in enumerate(last.rows):

@@ -3,8 +3,8 @@
 
 train ─ eval ─ reference (where its log-probabilities are cached)
 online: prefill ─ decode (a loop: one token a row) ─ reward NAME ─ rescore ─ rescore reference
-        (with an environment also prefill and decode of later turns; of ReMax the greedy ones;
-        where samples meet another player's, the opponent's)
+        (with an environment also prefill and decode of later turns, but where the cache is kept
+        decode alone; of ReMax the greedy ones; where samples meet another player's, the opponent's)
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from align_jax.core.options import RolloutOptions
 from align_jax.core.schema import Batch
 from align_jax.inference import score
-from align_jax.inference.generate import Generator, Request
+from align_jax.inference.generate import Lowered, Request
 from align_jax.inference.mixture import Mixture
 from align_jax.inference.resharding import decode_specs
 from align_jax.inference.samplers import Sampling
@@ -224,32 +225,47 @@ def _generation(
         Sampling.of(options),
         stop=options.stop,
     )
-    turn = functools.partial(_turn, run, weights, generator, params, mesh)
+    turn = functools.partial(_turn, run, weights, params, mesh)
     prompts, alone = rollouts.sampled_prompts, dataclasses.replace(first, samples=1)
     greedy = [alone] * (prompts * rollouts.greedy)  # of ReMax
     together = greedy if first == alone else []  # requests of like shapes share their calls
-    yield from turn([first] * prompts + together, name)
+    asked = [first] * prompts + together
+    lowered = generator.lower(params, asked, PLATFORM)
+    one_host = len({device.process_index for device in mesh.devices.flat}) == 1
+    kept = one_host and not greedy and generator.keeps(lowered.state, asked, lowered.calls)
+    later_turns = options.max_turns - 1 if options.environment else 0
+    yield from turn(lowered, first, name, more=_kept_steps(options) if kept else 0)
     if greedy and not together:
-        yield from turn(greedy, " greedy")
-    if options.environment:
+        yield from turn(generator.lower(params, greedy, PLATFORM), alone, " greedy")
+    if later_turns and not kept:
         later = dataclasses.replace(alone, room=later_room(options, longest, max_length))
-        count = rollouts.samples + len(greedy)
-        yield from turn([later] * count, " of later turns", options.max_turns - 1)
+        several = [later] * (rollouts.samples + len(greedy))
+        lowered = generator.lower(params, several, PLATFORM)
+        yield from turn(lowered, later, " of later turns", later_turns)
+
+
+def _kept_steps(options: RolloutOptions) -> int:
+    """Count the later turns' steps of the decode loop where the cache is kept: of their answers,
+    and of the environment's replies, as many tokens as answers of full length leave it."""
+    answers = turn_tokens(options)
+    replies = max(0, options.max_new_tokens - options.max_turns * answers)
+    return answers * (options.max_turns - 1) + replies
 
 
 def _turn(
     run: AbstractRun,
     weights: Weights,
-    generator: Generator,
     params: Any,
     mesh: Mesh,
-    requests: Sequence[Request],
+    lowered: Lowered,
+    request: Request,
     name: str,
     times: int = 1,
+    more: int = 0,
 ) -> Iterator[Program]:
-    """Lower what answers these requests, so many times over."""
-    lowered = generator.lower(params, requests, PLATFORM)
-    state, drawn = lowered.state, requests[0].max_new_tokens
+    """Say what answers a request's like, so many times over, with so many more steps of the loop
+    each time."""
+    state, drawn = lowered.state, request.max_new_tokens
     resident: Mapping[str, Any] = {**run.resident, "cache": state}
     if run.rollouts is not None and run.rollouts.options.tensor:
         resident = {**resident, "generation": params}
@@ -267,7 +283,7 @@ def _turn(
         mesh=mesh,
     )
     rows = state.tokens.shape[0]
-    middle = max(len(requests[0].prompt), requests[0].room[0]) + drawn // 2
+    middle = max(len(request.prompt), request.room[0]) + (drawn + more) // 2
     flops = sum(decode_flops(model, rows=rows, context=middle).total for model, _ in weights)
     yield Program(
         f"decode{name}",
@@ -276,7 +292,7 @@ def _turn(
         resident,
         StepFlops(flops, 0.0, 0.0, 0.0, rows),
         lower_bound([ModelCall(model, held, rows, 1, 1) for model, held in weights], mesh.shape),
-        runs=lowered.calls * drawn * times,
+        runs=lowered.calls * (drawn + more) * times,
         mesh=mesh,
     )
 
