@@ -96,7 +96,8 @@ CHANGES: dict[str, dict[str, Any]] = {
     "kl_coef": {"kl_coef": 0.5, "epochs": 1},
     "kl_estimator": {"kl_estimator": "k3", "kl_coef": 5.0, "epochs": 1},
     "kl_horizon": {"kl_horizon": 8.0, "kl_target": 1e-6, "kl_coef": 5.0, "epochs": 1},
-    "kl_scope": {"kl_scope": "microbatch"},
+    # what is wanted alone, so that the estimates are above 0
+    "kl_scope": {"kl_scope": "microbatch", "undesirable_weight": 0.0},
     "kl_sign": {"kl_sign": -1},
     "kl_target": {"kl_target": 1e-6, "kl_coef": 5.0, "epochs": 1},
     "label_smoothing": {"label_smoothing": 0.2},
