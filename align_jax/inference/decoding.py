@@ -88,7 +88,8 @@ def shardings(mesh: Mesh | AbstractMesh, state: DecodeState) -> DecodeState:
 
     def of_cache(cache: caches.Cache) -> Any:
         # each device holds all heads where the tensor axis does not divide them
-        divides = cache.held.keys.shape[3] % mesh.shape["tensor"] == 0
+        keys = (cache.held.keys, cache.held.wide_keys)
+        divides = all(x is None or x.shape[3] % mesh.shape["tensor"] == 0 for x in keys)
 
         def lying(names: tuple[str | None, ...]) -> tuple[str | None, ...]:
             return tuple(None if name == "kv_heads" and not divides else name for name in names)

@@ -22,6 +22,7 @@ from align_jax.models.families import (
     gemma,
     gemma2,
     gemma3_text,
+    gemma4_text,
     glm4,
     glm4_moe,
     gpt2,
@@ -84,8 +85,10 @@ class Family:
     ignored: str = r"rotary_emb\.inv_freq$"
 
 
+# keys and values of layers that use others', which released files hold all the same
+GEMMA4_UNUSED = r"model\.(language_model\.)?layers\.\d+\.self_attn\.[kv]_(proj|norm)\."
 # what modules of models that see images are called beside the decoder
-BESIDE = "(vision_tower|multi_modal_projector|visual)"
+BESIDE = "(vision_tower|multi_modal_projector|visual|audio_tower|embed_vision|embed_audio)"
 
 
 def _row(module: ModuleType, name: str, **changes: Any) -> Family:
@@ -99,15 +102,16 @@ def _row(module: ModuleType, name: str, **changes: Any) -> Family:
     return Family(**(fields | changes))
 
 
-def _tower(family: str, name: str) -> Family:
-    """Make the row of a model that sees images, of which we read the text decoder."""
+def _tower(family: str, name: str, beside: str = r"mtp\.") -> Family:
+    """Make the row of a model that sees images, of which we read the text decoder; ``beside``: what
+    else it has that is carried."""
     return Family(
         towers.from_hf,
         towers.tensor_maps,
         f"{name}ForConditionalGeneration",
         base=towers.NAMES[family][0],
         modules="model.language_model.",
-        carried=rf"^((model\.)?{BESIDE}|mtp)\.",
+        carried=rf"^((model\.)?{BESIDE}\.|{beside})",
     )
 
 
@@ -125,6 +129,8 @@ FAMILIES: Mapping[str, Family] = {
     "gemma2": _row(gemma2, "Gemma2"),
     "gemma3": _tower("gemma3", "Gemma3"),
     "gemma3_text": _row(gemma3_text, "Gemma3", classifier="Gemma3TextForSequenceClassification"),
+    "gemma4": _tower("gemma4", "Gemma4", GEMMA4_UNUSED),
+    "gemma4_text": _row(gemma4_text, "Gemma4", classifier="", carried=GEMMA4_UNUSED),
     "glm4": _row(glm4, "Glm4"),
     # the further layers predict more tokens at once, which transformers leaves out
     "glm4_moe": _row(glm4_moe, "Glm4Moe", classifier="", carried=r"^model\.layers\.(46|92)\."),

@@ -21,12 +21,17 @@ class Held(NamedTuple):
     last inputs of their convolution of those that follow the delta rule.
 
     Of latent attention K is 1: the latents stand for keys, the key that heads share for values.
+    Over whole rows, ``last`` has the keys and values of the last layer of each shape, which later
+    layers reuse; no cache holds them.
     """
 
-    keys: Float[Array, "L N C K h"]
-    values: Float[Array, "L N C K v"]
+    keys: Float[Array, "L N C K h"] | None = None
+    values: Float[Array, "L N C K v"] | None = None
     states: Float[Array, "l N g r n o"] | None = None
     inputs: Float[Array, "l N s g m"] | None = None
+    wide_keys: Float[Array, "i N C k w"] | None = None
+    wide_values: Float[Array, "i N C k w"] | None = None
+    last: dict[str, tuple[jax.Array, jax.Array]] | None = None
 
 
 class Cache(NamedTuple):
@@ -42,6 +47,8 @@ class Cache(NamedTuple):
 AXES: Mapping[str, tuple[str | None, ...]] = {
     "keys": ("layers", "rows", None, "kv_heads", "head"),
     "values": ("layers", "rows", None, "kv_heads", "head"),
+    "wide_keys": ("layers", "rows", None, "kv_heads", "head"),
+    "wide_values": ("layers", "rows", None, "kv_heads", "head"),
     "states": ("layers", "rows", "heads", None, None, None),
     "inputs": ("layers", "rows", None, "heads", None),
     "segment_ids": ("rows", None),

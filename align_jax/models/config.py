@@ -7,6 +7,7 @@ else.
 
 from __future__ import annotations
 
+import collections
 import copy
 import dataclasses
 import json
@@ -103,6 +104,21 @@ class Delta:
 
 
 @dataclasses.dataclass(frozen=True)
+class Wide:
+    """The layers whose heads have a shape of their own: those that see the whole row.
+
+    Attributes:
+        head_dim: their features.
+        kv_heads: how many have keys and values.
+        key_is_value: whether a head's value is its key, before norm and rotation.
+    """
+
+    head_dim: int
+    kv_heads: int
+    key_is_value: bool
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """A decoder-only transformer.
 
@@ -119,6 +135,13 @@ class ModelConfig:
         latent: of latent attention, whose heads' queries and keys are ``head_dim`` wide, the
             features that turn behind the others.
         delta, delta_layers: the layers that keep a state, where there are such, and their numbers.
+        wide, wide_layers: the layers with heads of another shape, and their numbers.
+        value_norm: whether values are normalized, head by head, without a scale.
+        reused: how many of the last layers attend to the keys and values of the last layer before
+            them that is as wide; ``reused_size``: the width of their MLP.
+        token_inputs: width of what each layer is given of a token beside the states; 0 = nothing.
+        layer_scale: whether a layer's output is multiplied by a number of the layer, which is not
+            trained.
         attention_gate: whether a sigmoid of the token scales each head's output; it is made with
             the query.
         sinks: whether each head has a learned logit more in its softmax, of no key.
@@ -138,6 +161,8 @@ class ModelConfig:
         dense_layers: of a mixture, those without experts; ``dense_size``: their width.
         shared_size: width of the expert that every token passes, 0 = none; ``shared_gate``: whether
             a sigmoid of the token scales it.
+        branch_norms: whether that expert and the others have norms of their own before and after
+            them, and the router sees the states, normalized without a scale.
         run_length: tokens of the longest text that a run computes with, by which those rotary
             embeddings are chosen that depend on it; 0: within the original context.
         end_tokens: what ends a text by the checkpoint's own files, beside the tokenizer's.
@@ -170,6 +195,13 @@ class ModelConfig:
     latent: Latent | None = None
     delta: Delta | None = None
     delta_layers: tuple[int, ...] = ()
+    wide: Wide | None = None
+    wide_layers: tuple[int, ...] = ()
+    value_norm: bool = False
+    reused: int = 0
+    reused_size: int = 0
+    token_inputs: int = 0
+    layer_scale: bool = False
     attention_gate: bool = False
     sinks: bool = False
     attention_bias: bool = False
@@ -201,6 +233,7 @@ class ModelConfig:
     dense_size: int = 0
     shared_size: int = 0
     shared_gate: bool = False
+    branch_norms: bool = False
     init_std: float = 0.02
     run_length: int = 0
     end_tokens: tuple[int, ...] = ()
@@ -250,7 +283,10 @@ class ModelConfig:
         latent attention q is the queries' rank, c the latent's, z that with the shared key's width,
         v a value's width, w that with a key's that does not turn; of the delta rule g and u are
         its key and value heads, n and o their widths, s the convolution's taps, m and p the
-        outputs a key head of its fused maps; t is a query's width with its gate's)."""
+        outputs a key head of its fused maps; t is a query's width with its gate's; k and l are
+        the heads with keys of wide layers and their width, j the width of the MLPs that follow
+        reused keys, e that of a layer's own inputs)."""
+        wide = self.wide or Wide(0, 0, False)
         latent = self.latent or Latent(0, 0, 0, self.head_dim)
         delta = self.delta or Delta(1, 1, 0, 0, 0, False)
         return {
@@ -267,6 +303,10 @@ class ModelConfig:
             "m": delta.width + delta.repeats * delta.value_dim,
             "p": 2 * delta.repeats,
             "t": self.query_dim,
+            "k": wide.kv_heads,
+            "l": wide.head_dim,
+            "j": self.reused_size,
+            "e": self.token_inputs,
             "D": self.hidden_size,
             "d": self.hidden_size,
             "H": self.num_heads,
@@ -285,6 +325,11 @@ class ModelConfig:
     def query_dim(self) -> int:
         """Outputs a head of the map that makes queries."""
         return self.head_dim * (2 if self.attention_gate else 1)
+
+    @property
+    def width(self) -> str:
+        """Whose keys and values a kind of layers may reuse: "wide" ones, or the others'."""
+        return "wide" if self.wide else ""
 
     @property
     def value_dim(self) -> int:
@@ -306,10 +351,22 @@ class ModelConfig:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """What each layer is: with or without experts, attending or keeping a state."""
-        out = ["dense" if n in self.dense_layers else "experts" for n in range(self.num_layers)]
+        """What each layer is: with or without experts, attending (with wide heads, to reused keys)
+        or keeping a state."""
+        layers = range(self.num_layers)
+        apart = {
+            "delta": self.delta_layers,
+            "reused": layers[self.num_layers - self.reused :],
+            "wide": self.wide_layers,
+        }
         return tuple(
-            f"delta {kind}" if n in self.delta_layers else kind for n, kind in enumerate(out)
+            " ".join(
+                [
+                    *(word for word, of in apart.items() if n in of),
+                    "dense" if n in self.dense_layers else "experts",
+                ]
+            )
+            for n in layers
         )
 
     @property
@@ -319,33 +376,61 @@ class ModelConfig:
 
     def of_kind(self, kind: str) -> ModelConfig:
         """Return what the layers of this kind are."""
-        config = self
-        if self.delta and not kind.startswith("delta"):
-            config = dataclasses.replace(config, delta=None, delta_layers=())
-        if not kind.endswith("dense"):
-            return config
-        return dataclasses.replace(
-            config,
-            num_experts=0,
-            experts_per_token=0,
-            shared_size=0,
-            expert_groups=1,
-            groups_per_token=1,
-            intermediate_size=self.dense_size,
+        words, changes = kind.split(), dict[str, Any]()
+        if self.delta and "delta" not in words:
+            changes |= dict(delta=None, delta_layers=())
+        if self.wide:
+            changes |= self._of_width(kind)
+        if "reused" in words:
+            size = "shared_size" if self.num_experts else "intermediate_size"
+            changes |= {"reused": self.num_layers, size: self.reused_size}
+        elif self.reused:
+            changes["reused"] = 0
+        if "dense" in words:
+            changes |= dict(
+                num_experts=0,
+                experts_per_token=0,
+                shared_size=0,
+                expert_groups=1,
+                groups_per_token=1,
+                intermediate_size=self.dense_size,
+            )
+        return dataclasses.replace(self, **changes)
+
+    def _of_width(self, kind: str) -> dict[str, Any]:
+        """Return what differs where some layers' heads have another shape: each kind then has one
+        window and one rotary embedding."""
+        first, every = self.kinds.index(kind), self.num_layers
+        changes: dict[str, Any] = dict(
+            windows=(self.windows[first],) * every, layer_ropes=(self.layer_ropes[first],) * every
+        )
+        if self.wide and "wide" in kind.split():
+            return changes | dict(head_dim=self.wide.head_dim, num_kv_heads=self.wide.kv_heads)
+        return changes | dict(wide=None, wide_layers=())
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """What each layer keeps of a token: "delta", a state; "wide" or "", keys and values."""
+        words = ("delta", self.delta_layers), ("wide", self.wide_layers)
+        return tuple(
+            next((word for word, of in words if n in of), "") for n in range(self.num_layers)
         )
 
     @property
     def places(self) -> tuple[int, ...]:
-        """Each layer's number among those that attend, or among those that keep a state."""
+        """Each layer's number among those that keep what it keeps; of one that reuses keys and
+        values, that of the layer whose they are."""
+        kept, own = self.kept, self.num_layers - self.reused
         return tuple(
-            sum((other in self.delta_layers) == (n in self.delta_layers) for other in range(n))
-            for n in range(self.num_layers)
+            kept[: min(n, own)].count(kept[n]) - (n >= own) for n in range(self.num_layers)
         )
 
     @property
-    def attending(self) -> tuple[int, ...]:
-        """The windows of the layers that attend."""
-        return tuple(w for n, w in enumerate(self.windows) if n not in self.delta_layers)
+    def attending(self) -> tuple[tuple[ModelConfig, int, int], ...]:
+        """Of the layers that attend: what they are, their window, how many of these there are."""
+        pairs = collections.Counter(zip(self.kinds, self.windows))
+        each = ((self.of_kind(kind), window, count) for (kind, window), count in pairs.items())
+        return tuple(one for one in each if not one[0].delta)
 
     @property
     def limit(self) -> int:
@@ -410,6 +495,8 @@ class ModelConfig:
         hf = json.loads(self.hf) | {kind: self.family}
         text = hf.get("text_config", hf)
         text["vocab_size"] = self.vocab_size
+        if self.token_inputs:
+            text["vocab_size_per_layer_input"] = self.vocab_size
         for part in (hf, text):  # the weights that they described are no more
             part.pop("quantization_config", None)
             part.pop("compression_config", None)
@@ -482,6 +569,8 @@ def rope_from_hf(
         )
     theta = float(options.pop("rope_theta"))
     part = options.pop("partial_rotary_factor", 1.0)
+    if kind == "proportional":  # all features have angles, of which the slowest are zero
+        options["partial_rotary_factor"], part = part, 1.0
     if part != 1 and not partial:
         raise ValueError(
             f"partial_rotary_factor: expected 1, or none, as transformers' modules of this family "

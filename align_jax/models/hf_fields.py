@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from collections.abc import Mapping
 from typing import Any
@@ -69,23 +70,25 @@ FIELDS = (
         tuple(
             """vocab_size hidden_size num_attention_heads intermediate_size max_position_embeddings
             n_embd n_head n_positions ffn_dim word_embed_proj_dim num_experts_per_tok
-            moe_intermediate_size kv_lora_rank qk_rope_head_dim qk_nope_head_dim v_head_dim
+            kv_lora_rank qk_rope_head_dim qk_nope_head_dim v_head_dim
             shared_expert_intermediate_size linear_num_key_heads linear_num_value_heads
             linear_key_head_dim linear_value_head_dim linear_conv_kernel_dim
-            full_attention_interval decoder_sparse_step""".split()
+            vocab_size_per_layer_input full_attention_interval decoder_sparse_step""".split()
         ),
     ),
     Kind(
         f"an integer from 1 to {MOST}",
         _is_few,
-        ("num_hidden_layers", "n_layer", "num_local_experts", "num_experts", "n_routed_experts"),
+        ("num_hidden_layers", "n_layer", "num_local_experts", "n_routed_experts"),
     ),
+    Kind(f"an integer from 1 to {MOST} or null", or_null(_is_few), ("num_experts",)),
     Kind(
         "a positive integer or null",
         or_null(is_count),
         tuple(
             """num_key_value_heads head_dim n_inner sliding_window align_jax_run_length n_group
-            topk_group q_lora_rank""".split()
+            topk_group q_lora_rank moe_intermediate_size top_k_experts global_head_dim
+            num_global_key_value_heads""".split()
         ),
     ),
     Kind(
@@ -110,7 +113,14 @@ FIELDS = (
     Kind("a number above 1", _is_base, ("rope_theta", "rope_local_base_freq", "rotary_emb_base")),
     Kind("a number above 0, at most 1", _is_part, ("partial_rotary_factor", "rotary_pct")),
     Kind("a number, at least 0", is_not_below_zero, ("initializer_range", "init_std")),
-    Kind("an integer, at least 0", _is_some, ("first_k_dense_replace", "n_shared_experts")),
+    Kind(
+        "an integer, at least 0",
+        _is_some,
+        tuple(
+            """first_k_dense_replace n_shared_experts num_kv_shared_layers
+            hidden_size_per_layer_input""".split()
+        ),
+    ),
     Kind(
         "true or false",
         is_bool,
@@ -119,16 +129,21 @@ FIELDS = (
             do_layer_norm_before enable_bias layer_norm_elementwise_affine scale_attn_weights
             scale_attn_by_inverse_layer_idx add_cross_attention norm_topk_prob
             use_sliding_window attention_out_bias qk_layernorm qkv_bias use_qk_norm
-            rope_interleave""".split()
+            rope_interleave attention_k_eq_v enable_moe_block use_double_wide_mlp""".split()
         ),
     ),
-    Kind("true, false or null", or_null(is_bool), ("use_bidirectional_attention", "use_bias")),
+    Kind("true, false or null", or_null(is_bool), ("use_bias",)),
+    Kind(
+        "true, false, 'vision', 'all' or null",
+        lambda value: value in (None, True, False, "vision", "all") and not is_number(value),
+        ("use_bidirectional_attention",),
+    ),
     Kind("the name of an activation", is_text, ("hidden_act", "activation_function")),
     Kind("the name of an activation or null", or_null(is_text), ("hidden_activation",)),
     Kind(
         "an object or null",
         or_null(is_object),
-        ("rope_parameters", "rope_scaling", "id2label", "label2id"),
+        ("rope_parameters", "rope_scaling", "id2label", "label2id", "per_layer_config"),
     ),
     Kind(
         "a list with 'full_attention', 'sliding_attention' or 'linear_attention' for each layer, "
@@ -181,6 +196,7 @@ ROPE_KINDS: Mapping[str, tuple[str, ...]] = {
     "yarn": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
     "longrope": ("short_factor", "long_factor"),
+    "proportional": (),
 }
 
 
@@ -198,6 +214,15 @@ def _quantized(found: Any, family: str) -> list[str]:
         f"quantized by {method} (transformers' model.dequantize() and save_pretrained write "
         "floats)"
     ]
+
+
+def _declared(family: Any) -> set[str]:
+    """Return the fields that transformers' class has."""
+    from transformers import CONFIG_MAPPING  # here, because importing it takes seconds
+
+    if family not in CONFIG_MAPPING:
+        return set()
+    return {field.name for field in dataclasses.fields(CONFIG_MAPPING[family])}
 
 
 def check(hf: Mapping[str, Any]) -> None:
@@ -220,7 +245,7 @@ def check(hf: Mapping[str, Any]) -> None:
                     wrong += faults(part, ROPE_FIELDS, f"{key}.{kind}.")
     known = [name for kind in FIELDS for name in kind.names]
     absent = [name for name in known if name not in hf]
-    for key in hf.keys() - set(known):
+    for key in hf.keys() - set(known) - _declared(hf.get("model_type")):
         if close := difflib.get_close_matches(key, absent, n=1, cutoff=0.9):
             wrong.append(f"{key} is no field; did you mean {close[0]}?")
     if hf.get("quantization_config") is not None:

@@ -294,6 +294,13 @@ def uniform(bound: float) -> Init:
     return lambda key, shape: jax.random.uniform(key, shape, jnp.float32, -bound, bound)
 
 
+def scaleless_norm(x: Float[Array, "*batch D"], eps: float) -> Float[Array, "*batch D"]:
+    """Return x over its root mean square along the last axis, computed in float32."""
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
+    return y.astype(x.dtype)
+
+
 class Norm(nn.Module):
     """RMS or layer norm over the last axes, in float32.
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -172,18 +172,24 @@ class Model:
         """
         c, dtype = self.config, dtype or self.options.dtype
         length = caches.slots(c.windows, length)
-        heads, *widths = c.cached
-        attending = c.num_layers - len(c.delta_layers)
-        keys, values = (
-            jnp.zeros((attending, rows, length, heads, width), dtype) for width in widths
-        )
+
+        def slots(kept: str, config: ModelConfig) -> Iterator[jax.Array]:
+            heads, *widths = config.cached
+            layers = c.kept[: c.num_layers - c.reused].count(kept)
+            for width in widths:
+                yield jnp.zeros((layers, rows, length, heads, width), dtype)
+
+        keys, values = slots("", c)
         held = Held(keys, values)
+        if c.wide:
+            keys, values = slots("wide", c.of_kind(c.kinds[c.wide_layers[0]]))
+            held = held._replace(wide_keys=keys, wide_values=values)
         if delta := c.delta:
             group = len(c.delta_layers), rows, delta.key_heads
             sizes = delta.repeats, delta.key_dim, delta.value_dim
             inputs = (*group[:2], delta.taps - 1, delta.key_heads, delta.width)
-            held = Held(
-                keys, values, jnp.zeros((*group, *sizes), jnp.float32), jnp.zeros(inputs, dtype)
+            held = held._replace(
+                states=jnp.zeros((*group, *sizes), jnp.float32), inputs=jnp.zeros(inputs, dtype)
             )
         return Cache(
             held,

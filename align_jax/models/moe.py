@@ -20,7 +20,17 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from align_jax.models.config import ModelConfig
-from align_jax.models.layers import ACTIVATIONS, Init, array, contract, normal, parameter, zeros
+from align_jax.models.layers import (
+    ACTIVATIONS,
+    Init,
+    array,
+    contract,
+    normal,
+    ones,
+    parameter,
+    scaleless_norm,
+    zeros,
+)
 from align_jax.models.roles import Role
 from align_jax.parallel.mesh import ROWS
 from align_jax.parallel.sharding import spec
@@ -204,15 +214,25 @@ class Experts(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "N T D"], real: Bool[Array, "N T"]
+        self,
+        x: Float[Array, "N T D"],
+        real: Bool[Array, "N T"],
+        seen: Float[Array, "N T D"] | None = None,
     ) -> tuple[Float[Array, "N T D"], dict[str, jax.Array]]:
+        """Return the experts' sum and the routing's sums.
+
+        Args:
+            x: what the experts are given.
+            real: which tokens are.
+            seen: what the router is given, of a model with ``branch_norms``; None: x.
+        """
         c = self.config
         D, E, dtype = c.hidden_size, c.num_experts, self.dtype
         init = normal(c.init_std)
         role = Role("router", inputs=1)
         router = array(parameter(self, "router", init, (D, E), ("embed", None), role), dtype)
         exact = jnp.dtype(jnp.float32)
-        logits = contract(x, router, 1, exact)
+        logits = contract(x if seen is None else self._scaled(seen), router, 1, exact)
         if c.expert_bias:
             shift = parameter(self, "router_bias", zeros, (E,), (None,), role.vector())
             logits = logits + array(shift, exact)[None, None]
@@ -228,8 +248,17 @@ class Experts(nn.Module):
         )
         if c.routed_scale != 1:
             weights = weights * c.routed_scale
+        if c.branch_norms:
+            factor = parameter(self, "expert_scale", ones, (E,), (None,), role.vector())
+            weights = weights * array(factor, exact)[experts]
         y = sharded_products(x, weights, experts, self._kernels(), _gating(c))
         return y, balance(probabilities, experts, real)
+
+    def _scaled(self, x: Float[Array, "N T D"]) -> Float[Array, "N T D"]:
+        c, role = self.config, Role("router", matrix=False)
+        scale = parameter(self, "router_scale", ones, (c.hidden_size,), ("norm",), role)
+        scale = array(scale, self.dtype) * c.hidden_size**-0.5
+        return scaleless_norm(x, c.norm_eps) * scale[None, None]
 
     def _kernels(self) -> Kernels:
         c, sizes = self.config, self.config.sizes

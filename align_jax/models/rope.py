@@ -41,6 +41,10 @@ def frequencies(rope: Rope, run_length: int = 0) -> tuple[np.ndarray, float]:
         return _llama3(rope, plain), 1.0
     if rope.kind == "yarn":
         return _yarn(rope)
+    if rope.kind == "proportional":
+        turned = int(rope.option("partial_rotary_factor") * rope.rotary_dim // 2)
+        still = np.arange(len(plain)) >= turned
+        return np.where(still, 0, plain / np.float32(rope.option("factor", 1.0))), 1.0
     if rope.kind == "longrope":
         name = "long_factor" if run_length > rope.limit else "short_factor"
         return plain / np.asarray(rope.option(name), np.float32), _longrope_factor(rope)
@@ -97,9 +101,8 @@ def _yarn(rope: Rope) -> tuple[np.ndarray, float]:
     if rope.option("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, rope.rotary_dim - 1)
-    ramp = np.clip(
-        (np.arange(rope.rotary_dim // 2, dtype=np.float32) - low) / max(high - low, 0.001), 0, 1
-    )
+    span = high - low or 0.001  # below 0 where the original context is tiny
+    ramp = np.clip((np.arange(rope.rotary_dim // 2, dtype=np.float32) - low) / span, 0, 1)
     powers = np.float32(rope.theta) ** (
         np.arange(0, rope.rotary_dim, 2, dtype=np.float32) / np.float32(rope.rotary_dim)
     )

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -19,7 +19,7 @@ from align_jax.models import rope as ropes
 from align_jax.models.cache import Held
 from align_jax.models.config import Latent, ModelConfig
 from align_jax.models.delta_rule import Past
-from align_jax.models.layers import Norm, Options, array, linear, normal, parameter
+from align_jax.models.layers import Norm, Options, array, linear, normal, parameter, scaleless_norm
 from align_jax.models.roles import Role
 
 States = Float[Array, "N T D"]
@@ -35,6 +35,7 @@ class Layer(NamedTuple):
     place: Int[Array, "*L"]  # in the cache: among those that keep what it keeps
     window: Int[Array, "*L"]  # among the distinct windows, sorted
     rope: Int[Array, "*L"]  # among the distinct rotary embeddings; -1 = none
+    inputs: Float[Array, "*L N T e"] | None = None  # what each is given of a token, where it is
 
 
 class Rows(NamedTuple):
@@ -62,7 +63,7 @@ class Attention(nn.Module):
         self, x: States, layer: Layer, rows: Rows, cache: Held | None
     ) -> tuple[States, Held | None]:
         c = self.config
-        D, H, K, h = c.hidden_size, c.num_heads, c.num_kv_heads, c.head_dim
+        D, H, h = c.hidden_size, c.num_heads, c.head_dim
 
         def project(name: str, heads: int, width: int, axis: str) -> Heads:
             axes, target = ("embed", axis, "head"), f"attention/{name}"
@@ -71,26 +72,46 @@ class Attention(nn.Module):
         q, gate = project("query", H, c.query_dim, "heads"), None
         if c.attention_gate:
             q, gate = jnp.split(q, 2, axis=-1)
-        k = project("key", K, h, "kv_heads")
-        v = project("value", K, h, "kv_heads")
-        if c.qk_norm_turned:
-            q, k = _rotated(q, k, layer, rows, c)
-        if c.qk_norm:
-            q, k = self._norm("query_norm", q, "heads"), self._norm("key_norm", k, "kv_heads")
-        if not c.qk_norm_turned:
-            q, k = _rotated(q, k, layer, rows, c)
+        new = None if c.reused else self._keys(project, layer, rows)
+        q = self._turned("query", q, "heads", layer, rows)
         sinks = self._sinks() if c.sinks else None
         if cache is not None and rows.slots is not None:
-            (k, v), allowed, cache = _extended((k, v), layer, rows, cache, c)
+            (k, v), allowed, cache = _extended(new, layer, rows, cache, c, q.dtype)
             numbers = {"scale": c.query_scale, "softcap": c.attention_softcap}
             y = attentions.weighted(q, k, v, allowed, sinks=sinks, **numbers)
         else:
-            cache = cache and _filled((k, v), layer, rows, cache)
+            if new is None:
+                assert cache is not None and cache.last is not None
+                k, v = cache.last[c.width]
+            else:
+                k, v = new
+                cache = cache and _filled(new, layer, rows, cache, c)
             y = _attended(q, k, v, sinks, layer, rows, c, self.options)
         y = checkpoint_name(y, "attention")
         y = y if gate is None else y * jax.nn.sigmoid(gate)
         axes, target = ("heads", "head", "embed"), "attention/output"
         return linear(c, self.options, target, (H, h), (D,), axes, c.output_bias)(y), cache
+
+    def _keys(self, project: Callable[..., Heads], layer: Layer, rows: Rows) -> tuple[Keys, Values]:
+        """Return a layer's own keys and values."""
+        c = self.config
+        k = project("key", c.num_kv_heads, c.head_dim, "kv_heads")
+        if c.wide and c.wide.key_is_value:
+            v = k
+        else:
+            v = project("value", c.num_kv_heads, c.head_dim, "kv_heads")
+        if c.value_norm:
+            v = scaleless_norm(v, c.norm_eps)
+        return self._turned("key", k, "kv_heads", layer, rows), v
+
+    def _turned(self, name: str, x: Heads, axis: str, layer: Layer, rows: Rows) -> Heads:
+        """Return queries or keys rotated, and normalized before or after that."""
+        c = self.config
+        if c.qk_norm_turned:
+            x = _rotated(x, layer, rows, c)
+        if c.qk_norm:
+            x = self._norm(f"{name}_norm", x, axis)
+        return x if c.qk_norm_turned else _rotated(x, layer, rows, c)
 
     def _norm(self, name: str, x: Heads, axis: str) -> Heads:
         c, shape = self.config, x.shape[-2:]
@@ -131,12 +152,14 @@ class LatentAttention(nn.Module):
         axes: tuple[str, ...] = ("embed", "latent")
         both = linear(c, o, "attention/key_value_a", (D,), outputs, axes, bias)(x)
         latent = self._norm("latent_norm", both[..., :rank])[:, :, None]
-        turned, key = _rotated(q[..., still:], both[:, :, None, rank:], layer, rows, c)
+        turned = _rotated(q[..., still:], layer, rows, c)
+        key = _rotated(both[:, :, None, rank:], layer, rows, c)
         q = jnp.concatenate([q[..., :still], turned], axis=-1)
         axes = ("embed", "heads", "head")
         expand = linear(c, o, "attention/key_value_b", (rank,), (H, still + v), axes, False)
         if cache is not None and rows.slots is not None:
-            (latents, keys), allowed, cache = _extended((latent, key), layer, rows, cache, c)
+            new = (latent, key)
+            (latents, keys), allowed, cache = _extended(new, layer, rows, cache, c, q.dtype)
             kernel = expand.matrix()  # [rank, H, still + v]
             wide = q[..., :still].astype(kernel.dtype)
             inward = jnp.einsum("NTHs,cHs->NTHc", wide, kernel[..., :still]).astype(q.dtype)
@@ -146,7 +169,7 @@ class LatentAttention(nn.Module):
             y = jnp.einsum("NTHc,cHv->NTHv", y.astype(kernel.dtype), kernel[..., still:])
             y = y.astype(o.dtype)
         else:
-            cache = cache and _filled((latent, key), layer, rows, cache)
+            cache = cache and _filled((latent, key), layer, rows, cache, c)
             made = expand(latent[:, :, 0])
             shared = jnp.broadcast_to(key, (*key.shape[:2], H, key.shape[-1]))
             k = jnp.concatenate([made[..., :still], shared], axis=-1)
@@ -171,21 +194,16 @@ class LatentAttention(nn.Module):
         return Norm(x.shape[-1:], "rms", 1e-6, False, self.options.dtype, name=name)(x)
 
 
-def _rotated(
-    q: Queries, k: Keys, layer: Layer, rows: Rows, config: ModelConfig
-) -> tuple[Queries, Keys]:
-    """Turn queries and keys by the layer's rotary embedding, if it has one."""
-    if not rows.ropes:
-        return q, k
-    cos, sin = rows.ropes[0]
-    if len(rows.ropes) > 1:
+def _rotated(x: Heads, layer: Layer, rows: Rows, config: ModelConfig) -> Heads:
+    """Turn queries or keys by the layer's rotary embedding, if it has one."""
+    used = sorted(set(config.layer_ropes) - {-1})
+    if not rows.ropes or not used:
+        return x
+    cos, sin = rows.ropes[used[0]]
+    if len(used) > 1:
         cos, sin = (jnp.stack(tables)[layer.rope] for tables in zip(*rows.ropes))
-    pairs = config.rope_interleaved
-    turned = ropes.rotate(q, cos, sin, pairs), ropes.rotate(k, cos, sin, pairs)
-    if -1 not in config.layer_ropes:
-        return turned
-    on = layer.rope >= 0
-    return jnp.where(on, turned[0], q), jnp.where(on, turned[1], k)
+    turned = ropes.rotate(x, cos, sin, config.rope_interleaved)
+    return turned if -1 not in config.layer_ropes else jnp.where(layer.rope >= 0, turned, x)
 
 
 def _attended(
@@ -224,36 +242,55 @@ def _attended(
     return jax.lax.switch(layer.window, [branch(kind) for kind in kinds], q, k, v)
 
 
-def _filled(new: tuple[Keys, Values], layer: Layer, rows: Rows, cache: Held) -> Held:
-    """Write a layer's keys and values of whole rows into the first slots of a cache."""
+def _slots(config: ModelConfig) -> tuple[str, str]:
+    """Return the cache's fields that hold the keys and the values of layers of this kind."""
+    return ("wide_keys", "wide_values") if config.wide else ("keys", "values")
+
+
+def _filled(
+    new: tuple[Keys, Values], layer: Layer, rows: Rows, cache: Held, config: ModelConfig
+) -> Held:
+    """Write a layer's keys and values of whole rows into the first slots of a cache, and where
+    later layers reuse them."""
+    changes: dict[str, Any] = {}
+    if cache.last is not None:
+        changes["last"] = {**cache.last, config.width: new}
     start = (layer.place, 0, 0, 0, 0)
-    held = (x if rows.held is None else caches.taken(x, rows.held) for x in new)
-    first, second = (
-        jax.lax.dynamic_update_slice(whole, x[None].astype(whole.dtype), start)
-        for whole, x in zip((cache.keys, cache.values), held)
-    )
-    return cache._replace(keys=first, values=second)
+    for name, x in zip(_slots(config), new):
+        if (whole := getattr(cache, name)) is not None:
+            x = x if rows.held is None else caches.taken(x, rows.held)
+            filled = jax.lax.dynamic_update_slice(whole, x[None].astype(whole.dtype), start)
+            changes[name] = filled
+    return cache._replace(**changes)
 
 
 def _extended(
-    new: tuple[Keys, Values], layer: Layer, rows: Rows, cache: Held, config: ModelConfig
+    new: tuple[Keys, Values] | None,
+    layer: Layer,
+    rows: Rows,
+    cache: Held,
+    config: ModelConfig,
+    dtype: jnp.dtype,
 ) -> tuple[tuple[jax.Array, jax.Array], Bool[Array, "N 1 C"], Held]:
-    """Write one token a row into the cache.
+    """Write one token a row into the cache, unless the layer reuses what an earlier one has
+    written.
 
     Returns:
         The layer's keys and values of all slots [N, C, K, h], which slots the token attends to
         (its own segment's, within the window), and the cache.
     """
-    assert rows.allowed is not None and rows.distance is not None  # as rows.slots is
-    at = (layer.place, jnp.arange(new[0].shape[0]), rows.slots)
-    keys, values = (
-        whole.at[at].set(x[:, 0].astype(whole.dtype), mode="drop")
-        for whole, x in zip((cache.keys, cache.values), new)
-    )
+    assert rows.slots is not None and rows.allowed is not None and rows.distance is not None
+    at = (layer.place, jnp.arange(rows.slots.shape[0]), rows.slots)
+    names, changes = _slots(config), dict[str, Any]()
+    for name, x in zip(names, new or ()):
+        whole = getattr(cache, name)
+        changes[name] = whole.at[at].set(x[:, 0].astype(whole.dtype), mode="drop")
+    cache = cache._replace(**changes)
     allowed = rows.allowed
     kinds = sorted(set(config.windows))
     if kinds != [0]:
         limits = jnp.asarray([w or np.iinfo(np.int32).max for w in kinds], jnp.int32)
-        allowed = allowed & (rows.distance < limits[layer.window])
-    mine = (keys[layer.place].astype(new[0].dtype), values[layer.place].astype(new[1].dtype))
-    return mine, allowed[:, None], cache._replace(keys=keys, values=values)
+        limit = limits[layer.window] if len(kinds) > 1 else limits[0]
+        allowed = allowed & (rows.distance < limit)
+    keys, values = (getattr(cache, name)[layer.place].astype(dtype) for name in names)
+    return (keys, values), allowed[:, None], cache

@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -178,12 +178,29 @@ def by_kind(
         experts, dense: beside these of a layer with experts, of a dense one.
         attention, delta: and of one that attends, of one that keeps a state.
     """
+
+    def of(words: Sequence[str]) -> Iterator[TensorMap]:
+        yield from common
+        yield from delta if "delta" in words else attention
+        yield from dense if "dense" in words else experts
+
+    return by_layer(config, of)
+
+
+def by_layer(
+    config: ModelConfig, of: Callable[[Sequence[str]], Iterable[TensorMap]]
+) -> list[TensorMap]:
+    """Return the tensors of all layers, stack by stack.
+
+    Args:
+        config: which layers are of which kind.
+        of: from a kind's words (``ModelConfig.kinds``) to its tensors, below "layers/".
+    """
     out = []
     for stack in config.stacks:
         for place, kind in enumerate(stack.kinds):
             path, layers = stack.path(place), stack.layers(place)
-            mixer = delta if kind.startswith("delta") else attention
-            for entry in (*common, *mixer, *(dense if kind.endswith("dense") else experts)):
+            for entry in of(kind.split()):
                 own = path + entry.path.removeprefix("layers")
                 out.append(dataclasses.replace(entry, path=own, layers=layers))
     return out

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -35,6 +36,7 @@ from align_jax.models.layers import (
     contract,
     linear,
     normal,
+    ones,
     parameter,
 )
 from align_jax.models.lora import LoraConfig, with_rows
@@ -115,7 +117,9 @@ class Block(nn.Module):
         aux: dict[str, jax.Array] = {}
         with jax.named_scope("mlp"):
             z = first if c.shared_norm else norm("mlp_norm", c.norm_inputs, residual)
-            if c.num_experts:
+            if c.branch_norms:
+                z, aux = self._branches(residual, z, rows, norm)
+            elif c.num_experts:
                 routed, aux = Experts(c, dtype, name="moe")(z, rows.segment_ids > 0)
                 z = routed + self._shared(z) if c.shared_size else routed
             else:
@@ -123,6 +127,11 @@ class Block(nn.Module):
             z = dropped(norm("mlp_out_norm", c.norm_outputs, z))
             z = z if c.residual_scale == 1 else z * c.residual_scale
         x = x + y + z if c.parallel_residual else residual + z
+        if layer.inputs is not None:
+            x = TokenInput(c, self.options, name="token")(x, layer.inputs)
+        if c.layer_scale:
+            scale = parameter(self, "scale", ones, (1,), (None,), Role("norm", matrix=False))
+            x = x * jax.lax.stop_gradient(array(scale, dtype))[None, None]
         return (constrain(x, "rows", "length", "features"), cache), aux
 
     def _mixer(self) -> Attention | LatentAttention | DeltaAttention:
@@ -130,6 +139,17 @@ class Block(nn.Module):
             return DeltaAttention(self.config, self.options, name="delta")
         kind = LatentAttention if self.config.latent else Attention
         return kind(self.config, self.options, name="attention")
+
+    def _branches(
+        self, residual: States, x: States, rows: Rows, norm: Callable[[str, bool, States], States]
+    ) -> tuple[States, dict[str, jax.Array]]:
+        """Add a dense MLP of x and the residual's experts, each with norms of its own."""
+        c = self.config
+        experts = Experts(c, self.options.dtype, name="moe")
+        given = norm("moe_norm", True, residual)
+        routed, aux = experts(given, rows.segment_ids > 0, residual)
+        dense = norm("shared_out_norm", True, self._shared(x))
+        return dense + norm("moe_out_norm", True, routed), aux
 
     def _shared(self, x: States) -> States:
         c, o = self.config, self.options
@@ -139,6 +159,49 @@ class Block(nn.Module):
         role, init = Role("router", inputs=1), normal(c.init_std)
         gate = parameter(self, "shared_gate", init, (c.hidden_size, 1), ("embed", None), role)
         return y * jax.nn.sigmoid(contract(x, array(gate, o.dtype), 1))
+
+
+class TokenInput(nn.Module):
+    """What a layer makes of its own inputs of a token: they are gated by the states, and added."""
+
+    config: ModelConfig
+    options: Options
+
+    @nn.compact
+    def __call__(self, x: States, inputs: Float[Array, "N T e"]) -> States:
+        c, o = self.config, self.options
+        D, E = (c.hidden_size,), (c.token_inputs,)
+        y = linear(c, o, "token/gate", D, E, ("embed", "ffn"), False)(x)
+        y = ACTIVATIONS[c.activation](y) * inputs
+        y = linear(c, o, "token/up", E, D, ("ffn", "embed"), False)(y)
+        return x + Norm(D, c.norm, c.norm_eps, c.norm_offset, o.dtype, name="norm")(y)
+
+
+class TokenInputs(nn.Module):
+    """The inputs of all layers, [L, N, T, e]: of each a row of a table of the token's own, and a
+    linear map of its embedding, normalized.
+
+    References:
+        Gemma 3n's and 4's per-layer embeddings (transformers 5, ``Gemma4TextModel``).
+    """
+
+    config: ModelConfig
+    options: Options
+
+    @nn.compact
+    def __call__(self, tokens: Int[Array, "N T"], x: States) -> Float[Array, "L N T e"]:
+        c, dtype = self.config, self.options.dtype
+        L, e = c.num_layers, c.token_inputs
+        init, axes = normal(c.init_std), ("vocab", None, "embed")
+        table = parameter(self, "table", init, (c.vocab_rows, L, e), axes, Role("embedding"))
+        table = constrain(array(table, dtype), "vocab", None, None)
+        own = jnp.take(table, tokens, axis=0) * jnp.asarray(e**0.5, dtype)
+        role, axes = Role("linear", inputs=1), ("embed", None, "ffn")
+        kernel = parameter(self, "projection", init, (c.hidden_size, L, e), axes, role)
+        made = contract(x, array(kernel, dtype), 1) * jnp.asarray(c.hidden_size**-0.5, dtype)
+        made = Norm((e,), c.norm, c.norm_eps, c.norm_offset, dtype, name="norm")(made)
+        both = (made + own) * jnp.asarray(2**-0.5, dtype)
+        return constrain(jnp.moveaxis(both, 2, 0), None, "rows", "length", None)
 
 
 class Pattern(nn.Module):
@@ -159,7 +222,7 @@ class Pattern(nn.Module):
     ) -> tuple[tuple[States, Held | None], dict[str, jax.Array]]:
         aux: dict[str, jax.Array] = {}
         for place, config in enumerate(self.configs):
-            layer = Layer(*(each[place] for each in layers))
+            layer = jax.tree.map(operator.itemgetter(place), layers)
             carry, sums = self.block(config, self.options, name=str(place))(carry, layer, rows)
             aux = _added(aux, sums)
         return carry, aux
@@ -182,6 +245,8 @@ class Decoder(nn.Module):
         c, o = self.config, self.options
         self.stacks = [self._stack(stack) for stack in c.stacks]
         self.embed = Embedding(c, o.dtype, o.lora)
+        if c.token_inputs:
+            self.token_inputs = TokenInputs(c, o)
         self.drop = nn.Dropout(o.dropout)
         self.final_norm = Norm((c.hidden_size,), c.norm, c.norm_eps, c.norm_offset, o.dtype)
         if o.unembed and not c.tied:
@@ -257,7 +322,7 @@ class Decoder(nn.Module):
         x, kept, _ = self._run(tokens, rows, cache.held)
         segment_ids = jax.lax.dynamic_update_slice(cache.segment_ids, segment_ids, (0, 0))
         positions = jax.lax.dynamic_update_slice(cache.positions, positions, (0, 0))
-        return x, Cache(kept, segment_ids, positions, end)
+        return x, Cache(kept._replace(last=None), segment_ids, positions, end)
 
     def decode(
         self, token: Int[Array, "N"], position: Int[Array, "N"], cache: Cache
@@ -297,16 +362,28 @@ class Decoder(nn.Module):
             jnp.asarray(c.layer_ropes, jnp.int32),
         )
         x = self.embed(tokens, rows.positions)
+        if c.token_inputs:
+            layer = layer._replace(inputs=self.token_inputs(tokens, x))
+        if c.reused and rows.slots is None:
+            cache = (cache or Held())._replace(last=self._last(tokens.shape))
         if self.options.dropout and self.has_rng("dropout"):
             x = self.drop(x, deterministic=False)
         aux: dict[str, jax.Array] = {}
         for stack, run in zip(c.stacks, self.stacks):
-            turns = (stack.count, len(stack.kinds)) if len(stack.kinds) > 1 else (stack.count,)
-            own = Layer(*(each[stack.first : stack.end].reshape(turns) for each in layer))
+            own = jax.tree.map(functools.partial(_turns, stack), layer)
             (x, cache), sums = run((x, cache), own, rows)
             aux = _added(aux, {name: each.sum(axis=0) for name, each in sums.items()})
         with jax.named_scope("final_norm"):
             return constrain(self.final_norm(x), "rows", "length", "features"), cache, aux
+
+    def _last(self, rows: tuple[int, ...]) -> dict[str, tuple[jax.Array, jax.Array]]:
+        """Return room for the keys and values that later layers reuse."""
+        c, out = self.config, {}
+        for kind in set(c.kinds):
+            heads, *widths = (own := c.of_kind(kind)).cached
+            keys, values = (jnp.zeros((*rows, heads, w), self.options.dtype) for w in widths)
+            out[own.width] = (keys, values)
+        return out
 
     def unembed(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Return float32 logits."""
@@ -331,6 +408,12 @@ class Decoder(nn.Module):
         """Return a scalar head's output."""
         with jax.named_scope(name):
             return self.scalars[name](hidden)
+
+
+def _turns(stack: Stack, each: jax.Array) -> jax.Array:
+    """Take a stack's layers of what differs from layer to layer: those of a turn side by side."""
+    of_one = (len(stack.kinds),) if len(stack.kinds) > 1 else ()
+    return each[stack.first : stack.end].reshape(stack.count, *of_one, *each.shape[1:])
 
 
 class Embedding(nn.Module):

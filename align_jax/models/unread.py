@@ -43,7 +43,10 @@ IMPLIED: Mapping[str, Callable[[Any], Any]] = {
 }
 
 # declared by a class, and passed over by its modules all the same
-DECLARED_ONLY: Mapping[str, set[str]] = {"gemma3_text": {"attn_logit_softcapping"}}
+DECLARED_ONLY: Mapping[str, set[str]] = {
+    "gemma": {"use_bidirectional_attention"},
+    "gemma3_text": {"attn_logit_softcapping"},
+}
 
 
 def unread(hf: Mapping[str, Any]) -> set[str]:

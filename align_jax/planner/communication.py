@@ -176,9 +176,9 @@ def _activations(call: ModelCall, mesh: Mapping[str, int]) -> dict[str, float]:
     at_loss = rows * call.positions / sequence * config.hidden_size * call.itemsize
     reduced += at_loss * backward
 
-    heads = max(1.0, config.num_kv_heads / tensor)
-    widths = config.head_dim + config.value_dim
-    keys_and_values = rows * call.length * heads * widths * call.itemsize * layers
+    kinds = [config.of_kind(kind) for kind in config.kinds]
+    widths = sum(max(1.0, of.num_kv_heads / tensor) * (of.head_dim + of.value_dim) for of in kinds)
+    keys_and_values = rows * call.length * widths * call.itemsize
     gathers = 1 + int(backward and remat != "none") + backward
 
     tokens = states * layers * (mesh["expert"] - 1) if config.num_experts else 0.0

@@ -16,6 +16,7 @@ MFU).
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from typing import NamedTuple
 
@@ -74,30 +75,30 @@ class StepFlops:
 def layer_weights(config: ModelConfig) -> int:
     """Count the weights of all layers that multiply each token (of a mixture: the chosen
     experts')."""
-    D, H, K, h, F = (
-        config.hidden_size,
-        config.num_heads,
-        config.num_kv_heads,
-        config.head_dim,
-        config.intermediate_size,
-    )
-    attention = D * H * config.query_dim + 2 * D * K * h + H * h * D
+    kinds = collections.Counter(config.kinds)
+    return sum(count * _weights(config.of_kind(kind)) for kind, count in kinds.items())
+
+
+def _weights(config: ModelConfig) -> int:
+    """Count those of one layer of a kind."""
+    D, H, h = config.hidden_size, config.num_heads, config.head_dim
+    alike = config.wide is not None and config.wide.key_is_value
+    keys = config.num_kv_heads * h * (0 if config.reused else 1 if alike else 2)
+    mixer = D * H * config.query_dim + D * keys + H * h * D
     if latent := config.latent:
         q, c, v = latent.query_rank, latent.rank, latent.value_dim
         queries = q * (D + H * h) if q else D * H * h
         keys = D * (c + latent.rope_dim) + c * H * (config.still_dim + v)
-        attention = queries + keys + H * v * D
-    mlp, first = (3 if config.gated else 2) * D * F, len(config.dense_layers)
-    dense = first * 3 * D * config.dense_size
-    if config.num_experts:
-        mlp = mlp * config.experts_per_token + D * config.num_experts
-        mlp += 3 * D * config.shared_size
-    mixers = len(config.attending) * attention
+        mixer = queries + keys + H * v * D
     if delta := config.delta:
         keys, values = delta.key_heads * delta.key_dim, delta.value_heads * delta.value_dim
         maps = D * (2 * keys + 2 * values + 2 * delta.value_heads) + values * D
-        mixers += len(config.delta_layers) * (maps + (2 * keys + values) * delta.taps)
-    return mixers + (config.num_layers - first) * mlp + dense
+        mixer = maps + (2 * keys + values) * delta.taps
+    mlp = (3 if config.gated else 2) * D * config.intermediate_size
+    if config.num_experts:
+        mlp = mlp * config.experts_per_token + D * config.num_experts
+        mlp += 3 * D * config.shared_size
+    return mixer + mlp + 3 * D * config.token_inputs
 
 
 def _state(config: ModelConfig, chunk: int) -> float:
@@ -138,7 +139,7 @@ def attention_cost(config: ModelConfig, attention: str) -> float:
         config: the model.
         attention: a name from ``models.attention.ATTENTION``, or "auto".
     """
-    pair = len(config.attending) * _pair(config)
+    pair = sum(count * _pair(of) for of, _, count in config.attending)
     token = 2 * layer_weights(config) + config.vocab_size * config.hidden_size
     return ATTENTION_SLOWER[named(attention)] * pair / token
 
@@ -161,11 +162,11 @@ def forward_flops(
     config = model.config
     tokens = rows * length
     segment = min(segment_length or length, length)
-    pairs = 0.0  # (query, key) pairs of a segment, over the layers
-    for window in config.attending:
+    attention = 0.0
+    for of, window, count in config.attending:
         reach = min(window or segment, segment)
-        pairs += reach * (reach + 1) / 2 + (segment - reach) * reach
-    attention = _pair(config) * pairs * tokens / segment
+        pairs = reach * (reach + 1) / 2 + (segment - reach) * reach  # of a segment
+        attention += count * _pair(of) * pairs * tokens / segment
     attention += _state(config, min(CHUNK, segment)) * tokens
     head = (
         2 * config.hidden_size * config.vocab_rows * rows * positions
@@ -195,10 +196,13 @@ def decode_flops(model: Model, *, rows: int, context: int) -> Forward:
         context: tokens that a row has before it.
     """
     config = model.config
-    seen = sum(min(window or context, context) for window in config.attending)
+    widths = sum(
+        count * _decoded_widths(of) * min(window or context, context)
+        for of, window, count in config.attending
+    )
     return Forward(
         2.0 * layer_weights(config) * rows,
-        (2.0 * config.num_heads * _decoded_widths(config) * seen + _state(config, 0)) * rows,
+        (2.0 * config.num_heads * widths + _state(config, 0)) * rows,
         2.0 * config.hidden_size * config.vocab_rows * rows,
     )
 

@@ -43,6 +43,7 @@ EYES = {  # what sees images, of every family that does
         "depth": 1,
         "num_attention_heads": 2,
         "num_heads": 2,
+        "head_dim": 8,
         "image_size": 28,
         "patch_size": 14,
         "num_position_embeddings": 16,
@@ -65,6 +66,13 @@ EXPERTS = {
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 24,
     "shared_expert_intermediate_size": 20,
+}
+WIDE = {
+    "layer_types": ["sliding_attention", "full_attention"],
+    "head_dim": 8,
+    "global_head_dim": 16,
+    "vocab_size_per_layer_input": V,
+    "hidden_size_per_layer_input": 0,
 }
 CASES = {  # family -> (what differs from SHAPE, a fused module's name)
     "gemma": ({"head_dim": 12}, ""),
@@ -139,6 +147,17 @@ CASES = {  # family -> (what differs from SHAPE, a fused module's name)
         "",
     ),
     "gpt_oss": ({"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}, ""),
+    "gemma4_text": (
+        WIDE
+        | {
+            "num_hidden_layers": 4,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "hidden_size_per_layer_input": 12,
+            "num_kv_shared_layers": 2,
+        },
+        "",
+    ),
+    "gemma4": (EYES | {"text_config": SHAPE | WIDE, "audio_config": None}, ""),
     "gemma3": (EYES | {"text_config": SHAPE | {"head_dim": 8}}, ""),
     "mistral3": (EYES | {"text_config": SHAPE | {"model_type": "mistral"}}, ""),
     "qwen2_vl": (EYES | {"text_config": SHAPE | SECTIONS}, ""),
@@ -164,6 +183,7 @@ VARIANTS = {
     "gpt_oss": dict(targets="attention/.*"),
     "glm4_moe": dict(targets="attention/.*|shared/.*"),
     "dots1": dict(targets="shared/.*"),
+    "gemma4_text": dict(targets="attention/.*|mlp/.*|token/.*"),
     "qwen3_next": dict(targets="attention/.*|delta/.*|shared/.*"),
     "qwen3_5_text": dict(targets="attention/.*|delta/.*|mlp/.*"),
     "qwen3_5": dict(targets="delta/(output_gate|fade)"),

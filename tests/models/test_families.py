@@ -101,6 +101,16 @@ EXPERTS = {
     "moe_intermediate_size": 24,
     "shared_expert_intermediate_size": 20,
 }
+# wide layers, with a window between them
+WIDE = {
+    "num_hidden_layers": 6,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+    "sliding_window": WINDOW,
+    "head_dim": 8,
+    "global_head_dim": 16,
+    "vocab_size_per_layer_input": V,
+    "hidden_size_per_layer_input": 0,
+}
 CASES = {  # case -> (model_type, what differs from SHAPE)
     "llama": ("llama", {}),
     "llama, linear": (
@@ -150,6 +160,35 @@ CASES = {  # case -> (model_type, what differs from SHAPE)
             "sliding_window": WINDOW,
             "query_pre_attn_scalar": 5,
             "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
+    # of the large model, of the small ones, of the mixture
+    "gemma4_text": (
+        "gemma4_text",
+        WIDE
+        | {
+            "attention_k_eq_v": True,
+            "num_global_key_value_heads": 1,
+            "final_logit_softcapping": 3.0,
+        },
+    ),
+    "gemma4_text, reused": (
+        "gemma4_text",
+        WIDE
+        | {
+            "hidden_size_per_layer_input": 12,
+            "num_kv_shared_layers": 3,
+            "use_double_wide_mlp": True,
+        },
+    ),
+    "gemma4_text, experts": (
+        "gemma4_text",
+        WIDE
+        | {
+            "enable_moe_block": True,
+            "num_experts": 4,
+            "top_k_experts": 2,
+            "moe_intermediate_size": 24,
         },
     ),
     "gpt_neox": ("gpt_neox", {"rotary_pct": 0.5}),
@@ -222,6 +261,14 @@ CASES = {  # case -> (model_type, what differs from SHAPE)
             "text_config": SHAPE | MIXED | {"head_dim": 8, "query_pre_attn_scalar": 5},
             "vision_config": EYES,
             "mm_tokens_per_image": 4,
+        },
+    ),
+    "gemma4": (
+        "gemma4",
+        {
+            "text_config": SHAPE | WIDE | {"hidden_size_per_layer_input": 12},
+            "vision_config": EYES,
+            "audio_config": None,
         },
     ),
     "mistral3": (
@@ -325,8 +372,10 @@ CASES = {  # case -> (model_type, what differs from SHAPE)
     "opt": ("opt", {"ffn_dim": 40, "word_embed_proj_dim": 32, "dropout": 0.0}),
 }
 # one of each kind
-GRADIENTS = """llama gemma2 gemma3_text gpt_neox gpt2 olmo2 mixtral qwen2_moe glm4_moe cohere2
-granite phi gpt_oss deepseek_v3 qwen3_next qwen3_5_text""".split()
+NOT_TRAINED = "correction_bias|layer_scalar"
+GRADIENTS = """llama gemma2 gemma3_text gemma4_text gpt_neox gpt2 olmo2 mixtral qwen2_moe glm4_moe
+cohere2 granite phi gpt_oss deepseek_v3 qwen3_next qwen3_5_text""".split()
+GRADIENTS += ["gemma4_text, reused", "gemma4_text, experts"]
 
 
 def configured(family, changes):
@@ -362,7 +411,7 @@ def make_peer(family, changes, path):
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.15)
         for name, buffer in model.named_buffers():
-            if name.endswith("correction_bias"):
+            if name.endswith(("correction_bias", "layer_scalar")):
                 buffer.add_(torch.randn_like(buffer))
     model.save_pretrained(path)
     ours, params = hf.load(str(path), config=hf.load_config(str(path), LENGTH), dtype="float32")
@@ -515,7 +564,7 @@ def test_a_tower_is_configured_as_its_text_family(peer):
     assert kind in {family for family, _ in CASES.values()}
 
 
-@only(TOWERS)
+@only([case for case in TOWERS if case != "gemma4"])  # which has had one spelling
 def test_newer_names_of_a_text_tower_are_read(peer, tmp_path):
     case, path, _, model, params, _ = peer
     row = FAMILIES[model.config.family]
@@ -586,12 +635,13 @@ def test_gradients_equal_transformers(peer, tmp_path):
     theirs.save_pretrained(
         tmp_path / "peer",
         state_dict={name: parameter.grad for name, parameter in theirs.named_parameters()}
-        | {name: buffer * 0 for name, buffer in theirs.named_buffers() if "correction" in name},
+        | {name: x * 0 for name, x in theirs.named_buffers() if re.search(NOT_TRAINED, name)},
     )
     expected = load_file(tmp_path / "peer" / "model.safetensors")
     assert ours.keys() == expected.keys()
+    near = 1e-4 * max(1, *(gradient.abs().max() for gradient in expected.values()))
     for name, gradient in expected.items():
-        np.testing.assert_allclose(ours[name].numpy(), gradient.numpy(), atol=1e-4, err_msg=name)
+        np.testing.assert_allclose(ours[name].numpy(), gradient.numpy(), atol=near, err_msg=name)
 
 
 def test_every_family_is_compared_with_transformers():

@@ -50,6 +50,7 @@ def read(family, **more):
         ),
         ("llama", {"attn_logit_softcapping": 2.0}, "attn_logit_softcapping: .*null"),
         ("gemma3_text", {"attn_logit_softcapping": 2.0}, "attn_logit_softcapping: .*null"),
+        ("gemma", {"use_bidirectional_attention": True}, "use_bidirectional_attention: .*false"),
         ("gemma", {"final_logit_softcapping": 2.0}, "final_logit_softcapping: .*null"),
         ("llama", {"query_pre_attn_scalar": 3}, r"query_pre_attn_scalar: expected 8.0, .*got 3"),
         ("qwen3", {"logits_scaling": 3.0}, "logits_scaling: expected 1.0"),
