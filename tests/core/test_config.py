@@ -48,7 +48,7 @@ def test_a_misspelled_key_is_an_error():
         ("model.quantize", "int8", "needs model.lora.rank"),
         ("model.quantize", "int4", "expected one of"),
         ("reference.mix", 1.5, "at most 1"),
-        ("optimizer.learning_rate", -1.0, "at least 0"),
+        ("optimizer.learning_rate", -1.0, "more than 0"),
         ("optimizer.warmup_fraction", 1.5, "at most 1"),
         ("debug.profile_steps", (1,), "expected (first, last)"),
         ("debug.profile_steps", (3, 2), "debug.profile_steps = (3, 2): expected 1 <= first"),
