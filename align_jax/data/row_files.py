@@ -12,7 +12,9 @@ import functools
 import io
 import json
 import math
+import os
 import re
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -43,10 +45,29 @@ def open_file(path: str) -> Rows:
     Raises:
         ValueError: an unknown kind of file, or one that is damaged (with file and line).
     """
-    kind = next((suffix for suffix in SUFFIXES if path.endswith(suffix)), "")
-    if not kind:
-        raise ValueError(f"{path}: unknown kind of file; known: {', '.join(SUFFIXES)}")
-    return SUFFIXES[kind](path)
+    return SUFFIXES[find_kind(path)](path)
+
+
+_UNPACK = {".zst": "zstd -d", ".bz2": "bunzip2 -k", ".xz": "unxz -k", ".zip": "unzip"}
+_OTHER_NAMES = {".ndjson": ".jsonl", ".jsonlines": ".jsonl", ".ldjson": ".jsonl", ".pq": ".parquet"}
+
+
+def find_kind(path: str) -> str:
+    """Return the ending of a file's name by which it is opened.
+
+    Raises:
+        ValueError: an unknown kind of file, with the command that makes a known one of it.
+    """
+    if kind := next((suffix for suffix in SUFFIXES if path.endswith(suffix)), ""):
+        return kind
+    stem, ending = os.path.splitext(path)
+    known = _OTHER_NAMES.get(ending.lower(), ending.lower())
+    said = f"known: {', '.join(SUFFIXES)}"
+    if ending in _UNPACK:
+        said = f"unpack it: {_UNPACK[ending]} {shlex.quote(path)}"
+    elif known in SUFFIXES:
+        said = f"perhaps: mv {shlex.quote(path)} {shlex.quote(stem + known)}"
+    raise ValueError(f"{path}: unknown kind of file; {said}")
 
 
 def numbered(name: str) -> Callable[[int], str]:

@@ -32,7 +32,7 @@ from align_jax.core import files
 from align_jax.core.choose import nearest
 from align_jax.data import synthetic
 from align_jax.data.messages import Row
-from align_jax.data.row_files import SUFFIXES, Rows, numbered, open_file
+from align_jax.data.row_files import SUFFIXES, Rows, find_kind, numbered, open_file
 
 MOST_FILES = 10_000  # of one source
 
@@ -114,8 +114,7 @@ def open_source(spec: str) -> Source:
 
 
 def _find_file(path: str) -> Source:
-    if not path.endswith(tuple(SUFFIXES)):
-        raise ValueError(f"{path}: unknown kind of file; known: {', '.join(SUFFIXES)}")
+    find_kind(path)
     files.check_is_file(path)
     digest = _digest(path)
 

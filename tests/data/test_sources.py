@@ -274,6 +274,16 @@ MISTAKES = [
         ValueError,
         r"a\.xlsx: unknown kind of file; known: \.json, ",
     ),
+    (
+        lambda folder: write(folder / "a.jsonl.zst", "x"),
+        ValueError,
+        "unpack it: zstd -d /.*/a.jsonl.zst",
+    ),
+    (
+        lambda folder: write(folder / "a b.JSONL", "x"),
+        ValueError,
+        "mv '/.*/a b.JSONL' '/.*/a b.jsonl'",
+    ),
     (lambda folder: write(folder / "a.json", "[{},\n{]"), ValueError, r"a\.json:2: malformed JSON"),
     (lambda folder: write(folder / "a.jsonl", "\n"), ValueError, "no rows"),
     (broken_gzip, ValueError, "not a whole gzip file"),
