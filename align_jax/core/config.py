@@ -51,8 +51,17 @@ def from_dict(values: Mapping[str, Any]) -> ConfigDict:
             return ConfigDict({key: plain(inner) for key, inner in value.items()})
         return tuple(map(plain, value)) if isinstance(value, list) else value
 
+    def fill(config: ConfigDict, values: Mapping[str, Any]) -> None:
+        for key, value in values.items():
+            group = config.get(key)
+            if isinstance(group, ConfigDict) and isinstance(value, Mapping):
+                fill(group, value)
+                continue
+            with config.ignore_type():  # types are checked together, each key by its name
+                config[key] = plain(value)
+
     config = defaults().unlock()
-    config.update(plain(values))
+    fill(config, values)
     return config.lock()
 
 

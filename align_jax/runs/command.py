@@ -134,7 +134,7 @@ def _with_keys(words: Sequence[str]) -> list[str]:
         key = SHORT.get(name.lstrip("-")) if name.startswith("-") else None
         if key is None:
             found.append(word)
-        elif equals or rest:
+        elif equals or rest and not rest[0].startswith("--"):
             found.append(f"--config.{key}={value if equals else rest.pop(0)}")
         else:
             raise Usage(f"{word}: expected a value")
@@ -244,7 +244,8 @@ def _check(rest: Sequence[str], arguments: str) -> None:
     if rest and not arguments:
         raise Usage(f"unknown arguments {' '.join(rest)}: flags begin with --")
     for flag in flags.FLAGS.get_flags_for_module(sys.modules["__main__"]):
-        if flag.present and flag.default is None and flag.value == "":
+        blank = isinstance(flag.value, str) and not flag.value.strip()
+        if flag.present and flag.default is None and blank:
             raise Usage(f"--{flag.name} is empty")
         if isinstance(flag.value, float) and not math.isfinite(flag.value):
             raise Usage(f"--{flag.name}={flag.value}: expected a finite number")
@@ -260,7 +261,7 @@ def _flag_message(error: flags.Error) -> str:
     if isinstance(error, flags.UnrecognizedFlagError):
         name = error.flagname
         own = flags.FLAGS.get_flags_for_module(sys.modules["__main__"])
-        close = nearest(f"--{name}", [f"--{flag.name}" for flag in own])
+        close = nearest(f"--{name}", [*(f"--{flag.name}" for flag in own), "--help"])
         if "did you mean" not in close and "config" in flags.FLAGS:  # a key, perhaps
             close = nearest_key(name).replace("'config.", "'--config.")
         return f"no flag --{name}" + (

@@ -118,6 +118,10 @@ def load(name: str) -> ConfigDict:
         if argument:
             raise ConfigMistake(f"--config={path}:{argument[0]}: a YAML file takes no argument")
         return _load_yaml(path)
+    if file.suffix != ".py":  # whatever it is, it is not run
+        raise ConfigMistake(
+            f"--config={path}: expected a recipe's name, or a config file, .py or .yaml"
+        )
     try:
         found = runpy.run_path(path)
         if "get_config" not in found:
@@ -389,7 +393,10 @@ def _check_key(config: ConfigDict, key: str) -> None:
             )
         named = f"--config.{group}.{{}}" if group else "--config.{}"
         close = nearest(named.format(part), [named.format(one) for one in node])
-        if "did you mean" not in close or part in _leaves(configs.defaults()):
+        own = _leaves(config)  # with the objective's
+        if part in own:
+            close = f"; did you mean '--config.{own[part]}'?"
+        elif "did you mean" not in close:
             close = nearest_key(part) or close
         raise ConfigMistake(f"--config.{key}: the config has no key {part!r}{close}")
 

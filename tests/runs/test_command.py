@@ -46,9 +46,12 @@ MISTAKES = {
     ".train TINY": "missing --workdir; ",
     ".train --workdir=x": "missing --config; ",
     ".train TINY --workdir=": "--workdir is empty",
+    ".train --halp": "no flag --halp; did you mean '--help'?",
     ".train TINY --wrkdir=x": "no flag --wrkdir; did you mean '--workdir'?",
     ".train TINY --learning_rate=1": "did you mean '--config.optimizer.learning_rate'?",
     ".train TINY --workdir=x more": "unknown arguments more: flags begin with --",
+    ".export --workdir=odd --output=o": "odd/config.json: the config has mistakes:\n"
+    "  config.batch_size = 'many': expected an integer\n  config.model = 3: expected its keys",
     ".sample --xyzzy=1": "no flag --xyzzy; --help shows all flags",
     ".bench --prest=tiny_dpo": "did you mean '--preset'?",
     # the short form
@@ -58,6 +61,8 @@ MISTAKES = {
     ".inspect xyzzy": "; recipes: dpo_70b, dpo_7b, ",
     ".train dpo --data=p.jsonl": "path is empty and so is model.config: name a checkpoint",
     ".train dpo --model": "--model: expected a value",
+    ".train dpo --model --data x": "--model: expected a value",
+    ".train --config=run/config.json --workdir=x": "expected a recipe's name, or a config",
     ".train --model=m --workdir=x": "--config.model.path changes a key of a config: give --config",
     ".train dpo sft": "unknown arguments sft: flags begin with --",
     # the config file
@@ -81,7 +86,8 @@ MISTAKES = {
     "'--config.optimizer.learning_rate'?",
     ".train TINY --workdir=x --config.optimiser.b1=1": "did you mean '--config.optimizer'?",
     ".train TINY --workdir=x --config.learning_rate=1": "did you mean "
-    "'config.optimizer.learning_rate'?",
+    "'--config.optimizer.learning_rate'?",
+    ".train TINY --workdir=x --config.beta=1": "did you mean '--config.objective.beta'?",
     ".train TINY --workdir=x --config.objective.bta=1": "did you mean '--config.objective.beta'?",
     ".train TINY --workdir=x --config.rewards.length=1": "give it whole, as "
     "--config.rewards=\"{'length': ...}\"",
@@ -160,6 +166,9 @@ def folder(tmp_path_factory):
     )
     record = {"config": configs.to_dict(configs.read(config))}
     (made / "run/config.json").write_text(json.dumps(record))
+    record["config"] |= {"batch_size": "many", "model": 3}
+    (made / "odd").mkdir()
+    (made / "odd/config.json").write_text(json.dumps(record))
     return made
 
 
