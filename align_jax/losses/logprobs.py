@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -175,6 +175,27 @@ def _check(needs: Sequence[str], has_reference: bool, chunk: int) -> bool:
     return bool(whole)
 
 
+def _where_used(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function of (used, *arguments) that is zero, and computes nothing, where not used.
+
+    A batch's rows seldom fill the positions that are budgeted for the fullest of all.  Over several
+    devices all is computed: what one of them has no use for, another may.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty and mesh.size > 1:
+        return lambda used, *arguments: function(*arguments)
+
+    def where_used(used: jax.Array, *arguments: Any) -> Any:
+        shapes = jax.eval_shape(function, *arguments)
+
+        def nothing(*_: Any) -> Any:
+            return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+        return jax.lax.cond(used, function, nothing, *arguments)
+
+    return where_used
+
+
 def token_outputs(
     hidden: Float[Array, "N T D"],
     unembed: Callable[[Array], Array],
@@ -229,16 +250,16 @@ def token_outputs(
     if whole and reference is not None:
         other = gather(jax.lax.stop_gradient(reference[0]))
 
-    @jax.checkpoint
     def of_chunk(targets: Array, hidden: Array, other: Array | None) -> dict[str, Array]:
         logits = None if other is None or reference is None else reference[1](other)
         return _statistics(unembed(hidden), targets, needs, logits, divergence)
 
     def body(_: None, xs: tuple) -> tuple[None, dict[str, Array]]:
-        return None, of_chunk(*xs)
+        return None, jax.checkpoint(_where_used(of_chunk))(*xs)
 
+    used = jnp.any(chunks(index) < length, axis=(1, 2))  # [P / c]
     with jax.named_scope("token_outputs"):
-        _, found = jax.lax.scan(body, None, (chunks(targets), gather(hidden), other))
+        _, found = jax.lax.scan(body, None, (used, chunks(targets), gather(hidden), other))
 
     def scatter(x: Array) -> Array:  # [P / c, N, c] -> [N, T]
         x = jnp.moveaxis(x, 0, 1).reshape(rows, -1)

@@ -208,6 +208,20 @@ def test_compiled_program_holds_one_chunk_of_logits():
     assert max(sizes) == N * 3 * V  # [N, c, V]; not [N, P, V], nor stacked over the chunks
 
 
+def test_the_head_is_not_applied_to_a_chunk_of_positions_that_no_row_uses():
+    batch, (hidden, matrix) = make_batch(), inputs()
+    longest, calls = int(batch.loss_mask.sum(1).max()), []
+
+    def counted(x):
+        jax.debug.callback(lambda: calls.append(1))
+        return head(matrix)(x)
+
+    index = jnp.pad(batch.loss_index, ((0, 0), (0, 13)), constant_values=T)
+    logprobs.token_outputs(hidden, counted, batch._replace(loss_index=index), chunk=2)
+    jax.effects_barrier()
+    assert len(calls) == -(-longest // 2)  # of 12 chunks
+
+
 def test_masked_vocabulary_and_bfloat16_hidden_states_are_finite_and_float32():
     batch, (hidden, matrix) = make_batch(), inputs(jnp.bfloat16)
     mask = jnp.where(jnp.arange(V) < V - 5, 0.0, -jnp.inf)[None, None]
