@@ -3,10 +3,11 @@
 
     prompts [G, T] ──prefill──► cache ──repeat──► N = G * samples rows
         ──► draw ─► decode ─► draw ─► ... until all done ──extend──► draw ─► decode ─► ...
+                      └─ half of the rows done ──narrow──► draw ─► decode ─► ...
 
-Compiled functions, `prefill`, `decode` and `extend`; their shapes are set by (G, T, samples, M) and
-the padded length of what is added, and everything that differs between requests (settings, keys,
-limits, stop tokens) is an array, so nothing recompiles.
+Compiled functions, `prefill`, `decode`, `narrow` and `extend`; their shapes are set by (G, T,
+samples, M), the rows that go on and the padded length of what is added, and everything that differs
+between requests (settings, keys, limits, stop tokens) is an array, so nothing recompiles.
 """
 
 from __future__ import annotations
@@ -225,6 +226,20 @@ def extend(
     return _pinned(_append_token(model.unembed(params, hidden), requests, filters, begun))
 
 
+@jax.jit
+def narrow(
+    requests: RowRequests, state: DecodeState, rows: Int[Array, "n"]
+) -> tuple[RowRequests, DecodeState]:
+    """Keep some of the rows, that what is decoded further costs no more than they do."""
+
+    def take(tree: Any) -> Any:
+        return jax.tree.map(lambda x: x[rows] if x.ndim else x, tree)
+
+    cache = caches.take(state.cache, rows)
+    state = take(state._replace(cache=None))._replace(cache=cache)
+    return take(requests)._replace(stop_ids=requests.stop_ids), _pinned(state)
+
+
 def _pinned(state: DecodeState) -> DecodeState:
     """Pin where everything lies, under a context mesh: what `decode` is compiled for, and
     keeps."""
@@ -241,13 +256,14 @@ def decode(
     requests: RowRequests,
     state: DecodeState,
     until: Int[Array, ""],
+    few: Int[Array, ""],
     *,
     filters: frozenset[str],
 ) -> DecodeState:
-    """Decode until every row is done or ``until`` tokens were drawn."""
+    """Decode until no more than ``few`` rows are not done, or ``until`` tokens were drawn."""
 
     def running(state: DecodeState) -> Bool[Array, ""]:
-        return ~jnp.all(state.done) & (state.step < until)
+        return (jnp.sum(~state.done) > few) & (state.step < until)
 
     def body(state: DecodeState) -> DecodeState:
         hidden, cache = model.decode(

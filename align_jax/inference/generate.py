@@ -36,6 +36,10 @@ from align_jax.parallel.sharding import put_batch, row_sharding
 _STOP_CHECK_TOKENS = 16  # tokens drawn between two looks for stop strings, on the host
 _STOP_IDS_MULTIPLE = 8  # stop tokens are padded to this many, so that one more does not recompile
 _SMALLEST_BUCKET = 16  # tokens
+# where half of the rows are done the others go on alone: so many at least, with so many tokens to
+# come at most, that they win more than it takes to compile for them
+_FEWEST_ROWS, _TOKENS_TO_COME = 8, 64
+_FETCHED = ("tokens", "token_logps", "drawn_logps", "counts", "done", "stopped")
 _TIMES_FASTER = 4  # of a prefilled token against one that is run behind a kept cache
 
 
@@ -115,7 +119,8 @@ class _Arrays(NamedTuple):
 class _Drawn(NamedTuple):
     """What a call's rows have so far."""
 
-    state: decoding.DecodeState
+    state: decoding.DecodeState  # of the rows that are decoded further, at least
+    fields: Mapping[str, np.ndarray]  # ``_FETCHED`` of all rows, on the host
     rows: list[RowSample]
     stops: Mapping[int, tuple[int, str]]  # row -> what `find_stop` found in it
 
@@ -485,9 +490,10 @@ class Generator:
         stops = any(request.stop for request in requests)
         looking = jax.process_count() > 1 or stops
         every = _STOP_CHECK_TOKENS if looking else self._max_length
-        *_, last = self._states(params, requests, call, every, kept)
+        narrows = not (keep and self._keep) and jax.process_count() * self._shards == 1
+        *_, last = self._states(params, requests, call, every, kept, narrows=narrows)
         if keep and self.keeps(last.state, requests, calls=1):
-            tokens, counts = np.asarray(last.state.tokens), np.asarray(last.state.counts)
+            tokens, counts = last.fields["tokens"], last.fields["counts"]
             rows: list[tuple[int, ...]] = [()] * len(counts)
             for row, (request, number) in enumerate(last.rows):
                 if number < request.samples and counts[row]:
@@ -502,11 +508,14 @@ class Generator:
         call: _Call,
         every: int,
         kept: _Kept | None = None,
+        narrows: bool = False,
     ) -> Iterator[_Drawn]:
         """Prefill (or go on in what was kept) and decode to the end, giving what there is after
         every so many tokens.
 
-        Each is to be read before the next is asked for, which takes its memory.
+        Each is to be read before the next is asked for, which takes its memory.  ``narrows``: where
+        half of the rows are done the others go on alone, so that one long answer does not hold
+        them.
         """
         arrays = self._arrays(requests, call)
         tokens, lengths, settings, limits, keys = self._put(arrays[:5])
@@ -526,20 +535,34 @@ class Generator:
                     self._model, params, *tails, row_requests, kept.state, **sizes
                 )
         stops: dict[int, tuple[int, str]] = {}
+        fields = {name: local_rows(getattr(state, name)).copy() for name in _FETCHED}
+        done, live = fields["done"], np.arange(len(fields["done"]))  # the rows that state holds
         while True:
-            self._find_stops(state, arrays.rows, stops)
-            done = local_rows(state.done).copy()
+            self._find_stops(fields, arrays.rows, stops)
             done[list(stops)] = True
             step = int(local_rows(state.step))
-            yield _Drawn(state, arrays.rows, stops)
+            yield _Drawn(state, fields, arrays.rows, stops)
             if step >= arrays.slots or true_on_all_processes(bool(done.all())):
                 return
-            state = state._replace(done=self._put(done)) if stops else state
+            state = state._replace(done=self._put(done[live])) if stops else state
             until = np.int32(min(arrays.slots, step + every))
+            narrows = narrows and arrays.slots - step >= _TOKENS_TO_COME
             with context_mesh(self._mesh):
+                if narrows and (less := _narrowed(done[live])) is not None:
+                    row_requests, state = decoding.narrow(row_requests, state, self._put(less))
+                    live = live[less]
+                few = len(live) // 2 if narrows and len(live) >= 2 * _FEWEST_ROWS else 0
                 state = decoding.decode(
-                    self._model, params, row_requests, state, until, filters=arrays.filters
+                    self._model,
+                    params,
+                    row_requests,
+                    state,
+                    until,
+                    np.int32(few),
+                    filters=arrays.filters,
                 )
+            for name, field in fields.items():
+                field[live] = local_rows(getattr(state, name))
 
     def lower(
         self, params: Params, requests: Sequence[Request], platform: str | None = None
@@ -597,6 +620,7 @@ class Generator:
             row_requests,
             state,
             until,
+            until,
             filters=arrays.filters,
             platform=platform,
         )
@@ -604,11 +628,11 @@ class Generator:
 
     def _find_stops(
         self,
-        state: decoding.DecodeState,
+        fields: Mapping[str, np.ndarray],
         rows: Sequence[RowSample],
         stops: dict[int, tuple[int, str]],
     ) -> None:
-        tokens, counts = local_rows(state.tokens), local_rows(state.counts)
+        tokens, counts = fields["tokens"], fields["counts"]
         for row, (request, _) in enumerate(rows):
             if request.stop and row not in stops:
                 ids = tokens[row, : counts[row]].tolist()
@@ -617,10 +641,8 @@ class Generator:
                     stops[row] = found
 
     def _collect(self, drawn: _Drawn, samples: int) -> list[list[Completion]]:
-        state, rows, stops = drawn
-        tokens, counts = local_rows(state.tokens), local_rows(state.counts)
-        logps, drawn_logps = local_rows(state.token_logps), local_rows(state.drawn_logps)
-        stopped = local_rows(state.stopped)
+        _, fields, rows, stops = drawn
+        tokens, logps, drawn_logps, counts, _, stopped = (fields[name] for name in _FETCHED)
         found: list[list[Completion]] = []
         for row, (request, number) in enumerate(rows):
             if row % samples == 0:
@@ -636,6 +658,18 @@ class Generator:
             own, own_logps, own_drawn = (x[row, :n].copy() for x in (tokens, logps, drawn_logps))
             found[-1].append(Completion(own, own_logps, own_drawn, text, finish))
         return found
+
+
+def _narrowed(done: Bool[np.ndarray, "N"]) -> Int[np.ndarray, "n"] | None:
+    """Return the rows to go on with, half of them or a half of that; None: all, for more than half
+    are not done."""
+    going, size = np.flatnonzero(~done), len(done)
+    while size % 2 == 0 and size // 2 >= max(len(going), _FEWEST_ROWS):
+        size //= 2
+    if size == len(done):
+        return None
+    rest = np.flatnonzero(done)[: size - len(going)]
+    return np.concatenate([going, rest]).astype(np.int32)
 
 
 def context_mesh(mesh: jax.sharding.Mesh | None) -> contextlib.AbstractContextManager[Any]:

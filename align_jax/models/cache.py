@@ -8,7 +8,7 @@ slot t % C, over the token that no window reaches any more.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -103,11 +103,18 @@ def rewinds(cache: Any, length: int) -> bool:
 def repeat(cache: Any, times: int) -> Any:
     """Return a cache (or a tree of them) with each row ``times`` times in a row: samples that share
     one prefill."""
+    return _by_rows(cache, lambda x, axis: jnp.repeat(x, times, axis=axis))
+
+
+def take(cache: Any, rows: Int[Array, "n"]) -> Any:
+    """Return a cache (or a tree of them) of these rows alone."""
+    return _by_rows(cache, lambda x, axis: jnp.take(x, rows, axis=axis))
+
+
+def _by_rows(cache: Any, change: Callable[[jax.Array, int], jax.Array]) -> Any:
+    """Change each array of a cache (or of a tree of them) along its axis of rows."""
 
     def one(cache: Cache) -> Any:
-        def more(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
-            return jnp.repeat(x, times, axis=names.index("rows"))
-
-        return jax.tree.map(more, cache, axes(cache))
+        return jax.tree.map(lambda x, names: change(x, names.index("rows")), cache, axes(cache))
 
     return jax.tree.map(one, cache, is_leaf=lambda x: isinstance(x, Cache))

@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from align_jax.models import attention as attentions
 from align_jax.models import cache as caches
+from align_jax.models import decode_attention
 from align_jax.models import rope as ropes
 from align_jax.models.cache import Held
 from align_jax.models.config import Latent, ModelConfig
@@ -76,9 +77,9 @@ class Attention(nn.Module):
         q = self._turned("query", q, "heads", layer, rows)
         sinks = self._sinks() if c.sinks else None
         if cache is not None and rows.slots is not None:
-            (k, v), allowed, cache = _extended(new, layer, rows, cache, c, q.dtype)
+            (k, v), allowed, cache = _extended(new, layer, rows, cache, c)
             numbers = {"scale": c.query_scale, "softcap": c.attention_softcap}
-            y = attentions.weighted(q, k, v, allowed, sinks=sinks, **numbers)
+            y = decode_attention.attend(q, k, v, layer.place, allowed, sinks=sinks, **numbers)
         else:
             if new is None:
                 assert cache is not None and cache.last is not None
@@ -158,14 +159,14 @@ class LatentAttention(nn.Module):
         axes = ("embed", "heads", "head")
         expand = linear(c, o, "attention/key_value_b", (rank,), (H, still + v), axes, False)
         if cache is not None and rows.slots is not None:
-            new = (latent, key)
-            (latents, keys), allowed, cache = _extended(new, layer, rows, cache, c, q.dtype)
+            wholes, allowed, cache = _extended((latent, key), layer, rows, cache, c)
+            latents, keys = (x[layer.place].astype(q.dtype) for x in wholes)
             kernel = expand.matrix()  # [rank, H, still + v]
             wide = q[..., :still].astype(kernel.dtype)
             inward = jnp.einsum("NTHs,cHs->NTHc", wide, kernel[..., :still]).astype(q.dtype)
             q = jnp.concatenate([inward, q[..., still:]], axis=-1)
             keys = jnp.concatenate([latents, keys], axis=-1)
-            y = attentions.weighted(q, keys, latents, allowed, scale=c.query_scale)
+            y = attentions.weighted(q, keys, latents, allowed[:, None], scale=c.query_scale)
             y = jnp.einsum("NTHc,cHv->NTHv", y.astype(kernel.dtype), kernel[..., still:])
             y = y.astype(o.dtype)
         else:
@@ -265,19 +266,14 @@ def _filled(
 
 
 def _extended(
-    new: tuple[Keys, Values] | None,
-    layer: Layer,
-    rows: Rows,
-    cache: Held,
-    config: ModelConfig,
-    dtype: jnp.dtype,
-) -> tuple[tuple[jax.Array, jax.Array], Bool[Array, "N 1 C"], Held]:
+    new: tuple[Keys, Values] | None, layer: Layer, rows: Rows, cache: Held, config: ModelConfig
+) -> tuple[tuple[jax.Array, jax.Array], Bool[Array, "N C"], Held]:
     """Write one token a row into the cache, unless the layer reuses what an earlier one has
     written.
 
     Returns:
-        The layer's keys and values of all slots [N, C, K, h], which slots the token attends to
-        (its own segment's, within the window), and the cache.
+        The keys and values of all layers of its kind, which slots the token attends to (its own
+        segment's, within the window), and the cache.
     """
     assert rows.slots is not None and rows.allowed is not None and rows.distance is not None
     at = (layer.place, jnp.arange(rows.slots.shape[0]), rows.slots)
@@ -292,5 +288,5 @@ def _extended(
         limits = jnp.asarray([w or np.iinfo(np.int32).max for w in kinds], jnp.int32)
         limit = limits[layer.window] if len(kinds) > 1 else limits[0]
         allowed = allowed & (rows.distance < limit)
-    keys, values = (getattr(cache, name)[layer.place].astype(dtype) for name in names)
-    return (keys, values), allowed[:, None], cache
+    keys, values = (getattr(cache, name) for name in names)
+    return (keys, values), allowed, cache

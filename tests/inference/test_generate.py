@@ -128,6 +128,31 @@ def test_a_requests_result_does_not_depend_on_its_batch(tiny):
     )
 
 
+def test_rows_go_on_alone_where_half_of_the_others_are_done(tiny):
+    model, params, tokenizer = tiny
+    limits = (3, 70, 5, 9, 4, 66, 2, 30)
+    requests = [
+        Request(p[:20], samples=2, max_new_tokens=n, seed=i)
+        for i, (p, n) in enumerate(zip(prompts(8), limits))
+    ]
+    sizes, decode = [], decoding.decode
+
+    def counted(model, params, row_requests, state, *rest, **keywords):
+        sizes.append(len(state.done))
+        return decode(model, params, row_requests, state, *rest, **keywords)
+
+    generator = Generator(model, tokenizer, rows=16, stop_ids=(), prompt_bucket=24)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(decoding, "decode", counted)
+        together = generator(params, requests)
+    assert sizes == [16, 8]
+    alone = Generator(model, tokenizer, rows=2, stop_ids=(), prompt_bucket=24)
+    for request, several in zip(requests, together):
+        for a, b in zip(several, alone(params, [request])[0], strict=True):
+            np.testing.assert_array_equal(a.tokens, b.tokens)
+            np.testing.assert_allclose(a.token_logps, b.token_logps, atol=1e-5)
+
+
 def test_nothing_recompiles_for_other_settings_prompts_and_limits(tiny):
     model, params, tokenizer = tiny
     generator = Generator(model, tokenizer, rows=4)
