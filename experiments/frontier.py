@@ -2,8 +2,8 @@
 """Which method aligns best for the divergence that it costs?  The controlled-sentiment experiment.
 
     python experiments/frontier.py --model=HF_DIR --stories=STORIES.txt --lexicon=vader_lexicon.txt
-        --output=DIR [--studies=frontier,pairs,noise,imbalance --methods=DPO,KTO --seeds=0,1,2]
-        [--middle --small]
+        --output=DIR [--studies=frontier,pairs,noise,imbalance,overoptimization]
+        [--methods=DPO,KTO --seeds=0,1,2 --middle --small]
 
     stories ─ sentence and next sentence ─ start (SFT) ─ its samples, true reward of each ─┐
       ┌─ pairs, drawn by Bradley-Terry from the true reward ───────────────────────────────┘
@@ -65,6 +65,7 @@ from align_jax.training.flops import forward_flops, step_flops
 
 TEMPERATURE = 0.2  # of Bradley-Terry, units of reward
 NEW_TOKENS, LENGTH = 40, 96
+STUDIES = ("frontier", "pairs", "noise", "imbalance", "overoptimization")
 TOLD = (" (happy)", " (sad)")  # behind a prompt of conditional SFT: a chosen, a rejected answer
 _SENTENCE = re.compile(r"[A-Z\"][^.!?\n]{15,110}[.!?]\"?")
 
@@ -99,7 +100,7 @@ class Method(NamedTuple):
         rate: learning rate, where that is not the strength.
         groups: in a step (pairs, answers, or prompts of a rollout).
         samples: of each prompt.
-        reward: of rollouts: true, or learned from the pairs.
+        reward_models: whose mean scores rollouts, learned from the pairs; 0 = the true reward.
     """
 
     objective: str
@@ -110,7 +111,7 @@ class Method(NamedTuple):
     rate: float = 1e-3
     groups: int = 32
     samples: int = 1
-    reward: str = "true"
+    reward_models: int = 0
 
 
 _PAIRS, _UNPAIRED, _PROMPTS = Data("pairs"), Data("unpaired"), Data("prompts")
@@ -141,7 +142,7 @@ METHODS: Mapping[str, Method] = {
     "BCO": Method("bco", {}, "beta", _BETAS, _UNPAIRED, groups=64),
     "offline PPO": Method("ppo_offline", {}, "kl_coef", (0.02, 0.1, 0.5), _UNPAIRED, groups=64),
     "PPO, learned reward": Method(
-        "ppo", _PPO, "kl_coef", _COEFS, _PROMPTS, 5e-4, groups=64, reward="learned"
+        "ppo", _PPO, "kl_coef", _COEFS, _PROMPTS, 5e-4, groups=64, reward_models=1
     ),
     "PPO, true reward": Method("ppo", _PPO, "kl_coef", _COEFS, _PROMPTS, 5e-4, groups=64),
     "GRPO": Method("grpo", {}, "beta", _COEFS, _PROMPTS, groups=8, samples=8),
@@ -162,13 +163,14 @@ class Scale(NamedTuple):
     rollouts: int
     reward_steps: int
     counts: tuple[int, ...]  # of pairs, in the study of their number
+    scorers: tuple[int, ...]  # of pairs that reward models learn, in the study of their number
     rows: int = 256  # decoded together
     best: tuple[int, ...] = (2, 4, 8, 16)  # n of the best of n samples
 
 
 SCALES = {
-    False: Scale(300, 8, 0, 256, 48, 18, 96, (30, 100, 300, 1000)),
-    True: Scale(20, 2, 64, 8, 6, 3, 6, (16, 32), rows=32, best=(2, 4)),
+    False: Scale(300, 8, 0, 256, 48, 18, 96, (30, 100, 300, 1000), (100, 1000, 4096)),
+    True: Scale(20, 2, 64, 8, 6, 3, 6, (16, 32), (32,), rows=32, best=(2, 4)),
 }
 
 
@@ -235,8 +237,17 @@ def _rows(study: str, scale: Scale) -> Iterator[tuple[str, Method]]:
             data = Data("unpaired", desirable=desirable)
             method = _middle(METHODS["KTO"]._replace(data=data))
             yield f"KTO, weight 1: {desirable:.0%}", method
+    elif study == "overoptimization":
+        learned = METHODS["PPO, learned reward"]
+        learned = learned._replace(values=(_COEFS[0], _COEFS[-1]))
+        for count in scale.scorers:
+            for models in (1, 3):
+                method = learned._replace(
+                    data=learned.data._replace(pairs=count), reward_models=models
+                )
+                yield f"{models} of {count} pairs", method
     else:
-        raise SystemExit(f"--studies={study}: expected frontier, pairs, noise or imbalance")
+        raise SystemExit(f"--studies={study}: expected one of {', '.join(STUDIES)}")
 
 
 def _middle(method: Method) -> Method:
@@ -294,12 +305,15 @@ def make_start(model: str, folder: pathlib.Path, scale: Scale) -> str:
     return str(output)
 
 
-def reward_table(lexicon: str, learned: str = "") -> dict[str, Any]:
-    """Return ``config.rewards``: the true reward; or a learned one, the true one only shown."""
+def reward_table(lexicon: str, learned: Sequence[str] = ()) -> dict[str, Any]:
+    """Return ``config.rewards``: the true reward; or the mean of learned ones, the true one only
+    shown."""
     table: dict[str, Any] = {"lexicon": {"path": lexicon}}
     if learned:
         table["lexicon"]["weight"] = 0.0
-        table["model"] = {"path": learned, "rows": 64}
+    for path in learned:
+        share = {"weight": 1 / len(learned), "path": path, "rows": 64}
+        table[pathlib.Path(path).name] = {"kind": "model", **share}
     return table
 
 
@@ -340,6 +354,12 @@ def make_pairs(start: str, lexicon: str, folder: pathlib.Path, scale: Scale) -> 
     write_rows(folder / "pairs.jsonl", rows)
 
 
+def drawn(folder: pathlib.Path) -> dict[str, Any]:
+    """Count the pairs, and those that prefer what has more true reward."""
+    gaps = [json.loads(line)["gap"] for line in (folder / "pairs.jsonl").read_text().splitlines()]
+    return {"pairs": len(gaps), "agree": float(np.mean(np.asarray(gaps) > 0.0))}
+
+
 def feedback(data: Data, folder: pathlib.Path) -> str:
     """Write a run's training rows; return their file."""
     if data.form == "prompts":
@@ -369,13 +389,13 @@ def feedback(data: Data, folder: pathlib.Path) -> str:
     return write_rows(path, rows)
 
 
-def make_reward(data: Data, start: str, folder: pathlib.Path, scale: Scale) -> str:
+def make_reward(data: Data, start: str, folder: pathlib.Path, scale: Scale, seed: int) -> str:
     """Train a reward model on the pairs; return the checkpoint."""
     pairs = data._replace(form="pairs")
-    name = f"reward-{pairs.pairs}-{pairs.flipped:g}"
+    name = f"reward-{pairs.pairs}-{pairs.flipped:g}-{seed}"
     output = folder / name
     if not (output / "config.json").exists():
-        config = base_config(start, 0)
+        config = base_config(start, seed)
         config.data.train = feedback(pairs, folder)
         config.objective = ConfigDict(losses.options("reward"))
         config.batch_size, config.total_steps = 32, scale.reward_steps
@@ -402,9 +422,10 @@ def make_config(
         config.total_steps = scale.rollouts * slices
         config.rollout.responses_per_prompt = method.samples
         config.rollout.max_new_tokens = NEW_TOKENS
-        learned = ""
-        if method.reward == "learned":
-            learned = make_reward(method.data, start, folder, scale)
+        learned = [
+            make_reward(method.data, start, folder, scale, seed)
+            for seed in range(method.reward_models)
+        ]
         config.rewards = ConfigDict(reward_table(lexicon, learned))
     return config
 
@@ -540,8 +561,8 @@ def _stages(run: Run, job: Job, start: LoadedModel, compiled: dict[Any, Any]) ->
 
 
 @functools.cache
-def scorer(lexicon: str, learned: str = "") -> rewards.WeightedRewards:
-    """Load the true reward, and a learned one beside it."""
+def scorer(lexicon: str, learned: tuple[str, ...]) -> rewards.WeightedRewards:
+    """Load the true reward, and learned ones beside it."""
     return rewards.resolve(reward_table(lexicon, learned), load_model=load_model)
 
 
@@ -554,15 +575,16 @@ def measure(
     rows: int,
     told: bool = False,
 ) -> dict[str, Any]:
-    """Sample the held-out prompts: the true reward, the learned one if any, KL from the start.
+    """Sample the held-out prompts: the true reward, the learned ones if any, KL from the start.
 
     A policy that is told to be happy is compared with the start that is told nothing.
     """
     read = functools.partial(datasets.load, kind="prompts", options=DataOptions(), chat=False)
     plain = read(str(folder / "held_out.jsonl"))
     examples = read(str(folder / "held_out_control.jsonl")) if told else plain
-    learned = "" if config is None else dict(config.rewards).get("model", {}).get("path", "")
-    scored = scorer(lexicon, learned)
+    table = {} if config is None else dict(config.rewards)
+    learned = {name: term["path"] for name, term in table.items() if name != "lexicon"}
+    scored = scorer(lexicon, tuple(learned.values()))
     options = RolloutOptions(responses_per_prompt=samples, max_new_tokens=NEW_TOKENS, rows=rows)
     found = sample(policy, examples, scored, options, max_length=LENGTH, seed=1000)
     said = [one.completions for one in found]
@@ -591,7 +613,8 @@ def measure(
         "rewards": [round(float(x), 3) for x in reward.mean(axis=1)],
     }
     if learned:
-        values["rewards/model"] = float(np.mean([one.each_reward["model"] for one in found]))
+        of_models = [one.each_reward[name] for one in found for name in learned]
+        values["rewards/model"] = float(np.mean(of_models))
     return values
 
 
@@ -676,6 +699,7 @@ def main(argv: Sequence[str]) -> None:
             append(
                 file, {"study": "frontier", "label": "best of n", "seed": 0, "last": True, **row}
             )
+        common |= drawn(folder)
         append(file, {**common, **measure(policy, None, values.lexicon, folder, 4, scale.rows)})
     seeds = [int(seed) for seed in values.seeds]
     wanted = jobs(values.studies, values.methods, seeds, scale, values.middle)
@@ -697,7 +721,7 @@ def main(argv: Sequence[str]) -> None:
 if __name__ == "__main__":
     for name in ("model", "stories", "lexicon", "output"):
         flags.DEFINE_string(name, None, f"See the file's head: {name}.", required=True)
-    flags.DEFINE_list("studies", ["frontier"], "Of frontier, pairs, noise, imbalance.")
+    flags.DEFINE_list("studies", ["frontier"], f"Of {', '.join(STUDIES)}.")
     flags.DEFINE_list("methods", [], "Some of the methods alone; default: all.")
     flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds.")
     flags.DEFINE_bool("middle", False, "Of each method's strengths the middle one alone.")

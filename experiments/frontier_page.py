@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Make the pages of ``experiments/frontier.py``'s results: tables, claims, sentences, pictures.
 
-    python experiments/frontier_page.py RUNS docs
+    python experiments/frontier_page.py RUNS/results.jsonl docs
 
 Writes docs/frontier.md and docs/how_many_pairs.md, each with its picture as SVG.  No number of a
 page is typed by hand.
@@ -17,6 +17,7 @@ the same for all methods, and moving each run by what seeds differ.
 
 from __future__ import annotations
 
+import gzip
 import json
 import pathlib
 import statistics
@@ -349,6 +350,26 @@ def overoptimized(rows: Sequence[Row]) -> list[str]:
     return lines
 
 
+def of_scorers(rows: Sequence[Row]) -> list[str]:
+    """Write where policies end that were trained on the mean of so many reward models."""
+    lines = [
+        "| reward models | KL coefficient | seeds | last KL, nats | learned reward | true reward | "
+        "best true reward on the way |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for (label, strength), own in by(rows, "label", "strength").items():
+        last = [row for row in own if row["last"]]
+        best = [max(row["reward"] for row in run) for run in by(own, "seed").values()]
+        cells = [
+            spread([row[name] for row in last], digits)
+            for name, digits in (("objective/kl", 2), ("rewards/model", 2), ("reward", 3))
+        ]
+        lines.append(
+            f"| {label} | {strength:g} | {len(last)} | {' | '.join(cells)} | {spread(best)} |"
+        )
+    return lines
+
+
 def falls(rows: Sequence[Row]) -> str:
     """Count the runs in which the learned reward rises to the end while the true one falls."""
     runs = by([row for row in rows if "rewards/model" in row], "label", "strength", "seed")
@@ -412,7 +433,7 @@ def missing(results: Sequence[Row], seeds: Sequence[int] = (0, 1, 2)) -> list[st
     }
     lines = ["| study | " + " | ".join(f"seed {seed}" for seed in seeds) + " |"]
     lines += ["|---|" + "---|" * len(seeds)]
-    for study in ("frontier", "pairs", "noise", "imbalance"):
+    for study in frontier.STUDIES:
         cells = []
         for seed in seeds:
             wanted = frontier.jobs([study], [], [seed], frontier.SCALES[False], middle=False)
@@ -425,8 +446,9 @@ def missing(results: Sequence[Row], seeds: Sequence[int] = (0, 1, 2)) -> list[st
 COMMAND = [
     "```",
     "python experiments/frontier.py --model=TINYSTORIES_656K --stories=STORIES.txt \\",
-    "    --lexicon=vader_lexicon.txt --output=RUNS --studies=frontier,pairs,noise,imbalance",
-    "python experiments/frontier_page.py RUNS docs",
+    "    --lexicon=vader_lexicon.txt --output=RUNS \\",
+    f"    --studies={','.join(frontier.STUDIES)}",
+    "python experiments/frontier_page.py RUNS/results.jsonl docs",
     "```",
 ]
 
@@ -434,7 +456,6 @@ COMMAND = [
 class Results(NamedTuple):
     """What the pages are made of."""
 
-    pairs: list[Row]
     rows: list[Row]
     start: Row
     studies: dict[str, list[Row]]
@@ -442,12 +463,10 @@ class Results(NamedTuple):
     seeds_differ: float | None
 
 
-def read(folder: pathlib.Path) -> Results:
-    """Read a study's results, and compute its frontiers."""
-    pairs, rows = (
-        [json.loads(line) for line in (folder / name).read_text().splitlines()]
-        for name in ("pairs.jsonl", "results.jsonl")
-    )
+def read(file: pathlib.Path) -> Results:
+    """Read a study's results, JSON lines or those in gzip, and compute its frontiers."""
+    data = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+    rows = [json.loads(line) for line in data.splitlines()]
     studies = by(rows, "study")
     start, of_all = studies["start"][0], studies.get("frontier", [])
     seeds_differ = seed_spread(rows, start["reward"])
@@ -465,12 +484,11 @@ def read(folder: pathlib.Path) -> Results:
         for study, own in studies.items()
         if study != "start"
     }
-    return Results(pairs, rows, start, studies, found, seeds_differ)
+    return Results(rows, start, studies, found, seeds_differ)
 
 
 def introduction(results: Results) -> list[str]:
     """Say what was done, and how much of it."""
-    agree = statistics.mean(row["gap"] > 0 for row in results.pairs)
     hours = sum(row["cpu_seconds"] for row in results.rows if "flops" in row and row["last"]) / 3600
     scale, dpo = frontier.SCALES[False], frontier.METHODS["DPO"]
     return [
@@ -478,8 +496,8 @@ def introduction(results: Results) -> list[str]:
         "enough for a processor, TinyStories-656K: it continues a story's sentence by the next; "
         "the true reward is the answer's sentiment by a lexicon, in (-1, 1).  Preferences are "
         "drawn from it by Bradley-Terry between the start's own samples: "
-        f"{len(results.pairs):,} pairs, {agree:.0%} of which prefer what has more true reward; a "
-        f"run takes the first {frontier.Data('').pairs:,} and sees "
+        f"{results.start['pairs']:,} pairs, {results.start['agree']:.0%} of which prefer what has "
+        f"more true reward; a run takes the first {frontier.Data('').pairs:,} and sees "
         f"{dpo.groups * scale.offline_steps:,} in its {scale.offline_steps} steps.  "
         f"{results.start['prompts']} prompts of other stories are held out, a sample each; "
         "reward and KL from the start are measured at a third, two thirds and all of the steps.  "
@@ -489,7 +507,8 @@ def introduction(results: Results) -> list[str]:
         "",
         *COMMAND,
         "",
-        "What has been run, of the whole study (the same command goes on with the rest):",
+        "What has been run, of the whole study: its rows are `experiments/frontier.jsonl.gz`, and "
+        "the same command goes on with the rest where they lie unpacked as RUNS/results.jsonl:",
         "",
         *missing(results.rows),
     ]
@@ -544,6 +563,9 @@ def frontier_page(results: Results, output: pathlib.Path) -> None:
     count = f"{LEARNED}: {frontier.Data('').pairs}"  # is the frontier's
     learned = [*rows, *(row for row in studies.get("pairs", []) if row["label"] != count)]
     lines += [falls(learned), "", *overoptimized(learned)]
+    if own := studies.get("overoptimization"):
+        lines += ["", "Reward models of few and of many pairs, one and the mean of three:", ""]
+        lines += [falls(own), "", *of_scorers(own)]
     for study, title, head in (
         ("noise", "Flipped labels", "flipped"),
         ("imbalance", "Fewer desirable answers", "desirable answers kept"),
@@ -582,9 +604,9 @@ def pairs_page(results: Results, output: pathlib.Path) -> None:
     output.write_text("\n".join(lines) + "\n")
 
 
-def main(folder: pathlib.Path, output: pathlib.Path) -> None:
+def main(file: pathlib.Path, output: pathlib.Path) -> None:
     """Write the pages."""
-    results = read(folder)
+    results = read(file)
     frontier_page(results, output / "frontier.md")
     if "pairs" in results.found:
         pairs_page(results, output / "how_many_pairs.md")
@@ -592,5 +614,5 @@ def main(folder: pathlib.Path, output: pathlib.Path) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) != 3:
-        raise SystemExit("usage: python experiments/frontier_page.py RUNS FOLDER")
+        raise SystemExit("usage: python experiments/frontier_page.py RESULTS FOLDER")
     main(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]))

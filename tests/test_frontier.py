@@ -136,7 +136,7 @@ def test_the_small_form_measures_goes_on_and_makes_its_page(tmp_path, testdata):
     assert [row["step"] for row in runs] == [2, 4, 6] and runs[-1]["last"]
     assert all(np.isfinite(row["objective/kl"]) for row in runs)
     file.write_text("".join(json.dumps(row) + "\n" for row in results[1:]))
-    frontier_page.main(tmp_path, tmp_path)
+    frontier_page.main(file, tmp_path)
     text = (tmp_path / "frontier.md").read_text()
     assert "| IPO | 1 | 1 | " in text and (tmp_path / "frontier.svg").exists()
     assert "not run: DPO" in text
