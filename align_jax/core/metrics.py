@@ -18,7 +18,7 @@ import pathlib
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -115,14 +115,17 @@ def with_margin(values: Mapping[str, Any]) -> dict[str, Any]:
     return {**values, "rewards/margins": values["rewards/chosen"] - values["rewards/rejected"]}
 
 
-def check_finite(values: Values, *, step: int, saved: int | None, position: str) -> None:
+def check_finite(
+    values: Values, *, step: int, saved: int | None, position: Callable[[], str]
+) -> None:
     """Stop the run at the first non-finite loss or gradient norm.
 
     Args:
         values: the step's metrics on the host.
         step: the step they belong to.
         saved: the last step of which a good checkpoint exists; None: there is none.
-        position: the rows of that step, for the reader (``data step 120: train.jsonl:7, ...``).
+        position: says the rows of that step (``train.jsonl:7, ...``); asked only where one is bad,
+            for a run from a cache has not read them.
 
     Raises:
         FloatingPointError: the loss or the gradient norm is infinite or not a number.
@@ -135,7 +138,7 @@ def check_finite(values: Values, *, step: int, saved: int | None, position: str)
     if bad:
         raise FloatingPointError(
             f"step {step}: {', '.join(f'{name} is {value}' for name, value in bad.items())}. Last "
-            f"good checkpoint: {'none' if saved is None else f'step {saved}'}. Rows: {position}. "
+            f"good checkpoint: {'none' if saved is None else f'step {saved}'}. Rows: {position()}. "
             "Look at these rows, lower optimizer.learning_rate or optimizer.clip_norm, or find the "
             "operation with --config.debug.nan_check=True"
         )

@@ -216,7 +216,7 @@ def loop(
                 values,
                 step=step,
                 saved=checkpoints.last_good(),
-                position=rows_of(run, recent[step]),
+                position=functools.partial(rows_of, run, recent[step]),
             )
         except FloatingPointError:
             if config.debug.nan_check:
