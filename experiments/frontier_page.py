@@ -3,8 +3,8 @@
 
     python experiments/frontier_page.py RUNS/results.jsonl docs
 
-Writes docs/frontier.md and docs/how_many_pairs.md, each with its picture as SVG.  No number of a
-page is typed by hand.
+Writes docs/frontier.md and docs/how_many_pairs.md, each with its picture as SVG, and
+docs/feedback.md.  No number of a page is typed by hand.
 
     results.jsonl ─ a point: a policy's (KL, reward), mean over seeds ─ frontier ─ gain ─ claims
 
@@ -225,8 +225,8 @@ CLAIMS = (
         as_good=True,
     ),
     Claim(
-        "the same",
-        "and weights help where a tenth is left",
+        "KTO, section 4",
+        "weights help where a tenth of the desirable answers is left",
         "KTO, weight 10: 10%",
         "KTO, weight 1: 10%",
         "imbalance",
@@ -269,9 +269,11 @@ def verdict(
 
 
 def claims_section(
-    found: Mapping[str, Mapping[str, Frontier]], seeds_differ: float | None
+    found: Mapping[str, Mapping[str, Frontier]],
+    seeds_differ: float | None,
+    studies: Sequence[str] = ("frontier",),
 ) -> list[str]:
-    """Write each claim beside the papers'."""
+    """Write each claim of these studies beside the papers'."""
     lines = [
         "The difference of two methods' gains decides, with its 95 % interval (prompts drawn anew, "
         + (
@@ -289,24 +291,29 @@ def claims_section(
         "|---|---|---|---|",
     ]
     for claim in CLAIMS:
-        said = verdict(claim, found, seeds_differ)
-        lines.append(f"| {claim.paper} | {claim.says} | {said} |")
+        if claim.study in studies:
+            said = verdict(claim, found, seeds_differ)
+            lines.append(f"| {claim.paper} | {claim.says} | {said} |")
     return lines
 
 
 def conditions_table(found: Mapping[str, Frontier], rows: Sequence[Row], head: str) -> list[str]:
     """Write ``METHOD: CONDITION`` labels: a row a condition."""
     lines = [
-        f"| {head} | method | seeds | gain (95 %) | reward at 3 nats | last reward | last KL |",
-        "|---|---|---|---|---|---|---|",
+        f"| {head} | method | seeds | gain (95 %) | reward at 3 nats | last reward | last KL | "
+        "different last answers | their tokens |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for label, one in found.items():
         method, condition = label.split(": ")
         last = [row for row in rows if row["label"] == label and row["last"]]
-        reward, kl = ([row[name] for row in last] for name in ("reward", "objective/kl"))
+        reward, kl, distinct, length = (
+            [row[name] for row in last] for name in ("reward", "objective/kl", "distinct", "length")
+        )
         lines.append(
             f"| {condition} | {method} | {one.seeds} | {one.interval} | "
-            f"{np.interp(3.0, GRID, one.curve):.3f} | {spread(reward)} | {spread(kl, 2)} |"
+            f"{np.interp(3.0, GRID, one.curve):.3f} | {spread(reward)} | {spread(kl, 2)} | "
+            f"{statistics.mean(distinct):.0%} | {statistics.mean(length):.0f} |"
         )
     return lines
 
@@ -563,15 +570,40 @@ def frontier_page(results: Results, output: pathlib.Path) -> None:
     count = f"{LEARNED}: {frontier.Data('').pairs}"  # is the frontier's
     learned = [*rows, *(row for row in studies.get("pairs", []) if row["label"] != count)]
     lines += [falls(learned), "", *overoptimized(learned)]
-    if own := studies.get("overoptimization"):
-        lines += ["", "Reward models of few and of many pairs, one and the mean of three:", ""]
-        lines += [falls(own), "", *of_scorers(own)]
+    output.write_text("\n".join(lines) + "\n")
+
+
+def feedback_page(results: Results, output: pathlib.Path) -> None:
+    """Write the page of worse feedback: flipped labels, few desirable answers, learned rewards."""
+    lines = [
+        "# How bad may the feedback be?",
+        "",
+        "Flipped labels, few desirable answers, rewards learned from few pairs: the task, the "
+        "model and the words are those of [Which method?](frontier.md), each method with its "
+        "middle strength.  Where hardly any of the last answers differ, the policy has collapsed; "
+        "where they are of one token, onto ending at once.",
+        "",
+        *COMMAND,
+        "",
+        "What has been run, of the whole study: its rows are `experiments/frontier.jsonl.gz`, and "
+        "the same command goes on with the rest where they lie unpacked as RUNS/results.jsonl:",
+        "",
+        *missing(results.rows),
+        "",
+        "## Claims of papers",
+        "",
+        *claims_section(results.found, results.seeds_differ, ("noise", "imbalance")),
+    ]
     for study, title, head in (
         ("noise", "Flipped labels", "flipped"),
         ("imbalance", "Fewer desirable answers", "desirable answers kept"),
     ):
-        if own := studies.get(study):
-            lines += ["", f"## {title}", "", *conditions_table(found[study], own, head)]
+        if own := results.studies.get(study):
+            lines += ["", f"## {title}", "", *conditions_table(results.found[study], own, head)]
+    if own := results.studies.get("overoptimization"):
+        what = "PPO on one reward model, or on the mean of three that differ in their seed."
+        lines += ["", "## Rewards learned from few pairs", "", f"{what}  {falls(own)}", ""]
+        lines += of_scorers(own)
     output.write_text("\n".join(lines) + "\n")
 
 
@@ -610,6 +642,8 @@ def main(file: pathlib.Path, output: pathlib.Path) -> None:
     frontier_page(results, output / "frontier.md")
     if "pairs" in results.found:
         pairs_page(results, output / "how_many_pairs.md")
+    if results.studies.keys() & {"noise", "imbalance", "overoptimization"}:
+        feedback_page(results, output / "feedback.md")
 
 
 if __name__ == "__main__":
