@@ -142,6 +142,13 @@ def test_the_small_form_measures_goes_on_and_makes_its_page(tmp_path, testdata):
     assert "not run: DPO" in text
 
 
+def test_a_page_says_what_the_rows_beside_the_study_say(tmp_path):
+    results = frontier_page.read(ROOT / "experiments" / "frontier.jsonl.gz")
+    frontier_page.feedback_page(results, tmp_path / "feedback.md")
+    page = (tmp_path / "feedback.md").read_text()
+    assert page == (ROOT / "docs" / "feedback.md").read_text()
+
+
 def test_one_compiled_step_takes_every_strength():
     def spec_of(objective, options, rate=0.1):
         return StepSpec(None, None, losses.resolve(objective, options), optax.sgd(rate), None)
