@@ -86,27 +86,35 @@ def check(workdir: epath.PathLike, config: Mapping[str, Any], may_change: Collec
         may_change: dotted keys in which a resumed run may differ.
 
     Raises:
-        ValueError: there are checkpoints, and ``config.json`` beside them differs; every differing
-            key is named.
+        ValueError: there are checkpoints, and ``config.json`` beside them differs, every differing
+            key is named; or it is gone.
     """
     folder = epath.Path(workdir)
     record, checkpoints = folder / "config.json", folder / "checkpoints"
-    if (
-        not record.exists()
-        or not checkpoints.exists()
-        or not any(child.name.isdigit() for child in checkpoints.iterdir())
-    ):
+    if not checkpoints.exists() or not any(child.name.isdigit() for child in checkpoints.iterdir()):
         return
+    begin = f"--config.checkpoint.restore={shlex.quote(str(checkpoints))}"
+    if not record.exists():
+        raise ValueError(
+            f"workdir {workdir} holds checkpoints, and no config.json that says of which run: put "
+            f"it back, or use another --workdir (to begin from these weights: {begin})"
+        )
     changes = differing(config, read_record(record)["config"], may_change)
     if changes:
+        here = flat(config)
         lines = "\n".join(
-            f"  {key}: {was!r} there, {now!r} here" for key, (was, now) in changes.items()
+            f"  {key}: {was!r} there, {repr(now) if key in here else 'no such key'} here"
+            for key, (was, now) in changes.items()
         )
-        was = [f"--config.{key}={old}" for key, (old, _) in changes.items() if old is not None]
+        was = [
+            f"--config.{key}={old}"
+            for key, (old, _) in changes.items()
+            if old is not None and key in here
+        ]
         raise ValueError(
             f"workdir {workdir} holds the checkpoints of another configuration:\n{lines}\n"
             f"Go on with {shlex.join(was) or 'its values'}, or use another --workdir (to begin "
-            f"from these weights: --config.checkpoint.restore={shlex.quote(str(checkpoints))})"
+            f"from these weights: {begin})"
         )
 
 

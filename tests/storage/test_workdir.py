@@ -15,7 +15,7 @@ CONFIG = {
     "data": {"train": ("a", "b")},
     "objective": {"name": "dpo", "beta": 0.1},
 }
-MAY_CHANGE = {"total_steps", "mesh.data", "model.remat"}
+MAY_CHANGE = {"total_steps", "mesh.data", "model.remat", "old_key"}
 
 
 def _changed(group, key, value):
@@ -23,7 +23,7 @@ def _changed(group, key, value):
 
 
 def _started(folder):
-    workdir.write_record(folder, CONFIG)
+    workdir.write_record(folder, CONFIG | {"old_key": 2})
     (folder / "checkpoints" / "4").mkdir(parents=True)
 
 
@@ -43,13 +43,18 @@ def test_another_configs_checkpoints_are_refused_with_the_keys(tmp_path):
     _started(tmp_path)
     other = _changed("objective", "beta", 0.2) | {"seed": 1, "new_key": 3}
     with pytest.raises(ValueError) as error:
-        workdir.check(tmp_path, other, MAY_CHANGE)
+        workdir.check(tmp_path, other, MAY_CHANGE - {"old_key"})
     for line in (
         "objective.beta: 0.1 there, 0.2 here",
         "seed: 0 there, 1 here",
         "new_key: None there, 3 here",
+        "old_key: 2 there, no such key here",
+        "Go on with --config.objective.beta=0.1 --config.seed=0, or",
     ):
         assert line in str(error.value)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ValueError, match="holds checkpoints, and no config.json"):
+        workdir.check(tmp_path, CONFIG, MAY_CHANGE)
 
 
 @pytest.mark.parametrize(
