@@ -175,10 +175,9 @@ def test_a_shrunk_recipe_trains_two_steps(spec, tmp_path, quick_compiles):
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if "loss" in row]
     assert [row["step"] for row in steps] == [1, 2]
-    assert all(
-        np.isfinite(row["loss"]) and row["grad_norm"] > 0 and row["learning_rate"] > 0
-        for row in steps
-    )
+    assert all(np.isfinite(row["loss"]) and row["learning_rate"] > 0 for row in steps)
+    # shrunk, a teacher is the student itself: it has nothing to learn, to the bit
+    assert spec.startswith("gkd") or all(row["grad_norm"] > 0 for row in steps)
 
 
 @pytest.mark.parametrize(

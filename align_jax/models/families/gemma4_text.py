@@ -118,10 +118,9 @@ def tensor_maps(config: ModelConfig) -> list[TensorMap]:
     """Return the tensor map."""
     out = llama.ends(config)
     if config.token_inputs:
-        name, path = "model.per_layer", "token_inputs"
-        table = "model.embed_tokens_per_layer.weight"
+        name, table, path = "model.per_layer", "embed_tokens_per_layer", "token_inputs"
         out += [
-            TensorMap(table, f"{path}/table", "V (L e) -> V L e"),
+            TensorMap(f"model.{table}.weight", f"{path}/table", "V (L e) -> V L e"),
             TensorMap(f"{name}_model_projection.weight", f"{path}/projection", "(L e) D -> D L e"),
             TensorMap(f"{name}_projection_norm.weight", f"{path}/norm/scale", "e -> e"),
         ]
