@@ -19,7 +19,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from align_jax.core.schema import Batch
 from align_jax.core.tree import flatten, unflatten
 from align_jax.models.roles import role_of
-from align_jax.parallel import compiling
 from align_jax.parallel.lowering import lower
 from align_jax.parallel.sharding import is_axes, row_sharding, tree_shardings
 from align_jax.training import optim
@@ -161,29 +160,20 @@ def jit_train_step(
         mesh: the mesh.
     """
     out = (jax.tree.map(lambda x: x.sharding, state), NamedSharding(mesh, PartitionSpec()))
-    return jax.jit(
-        functools.partial(train_step, spec),
-        donate_argnums=0,
-        out_shardings=out,
-        compiler_options=compiling.options(mesh),
-    )
+    return jax.jit(functools.partial(train_step, spec), donate_argnums=0, out_shardings=out)
 
 
 def jit_eval_step(spec: StepSpec, mesh: Mesh) -> Callable[..., Any]:
     """Return the compiled eval step; nothing is donated."""
     return jax.jit(
-        functools.partial(eval_step, spec),
-        out_shardings=NamedSharding(mesh, PartitionSpec()),
-        compiler_options=compiling.options(mesh),
+        functools.partial(eval_step, spec), out_shardings=NamedSharding(mesh, PartitionSpec())
     )
 
 
 def jit_eval_statistics(spec: StepSpec, mesh: Mesh) -> Callable[[Tree, Tree, Batch], Any]:
     """Return the compiled first pass of an evaluation."""
     return jax.jit(
-        functools.partial(eval_statistics, spec),
-        out_shardings=NamedSharding(mesh, PartitionSpec()),
-        compiler_options=compiling.options(mesh),
+        functools.partial(eval_statistics, spec), out_shardings=NamedSharding(mesh, PartitionSpec())
     )
 
 
