@@ -263,6 +263,8 @@ def main() -> None:
     parser.add_argument("--side", default="", choices=("", "ours", "trl"), help="one of them alone")
     parser.add_argument("--json", default="", help="file of all that was measured")
     options = parser.parse_args()
+    if options.side and not options.json:
+        parser.error("--side: one side alone is written to a file: --json=FILE")
     with tempfile.TemporaryDirectory() as made:
         folder = pathlib.Path(made)
         if options.side:
