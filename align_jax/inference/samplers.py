@@ -133,16 +133,20 @@ def _keep(
     if filters & {"top_k", "top_p"}:
         ordered = -jnp.sort(-logits, axis=-1)  # descending
         k = jnp.where(settings.top_k > 0, jnp.minimum(settings.top_k, vocabulary), vocabulary)
-        ordered = jnp.where(jnp.arange(vocabulary)[None, :] < k[:, None], ordered, _EXCLUDED)
+        least = jnp.take_along_axis(ordered, k[:, None] - 1, axis=-1)
+        ordered = jnp.where(ordered >= least, ordered, _EXCLUDED)
         probabilities = jax.nn.softmax(ordered, axis=-1)
         before = jnp.cumsum(probabilities, axis=-1) - probabilities
         within = (before < settings.top_p[:, None]) | (settings.top_p >= 1)[:, None]
         kept = within & (ordered > _EXCLUDED)
         kept = kept.at[:, 0].set(True)
         smallest = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
+        # of equal ones as many as top-p asks for, the first ones, as the greedy choice does
+        equal, wanted = logits == smallest, jnp.sum(kept & (ordered == smallest), axis=-1)
+        taken = (logits > smallest) | equal & (jnp.cumsum(equal, axis=-1) <= wanted[:, None])
         # not by the sum alone: rounding cuts the tail of a row that keeps all
         neutral = (settings.top_p >= 1) & (k >= vocabulary)
-        logits = jnp.where((logits >= smallest) | neutral[:, None], logits, _EXCLUDED)
+        logits = jnp.where(taken | neutral[:, None], logits, _EXCLUDED)
     if "min_p" in filters:
         most = jnp.max(logits, axis=-1, keepdims=True)
         logits = jnp.where(logits >= most + jnp.log(settings.min_p)[:, None], logits, _EXCLUDED)
@@ -158,7 +162,8 @@ def adjust(
     """Return the logits of the distribution that is sampled from.
 
     In transformers' order: repetition penalty, temperature, top-k, top-p, min-p.  Tokens with a tie
-    at the border are kept.  A greedy row (temperature 0) keeps its (penalized) logits as they are.
+    at the border are kept, but for top-p, which keeps the fewest.  A greedy row (temperature 0)
+    keeps its (penalized) logits as they are.
 
     Args:
         logits: float32 [N, V], of the next token; padded vocabulary entries at -1e30 or below.

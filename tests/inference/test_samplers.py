@@ -52,6 +52,21 @@ def test_adjusted_distribution_is_transformers(options):
     np.testing.assert_allclose(jax.nn.softmax(got), torch.softmax(expected, -1), atol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "options", [{"top_p": 0.05}, {"top_p": 0.5}, {"top_k": 2}, {"top_k": 4, "top_p": 0.6}]
+)
+def test_as_many_of_equal_logits_are_kept_as_in_transformers(options):
+    logits = np.float32([[0.0] * 10, [1, 1, 1, 0, 0, 0, 0, -1, -1, -1]])
+    expected = torch.tensor(logits)
+    for name, value in options.items():
+        expected = PROCESSORS[name](value)(None, expected)
+    settings, filters = samplers.stack([Sampling(**options)] * 2)
+    got = samplers.adjust(jnp.asarray(logits), jax.tree.map(jnp.asarray, settings), filters, None)
+    kept = np.asarray(got) > -1e29
+    assert kept.sum(1).tolist() == torch.isfinite(expected).sum(1).tolist()
+    assert kept[:, 0].all()  # the first ones, where a choice is to be made
+
+
 def test_drawn_frequencies_pass_a_chi_square_test():
     logits = jnp.asarray([[1.0, 0.0, -1.0, 2.0, 0.5, -30.0]])
     probabilities = np.asarray(jax.nn.softmax(logits[0, :5]))
