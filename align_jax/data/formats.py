@@ -120,7 +120,7 @@ def lacking(kind: str, fields: Collection[str]) -> str:
 
 # names under which people publish a field
 _ALSO = {
-    "prompt": rows.ASKING,
+    "prompt": rows.PROMPT_COLUMNS,
     "completion": ("targets", "target", "output", "answer", "answers", "solution"),
     "messages": ("conversation", "dialogue", "dialog"),
 }

@@ -463,7 +463,7 @@ def read_implicit(row: Row, chat: bool) -> Example:
 
 
 # columns that hold a prompt under another name
-ASKING = (
+PROMPT_COLUMNS = (
     *("prompt", "instruction", "question", "query", "problem", "input", "inputs", "context"),
     *("messages", "conversation", "conversations", "dialogue", "dialog", "trajectory", "post"),
 )
@@ -476,7 +476,7 @@ def _check_asked_here(row: Row, *texts: str) -> None:
     Raises:
         RowError: naming the column.
     """
-    for name in ASKING:
+    for name in PROMPT_COLUMNS:
         value = row.get(name)
         if isinstance(value, str):
             asks = bool(value.strip()) and not all(value in text for text in texts or [""])

@@ -8,8 +8,6 @@ copy and transpose a layer's whole cache for each token, which takes three times
 
 from __future__ import annotations
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -40,28 +38,19 @@ def attend(
         allowed: which slots each row's token attends to.
         scale, softcap, sinks: as ``attention.weighted`` takes them.
     """
-    whole = functools.partial(_whole, scale=scale, softcap=softcap)
+
+    def whole() -> jax.Array:
+        k, v = (x[place].astype(q.dtype) for x in (keys, values))
+        mask = allowed[:, None]
+        return weighted(q, k, v, mask, scale=scale, softcap=softcap, sinks=sinks)
+
+    def by_rows() -> jax.Array:
+        return _by_rows(q, keys, values, place, allowed, sinks, scale, softcap)
+
     mesh = jax.sharding.get_abstract_mesh()
     if not mesh.empty and mesh.size > 1:
-        return whole(q, keys, values, place, allowed, sinks)
-    by_rows = functools.partial(_by_rows, scale=scale, softcap=softcap)
-    return jax.lax.platform_dependent(
-        q, keys, values, place, allowed, sinks, cpu=by_rows, default=whole
-    )
-
-
-def _whole(
-    q: jax.Array,
-    keys: jax.Array,
-    values: jax.Array,
-    place: jax.Array,
-    allowed: jax.Array,
-    sinks: jax.Array | None,
-    **numbers: float,
-) -> jax.Array:
-    """Attend with all rows at once."""
-    k, v = (x[place].astype(q.dtype) for x in (keys, values))
-    return weighted(q, k, v, allowed[:, None], sinks=sinks, **numbers)
+        return whole()
+    return jax.lax.platform_dependent(cpu=by_rows, default=whole)
 
 
 def _by_rows(
@@ -71,7 +60,6 @@ def _by_rows(
     place: jax.Array,
     allowed: jax.Array,
     sinks: jax.Array | None,
-    *,
     scale: float,
     softcap: float,
 ) -> jax.Array:

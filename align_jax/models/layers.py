@@ -294,10 +294,10 @@ def uniform(bound: float) -> Init:
     return lambda key, shape: jax.random.uniform(key, shape, jnp.float32, -bound, bound)
 
 
-def scaleless_norm(x: Float[Array, "*batch D"], eps: float) -> Float[Array, "*batch D"]:
-    """Return x over its root mean square along the last axis, computed in float32."""
+def scaleless_norm(x: jax.Array, eps: float, over: tuple[int, ...] = (-1,)) -> jax.Array:
+    """Return x over its root mean square along some axes, computed in float32."""
     y = x.astype(jnp.float32)
-    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + eps)
+    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=over, keepdims=True) + eps)
     return y.astype(x.dtype)
 
 
@@ -328,7 +328,7 @@ class Norm(nn.Module):
         y = x.astype(jnp.float32)
         if self.kind != "rms":
             y = y - jnp.mean(y, axis=over, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=over, keepdims=True) + self.eps)
+        y = scaleless_norm(y, self.eps, over)
         y = y * _aligned(scale + 1 if self.offset else scale, y)
         if self.kind == "layer":
             bias = parameter(self, "bias", zeros, self.shape, self.axes, role)
