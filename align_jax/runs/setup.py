@@ -372,14 +372,6 @@ def _reference_config(
     weights.check_speaks(found, path)
     found = vocabulary.grown(found, tokenizer, path, "config.reference.path").padded(multiple)
     found = dataclasses.replace(found, run_length=config.max_length)
-    if config.reference.moves:
-        if found.sizes != policy.sizes or found.family != policy.family:
-            raise ValueError(
-                f"config.reference.path = {path!r} is a {found.family} of {found.sizes}, the "
-                f"policy a {policy.family} of {policy.sizes}: a reference that moves with the "
-                "policy (reference.sync_every_steps) is a model of its kind"
-            )
-        return None
     if found.max_positions < config.max_length:
         raise ValueError(
             f"config.reference.path = {path!r} has {found.max_positions} positions; this run needs "
@@ -391,7 +383,28 @@ def _reference_config(
             f"differ from the policy's, {other[0]!r} among them; the reference sees the policy's "
             "token ids"
         )
+    if config.reference.moves:
+        if differing := _differing(found, policy):
+            raise ValueError(
+                f"config.reference.path = {path!r} and the policy differ in {differing}: a "
+                "reference that moves with the policy (reference.sync_every_steps) is a model of "
+                "its kind"
+            )
+        return None
     return found
+
+
+def _differing(reference: ModelConfig, policy: ModelConfig) -> str:
+    """Name what two models compute differently of equal weights, and in which shapes they differ;
+    "" if in nothing."""
+    unlike = {"init_std", "run_length", "end_tokens", "hf"}  # of a start, a run, texts and files
+    unlike |= set() if policy.learned_positions else {"max_positions"}
+    pairs = (
+        (field.name, getattr(reference, field.name), getattr(policy, field.name))
+        for field in dataclasses.fields(policy)
+        if field.name not in unlike
+    )
+    return ", ".join(f"{name} ({a!r}, {b!r})" for name, a, b in pairs if a != b)
 
 
 def make_step_spec(config: Config, resolved: ResolvedConfig, total_steps: int) -> StepSpec:
