@@ -617,7 +617,8 @@ def test_kimi_k2_is_deepseek_v3(peer, tmp_path):
 
 @only(GRADIENTS)
 def test_gradients_equal_transformers(peer, tmp_path):
-    _, _, theirs, model, params, _ = peer
+    case, _, theirs, model, params, _ = peer
+    large = case.startswith("gemma4")
     tokens, segments, positions = (jnp.asarray(x[:1]) for x in padded_rows())
     theirs.zero_grad()
     torch.nn.functional.cross_entropy(
@@ -639,7 +640,8 @@ def test_gradients_equal_transformers(peer, tmp_path):
     )
     expected = load_file(tmp_path / "peer" / "model.safetensors")
     assert ours.keys() == expected.keys()
-    near = 1e-4 * max(1, *(gradient.abs().max() for gradient in expected.values()))
+    # Gemma 4's reach 7 here, the others' 1: the bound is a share of the largest one
+    near = 1e-4 * max(float(x.abs().max()) for x in expected.values()) if large else 1e-4
     for name, gradient in expected.items():
         np.testing.assert_allclose(ours[name].numpy(), gradient.numpy(), atol=near, err_msg=name)
 

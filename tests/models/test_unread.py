@@ -8,11 +8,14 @@ import pathlib
 import re
 import sys
 
+import numpy as np
 import pytest
 from transformers import CONFIG_MAPPING
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from align_jax.interop import hf
 from align_jax.models import FAMILIES
+from align_jax.models.rope import frequencies
 from align_jax.models.unread import DECLARED_ONLY, IMPLIED, OF_TENSORS
 
 SHAPE = dict(
@@ -122,6 +125,17 @@ def test_the_original_context_beside_the_scaling_is_its_own():
     assert rope.option("original_max_position_embeddings") == 16
     (rope,) = read("llama", rope_parameters=YARN).ropes
     assert rope.option("original_max_position_embeddings") == 64
+
+
+@pytest.mark.parametrize("original", [2, 6, 40])  # of the first two the ramp runs backwards
+def test_yarns_frequencies_equal_transformers(original):
+    given = YARN | {"original_max_position_embeddings": original}
+    (rope,) = read("llama", rope_parameters=given, head_dim=64).ropes
+    theirs = CONFIG_MAPPING["llama"](**SHAPE, rope_parameters=given, head_dim=64)
+    expected, attention = ROPE_INIT_FUNCTIONS["yarn"](theirs, "cpu")
+    found, factor = frequencies(rope)
+    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-6)
+    assert factor == pytest.approx(attention)
 
 
 def test_the_configuration_that_was_read_stays_as_read():
