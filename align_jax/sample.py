@@ -417,7 +417,9 @@ def main(argv: Sequence[str]) -> None:
     if values.url:
         tokenizer = load_tokenizer(values.model, chat_template=template)
         options = ServerOptions(values.url, values.model, allow_http=values.allow_http)
-        server = engines.Server(options, tokenizer)
+        alone = values.model == "byte" or values.model.endswith((".json", ".json.gz"))
+        own = () if alone else hf.end_tokens(values.model)
+        server = engines.Server(options, tokenizer, end_tokens=own)
         policy = SamplingPolicy(server, tokenizer, values.model)
     elif values.workdir:
         policy = load_run(values.workdir, rows=rows, which=values.step, max_length=max_length)

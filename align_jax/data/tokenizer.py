@@ -7,6 +7,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import os
+import pathlib
 import re
 from typing import Any
 
@@ -310,8 +311,21 @@ def _from_file(path: str) -> PreTrainedTokenizerFast:
         tokenizer_object=backend, clean_up_tokenization_spaces=False, **names
     )
     tokenizer.name_or_path = path
-    tokenizer.chat_template = config.get("chat_template")
+    tokenizer.chat_template = _template_beside(os.path.dirname(path), config)
     return tokenizer
+
+
+def _template_beside(folder: str, config: dict[str, Any]) -> str | dict[str, str] | None:
+    """Return the chat template, or the named ones, of a folder as transformers finds them: files
+    before what tokenizer_config.json says."""
+    files = {"default": os.path.join(folder, TEMPLATE)}
+    for path in pathlib.Path(folder, "additional_chat_templates").glob("*.jinja"):
+        files[path.stem] = str(path)
+    named = {name: _read_template(file) for name, file in files.items() if os.path.exists(file)}
+    said = config.get("chat_template")
+    if not named and isinstance(said, list):
+        return {one["name"]: one["template"] for one in said}
+    return named["default"] if named.keys() == {"default"} else named or said
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

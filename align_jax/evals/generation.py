@@ -84,6 +84,7 @@ def sample(
         longest=prompts.longest,
         max_length=limit,
         rewarded=rewards.of_environment,
+        end_tokens=policy.model.config.end_tokens,
     )
     sampler = PromptSampler(options, Local(generator, policy.params), rewards, player)
     found, _, _ = sampler.sample(prompts, range(len(prompts)), {}, alone=True)

@@ -209,6 +209,7 @@ class Server:
         tokenizer: the model's.
         export: writes parameters to a folder as a Hugging Face checkpoint, for `update`.
         vocabulary: the model's token ids; 0 = the tokenizer's.
+        end_tokens: those of the model's checkpoint.
         retry_seconds: as `Client` takes them.
 
     Raises:
@@ -222,6 +223,7 @@ class Server:
         *,
         export: Callable[[str, Params], None] | None = None,
         vocabulary: int = 0,
+        end_tokens: Sequence[int] = (),
         retry_seconds: Sequence[float] = RETRY_SECONDS,
     ) -> None:
         self._push = choose(PUSHES, options.push, "config.rollout.server.push")
@@ -234,7 +236,7 @@ class Server:
         )
         self._options, self._tokenizer, self._export = options, tokenizer, export
         self._vocabulary = vocabulary or len(tokenizer)
-        self._stop_ids = stop_tokens(tokenizer)
+        self._stop_ids = stop_tokens(tokenizer, end_tokens)
 
     def __call__(
         self, requests: Sequence[Request], report: Report | None = None

@@ -14,18 +14,19 @@ from transformers import PreTrainedTokenizerBase
 from align_jax.interop import hf
 
 TOKENIZER = (
-    r"(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|chat_template)\.json"
-    r"|(merges|vocab)\.txt|.*\.(model|spm|tiktoken)|chat_template\.jinja"
+    r"(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|chat_template|tekken)\.json"
+    r"|(merges|vocab)\.txt|.*\.(model|model\.v\w+|spm|tiktoken)|chat_template\.jinja"
     r"|additional_chat_templates/.*\.jinja"
 )
-# generation_config.json, preprocessor_config.json, ...; the two others describe the weights
-SETTINGS = r"(?!adapter_|tokenizer_)\w+_config\.json"
+# generation_config.json, preprocessor_config.json, ..., and the code that auto_map names; those of
+# codes describe weights that are no more
+SETTINGS = r"(?!adapter_|tokenizer_|(hf_)?quant_|quantize_)\w+_config\.json|\w+\.py"
 # those that are taken away where the checkpoint has none: a name of the user's own is left alone
 REPLACED = r"(generation|processor|(video_)?preprocessor)_config\.json"
 
 
 def carry(source: str, output: str) -> None:
-    """Copy a checkpoint's settings of generation and processors.
+    """Copy a checkpoint's settings of generation and processors, and its code.
 
     Args:
         source: folder or hub id of the checkpoint.

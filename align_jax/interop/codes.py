@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Weights that a checkpoint stores as codes and scales, read as the bfloat16 that they stand for.
+"""Weights that a checkpoint stores as codes and scales, read as the numbers that they stand for.
 
-    fp8      X, X_scale_inv       a byte a weight; blocks of rows and columns share a float32 scale
+    fp8      X, X_scale_inv       a byte a weight; blocks, rows or the whole share a scale
+             (or X_scale, compressed-tensors')
     mxfp4    X_blocks, X_scales   4 bits a weight; 32 in a row share a power of two; transposed
 
 References:
@@ -19,30 +20,62 @@ import ml_dtypes
 import numpy as np
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+FP8 = "F8_E4M3"
+# safetensors' names of the types that codes and scales have
+TYPES: Mapping[str, np.dtype] = {
+    FP8: np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+    "BF16": BFLOAT16,
+    "F16": np.dtype(np.float16),
+    "F32": np.dtype(np.float32),
+}
+SCALES = {"fp8": "_scale_inv", "compressed-tensors": "_scale"}  # both are multiplied with
+ACTIVATIONS = ("activation_scale", "input_scale")  # of products in fp8, which are not computed
 # the 16 numbers of E2M1
 VALUES = np.asarray([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 GROUP = 32  # weights of one MXFP4 scale
 
 
 class Fp8:
-    """A matrix of fp8 codes.
+    """A matrix of fp8 codes, or several.
 
     Args:
-        codes: the matrix, as a file's map.
-        scales: what its blocks are multiplied by.
-        block: rows and columns of a block.
+        codes: as a file's map.
+        scales: what its blocks are multiplied by: one number, or of each axis one for all, one for
+            each block, or one for each row.
+        block: rows and columns of a block; (): as the scales divide them.
+
+    Raises:
+        ValueError: scales that do not fit.
     """
 
-    def __init__(self, codes: np.ndarray, scales: np.ndarray, block: Sequence[int]):
-        self._codes, self._scales, self._block = codes, scales.astype(np.float32), block
+    def __init__(self, codes: np.ndarray, scales: np.ndarray, block: Sequence[int] = ()):
         self.shape = tuple(codes.shape)
+        if scales.size == 1:
+            scales = scales.reshape((1,) * codes.ndim)
+        steps = (0,) * (codes.ndim - len(block)) + tuple(block)
+        fits = scales.ndim == codes.ndim
+        self._steps = [_step(*one) for one in zip(self.shape, scales.shape, steps)] if fits else [0]
+        if not all(self._steps):
+            of = f" in blocks of {list(block)}" if block else ""
+            raise ValueError(f"expected scales that fit {self.shape}{of}, got {scales.shape}")
+        self._codes, self._scales = codes, scales.astype(np.float32)
 
     def read(self, index: Sequence[slice]) -> np.ndarray:
-        """Read part of the matrix."""
+        """Read part of it, in float32."""
         scales, whole = self._scales, _filled(index, self.shape)
-        for axis, (one, block) in enumerate(zip(whole, self._block)):
-            scales = scales.take(np.arange(one.start, one.stop) // block, axis=axis)
-        return (self._codes[tuple(whole)].astype(np.float32) * scales).astype(BFLOAT16)
+        for axis, (one, step) in enumerate(zip(whole, self._steps)):
+            scales = scales.take(np.arange(one.start, one.stop) // step, axis=axis)
+        return self._codes[tuple(whole)].astype(np.float32) * scales
+
+
+def _step(size: int, scales: int, block: int) -> int:
+    """Return how many of an axis share a scale; 0 where so many scales do not fit it."""
+    if scales in (1, size):
+        return size // scales
+    if block:
+        return block if scales == -(-size // block) else 0
+    return 0 if size % scales else size // scales
 
 
 class Mxfp4:
@@ -80,6 +113,9 @@ def take(
         config: the checkpoint's ``quantization_config``, which ``models.hf_fields`` has checked.
         where: tensor -> the open file that holds it; what is returned and its parts are taken out.
         files: tensor -> that file's path.
+
+    Raises:
+        ValueError: scales that do not fit their codes, with the file and the tensor.
     """
     out: dict[str, Fp8 | Mxfp4] = {}
     if config["quant_method"] == "mxfp4":
@@ -89,22 +125,33 @@ def take(
                 parts = (where.pop(part).get_slice(part) for part in (blocks, f"{name}_scales"))
                 out[name] = Mxfp4(*parts)
         return out
-    for name in [name for name in where if f"{name}_scale_inv" in where]:
-        if where[name].get_slice(name).get_dtype() == "F8_E4M3":
-            scales = where.pop(f"{name}_scale_inv").get_slice(f"{name}_scale_inv")[...]
-            out[name] = Fp8(_fp8(files[name], name), scales, config["weight_block_size"])
-            del where[name]
+    block = config.get("weight_block_size") or ()
+    for name in [name for name in where if where[name].get_slice(name).get_dtype() == FP8]:
+        of = f"{name}{SCALES[config['quant_method']]}"
+        if of not in where:
+            continue
+        try:
+            out[name] = Fp8(mapped(files[name], name), mapped(files[of], of), block)
+        except ValueError as error:
+            raise ValueError(f"{files[of]}: {of}: {error}") from error
+        for part in (name, of, *(name.removesuffix("weight") + end for end in ACTIVATIONS)):
+            where.pop(part, None)
     return out
 
 
-def _fp8(path: str, name: str) -> np.ndarray:
-    """Map a tensor of fp8 codes, which safetensors has no numpy type for."""
+def mapped(path: str, name: str) -> np.ndarray:
+    """Map a tensor, also of the types that safetensors has no numpy type for; bytes where there is
+    none at all."""
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         entry = json.loads(file.read(length))[name]
-    start = 8 + length + entry["data_offsets"][0]
-    codes = np.memmap(path, np.uint8, "r", start, tuple(entry["shape"]))
-    return codes.view(ml_dtypes.float8_e4m3fn)
+    start, stop = entry["data_offsets"]
+    if start == stop:
+        return np.empty(0, np.uint8)
+    found = np.memmap(path, np.uint8, "r", 8 + length + start, (stop - start,))
+    if entry["dtype"] not in TYPES:
+        return found
+    return found.view(TYPES[entry["dtype"]]).reshape(entry["shape"])
 
 
 def _filled(index: Sequence[slice], shape: Sequence[int]) -> list[slice]:

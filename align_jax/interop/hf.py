@@ -35,12 +35,13 @@ from align_jax.interop import tensor_files
 from align_jax.interop.streaming import read_parameter
 from align_jax.models import FAMILIES, find_family, own_family, unread
 from align_jax.models.config import OWN_FAMILY, RUN_LENGTH, ModelConfig
-from align_jax.models.hf_fields import check
+from align_jax.models.hf_fields import check, quantization
 from align_jax.models.layers import ACTIVATIONS
 from align_jax.models.model import build
 from align_jax.models.roles import role_of
 from align_jax.models.tensor_map import TensorMap, fused, linear, names, parse
 
+ADAPTER = "adapter_config.json"
 GENERATION = "generation_config.json"
 SHARD_BYTES = 5 * 10**9  # a file's size, as transformers' default
 
@@ -165,11 +166,14 @@ def locate(path: str, file: str = "") -> str:
         )
     import huggingface_hub  # here, because importing it is slow and most runs are local
 
-    wanted = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*")
+    wanted = "*.json *.safetensors *.model *.model.v* *.txt *.jinja *.tiktoken *.spm *.py".split()
+    wanted += ["README.md", "LICENSE*"]
     errors = huggingface_hub.errors
     try:
         return huggingface_hub.snapshot_download(
-            path, allow_patterns=[file] if file else list(wanted)
+            path,
+            allow_patterns=[file] if file else wanted,
+            ignore_patterns=["*/*.safetensors"],  # further copies, as their makers train them
         )
     except errors.HFValidationError:
         raise FileNotFoundError(
@@ -206,36 +210,48 @@ def load_config(path: str, run_length: int = 0, family: str = "") -> ModelConfig
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
     folder = os.path.dirname(file)
+    if os.path.exists(os.path.join(folder, ADAPTER)):
+        raise ValueError(
+            f"{file}: beside it is {ADAPTER}, a PEFT adapter's, which transformers would add to "
+            "the model: take it away; or, if the adapter is what was meant, it is "
+            "config.model.lora.path, and its base config.model.path"
+        )
     if config.tied and not _is_tied(folder, config):
         config = config.untied()
     return dataclasses.replace(
-        config,
-        end_tokens=_end_tokens(folder, found),
-        run_length=run_length or found.get(RUN_LENGTH) or 0,
+        config, end_tokens=end_tokens(folder), run_length=run_length or found.get(RUN_LENGTH) or 0
     )
 
 
-def _end_tokens(folder: str, found: Mapping[str, Any]) -> tuple[int, ...]:
-    """Return the tokens that end a text by config.json and generation_config.json."""
-    file = os.path.join(folder, GENERATION)
-    more = read_json(file).get("eos_token_id") if os.path.exists(file) else None
-    text = (found.get("text_config") or {}).get("eos_token_id")
-    ids = [one for part in (found.get("eos_token_id"), text, more) for one in _listed(part)]
-    if not all(type(one) is int and one >= 0 for one in ids):
-        raise ValueError(
-            f"{file}: eos_token_id: expected a token's id, or a list of them, got {more!r}"
-        )
-    return tuple(sorted(set(ids)))
+def end_tokens(path: str) -> tuple[int, ...]:
+    """Return the tokens that end a text by config.json and generation_config.json.
 
+    Args:
+        path: folder or hub id of a model, also of a family that is not known.
 
-def _listed(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [] if value is None else [value]
+    Raises:
+        ValueError: one of the files says something else than tokens' ids.
+    """
+    folder, ids = locate(path, "*config.json"), set()
+    for name in ("config.json", GENERATION):
+        file = os.path.join(folder, name)
+        found = read_json(file) if os.path.exists(file) else {}
+        text = found.get("text_config")
+        for part in (found, text if isinstance(text, Mapping) else {}):
+            said = part.get("eos_token_id")
+            listed = said if isinstance(said, list) else [] if said is None else [said]
+            if not all(type(one) is int and one >= 0 for one in listed):
+                raise ValueError(
+                    f"{file}: eos_token_id: expected a token's id, or a list of them, got "
+                    f"{json.dumps(said)}"
+                )
+            ids |= set(listed)
+    return tuple(sorted(ids))
 
 
 def _reader(folder: str, config: ModelConfig) -> tensor_files.Reader:
     """Open a checkpoint's tensors, codes as what they stand for."""
-    said = json.loads(config.hf).get("quantization_config")
-    return tensor_files.Reader(folder, quantization=said)
+    return tensor_files.Reader(folder, quantization=quantization(json.loads(config.hf)))
 
 
 def _is_tied(folder: str, config: ModelConfig) -> bool:
@@ -259,7 +275,7 @@ def _is_tied(folder: str, config: ModelConfig) -> bool:
 
 def _instead(folder: str) -> str:
     """Say what a folder without a model's config.json holds that was perhaps meant."""
-    if os.path.exists(os.path.join(folder, "adapter_config.json")):
+    if os.path.exists(os.path.join(folder, ADAPTER)):
         return (
             "; it holds a PEFT adapter: that is config.model.lora.path, its base config.model.path"
         )

@@ -55,12 +55,12 @@ class Reader:
             folder: where they lie.
             single: the file's name; the index's is that with ``.index.json``.
             quantization: the ``quantization_config`` of a checkpoint that has codes for weights;
-                they are read as bfloat16.  Their parts are no tensors of their own.
+                of them bfloat16 is said.  Their parts are no tensors of their own.
 
         Raises:
             FileNotFoundError: neither is there, or a shard of the index is missing.
-            ValueError: a file is damaged; both are there; a tensor is in none of the files that
-                the index says, or in several.
+            ValueError: a file is damaged; both are there; a tensor is not in the file that the
+                index says, or in several that differ; scales that do not fit their codes.
         """
         self._stack = contextlib.ExitStack()
         self._folder = folder
@@ -77,9 +77,13 @@ class Reader:
             for name, path in where.items()
             if path not in holders.get(name, ())
         ]
-        twice = [name for name, paths in holders.items() if len(paths) > 1 and name not in where]
+        # of which transformers reads the last, whatever the index says
+        twice = [name for name, paths in holders.items() if not _alike(name, paths)]
         if lost or twice:
-            wrong = {"in the index, not in its file": lost, "in several files": twice}
+            wrong = {
+                "in the index, not in its file": lost,
+                "in several files, with other numbers": twice,
+            }
             raise ValueError(f"{index} and its files disagree:\n{listed(wrong)}")
         self._where = {name: opened[where.get(name, paths[0])] for name, paths in holders.items()}
         files = {name: where.get(name, paths[0]) for name in holders}
@@ -123,8 +127,10 @@ class Reader:
             dtype: what it is to be used as; None: as stored.
         """
         part = self._part(name, index)
+        if name in self._coded and dtype is None:
+            part = part.astype(self.dtype(name))
         if not is_finite(part):
-            self._unusable[name] = part.dtype
+            self._unusable[name] = self.dtype(name)
         elif dtype is not None and _largest(dtype) < _largest(part.dtype):
             with np.errstate(over="ignore"):
                 part = part.astype(dtype)
@@ -190,6 +196,14 @@ def is_finite(array: np.ndarray) -> bool:
         array.view(signed).max(initial=0) < infinity.view(signed)[0]
         and array.view(unsigned).max(initial=0) < negative.view(unsigned)[0]
     )
+
+
+def _alike(name: str, paths: Sequence[str]) -> bool:
+    """Tell whether all of these files hold the same under a tensor's name."""
+    if len(paths) == 1:
+        return True
+    first, *others = (codes.mapped(path, name) for path in paths)
+    return all(one.dtype == first.dtype and np.array_equal(one, first) for one in others)
 
 
 def _largest(dtype: np.dtype) -> float:
@@ -273,8 +287,12 @@ def others(folder: str) -> str:
     """Say what else may hold weights in a folder that lacks safetensors."""
     ends = (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".ckpt", ".safetensors")
     there = sorted(name for name in os.listdir(folder) if name.endswith(ends))
+    if os.path.isdir(snapshots := os.path.join(folder, "snapshots")):
+        return f"; Hugging Face's cache has a model's files in a folder of {snapshots}"
     if not there:
         return ""
+    if shards := [name for name in there if re.fullmatch(r"model-\d+-of-\d+\.safetensors", name)]:
+        return f"; {shards[0]} is there, and no {INDEX}: fetch that too"
     return (
         f"; {', '.join(there[:3])} beside it is not read: convert with transformers' "
         "from_pretrained and save_pretrained"

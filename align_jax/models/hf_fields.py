@@ -22,6 +22,7 @@ from align_jax.core.fields import (
     is_text,
     or_null,
 )
+from align_jax.core.files import json_kind
 
 MOST = 10_000  # layers or experts: more is a damaged number, and would be counted through
 
@@ -201,19 +202,32 @@ ROPE_KINDS: Mapping[str, tuple[str, ...]] = {
 
 
 def _quantized(found: Any, family: str) -> list[str]:
-    """Return what is wrong with a ``quantization_config``: fp8 in blocks is read, and gpt-oss' own
-    MXFP4."""
-    method = found.get("quant_method", "an unnamed method") if is_object(found) else found
-    blocks: Any = found.get("weight_block_size") if is_object(found) else None
-    if method == "fp8" and is_list_of(is_count)(blocks) and len(blocks) == 2:
+    """Return what is wrong with a ``quantization_config``: fp8 is read, and gpt-oss' own MXFP4."""
+    if not is_object(found):
+        return [f"quantization_config: expected an object, got {json_kind(found)}"]
+    method, form = found.get("quant_method", "an unnamed method"), found.get("format")
+    block = found.get("weight_block_size")
+    if method == "fp8" and not (block is None or is_list_of(is_count)(block) and len(block) == 2):
+        return [f"weight_block_size: expected two positive integers or null, got {block!r}"]
+    if method == "fp8" or (method, family) == ("mxfp4", "gpt_oss"):
         return []
-    if method == "mxfp4" and family == "gpt_oss":
+    if (method, form) == ("compressed-tensors", "float-quantized"):
         return []
     return [
-        f"quantization_config: expected float weights, or fp8 with a weight_block_size, got ones "
-        f"quantized by {method} (transformers' model.dequantize() and save_pretrained write "
-        "floats)"
+        "quantization_config: expected float weights, fp8, or compressed-tensors' float-quantized, "
+        f"got ones quantized by {method}{f' as {form}' if form else ''} (transformers' "
+        "model.dequantize() and save_pretrained write floats)"
     ]
+
+
+def quantization(hf: Mapping[str, Any]) -> Any:
+    """Return what a configuration says of codes for weights, in any of the places where it may."""
+    text = hf.get("text_config")
+    for part in (hf, text if isinstance(text, Mapping) else {}):
+        for key in ("quantization_config", "compression_config"):
+            if part.get(key) is not None:
+                return part[key]
+    return None
 
 
 def _declared(family: Any) -> set[str]:
@@ -248,7 +262,7 @@ def check(hf: Mapping[str, Any]) -> None:
     for key in hf.keys() - set(known) - _declared(hf.get("model_type")):
         if close := difflib.get_close_matches(key, absent, n=1, cutoff=0.9):
             wrong.append(f"{key} is no field; did you mean {close[0]}?")
-    if hf.get("quantization_config") is not None:
-        wrong += _quantized(hf["quantization_config"], hf.get("model_type", ""))
+    if (found := quantization(hf)) is not None:
+        wrong += _quantized(found, hf.get("model_type", ""))
     if wrong:
         raise ValueError("; ".join(wrong))

@@ -292,6 +292,7 @@ class Player:
         options: limits, and how answers are sampled.
         room: tokens that a later turn's context and answer are padded to.
         rewarded: what the environment gives counts among the rewards.
+        ends: tokens that end an answer.
     """
 
     environment: Environment
@@ -299,10 +300,7 @@ class Player:
     options: RolloutOptions
     room: tuple[int, int]
     rewarded: bool
-
-    @functools.cached_property
-    def _ends(self) -> tuple[int, ...]:
-        return stop_tokens(self.tokenizer)
+    ends: tuple[int, ...]
 
     def __call__(
         self, engine: Engine, requests: Sequence[Request], examples: Sequence[Example]
@@ -401,7 +399,7 @@ class Player:
                 one.turns.append({"role": reply.role, "content": reply.text})
             return
         end = ""
-        if len(answer.tokens) and answer.tokens[-1] in self._ends:
+        if len(answer.tokens) and answer.tokens[-1] in self.ends:
             end = str(self.tokenizer.decode([int(answer.tokens[-1])]))
         turn = {"role": reply.role, "content": reply.text}
         encode = functools.partial(chat.encode_reply, one.example, self.tokenizer, turn, end)
@@ -462,6 +460,7 @@ def make_player(
     longest: int,
     max_length: int,
     rewarded: bool,
+    end_tokens: Sequence[int] = (),
 ) -> Player | None:
     """Make what plays a rollout's episodes; None where it has one turn.
 
@@ -472,6 +471,7 @@ def make_player(
         longest: tokens of the longest prompt.
         max_length: tokens of a prompt with its response.
         rewarded: what the environment gives counts among the rewards.
+        end_tokens: those of the policy's checkpoint.
 
     Raises:
         ValueError: no such environment, a row without what it takes, or a chat template that
@@ -498,4 +498,5 @@ def make_player(
     except chat.RowError as error:
         raise ValueError(f"config.rollout.environment: {error}") from error
     room = later_room(options, longest, max_length)
-    return Player(environment, tokenizer, options, room, rewarded)
+    ends = stop_tokens(tokenizer, end_tokens)
+    return Player(environment, tokenizer, options, room, rewarded, ends)

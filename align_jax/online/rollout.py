@@ -667,6 +667,7 @@ def make_rollouts(
         longest=longest,
         max_length=config.max_length,
         rewarded="environment" in _kinds(config),
+        end_tokens=policy.config.end_tokens,
     )
     lengths = config.max_length, longest
     engine = _make_engine(rollouts, policy, tokenizer, mesh, *lengths, export)
@@ -698,7 +699,14 @@ def _make_engine(
 ) -> Engine:
     """Make what samples the policy: a server, or this run's own devices."""
     if (server := rollouts.options.server).url:
-        return Server(server, tokenizer, export=export, vocabulary=policy.config.vocab_size)
+        model = policy.config
+        return Server(
+            server,
+            tokenizer,
+            export=export,
+            vocabulary=model.vocab_size,
+            end_tokens=model.end_tokens,
+        )
     where = generation_mesh(rollouts, policy, mesh)
     generator = make_generator(rollouts, policy, tokenizer, where, max_length, longest)
     reshard = make_resharder(policy, where) if rollouts.options.tensor else None

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The byte tokenizer is a real one; mistakes in naming tokenizers are told."""
 
+import json
+
 import pytest
 from transformers import AutoTokenizer
 
@@ -43,6 +45,28 @@ def test_a_template_may_be_a_file(tmp_path):
     assert tokenizer.load_tokenizer("byte", chat_template=str(path)).chat_template == "{{ 1 }}"
     with pytest.raises(ValueError, match="neither a file nor a Jinja template"):
         tokenizer.load_tokenizer("byte", chat_template=str(tmp_path / "chta.jinja"))
+
+
+@pytest.mark.parametrize(
+    "said, files, expected",
+    [
+        ("a", {}, "a"),
+        ("a", {"chat_template": "b"}, "b"),
+        ([{"name": "default", "template": "a"}, {"name": "rag", "template": "b"}], {}, None),
+        ("a", {"chat_template": "b", "additional_chat_templates/tool_use": "c"}, None),
+    ],
+)
+def test_a_tokenizer_file_has_the_template_that_its_folder_has(tmp_path, said, files, expected):
+    tokenizer.byte_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / tokenizer.TEMPLATE).unlink()
+    config = tmp_path / tokenizer.CONFIG
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"chat_template": said}))
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.jinja").write_text(text)
+    found = tokenizer.load_tokenizer(str(tmp_path / "tokenizer.json")).chat_template
+    assert found == tokenizer.load_tokenizer(str(tmp_path)).chat_template
+    assert found == expected or expected is None and len(found) == 2
 
 
 def test_a_missing_tokenizer_is_an_error(tmp_path):

@@ -64,7 +64,8 @@ def server():
 def make(server, export=None, **options):
     url = f"http://127.0.0.1:{server.server_port}/v1"
     given = ServerOptions(url=url, **{"model": "m", **options})
-    return Server(given, load_tokenizer("byte"), export=export, retry_seconds=(0.01,))
+    ends = dict(end_tokens=(7,), retry_seconds=(0.01,))
+    return Server(given, load_tokenizer("byte"), export=export, **ends)
 
 
 def test_completions_come_back_as_tokens_with_log_probabilities(server):
@@ -100,7 +101,7 @@ def test_completions_come_back_as_tokens_with_log_probabilities(server):
         "presence_penalty": 0.0,
         "frequency_penalty": 0.0,
         "stop": ["C"],
-        "stop_token_ids": [load_tokenizer("byte").eos_token_id],
+        "stop_token_ids": [7, load_tokenizer("byte").eos_token_id],
     }
 
 

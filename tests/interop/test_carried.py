@@ -47,6 +47,8 @@ def folder(tmp_path):
     (path / "tokenizer_config.json").write_text(json.dumps(said))
     (path / "generation_config.json").write_text('{"eos_token_id": [258, 270], "top_p": 0.9}')
     (path / "preprocessor_config.json").write_text('{"size": 3}')
+    (path / "modeling_own.py").write_text("# what auto_map names")
+    (path / "tekken.json").write_text("{}")
     return path
 
 
@@ -108,6 +110,9 @@ def test_files_beside_the_weights_are_carried_byte_for_byte(folder, tmp_path):
     out.mkdir()
     (out / "vocab.json").write_text("{}")  # of an older export's tokenizer
     export.export_model(str(folder), str(out))
+    (folder / "hf_quant_config.json").write_text("{}")  # of codes that are no more
+    export.export_model(str(folder), str(out))
+    (folder / "hf_quant_config.json").unlink()
     names = {path.name for path in folder.iterdir()}
     assert {path.name for path in out.iterdir()} == names | {"README.md"}
     for name in names - {"config.json", "model.safetensors"}:
@@ -156,27 +161,51 @@ def test_the_round_trip_keeps_each_tensor_s_type(folder, tmp_path):
         assert tensor.dtype == after[name].dtype and torch.equal(tensor, after[name]), name
 
 
-def test_fp8_with_block_scales_is_read_as_what_it_stands_for(folder, tmp_path):
+BLOCKS = {"quant_method": "fp8", "weight_block_size": [8, 8]}
+ONE = {"quant_method": "fp8", "weight_block_size": None, "activation_scheme": "static"}
+ROWS = {"quant_method": "compressed-tensors", "format": "float-quantized"}
+EXPONENTS = torch.float8_e8m0fnu
+
+
+@pytest.mark.parametrize(
+    "said, block, dtype",
+    [
+        (BLOCKS, (8, 8), torch.float32),
+        (BLOCKS, (8, 8), EXPONENTS),
+        (ONE, (), torch.bfloat16),
+        (ROWS, (1, 99), torch.float32),
+    ],
+)
+def test_fp8_is_read_as_what_it_stands_for(folder, tmp_path, said, block, dtype):
     expected = {}
+    ends = ("_scale", "input_scale") if said is ROWS else ("_scale_inv", "activation_scale")
 
     def quantized(tensors):
         for name in [name for name in tensors if "_proj" in name]:
             codes = (tensors[name].float() * 40).to(torch.float8_e4m3fn)
-            blocks = [-(-size // 8) for size in codes.shape]
-            scales = torch.rand(blocks) + 0.5
-            tensors[name], tensors[f"{name}_scale_inv"] = codes, scales
-            whole = scales.repeat_interleave(8, 0).repeat_interleave(8, 1)
-            whole = whole[: codes.shape[0], : codes.shape[1]]
-            expected[name] = (codes.float() * whole).to(torch.bfloat16)
+            blocks = [-(-size // step) for size, step in zip(codes.shape, block)]
+            scales = (torch.rand(blocks) + 0.5).to(dtype)
+            tensors[name], tensors[f"{name}{ends[0]}"] = codes, scales
+            if said is not BLOCKS:
+                tensors[name.removesuffix("weight") + ends[1]] = torch.ones(())
+            whole = scales.float()
+            for axis, step in enumerate(block):
+                whole = whole.repeat_interleave(step, axis).narrow(axis, 0, codes.shape[axis])
+            expected[name] = codes.float() * whole
 
     change(folder, quantized)
-    edit(folder, quantization_config={"quant_method": "fp8", "weight_block_size": [8, 8]})
+    edit(folder, quantization_config=said)
+    exact = logits(folder)  # in float32 without a rounding between
     export.export_model(str(folder), str(tmp_path / "out"))
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
     after = load_file(tmp_path / "out" / "model.safetensors")
     for name, tensor in expected.items():
-        assert torch.equal(after[name], tensor), name
-    _, params = hf.load(str(folder))
+        assert torch.equal(after[name], tensor.bfloat16()), name
+    change(folder, lambda tensors: [tensors.pop(name) for name in [*tensors] if "scale" in name])
+    change(folder, lambda tensors: tensors.update(expected))
+    edit(folder, quantization_config=None)
+    np.testing.assert_array_equal(logits(folder), exact)
+    _, params = hf.load(str(tmp_path / "out"))
     assert {leaf.dtype for leaf in flatten(params).values()} == {np.dtype(ml_dtypes.bfloat16)}
 
 
@@ -219,8 +248,9 @@ def test_mxfp4_is_read_as_what_it_stands_for(tmp_path):
     "said, names",
     [
         ({"quant_method": "mxfp4"}, "mxfp4"),
-        ({"quant_method": "fp8"}, "weight_block_size"),
-        ({"quant_method": "compressed-tensors"}, "compressed-tensors"),
+        ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, "as pack-quantized"),
+        ({"load_in_8bit": True}, "an unnamed method"),
+        ("fp8", "expected an object, got 'fp8'"),
     ],
 )
 def test_other_quantized_weights_are_refused_in_a_line(folder, said, names):

@@ -20,7 +20,7 @@ from align_jax.models.model import build
 
 CONFIG, INDEX, SHARD = "config.json", tensor_files.INDEX, "model-00002-of-00003.safetensors"
 TOKENIZER, SETTINGS, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
-ADAPTER, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER, WEIGHTS = "adapter/adapter_config.json", "adapter/adapter_model.safetensors"
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 9\n"
 PAGE = b"<!DOCTYPE html>\n<html><body>Sign in</body></html>"
 MODEL = hf.config_from(
@@ -48,9 +48,6 @@ def sound(tmp_path_factory):
     lora = LoraConfig(2, targets="attention/query")
     adapter = build(MODEL, lora=lora).init_adapter(jax.random.key(1), params)
     peft.save(str(folder / "adapter"), MODEL, lora, adapter, base_name="")
-    for file in (folder / "adapter").iterdir():  # an export of one takes the other away
-        file.rename(folder / file.name)
-    (folder / "adapter").rmdir()
     return folder
 
 
@@ -59,7 +56,7 @@ def read(folder):
     config, params = hf.load(str(folder))
     tokenizer = load_tokenizer(str(folder))
     stops = stop_tokens(tokenizer, config.end_tokens)
-    peft.load(str(folder), config)
+    peft.load(str(folder / "adapter"), config)
     return config, flatten(params), stops
 
 
@@ -148,6 +145,12 @@ CASES = [  # file, what becomes of its bytes (None: it is taken away), what is s
     (CONFIG, fields(dtype="float13"), "dtype: expected 'float32', .* got 'float13'"),
     (CONFIG, fields(use_cache=[]), "transformers refuses .*use_cache"),
     (CONFIG, fields(quantization_config={"quant_method": "awq"}), "quantized by awq"),
+    (
+        CONFIG,
+        fields(quantization_config={"quant_method": "fp8", "weight_block_size": [8]}),
+        r"weight_block_size: expected two positive integers or null, got \[8\]",
+    ),
+    ("adapter_config.json", b"{}", "beside it is adapter_config.json, .* config.model.lora.path"),
     (CONFIG, fields(vocab_size=300), r"embed_tokens.weight: expected \(300, 16\), got \(272, 16\)"),
     (SHARD, b"", "not a whole safetensors file: it is an empty file"),
     (SHARD, POINTER, "git-lfs pointer"),
@@ -175,6 +178,11 @@ CASES = [  # file, what becomes of its bytes (None: it is taken away), what is s
     (SHARD, tensors(lambda name, found: found | {"what": found[name]}), "(?s)1 unexpected:.*what"),
     (
         SHARD,
+        tensors(lambda name, found: found | {"model.embed_tokens.weight": found[name]}),
+        "(?s)1 in several files, with other numbers:.*embed_tokens",
+    ),
+    (
+        SHARD,
         tensors(lambda name, found: {k: v for k, v in found.items() if k != name}),
         "(?s)1 in the index, not in its file:",
     ),
@@ -187,7 +195,7 @@ CASES = [  # file, what becomes of its bytes (None: it is taken away), what is s
         index(lambda where: where | {"w": SHARD}),
         r"(?s)1 in the index, not in its file:.*w \(",
     ),
-    (INDEX, None, "expected model.safetensors or .*, model-00001-of-.*convert|no weights"),
+    (INDEX, None, "expected model.safetensors or .*model-00001-of-.* is there, and no .*index"),
     (tensor_files.SINGLE, POINTER, "holds both model.safetensors and"),
     (TOKENIZER, b"", "got an empty file|malformed"),
     (TOKENIZER, POINTER, "git-lfs pointer"),
@@ -309,11 +317,14 @@ def test_a_path_that_is_no_models_folder_is_told_what_it_is(sound, tmp_path):
         (tmp_path / "adapter", "holds a PEFT adapter: that is config.model.lora.path"),
         (tmp_path / "checkpoints/7", "export --workdir=.* makes a model of it"),
         (tmp_path / "gguf", "w.gguf beside it is not read"),
+        (tmp_path / "models--me--mine", "cache has a model's files in a folder of .*snapshots"),
     ):
         if not path.exists():
             (path / "state" if path.name == "7" else path).mkdir(parents=True)
         if path.name == "adapter":
             shutil.copy(sound / ADAPTER, path)
+        if path.name == "models--me--mine":
+            (path / "snapshots").mkdir()
         if path.name == "gguf":
             (path / "w.gguf").write_bytes(b"GGUF")
         with pytest.raises(FileNotFoundError, match=message):
@@ -332,20 +343,20 @@ VALUES = (None, "x", -1, [], {})
 
 def attempts(sound, draw):
     """Every file cut short and with bits changed; every field of its configurations replaced."""
-    for path in sorted(sound.iterdir()):
-        whole = path.read_bytes()
+    for path in sorted(path for path in sound.rglob("*") if path.is_file()):
+        whole, name = path.read_bytes(), str(path.relative_to(sound))
         for at in draw.sample(range(len(whole)), 2):
-            yield path.name, whole[:at], f"cut at {at}"
+            yield name, whole[:at], f"cut at {at}"
         # of weights mostly the header: a changed number is a number
         most = min(len(whole), 1200) if path.suffix == ".safetensors" else len(whole)
         for _ in range(4):
             at, bit = draw.randrange(most), draw.randrange(8)
             changed = whole[:at] + bytes([whole[at] ^ 1 << bit]) + whole[at + 1 :]
-            yield path.name, changed, f"bit {bit} of byte {at}"
+            yield name, changed, f"bit {bit} of byte {at}"
         if path.suffix == ".json" and path.name != TOKENIZER:
             for key in json.loads(whole):
                 value = draw.choice(VALUES)
-                yield path.name, fields(**{key: value})(whole), f"{key} = {value!r}"
+                yield name, fields(**{key: value})(whole), f"{key} = {value!r}"
 
 
 def test_nothing_but_a_named_refusal_comes_of_any_damage(sound, tmp_path):

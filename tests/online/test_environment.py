@@ -522,6 +522,13 @@ def test_an_environment_is_checked_before_anything_is_compiled(path, said):
         make_player(options, TOKENIZER, CHAT, longest=9, max_length=56, rewarded=False)
 
 
+def test_an_answer_ends_with_the_tokens_of_tokenizer_and_checkpoint():
+    options, lengths = RolloutOptions(environment="test_environment:Game"), dict(longest=9)
+    lengths |= dict(max_length=56, rewarded=False)
+    player = make_player(options, TOKENIZER, CHAT, **lengths, end_tokens=(5,))
+    assert player.ends == (5, TOKENIZER.eos_token_id)
+
+
 def divides(said, gold):
     return 1 / 0 if gold == "g2" else "fine"
 
