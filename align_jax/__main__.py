@@ -3,6 +3,7 @@
 
     align-jax PROGRAM [arguments]     the same as python -m align_jax.PROGRAM [arguments]
     align-jax chat [arguments]        align-jax sample --chat [arguments]
+    align-jax --version               the version
 
 ``python -m align_jax`` is this command where its script is not on the path.
 """
@@ -15,6 +16,7 @@ import pathlib
 import runpy
 import sys
 
+from align_jax import __version__
 from align_jax.core.choose import nearest
 
 HELP = ("--help", "-h")
@@ -36,6 +38,9 @@ def main() -> None:
     name, *rest = sys.argv[1:] or [""]
     if own == SCRIPT:  # as python -m does: the user's own parts lie here
         sys.path.insert(0, os.getcwd())
+    if name == "--version":
+        print(f"align_jax {__version__}")
+        return
     if name in programs():
         program, *first = ("sample", "--chat") if name == CHAT else (name,)
         sys.argv[1:] = [*first, *rest]
@@ -47,9 +52,8 @@ def main() -> None:
     if name and name not in HELP:
         print(f"{own}: no program {name!r}{nearest(name, programs())}", file=sys.stderr)
         sys.exit(2)
-    print(f"{own} PROGRAM --help tells its options.\n")
-    for program, meaning in programs().items():
-        print(f"  {program:<12}{meaning}")
+    lines = [f"  {program:<12}{meaning}" for program, meaning in programs().items()]
+    print("\n".join([f"{own} PROGRAM --help tells its options.\n", *lines]))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,21 @@ them alike.  Without ``--preset`` the one for the machine's kind of device is ta
 
 from __future__ import annotations
 
+from absl import flags
+
+from align_jax.runs import command
+
+if __name__ == "__main__":  # here, because what is imported next takes seconds
+    flags.DEFINE_string("preset", "", "What to measure; by default what suits the device.")
+    flags.DEFINE_list(
+        "variants", [], "Variants of the step, the first one the base; by default the preset's."
+    )
+    flags.DEFINE_integer("batch_size", 0, "Pairs in a step; 0 = the preset's.", 0)
+    flags.DEFINE_integer("rounds", 5, "Turns of each variant; the median counts.", 1)
+    flags.DEFINE_integer("steps", 3, "Optimizer steps in a turn.", 1)
+    flags.DEFINE_string("json", "", "Write the measurements to this file.")
+    arguments = command.read()
+
 import dataclasses
 import json
 import statistics
@@ -19,7 +34,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import flags
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -32,7 +46,7 @@ from align_jax.data.datasets import Examples
 from align_jax.parallel.chips import GIB, peak_flops
 from align_jax.parallel.mesh import make_mesh
 from align_jax.parallel.sharding import put_batch
-from align_jax.runs import command, setup, weights
+from align_jax.runs import setup, weights
 from align_jax.training import initialize, partitioning
 from align_jax.training.flops import step_flops
 
@@ -362,12 +376,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("preset", "", "What to measure; by default what suits the device.")
-    flags.DEFINE_list(
-        "variants", [], "Variants of the step, the first one the base; by default the preset's."
-    )
-    flags.DEFINE_integer("batch_size", 0, "Pairs in a step; 0 = the preset's.", 0)
-    flags.DEFINE_integer("rounds", 5, "Turns of each variant; the median counts.", 1)
-    flags.DEFINE_integer("steps", 3, "Optimizer steps in a turn.", 1)
-    flags.DEFINE_string("json", "", "Write the measurements to this file.")
-    command.run(main)
+    command.run(main, arguments)

@@ -11,20 +11,30 @@ Without --config every key stands at its default.  A KEY, such as ``optimizer`` 
 
 from __future__ import annotations
 
+from absl import flags
+from ml_collections import config_flags
+
+from align_jax.runs import command
+
+if __name__ == "__main__":  # here, because what is imported next takes seconds
+    config_flags.DEFINE_config_file(
+        "config", None, "Recipe, objective or file; its argument after a colon.", lock_config=True
+    )
+    flags.DEFINE_string("json", None, "Write the keys to this file instead.")
+    arguments = command.read(arguments="keys or groups of keys, such as optimizer")
+
 import dataclasses
 import importlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from align_jax import losses
 from align_jax.core import config as configs
 from align_jax.core.choose import nearest
 from align_jax.core.options import Checked, ObjectiveOptions
-from align_jax.runs import command
 
 
 class Key(NamedTuple):
@@ -134,8 +144,4 @@ def _plain(value: Any) -> Any:
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file(
-        "config", None, "Recipe, objective or file; its argument after a colon.", lock_config=True
-    )
-    flags.DEFINE_string("json", None, "Write the keys to this file instead.")
-    command.run(main, arguments="keys or groups of keys, such as optimizer")
+    command.run(main, arguments)

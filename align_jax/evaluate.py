@@ -20,11 +20,78 @@ reference is what it was trained against; a model's is what ``--reference`` name
 
 from __future__ import annotations
 
+from absl import flags
+
+from align_jax.runs import command
+
+NAMES = (  # of evals.EVALS, whose import takes seconds
+    "preference",
+    "reward",
+    "process",
+    "perplexity",
+    "generation",
+    "pass_at_k",
+    "win_rate",
+)
+
+
+def check_flags() -> None:
+    """Refuse flags that do not go together, whatever is evaluated.
+
+    Raises:
+        Usage: with what to give instead.
+    """
+    values = flags.FLAGS
+    if bool(values.model) == bool(values.workdir):
+        raise command.Usage("give one of --model and --workdir")
+    if not values.eval:
+        raise command.Usage(f"give at least one --eval=NAME=SOURCE; known: {', '.join(NAMES)}")
+    command.belong(("dtype",), "--model", bool(values.model))
+    command.belong(("step",), "--workdir", bool(values.workdir))
+    command.belong(("judge_model",), "--judge", bool(values.judge))
+    command.belong(("allow_http",), "--judge", bool(values.judge))
+
+
+if __name__ == "__main__":  # here, because what is imported next takes seconds
+    flags.DEFINE_string("model", "", "Hugging Face checkpoint: directory or hub id.")
+    flags.DEFINE_string("workdir", "", "Folder of a training run.")
+    flags.DEFINE_string("step", "latest", "Checkpoint of the run: latest, best or a step.")
+    flags.DEFINE_string("reference", "", "Checkpoint to compare with.")
+    flags.DEFINE_multi_string("eval", [], "NAME=SOURCE, NAME one of " + ", ".join(NAMES))
+    flags.DEFINE_string("rewards", "", "As config.rewards: JSON, or a file of it.")
+    flags.DEFINE_string(
+        "judge", "", "OpenAI-compatible server that compares answers (its key in OPENAI_API_KEY)."
+    )
+    flags.DEFINE_string("judge_model", "", "The judge's name on that server.")
+    flags.DEFINE_bool("allow_http", False, "--judge may be plain http to another host.")
+    flags.DEFINE_string("json", "", "File for the results.")
+    flags.DEFINE_string(
+        "answers",
+        "",
+        "File for the answers that are sampled, a JSON object a line (win_rate: prompt, "
+        "output, other, and win, 1 where output is better).",
+    )
+    flags.DEFINE_integer("limit", 0, "Rows of each source; 0 = all.", 0)
+    flags.DEFINE_integer("batch_size", 16, "Groups at once.", 1)
+    flags.DEFINE_integer(
+        "max_length", 1024, "Tokens of prompt and response; the model's positions, if fewer.", 1
+    )
+    flags.DEFINE_integer("samples_per_prompt", 1, "generation: completions of each prompt.", 1)
+    flags.DEFINE_float("pass_score", 1.0, "pass_at_k: an answer passes from this reward on.")
+    flags.DEFINE_integer("max_new_tokens", 128, "Where answers are sampled: their tokens.", 1)
+    flags.DEFINE_float("temperature", 1.0, "Where answers are sampled; 0 is greedy.", 0)
+    flags.DEFINE_float("top_p", 1.0, "Where answers are sampled.", 0, 1)
+    flags.DEFINE_integer("seed", 0, "Of the samples.", 0, 2**31)
+    flags.DEFINE_float("beta", 0.1, "preference: of implicit rewards.", 0)
+    flags.DEFINE_string(
+        "step_separator", None, "process: behind each step; a run and its export know theirs."
+    )
+    command.define_dtype("Of weights and activations (--model)")
+    arguments = command.read(check=check_flags)
+
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
-
-from absl import flags
 
 from align_jax.core.choose import choose
 from align_jax.core.files import json_text
@@ -42,7 +109,6 @@ from align_jax.online.judges import TOTAL_SECONDS, PairJudge
 from align_jax.online.rewards import WeightedRewards, from_json, resolve
 from align_jax.parallel import compile_cache, distributed
 from align_jax.parallel.mesh import make_mesh
-from align_jax.runs import command
 from align_jax.runs import trained as trained_runs
 from align_jax.runs.trained import Trained
 from align_jax.runs.weights import load_model
@@ -213,63 +279,15 @@ def table(results: Mapping[str, Mapping[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def define_flags() -> None:
-    """Define the command line."""
-    flags.DEFINE_string("model", "", "Hugging Face checkpoint: directory or hub id.")
-    flags.DEFINE_string("workdir", "", "Folder of a training run.")
-    flags.DEFINE_string("step", "latest", "Checkpoint of the run: latest, best or a step.")
-    flags.DEFINE_string("reference", "", "Checkpoint to compare with.")
-    flags.DEFINE_multi_string("eval", [], "NAME=SOURCE, NAME one of " + ", ".join(EVALS))
-    flags.DEFINE_string("rewards", "", "As config.rewards: JSON, or a file of it.")
-    flags.DEFINE_string(
-        "judge", "", "OpenAI-compatible server that compares answers (its key in OPENAI_API_KEY)."
-    )
-    flags.DEFINE_string("judge_model", "", "The judge's name on that server.")
-    flags.DEFINE_bool("allow_http", False, "--judge may be plain http to another host.")
-    flags.DEFINE_string("json", "", "File for the results.")
-    flags.DEFINE_string(
-        "answers",
-        "",
-        "File for the answers that are sampled, a JSON object a line (win_rate: prompt, "
-        "output, other, and win, 1 where output is better).",
-    )
-    flags.DEFINE_integer("limit", 0, "Rows of each source; 0 = all.", 0)
-    flags.DEFINE_integer("batch_size", 16, "Groups at once.", 1)
-    flags.DEFINE_integer(
-        "max_length", 1024, "Tokens of prompt and response; the model's positions, if fewer.", 1
-    )
-    flags.DEFINE_integer("samples_per_prompt", 1, "generation: completions of each prompt.", 1)
-    flags.DEFINE_float("pass_score", 1.0, "pass_at_k: an answer passes from this reward on.")
-    flags.DEFINE_integer("max_new_tokens", 128, "Where answers are sampled: their tokens.", 1)
-    flags.DEFINE_float(
-        "temperature", Sampling().temperature, "Where answers are sampled; 0 is greedy.", 0
-    )
-    flags.DEFINE_float("top_p", 1.0, "Where answers are sampled.", 0, 1)
-    flags.DEFINE_integer("seed", 0, "Of the samples.", 0, 2**31)
-    flags.DEFINE_float("beta", 0.1, "preference: of implicit rewards.", 0)
-    flags.DEFINE_string(
-        "step_separator", None, "process: behind each step; a run and its export know theirs."
-    )
-    command.define_dtype("Of weights and activations (--model)")
-
-
-def check_flags() -> None:
-    """Refuse flags that do not go together.
+def check_evals() -> None:
+    """Refuse flags that do not go with what is evaluated.
 
     Raises:
         Usage: with what to give instead.
         ValueError: as ``named_source``, or sampling settings out of range.
     """
     values = flags.FLAGS
-    if bool(values.model) == bool(values.workdir):
-        raise command.Usage("give one of --model and --workdir")
-    if not values.eval:
-        raise command.Usage(f"give at least one --eval=NAME=SOURCE; known: {', '.join(EVALS)}")
     names = {named_source(item)[0] for item in values.eval}
-    command.belong(("dtype",), "--model", bool(values.model))
-    command.belong(("step",), "--workdir", bool(values.workdir))
-    command.belong(("judge_model",), "--judge", bool(values.judge))
-    command.belong(("allow_http",), "--judge", bool(values.judge))
     command.belong(("judge",), "--eval=win_rate", "win_rate" in names)
     several = {"generation", "pass_at_k"}
     command.belong(
@@ -302,7 +320,7 @@ def check_flags() -> None:
 def main(argv: Sequence[str]) -> None:
     """Run from the command line."""
     values = flags.FLAGS
-    check_flags()
+    check_evals()
     written, kept = command.output_path("json"), command.output_path("answers")
     distributed.start()
     compile_cache.keep()
@@ -356,5 +374,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    define_flags()
-    command.run(main)
+    command.run(main, arguments)

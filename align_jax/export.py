@@ -10,13 +10,58 @@ Beside the weights stands a model card: method, data, config, held-out metrics, 
 
 from __future__ import annotations
 
+from absl import flags
+
+from align_jax.runs import command
+
+
+def check_flags() -> None:
+    """Refuse flags that do not go together.
+
+    Raises:
+        Usage: with what to give instead.
+    """
+    values = flags.FLAGS
+    if bool(values.workdir) == bool(values.model):
+        raise command.Usage("give one of --workdir and --model")
+    command.belong(("step", "adapter"), "--workdir", bool(values.workdir))
+    command.belong(("dtype",), "a whole checkpoint, not to --adapter", not values.adapter)
+    command.belong(("private",), "--push_to_hub", bool(values.push_to_hub))
+    command.output_path("output", folder=True)
+
+
+if __name__ == "__main__":  # here, because what is imported next takes seconds
+    flags.DEFINE_string("workdir", None, "Folder of the run to export.")
+    flags.DEFINE_string("model", None, "Hugging Face checkpoint to pass through instead of a run.")
+    flags.DEFINE_string(
+        "output",
+        None,
+        "Folder to write.  A checkpoint or adapter that lies there is written over: its weights "
+        "(model*, adapter_model*, pytorch_model*), index, config, tokenizer and *_config.json.",
+        required=True,
+    )
+    flags.DEFINE_string("step", "latest", "Checkpoint of the run: latest, best or a step.")
+    flags.DEFINE_enum(
+        "dtype",
+        None,
+        ["float32", "bfloat16", "float16"],
+        "Type of the stored tensors; default: as the starting checkpoint's (with --model, each as "
+        "it was).",
+    )
+    flags.DEFINE_bool(
+        "adapter", False, "Write the low-rank adapter in PEFT's form instead of merging it."
+    )
+    flags.DEFINE_string(
+        "push_to_hub", None, "Publish what is written in this repository of the hub: owner/name."
+    )
+    flags.DEFINE_bool("private", False, "A repository that --push_to_hub makes is private.")
+    arguments = command.read(check=check_flags)
+
 import dataclasses
 import json
 import os
 from collections.abc import Sequence
 from typing import Any
-
-from absl import flags
 
 from align_jax.core.tree import flatten, unflatten
 from align_jax.data.tokenizer import load_tokenizer
@@ -24,7 +69,7 @@ from align_jax.interop import hf, hub, peft
 from align_jax.interop.carried import carry, carry_tokenizer
 from align_jax.models.lora import fold
 from align_jax.parallel import compile_cache, distributed
-from align_jax.runs import card, command
+from align_jax.runs import card
 from align_jax.runs.trained import Trained, restore
 
 
@@ -162,12 +207,6 @@ def _refuse_same(model: str, output: str, what: str) -> None:
 def main(argv: Sequence[str]) -> None:
     """Run from the command line."""
     values = flags.FLAGS
-    if bool(values.workdir) == bool(values.model):
-        raise command.Usage("give one of --workdir and --model")
-    command.belong(("step", "adapter"), "--workdir", bool(values.workdir))
-    command.belong(("dtype",), "a whole checkpoint, not to --adapter", not values.adapter)
-    command.belong(("private",), "--push_to_hub", bool(values.push_to_hub))
-    command.output_path("output", folder=True)
     if values.push_to_hub:
         hub.check(values.push_to_hub)
     distributed.start()
@@ -196,28 +235,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("workdir", None, "Folder of the run to export.")
-    flags.DEFINE_string("model", None, "Hugging Face checkpoint to pass through instead of a run.")
-    flags.DEFINE_string(
-        "output",
-        None,
-        "Folder to write.  A checkpoint or adapter that lies there is written over: its weights "
-        "(model*, adapter_model*, pytorch_model*), index, config, tokenizer and *_config.json.",
-        required=True,
-    )
-    flags.DEFINE_string("step", "latest", "Checkpoint of the run: latest, best or a step.")
-    flags.DEFINE_enum(
-        "dtype",
-        None,
-        ["float32", "bfloat16", "float16"],
-        "Type of the stored tensors; default: as the starting checkpoint's (with --model, each as "
-        "it was).",
-    )
-    flags.DEFINE_bool(
-        "adapter", False, "Write the low-rank adapter in PEFT's form instead of merging it."
-    )
-    flags.DEFINE_string(
-        "push_to_hub", None, "Publish what is written in this repository of the hub: owner/name."
-    )
-    flags.DEFINE_bool("private", False, "A repository that --push_to_hub makes is private.")
-    command.run(main)
+    command.run(main, arguments)

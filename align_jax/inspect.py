@@ -12,19 +12,34 @@ on there.
 
 from __future__ import annotations
 
+from absl import flags
+from ml_collections import config_flags
+
+from align_jax.runs import command
+
+if __name__ == "__main__":  # here, because what is imported next takes seconds
+    config_flags.DEFINE_config_file(
+        "config", None, "Recipe, objective or file; its argument after a colon.", lock_config=True
+    )
+    flags.DEFINE_string("workdir", None, "Folder of a run that goes on; without it, a new one.")
+    flags.DEFINE_integer("examples", 3, "Examples to show.", 0)
+    flags.DEFINE_integer("step", 1, "Step of the batch whose examples are shown.", 1)
+    flags.DEFINE_string("json", None, "Write all of it to this file as well.")
+    flags.mark_flag_as_required("config")
+    arguments = command.read()
+
 import os
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 
-from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from align_jax.core import config as configs
 from align_jax.core.files import json_text
 from align_jax.core.options import Config
 from align_jax.data.sources import Source
-from align_jax.runs import command, weights
+from align_jax.runs import weights
 from align_jax.runs.inspection import Inspection, inspect_run
 from align_jax.runs.loop import describe
 from align_jax.runs.setup import check_memory, prepare
@@ -75,12 +90,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file(
-        "config", None, "Recipe, objective or file; its argument after a colon.", lock_config=True
-    )
-    flags.DEFINE_string("workdir", None, "Folder of a run that goes on; without it, a new one.")
-    flags.DEFINE_integer("examples", 3, "Examples to show.", 0)
-    flags.DEFINE_integer("step", 1, "Step of the batch whose examples are shown.", 1)
-    flags.DEFINE_string("json", None, "Write all of it to this file as well.")
-    flags.mark_flag_as_required("config")
-    command.run(main)
+    command.run(main, arguments)

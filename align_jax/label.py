@@ -17,6 +17,38 @@ References:
 
 from __future__ import annotations
 
+from absl import flags
+
+from align_jax.runs import command
+
+KINDS = ("binary", "pairwise", "scalar")
+PAIRINGS = ("max", "random", "min")
+
+if __name__ == "__main__":  # here, because what is imported next takes seconds
+    flags.DEFINE_string(
+        "samples", None, "Samples: JSON or JSON lines, of align_jax.sample or HALOs.", required=True
+    )
+    flags.DEFINE_string(
+        "output", None, "File to write: .jsonl, or .json for an array.", required=True
+    )
+    flags.DEFINE_enum("feedback", "pairwise", KINDS, "Kind of feedback.")
+    flags.DEFINE_string(
+        "rewards", "", "JSON, or a file of it: reward -> weight, or options with a weight."
+    )
+    flags.DEFINE_string(
+        "threshold",
+        "0",
+        "binary: desirable from this reward on, a number, mean or median; pairwise: pairs differ "
+        "by more than this number.",
+    )
+    flags.DEFINE_enum("pairing", "random", PAIRINGS, "pairwise: which samples of a prompt meet.")
+    flags.DEFINE_integer(
+        "round", 0, "Round of sampling: prompt ids of different rounds never meet.", 0
+    )
+    flags.DEFINE_bool("one_class", False, "binary: write labels that are all the same, too.")
+    flags.DEFINE_integer("seed", 0, "Of random pairing and of which sample is A.")
+    arguments = command.read()
+
 import collections
 import itertools
 import operator
@@ -27,7 +59,7 @@ from typing import Any
 
 import numpy as np
 import tqdm
-from absl import flags, logging
+from absl import logging
 
 from align_jax.core.choose import nearest
 from align_jax.core.files import json_text
@@ -45,14 +77,11 @@ from align_jax.online.rewards import (
 )
 from align_jax.online.selection import resolve_threshold
 from align_jax.parallel import compile_cache, distributed
-from align_jax.runs import command
 from align_jax.runs.weights import load_model
 
 _CHUNK = 256  # samples scored between two steps of the bar
 Sample = Mapping[str, Any]  # {prompt, output, prompt_id, sample_id, reward, ...}
 
-KINDS = ("binary", "pairwise", "scalar")
-PAIRINGS = ("max", "random", "min")
 ROUND_STRIDE = 10**9  # prompt_id of round r starts at r times this, so rounds can be concatenated
 
 
@@ -394,32 +423,6 @@ def write(path: str, records: Sequence[Mapping[str, Any]]) -> None:
         part.unlink(missing_ok=True)
 
 
-def define_flags() -> None:
-    """Define the command line."""
-    flags.DEFINE_string(
-        "samples", None, "Samples: JSON or JSON lines, of align_jax.sample or HALOs.", required=True
-    )
-    flags.DEFINE_string(
-        "output", None, "File to write: .jsonl, or .json for an array.", required=True
-    )
-    flags.DEFINE_enum("feedback", "pairwise", KINDS, "Kind of feedback.")
-    flags.DEFINE_string(
-        "rewards", "", "JSON, or a file of it: reward -> weight, or options with a weight."
-    )
-    flags.DEFINE_string(
-        "threshold",
-        "0",
-        "binary: desirable from this reward on, a number, mean or median; pairwise: pairs differ "
-        "by more than this number.",
-    )
-    flags.DEFINE_enum("pairing", "random", PAIRINGS, "pairwise: which samples of a prompt meet.")
-    flags.DEFINE_integer(
-        "round", 0, "Round of sampling: prompt ids of different rounds never meet.", 0
-    )
-    flags.DEFINE_bool("one_class", False, "binary: write labels that are all the same, too.")
-    flags.DEFINE_integer("seed", 0, "Of random pairing and of which sample is A.")
-
-
 def main(argv: Sequence[str]) -> None:
     """Run from the command line."""
     values = flags.FLAGS
@@ -444,5 +447,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    define_flags()
-    command.run(main)
+    command.run(main, arguments)

@@ -6,15 +6,20 @@ python -m align_jax.objectives [NAME ...] [--json=FILE]
 
 from __future__ import annotations
 
+from absl import flags
+
+from align_jax.runs import command
+
+if __name__ == "__main__":  # here, because what is imported next takes seconds
+    flags.DEFINE_string("json", None, "Write the rows to this file as well.")
+    arguments = command.read(arguments="names of objectives; none = all")
+
 import json
 from collections.abc import Sequence
 from typing import Any
 
-from absl import flags
-
 from align_jax.core.choose import choose
 from align_jax.losses import OBJECTIVES
-from align_jax.runs import command
 
 
 def rows(names: Sequence[str] = ()) -> list[dict[str, Any]]:
@@ -66,5 +71,4 @@ def main(names: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("json", None, "Write the rows to this file as well.")
-    command.run(main, arguments="names of objectives; none = all")
+    command.run(main, arguments)

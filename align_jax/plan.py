@@ -21,6 +21,31 @@ config.json; give ``model.config`` beside ``model.path`` to plan without a netwo
 
 from __future__ import annotations
 
+from absl import flags
+from ml_collections import config_flags
+
+from align_jax.runs import command
+
+if __name__ == "__main__":  # here, because what is imported next takes seconds
+    config_flags.DEFINE_config_file(
+        "config", None, "Recipe, objective or file; its argument after a colon.", lock_config=True
+    )
+    flags.DEFINE_multi_string("topology", None, "CHIP:AxB or CHIP:AxBxC; 2*v5e:8x8 is two slices.")
+    flags.DEFINE_list("programs", [], "Only these, such as train,eval; none = all.")
+    flags.DEFINE_integer(
+        "search", 0, "Try other meshes, microbatches and remat policies: compile so many.", 0
+    )
+    flags.DEFINE_integer(
+        "loss_positions",
+        0,
+        "Loss tokens of a row at most; 0 = what data.max_prompt_length leaves.",
+        0,
+    )
+    flags.DEFINE_string("json", None, "Write the estimates to this file.")
+    flags.DEFINE_string("plot", None, "Draw the HBM by kind as an SVG file.")
+    flags.mark_flags_as_required(["config", "topology"])
+    arguments = command.read()
+
 import dataclasses
 import json
 import os
@@ -30,8 +55,7 @@ from typing import Any
 # before jax is imported: planning must not take a machine's own chips
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from align_jax.core import config as configs
 from align_jax.core.options import Config
@@ -48,7 +72,7 @@ from align_jax.planner.cost_model import CostEstimate, estimate
 from align_jax.planner.programs import lowered_programs
 from align_jax.planner.search import search
 from align_jax.planner.topology import Topology, describe_topology
-from align_jax.runs import command, setup
+from align_jax.runs import setup
 
 
 def for_planning(config: ConfigDict | Config) -> Config:
@@ -192,21 +216,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    config_flags.DEFINE_config_file(
-        "config", None, "Recipe, objective or file; its argument after a colon.", lock_config=True
-    )
-    flags.DEFINE_multi_string("topology", None, "CHIP:AxB or CHIP:AxBxC; 2*v5e:8x8 is two slices.")
-    flags.DEFINE_list("programs", [], "Only these, such as train,eval; none = all.")
-    flags.DEFINE_integer(
-        "search", 0, "Try other meshes, microbatches and remat policies: compile so many.", 0
-    )
-    flags.DEFINE_integer(
-        "loss_positions",
-        0,
-        "Loss tokens of a row at most; 0 = what data.max_prompt_length leaves.",
-        0,
-    )
-    flags.DEFINE_string("json", None, "Write the estimates to this file.")
-    flags.DEFINE_string("plot", None, "Draw the HBM by kind as an SVG file.")
-    flags.mark_flags_as_required(["config", "topology"])
-    command.run(main)
+    command.run(main, arguments)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Turn one or several runs into a page that people read: curves, samples, what differs, results.
 
-    python -m align_jax.report WORKDIR [WORKDIR ...] --output=DIR [--samples=NAME=FILE.jsonl ...]
+    python -m align_jax.report WORKDIR [WORKDIR ...] [--output=DIR] [--samples=NAME=FILE.jsonl ...]
         [--watch=SECONDS]
 
 It reads what ``train`` wrote (``config.json``, ``metrics.jsonl``, ``samples.jsonl``) and writes
@@ -13,6 +13,18 @@ or the answers that ``align_jax.evaluate`` has kept, side by side.
 
 from __future__ import annotations
 
+from absl import flags
+
+from align_jax.runs import command
+
+if __name__ == "__main__":  # here, because what is imported next takes seconds
+    flags.DEFINE_string(
+        "output", None, "Folder to write to; default: report/ in the run, or beside several."
+    )
+    flags.DEFINE_multi_string("samples", [], "Samples to put side by side: NAME=FILE.jsonl.")
+    flags.DEFINE_integer("watch", 0, "Seconds after which the page is written anew; 0 = once.", 0)
+    arguments = command.read(arguments="workdirs of runs: local paths or gs://...")
+
 import html
 import importlib.resources
 import os
@@ -22,11 +34,9 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from absl import flags
-
 from align_jax.core.files import escaped
 from align_jax.data.sources import open_source
-from align_jax.runs import command, reported
+from align_jax.runs import reported
 from align_jax.runs.reported import Run, embedded, html_table, markdown_table, read_runs
 
 Columns = Sequence[tuple[str, Sequence[Mapping[str, Any]]]]
@@ -154,6 +164,19 @@ def _other(row: Mapping[str, Any]) -> dict[str, Any]:
     return {"prompt": row["prompt"], "output": row["other"]}
 
 
+def place_of(workdirs: Sequence[str]) -> str:
+    """Return the folder of a report that is asked for none: in the run, or beside several.
+
+    >>> place_of(["runs/dpo"]), place_of(["runs/dpo", "runs/kto/"]), place_of(["gs://bucket/dpo"])
+    ('runs/dpo/report', 'runs/report', 'report')
+    """
+    if any("://" in workdir for workdir in workdirs):
+        return "report"
+    folders = [os.path.normpath(workdir) for workdir in workdirs]
+    above = folders[0] if len(folders) == 1 else os.path.commonpath(map(os.path.dirname, folders))
+    return os.path.join(above, "report")
+
+
 def main(workdirs: Sequence[str]) -> None:
     """Run from the command line."""
     values = flags.FLAGS
@@ -161,7 +184,8 @@ def main(workdirs: Sequence[str]) -> None:
         raise command.Usage("name the workdir of a run, or of several")
     command.output_path("output", folder=True)
     columns = read_columns(values.samples)
-    path = write(read_runs(workdirs), values.output, columns, refresh=values.watch)
+    runs, output = read_runs(workdirs), values.output or place_of(workdirs)
+    path = write(runs, output, columns, refresh=values.watch)
     print(path)
     if not values.watch:
         return
@@ -169,13 +193,10 @@ def main(workdirs: Sequence[str]) -> None:
     try:
         while any(not run.total or run.step < run.total for run in read_runs(workdirs)):
             time.sleep(values.watch)
-            write(read_runs(workdirs), values.output, columns, refresh=values.watch)
+            write(read_runs(workdirs), output, columns, refresh=values.watch)
     finally:  # the page that stays does not read itself again
-        write(read_runs(workdirs), values.output, columns)
+        write(read_runs(workdirs), output, columns)
 
 
 if __name__ == "__main__":
-    flags.DEFINE_string("output", None, "Folder to write to.", required=True)
-    flags.DEFINE_multi_string("samples", [], "Samples to put side by side: NAME=FILE.jsonl.")
-    flags.DEFINE_integer("watch", 0, "Seconds after which the page is written anew; 0 = once.", 0)
-    command.run(main, arguments="workdirs of runs: local paths or gs://...")
+    command.run(main, arguments)

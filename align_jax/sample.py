@@ -13,6 +13,73 @@ The same command goes on where an interrupted one stopped.
 
 from __future__ import annotations
 
+from absl import flags
+
+from align_jax.runs import command
+
+COMMANDS = "/quit or Ctrl-D leaves; /reset begins anew; /system WORDS also sets the system turn"
+
+
+def check_flags() -> None:
+    """Refuse flags that do not go together.
+
+    Raises:
+        Usage: with what to give instead.
+    """
+    values = flags.FLAGS
+    if bool(values.model) == bool(values.workdir):
+        raise command.Usage("give one of --model and --workdir")
+    if not values.chat and not (values.prompts and values.output):
+        raise command.Usage("give --prompts and --output, or --chat")
+    command.belong(("dtype",), "--model without --url", bool(values.model) and not values.url)
+    command.belong(("chat_template", "url"), "--model", bool(values.model))
+    command.belong(("allow_http",), "--url", bool(values.url))
+    command.belong(("step",), "--workdir", bool(values.workdir))
+    of_files = ("prompts", "output", "strings", "samples_per_prompt", "rows", "limit")
+    command.belong(of_files, "--prompts, not to --chat", not values.chat)
+    if values.stop and not all(values.stop):
+        raise command.Usage("--stop is empty")
+    command.output_path("output")
+
+
+if __name__ == "__main__":  # here, because what is imported next takes seconds
+    flags.DEFINE_string("model", "", "Hugging Face checkpoint: directory or hub id.")
+    flags.DEFINE_string("workdir", "", "Folder of a training run.")
+    flags.DEFINE_string("step", "latest", "Checkpoint of the run: latest, best or a step.")
+    flags.DEFINE_string(
+        "url", "", "OpenAI-compatible server that serves --model; nothing is loaded here."
+    )
+    flags.DEFINE_string("prompts", "", "Data source: path, glob, tfds:..., hf:..., builtin:...")
+    flags.DEFINE_bool("allow_http", False, "--url may be plain http to another host.")
+    flags.DEFINE_enum(
+        "strings",
+        None,
+        ["plain", "messages"],
+        "A prompt that is a mere text is continued, or is a user's turn of the chat template; "
+        "default: plain, or what the run was trained with.",
+    )
+    flags.DEFINE_string("output", "", "File of JSON lines.")
+    flags.DEFINE_bool("chat", False, f"Talk instead of reading prompts: {COMMANDS}.")
+    flags.DEFINE_integer("samples_per_prompt", 1, "Completions of each prompt.", 1)
+    flags.DEFINE_integer("max_new_tokens", 256, "Tokens of a completion at most.", 1)
+    flags.DEFINE_integer(
+        "max_length", 0, "Tokens of prompt and completion; 0 = the model's positions.", 0
+    )
+    flags.DEFINE_float("temperature", 1.0, "0 is greedy.", 0)
+    flags.DEFINE_float("top_p", 1.0, "Nucleus; 1 = all.", 0, 1)
+    flags.DEFINE_integer("top_k", 0, "0 = all.", 0)
+    flags.DEFINE_float("min_p", 0.0, "Relative to the most probable token; 0 = all.", 0, 1)
+    flags.DEFINE_float("repetition_penalty", 1.0, "1 = none.", 0)
+    flags.DEFINE_multi_string("stop", [], "String that ends a completion.")
+    flags.DEFINE_integer("seed", 0, "Prompt number i is sampled with seed + i.", 0, 2**31)
+    flags.DEFINE_integer("rows", 64, "Completions decoded together.", 1)
+    flags.DEFINE_integer("limit", 0, "Prompts at most; 0 = all.", 0)
+    command.define_dtype("Of weights and activations (--model)")
+    flags.DEFINE_string(
+        "chat_template", "", "Jinja template or file (--model); default: the tokenizer's own."
+    )
+    arguments = command.read(check=check_flags)
+
 import dataclasses
 import json
 import pathlib
@@ -21,13 +88,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import tqdm
-from absl import flags
 from transformers import PreTrainedTokenizerBase
 
 from align_jax.core.files import json_text
 from align_jax.core.options import DataOptions, ServerOptions
 from align_jax.core.schema import Example, Message
 from align_jax.data import chat, datasets
+from align_jax.data.sources import open_source
 from align_jax.data.tokenizer import load_tokenizer
 from align_jax.inference import engines
 from align_jax.inference.generate import Completion, Generator, Request
@@ -35,7 +102,6 @@ from align_jax.inference.samplers import Sampling
 from align_jax.interop import hf
 from align_jax.parallel import compile_cache, distributed
 from align_jax.parallel.mesh import make_mesh, row_shards
-from align_jax.runs import command
 from align_jax.runs import trained as trained_runs
 from align_jax.runs.trained import Trained
 from align_jax.runs.weights import load_model
@@ -260,9 +326,6 @@ def sample_file(
     return written
 
 
-COMMANDS = "/quit or Ctrl-D leaves; /reset begins anew; /system WORDS also sets the system turn"
-
-
 def converse(
     policy: SamplingPolicy,
     request: Request,
@@ -341,77 +404,22 @@ def settled(text: str, stop: Sequence[str]) -> str:
     return text[: len(text) - max(begun, default=0)]
 
 
-def define_flags() -> None:
-    """Define the command line."""
-    flags.DEFINE_string("model", "", "Hugging Face checkpoint: directory or hub id.")
-    flags.DEFINE_string("workdir", "", "Folder of a training run.")
-    flags.DEFINE_string("step", "latest", "Checkpoint of the run: latest, best or a step.")
-    flags.DEFINE_string(
-        "url", "", "OpenAI-compatible server that serves --model; nothing is loaded here."
-    )
-    flags.DEFINE_string("prompts", "", "Data source: path, glob, tfds:..., hf:..., builtin:...")
-    flags.DEFINE_bool("allow_http", False, "--url may be plain http to another host.")
-    flags.DEFINE_enum(
-        "strings",
-        None,
-        ["plain", "messages"],
-        "A prompt that is a mere text is continued, or is a user's turn of the chat template; "
-        "default: plain, or what the run was trained with.",
-    )
-    flags.DEFINE_string("output", "", "File of JSON lines.")
-    flags.DEFINE_bool("chat", False, f"Talk instead of reading prompts: {COMMANDS}.")
-    flags.DEFINE_integer("samples_per_prompt", 1, "Completions of each prompt.", 1)
-    flags.DEFINE_integer("max_new_tokens", 256, "Tokens of a completion at most.", 1)
-    flags.DEFINE_integer(
-        "max_length", 0, "Tokens of prompt and completion; 0 = the model's positions.", 0
-    )
-    flags.DEFINE_float("temperature", Sampling().temperature, "0 is greedy.", 0)
-    flags.DEFINE_float("top_p", 1.0, "Nucleus; 1 = all.", 0, 1)
-    flags.DEFINE_integer("top_k", 0, "0 = all.", 0)
-    flags.DEFINE_float("min_p", 0.0, "Relative to the most probable token; 0 = all.", 0, 1)
-    flags.DEFINE_float("repetition_penalty", 1.0, "1 = none.", 0)
-    flags.DEFINE_multi_string("stop", [], "String that ends a completion.")
-    flags.DEFINE_integer("seed", 0, "Prompt number i is sampled with seed + i.", 0, 2**31)
-    flags.DEFINE_integer("rows", 64, "Completions decoded together.", 1)
-    flags.DEFINE_integer("limit", 0, "Prompts at most; 0 = all.", 0)
-    command.define_dtype("Of weights and activations (--model)")
-    flags.DEFINE_string(
-        "chat_template", "", "Jinja template or file (--model); default: the tokenizer's own."
-    )
-
-
-def check_flags() -> None:
-    """Refuse flags that do not go together.
-
-    Raises:
-        Usage: with what to give instead.
-    """
-    values = flags.FLAGS
-    if bool(values.model) == bool(values.workdir):
-        raise command.Usage("give one of --model and --workdir")
-    if not values.chat and not (values.prompts and values.output):
-        raise command.Usage("give --prompts and --output, or --chat")
-    command.belong(("dtype",), "--model without --url", bool(values.model) and not values.url)
-    command.belong(("chat_template", "url"), "--model", bool(values.model))
-    command.belong(("allow_http",), "--url", bool(values.url))
-    command.belong(("step",), "--workdir", bool(values.workdir))
-    of_files = ("prompts", "output", "strings", "samples_per_prompt", "rows", "limit")
-    command.belong(of_files, "--prompts, not to --chat", not values.chat)
-    if values.stop and not all(values.stop):
-        raise command.Usage("--stop is empty")
+def _wanted(values: flags.FlagValues) -> int:
+    """Return how many completions the prompts are to have."""
+    prompts = len(open_source(values.prompts))
+    return min(values.limit or prompts, prompts) * values.samples_per_prompt
 
 
 def main(argv: Sequence[str]) -> None:
     """Run from the command line."""
     values = flags.FLAGS
-    check_flags()
     output = command.output_path("output")
     sampling = Sampling(
         values.temperature, values.top_k, values.top_p, values.min_p, values.repetition_penalty
     )
     distributed.start()
     compile_cache.keep()
-    rows = 1 if values.chat else values.rows
+    rows = 1 if values.chat else min(values.rows, _wanted(values))
     template = values.chat_template or None
     max_length = values.max_length or None
     if values.url:
@@ -443,9 +451,11 @@ def main(argv: Sequence[str]) -> None:
         converse(policy, request)
     else:
         policy = policy._replace(strings=values.strings or policy.strings)
-        sample_file(policy, values.prompts, str(output), request, limit=values.limit or None)
+        written = sample_file(
+            policy, values.prompts, str(output), request, limit=values.limit or None
+        )
+        print(f"{output}: {written} completions written")
 
 
 if __name__ == "__main__":
-    define_flags()
-    command.run(main)
+    command.run(main, arguments)

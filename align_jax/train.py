@@ -9,6 +9,7 @@ In Python the same is the function ``align_jax.train``.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 
 from absl import flags
@@ -20,9 +21,17 @@ from align_jax.runs import command
 def main(argv: Sequence[str]) -> None:
     """Run from the command line."""
     command.output_path("workdir", folder=True)
-    from align_jax.runs import loop  # here, because importing it takes seconds
+    from align_jax.parallel import distributed  # here, because importing them takes seconds
+    from align_jax.runs import loop
 
-    loop.train(flags.FLAGS.config, flags.FLAGS.workdir)
+    workdir = flags.FLAGS.workdir
+    loop.train(flags.FLAGS.config, workdir)
+    if distributed.is_main():
+        print(
+            f"align-jax report {workdir} shows the run; sample, evaluate and export take "
+            f"--workdir={workdir}",
+            file=sys.stderr,
+        )
 
 
 if __name__ == "__main__":
@@ -33,4 +42,4 @@ if __name__ == "__main__":
         "workdir", None, "Folder of the run: a local path or gs://...; restarting resumes it."
     )
     flags.mark_flags_as_required(["config", "workdir"])
-    command.run(main)
+    command.run(main, command.read())

@@ -85,9 +85,9 @@ def inner(path: pathlib.Path) -> list[str]:
 
 def module_of(name: str) -> pathlib.Path | None:
     """The file that an imported name means: a module, or the module that has the name."""
-    for parts in (name.split(".")[1:], name.split(".")[1:-1]):
+    for parts in filter(None, (name.split(".")[1:], name.split(".")[1:-1])):
         for path in (pathlib.Path(*parts).with_suffix(".py"), pathlib.Path(*parts, "__init__.py")):
-            if parts and path in MODULES:
+            if path in MODULES:
                 return path
     return None
 

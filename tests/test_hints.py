@@ -15,7 +15,7 @@ from align_jax.core.options import Config
 
 PACKAGE = pathlib.Path(__file__).parents[1] / "align_jax"
 DEFAULTS = configs.defaults()
-ALL = {"config", "debug", "help", "dtype"}  # flags that runs.command defines
+ALL = {"config", "debug", "help", "version", "dtype"}  # of runs.command and the command itself
 OTHERS = {"dirty", "quick", "logprobs"}  # git's, launch/test.sh's, vLLM's
 NO_KEYS = re.compile(
     r"model\.(layers|language_model|decoder\.layers|safetensors)|\w+\.jsonl?|data\.formats"

@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
+from align_jax import losses
 from align_jax.core import config as configs
 from align_jax.core.files import escaped
 from align_jax.core.metrics import read_rows
 from align_jax.core.options import Config
 from align_jax.interop import hf
-from align_jax.losses import OBJECTIVES
 from align_jax.storage.workdir import flat, read_record, versions
 
 CARD, BESIDE = "README.md", "MODEL_CARD.md"
@@ -166,7 +166,7 @@ class Card:
             f"`{public(config.get('data.train', ''))}`."
         ]
         for name in str(config.get("objective.name", "")).split("+"):
-            if (row := OBJECTIVES.get(name)) is not None:
+            if (row := losses.OBJECTIVES.get(name)) is not None:
                 lines.append(f"`{name}`: {row.formula} ({row.paper}).")
         license = self.base.header.get("license") if self.base else None
         if base is not None and not license:
@@ -204,8 +204,14 @@ class Card:
             )
         return "\n".join(["```python", *lines, "```"]) + note
 
+    def _objective_defaults(self) -> dict[str, Any]:
+        """Return what the objective's own options are by default; its name always counts."""
+        name = str(self._config.get("objective.name", ""))
+        own = losses.options(name) if name else {}
+        return {f"objective.{key}": value for key, value in own.items() if key != "name"}
+
     def _made(self) -> str:
-        defaults = flat(configs.to_dict(Config()))
+        defaults = flat(configs.to_dict(Config())) | self._objective_defaults()
         changed = {
             key: public(value)
             for key, value in self._config.items()

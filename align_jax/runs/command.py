@@ -15,6 +15,7 @@ A mistake is its message alone, on standard error; ``--debug`` shows the traceba
 
 from __future__ import annotations
 
+import copy
 import io
 import math
 import os
@@ -28,6 +29,7 @@ from typing import NoReturn
 
 from absl import flags, logging
 
+from align_jax.core import typed
 from align_jax.core.choose import nearest
 from align_jax.runs.config_file import ConfigFile, list_keys, nearest_key, value_message, words
 
@@ -51,24 +53,24 @@ SHORT = {"model": "model.path", "data": "data.train", "eval_data": "data.eval"} 
 HELP = ("--help", "-h", "-help", "--helpfull", "--helpshort", "-?")
 
 
-def run(main: Callable[[Sequence[str]], None], *, arguments: str = "") -> NoReturn:
-    """Read the flags, run a program's main and leave with the status.
+def read(*, arguments: str = "", check: Callable[[], None] | None = None) -> list[str]:
+    """Read the flags; --help and mistakes are answered here, and end the program.
+
+    A program calls this before it imports what takes seconds.
 
     Args:
-        main: takes what stands on the command line beside the flags.
-        arguments: what that may be, in a word for the help; "" = nothing.
+        arguments: what may stand beside the flags, in a word for the help; "" = nothing.
+        check: refuses flags that do not go together.
+
+    Returns:
+        What stands beside the flags, for ``run``.
     """
     flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
-    spec = sys.modules["__main__"].__spec__
-    program = f"python -m {spec.name}" if spec else f"python {sys.argv[0]}"
-    program = getattr(sys.modules["__main__"], "CALLED", program)  # by the command align-jax
-    if any(word in HELP for word in sys.argv[1:]):
-        print(usage(program, arguments))
-        sys.exit(0)
-    if spec and sys.stderr.isatty() and not hasattr(sys.modules["__main__"], "CALLED"):
-        print(f"{program} ...", file=sys.stderr, flush=True)  # what is imported next takes seconds
+    program = typed.program()
     if isinstance(sys.stdout, io.TextIOWrapper):  # no terminal has every character
         sys.stdout.reconfigure(errors="backslashreplace")
+    if any(word in HELP for word in sys.argv[1:]):
+        run(lambda _: print(usage(program, arguments)), [])
     debug = "--debug" in sys.argv[1:]
     if "config" in flags.FLAGS:
         flags.FLAGS["config"].parser = ConfigFile()
@@ -78,8 +80,11 @@ def run(main: Callable[[Sequence[str]], None], *, arguments: str = "") -> NoRetu
         for word in sys.argv[1:]:
             if re.match(r"--?[^=\s]{100}", word):  # absl would look for its like until it fails
                 raise Usage(f"no flag {word[:60]}...; --help shows all flags")
+        _read_without_config()
         rest = flags.FLAGS(sys.argv)[1:]
         _check(rest, arguments)
+        if check is not None:
+            check()
     except flags.Error as error:
         if debug:
             raise
@@ -87,6 +92,37 @@ def run(main: Callable[[Sequence[str]], None], *, arguments: str = "") -> NoRetu
         sys.exit(2)
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax tells much of little
+    if sys.stderr.isatty() and not hasattr(sys.modules["__main__"], "CALLED"):
+        print(f"{program} ...", file=sys.stderr, flush=True)  # what is imported next takes seconds
+    return rest
+
+
+def _read_without_config() -> None:
+    """Find mistakes in a program's other flags, before a config is made, which imports JAX.
+
+    Raises:
+        flags.Error: as absl finds them.
+    """
+    given = sys.argv[1 : sys.argv.index("--") if "--" in sys.argv else None]
+    own = "config" in flags.FLAGS and any(re.match("--?config(=|$)", word) for word in given)
+    if own:
+        others = flags.FlagValues()
+        for name in flags.FLAGS:
+            flag = flags.FLAGS[name]
+            if name == flag.name != "config":  # a short name comes with the flag
+                others[name] = copy.deepcopy(flag)
+        others([sys.argv[0], *(word for word in given if not re.match(r"--?(no)?config\b", word))])
+
+
+def run(main: Callable[[Sequence[str]], None], rest: Sequence[str]) -> NoReturn:
+    """Run a program's main and leave with the status.
+
+    Args:
+        main: takes what stands on the command line beside the flags.
+        rest: that, as ``read`` returned it.
+    """
+    program = typed.program()
+    debug = "--debug" in sys.argv[1:]
     try:
         main(rest)
         sys.stdout.flush()
@@ -151,14 +187,16 @@ def _folder(config: str) -> list[str]:
 def usage(program: str, arguments: str) -> str:
     """Return a program's help: what it does, its flags with their defaults, the config's keys."""
     main = sys.modules["__main__"]
-    lines = [(main.__doc__ or program).strip(), "", "Flags:"]
+    named = re.compile(r"(?:python -m align_jax\.|align-jax )(\w+)")
+    about = named.sub(lambda found: _like(program, found[1]), main.__doc__ or program)
+    lines = [about.strip(), "", "Flags:"]
     for flag in flags.FLAGS.get_flags_for_module(main):
         default = "" if flag.default in (None, "", [], False) else f" (default {flag.default})"
         text = re.sub(r"[.;]*\s+repeat this option.*", "; may be repeated.", flag.help)
         lines.append(f"  --{flag.name:<20} {text}{default}")
     lines.append(f"  --{'debug':<20} Show the traceback of an error.")
     if "config" in flags.FLAGS:
-        about = "Any key; python -m align_jax.config GROUP tells what each is:"
+        about = f"Any key; {_like(program, 'config')} GROUP tells what each is:"
         space = " " * 25
         for short, key in {} if arguments else SHORT.items():
             lines.append(f"  --{short:<20} Short for --config.{key}.")
@@ -167,6 +205,11 @@ def usage(program: str, arguments: str) -> str:
     if arguments:
         lines += ["", f"Arguments: {arguments}"]
     return "\n".join(lines)
+
+
+def _like(program: str, other: str) -> str:
+    """Return another program's name, written as this one's was typed."""
+    return re.sub(r"\w+$", "sample --chat" if other == "chat" else other, program)
 
 
 def output_path(name: str, *, folder: bool = False) -> pathlib.Path | None:

@@ -55,8 +55,10 @@ class ConfigFile(flags.ArgumentParser):
         """
         if isinstance(argument, ConfigDict):
             return argument
-        config = load(argument).lock()
         given = next(i for i, word in enumerate(sys.argv) if re.match("--?config(=|$)", word))
+        for key in _changed(sys.argv[given:]):
+            _check_spelling(key)
+        config = load(argument).lock()
         for key in _changed(sys.argv[1:given]):
             raise ConfigMistake(f"--config.{key} changes a key of a config: give --config first")
         keys = list(_changed(sys.argv[given:]))
@@ -399,6 +401,24 @@ def _check_key(config: ConfigDict, key: str) -> None:
         elif "did you mean" not in close:
             close = nearest_key(part) or close
         raise ConfigMistake(f"--config.{key}: the config has no key {part!r}{close}")
+
+
+def _check_spelling(key: str) -> None:
+    """Refuse a key that is near another of its group, before the config is made: a recipe's
+    objective imports JAX.
+
+    Raises:
+        ConfigMistake: with that key.
+    """
+    node: Any = configs.defaults()
+    for part in key.split(".")[:-1]:
+        node = node.get(part) if isinstance(node, ConfigDict) and part != "objective" else None
+    if "." in key and isinstance(node, ConfigDict) and node:
+        try:
+            _check_key(configs.defaults(), key)
+        except ConfigMistake as error:
+            if "did you mean" in str(error):
+                raise
 
 
 def _leaves(config: ConfigDict, prefix: str = "") -> Mapping[str, str]:

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 from etils import epath
 
+from align_jax.core import typed
 from align_jax.core.files import read_json
 
 PACKAGES = (
@@ -153,7 +154,7 @@ def write_record(workdir: epath.PathLike, config: Mapping[str, Any]) -> dict[str
             "processes": jax.process_count(),
         },
         "git_commit": git_commit(),
-        "command": [pathlib.Path(sys.argv[0]).name, *sys.argv[1:]],
+        "command": [*typed.program().split(), *sys.argv[1:]],
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     folder = epath.Path(workdir)

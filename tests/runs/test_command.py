@@ -6,7 +6,9 @@ the imports.
 """
 
 import json
+import os
 import pathlib
+import re
 import shlex
 import subprocess
 import sys
@@ -14,6 +16,7 @@ import sys
 import pytest
 
 from align_jax.core import config as configs
+from align_jax.evals import EVALS
 
 ROOT = pathlib.Path(__file__).parents[2]
 sys.path.append(str(ROOT / "tests/faults"))
@@ -157,6 +160,7 @@ def folder(tmp_path_factory):
     for name, text in CONFIG_FILES.items():
         (made / f"{name}.py").write_text(text)
     (made / "empty.jsonl").touch()
+    (made / "p.jsonl").write_text('{"prompt": "p"}\n')
     (made / "run").mkdir()
     config = configs.defaults()
     config.update(total_steps=1)
@@ -191,11 +195,42 @@ def test_a_mistake_is_one_message_and_status_2(line, folder):
     assert not (folder / "x").exists()
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
-def test_help_is_short_and_no_failure(program, folder):
-    status, output = typed(f".{program} --help", folder)
-    assert status == 0 and len(output.splitlines()) < 50
-    assert ("optimizer.*, " in output) == (program in ("train", "inspect", "plan", "config"))
+WITHOUT_JAX = """
+import os, runpy, sys
+sys.modules["jax"] = None  # whoever imports it fails
+import align_jax.runs.command
+for line in sys.argv[1:]:
+    if not os.fork():
+        program, *sys.argv[1:] = line.split()
+        runpy.run_module(f"align_jax.{program}", run_name="__main__", alter_sys=True)
+    sys.stdout.write(f"== {os.waitstatus_to_exitcode(os.wait()[1])}\\n")
+    sys.stdout.flush()
+"""
+# what is typed -> in the answer
+AT_ONCE = {f"{name} --help": f"python -m align_jax.{name}" for name in PROGRAMS} | {
+    f"train {TINY}": "missing --workdir",
+    f"plan {TINY} --topolgy=v5e:2x2": "did you mean '--topology'?",
+    f"train {TINY} --workdir=x --config.optimizer.learning_rte=1": "optimizer.learning_rate'?",
+    "sample --model=m": "give --prompts and --output, or --chat",
+    "evaluate --model=m": f"; known: {', '.join(EVALS)}",
+    "export --model=m --output=o --step=3": "--step belongs to --workdir",
+    "label --samples=s": "missing --output",
+}
+
+
+def test_help_and_mistakes_of_the_command_line_wait_for_no_import(folder):
+    command = [sys.executable, "-c", WITHOUT_JAX, *AT_ONCE]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    found = subprocess.run(
+        command, cwd=folder, env=environment, stdout=-1, stderr=-2, text=True, timeout=120
+    )
+    *outputs, _ = re.split(r"(?<=== \d)\n", found.stdout)
+    for line, output in zip(AT_ONCE, outputs, strict=True):
+        wanted, asked = AT_ONCE[line], line.endswith("--help")
+        assert wanted in output and "Traceback" not in output, output
+        assert output.endswith(f"== {0 if asked else 2}") and len(output.splitlines()) < 50
+        keys = line.split()[0] in ("train", "inspect", "plan", "config")
+        assert ("optimizer.*, " in output) == (asked and keys)
 
 
 def test_a_mistake_goes_to_standard_error_and_debug_shows_the_traceback(folder):
