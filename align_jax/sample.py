@@ -404,10 +404,10 @@ def settled(text: str, stop: Sequence[str]) -> str:
     return text[: len(text) - max(begun, default=0)]
 
 
-def _wanted(values: flags.FlagValues) -> int:
-    """Return how many completions the prompts are to have."""
-    prompts = len(open_source(values.prompts))
-    return min(values.limit or prompts, prompts) * values.samples_per_prompt
+def count_wanted(prompts: str, limit: int, samples: int) -> int:
+    """Return how many completions a source's prompts, at most ``limit`` of them, are to have."""
+    found = len(open_source(prompts))
+    return min(limit or found, found) * samples
 
 
 def main(argv: Sequence[str]) -> None:
@@ -419,7 +419,10 @@ def main(argv: Sequence[str]) -> None:
     )
     distributed.start()
     compile_cache.keep()
-    rows = 1 if values.chat else min(values.rows, _wanted(values))
+    rows = 1
+    if not values.chat:
+        wanted = count_wanted(values.prompts, values.limit, values.samples_per_prompt)
+        rows = min(values.rows, wanted)
     template = values.chat_template or None
     max_length = values.max_length or None
     if values.url:

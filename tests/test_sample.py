@@ -3,7 +3,6 @@
 the end."""
 
 import json
-import types
 
 import numpy as np
 import pytest
@@ -192,10 +191,7 @@ def test_a_conversation_of_a_real_model_says_what_sampling_says(policy):
 @pytest.mark.parametrize("limit, samples, wanted", [(0, 1, 3), (0, 2, 6), (2, 4, 8), (9, 1, 3)])
 def test_no_more_rows_are_decoded_than_completions_are_wanted(limit, samples, wanted, tmp_path):
     (tmp_path / "three.jsonl").write_text('{"prompt": "p"}\n' * 3)
-    values = types.SimpleNamespace(
-        prompts=f"{tmp_path}/three.jsonl", limit=limit, samples_per_prompt=samples
-    )
-    assert sample._wanted(values) == wanted
+    assert sample.count_wanted(f"{tmp_path}/three.jsonl", limit, samples) == wanted
 
 
 def test_more_new_tokens_than_the_model_has_positions_are_refused(policy, prompts, tmp_path):

@@ -16,6 +16,7 @@ A mistake is its message alone, on standard error; ``--debug`` shows the traceba
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import math
 import os
@@ -94,6 +95,7 @@ def read(*, arguments: str = "", check: Callable[[], None] | None = None) -> lis
         logging.set_verbosity(logging.WARNING)  # Orbax tells much of little
     if sys.stderr.isatty() and not hasattr(sys.modules["__main__"], "CALLED"):
         print(f"{program} ...", file=sys.stderr, flush=True)  # what is imported next takes seconds
+    gc.disable()  # of what is imported next nothing is to be collected
     return rest
 
 
@@ -123,6 +125,9 @@ def run(main: Callable[[Sequence[str]], None], rest: Sequence[str]) -> NoReturn:
     """
     program = typed.program()
     debug = "--debug" in sys.argv[1:]
+    gc.freeze()  # imports stay, and a trace makes a hundred thousand objects that live long
+    gc.set_threshold(20_000, 20, 20)
+    gc.enable()
     try:
         main(rest)
         sys.stdout.flush()
