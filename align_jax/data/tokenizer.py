@@ -7,29 +7,16 @@ from __future__ import annotations
 import difflib
 import hashlib
 import os
-import pathlib
-import re
-from typing import Any
 
 import jinja2
 import jinja2.meta
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from align_jax.core.choose import nearest
-from align_jax.core.fields import (
-    Kind,
-    faults,
-    is_above_zero,
-    is_bool,
-    is_list_of,
-    is_object,
-    is_object_of,
-    is_text,
-    or_null,
-)
-from align_jax.core.files import json_kind, read_json, read_text
+from align_jax.core.files import json_kind
 from align_jax.data import template as template_at_work
+from align_jax.data import tokenizer_files as files
 
 CHOSEN, REJECTED = "<|chosen|>", "<|rejected|>"  # control tokens of conditional fine-tuning
 BYTE_SPECIALS = (
@@ -49,20 +36,9 @@ BYTE_TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] "
     "}}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
-CONFIG, TEMPLATE = "tokenizer_config.json", "chat_template.jinja"
-VOCABULARY = r"tokenizer\.|vocab|merges|.*\.(model|spm)$"  # files that may hold one
 _END_NAMES = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<|im_end|>")
 
 
-def _is_token(value: Any) -> bool:
-    return value is None or is_text(value.get("content") if is_object(value) else value)
-
-
-def _is_templates(value: Any) -> bool:
-    return value is None or is_text(value) or is_list_of(is_object_of(is_text))(value)
-
-
-SPECIALS = ("bos_token", "eos_token", "pad_token", "unk_token")
 GIVEN = (  # what a chat template may read
     "messages",
     "tools",
@@ -70,14 +46,7 @@ GIVEN = (  # what a chat template may read
     "add_generation_prompt",
     "raise_exception",
     "strftime_now",
-    *SPECIALS,
-)
-FIELDS = (  # of tokenizer_config.json
-    Kind("text, an object with 'content', or null", _is_token, SPECIALS),
-    Kind("a number above 0, or null", or_null(is_above_zero), ("model_max_length",)),
-    Kind("text or null", or_null(is_text), ("tokenizer_class",)),
-    Kind("a Jinja template, a list of named ones, or null", _is_templates, ("chat_template",)),
-    Kind("true, false or null", or_null(is_bool), ("add_bos_token", "add_eos_token")),
+    *files.SPECIALS,
 )
 
 
@@ -133,19 +102,20 @@ def load_tokenizer(
         raise ValueError(
             f"tokenizer {path!r}: only fast tokenizers (with a tokenizer.json) are supported"
         )
+    above = os.path.join(path, files.SPECIALS_MAP)  # which stands above the config
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"tokenizer {path!r} has no end-of-sequence token; set eos_token in its "
-            "tokenizer_config.json"
+            f"{files.SPECIALS_MAP if os.path.exists(above) else files.CONFIG}"
         )
     if chat_template is None:
         folder = path if os.path.isdir(path) else os.path.dirname(path)
-        own, config = os.path.join(folder, TEMPLATE), os.path.join(folder, CONFIG)
+        own, config = os.path.join(folder, files.TEMPLATE), os.path.join(folder, files.CONFIG)
         if not os.path.exists(own):
             own = f"{config if os.path.exists(config) else path}: chat_template"
         _check_template(tokenizer, own)
     elif os.path.isfile(chat_template):
-        tokenizer.chat_template = _read_template(chat_template)
+        tokenizer.chat_template = files.read_template(chat_template)
         _check_template(tokenizer, chat_template)
     elif "{" in chat_template:
         tokenizer.chat_template = chat_template
@@ -209,28 +179,21 @@ def _load(path: str) -> PreTrainedTokenizerBase:
         return _from_file(path)
     if os.path.exists(zipped):
         return _from_file(zipped)
-    if os.path.isdir(path) and not has_tokenizer(path):
-        raise ValueError(
-            f"tokenizer {path!r}: the folder has no tokenizer.json; name another by "
-            "config.tokenizer"
-        )
-    if os.path.exists(file := os.path.join(path, CONFIG)):
-        _read_config(file)
-    for name in ("special_tokens_map.json", "added_tokens.json"):
-        if os.path.exists(file := os.path.join(path, name)):
-            read_json(file)  # a damaged one is not always seen
-    if os.path.exists(file := os.path.join(path, TEMPLATE)):
-        _read_template(file)
+    if os.path.isdir(path):
+        files.check(path)
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     # transformers and tokenizers raise what they like at a damaged file, and seldom name it
     except Exception as error:
         if os.path.isdir(path):
-            _find_fault(path)
+            files.find_fault(path)
         raise ValueError(
             f"tokenizer {path!r}: expected 'byte', a directory, a tokenizer.json or a hub id"
-            f"{_near(path)}: {_said(error)}"
+            f"{_near(path)}: {files.said(error)}"
         ) from error
+    if os.path.exists(file := os.path.join(path, files.BACKEND)) and tokenizer.is_fast:
+        files.check_made(file, tokenizer.backend_tokenizer)
+    return tokenizer
 
 
 def _near(path: str) -> str:
@@ -241,66 +204,13 @@ def _near(path: str) -> str:
     return close if "did you mean" in close and not os.path.isdir(path) else ""
 
 
-def has_tokenizer(folder: str) -> bool:
-    """Tell whether a model's folder has files of a tokenizer."""
-    return any(re.match(VOCABULARY, one) for one in os.listdir(folder))
-
-
-def _said(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error.__cause__ or error}".split())
-
-
-def _find_fault(folder: str) -> None:
-    """Find which file of a folder it is that no tokenizer can be made with.
-
-    Raises:
-        ValueError: naming it.
-    """
-    if os.path.exists(file := os.path.join(folder, "tokenizer.json")):
-        _read_backend(file)
-    for name in ("vocab.json", "merges.txt", "vocab.txt"):
-        if os.path.exists(file := os.path.join(folder, name)):
-            _ = read_json(file) if name.endswith(".json") else read_text(file)
-    if os.path.exists(file := os.path.join(folder, "config.json")):  # it is asked for the class
-        read_json(file)
-        try:
-            AutoConfig.from_pretrained(folder)
-        except Exception as error:
-            raise ValueError(f"{file}: transformers refuses it: {_said(error)}") from error
-
-
-def _read_config(path: str) -> dict[str, Any]:
-    config = read_json(path)
-    if wrong := faults(config, FIELDS):
-        raise ValueError(f"{path}: {'; '.join(wrong)}")
-    return config
-
-
-def _read_template(path: str) -> str:
-    if text := read_text(path).strip():
-        return text
-    raise ValueError(f"{path}: expected a Jinja template, got an empty file")
-
-
-def _read_backend(path: str) -> Tokenizer:
-    try:
-        text = read_text(path)
-    except OSError as error:
-        raise ValueError(f"tokenizer {path!r}: {error}") from error
-    try:
-        return Tokenizer.from_str(text)
-    except Exception as error:  # the library has no error of its own
-        read_json(path)
-        raise ValueError(f"{path}: not a tokenizer: {error}") from error
-
-
 def _from_file(path: str) -> PreTrainedTokenizerFast:
     """Load a tokenizer.json, with the special tokens and the template of the config beside it."""
-    backend = _read_backend(path)
-    config_path = os.path.join(os.path.dirname(path), CONFIG)
-    config = _read_config(config_path) if os.path.exists(config_path) else {}
+    backend = files.read_backend(path)
+    config_path = os.path.join(os.path.dirname(path), files.CONFIG)
+    config = files.read_config(config_path) if os.path.exists(config_path) else {}
     names = {}
-    for key in SPECIALS:
+    for key in files.SPECIALS:
         value = config.get(key)
         if value is not None:
             names[key] = value["content"] if isinstance(value, dict) else value
@@ -311,21 +221,8 @@ def _from_file(path: str) -> PreTrainedTokenizerFast:
         tokenizer_object=backend, clean_up_tokenization_spaces=False, **names
     )
     tokenizer.name_or_path = path
-    tokenizer.chat_template = _template_beside(os.path.dirname(path), config)
+    tokenizer.chat_template = files.template_beside(os.path.dirname(path), config)
     return tokenizer
-
-
-def _template_beside(folder: str, config: dict[str, Any]) -> str | dict[str, str] | None:
-    """Return the chat template, or the named ones, of a folder as transformers finds them: files
-    before what tokenizer_config.json says."""
-    files = {"default": os.path.join(folder, TEMPLATE)}
-    for path in pathlib.Path(folder, "additional_chat_templates").glob("*.jinja"):
-        files[path.stem] = str(path)
-    named = {name: _read_template(file) for name, file in files.items() if os.path.exists(file)}
-    said = config.get("chat_template")
-    if not named and isinstance(said, list):
-        return {one["name"]: one["template"] for one in said}
-    return named["default"] if named.keys() == {"default"} else named or said
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:

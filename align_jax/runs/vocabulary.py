@@ -9,7 +9,8 @@ import dataclasses
 from typing import Any
 
 from align_jax.core.choose import nearest
-from align_jax.data.tokenizer import has_tokenizer, load_tokenizer
+from align_jax.data.tokenizer import load_tokenizer
+from align_jax.data.tokenizer_files import has_tokenizer
 from align_jax.interop import hf
 from align_jax.models.config import ModelConfig
 

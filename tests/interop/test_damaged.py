@@ -20,6 +20,7 @@ from align_jax.models.model import build
 
 CONFIG, INDEX, SHARD = "config.json", tensor_files.INDEX, "model-00002-of-00003.safetensors"
 TOKENIZER, SETTINGS, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
+SPECIALS = "special_tokens_map.json"
 ADAPTER, WEIGHTS = "adapter/adapter_config.json", "adapter/adapter_model.safetensors"
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 9\n"
 PAGE = b"<!DOCTYPE html>\n<html><body>Sign in</body></html>"
@@ -98,6 +99,29 @@ def poisoned(name, found):
     found[name][0] = np.nan
     found[name].flat[-1] = -np.inf
     return found
+
+
+def within(*keys, to):
+    """A field inside of others."""
+
+    def damage(data):
+        whole = inner = json.loads(data)
+        for key in keys[:-1]:
+            inner = inner[key]
+        inner[keys[-1]] = to
+        return json.dumps(whole).encode()
+
+    return damage
+
+
+def ends(index):
+    """A tokenizer that puts <|bos|> before a text."""
+    special = {"SpecialToken": {"id": "<|bos|>", "type_id": 0}}
+    single = [special, {"Sequence": {"id": "A", "type_id": 0}}]
+    token = {"id": "<|bos|>", "ids": [index], "tokens": ["<|bos|>"]}
+    made = {"type": "TemplateProcessing", "single": single, "pair": []}
+    made["special_tokens"] = {"<|bos|>": token} if index else {}
+    return fields(post_processor=made)
 
 
 def index(change):
@@ -202,11 +226,24 @@ CASES = [  # file, what becomes of its bytes (None: it is taken away), what is s
     (TOKENIZER, PAGE, "an HTML page"),
     (TOKENIZER, cut, "malformed JSON"),
     (TOKENIZER, fields(model={"type": "BPP"}), "not a tokenizer"),
+    (TOKENIZER, ends(0), "'<.bos.>' is not among its special_tokens, of which it has none"),
+    (TOKENIZER, ends(9999), "'<.bos.>' has the id 9999 there, and 257 in the vocabulary"),
+    (TOKENIZER, within("added_tokens", 3, "content", to="a"), "added_tokens: .*renamed in both"),
+    (TOKENIZER, within("added_tokens", 2, "id", to=100), "'<.end.>' is to have the id 100, and"),
+    (TOKENIZER, within("model", "dropout", to=0.1), "model.dropout = 0.1: .* set it to null"),
+    (TOKENIZER, within("model", "vocab", to={}), "model.vocab: expected tokens, got none"),
     (SETTINGS, cut, "malformed JSON"),
+    (SETTINGS, fields(padding_side="up"), "padding_side: expected 'left', 'right' or null, got"),
+    (SETTINGS, fields(added_tokens_decoder={"x": {}}), "added_tokens_decoder: expected an object"),
+    (SETTINGS, fields(extra_special_tokens={"im": 3}), "extra_special_tokens: expected a list or"),
+    (SPECIALS, b'{"eos_token": 5}', "eos_token: expected text, an object with 'content', or null"),
+    (SPECIALS, b'{"eos_token": {"content": "a", "lstrip": 1}}', "eos_token: expected text"),
+    (SPECIALS, b'{"eos_token": null}', "set eos_token in its special_tokens_map.json"),
+    ("added_tokens.json", b'{"<x>": "272"}', "<x>: expected the token's id, got '272'"),
     (SETTINGS, b"[]", "got a list of 0"),
     (SETTINGS, fields(eos_token=5), "eos_token: expected text, an object with 'content', or null"),
     (SETTINGS, fields(model_max_length="x"), "model_max_length: expected a number above 0"),
-    ("special_tokens_map.json", b"{", "malformed JSON"),
+    (SPECIALS, b"{", "malformed JSON"),
     (TEMPLATE, b"", "expected a Jinja template, got an empty file"),
     (TEMPLATE, POINTER, "git-lfs pointer"),
     (TEMPLATE, b"a\n{% for x in y %}", ":2: no Jinja template: .*'endfor'"),
