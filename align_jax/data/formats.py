@@ -71,15 +71,19 @@ def detect(rows: Sequence[Row]) -> str:
             for name, value in row.items()
             if value is not None and together.get(name) is None
         }
-    for name, form in FORMATS.items():
-        if not form.missing(together):
-            return name
+    if name := _format_of(together):
+        return name
     fields = fields_of({name for row in rows for name in row})
     known = "; ".join(f"{name}: {', '.join(form.fields)}" for name, form in FORMATS.items())
     raise ValueError(
         f"no known format has only the fields {fields}; rename them by --config.data.columns, "
         f"or use one of {known}"
     )
+
+
+def _format_of(row: Row) -> str:
+    """Return the first format of whose fields a row has all; "" = none."""
+    return next((name for name, form in FORMATS.items() if not form.missing(row)), "")
 
 
 def columns_for(kind: str, fields: Collection[str]) -> dict[str, str]:
@@ -150,9 +154,13 @@ def read(row: Row, name: str, *, chat: bool) -> list[Example]:
     if null := [name for name in _plain(missing) if name in row and row[name] is None]:
         raise RowError(f"{', '.join(null)}: null")
     if missing:
+        other = _format_of(row)
+        remedy = "; name the columns by --config.data.columns"
+        if other and FORMATS[other].kind != "prompts":
+            remedy = f", format {other!r}: rows of another format go into a file of their own"
         raise RowError(
             f"format {name!r} needs {', '.join(form.fields)}; the row has no {', '.join(missing)}",
-            f"only {fields_of(row)}; name the columns by --config.data.columns",
+            f"only {fields_of(row)}{remedy}",
         )
     found = form.read(row, chat)
     examples = [found] if isinstance(found, Example) else found

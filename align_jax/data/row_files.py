@@ -48,7 +48,16 @@ def open_file(path: str) -> Rows:
     return SUFFIXES[find_kind(path)](path)
 
 
-_UNPACK = {".zst": "zstd -d", ".bz2": "bunzip2 -k", ".xz": "unxz -k", ".zip": "unzip"}
+_UNPACK = {
+    ".zst": "zstd -d",
+    ".bz2": "bunzip2 -k",
+    ".xz": "unxz -k",
+    ".lz4": "unlz4 -k",
+    ".gz": "gunzip -k",
+    ".zip": "unzip",
+    ".tar": "tar -xf",
+    ".tgz": "tar -xf",
+}
 _OTHER_NAMES = {".ndjson": ".jsonl", ".jsonlines": ".jsonl", ".ldjson": ".jsonl", ".pq": ".parquet"}
 
 
@@ -63,8 +72,11 @@ def find_kind(path: str) -> str:
     stem, ending = os.path.splitext(path)
     known = _OTHER_NAMES.get(ending.lower(), ending.lower())
     said = f"known: {', '.join(SUFFIXES)}"
-    if ending in _UNPACK:
-        said = f"unpack it: {_UNPACK[ending]} {shlex.quote(path)}"
+    if ending.lower() in _UNPACK:
+        packed = ".tar" if ".tar." in path else ending.lower()
+        said = f"unpack it: {_UNPACK[packed]} {shlex.quote(path)}"
+    elif ending.lower() in (".part", ".crdownload", ".incomplete", ".tmp"):
+        said = "a download that has not ended"
     elif known in SUFFIXES:
         said = f"perhaps: mv {shlex.quote(path)} {shlex.quote(stem + known)}"
     raise ValueError(f"{path}: unknown kind of file; {said}")
@@ -87,6 +99,8 @@ def _text(path: str, wanted: str) -> bytes:
     """
     data = files.read_bytes(path)
     if data and (kind := files.signature(data[:512])):
+        if path.endswith(".gz") and kind.startswith("gzip"):
+            kind = f"gzip data in gzip data: unpack it once, gunzip -k {shlex.quote(path)}"
         raise ValueError(f"{path}: expected {wanted}, got {kind}")
     return _as_utf8(path, data)
 

@@ -14,6 +14,7 @@ Rows from Python (``data.given``) are a source, too: ``rows:NAME@FINGERPRINT`` i
 from __future__ import annotations
 
 import bisect
+import collections
 import dataclasses
 import functools
 import glob
@@ -114,8 +115,9 @@ def open_source(spec: str) -> Source:
 
 
 def _find_file(path: str) -> Source:
-    find_kind(path)
     files.check_is_file(path)
+    find_kind(path)
+    _check_saved(path)
     digest = _digest(path)
 
     def open_unchanged() -> Rows:
@@ -125,6 +127,44 @@ def _find_file(path: str) -> Source:
         return rows
 
     return Source(path, digest, open_unchanged)
+
+
+SAVED = "state.json"  # beside the files of Dataset.save_to_disk, which it names
+
+
+def _check_saved(path: str) -> None:
+    """Refuse a file beside a saved data set that is none of its own: a cache of its rows, changed.
+
+    Raises:
+        ValueError: with its own.
+    """
+    folder, name = os.path.split(path)
+    own = _saved_in(folder) if name.endswith(".arrow") else []
+    if own and name not in own:
+        raise ValueError(
+            f"{path}: no file of the data set saved there, as {SAVED} tells: give "
+            f"{os.path.join(folder, _pattern(own[0]))}"
+        )
+
+
+@functools.lru_cache(maxsize=64)
+def _saved_in(folder: str) -> list[str]:
+    """Return the files of the data set that is saved in a folder; [] where none is."""
+    state = os.path.join(folder, SAVED)
+    if "://" in folder or not os.path.exists(state):
+        return []
+    return [str(one.get("filename")) for one in files.read_json(state).get("_data_files") or ()]
+
+
+def _pattern(name: str) -> str:
+    """Return the pattern of a shard and its likes, or of all files of a kind.
+
+    >>> _pattern("train-00000-of-00002.parquet"), _pattern("a.jsonl.gz")
+    ('train-*.parquet', '*.jsonl.gz')
+    """
+    kind = next((suffix for suffix in SUFFIXES if name.endswith(suffix)), "")
+    shards = re.sub(r"\d+-of-\d+", "*", name)
+    return shards if shards != name else f"*{kind}"
 
 
 def _digest(path: str) -> str:
@@ -156,12 +196,28 @@ def _expand(spec: str) -> list[str]:
             raise FileNotFoundError(f"no file matches {spec!r}{_nearest(spec)}")
         return paths
     if path.is_dir():
-        raise ValueError(
-            f"{spec!r} is a directory: name its files, for example {spec.rstrip('/')}/*.jsonl"
-        )
+        raise ValueError(f"{spec!r} is a directory: {_files_in(spec.rstrip('/'))}")
     if not path.exists():
         raise FileNotFoundError(f"no such file: {spec!r}{_nearest(spec)}")
     return [spec]
+
+
+def _files_in(folder: str) -> str:
+    """Say by which patterns a folder's data files are named."""
+    if "://" in folder:
+        return f"name its files, for example {folder}/*.jsonl"
+    found: collections.Counter[str] = collections.Counter()
+    everything = glob.iglob(f"{glob.escape(folder)}/**", recursive=True)
+    for path in itertools.islice(everything, MOST_FILES):
+        above, name = os.path.split(path)
+        own = _saved_in(above) or [name]
+        if name.endswith(tuple(SUFFIXES)) and name in own and name != "dataset_dict.json":
+            found[os.path.join(above, _pattern(name))] += 1
+    if not found:
+        return f"no file of a known kind is in it; known: {', '.join(SUFFIXES)}"
+    counted = [f"{name} ({count})" for name, count in sorted(found.items())]
+    more = f", and {len(counted) - 8} more" if len(counted) > 8 else ""
+    return f"name its files: {', '.join(counted[:8])}{more}"
 
 
 def _matching(spec: str) -> Iterator[str]:

@@ -546,6 +546,12 @@ MISTAKES = [
         r"data\.jsonl:3: format 'pairs' needs .*rejected",
     ),
     (
+        "two formats",
+        [GOOD, {"messages": [U("q"), {"role": "assistant", "content": "a"}]}],
+        {},
+        r"data\.jsonl:2: format 'pairs' needs .*, format 'messages': rows of another",
+    ),
+    (
         "empty response",
         [GOOD, {**GOOD, "rejected": " "}],
         {},

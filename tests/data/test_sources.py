@@ -233,6 +233,23 @@ def holding(name, data):
     return make
 
 
+def saved_to_disk(folder):
+    """What DatasetDict.save_to_disk leaves, and a cache that map() has written beside it."""
+    import pyarrow
+    import pyarrow.feather
+
+    for split in ("train", "test"):
+        (folder / "d" / split).mkdir(parents=True)
+        for name in ("data-00000-of-00001.arrow", "cache-0.arrow")[: 1 + (split == "train")]:
+            pyarrow.feather.write_feather(
+                pyarrow.Table.from_pylist(ROWS), folder / "d" / split / name
+            )
+        state = {"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}
+        (folder / "d" / split / "state.json").write_text(json.dumps(state))
+    (folder / "d/dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    return folder / "d"
+
+
 MISTAKES = [
     (holding("a.csv", b"a,b\n1,2\n1,2,3\n"), ValueError, r"a\.csv:3: 3 cells in a row, 2 names"),
     (holding("b.csv", b'a,b\n1,"x\n'), ValueError, r"b\.csv:2: malformed CSV"),
@@ -268,7 +285,21 @@ MISTAKES = [
         r"no such file: .*did you mean '.*train\.jsonl'",
     ),
     (lambda folder: str(folder / "*.csv"), FileNotFoundError, r"no file matches .*\*\.csv"),
-    (lambda folder: str(folder), ValueError, "is a directory: name its files"),
+    (lambda folder: str(folder), ValueError, r"is a directory: name its files: /.*/\*\.jsonl \(1"),
+    (
+        lambda folder: str(saved_to_disk(folder)),
+        ValueError,
+        r"name its files: /.*/test/data-\*\.arrow \(1\), /.*/train/data-\*\.arrow \(1\)$",
+    ),
+    (
+        lambda folder: str(saved_to_disk(folder) / "train/*.arrow"),
+        ValueError,
+        r"cache-0\.arrow: no file of the data set saved there.*: give /.*/train/data-\*\.arrow",
+    ),
+    (lambda folder: str(saved_to_disk(folder) / "*"), ValueError, "test: is a directory, not a"),
+    (holding("t.jsonl.gz", gzip.compress(gzip.compress(b"{}"))), ValueError, "gzip data in gzip"),
+    (holding("t.tar.gz", b""), ValueError, "unpack it: tar -xf /"),
+    (holding("t.jsonl.part", b""), ValueError, "a download that has not ended"),
     (
         lambda folder: write(folder / "a.xlsx", "x"),
         ValueError,
