@@ -6,7 +6,7 @@ import json
 import pytest
 from transformers import AutoTokenizer
 
-from align_jax.data import tokenizer
+from align_jax.data import tokenizer, tokenizer_files
 
 
 def test_byte_ids_are_the_bytes():
@@ -58,8 +58,8 @@ def test_a_template_may_be_a_file(tmp_path):
 )
 def test_a_tokenizer_file_has_the_template_that_its_folder_has(tmp_path, said, files, expected):
     tokenizer.byte_tokenizer().save_pretrained(tmp_path)
-    (tmp_path / tokenizer.TEMPLATE).unlink()
-    config = tmp_path / tokenizer.CONFIG
+    (tmp_path / tokenizer_files.TEMPLATE).unlink()
+    config = tmp_path / tokenizer_files.CONFIG
     config.write_text(json.dumps(json.loads(config.read_text()) | {"chat_template": said}))
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
