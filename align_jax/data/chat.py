@@ -421,7 +421,8 @@ def _apply(
     if any(turn.get("tool_calls") for turn in turns):
         turns = calls.as_read(tokenizer, turns)
     try:
-        return templates.apply(tokenizer, turns, add_generation_prompt=header, **template)
+        text = templates.apply(tokenizer, turns, add_generation_prompt=header, **template)
+        return text if header else text.removesuffix(_final(tokenizer))
     except templates.Endless:
         raise
     # templates raise what they like: Jinja's errors, TypeError, their own messages
@@ -430,6 +431,24 @@ def _apply(
         raise RowError(
             "the chat template refuses the conversation", f"{source}: {roles}: {error}"
         ) from error
+
+
+@functools.lru_cache(maxsize=8)
+def _final(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the end-of-sequence token if a template writes it at the end of a whole conversation
+    alone, after the end of the last turn: no answer ends with it, and no turn follows it."""
+    turns = [{"role": role, "content": STAND_IN} for role in ("user", "assistant")]
+    try:
+        asked, whole = (
+            templates.apply(tokenizer, turns, add_generation_prompt=header)
+            for header in (True, False)
+        )
+    # templates raise what they like; it is told of the rows
+    except Exception:
+        return ""
+    end = str(tokenizer.eos_token)
+    goes_on = asked.startswith(whole.removesuffix(end)) and not asked.startswith(whole)
+    return end if whole.endswith(end) and goes_on else ""
 
 
 @functools.lru_cache(maxsize=8)

@@ -275,6 +275,7 @@ def _of_kind(
     except ValueError as error:
         raise _unlike(error, rows.where, rows.fields, rows.format, kind) from error
     counts["answers that begin with their prompt"] += sum(map(_repeats, made))
+    counts["conversations with turns after the last answer, left out"] += sum(map(_goes_on, made))
     if kind == "pairs":
         counts["identical answers"] += sum(one.responses[0] == one.responses[1] for one in made)
     if kind == "ranked" and options.responses:
@@ -288,6 +289,13 @@ def _of_kind(
         before, made = len(made), conversions.balance(made, seed)
         counts["dropped: balanced labels"] += before - len(made)
     return made
+
+
+def _goes_on(example: Example) -> bool:
+    """Tell whether turns follow a response's last answer: there is nothing of them to learn."""
+    return any(
+        not isinstance(one, str) and one[-1]["role"] != "assistant" for one in example.responses
+    )
 
 
 def _unlike(

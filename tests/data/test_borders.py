@@ -658,6 +658,12 @@ def test_what_stands_beside_the_text_is_said(tmp_path):
     assert report["columns beside the text"] == "context id label reasoning scores"
 
 
+def test_turns_after_the_last_answer_are_counted(tmp_path):
+    turns = [U("q"), A("a"), U("and now?")]
+    found = load(tmp_path, [{"messages": turns}, {"messages": turns[:2]}], "completions")
+    assert found.report["conversations with turns after the last answer, left out"] == 1
+
+
 def test_a_number_written_as_a_text_is_a_score_and_nan_a_missing_one(tmp_path):
     row = {"prompt": "q", "completion": "a"}
     found = load(tmp_path, [{**row, "score": "0.5"}], "scored")

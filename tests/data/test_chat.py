@@ -183,6 +183,15 @@ def test_a_template_without_an_end_of_turn_gets_the_end_of_sequence_once():
     assert tok.decode(tokens.prompt + tokens.responses[0]) == "user: a\nassistant: one<|end|>"
 
 
+def test_an_end_after_the_last_turn_alone_is_no_answers():
+    ends = "{% else %}{{ eos_token }}{% endif %}"  # as Phi-3's template does
+    tok = load(None, "byte", CHATML.replace("eos_token", "'<|end|>'").replace("{% endif %}", ends))
+    tok.eos_token = "<|pad|>"
+    tokens = chat.encode(Example((U("a"),), ((A("one"), U("b"), A("two")),)), tok)
+    assert tok.decode(learned(tokens, 0)) == "one<|end|>two<|end|>"
+    assert "<|pad|>" not in tok.decode(tokens.responses[0])
+
+
 def test_a_header_longer_than_the_templates_own_turn_is_cut_where_they_part():
     tok = load(None, "byte", THINKING)
     assert (
