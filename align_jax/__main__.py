@@ -53,7 +53,10 @@ def main() -> None:
         print(f"{own}: no program {name!r}{nearest(name, programs())}", file=sys.stderr)
         sys.exit(2)
     lines = [f"  {program:<12}{meaning}" for program, meaning in programs().items()]
-    print("\n".join([f"{own} PROGRAM --help tells its options.\n", *lines]))
+    try:
+        print("\n".join([f"{own} PROGRAM --help tells its options.\n", *lines]), flush=True)
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -64,6 +64,15 @@ def test_the_installed_command_reads_recipes_by_name(wheel, tmp_path):
     assert found.stdout.split()[:2] == ["optimizer.learning_rate", "5e-07"]
 
 
+def test_who_reads_the_list_may_leave_early():
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "align_jax"]
+    done = subprocess.run(command, cwd=ROOT, stdout=writer, stderr=-1, text=True, timeout=60)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.parametrize("terminal, line", [(False, ""), (True, "align-jax train ...\n")])
 def test_a_terminal_has_a_line_before_the_imports(terminal, line, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["align-jax", "train", "dpo"])
