@@ -134,11 +134,12 @@ class Linear(nn.Module):
             kernel = with_rows(array(kernel, self.dtype), rows, self.tokens, 1)
         # what an adapter adds is small: it is summed with the product before both are rounded
         wide = self.exact or self.lora is not None
-        sums, narrow = (jnp.dtype(jnp.float32), self.dtype) if wide else (self.result, None)
+        sums = jnp.dtype(jnp.float32) if wide else self.result
+        narrow = self.dtype if sums is not None else None
         if isinstance(kernel, Quantized):
             y = product(x, kernel, count, sums, narrow)
         else:
-            y = contract(x, array(kernel, self.dtype), count, sums, None if self.result else narrow)
+            y = contract(x, array(kernel, self.dtype), count, sums, narrow)
         if self.lora is not None:
             y = self._adapt(self.lora, x, y, kernel)
         elif wide:
@@ -260,6 +261,30 @@ def _contract_backward(
 
 
 contract.defvjp(_contract_forward, _contract_backward)
+
+
+@jax.custom_vjp
+def rows_product(
+    x: Float[Array, "*batch D"], table: Float[Array, "V D"]
+) -> Float[Array, "*batch V"]:
+    """Return x times each row of a table, summed and kept in float32; the gradient of these sums is
+    rounded to the type of x, as ``contract`` rounds with ``narrow``."""
+    return jnp.einsum("...d,vd->...v", x, table, preferred_element_type=jnp.float32)
+
+
+def _rows_forward(x: jax.Array, table: jax.Array) -> tuple[jax.Array, tuple]:
+    # not the function itself: a rematerialization policy is to see the product
+    y = jnp.einsum("...d,vd->...v", x, table, preferred_element_type=jnp.float32)
+    return y, (x, table)
+
+
+def _rows_backward(saved: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple:
+    x, table = saved
+    dy = dy.astype(x.dtype)
+    return jnp.einsum("...v,vd->...d", dy, table), jnp.einsum("...v,...d->vd", dy, x)
+
+
+rows_product.defvjp(_rows_forward, _rows_backward)
 
 
 def column_norm(kernel: Stored, down: jax.Array, up: jax.Array, scale: float) -> jax.Array:

@@ -38,6 +38,7 @@ from align_jax.models.layers import (
     normal,
     ones,
     parameter,
+    rows_product,
 )
 from align_jax.models.lora import LoraConfig, with_rows
 from align_jax.models.moe import Experts
@@ -451,15 +452,11 @@ class Embedding(nn.Module):
 
     def logits(self, hidden: Float[Array, "*batch D"]) -> Float[Array, "*batch V"]:
         """Return a tied head's float32 logits."""
-
-        def product(x: jax.Array, matrix: jax.Array) -> jax.Array:
-            return jnp.einsum("...d,vd->...v", x, matrix, preferred_element_type=jnp.float32)
-
-        logits = product(hidden, self.table())
+        logits = rows_product(hidden, self.table())
         if self.lora is None or not self.adapted:
             return logits
         inside = contract(hidden, array(self.up, self.dtype).T, 1)
-        return logits + self.lora.scale * product(inside, array(self.down, self.dtype))
+        return logits + self.lora.scale * rows_product(inside, array(self.down, self.dtype))
 
     def __call__(self, tokens: Int[Array, "N T"], positions: Int[Array, "N T"]) -> States:
         c = self.config

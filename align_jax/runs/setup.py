@@ -51,7 +51,7 @@ from align_jax.runs import memory, vocabulary, weights
 from align_jax.storage import workdir as record
 from align_jax.training import initialize, optim, partitioning
 from align_jax.training.flops import attention_cost
-from align_jax.training.steps import StepSpec
+from align_jax.training.steps import CHUNK, CHUNKS, StepSpec
 
 # The embedding's rows are padded to this whatever the mesh, so that a checkpoint of one tensor axis
 # is read on another.
@@ -421,6 +421,7 @@ def make_step_spec(config: Config, resolved: ResolvedConfig, total_steps: int) -
         schedule,
         other=models.other,
         microbatches=config.microbatches,
+        chunk=CHUNKS.get(jax.default_backend(), CHUNK),
         seed=config.seed,
         value_head=config.model.value_head,
         value_warmup_steps=config.model.value_warmup_steps,

@@ -50,6 +50,11 @@ Tree = Any
 Schedule = Callable[[jax.Array], Any]  # step -> learning rate
 
 
+# Loss positions of every row whose logits are alive at once.  Each chunk reads the head and adds to
+# the head's gradient, so few are fast; a GPU has the memory for larger ones.
+CHUNK, CHUNKS = 128, {"gpu": 512}
+
+
 class StepSpec(NamedTuple):
     """What a step is compiled from: everything static."""
 
@@ -59,7 +64,7 @@ class StepSpec(NamedTuple):
     optimizer: optax.GradientTransformation
     schedule: Schedule  # for the metrics
     microbatches: int = 1
-    chunk: int = 128  # loss positions of every row whose logits are alive at once
+    chunk: int = CHUNK  # loss positions of every row whose logits are alive at once
     seed: int = 0
     sync_every_steps: int = 0
     mix: float = 1.0
