@@ -23,6 +23,7 @@ import contextlib
 import json
 import logging
 import secrets
+import shutil
 import time
 import zlib
 from collections.abc import Callable, Mapping
@@ -246,12 +247,31 @@ class Checkpoints:
         while True:
             error = None
             try:
+                self._check_room(state)
                 self._pending_step = step
                 self._manager.save(step, args=items, metrics=scores or None, force=True)
             except Exception as caught:  # whatever a store throws: the count below decides
                 error = caught
             if self._succeeded(step, error) and (not wait or self._await_save()):
                 return True
+
+    def _check_room(self, state: Any) -> None:
+        """Fail before a save begins that cannot end: Orbax's threads would go on without it.
+
+        What is written is compressed, to half of its size at best.
+
+        Raises:
+            StorageError: on every process, if the disk of one is too full.
+        """
+        if "://" in str(self._folder):
+            return
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) // jax.process_count()
+        free = shutil.disk_usage(self._folder).free
+        if any_process(2 * free < needed):
+            raise StorageError(
+                f"no space left on the device: {needed:,} bytes are to be written, and {free:,} "
+                "are free"
+            )
 
     def wait(self) -> None:
         """Return when the save in the background is committed.

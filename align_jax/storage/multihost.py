@@ -164,4 +164,7 @@ def one_line(error: Exception | None) -> str:
     """Write an error on one line of at most a few hundred characters; None: another process's."""
     if error is None:
         return "seen by another process"
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    text = " ".join(str(error).split())
+    # a store names arrays and files first, and the cause last: no space left on the device
+    text = text if len(text) <= 300 else f"{text[:140]} ... {text[-155:]}"
+    return f"{type(error).__name__}: {text}"

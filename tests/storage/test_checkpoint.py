@@ -356,6 +356,17 @@ def test_a_failing_store_is_tried_again_and_then_the_run_stops(tmp_path, mesh, m
         failures[0] = 0
 
 
+def test_a_save_that_the_disk_has_no_room_for_is_not_begun(tmp_path, mesh, monkeypatch):
+    import shutil
+
+    full = shutil.disk_usage(tmp_path)._replace(free=3)
+    with Checkpoints(tmp_path, OPTIONS, attempts=2, backoff_seconds=0.0) as checkpoints:
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
+        monkeypatch.setattr(checkpoints._manager, "save", pytest.fail)
+        with pytest.raises(StorageError, match="in 2 attempts: .*no space left .*, and 3 are free"):
+            checkpoints.save(1, _state(mesh, 1), wait=True)
+
+
 def test_a_store_that_cannot_be_read_now_is_not_called_corrupt(tmp_path, mesh, monkeypatch):
     with Checkpoints(tmp_path, OPTIONS, attempts=2, backoff_seconds=0.0) as checkpoints:
         checkpoints.save(1, _state(mesh, 1), wait=True)
