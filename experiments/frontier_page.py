@@ -328,9 +328,8 @@ def enough(found: Mapping[str, Frontier]) -> list[str]:
             if label.startswith(f"{method}: ")
         }
         best = max(gain.values())
-        first = min(
-            count for count in gain if all(gain[n] >= 0.9 * best for n in gain if n >= count)
-        )
+        near = [count for count in gain if all(gain[n] >= 0.9 * best for n in gain if n >= count)]
+        first = min(near, default=max(gain))
         shares = ", ".join(f"{count:,}: {gain[count] / best:.0%}" for count in sorted(gain))
         said = (
             f"from {first:,} pairs on the gain is within a tenth of the best"
@@ -508,7 +507,7 @@ def introduction(results: Results) -> list[str]:
         f"{dpo.groups * scale.offline_steps:,} in its {scale.offline_steps} steps.  "
         f"{results.start['prompts']} prompts of other stories are held out, a sample each; "
         "reward and KL from the start are measured at a third, two thirds and all of the steps.  "
-        f"On two shared CPU cores {hours:.1f} core-hours were spent on what is below.  The "
+        f"On shared CPU cores {hours:.1f} core-hours were spent on what is below.  The "
         "number of steps, the rates and the rollouts' sizes were set after pilots that were "
         "measured on the same prompts, and no method was tuned by itself.",
         "",

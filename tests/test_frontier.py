@@ -85,6 +85,7 @@ def test_a_claim_agrees_only_where_prompts_and_seeds_leave_no_doubt():
     [
         ({30: 0.1, 100: 0.19, 300: 0.2}, "from 100 pairs on"),
         ({30: 0.19, 100: 0.1, 300: 0.2}, "300 pairs, the most tried, are not yet shown"),  # a dip
+        ({30: 0.1, 100: 0.2, 300: 0.1}, "300 pairs, the most tried, are not yet shown"),
     ],
 )
 def test_pairs_are_enough_where_no_more_of_them_gain_a_tenth(gains, says):
