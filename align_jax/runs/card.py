@@ -205,10 +205,11 @@ class Card:
         return "\n".join(["```python", *lines, "```"]) + note
 
     def _objective_defaults(self) -> dict[str, Any]:
-        """Return what the objective's own options are by default; its name always counts."""
+        """Return what the objective's own options are by default."""
         name = str(self._config.get("objective.name", ""))
         own = losses.options(name) if name else {}
-        return {f"objective.{key}": value for key, value in own.items() if key != "name"}
+        known = ("name", "weights")  # every objective's, whose defaults are the config's
+        return {f"objective.{key}": value for key, value in own.items() if key not in known}
 
     def _made(self) -> str:
         defaults = flat(configs.to_dict(Config())) | self._objective_defaults()

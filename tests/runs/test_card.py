@@ -16,7 +16,7 @@ from align_jax.runs import card
 TOKEN = "hf_" + "s3cret" * 5
 RECORD = {
     "config": {
-        "objective": {"name": "dpo+sft", "beta": 0.3, "label_smoothing": 0.0},
+        "objective": {"name": "dpo+sft", "beta": 0.3, "label_smoothing": 0.0, "weights": []},
         "data": {"train": "/home/me/secret/pairs.jsonl,hf:someone/feedback:train"},
         "model": {"path": "/home/me/base", "lora": {"rank": 8}},
         "rollout": {"server": {"url": f"https://me:{TOKEN}@host/v1?key={TOKEN}"}},
@@ -57,7 +57,7 @@ def test_a_card_says_what_it_is_made_of_and_keeps_what_is_private(base):
     assert "| loss | 1.25 | 0.75 |" in text and "9 steps of 32 groups" in text
     for word in ("log σ", "objective.beta", "TPU v5e", "jax 0.10.2", "0123abcd", "dpo.py"):
         assert word in text, word
-    for word in ("secret", "/home", TOKEN, "me:hf", "objective.label_smoothing"):
+    for word in ("secret", "/home", TOKEN, "me:hf", "label_smoothing", "weights"):
         assert word not in text, word
     adapter = made(base, adapter=True).text()
     assert "library_name: peft" in adapter and "AutoPeftModelForCausalLM" in adapter
