@@ -385,7 +385,7 @@ def _is_adapted(tensors: Tensors, module: Module, name: str, settings: Settings)
     if peft_settings.adapts_weight(settings, name):
         return True
     if settings.get("target_modules") is not None:
-        return peft_settings.adapts(settings, name, module.inside)
+        return peft_settings.adapts(settings, name, module.linear)
     short = bare(module.name, tensors.family) + module.ends["lora_a"]
     return any(short.format(layer=layer) in tensors.found for layer in module.layers)
 

@@ -23,7 +23,7 @@ from align_jax.models.model import build
 from align_jax.models.roles import role_of
 from align_jax.models.tensor_map import AxisMap, TensorMap, parse
 
-EMBED = "embed"
+EMBED, OUTPUT = "embed", "output"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -119,8 +119,13 @@ class Module:
 
     @property
     def inside(self) -> bool:
-        """Whether it stands in the layers, which "all-linear" means."""
+        """Whether it stands in the layers."""
         return "{layer}" in self.name
+
+    @property
+    def linear(self) -> bool:
+        """Whether "all-linear" means it: neither embedding nor head."""
+        return not {EMBED, OUTPUT} & {part.target for part in self.parts}
 
     @property
     def ends(self) -> dict[str, str]:

@@ -113,7 +113,7 @@ class Linear(nn.Module):
 
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
-    axes: tuple[str, ...]
+    axes: tuple[str | None, ...]
     dtype: jnp.dtype
     role: Role
     bias: bool = False
@@ -381,7 +381,7 @@ def linear(
     target: str,
     inputs: tuple[int, ...],
     outputs: tuple[int, ...],
-    axes: tuple[str, ...],
+    axes: tuple[str | None, ...],
     bias: bool,
 ) -> Linear:
     """Make a linear map of the layers, with its adapter if it gets one; ``target``'s end is its

@@ -191,15 +191,15 @@ class TokenInputs(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: Int[Array, "N T"], x: States) -> Float[Array, "L N T e"]:
-        c, dtype = self.config, self.options.dtype
-        L, e = c.num_layers, c.token_inputs
+        c, o = self.config, self.options
+        L, e, dtype = c.num_layers, c.token_inputs, o.dtype
         init, axes = normal(c.init_std), ("vocab", None, "embed")
         table = parameter(self, "table", init, (c.vocab_rows, L, e), axes, Role("embedding"))
         table = constrain(array(table, dtype), "vocab", None, None)
         own = jnp.take(table, tokens, axis=0) * jnp.asarray(e**0.5, dtype)
-        role, axes = Role("linear", inputs=1), ("embed", None, "ffn")
-        kernel = parameter(self, "projection", init, (c.hidden_size, L, e), axes, role)
-        made = contract(x, array(kernel, dtype), 1) * jnp.asarray(c.hidden_size**-0.5, dtype)
+        shape, axes = ((c.hidden_size,), (L, e)), ("embed", None, "ffn")
+        made = linear(c, o, "token_inputs/projection", *shape, axes, False)(x)
+        made = made * jnp.asarray(c.hidden_size**-0.5, dtype)
         made = Norm((e,), c.norm, c.norm_eps, c.norm_offset, dtype, name="norm")(made)
         both = (made + own) * jnp.asarray(2**-0.5, dtype)
         return constrain(jnp.moveaxis(both, 2, 0), None, "rows", "length", None)

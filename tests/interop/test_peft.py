@@ -183,7 +183,7 @@ VARIANTS = {
     "gpt_oss": dict(targets="attention/.*"),
     "glm4_moe": dict(targets="attention/.*|shared/.*"),
     "dots1": dict(targets="shared/.*"),
-    "gemma4_text": dict(targets="attention/.*|mlp/.*|token/.*"),
+    "gemma4_text": dict(targets="attention/.*|mlp/.*|token/.*|token_inputs/.*"),
     "qwen3_next": dict(targets="attention/.*|delta/.*|shared/.*"),
     "qwen3_5_text": dict(targets="attention/.*|delta/.*|mlp/.*"),
     "qwen3_5": dict(targets="delta/(output_gate|fade)"),
@@ -297,14 +297,16 @@ def test_peft_computes_what_we_do_from_our_file(family, saved, tmp_path):
     same(read, adapter)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "gpt_neox"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "gpt_neox", "gemma4_text"])
 def test_we_compute_what_peft_does_from_its_file(family, saved, tmp_path):
     config, base = hf.load(saved(family), dtype="float32")
     fused = CASES[family][1]
+    modules = [fused] if fused else ["q_proj", "down_proj"]
     settings = theirs.LoraConfig(
         r=4,
         lora_alpha=6,
-        target_modules=[fused] if fused else ["q_proj", "down_proj"],
+        # there it is not in the layers alone
+        target_modules="all-linear" if family == "gemma4_text" else modules,
         use_dora=family != "phi3",
         fan_in_fan_out=family == "gpt2",
         task_type="CAUSAL_LM",

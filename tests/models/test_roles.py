@@ -14,7 +14,7 @@ ADAPTED = LoraConfig(2, dora=True, targets="attention/.*")
 
 
 # maps to heads' features
-SPLIT = """query query_b key value key_value_b mixed gates output_gate token_inputs""".split()
+SPLIT = """query query_b key value key_value_b mixed gates output_gate projection""".split()
 # what a family's own defaults leave open
 NEEDED = {
     "glm4_moe": {"head_dim": 128},  # they make no whole number of it

@@ -121,7 +121,7 @@ def tensor_maps(config: ModelConfig) -> list[TensorMap]:
         name, table, path = "model.per_layer", "embed_tokens_per_layer", "token_inputs"
         out += [
             TensorMap(f"model.{table}.weight", f"{path}/table", "V (L e) -> V L e"),
-            TensorMap(f"{name}_model_projection.weight", f"{path}/projection", "(L e) D -> D L e"),
+            *linear(f"{name}_model_projection", f"{path}/projection", "(L e) D -> D L e"),
             TensorMap(f"{name}_projection_norm.weight", f"{path}/norm/scale", "e -> e"),
         ]
     return out + by_layer(config, lambda words: _layer(config, words))
