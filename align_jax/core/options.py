@@ -660,12 +660,18 @@ class RolloutOptions(Checked):
     top_p: float = option(
         1.0,
         "share of the probability that is drawn from; policy gradients correct for what top_p, "
-        "top_k and min_p left out (objective.sampler_correction)",
+        "top_k, min_p and repetition_penalty change (objective.sampler_correction)",
         above=0,
         high=1,
     )
     top_k: int = option(0, "most probable tokens that are drawn from; 0 = all", low=0)
     min_p: float = option(0.0, "least probability, as a share of the greatest", low=0, high=1)
+    repetition_penalty: float = option(
+        1.0,
+        "a token of the prompt or the response so far has its positive logit divided, its negative "
+        "one multiplied by it; 1 = none",
+        above=0,
+    )
     stop: tuple[str, ...] = option((), "texts that end a response, or one of its answers")
     environment: str = option(
         "",

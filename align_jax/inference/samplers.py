@@ -67,7 +67,7 @@ class Sampling:
     @classmethod
     def of(cls, options: RolloutOptions) -> Sampling:
         """Return how a rollout's samples are drawn."""
-        return cls(options.temperature, options.top_k, options.top_p, options.min_p)
+        return cls(*(getattr(options, field.name) for field in dataclasses.fields(cls)))
 
     @property
     def filters(self) -> frozenset[str]:

@@ -6,7 +6,6 @@ from typing import Annotated, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.nn import log_sigmoid
 from jaxtyping import Array, Float
 
 from align_jax.core.schema import Batch
@@ -21,6 +20,7 @@ from align_jax.losses.objective import (
 )
 from align_jax.losses.options import Option
 from align_jax.losses.pairs import Beta
+from align_jax.losses.preference import smoothed_logistic, square
 
 
 def _ranking_metrics(
@@ -44,13 +44,17 @@ def _ranking_metrics(
 class Tpo(Loss):
     """Triple preference optimization: a gold response beside a pair, without a reference.
 
-        sum:  -log σ(β (P_w - P_l)) - α P_gold
-        mean: -log σ(β (p̄_w - p̄_l) - γ) - α p̄_gold    (TPO-L)
+        mean:  S(β (p̄_w - p̄_l) - γ) - α p̄_gold          (TPO-L)
+        sum:   S(β (P_w - P_l)) - α P_gold                (TPO)
+        hinge: max(0, 1 - β (P_w - P_l)) - α P_gold
+        ipo:   (p̄_w - p̄_l - 1 / (2 β))² - α p̄_gold
 
-    Of a ranking the best response is the gold one, the next the chosen, the last the rejected.
+    S(z) = -(1-ε) log σ(z) - ε log σ(-z).  Of a ranking the best response is the gold one, the next
+    the chosen, the last the rejected.
 
     References:
-        Saeidi et al. 2024, arXiv 2405.16681, the TPO and TPO-L losses.
+        Saeidi et al. 2024, arXiv 2405.16681, the TPO and TPO-L losses; hinge: Zhao et al. 2023,
+        arXiv 2305.10425; ipo: Azar et al. 2023, arXiv 2310.12036, equation 17.
 
     >>> from align_jax.losses import jitted
     >>> found = jitted("tpo", form="sum", beta=0.5, alpha=0.1)([[-5.0, -10.0, -12.0]])
@@ -64,8 +68,27 @@ class Tpo(Loss):
         float, Option("γ: target margin", unit="of reward", only={"form": ("mean",)})
     ] = 0.5
     form: Annotated[
-        Literal["mean", "sum"], Option("log-probabilities per token (TPO-L), or of responses (TPO)")
+        Literal["mean", "sum", "hinge", "ipo"],
+        Option("log-probabilities per token (TPO-L), of responses (TPO), or another loss of pairs"),
     ] = "mean"
+    label_smoothing: Annotated[
+        float,
+        Option(
+            "ε: share of pairs that are labeled the wrong way round",
+            low=0,
+            below=0.5,
+            only={"form": ("mean", "sum")},
+        ),
+    ] = 0.0
+
+    def _contrast(self, difference: Float[Array, "B"]) -> Float[Array, "B"]:
+        """Compute the chosen response's part against the rejected one."""
+        if self.form == "hinge":
+            return jnp.maximum(1.0 - self.beta * difference, 0.0)
+        if self.form == "ipo":
+            return square(difference - 0.5 / self.beta)
+        margin = self.gamma if self.form == "mean" else 0.0
+        return smoothed_logistic(self.beta * difference - margin, self.label_smoothing)
 
     def losses(self, inputs: Inputs) -> Result:
         batch, logps = inputs.batch, inputs.policy.logps
@@ -74,16 +97,15 @@ class Tpo(Loss):
                 "tpo expects rankings of R >= 3 responses (gold, chosen, rejected), got R = "
                 f"{logps.shape[1]}"
             )
-        x, margin = logps, 0.0
-        if self.form == "mean":
-            x, margin = logps / jnp.maximum(token_counts(batch), 1.0), self.gamma
+        per_token = self.form in ("mean", "ipo")
+        x = logps / jnp.maximum(token_counts(batch), 1.0) if per_token else logps
         last = jnp.maximum((jnp.asarray(batch.lengths) > 0).sum(axis=1, keepdims=True) - 1, 1)
         x, logps = (
             jnp.concatenate([of[:, :2], jnp.take_along_axis(of, last, axis=1)], axis=1)
             for of in (x, logps)
         )
         gold, chosen, rejected = x.T  # [B] each
-        losses = -log_sigmoid(self.beta * (chosen - rejected) - margin) - self.alpha * gold
+        losses = self._contrast(chosen - rejected) - self.alpha * gold
         metrics = _ranking_metrics(batch, self.beta * x[:, 1:], logps[:, 1:])
         return losses, metrics | {"logps/gold": summed(logps[:, 0], group_weights(batch))}
 

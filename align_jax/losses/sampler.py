@@ -49,7 +49,7 @@ class SamplerOptions(Options):
         Option(
             "ratios π_old / μ of tokens or sequences, cut to their bounds (truncated) or 0 beyond "
             "them (masked), weigh the policy's loss; auto = sequence_mask with a server, "
-            "token_truncate with top_p, top_k or min_p, else none"
+            "token_truncate with top_p, top_k, min_p or repetition_penalty, else none"
         ),
     ] = "auto"
     sampler_ratio_max: Annotated[

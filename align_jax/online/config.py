@@ -456,10 +456,10 @@ def _is_judged(named: Sequence[rewards.RewardTerm]) -> bool:
     return True
 
 
-def _truncates(options: RolloutOptions) -> bool:
-    """Tell whether samples are drawn from a part of the distribution."""
-    filters = Sampling.of(options).filters & {"top_p", "top_k", "min_p"}
-    return bool(options.temperature and filters)
+def _reshapes(options: RolloutOptions) -> bool:
+    """Tell whether samples are drawn from another distribution than the trainer's at their
+    temperature."""
+    return bool(options.temperature and Sampling.of(options).filters - {"temperature"})
 
 
 def _correction(own: dict[str, Any], options: RolloutOptions, corrects: bool) -> Correction | None:
@@ -474,28 +474,28 @@ def _correction(own: dict[str, Any], options: RolloutOptions, corrects: bool) ->
     if mode == "auto":
         server = options.server.url and options.rescore and options.temperature
         mode = "sequence_mask" if server else "none"
-        mode = "token_truncate" if _truncates(options) else mode
+        mode = "token_truncate" if _reshapes(options) else mode
     return None if mode == "none" else Correction(mode, high, low)
 
 
 def _check_correction(correction: Correction, options: RolloutOptions) -> None:
     """Refuse a correction for which the probabilities are not known, or that does nothing."""
-    truncates, server = _truncates(options), options.server
+    reshapes, server = _reshapes(options), options.server
     name = f"the correction for the sampler, {correction.mode!r},"
     if not options.temperature:
         raise ValueError(
             f"{name} compares probabilities of draws: set config.rollout.temperature > 0"
         )
-    if server.url and server.logprobs == "raw" and (truncates or options.temperature != 1):
+    if server.url and server.logprobs == "raw" and (reshapes or options.temperature != 1):
         raise ValueError(
             f"{name} needs the probabilities with which the server drew, which are not the model's "
-            "own with config.rollout.temperature, top_p, top_k or min_p: serve with "
-            "--logprobs-mode processed_logprobs and set config.rollout.server.logprobs = "
+            "own with config.rollout.temperature, top_p, top_k, min_p or repetition_penalty: serve "
+            "with --logprobs-mode processed_logprobs and set config.rollout.server.logprobs = "
             "'processed', or set config.objective.sampler_correction = 'none'"
         )
     if options.rescore:
         return
-    if not truncates:
+    if not reshapes:
         raise ValueError(
             f"{name} has no effect with config.rollout.rescore = False: the old log-probabilities "
             "are then the sampler's own"
@@ -503,7 +503,7 @@ def _check_correction(correction: Correction, options: RolloutOptions) -> None:
     if server.url:
         raise ValueError(
             "config.rollout.rescore = False takes the old log-probabilities from the server, which "
-            "tells those after top_p, top_k and min_p: set it to True"
+            "tells those after top_p, top_k, min_p and repetition_penalty: set it to True"
         )
 
 

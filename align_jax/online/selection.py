@@ -151,12 +151,19 @@ SELECTIONS: Mapping[str, Selection] = {
 
 
 def check_unread(kind: str, options: RolloutOptions) -> None:
-    """Refuse options of other selections than this kind's.
+    """Refuse options of other selections than this kind's, and a pairing where there is one pair.
 
     Raises:
         ValueError: one that is not at its default.
     """
     default = RolloutOptions()
+    lone = kind == "pairs" and options.responses_per_prompt == 2
+    if lone and options.pairing != default.pairing:
+        raise ValueError(
+            f"config.rollout.pairing = {options.pairing!r} has no effect on 2 responses of a "
+            "prompt, which are its pair: give more (config.rollout.responses_per_prompt), or leave "
+            f"it at {default.pairing!r}"
+        )
     for other, row in SELECTIONS.items():
         for key in row.reads:
             value = getattr(options, key)

@@ -261,6 +261,8 @@ def test_samples_of_a_part_of_the_distribution_are_weighed_by_what_it_kept(model
     assert (batch.sampler_ratio[~batch.loss_mask] == 0).all()
     mean = source.metrics["sampling/importance_sampling_ratio/mean"]
     assert mean == pytest.approx(kept.mean(), rel=1e-5)
+    penalized = make(models, "grpo", repetition_penalty=3.0).next(lambda: models[2])
+    assert np.abs(penalized.sampler_ratio[penalized.loss_mask] - 1).max() > 0.05
 
 
 SERVER = ServerOptions("http://localhost:8000", "policy")
@@ -277,6 +279,7 @@ TELLS = dataclasses.replace(SERVER, logprobs="processed")
         ({}, {"server": TELLS, "temperature": 0.7}, ("sequence_mask", 3.0, None)),
         ({}, {"server": TELLS, "top_p": 0.9}, ("token_truncate", 3.0, None)),
         ({}, {"top_k": 4, "rescore": False}, ("token_truncate", 3.0, None)),
+        ({}, {"repetition_penalty": 1.2}, ("token_truncate", 3.0, None)),
         ({"sampler_correction": "none"}, {"server": SERVER, "temperature": 0.7}, None),
         (
             {
@@ -288,7 +291,7 @@ TELLS = dataclasses.replace(SERVER, logprobs="processed")
             ("token_mask", 5, 0.5),
         ),
         ({}, {"server": SERVER, "temperature": 0.7}, "logprobs = 'processed'"),
-        ({}, {"server": SERVER, "top_p": 0.9}, "logprobs = 'processed'"),
+        ({}, {"server": SERVER, "repetition_penalty": 1.2}, "logprobs = 'processed'"),
         ({"sampler_correction": "token_mask"}, {"rescore": False}, "rescore = False"),
         ({}, {"server": TELLS, "top_p": 0.9, "rescore": False}, "set it to True"),
         ({"sampler_correction": "token_mask"}, {"temperature": 0.0}, "temperature > 0"),

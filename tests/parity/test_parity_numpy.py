@@ -169,13 +169,18 @@ def simper(a):
     return np.mean(np.exp(means[:, 1]) - np.exp(means[:, 0]))
 
 
-def tpo(form):
+def tpo(form, beta=2.0, smoothing=0.0):
     def loss(a):
         """Saeidi et al. 2405.16681: a preference term, and the gold response's likelihood."""
-        x, margin = sums(a), 0.0
-        if form == "mean":
-            x, margin = x / a["mask"].sum(-1), 0.5
-        return np.mean(-log_sigmoid(2.0 * (x[:, 1] - x[:, 2]) - margin) - x[:, 0])
+        x = sums(a) / a["mask"].sum(-1) if form in ("mean", "ipo") else sums(a)
+        d = x[:, 1] - x[:, 2]
+        z = beta * d - (0.5 if form == "mean" else 0.0)
+        terms = {
+            "hinge": np.maximum(0, 1 - z),  # Zhao et al. 2305.10425
+            "ipo": (d - 1 / (2 * beta)) ** 2,  # Azar et al. 2310.12036, equation 17
+        }
+        logistic = -(1 - smoothing) * log_sigmoid(z) - smoothing * log_sigmoid(-z)
+        return np.mean(terms.get(form, logistic) - x[:, 0])
 
     return loss
 
@@ -433,6 +438,9 @@ CASES = {
     "simper": ("simper", {}, simper),
     "tpo_mean": ("tpo", {}, tpo("mean")),
     "tpo_sum": ("tpo", {"form": "sum"}, tpo("sum")),
+    "tpo_hinge": ("tpo", {"form": "hinge", "beta": 0.01}, tpo("hinge", 0.01)),
+    "tpo_ipo": ("tpo", {"form": "ipo", "beta": 0.3}, tpo("ipo", 0.3)),
+    "tpo_smoothed": ("tpo", {"label_smoothing": 0.2}, tpo("mean", smoothing=0.2)),
     "adpo_best": ("adpo", {}, adpo(False)),
     "adpo_scores": ("adpo", {"target": "scores"}, adpo(True)),
     "kto_zero": ("kto_zero", {}, kto_zero),

@@ -84,6 +84,11 @@ def resolve(name, **keys):
         ),
         ("kto", {"data.pairing": "all"}, "pairing = 'all' has no effect: .* not on pairs, as dpo"),
         ("grpo", {"data.min_difference": 0.5}, "trains on samples, not on pairs"),
+        (
+            "online_dpo",
+            {"rollout.pairing": "random", "rollout.responses_per_prompt": 2},
+            "no effect on 2 responses of a prompt",
+        ),
         ("dpo", {"data.responses": 2}, "not on rankings, as reward_ranked does"),
         ("dpo", {"data.step_separator": ""}, "not on labeled steps, as reward_process does"),
         (

@@ -56,6 +56,8 @@ KEYS = {
 # A value that two steps of a tiny model can tell from the default, and what it needs beside it: a
 # rollout is used twice, so that ratios differ from 1 in the second step.
 _LETTERS = list("abcdefghijklmnopqrstuvwxyz")  # of some samples, not of all
+# ends of some samples that are worth nothing by themselves, so that finished ones differ in rewards
+_ENDS = list("ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789")
 _FILTERED = {"advantages": "filtered", "kl_coef": 0.0, "rollout.responses_per_prompt": 4}
 CHANGES: dict[str, dict[str, Any]] = {
     "advantages": {"advantages": "batch"},
@@ -158,14 +160,17 @@ OTHERS: list[tuple[str, dict[str, Any]]] = [
     *((name, {"rollout.top_p": 0.5}) for name in ("grpo", "ppo", "online_dpo")),
     *((name, {"rollout.top_k": 100}) for name in ("grpo", "rloo")),  # digits among them: rewards
     *((name, {"rollout.temperature": 0.5}) for name in ("grpo", "online_kto")),
-    *((name, {"rollout.overlong_buffer": 3}) for name in ("grpo", "online_dpo")),
+    *((name, {"rollout.repetition_penalty": 3.0}) for name in ("grpo", "online_dpo")),
+    ("grpo", {"rollout.overlong_buffer": 3}),
+    ("online_dpo", {"rollout.stop": _ENDS, "rollout.overlong_buffer": 3}),
     *((name, {"rollout.score_clip": 0.1}) for name in ("reinforce", "grpo")),
     ("grpo", {"rollout.normalize_scores": True, "objective.scale": "none"}),
     ("online_dpo", {"rollout.stop": _LETTERS, "rollout.missing_eos_penalty": 0.5}),
-    ("rloo", {"rollout.stop": _LETTERS, "rollout.keep_unfinished": False}),
+    ("rloo", {"rollout.stop": _ENDS, "rollout.keep_unfinished": False}),
     ("ppo", {"rollout.rescore": False}),
-    ("online_dpo", {"rollout.pairing": "random"}),
-    ("online_dpo", {"rollout.min_difference": 9.0}),
+    ("online_dpo", {"rollout.responses_per_prompt": 4, "rollout.pairing": "random"}),
+    # a difference of one letter is too little
+    ("online_dpo", {"rollout.responses_per_prompt": 4, "rollout.min_difference": 0.4}),
     ("online_kto", {"rollout.threshold": "prompt"}),
     *(
         ("grpo", {"objective.advantages": method})
