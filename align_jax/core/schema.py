@@ -122,6 +122,8 @@ class Outputs(NamedTuple):
     logps: Float[Any, "B R"]  # sums of token_logps over each response
     lengths: Int[Any, "B R"]
     entropy: Float[Any, "N T"] | None = None  # of the next-token distribution
+    # policy outputs only: 1 where no token is more probable than the response's, else 0
+    most_probable: Float[Any, "N T"] | None = None
     log_sum_sq: Float[Any, "N T"] | None = None  # log sum_v p_v^2
     # policy outputs only: KL(reference || policy) of the next-token distribution
     kl: Float[Any, "N T"] | None = None

@@ -23,6 +23,7 @@ from align_jax.core.schema import Batch, Outputs
 
 TOKEN_FIELDS = (
     "entropy",
+    "most_probable",
     "log_sum_sq",
     "kl",
     "divergence",
@@ -135,7 +136,10 @@ def _statistics(
     # A comparison and a masked sum instead of a gather: it stays local where the vocabulary is
     # split over devices, and its gradient is a select instead of a scatter.
     chosen = jnp.arange(logits.shape[-1])[None, None] == targets[:, :, None]
-    found = {"token_logps": jnp.where(chosen, logits, 0.0).sum(axis=-1) - log_sum}
+    logit = jnp.where(chosen, logits, 0.0).sum(axis=-1)
+    found = {"token_logps": logit - log_sum}
+    if "most_probable" in needs:
+        found["most_probable"] = (logit >= logits.max(axis=-1)).astype(jnp.float32)
     if "entropy" in needs:
         p = jnp.exp(logits - log_sum[:, :, None])
         found["entropy"] = log_sum - (p * jnp.where(p > 0, logits, 0.0)).sum(axis=-1)

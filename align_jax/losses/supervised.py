@@ -23,10 +23,17 @@ from align_jax.losses.objective import (
 )
 from align_jax.losses.options import Option
 
+# means over the learned tokens, by TRL's names
+TOKEN_METRICS = {"entropy": "entropy", "mean_token_accuracy": "most_probable"}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TokenLoss(Loss):
-    """The negative log-likelihood of some of each group's responses, nats a token."""
+    """The negative log-likelihood of some of each group's responses, nats a token.
+
+    Reported beside it are the entropy of the policy's distributions, and the share of tokens than
+    which none is more probable.
+    """
 
     per: Annotated[
         Literal["token", "sequence"],
@@ -34,6 +41,10 @@ class TokenLoss(Loss):
     ] = "token"
 
     responses: ClassVar[slice] = slice(None)  # those of a group that are learned
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return tuple(TOKEN_METRICS.values())
 
     def _groups(self, batch: Batch) -> Float[Array, "B"]:
         """Weigh each group; of unpaired feedback the desirable ones alone are imitated."""
@@ -61,8 +72,9 @@ class TokenLoss(Loss):
         weight = self._groups(batch)
         total = (weight * counts.sum(axis=1)).sum()
         reported = {"nll": -policy.logps[:, self.responses]}
-        if policy.entropy is not None:
-            reported["entropy"] = sum_by_slot(policy.entropy, batch)[:, self.responses]
+        for name, field in TOKEN_METRICS.items():
+            if (said := getattr(policy, field)) is not None:
+                reported[name] = sum_by_slot(said, batch)[:, self.responses]
         return losses, {
             name: ((weight[:, None] * value).sum(), total) for name, value in reported.items()
         }

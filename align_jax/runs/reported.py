@@ -25,7 +25,7 @@ from align_jax.storage.workdir import flat, read_record
 # markers, beside its own).
 PANELS: Mapping[str, tuple[str, ...]] = {
     "loss": ("loss",),
-    "accuracy": ("rewards/accuracies", "accuracy"),
+    "accuracy": ("rewards/accuracies", "accuracy", "mean_token_accuracy"),
     "margin": ("rewards/margins", "margin"),
     "implicit rewards": ("rewards/chosen", "rewards/rejected"),
     "log-probabilities": ("logps/chosen", "logps/rejected"),

@@ -71,7 +71,7 @@ def direct(hidden, matrix, batch):
 def test_equals_the_log_softmax_of_all_logits(slots, chunk):
     batch, (hidden, matrix) = make_batch(slots), inputs()
     found = logprobs.token_outputs(
-        hidden, head(matrix), batch, needs=("entropy", "log_sum_sq"), chunk=chunk
+        hidden, head(matrix), batch, needs=("entropy", "most_probable", "log_sum_sq"), chunk=chunk
     )
     expected, logps = direct(hidden, matrix, batch)
     np.testing.assert_allclose(found.token_logps, expected, rtol=1e-5, atol=1e-5)
@@ -87,6 +87,8 @@ def test_equals_the_log_softmax_of_all_logits(slots, chunk):
             batch.loss_mask, np.take_along_axis(every, np.asarray(batch.source_index), 1), 0
         )
         np.testing.assert_allclose(getattr(found, field), wanted, rtol=1e-4, atol=1e-5)
+    best = np.take_along_axis(logps.argmax(-1), np.asarray(batch.source_index), 1) == batch.tokens
+    np.testing.assert_array_equal(found.most_probable, batch.loss_mask & best)
 
 
 def test_kl_is_the_reference_to_the_policy():
