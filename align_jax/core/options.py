@@ -639,6 +639,9 @@ class RolloutOptions(Checked):
 
     prompts: int = option(0, "in a rollout; 0 = batch_size", unit="prompts", low=0)
     responses_per_prompt: int = option(8, "samples of each", unit="responses", low=1)
+    eval_responses_per_prompt: int = option(
+        0, "samples of each held-out prompt; 0 = responses_per_prompt", unit="responses", low=0
+    )
     max_new_tokens: int = option(
         256, "of a response, with what the environment says in it", unit="tokens", low=1
     )

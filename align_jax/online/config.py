@@ -387,6 +387,13 @@ def make_rollout_config(terms: Sequence[Term], config: Config) -> RolloutConfig:
             ``config.rollout`` for which the objective has an option of its own.
     """
     kind, options = data_kind(terms), config.rollout
+    taught = [term.name for term in terms if term.loss.own_share]
+    if taught and options.eval_responses_per_prompt:
+        raise ValueError(
+            f"config.rollout.eval_responses_per_prompt = {options.eval_responses_per_prompt}: "
+            f"{taught[0]!r} is compared with its teacher on held-out samples as training has them: "
+            "leave it at 0"
+        )
     if options.against == "auto":
         against = next((x for term in terms if (x := term.loss.opponent) != "none"), "none")
         options = dataclasses.replace(options, against=against)

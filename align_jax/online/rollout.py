@@ -171,19 +171,29 @@ class RolloutMaker:
     ) -> tuple[dict[str, float], Iterator[Batch]]:
         """Sample the held-out prompts as training's are sampled, always with the same draws.
 
-        Several processes take equal shares; what is left over of the prompts stays out.
+        A judge of pairs compares each prompt's samples, with those of another player that they
+        meet.  Several processes take equal shares; what is left over of the prompts stays out.
 
         Returns:
             What ``describe`` says of a rollout but for its speed, and the samples in batches.
         """
         share, engine = len(held_out) // jax.process_count(), self.sampler.engine
-        first = jax.process_index() * share
+        first, options = jax.process_index() * share, self.sampler.options
+        count = options.eval_responses_per_prompt or options.responses_per_prompt
+        sampler = dataclasses.replace(
+            self.sampler, options=dataclasses.replace(options, responses_per_prompt=count)
+        )
+        opponent = sampler.opponent if self.config.judged and not sampler.mixed else None
         with jax.set_mesh(self.mesh):
             engine.update(weights.policy)
-            found, moments, seconds = self.sampler.sample(
+            if opponent is not None:
+                opponent.update(weights.policy, weights.reference)
+            found, moments, seconds = sampler.sample(
                 held_out, range(first, first + share), moments, alone=True
             )
             engine.release()
+            if opponent is not None:
+                opponent.engine.release()
         values = sampling.describe(SampledRollout(found, 1, moments, seconds, tokens=0))
         values = {name: x for name, x in values.items() if not name.startswith("rollout/")}
         return values, self._as_batches(found)
@@ -651,7 +661,7 @@ def make_rollouts(
         seed=config.seed,
     )
     prompts = read(examples, shuffle=config.data.shuffle, answers=rollouts.answers)
-    others = read(held_out, shuffle=False) if held_out else None
+    others = read(held_out, shuffle=False, answers=rollouts.answers) if held_out else None
     if others is not None and len(others) < jax.process_count():
         raise ValueError(
             f"{len(others)} held-out prompts for {jax.process_count()} processes: each needs one "

@@ -326,8 +326,7 @@ class PromptSampler:
             moments: the running moments of all scores.
             greedy: score the most probable completion to each prompt too; it counts among the
                 moments, and nowhere else.
-            alone: sample the policy itself, and leave out what the samples meet, and a judge of
-                pairs.
+            alone: sample the policy itself, and what the samples meet for a judge of pairs only.
 
         Returns:
             The samples, the running moments of all scores, and the seconds spent generating.
@@ -351,7 +350,7 @@ class PromptSampler:
         began = time.monotonic()
         examples = [example for example, _ in chosen]
         completions, episodes = self._complete(requests, examples, alone)
-        met = self._others(prompts, positions, requests, alone)
+        met = self._others(prompts, positions, requests, alone and self.rewards.pairs is None)
         seconds = time.monotonic() - began
         everyone = [[*own, *other] for own, other in zip(completions, met)]
         extras = [
@@ -367,7 +366,7 @@ class PromptSampler:
             extras,
         )
         rewards = unscored_as_mean(total.reshape(len(chosen), -1), each)
-        compared = None if alone else self._compared(examples, everyone)
+        compared = self._compared(examples, everyone)
         if compared is not None:
             rewards = np.stack([one.wins for one in compared])
         scores, moments = shape_scores(rewards, everyone, options, moments)
@@ -453,10 +452,10 @@ class PromptSampler:
         )
 
     def _others(
-        self, prompts: Prompts, positions: Sequence[int], requests: Sequence[Request], alone: bool
+        self, prompts: Prompts, positions: Sequence[int], requests: Sequence[Request], unmet: bool
     ) -> list[list[Completion]]:
         """Draw what the samples of each prompt meet."""
-        if alone or not others(self.options):
+        if unmet or not others(self.options):
             return [[] for _ in positions]
         if self.opponent is None:
             return [[prompts.answer(position)] for position in positions]

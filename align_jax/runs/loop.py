@@ -15,10 +15,12 @@ from typing import Any
 import jax
 from etils import epath
 
+from align_jax import losses
 from align_jax.core import config as configs
 from align_jax.core import metrics
 from align_jax.core.options import Config
 from align_jax.core.progress import Progress
+from align_jax.data.pipeline import Pipeline
 from align_jax.data.sources import Source
 from align_jax.interop import hf
 from align_jax.models.lora import merge
@@ -75,18 +77,37 @@ def make_evaluation(
     """Return a function from (state, frozen) to the held-out set's means; None where nothing is
     held out.
 
-    Of examples the means are those of the eval step; of prompts, those of the policy's samples.
+    Of examples the means are those of the eval step; of prompts, those of the policy's samples, and
+    ``ptx_nll`` of held-out text.
     """
     if run.held_out is None:
         return None
     if run.eval is None:
-        return _of_samples(run, source)
+        of_samples = _of_samples(run, source)
+        return of_samples if run.eval_text is None else _with_text(run, run.eval_text, of_samples)
     held_out = batches_of(run, run.eval, run.held_out)
 
     def batches() -> Iterator[Any]:
         return (put_batch(run.mesh, batch) for batch in held_out(0))
 
     return evaluation.make_evaluation(run.step_spec, run.mesh, batches)
+
+
+def _with_text(
+    run: Run, text: Pipeline, of_samples: Callable[[Any, Any], dict[str, float]]
+) -> Callable[[Any, Any], dict[str, float]]:
+    """Add what the policy says of held-out text, at temperature 1 as where it is learned."""
+    spec = run.step_spec._replace(terms=losses.resolve("sft"), temperature=1.0)
+
+    def batches() -> Iterator[Any]:
+        return (put_batch(run.mesh, batch) for batch in text.iterator(0))
+
+    of_text = evaluation.make_evaluation(spec, run.mesh, batches)
+
+    def evaluate(state: Any, frozen: Any) -> dict[str, float]:
+        return of_samples(state, frozen) | {"ptx_nll": of_text(state, frozen)["nll"]}
+
+    return evaluate
 
 
 TO_TEACHER = ("divergence", "reverse_kl")  # metrics of samples alone, whatever they are worth
@@ -368,6 +389,7 @@ def summary(step: int, values: dict[str, float]) -> str:
         "divergence",
         "reverse_kl",
         "nll",
+        "ptx_nll",
         "kl",
         "reward",
     )

@@ -468,6 +468,7 @@ class Run(NamedTuple):
     state_specs: initialize.StateSpecs
     train: Pipeline | Rollouts
     eval: Pipeline | None  # of held-out examples; None of prompts, which the source itself samples
+    eval_text: Pipeline | None  # of held-out text, where a step gets text beside its rollout
     examples: Examples
     held_out: Examples | None
     total_steps: int
@@ -523,15 +524,18 @@ def _check_columns(terms: Sequence[Term], examples: Examples) -> None:
         )
 
 
-def make_text(config: Config, resolved: ResolvedConfig, mesh: Mesh) -> Pipeline | None:
-    """Tokenize the text that a step gets beside its rollout; None where there is none.
+def make_text(
+    config: Config, resolved: ResolvedConfig, mesh: Mesh
+) -> tuple[Pipeline | None, Pipeline | None]:
+    """Tokenize the text that a step gets beside its rollout, and what is held out of it; None where
+    there is none.
 
     Raises:
         ValueError: the share makes a number of examples that does not divide.
     """
     d = config.data
     if not d.text:
-        return None
+        return None, None
     count, multiple = round(d.text_share * config.batch_size), config.microbatches
     multiple *= row_shards(mesh)
     if count < 1 or count % multiple:
@@ -541,20 +545,32 @@ def make_text(config: Config, resolved: ResolvedConfig, mesh: Mesh) -> Pipeline 
             f"rows times microbatches); the next share that does: "
             f"{-(-max(count, 1) // multiple) * multiple / config.batch_size:g}"
         )
-    options = dataclasses.replace(d, layout="plain", format="auto", columns={}, groups_per_row=0)
-    chat = bool(resolved.tokenizer.chat_template)
-    examples = datasets.load(
-        d.text.split(","), "completions", options=options, seed=config.seed, chat=chat
+    options = dataclasses.replace(d, layout="plain", format="auto", columns={}, groups_per_row=0.0)
+    load = functools.partial(
+        datasets.load,
+        kind="completions",
+        options=options,
+        seed=config.seed,
+        chat=bool(resolved.tokenizer.chat_template),
     )
-    return pipeline.make_pipeline(
-        examples,
-        resolved.tokenizer,
-        options,
-        BatchSizes(count, config.max_length, row_multiple=multiple),
+    most = config.eval.max_examples
+    held_out: Examples | None
+    if own := synthetic.eval_split(d.text) if d.eval_fraction else "":
+        train, held_out = load([d.text]), load([own], limit=most or None)
+    else:
+        train, held_out = datasets.hold_out(
+            load(d.text.split(",")), d.eval_fraction, most=most, seed=config.seed, folder=d.cache
+        )
+    make = functools.partial(
+        pipeline.make_pipeline,
+        tokenizer=resolved.tokenizer,
+        options=options,
+        sizes=BatchSizes(count, config.max_length, row_multiple=multiple),
         seed=config.seed,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
+    return make(train), None if held_out is None else make(held_out, once=True)
 
 
 def make_pipeline(
@@ -641,6 +657,7 @@ def _check_measured(config: Config, held_out: Examples | None) -> None:
     names = {
         "eval.stop_metric": config.eval.stop_metric,
         "checkpoint.best_metric": config.checkpoint.best_metric,
+        "rollout.eval_responses_per_prompt": config.rollout.eval_responses_per_prompt,
     }
     for key, name in names.items():
         if name and held_out is None:
@@ -716,12 +733,14 @@ def prepare(
     examples, held_out = read_data(config, resolved, given)
     _check_measured(config, held_out)
     held: Pipeline | None = None
+    held_text: Pipeline | None = None
     if resolved.rollouts is None:
         train: Pipeline | Rollouts = make_pipeline(config, resolved, mesh, examples, once=False)
         if held_out is not None:
             chosen = _as_laid_out(config, train)
             held = make_pipeline(chosen, resolved, mesh, held_out, once=True)
     else:
+        text, held_text = make_text(config, resolved, mesh)
         train = make_rollouts(
             resolved.rollouts,
             config,
@@ -736,7 +755,7 @@ def prepare(
             load_model=weights.load_model,
             export=functools.partial(weights.save_policy, resolved.models.policy),
             held_out=() if held_out is None else held_out.items,
-            text=make_text(config, resolved, mesh),
+            text=text,
         )
         if held_out is not None and resolved.rollouts.own_share < 1:  # held-out answers are there
             held = make_pipeline(config, resolved, mesh, held_out, once=True)
@@ -746,7 +765,8 @@ def prepare(
     step_spec = make_step_spec(config, resolved, total)
     specs = make_state_specs(config, resolved, step_spec, mesh)
     run = Run(
-        config, workdir, mesh, resolved, step_spec, specs, train, held, examples, held_out, total
+        *(config, workdir, mesh, resolved, step_spec, specs, train, held, held_text),
+        *(examples, held_out, total),
     )
     if here:
         check_memory(run)

@@ -149,12 +149,15 @@ def test_samples_win_against_what_they_meet(play, name):  # noqa: F811
     assert source.metrics["against/win_rate"] == pytest.approx(own.mean())
 
 
-def test_held_out_prompts_are_sampled_and_not_judged(play):  # noqa: F811
+def test_held_out_samples_are_judged_against_what_they_meet(play):  # noqa: F811
     source, weights = judged_source(play, "dpo", responses_per_prompt=2, batch_size=4)
     held_out = Prompts(HELD_OUT, load_tokenizer("byte"), max_length=24, max_new_tokens=6)
     found, _ = source._maker.evaluate(held_out, weights, {})
-    assert "reward" not in found and "judge/pairs" not in found
-    assert found["completions/mean_length"] > 0
+    assert found["judge/pairs"] == len(HELD_OUT) and found["reward"] == 0.5
+    source, weights = judged_source(play, "nash_md", responses_per_prompt=2, batch_size=4)
+    found, _ = source._maker.evaluate(held_out, weights, {})
+    assert found["judge/pairs"] == 2 * len(HELD_OUT)
+    assert found["reward"] == found["against/win_rate"] == 1.0 - found["against/reward"]
 
 
 @pytest.mark.parametrize(

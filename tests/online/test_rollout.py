@@ -563,6 +563,9 @@ def test_evaluation_samples_the_held_out_prompts_and_leaves_the_rollouts_as_they
     engine.update(models[2].policy)  # let go of after each use
     texts = [one.text for several in engine(request) for one in several]
     assert before["reward"] == pytest.approx(np.mean(vowels(None, texts, None)), rel=1e-6)
+    two = make(models, "grpo", eval_responses_per_prompt=2).evaluate(models[2])[0]
+    first = [text for i, text in enumerate(texts) if i % 4 < 2]  # a sample's draw is its own
+    assert two["reward"] == pytest.approx(np.mean(vowels(None, first, None)), rel=1e-6)
     for _ in range(3):
         assert equal(undisturbed.next(lambda: models[2]), source.next(lambda: models[2]))
         assert source.evaluate(models[2])[0] == before

@@ -154,17 +154,20 @@ def test_minillm_needs_no_reward_and_comes_nearer_to_its_teacher(teacher, tmp_pa
     config.rewards = configs.ConfigDict()
     for key, value in student(teacher).model.config.items():
         config.model.config[key] = value
-    config.total_steps, config.batch_size, config.max_length = 6, 8, 64
+    config.total_steps, config.batch_size, config.max_length = 6, 8, 112
     config.rollout.responses_per_prompt, config.rollout.max_new_tokens = 4, 8
     config.eval.every_steps, config.log.every_steps = 0, 1
     config.optimizer.learning_rate = 1e-2
     config.reference.path = teacher
+    config.objective.ptx_coef, config.data.text = 0.1, "builtin:completions:train?size=32"
     held_out = loop.train(config, str(tmp_path))
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     found = [row["divergence"] for row in rows if "loss" in row]
     assert len(found) == 6 and found[-1] < 0.95 * found[0]
     assert 0.5 * found[-1] < held_out["eval/divergence"] < found[0]
     assert np.isfinite(held_out["eval/reverse_kl"])
+    texts = [row["ptx_nll"] for row in rows if "loss" in row]
+    assert 0.5 * texts[-1] < held_out["eval/ptx_nll"] < texts[0]
     assert "reward" not in rows[0] or rows[0]["reward"] == 0
 
 
