@@ -638,6 +638,7 @@ WITH_HOLES: list[tuple[str, dict]] = [
 CONFIGS = (  # whose fields docs/coming_from.md tells one by one
     *(trl.DPOConfig, trl.KTOConfig, trl.RewardConfig, trl.SFTConfig, trl.GRPOConfig),
     *(trl.RLOOConfig, OnlineDPOConfig, GKDConfig, ORPOConfig, CPOConfig, TPOConfig, GMPOConfig),
+    trl.DistillationConfig,
 )
 # the adaptive entropy bonus, over some steps
 CONTROL = {"entropy_coef": 0.2, "entropy_target": 1.0, "entropy_step": 0.4}

@@ -41,7 +41,8 @@ class Gkd(Loss):
     References:
         Agarwal et al. 2023, arXiv 2306.13649, equations 1 and 4, λ: algorithm 1; β = 0: Hinton et
         al. 2015, arXiv 1503.02531; β = 1: the direction of Gu et al. 2023, arXiv 2306.08543, whose
-        whole gradient is ``minillm``.
+        whole gradient is ``minillm``.  With ``on_policy`` 1 it is what TRL 1.16's
+        ``DistillationTrainer`` minimizes.
 
     >>> from align_jax.losses import jitted
     >>> logps = [[-1.0, -3.0]]

@@ -78,6 +78,7 @@ PARTS = {
     "CPOConfig": "CPO",
     "TPOConfig": "TPO",
     "GMPOConfig": "GMPO",
+    "DistillationConfig": "distillation",
 }
 SHARED = {"all", "references", "GRPO, RLOO"}
 BASES = {"GKDConfig": {"SFT"}, "GMPOConfig": {"GRPO"}, "OnlineDPOConfig": {"GRPO, RLOO", "DPO"}}
