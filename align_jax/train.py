@@ -9,6 +9,9 @@ In Python the same is the function ``align_jax.train``.
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
+
 from absl import flags
 from ml_collections import config_flags
 
@@ -20,25 +23,11 @@ def check_flags() -> None:
     command.output_path("workdir", folder=True)
 
 
-if __name__ == "__main__":  # here, because what is imported next takes seconds
-    config_flags.DEFINE_config_file(
-        "config", None, "Recipe, objective or file; its argument after a colon.", lock_config=True
-    )
-    flags.DEFINE_string(
-        "workdir", None, "Folder of the run: a local path or gs://...; restarting resumes it."
-    )
-    flags.mark_flags_as_required(["config", "workdir"])
-    arguments = command.read(check=check_flags)
-
-import sys
-from collections.abc import Sequence
-
-from align_jax.parallel import distributed
-from align_jax.runs import loop
-
-
 def main(argv: Sequence[str]) -> None:
     """Run from the command line."""
+    from align_jax.parallel import distributed
+    from align_jax.runs import loop  # here, because importing it takes seconds
+
     workdir = flags.FLAGS.workdir
     loop.train(flags.FLAGS.config, workdir)
     if distributed.is_main():
@@ -50,4 +39,11 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    command.run(main, arguments)
+    config_flags.DEFINE_config_file(
+        "config", None, "Recipe, objective or file; its argument after a colon.", lock_config=True
+    )
+    flags.DEFINE_string(
+        "workdir", None, "Folder of the run: a local path or gs://...; restarting resumes it."
+    )
+    flags.mark_flags_as_required(["config", "workdir"])
+    command.run(main, command.read(check=check_flags))

@@ -203,10 +203,10 @@ def check_made(path: str, backend: Tokenizer) -> None:
 
 def _model_faults(content: Mapping[str, Any], backend: Tokenizer) -> Iterator[str]:
     if not content["model"].get("vocab"):
-        yield "model.vocab: expected tokens, got none"
+        yield "its model's vocab: expected tokens, got none"
     if dropout := content["model"].get("dropout"):
         yield (
-            f"model.dropout = {dropout}: the same text would become other tokens each time; "
+            f"its model's dropout = {dropout}: the same text would become other tokens each time; "
             "set it to null"
         )
     for token in content.get("added_tokens") or ():

@@ -20,7 +20,10 @@ TOKENIZER = (
 )
 # generation_config.json, preprocessor_config.json, ..., and the code that auto_map names; those of
 # codes describe weights that are no more
-SETTINGS = r"(?!adapter_|tokenizer_|(hf_)?quant_|quantize_)\w+_config\.json|\w+\.py"
+SETTINGS = (
+    r"(?!adapter_|tokenizer_|(hf_)?quant_|quantize_)\w+_config\.json"
+    r"|(modeling|configuration|tokenization|(image_)?processing)_\w+\.py"
+)
 # those that are taken away where the checkpoint has none: a name of the user's own is left alone
 REPLACED = r"(generation|processor|(video_)?preprocessor)_config\.json"
 

@@ -22,7 +22,11 @@ PUBLISHED = (
     "*.model",
     "*.spm",
     "*.tiktoken",
-    "*.py",
+    "modeling_*.py",  # what auto_map names, as transformers calls such code
+    "configuration_*.py",
+    "tokenization_*.py",
+    "processing_*.py",
+    "image_processing_*.py",
     "*.jinja",
     "additional_chat_templates/*.jinja",
     "README.md",
