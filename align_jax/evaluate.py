@@ -22,34 +22,66 @@ from __future__ import annotations
 
 from absl import flags
 
+from align_jax.core.choose import choose
+from align_jax.evals import EVALS
 from align_jax.runs import command
 
-NAMES = (  # of evals.EVALS, whose import takes seconds
-    "preference",
-    "reward",
-    "process",
-    "perplexity",
-    "generation",
-    "pass_at_k",
-    "win_rate",
-)
+
+def named_source(item: str) -> tuple[str, str]:
+    """Divide NAME=SOURCE.
+
+    Raises:
+        ValueError: an unknown evaluation, or no source.
+    """
+    name, _, source = item.partition("=")
+    choose(EVALS, name, "--eval")
+    if not source:
+        raise ValueError(f"--eval={item}: expected NAME=SOURCE, such as {name}=data.jsonl")
+    return name, source
 
 
 def check_flags() -> None:
-    """Refuse flags that do not go together, whatever is evaluated.
+    """Refuse flags that do not go together, or not with what is evaluated.
 
     Raises:
         Usage: with what to give instead.
+        ValueError: as ``named_source``.
     """
     values = flags.FLAGS
-    if bool(values.model) == bool(values.workdir):
-        raise command.Usage("give one of --model and --workdir")
+    command.one_of("model", "workdir")
     if not values.eval:
-        raise command.Usage(f"give at least one --eval=NAME=SOURCE; known: {', '.join(NAMES)}")
+        raise command.Usage(f"give at least one --eval=NAME=SOURCE; known: {', '.join(EVALS)}")
     command.belong(("dtype",), "--model", bool(values.model))
     command.belong(("step",), "--workdir", bool(values.workdir))
     command.belong(("judge_model",), "--judge", bool(values.judge))
     command.belong(("allow_http",), "--judge", bool(values.judge))
+    names = {named_source(item)[0] for item in values.eval}
+    command.belong(("judge",), "--eval=win_rate", "win_rate" in names)
+    several = {"generation", "pass_at_k"}
+    command.belong(
+        ("samples_per_prompt",), "--eval=generation and --eval=pass_at_k", bool(names & several)
+    )
+    command.belong(("pass_score",), "--eval=pass_at_k", "pass_at_k" in names)
+    command.belong(("beta",), "--eval=preference", "preference" in names)
+    drawn = ("answers", "rewards", "max_new_tokens", "temperature", "top_p", "seed")
+    for own, sampled in ((drawn, True), (("batch_size",), False)):
+        takers = [name for name, row in EVALS.items() if row.sampled is sampled]
+        where = ", ".join(f"--eval={name}" for name in takers)
+        command.belong(own, where, not names.isdisjoint(takers))
+    asked = {EVALS[name].head for name in names}
+    command.belong(("reference",), "evaluations of words", "" in asked)
+    of_steps = bool(values.model) and "steps" in asked
+    command.belong(("step_separator",), "--model and --eval=process", of_steps)
+    for name in sorted(names):
+        if EVALS[name].takes == "rewards" and not values.rewards:
+            raise command.Usage(f"--eval={name} needs --rewards")
+    if len(asked) > 1:
+        raise command.Usage(
+            "--eval=reward is of a reward model and --eval=process of one that scores steps; "
+            "neither says words: give it alone"
+        )
+    if "win_rate" in names and not (values.rewards or values.judge):
+        raise command.Usage("--eval=win_rate needs --rewards or --judge")
 
 
 if __name__ == "__main__":  # here, because what is imported next takes seconds
@@ -57,7 +89,7 @@ if __name__ == "__main__":  # here, because what is imported next takes seconds
     flags.DEFINE_string("workdir", "", "Folder of a training run.")
     flags.DEFINE_string("step", "latest", "Checkpoint of the run: latest, best or a step.")
     flags.DEFINE_string("reference", "", "Checkpoint to compare with.")
-    flags.DEFINE_multi_string("eval", [], "NAME=SOURCE, NAME one of " + ", ".join(NAMES))
+    flags.DEFINE_multi_string("eval", [], "NAME=SOURCE, NAME one of " + ", ".join(EVALS))
     flags.DEFINE_string("rewards", "", "As config.rewards: JSON, or a file of it.")
     flags.DEFINE_string(
         "judge", "", "OpenAI-compatible server that compares answers (its key in OPENAI_API_KEY)."
@@ -93,13 +125,11 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from align_jax.core.choose import choose
 from align_jax.core.files import json_text
 from align_jax.core.options import DataOptions, RolloutOptions
 from align_jax.core.progress import samples_table
 from align_jax.data import datasets
 from align_jax.data.tokenizer import load_tokenizer
-from align_jax.evals import EVALS
 from align_jax.evals.policy import EvaluatedPolicy
 from align_jax.evals.win_rate import Compare, by_judge, by_rewards
 from align_jax.inference.client import Client
@@ -250,19 +280,6 @@ def check_head(policy: EvaluatedPolicy, head: str) -> None:
         raise ValueError(f"{policy.name} is {kind}: --eval={fix}")
 
 
-def named_source(item: str) -> tuple[str, str]:
-    """Divide NAME=SOURCE.
-
-    Raises:
-        ValueError: an unknown evaluation, or no source.
-    """
-    name, _, source = item.partition("=")
-    choose(EVALS, name, "--eval")
-    if not source:
-        raise ValueError(f"--eval={item}: expected NAME=SOURCE, such as {name}=data.jsonl")
-    return name, source
-
-
 def table(results: Mapping[str, Mapping[str, float]]) -> str:
     """Write results as an aligned table; a metric's standard error stands beside it."""
     lines = []
@@ -279,48 +296,10 @@ def table(results: Mapping[str, Mapping[str, float]]) -> str:
     return "\n".join(lines)
 
 
-def check_evals() -> None:
-    """Refuse flags that do not go with what is evaluated.
-
-    Raises:
-        Usage: with what to give instead.
-        ValueError: as ``named_source``, or sampling settings out of range.
-    """
-    values = flags.FLAGS
-    names = {named_source(item)[0] for item in values.eval}
-    command.belong(("judge",), "--eval=win_rate", "win_rate" in names)
-    several = {"generation", "pass_at_k"}
-    command.belong(
-        ("samples_per_prompt",), "--eval=generation and --eval=pass_at_k", bool(names & several)
-    )
-    command.belong(("pass_score",), "--eval=pass_at_k", "pass_at_k" in names)
-    command.belong(("beta",), "--eval=preference", "preference" in names)
-    drawn = ("answers", "rewards", "max_new_tokens", "temperature", "top_p", "seed")
-    for own, sampled in ((drawn, True), (("batch_size",), False)):
-        takers = [name for name, row in EVALS.items() if row.sampled is sampled]
-        where = ", ".join(f"--eval={name}" for name in takers)
-        command.belong(own, where, not names.isdisjoint(takers))
-    asked = {EVALS[name].head for name in names}
-    command.belong(("reference",), "evaluations of words", "" in asked)
-    of_steps = bool(values.model) and "steps" in asked
-    command.belong(("step_separator",), "--model and --eval=process", of_steps)
-    for name in sorted(names):
-        if EVALS[name].takes == "rewards" and not values.rewards:
-            raise command.Usage(f"--eval={name} needs --rewards")
-    if len(asked) > 1:
-        raise command.Usage(
-            "--eval=reward is of a reward model and --eval=process of one that scores steps; "
-            "neither says words: give it alone"
-        )
-    if "win_rate" in names and not (values.rewards or values.judge):
-        raise command.Usage("--eval=win_rate needs --rewards or --judge")
-    Sampling(values.temperature, top_p=values.top_p)
-
-
 def main(argv: Sequence[str]) -> None:
     """Run from the command line."""
     values = flags.FLAGS
-    check_evals()
+    Sampling(values.temperature, top_p=values.top_p)  # settings in range
     written, kept = command.output_path("json"), command.output_path("answers")
     distributed.start()
     compile_cache.keep()

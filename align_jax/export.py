@@ -22,8 +22,7 @@ def check_flags() -> None:
         Usage: with what to give instead.
     """
     values = flags.FLAGS
-    if bool(values.workdir) == bool(values.model):
-        raise command.Usage("give one of --workdir and --model")
+    command.one_of("workdir", "model")
     command.belong(("step", "adapter"), "--workdir", bool(values.workdir))
     command.belong(("dtype",), "a whole checkpoint, not to --adapter", not values.adapter)
     command.belong(("private",), "--push_to_hub", bool(values.push_to_hub))

@@ -27,8 +27,7 @@ def check_flags() -> None:
         Usage: with what to give instead.
     """
     values = flags.FLAGS
-    if bool(values.model) == bool(values.workdir):
-        raise command.Usage("give one of --model and --workdir")
+    command.one_of("model", "workdir")
     if not values.chat and not (values.prompts and values.output):
         raise command.Usage("give --prompts and --output, or --chat")
     command.belong(("dtype",), "--model without --url", bool(values.model) and not values.url)

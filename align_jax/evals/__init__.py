@@ -4,15 +4,8 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from collections.abc import Callable, Mapping
-
-from align_jax.evals.generation import generation
-from align_jax.evals.pass_at_k import pass_at_k
-from align_jax.evals.perplexity import perplexity
-from align_jax.evals.preference import preference
-from align_jax.evals.process import process
-from align_jax.evals.reward import reward
-from align_jax.evals.win_rate import win_rate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,7 +13,7 @@ class Eval:
     """A row of the table.
 
     Attributes:
-        fn: (policy, examples, [what it ``takes``], **options) -> metric -> number.
+        name: of its module in this folder, and of the function there.
         kind: of examples.
         takes: "" nothing more, "rewards" a weighted sum of rewards, "compare" a comparison of two
             answers.
@@ -28,19 +21,30 @@ class Eval:
         head: what of the policy it asks: "" its words, "score" its rewards, "steps" those of steps.
     """
 
-    fn: Callable[..., dict[str, float]]
+    name: str
     kind: str
     takes: str = ""
     sampled: bool = False
     head: str = ""
 
+    @property
+    def fn(self) -> Callable[..., dict[str, float]]:
+        """The function of (policy, examples, [what it ``takes``], **options) to metric -> number;
+        imported when it is asked for, because that takes seconds and the names alone none."""
+        module = importlib.import_module(f"{__name__}.{self.name}")
+        found: Callable[..., dict[str, float]] = getattr(module, self.name)
+        return found
+
 
 EVALS: Mapping[str, Eval] = {
-    "preference": Eval(preference, "pairs"),
-    "reward": Eval(reward, "pairs", head="score"),
-    "process": Eval(process, "stepwise", head="steps"),
-    "perplexity": Eval(perplexity, "completions"),
-    "generation": Eval(generation, "prompts", "rewards", sampled=True),
-    "pass_at_k": Eval(pass_at_k, "prompts", "rewards", sampled=True),
-    "win_rate": Eval(win_rate, "prompts", "compare", sampled=True),
+    row.name: row
+    for row in (
+        Eval("preference", "pairs"),
+        Eval("reward", "pairs", head="score"),
+        Eval("process", "stepwise", head="steps"),
+        Eval("perplexity", "completions"),
+        Eval("generation", "prompts", "rewards", sampled=True),
+        Eval("pass_at_k", "prompts", "rewards", sampled=True),
+        Eval("win_rate", "prompts", "compare", sampled=True),
+    )
 }

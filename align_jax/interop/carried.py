@@ -4,6 +4,7 @@ it, byte for byte."""
 
 from __future__ import annotations
 
+import fnmatch
 import os
 import pathlib
 import re
@@ -11,7 +12,7 @@ import re
 from etils import epath
 from transformers import PreTrainedTokenizerBase
 
-from align_jax.interop import hf
+from align_jax.interop import hf, hub
 
 TOKENIZER = (
     r"(tokenizer|tokenizer_config|special_tokens_map|added_tokens|vocab|chat_template|tekken)\.json"
@@ -20,9 +21,11 @@ TOKENIZER = (
 )
 # generation_config.json, preprocessor_config.json, ..., and the code that auto_map names; those of
 # codes describe weights that are no more
-SETTINGS = (
-    r"(?!adapter_|tokenizer_|(hf_)?quant_|quantize_)\w+_config\.json"
-    r"|(modeling|configuration|tokenization|(image_)?processing)_\w+\.py"
+SETTINGS = "|".join(
+    [
+        r"(?!adapter_|tokenizer_|(hf_)?quant_|quantize_)\w+_config\.json",
+        *map(fnmatch.translate, hub.CODE),
+    ]
 )
 # those that are taken away where the checkpoint has none: a name of the user's own is left alone
 REPLACED = r"(generation|processor|(video_)?preprocessor)_config\.json"

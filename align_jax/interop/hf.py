@@ -31,7 +31,7 @@ from jax.typing import DTypeLike
 from align_jax.core.choose import choose, nearest
 from align_jax.core.files import json_kind, looks_like, read_json
 from align_jax.core.tree import flatten, unflatten
-from align_jax.interop import tensor_files
+from align_jax.interop import hub, tensor_files
 from align_jax.interop.streaming import read_parameter
 from align_jax.models import FAMILIES, find_family, own_family, unread
 from align_jax.models.config import OWN_FAMILY, RUN_LENGTH, ModelConfig
@@ -166,8 +166,8 @@ def locate(path: str, file: str = "") -> str:
         )
     import huggingface_hub  # here, because importing it is slow and most runs are local
 
-    wanted = "*.json *.safetensors *.model *.model.v* *.txt *.jinja *.tiktoken *.spm *.py".split()
-    wanted += ["README.md", "LICENSE*"]
+    wanted = "*.json *.safetensors *.model *.model.v* *.txt *.jinja *.tiktoken *.spm".split()
+    wanted += [*hub.CODE, "README.md", "LICENSE*"]
     errors = huggingface_hub.errors
     try:
         return huggingface_hub.snapshot_download(

@@ -8,6 +8,11 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+# Code that a checkpoint's auto_map names, as transformers calls such files.
+CODE = (
+    *("modeling_*.py", "configuration_*.py", "tokenization_*.py", "processing_*.py"),
+    *("image_processing_*.py", "video_processing_*.py"),
+)
 # What of a folder is published: weights, settings, tokenizer, card; no file of another kind.
 PUBLISHED = (
     "*.safetensors",
@@ -22,11 +27,7 @@ PUBLISHED = (
     "*.model",
     "*.spm",
     "*.tiktoken",
-    "modeling_*.py",  # what auto_map names, as transformers calls such code
-    "configuration_*.py",
-    "tokenization_*.py",
-    "processing_*.py",
-    "image_processing_*.py",
+    *CODE,
     "*.jinja",
     "additional_chat_templates/*.jinja",
     "README.md",

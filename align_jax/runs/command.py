@@ -15,6 +15,7 @@ A mistake is its message alone, on standard error; ``--debug`` shows the traceba
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import io
@@ -25,7 +26,7 @@ import re
 import sys
 import tempfile
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
 from absl import flags, logging
@@ -82,19 +83,22 @@ def read(*, arguments: str = "", check: Callable[[], None] | None = None) -> lis
             if re.match(r"--?[^=\s]{100}", word):  # absl would look for its like until it fails
                 raise Usage(f"no flag {word[:60]}...; --help shows all flags")
         _read_without_config()
+        if sys.stderr.isatty() and not hasattr(sys.modules["__main__"], "CALLED"):
+            print(
+                f"{program} ...", file=sys.stderr, flush=True
+            )  # a config and imports take seconds
         rest = flags.FLAGS(sys.argv)[1:]
         _check(rest, arguments)
-        if check is not None:
-            check()
     except flags.Error as error:
         if debug:
             raise
         print(f"{program}: {_cut(_flag_message(error))}", file=sys.stderr)
         sys.exit(2)
+    if check is not None:
+        with _told(program):
+            check()
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax tells much of little
-    if sys.stderr.isatty() and not hasattr(sys.modules["__main__"], "CALLED"):
-        print(f"{program} ...", file=sys.stderr, flush=True)  # what is imported next takes seconds
     gc.disable()  # of what is imported next nothing is to be collected
     return rest
 
@@ -123,21 +127,27 @@ def run(main: Callable[[Sequence[str]], None], rest: Sequence[str]) -> NoReturn:
         main: takes what stands on the command line beside the flags.
         rest: that, as ``read`` returned it.
     """
-    program = typed.program()
-    debug = "--debug" in sys.argv[1:]
     gc.freeze()  # imports stay, and a trace makes a hundred thousand objects that live long
     gc.set_threshold(20_000, 20, 20)
     gc.enable()
-    try:
+    with _told(typed.program()):
         main(rest)
         sys.stdout.flush()
+    sys.exit(0)
+
+
+@contextlib.contextmanager
+def _told(program: str) -> Iterator[None]:
+    """Leave with a message and a status where something goes wrong."""
+    try:
+        yield
     except KeyboardInterrupt:
         _leave(130)
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         _leave(0)
     except Exception as error:
-        if debug:
+        if "--debug" in sys.argv[1:]:
             raise
         if isinstance(error, MISTAKES):
             print(f"{program}: {_cut(words(error))}", file=sys.stderr)
@@ -147,7 +157,6 @@ def run(main: Callable[[Sequence[str]], None], rest: Sequence[str]) -> NoReturn:
             file=sys.stderr,
         )
         _leave(1)
-    sys.exit(0)
 
 
 def spelled_out(words: Sequence[str]) -> list[str]:
@@ -265,6 +274,16 @@ def define_dtype(of: str) -> None:
         f"{of}; default: on a CPU the checkpoint's own, elsewhere bfloat16.",
         module_name=sys.argv[0],
     )
+
+
+def one_of(first: str, second: str) -> None:
+    """Refuse both of two flags, and neither.
+
+    Raises:
+        Usage: with their names.
+    """
+    if bool(flags.FLAGS[first].value) == bool(flags.FLAGS[second].value):
+        raise Usage(f"give one of --{first} and --{second}")
 
 
 def belong(names: Sequence[str], to: str, given: bool) -> None:

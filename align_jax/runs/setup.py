@@ -703,6 +703,21 @@ def _as_laid_out(config: Config, train: Pipeline | Rollouts) -> Config:
     return dataclasses.replace(config, data=data, row_length=length)
 
 
+def _check_compile_cache(config: Config) -> None:
+    """Refuse a folder of compiled programs where they cannot be used again.
+
+    Raises:
+        ValueError: several CPU devices.
+    """
+    named = config.debug.compile_cache not in ("", compile_cache.AUTO)
+    if named and jax.default_backend() == "cpu" and jax.device_count() > 1:
+        raise ValueError(
+            f"config.debug.compile_cache = {config.debug.compile_cache!r} on {jax.device_count()} "
+            "CPU devices: a program read from it would lose the order of its collectives and "
+            "hang; --config.debug.compile_cache='' compiles it anew"
+        )
+
+
 def prepare(
     config: Config, workdir: str, *, here: bool = True, given: Mapping[str, Source] | None = None
 ) -> Run:
@@ -719,13 +734,7 @@ def prepare(
         ValueError, KeyError, FileNotFoundError: a mistake in the config, the data or the workdir.
     """
     metrics.check_installed(dataclasses.asdict(config.log))
-    named = config.debug.compile_cache not in ("", compile_cache.AUTO)
-    if named and jax.default_backend() == "cpu" and jax.device_count() > 1:
-        raise ValueError(
-            f"config.debug.compile_cache = {config.debug.compile_cache!r} on {jax.device_count()} "
-            "CPU devices: a program read from it would lose the order of its collectives and "
-            "hang; --config.debug.compile_cache='' compiles it anew"
-        )
+    _check_compile_cache(config)
     config = as_first_started(config, workdir)
     config, resolved = _resolve_dated(config, workdir)
     record.check(workdir, configs.to_dict(config), configs.may_change())
@@ -765,8 +774,18 @@ def prepare(
     step_spec = make_step_spec(config, resolved, total)
     specs = make_state_specs(config, resolved, step_spec, mesh)
     run = Run(
-        *(config, workdir, mesh, resolved, step_spec, specs, train, held, held_text),
-        *(examples, held_out, total),
+        config,
+        workdir,
+        mesh,
+        resolved,
+        step_spec,
+        specs,
+        train,
+        held,
+        held_text,
+        examples,
+        held_out,
+        total,
     )
     if here:
         check_memory(run)

@@ -200,8 +200,8 @@ def test_the_program_names_mistakes_and_writes_an_aligned_table(policy, pairs):
 
 def test_the_programs_judge_has_the_limit_in_all_that_a_rewards_has(monkeypatch):
     values = types.SimpleNamespace(rewards="", judge="http://localhost:1", allow_http=False)
+    values.temperature, values.top_p = 1.0, 1.0
     monkeypatch.setattr(evaluate, "flags", types.SimpleNamespace(FLAGS=values))
-    monkeypatch.setattr(evaluate, "check_evals", lambda: None)
     monkeypatch.setattr(evaluate.command, "output_path", lambda name: None)
     monkeypatch.setattr(evaluate.distributed, "start", lambda: None)
 

@@ -110,9 +110,12 @@ def test_files_beside_the_weights_are_carried_byte_for_byte(folder, tmp_path):
     out.mkdir()
     (out / "vocab.json").write_text("{}")  # of an older export's tokenizer
     export.export_model(str(folder), str(out))
-    (folder / "hf_quant_config.json").write_text("{}")  # of codes that are no more
+    others = ("hf_quant_config.json", "mine.py")  # of codes that are no more, the user's own
+    for name in others:
+        (folder / name).write_text("{}")
     export.export_model(str(folder), str(out))
-    (folder / "hf_quant_config.json").unlink()
+    for name in others:
+        (folder / name).unlink()
     names = {path.name for path in folder.iterdir()}
     assert {path.name for path in out.iterdir()} == names | {"README.md"}
     for name in names - {"config.json", "model.safetensors"}:

@@ -213,6 +213,8 @@ AT_ONCE = {f"{name} --help": f"python -m align_jax.{name}" for name in PROGRAMS}
     f"train {TINY} --workdir=x --config.optimizer.learning_rte=1": "optimizer.learning_rate'?",
     "sample --model=m": "give --prompts and --output, or --chat",
     "evaluate --model=m": f"; known: {', '.join(EVALS)}",
+    "evaluate --model=m --eval=rewards=r": "'rewards' is unknown; did you mean 'reward'?",
+    "evaluate --model=m --eval=perplexity=r --beta=1": "--beta belongs to --eval=preference",
     "export --model=m --output=o --step=3": "--step belongs to --workdir",
     "label --samples=s": "missing --output",
 }
@@ -231,6 +233,19 @@ def test_help_and_mistakes_of_the_command_line_wait_for_no_import(folder):
         assert output.endswith(f"== {0 if asked else 2}") and len(output.splitlines()) < 50
         keys = line.split()[0] in ("train", "inspect", "plan", "config")
         assert ("optimizer.*, " in output) == (asked and keys)
+
+
+def test_a_terminal_has_a_line_before_the_config_is_made(folder):
+    command = """if True:
+        import runpy, sys
+        sys.modules["jax"] = None
+        sys.stderr.isatty = lambda: True
+        runpy.run_module("align_jax.train", run_name="__main__", alter_sys=True)
+    """
+    line = [sys.executable, "-c", command, *shlex.split(TINY), "--workdir=x"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    found = subprocess.run(line, cwd=folder, env=environment, stderr=-1, text=True, timeout=60)
+    assert found.returncode and found.stderr.startswith("python -m align_jax.train ...\n")
 
 
 def test_a_mistake_goes_to_standard_error_and_debug_shows_the_traceback(folder):

@@ -357,8 +357,6 @@ def test_a_failing_store_is_tried_again_and_then_the_run_stops(tmp_path, mesh, m
 
 
 def test_a_save_that_the_disk_has_no_room_for_is_not_begun(tmp_path, mesh, monkeypatch):
-    import shutil
-
     full = shutil.disk_usage(tmp_path)._replace(free=3)
     with Checkpoints(tmp_path, OPTIONS, attempts=2, backoff_seconds=0.0) as checkpoints:
         monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
