@@ -7,6 +7,7 @@
         --answers=FILE.jsonl]
 
     preference=pairs.jsonl     accuracy and margins of log-probabilities on pairs
+    feedback=thumbs.jsonl      margins and AUC of rewards on answers with a label, without pairs
     reward=pairs.jsonl         accuracy and margins of a reward model's scores on pairs
     process=steps.jsonl        accuracy of a process reward model's scores on labeled steps
     perplexity=answers.jsonl   nats a token on completions
@@ -62,7 +63,10 @@ def check_flags() -> None:
         ("samples_per_prompt",), "--eval=generation and --eval=pass_at_k", bool(names & several)
     )
     command.belong(("pass_score",), "--eval=pass_at_k", "pass_at_k" in names)
-    command.belong(("beta",), "--eval=preference", "preference" in names)
+    of_beta = {"preference", "feedback"}
+    command.belong(("beta",), "--eval=preference and --eval=feedback", bool(names & of_beta))
+    if "feedback" in names and not (values.reference or values.workdir):
+        raise command.Usage("--eval=feedback needs --reference, with which it compares")
     drawn = ("answers", "rewards", "max_new_tokens", "temperature", "top_p", "seed")
     for own, sampled in ((drawn, True), (("batch_size",), False)):
         takers = [name for name, row in EVALS.items() if row.sampled is sampled]
@@ -114,19 +118,20 @@ if __name__ == "__main__":  # here, because what is imported next takes seconds
     flags.DEFINE_float("temperature", 1.0, "Where answers are sampled; 0 is greedy.", 0)
     flags.DEFINE_float("top_p", 1.0, "Where answers are sampled.", 0, 1)
     flags.DEFINE_integer("seed", 0, "Of the samples.", 0, 2**31)
-    flags.DEFINE_float("beta", 0.1, "preference: of implicit rewards.", 0)
+    flags.DEFINE_float("beta", 0.1, "preference, feedback: of implicit rewards.", 0)
     flags.DEFINE_string(
         "step_separator", None, "process: behind each step; a run and its export know theirs."
     )
     command.define_dtype("Of weights and activations (--model)")
     arguments = command.read(check=check_flags)
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from align_jax.core.files import json_text
-from align_jax.core.options import DataOptions, RolloutOptions
+from align_jax.core.options import Config, DataOptions, RolloutOptions
 from align_jax.core.progress import samples_table
 from align_jax.data import datasets
 from align_jax.data.tokenizer import load_tokenizer
@@ -211,6 +216,26 @@ def policy_of(trained: Trained, name: str, reference: str = "") -> EvaluatedPoli
     return EvaluatedPolicy(
         resolved.models.policy, trained.params, resolved.tokenizer, mesh, other, name, separator
     )
+
+
+def as_trained(config: Config, kind: str) -> dict[str, dict[str, Any]]:
+    """Return evaluation -> the keyword arguments with which a run measures what it holds out.
+
+    Args:
+        config: of the run.
+        kind: of the data that its objective learns from.
+    """
+    length, rollout = {"max_length": config.max_length}, config.rollout
+    found: dict[str, dict[str, Any]] = dict.fromkeys(EVALS, length)
+    if "beta" in config.objective.options:
+        beta = {"beta": config.objective.options["beta"]}
+        found |= dict.fromkeys(("preference", "feedback"), length | beta)
+    if kind == "rollout":
+        several = rollout.eval_responses_per_prompt or rollout.responses_per_prompt
+        drawn = dataclasses.replace(rollout, responses_per_prompt=several)
+        sampled = (name for name, row in EVALS.items() if row.sampled)
+        found |= dict.fromkeys(sampled, length | {"options": drawn})
+    return found
 
 
 def evaluate(
@@ -336,7 +361,7 @@ def main(argv: Sequence[str]) -> None:
             limit=values.limit or None,
             options={name: sampled if row.sampled else scored for name, row in EVALS.items()}
             | {
-                "preference": scored | {"beta": values.beta},
+                **dict.fromkeys(("preference", "feedback"), scored | {"beta": values.beta}),
                 "pass_at_k": sampled | {"pass_score": values.pass_score},
             },
             answers=answers,

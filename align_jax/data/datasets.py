@@ -187,7 +187,7 @@ def _read_all(
         if not made:
             counted = f": {_positive(counts)}" if _positive(counts) else ""
             raise ValueError(
-                f"{one.spec}: no {kind} are left of {len(rows.examples)} {rows.kind}{counted}"
+                f"{one.name}: no {kind} are left of {len(rows.examples)} {rows.kind}{counted}"
                 f"{conversions.why_none(rows.kind, kind)}"
             )
         items += made
@@ -195,7 +195,7 @@ def _read_all(
         ends.append(len(items))
         kinds.add(rows.kind)
     if not any(example.weight for example in items):
-        specs = ", ".join(one.spec for one in found)
+        specs = ", ".join(one.name for one in found)
         raise ValueError(f"{specs}: all {len(items)} examples have the weight 0")
     if strict:
         _check_effects(options, kinds, counts, items)
@@ -434,6 +434,12 @@ class _Found(NamedTuple):
     training: bool  # no split that is held out
 
     @property
+    def name(self) -> str:
+        """What the user calls it: of rows from Python, the argument."""
+        given = self.spec.startswith("rows:")
+        return self.spec[5:].rpartition("@")[0] if given else self.spec
+
+    @property
     def digest(self) -> str:
         return f"{self.spec}={self.source.digest}"
 
@@ -545,7 +551,7 @@ def _detect(source: Source, columns: Mapping[str, str], kind: str) -> str:
     if not rows:
         _row(source, 0, columns)
     try:
-        return formats.detect(rows)
+        return formats.detect(rows, kind)
     except ValueError as error:
         guess = formats.columns_for(kind, {name for row in rows for name in row})
         hint = f"; perhaps --config.data.columns='{json.dumps(guess)}'" if guess else ""

@@ -57,12 +57,16 @@ def _has(row: Row, name: str) -> bool:
     return row.get(name) is not None and (not value or row[name] == value)
 
 
-def detect(rows: Sequence[Row]) -> str:
+def detect(rows: Sequence[Row], kind: str = "") -> str:
     """Return the name of the first format in the table whose fields the rows have, taken together:
     a field that is null in one of them is there if another has it.
 
+    Args:
+        rows: the first ones.
+        kind: of data that is wanted; "" = any.
+
     Raises:
-        ValueError: none; the rows' fields and the known formats' are listed.
+        ValueError: none; the rows' fields and those of the formats of that kind are listed.
     """
     together: dict[str, Any] = {}
     for row in rows:
@@ -74,10 +78,12 @@ def detect(rows: Sequence[Row]) -> str:
     if name := _format_of(together):
         return name
     fields = fields_of({name for row in rows for name in row})
-    known = "; ".join(f"{name}: {', '.join(form.fields)}" for name, form in FORMATS.items())
+    wanted = {name: form for name, form in FORMATS.items() if form.kind == kind} or FORMATS
+    known = "; ".join(f"{name}: {', '.join(form.fields)}" for name, form in wanted.items())
+    of = f" of {kind}" if wanted is not FORMATS else ""
     raise ValueError(
         f"no known format has only the fields {fields}; rename them by --config.data.columns, "
-        f"or use one of {known}"
+        f"or use one{of}: {known}"
     )
 
 

@@ -80,6 +80,8 @@ def _rows(data: Any, name: str) -> Iterable[Any]:
     if hasattr(data, "to_dict") and hasattr(data, "iloc"):  # pandas
         if not hasattr(data, "columns"):
             raise ValueError(f"{name}: a frame's column alone: give the frame with all its fields")
+        if any(name is not None for name in data.index.names):  # a field, as in a file of it
+            data = data.reset_index(allow_duplicates=True)
         if not data.columns.is_unique:
             raise ValueError(f"{name}: columns of the same name: {list(data.columns)}")
         return data.astype(object).where(data.notna(), None).to_dict("records")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import json
 import math
 from collections.abc import Collection, Mapping, Sequence
@@ -476,7 +477,8 @@ def _check_asked_here(row: Row, *texts: str) -> None:
     Raises:
         RowError: naming the column.
     """
-    for name in PROMPT_COLUMNS:
+    near = [one for one in row if difflib.get_close_matches(one.lower(), ["prompt"], cutoff=0.9)]
+    for name in (*PROMPT_COLUMNS, *near):
         value = row.get(name)
         if isinstance(value, str):
             asks = bool(value.strip()) and not all(value in text for text in texts or [""])

@@ -40,6 +40,7 @@ EVALS: Mapping[str, Eval] = {
     row.name: row
     for row in (
         Eval("preference", "pairs"),
+        Eval("feedback", "unpaired"),
         Eval("reward", "pairs", head="score"),
         Eval("process", "stepwise", head="steps"),
         Eval("perplexity", "completions"),

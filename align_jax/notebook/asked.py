@@ -13,6 +13,7 @@ from align_jax.core.config import ConfigDict
 from align_jax.core.options import Config
 from align_jax.data.given import given
 from align_jax.data.sources import Source
+from align_jax.notebook.mistakes import told
 from align_jax.runs import config_file
 from align_jax.runs.config_file import ConfigMistake
 from align_jax.runs.inspection import Inspection
@@ -27,6 +28,7 @@ class Asked(NamedTuple):
     given: Mapping[str, Source]
 
 
+@told
 def recipe(name: str = "dpo") -> ConfigDict:
     """Return a recipe's config, to be looked at and changed.
 
@@ -119,6 +121,7 @@ def _named(function: Callable[..., Any], weight: float) -> tuple[str, dict[str, 
     return name, {"kind": "function", "path": path, "weight": weight}
 
 
+@told
 def show_batch(
     config: AnyConfig = "dpo",
     data: Any = None,

@@ -22,7 +22,9 @@ from align_jax.data.given import given
 from align_jax.evals import EVALS
 from align_jax.inference.generate import Request
 from align_jax.inference.samplers import Sampling
+from align_jax.notebook.mistakes import told
 from align_jax.online.rewards import resolve
+from align_jax.runs import command
 from align_jax.runs import trained as trained_runs
 from align_jax.runs.reported import read_runs
 from align_jax.runs.trained import Trained
@@ -30,7 +32,7 @@ from align_jax.runs.weights import load_model
 
 Prompt = str | Sequence[Message]
 # the objective's kind of data -> the evaluation that fits it
-FITS = {"completions": "perplexity", "rollout": "generation"}
+FITS = {"completions": "perplexity", "unpaired": "feedback", "rollout": "generation"}
 
 
 class Result:
@@ -88,6 +90,7 @@ class Result:
         """The policy's tokenizer."""
         return self._trained.resolved.tokenizer
 
+    @told
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -127,6 +130,9 @@ class Result:
             Example(_prompt(each, template), (), source=f"prompts[{number}]")
             for number, each in enumerate(asked)
         ]
+        for name, number in (("samples", samples), ("max_new_tokens", max_new_tokens)):
+            if number < 1:
+                raise ValueError(f"{name} = {number}: expected at least 1")
         how = Sampling(float(temperature), top_p=float(top_p))
         policy = self._sampler(min(64, len(asked) * samples))
         request = Request((1,), samples, max_new_tokens, how, seed, tuple(stop))
@@ -148,6 +154,7 @@ class Result:
             self._samplers[rows] = sample.policy_of(self._trained, self.workdir, rows=rows)
         return self._samplers[rows]
 
+    @told
     def evaluate(
         self, data: Any = None, name: str = "", *, limit: int | None = None, **options: Any
     ) -> dict[str, float]:
@@ -157,10 +164,12 @@ class Result:
             data: rows or a source, as ``train`` takes them; None: return what the last evaluation
                 on held-out data gave.
             name: an evaluation of ``align-jax evaluate``; "" = what fits the objective:
-                preference (pairs), reward (pairs, a reward model), process (labeled steps, one of
-                steps), perplexity (answers), generation (prompts, scored by the run's own rewards).
+                preference (pairs), feedback (a label each), reward (pairs, a reward model),
+                process (labeled steps, one of steps), perplexity (answers), generation (prompts,
+                scored by the run's own rewards).
             limit: at most so many rows.
-            options: of that evaluation, such as ``batch_size``.
+            options: of that evaluation, such as ``batch_size``; what is not given is as in the run:
+                its ``max_length``, ``beta`` and ``rollout``.
 
         Returns:
             metric -> number.
@@ -190,8 +199,10 @@ class Result:
                 raise ValueError(f"{name}: the run has no rewards to score samples by")
             scored = resolve(config.rewards, load_model=load_model)
             takes = [evaluate.by_rewards(scored) if row.takes == "compare" else scored]
-        return row.fn(policy, examples, *takes, **options)
+        as_held_out = evaluate.as_trained(config, kind)[name]
+        return row.fn(policy, examples, *takes, **{**as_held_out, **options})
 
+    @told
     def export(
         self, folder: str | os.PathLike[str], *, dtype: str | None = None, adapter: bool = False
     ) -> str:
@@ -211,9 +222,11 @@ class Result:
             ValueError: ``adapter`` of a run without one.
         """
         path = os.fspath(folder)
+        command.writable(path, "folder", folder=True)
         export.export_run(self.workdir, path, step=self._which, dtype=dtype, adapter=adapter)
         return path
 
+    @told
     def save(self, folder: str | os.PathLike[str]) -> str:
         """Copy the run's folder, from which ``load`` reads it and ``train`` goes on.
 
@@ -221,9 +234,12 @@ class Result:
             FileExistsError: something is there already.
         """
         path = os.fspath(folder)
+        if os.path.lexists(path):
+            raise FileExistsError(f"{path} is there already: give another folder, or remove it")
         shutil.copytree(self.workdir, path)
         return path
 
+    @told
     def report(self) -> str:
         """Return the page that ``align-jax report`` writes of the run: one HTML text."""
         return report.page_of(read_runs([self.workdir]))
@@ -234,6 +250,7 @@ class Result:
         return f'<iframe srcdoc="{page}" style="width:100%;height:40em;border:0"></iframe>'
 
 
+@told
 def load(workdir: str | os.PathLike[str], step: str | int = "latest") -> Result:
     """Open what a run has trained: from the command line, or ``train`` with a workdir.
 

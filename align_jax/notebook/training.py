@@ -9,8 +9,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from align_jax.notebook.asked import AnyConfig, ask
+from align_jax.notebook.mistakes import told
 from align_jax.notebook.result import Result
-from align_jax.runs import loop
+from align_jax.runs import command, loop
 
 OnLog = Callable[[int, Mapping[str, float | int]], Any]
 
@@ -32,6 +33,7 @@ class _Told:
         """Do nothing."""
 
 
+@told
 def train(
     config: AnyConfig = "dpo",
     data: Any = None,
@@ -78,6 +80,10 @@ def train(
     >>> result.generate("7?")  # doctest: +SKIP
     'Yes.'
     """
+    if on_log is not None and not callable(on_log):
+        raise TypeError(f"on_log: expected a function of (step, metrics), got {on_log!r:.60}")
+    if workdir:
+        command.writable(os.fspath(workdir), "workdir", folder=True)
     asked = ask(config, data, eval_data, model, keys)
     temporary = None if workdir else tempfile.TemporaryDirectory(prefix="align_jax_")
     folder = os.fspath(workdir) if temporary is None else os.path.join(temporary.name, "run")

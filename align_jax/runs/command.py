@@ -36,7 +36,7 @@ from align_jax.core.choose import nearest
 from align_jax.runs.config_file import ConfigFile, list_keys, nearest_key, value_message, words
 
 
-class Usage(flags.Error):
+class Usage(flags.Error, ValueError):
     """Flags that do not go together, values out of range, results that cannot be written."""
 
 
@@ -229,8 +229,6 @@ def _like(program: str, other: str) -> str:
 def output_path(name: str, *, folder: bool = False) -> pathlib.Path | None:
     """Return where a flag says that a result goes; None where it is not given.
 
-    A program asks before it works for hours.  Folders that are missing on the way are made.
-
     Args:
         name: of the flag, whose value is a path.
         folder: the result is a folder, not a file.
@@ -239,16 +237,30 @@ def output_path(name: str, *, folder: bool = False) -> pathlib.Path | None:
         Usage: nothing can be written there.
     """
     value = flags.FLAGS[name].value
-    if not value:
-        return None
+    return writable(value, f"--{name}", folder=folder) if value else None
+
+
+def writable(value: str, what: str, *, folder: bool = False) -> pathlib.Path:
+    """Return a path that a result can be written to; what works for hours asks before.
+
+    Folders that are missing on the way are made.
+
+    Args:
+        value: the path.
+        what: was given, for the message: "--output", "workdir".
+        folder: the result is a folder, not a file.
+
+    Raises:
+        Usage: nothing can be written there.
+    """
     path = pathlib.Path(value)
     if "://" in value:
         return path  # its storage is asked when it is written
     if max(map(len, path.parts), default=0) > 255:
-        raise Usage(f"--{name}={value[:60]}...: a name of more than 255 characters")
+        raise Usage(f"{what}={value[:60]}...: a name of more than 255 characters")
     if path.exists() and path.is_dir() != folder:
         kind = ("a folder", "a file") if folder else ("a file", "a folder")
-        raise Usage(f"--{name}={value}: expected {kind[0]}, but there is {kind[1]}")
+        raise Usage(f"{what}={value}: expected {kind[0]}, but there is {kind[1]}")
     above, new = path if folder else path.parent, not path.exists()
     try:
         if folder:
@@ -261,7 +273,7 @@ def output_path(name: str, *, folder: bool = False) -> pathlib.Path | None:
             if new:
                 path.unlink()
     except OSError as error:
-        raise Usage(f"--{name}={value}: cannot be written to {above}: {error.strerror}") from error
+        raise Usage(f"{what}={value}: cannot be written to {above}: {error.strerror}") from error
     return path
 
 

@@ -97,6 +97,22 @@ def test_preference_and_perplexity_equal_transformers(policy, folder, pairs):
     )
     assert found["rewards/accuracies"] == pytest.approx((rewards_[:, 0] > rewards_[:, 1]).mean())
     assert found["examples"] == 5
+    labeled = datasets.load(pairs, "unpaired", DataOptions(), chat=False)
+    of_labels = EVALS["feedback"].fn(policy, labeled, batch_size=4)
+    same = (
+        "logps/chosen",
+        "logps/rejected",
+        "rewards/chosen",
+        "rewards/rejected",
+        "rewards/margins",
+    )
+    assert [of_labels[name] for name in same] == pytest.approx(
+        [found[name] for name in same], rel=1e-4
+    )
+    above = rewards_[:, :1] > rewards_[:, 1]
+    assert of_labels["rewards/auc"] == pytest.approx(above.mean()) and of_labels["desirable"] == 5
+    with pytest.raises(ValueError, match="needs a reference"):
+        EVALS["feedback"].fn(policy._replace(reference=None), labeled)
     found = EVALS["perplexity"].fn(
         policy, datasets.load(pairs, "completions", DataOptions(), chat=False), batch_size=4
     )

@@ -3,6 +3,7 @@
 
 import importlib
 import json
+import re
 import subprocess
 import sys
 import types
@@ -96,6 +97,7 @@ def test_rows_of_whatever_holds_them_are_a_file_s(make, tmp_path):
 def test_a_frame_s_missing_values_are_none():
     frame = pandas.DataFrame({"prompt": ["a", "b"], "chosen": ["c", None], "margin": [1.0, np.nan]})
     assert given(frame, "data")[1] == {"prompt": "b", "chosen": None, "margin": None}
+    assert given(frame.set_index("prompt"), "data")[1] == given(frame, "data")[1]
 
 
 @pytest.mark.parametrize(
@@ -114,6 +116,9 @@ def test_a_frame_s_missing_values_are_none():
         (grain.MapDataset.source(ROWS).repeat(), "a Grain data set that repeats"),
         ([*ROWS[:17], {**ROWS[17], "chosen": 3}], r"data\[17\]: .*chosen"),
         ([{"prompt": "a", "other": "b"}], r"data\[0\]: "),
+        ([{"q": "a", "good": "b"}], r"^data\[0\]: .*by config.data.columns.*of pairs: "),
+        ([{"Prompts": "a", "chosen": "b", "rejected": "c"}], "Prompts seems to be their prompt"),
+        ([{"prompt": "a", "completion": "b", "label": True}] * 3, "^data: no pairs are left of 3"),
         (7, "data: expected a list of dicts, .* or the name of a source; got int"),
     ],
 )
@@ -140,6 +145,23 @@ def test_a_wrong_row_is_told_by_its_number(data, said):
 def test_a_wrong_key_is_told_with_the_nearest(config, keys, said):
     with pytest.raises(ValueError, match=said):
         align_jax.show_batch(config, ROWS, **keys)
+
+
+def test_a_notebook_shows_a_mistake_s_message_alone_and_another_s_error_whole(tmp_path):
+    (tmp_path / "file").touch()
+
+    def stop(step, values):
+        raise ValueError("enough")
+
+    for keys, said in (
+        ({"eval_data": 7}, "TypeError: eval_data: expected a list of dicts"),
+        ({"workdir": tmp_path / "file"}, "Usage: workdir=.*file: expected a folder"),
+        ({"on_log": stop}, ""),
+    ):
+        with pytest.raises((ValueError, TypeError)) as found:
+            align_jax.train("tiny:dpo", ROWS, **{**KEYS, **keys})
+        shown = getattr(found.value, "_render_traceback_", lambda: [""])()
+        assert len(shown) == 1 and re.match(said + "$" * (not said), shown[0])
 
 
 def agree(prompts, completions, extras):
@@ -212,11 +234,15 @@ def test_a_result_answers_is_measured_and_exported(trained, tmp_path):
     several = result.generate(["7?", "8?"], samples=2, max_new_tokens=3, temperature=0)
     assert several[0] == [one, one] and len(several) == 2
     assert result.evaluate(ROWS[:4])["examples"] == 4
+    with pytest.raises(FileExistsError, match="is there already"):
+        result.save(tmp_path)
     saved = align_jax.load(result.save(tmp_path / "saved"))
     assert saved.generate("7?", max_new_tokens=3, temperature=0) == one
     result.export(tmp_path / "hf")
     assert (tmp_path / "hf" / "model.safetensors").exists()
     assert "implicit rewards" in result._repr_html_() and "Result(" in repr(result)
+    with pytest.raises(ValueError, match="max_new_tokens = 0: expected at least 1"):
+        result.generate("7?", max_new_tokens=0)
     with pytest.raises(ValueError, match="prompts: expected"):
         result.generate([])
 
