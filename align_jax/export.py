@@ -170,8 +170,9 @@ def _write_beside(trained: Trained, output: str) -> None:
     config = trained.config
     if config.model.path:
         carry(config.model.path, output)
-    own = "" if config.data.chat_template else config.tokenizer or config.model.path
-    carry_tokenizer(trained.resolved.tokenizer, own, output)
+    tokenizer = trained.resolved.tokenizer
+    template = tokenizer.chat_template if config.data.chat_template else ""
+    carry_tokenizer(tokenizer, config.tokenizer or config.model.path, output, template=template)
 
 
 def export_model(model: str, output: str, *, dtype: str | None = None) -> None:

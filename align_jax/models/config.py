@@ -605,6 +605,30 @@ def rope_from_hf(
     return Rope(theta=theta, rotary_dim=rotary_dim, kind=kind, options=frozen)
 
 
+def ropes_by_kind(full: Mapping[str, Any], head_dims: Mapping[str, int]) -> dict[str, Any]:
+    """Read what each kind of layer has as a rotary embedding, and which of them each layer has.
+
+    Args:
+        full: the configuration, completed.
+        head_dims: kind of layer -> features of a head.
+
+    Raises:
+        ValueError: as ``rope_from_hf``; YaRN's ``truncate``, which transformers passes over here.
+    """
+    types, parts = full["layer_types"], full["rope_parameters"]
+    for kind, part in parts.items():
+        if part["rope_type"] == "yarn" and not part.get("truncate", True):
+            raise ValueError(
+                f"rope_parameters.{kind}.truncate: expected true, or no such key, since "
+                "transformers passes over it where kinds of layers differ; got false"
+            )
+    kinds, positions = sorted(set(types)), full["max_position_embeddings"]
+    return dict(
+        ropes=tuple(rope_from_hf(parts[kind], head_dims[kind], positions) for kind in kinds),
+        layer_ropes=tuple(map(kinds.index, types)),
+    )
+
+
 def decoder_config(
     hf: Mapping[str, Any], full: Mapping[str, Any], *, partial_rotary: bool = False, **changes: Any
 ) -> ModelConfig:

@@ -16,9 +16,10 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from align_jax import export
 from align_jax.core.tree import flatten
-from align_jax.data.tokenizer import byte_tokenizer
+from align_jax.data.tokenizer import byte_tokenizer, load_tokenizer, tokenizer_digest
 from align_jax.inference.generate import stop_tokens
 from align_jax.interop import hf, peft
+from align_jax.interop.carried import carry_tokenizer
 from align_jax.models.lora import LoraConfig
 from align_jax.models.model import build
 
@@ -120,6 +121,29 @@ def test_files_beside_the_weights_are_carried_byte_for_byte(folder, tmp_path):
     assert {path.name for path in out.iterdir()} == names | {"README.md"}
     for name in names - {"config.json", "model.safetensors"}:
         assert (out / name).read_bytes() == (folder / name).read_bytes(), name
+
+
+@pytest.mark.parametrize(
+    "source, template",
+    [("model", "{{ messages[0]['content'] }}"), ("model/tokenizer.json", ""), ("byte", "")],
+)
+def test_a_tokenizer_is_written_as_older_programs_know_it(
+    folder, monkeypatch, source, template, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    (folder / "chat_template.json").write_text('{"chat_template": "of a processor"}')
+    stale = tmp_path / "out" / "additional_chat_templates" / "tools.jinja"
+    stale.parent.mkdir(parents=True)
+    stale.write_text("of an older export")
+    tokenizer = load_tokenizer(source, chat_template=template or None)
+    carry_tokenizer(tokenizer, source, "out", template=template)
+    assert not stale.exists() and not (tmp_path / "out" / "chat_template.json").exists()
+    said = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert said["tokenizer_class"] == "PreTrainedTokenizerFast"
+    if template:
+        own = json.loads((folder / "tokenizer_config.json").read_text())
+        assert said == own | {"chat_template": template}
+    assert tokenizer_digest(load_tokenizer("out")) == tokenizer_digest(tokenizer)
 
 
 def test_an_export_replaces_whatever_was_there(folder, tmp_path):

@@ -29,6 +29,10 @@ SHAPE = dict(
 )
 MIXED = ["full_attention", "sliding_attention", "full_attention"]
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
+BY_KIND = {
+    "full_attention": YARN | {"truncate": False},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+}
 
 
 def read(family, **more):
@@ -68,6 +72,10 @@ def read(family, **more):
         *(
             (family, {"partial_rotary_factor": 0.5}, "partial_rotary_factor: expected 1")
             for family in ("llama", "qwen2", "cohere2")
+        ),
+        *(
+            (family, {"rope_parameters": BY_KIND}, "full_attention.truncate: expected true")
+            for family in ("olmo3", "gemma3_text")
         ),
         ("opt", {"_remove_final_layer_norm": True}, "_remove_final_layer_norm false"),
     ],

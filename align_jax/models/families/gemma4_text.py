@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from align_jax.models.config import ModelConfig, Wide, complete, decoder_config, rope_from_hf
+from align_jax.models.config import ModelConfig, Wide, complete, decoder_config, ropes_by_kind
 from align_jax.models.families import llama
 from align_jax.models.tensor_map import TensorMap, by_layer, linear, norm
 
@@ -27,13 +27,6 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     """
     full = complete(hf)
     types, heads = full["layer_types"], _heads(full)
-    kinds = sorted(set(types))
-    ropes = tuple(
-        rope_from_hf(
-            full["rope_parameters"][kind], heads[kind]["head_dim"], full["max_position_embeddings"]
-        )
-        for kind in kinds
-    )
     double = 1 + full["use_double_wide_mlp"]
     return decoder_config(
         hf,
@@ -46,8 +39,7 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
         embed_scale=full["hidden_size"] ** 0.5,
         query_scale=1.0,
         final_softcap=full["final_logit_softcapping"] or 0.0,
-        ropes=ropes,
-        layer_ropes=tuple(map(kinds.index, types)),
+        **ropes_by_kind(full, {kind: heads[kind]["head_dim"] for kind in types}),
         wide=Wide(
             heads[GLOBAL]["head_dim"],
             heads[GLOBAL]["num_key_value_heads"],

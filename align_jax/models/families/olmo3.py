@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from align_jax.models.config import ModelConfig, complete, decoder_config, rope_from_hf
+from align_jax.models.config import ModelConfig, complete, decoder_config, ropes_by_kind
 from align_jax.models.families import olmo2
 
 tensor_maps = olmo2.tensor_maps
@@ -15,15 +15,12 @@ tensor_maps = olmo2.tensor_maps
 def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     """Read a Hugging Face configuration."""
     full = complete(hf)
-    kinds = sorted(set(full["layer_types"]))
     head_dim = full.get("head_dim") or full["hidden_size"] // full["num_attention_heads"]
-    parts, positions = full["rope_parameters"], full["max_position_embeddings"]
     return decoder_config(
         hf,
         full,
         qk_norm="full",
         norm_inputs=False,
         norm_outputs=True,
-        ropes=tuple(rope_from_hf(parts[kind], head_dim, positions) for kind in kinds),
-        layer_ropes=tuple(kinds.index(kind) for kind in full["layer_types"]),
+        **ropes_by_kind(full, dict.fromkeys(full["layer_types"], head_dim)),
     )
