@@ -146,7 +146,7 @@ from align_jax.parallel import compile_cache, distributed
 from align_jax.parallel.mesh import make_mesh
 from align_jax.runs import trained as trained_runs
 from align_jax.runs.trained import Trained
-from align_jax.runs.weights import load_model
+from align_jax.runs.weights import draw_start, load_model
 
 
 def model_policy(
@@ -212,6 +212,8 @@ def policy_of(trained: Trained, name: str, reference: str = "") -> EvaluatedPoli
     elif speaks and (path := reference or config.reference.path or config.model.path):
         dtype, length = config.model.compute_dtype, config.max_length
         other = load_model(path, mesh=mesh, compute_dtype=dtype, max_length=length)
+    elif speaks:
+        other = draw_start(resolved.models.base, mesh, config)
     separator = config.data.step_separator if resolved.kind == "stepwise" else None
     return EvaluatedPolicy(
         resolved.models.policy, trained.params, resolved.tokenizer, mesh, other, name, separator

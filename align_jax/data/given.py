@@ -23,6 +23,7 @@ from align_jax.data.rows import Row
 from align_jax.data.sources import Source, plain
 
 MOST_ROWS = 50_000_000
+MOST_STREAMED = 5_000_000  # of what does not say how many it has
 EXPECTED = (
     "a list of dicts, a pandas or polars frame, an Arrow table, a datasets.Dataset, a Grain source "
     "or an iterable of dicts"
@@ -47,9 +48,11 @@ def given(data: Any, name: str) -> Source:
     """
     rows: list[Row] = []
     digest = hashlib.sha256()
-    for index, row in enumerate(itertools.islice(_rows(data, name), MOST_ROWS + 1)):
-        if index == MOST_ROWS:
-            raise ValueError(f"{name}: more than {MOST_ROWS:,} rows; is it endless?")
+    most = MOST_ROWS if hasattr(data, "__len__") else MOST_STREAMED
+    for index, row in enumerate(_rows(data, name)):
+        if index == most:
+            fix = "" if most == MOST_ROWS else "; is it endless? Else give a list, or a file's name"
+            raise ValueError(f"{name}: more than {most:,} rows{fix}")
         where = f"{name}[{index}]"
         rows.append(_row(row, where))
         try:
@@ -73,8 +76,8 @@ def _rows(data: Any, name: str) -> Iterable[Any]:
             f"{name}: a dict with the keys {keys}: give rows, such as [{{'prompt': ..., ...}}]; of "
             "columns, pandas.DataFrame(columns) makes rows"
         )
-    if hasattr(data, "with_format"):  # datasets, which may give a row as a frame of its own
-        data = data.with_format(None)
+    if hasattr(data, "with_format"):
+        data = _plain_view(data)
     if hasattr(data, "collect_schema") and not hasattr(data, "to_dicts"):  # polars, lazy
         data = data.collect()
     if hasattr(data, "to_dict") and hasattr(data, "iloc"):  # pandas
@@ -105,6 +108,17 @@ def _rows(data: Any, name: str) -> Iterable[Any]:
         f"{name}: expected {EXPECTED}, or the name of a source; got {type(data).__name__}"
         f"{', which is to be called' if callable(data) else ''}"
     )
+
+
+def _plain_view(data: Any) -> Any:
+    """Return a data set of ``datasets`` that gives dicts, not arrays or frames: the columns that
+    the user chose, or what the user's own transform makes of a row."""
+    view = getattr(data, "format", None)
+    if view is None:  # one that streams
+        return data.with_format(None)
+    if view["type"] == "custom":
+        return data
+    return data.with_format(None, view["columns"], view["output_all_columns"])
 
 
 def _row(row: Any, where: str) -> Row:

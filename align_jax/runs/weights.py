@@ -27,7 +27,8 @@ from align_jax.models.model import LoadedModel, Model, build
 from align_jax.models.quantize import Quantized, quantize
 from align_jax.parallel.sharding import tree_shardings
 from align_jax.runs import memory
-from align_jax.training.initialize import StateSpecs
+from align_jax.training.initialize import StateSpecs, own_dtype
+from align_jax.training.partitioning import abstract_params
 from align_jax.training.steps import StepSpec
 
 Tree = Any
@@ -287,6 +288,19 @@ def load_frozen(spec: StepSpec, specs: StateSpecs, config: Config) -> Tree:
         path = config.reference.path
         frozen["reference"] = load_params(spec.reference, specs.reference, path=path, key=key)
     return frozen
+
+
+def draw_start(model: Model, mesh: Mesh, config: Config) -> LoadedModel:
+    """Draw anew the random weights that a run without a checkpoint has started from.
+
+    Args:
+        model: the run's base.
+        mesh: where they are to lie.
+        config: of the run: its seed, and the type of what is frozen.
+    """
+    shapes = abstract_params(mesh, model.shapes(own_dtype(config.reference.dtype)), model.axes())
+    key = jax.random.key(config.seed)
+    return LoadedModel(model, load_params(model, shapes, path="", key=key))
 
 
 def _with_replaced(base: Tree, policy: Model, config: Config) -> Tree:

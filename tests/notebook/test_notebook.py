@@ -2,6 +2,7 @@
 """The front door: rows from Python are a file's rows, and a result does what the programs do."""
 
 import importlib
+import itertools
 import json
 import re
 import subprocess
@@ -17,6 +18,7 @@ import pytest
 import align_jax
 from align_jax.core.options import DataOptions
 from align_jax.data import datasets
+from align_jax.data import given as rows_of_python
 from align_jax.data.given import given
 from align_jax.notebook.asked import ask
 
@@ -43,17 +45,21 @@ class Table:
 
     column_names = list(ROWS[0])
 
-    def __init__(self, kind=None):
-        self.kind = kind
+    def __init__(self, kind=None, columns=column_names, every=False):
+        self.kind, self.columns = kind, columns
+        self.format = {"type": kind, "columns": columns, "output_all_columns": every}
 
-    def with_format(self, kind):
-        return Table(kind)
+    def with_format(self, kind, columns, every):
+        return Table(kind, columns, every)
 
     def __len__(self):
         return len(ROWS)
 
     def __getitem__(self, index):
-        return dict(ROWS[index]) if self.kind is None else pandas.DataFrame([ROWS[index]])
+        row = {name: ROWS[index][name] for name in self.columns}
+        if self.kind == "custom":  # as the user's transform makes it
+            return {"text": row["prompt"]}
+        return row if self.kind is None else pandas.DataFrame([row])
 
 
 class Lazy:
@@ -94,6 +100,11 @@ def test_rows_of_whatever_holds_them_are_a_file_s(make, tmp_path):
     assert ours[3].source == "data[3]" and theirs[3].source == f"{file}:4"
 
 
+def test_a_data_set_s_columns_and_transform_are_the_user_s():
+    assert given(Table("pandas", ["chosen"]), "data")[1] == {"chosen": "Well."}
+    assert given(Table("custom"), "data")[1] == {"text": "1: how?"}
+
+
 def test_a_frame_s_missing_values_are_none():
     frame = pandas.DataFrame({"prompt": ["a", "b"], "chosen": ["c", None], "margin": [1.0, np.nan]})
     assert given(frame, "data")[1] == {"prompt": "b", "chosen": None, "margin": None}
@@ -114,6 +125,7 @@ def test_a_frame_s_missing_values_are_none():
         (lambda: iter(ROWS), "or the name of a source; got function, which is to be called"),
         (pandas.DataFrame([[1, 2]], columns=["a", "a"]), "columns of the same name"),
         (grain.MapDataset.source(ROWS).repeat(), "a Grain data set that repeats"),
+        (itertools.cycle(ROWS), "data: more than 100 rows; is it endless"),
         ([*ROWS[:17], {**ROWS[17], "chosen": 3}], r"data\[17\]: .*chosen"),
         ([{"prompt": "a", "other": "b"}], r"data\[0\]: "),
         ([{"q": "a", "good": "b"}], r"^data\[0\]: .*by config.data.columns.*of pairs: "),
@@ -122,7 +134,8 @@ def test_a_frame_s_missing_values_are_none():
         (7, "data: expected a list of dicts, .* or the name of a source; got int"),
     ],
 )
-def test_a_wrong_row_is_told_by_its_number(data, said):
+def test_a_wrong_row_is_told_by_its_number(data, said, monkeypatch):
+    monkeypatch.setattr(rows_of_python, "MOST_STREAMED", 100)
     with pytest.raises((ValueError, TypeError), match=said):
         align_jax.show_batch("tiny:dpo", data, **KEYS)
 
@@ -213,6 +226,7 @@ def trained(tmp_path_factory):
     result = align_jax.train(
         "tiny:dpo",
         ROWS,
+        ROWS[:4],
         workdir=folder,
         on_log=lambda step, values: told.append((step, values)),
         **KEYS,
@@ -233,7 +247,10 @@ def test_a_result_answers_is_measured_and_exported(trained, tmp_path):
     assert isinstance(one, str)
     several = result.generate(["7?", "8?"], samples=2, max_new_tokens=3, temperature=0)
     assert several[0] == [one, one] and len(several) == 2
-    assert result.evaluate(ROWS[:4])["examples"] == 4
+    found, held_out = result.evaluate(ROWS[:4]), result.evaluate()
+    assert found["examples"] == 4
+    for name in ("logps/chosen", "rewards/margins"):  # the reference is drawn as it was
+        assert found[name] == pytest.approx(held_out[name], abs=1e-4)
     with pytest.raises(FileExistsError, match="is there already"):
         result.save(tmp_path)
     saved = align_jax.load(result.save(tmp_path / "saved"))
@@ -249,7 +266,7 @@ def test_a_result_answers_is_measured_and_exported(trained, tmp_path):
 
 def test_a_run_goes_on_with_its_own_rows_alone(trained):
     result, _ = trained
-    again = {"workdir": result.workdir, **KEYS}
+    again = {"eval_data": ROWS[:4], "workdir": result.workdir, **KEYS}
     with pytest.raises(
         ValueError, match=r"data.train: 'rows:data@\w+' there, 'rows:data@\w+' here"
     ):
