@@ -191,7 +191,7 @@ def main(workdirs: Sequence[str]) -> None:
         return
     print(f"written anew every {values.watch} seconds until the runs end; Ctrl-C ends it")
     try:
-        while any(not run.total or run.step < run.total for run in read_runs(workdirs)):
+        while not all(run.ended for run in read_runs(workdirs)):
             time.sleep(values.watch)
             write(read_runs(workdirs), output, columns, refresh=values.watch)
     finally:  # the page that stays does not read itself again

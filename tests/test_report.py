@@ -125,6 +125,23 @@ def test_the_page_of_a_run_that_goes_on_reads_itself_again(tmp_path, monkeypatch
     assert 'http-equiv="refresh"' not in report.write(runs, f"{tmp_path}/out").read_text()
 
 
+@pytest.mark.parametrize(
+    ("config", "steps", "rows", "ended"),
+    [
+        ({"total_steps": 4}, 0, [(3, 0.5)], False),
+        ({"total_steps": 4}, 0, [(4, None)], True),
+        ({"total_steps": 4}, 0, [(0, 0.5), (4, None)], False),  # its last evaluation comes
+        ({"total_steps": 0}, 4, [(0, 0.5), (4, None), (4, 0.6)], True),  # counted in epochs
+        ({}, 0, [(4, None)], False),
+        ({"eval": {"stop_metric": "eval/x", "patience": 2}}, 9, [(1, 0.5), (2, 0.4)], False),
+        ({"eval": {"stop_metric": "eval/x", "patience": 2}}, 9, [(1, 3), (2, 2), (3, 1)], True),
+    ],
+)
+def test_a_run_has_ended_once_its_last_evaluation_is_there(config, steps, rows, ended):
+    made = [{"step": n, **({"loss": 1.0} if x is None else {"eval/x": x})} for n, x in rows]
+    assert reported.Run("a", {"config": config, "steps": steps}, made, []).ended == ended
+
+
 TRIED = """<script>addEventListener("load", () => setTimeout(() => {
   const wrong = [], want = (that, name) => that || wrong.push(name);
   const plots = [...document.querySelectorAll("figure")];

@@ -167,7 +167,7 @@ def train(
         distributed.stop_signal() as stop,
     ):
         if main_process:
-            record.write_record(workdir, configs.to_dict(config))
+            record.write_record(workdir, configs.to_dict(config), run.total_steps)
         first, state, frozen, extra = start(run, checkpoints)
         opened = (
             metrics.open_writers(

@@ -7,6 +7,7 @@ config.json, metrics.jsonl, samples.jsonl ─ read_run ─► Run ─┬─ tabl
 
 from __future__ import annotations
 
+import dataclasses
 import html
 import json
 import math
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from align_jax.core.metrics import read_rows
+from align_jax.core.options import EvalOptions
 from align_jax.storage.workdir import flat, read_record
 
 # A panel's title -> the metrics drawn in it, if a run has them (an evaluation's, drawn with
@@ -72,8 +74,33 @@ class Run(NamedTuple):
 
     @property
     def total(self) -> int:
-        """The steps that it is to make; 0: its config counts in other units."""
-        return int(self.config.get("total_steps") or 0)
+        """The steps that it is to make; 0: nothing says how many."""
+        return int(self.record.get("steps") or self.config.get("total_steps") or 0)
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing more comes: its last evaluation is there, or the one that stopped it
+        early."""
+        measured = [(row["step"], _held_out(row)) for row in self.rows if _held_out(row)]
+        if 0 < self.total <= self.step:
+            return not measured or measured[-1][0] >= self.total
+        eval_keys = dict(self.record.get("config", {}).get("eval", {}))
+        if not eval_keys.get("stop_metric"):
+            return False
+        from align_jax.training.evaluation import Stopping  # here, because it imports JAX
+
+        known = {field.name for field in dataclasses.fields(EvalOptions)}
+        options = EvalOptions(**{key: eval_keys[key] for key in known & eval_keys.keys()})
+        early = Stopping()
+        for step, values in measured:
+            early = early.after(step, values, options)
+        return early.is_spent(options)
+
+
+def _held_out(row: Mapping[str, Any]) -> dict[str, float]:
+    """Return a row's held-out metrics; what was not finite is NaN."""
+    found = {name: value for name, value in row.items() if name.startswith("eval/")}
+    return {name: math.nan if value is None else float(value) for name, value in found.items()}
 
 
 def read_runs(workdirs: Sequence[str]) -> list[Run]:

@@ -135,10 +135,17 @@ def read_record(path: epath.PathLike) -> dict[str, Any]:
     return record
 
 
-def write_record(workdir: epath.PathLike, config: Mapping[str, Any]) -> dict[str, Any]:
+def write_record(
+    workdir: epath.PathLike, config: Mapping[str, Any], steps: int = 0
+) -> dict[str, Any]:
     """Write ``config.json``: the resolved configuration, versions, devices, git commit and command.
 
     Only the first process of a pod should.
+
+    Args:
+        workdir: local path or ``gs://...``.
+        config: the resolved configuration as nested mappings.
+        steps: that the run is to make, which a config may count in epochs; 0 = unknown.
 
     Returns:
         What was written.
@@ -146,6 +153,7 @@ def write_record(workdir: epath.PathLike, config: Mapping[str, Any]) -> dict[str
     devices = jax.devices()
     record = {
         "config": json.loads(json.dumps(config, default=str)),
+        "steps": steps,
         "versions": {"python": sys.version.split()[0], **versions()},
         "devices": {
             "count": len(devices),
