@@ -80,6 +80,12 @@ def load(path: str, what: str, kind: str = "function") -> Any:
     return found
 
 
+def is_named(path: str) -> bool:
+    """Tell whether a path is ``module:name`` of a module that is there; it is not imported."""
+    module, colon, _ = path.partition(":")
+    return bool(colon) and (module == "__main__" or module in sys.modules or _origin(module) != "")
+
+
 def digest(path: str) -> str:
     """Return what changes when the file does in which ``module:name`` lies; "" of other names."""
     if ":" not in path:
@@ -93,11 +99,7 @@ def _module(name: str) -> Any:
         return sys.modules[name]
     main = sys.modules["__main__"]
     script = getattr(main, "__file__", None)  # none of an interpreter's own prompt
-    try:
-        origin = getattr(importlib.util.find_spec(name), "origin", None)
-    except (ImportError, ValueError, AttributeError):
-        origin = None
-    if name == "__main__" or (origin and script and origin == os.path.abspath(script)):
+    if name == "__main__" or (script and _origin(name) == os.path.abspath(script)):
         return main
     try:
         return importlib.import_module(name)
@@ -112,3 +114,11 @@ def _module(name: str) -> Any:
         raise ValueError(
             f"the module {name!r} cannot be imported: {type(error).__name__}: {error}"
         ) from error
+
+
+def _origin(name: str) -> str:
+    """Return where a module lies; "" where there is none."""
+    try:
+        return str(getattr(importlib.util.find_spec(name), "origin", ""))
+    except (ImportError, ValueError, AttributeError):
+        return ""

@@ -4,11 +4,14 @@ command line changes in it.
 
     dpo_7b, tiny:dpo            a recipe, and its argument after a colon
     dpo, kto, online_dpo, ...   an objective: the recipe start:dpo, an adapter, your model and data
+    my_module:my_objective      likewise
     mine.py, mine.py:argument, mine.yaml
 """
 
 from __future__ import annotations
 
+import ast
+import functools
 import inspect
 import pathlib
 import re
@@ -23,6 +26,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from align_jax.core import config as configs
+from align_jax.core import own
 from align_jax.core.choose import nearest
 from align_jax.core.options import LENGTHS, Config
 
@@ -78,6 +82,16 @@ def recipes() -> dict[str, pathlib.Path]:
     return {path.stem: path for path in sorted(folder.glob("[!_]*.py"))}
 
 
+@functools.cache
+def objectives() -> tuple[str, ...]:
+    """Return the names in ``losses.OBJECTIVES``, read from its file: importing it imports JAX."""
+    file = pathlib.Path(__file__).parents[1] / "losses/__init__.py"
+    for node in ast.parse(file.read_text("utf-8")).body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Dict):
+            return tuple(ast.literal_eval(key) for key in node.value.keys if key is not None)
+    raise AssertionError(f"{file} has no table")
+
+
 def find(path: str, *argument: str) -> tuple[str, ...]:
     """Return the file that a config's name means, and the argument of its ``get_config``.
 
@@ -88,23 +102,27 @@ def find(path: str, *argument: str) -> tuple[str, ...]:
     Raises:
         ConfigMistake: there is none, with the nearest.
     """
-    from align_jax import losses  # here, as below, because importing JAX takes a second
-
     file, known = pathlib.Path(path), recipes()
     if file.is_file():
         return (path, *argument)
     if path in known:
         return (str(known[path]), *argument)
-    terms = path.removeprefix("online_").split("+")
-    if not argument and losses.OBJECTIVES.keys() >= set(terms):
-        return (str(known["start"]), path)
+    terms = ":".join((path, *argument)).removeprefix("online_").split("+")
+    names = objectives()
+    if all(term in names or own.is_named(term) for term in terms):
+        return (str(known["start"]), ":".join((path, *argument)))
     if file.suffix or len(file.parts) > 1:
         beside = [str(one) for kind in ("*.py", "*.y*ml") for one in file.parent.glob(kind)]
         raise ConfigMistake(
             f"--config={path}: no such config file{nearest(path, beside) if beside else ''}"
         )
-    close = nearest(path, [*known, *losses.OBJECTIVES])
-    close = close if "did you mean" in close else f"; recipes: {', '.join(known)}"
+    close = nearest(path, [*known, *names])
+    if "did you mean" not in close:
+        close = f"; recipes: {', '.join(known)}"
+        if argument:
+            close = (
+                f", and no module {path!r}: start where it lies, or name its folder in PYTHONPATH"
+            )
     raise ConfigMistake(f"--config={path}: no such recipe, objective or config file{close}")
 
 

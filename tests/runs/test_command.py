@@ -58,8 +58,7 @@ MISTAKES = {
     ".sample --xyzzy=1": "no flag --xyzzy; --help shows all flags",
     ".bench --prest=tiny_dpo": "did you mean '--preset'?",
     # the short form
-    ".train dp0 --data=p.jsonl": "--config=dp0: no such recipe, objective or config file; did you "
-    "mean 'dpo'?",
+    ".train my_prts:hinge --data=p.jsonl": "and no module 'my_prts': start where it lies, or put",
     ".train tny:dpo": "did you mean 'tiny'?",
     ".inspect xyzzy": "; recipes: dpo_70b, dpo_7b, ",
     ".train dpo --data=p.jsonl": "path is empty and so is model.config: name a checkpoint",
@@ -212,6 +211,8 @@ AT_ONCE = {f"{name} --help": f"python -m align_jax.{name}" for name in PROGRAMS}
     f"plan {TINY} --topolgy=v5e:2x2": "did you mean '--topology'?",
     f"train {TINY} --workdir=x --config.optimizer.learning_rte=1": "optimizer.learning_rate'?",
     "sample --model=m": "give --prompts and --output, or --chat",
+    "train dp0 --data=p.jsonl": "--config=dp0: no such recipe, objective or config file; did you "
+    "mean 'dpo'?",
     "evaluate --model=m": f"; known: {', '.join(EVALS)}",
     "evaluate --model=m --eval=rewards=r": "'rewards' is unknown; did you mean 'reward'?",
     "evaluate --model=m --eval=perplexity=r --beta=1": "--beta belongs to --eval=preference",

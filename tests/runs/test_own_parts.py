@@ -15,6 +15,7 @@ import safetensors
 import align_jax
 from align_jax.core import own
 from align_jax.core.options import OptimizerOptions
+from align_jax.runs import config_file
 from align_jax.runs.weights import load_model
 from align_jax.training import optim
 
@@ -132,7 +133,14 @@ def test_a_changed_file_is_another_one(folder):
 
 def test_the_command_finds_parts_where_it_is_started(folder):
     start = "import sys, align_jax.__main__ as m; sys.argv[0] = 'align-jax'; m.main()"
-    words = ["config", "objective", "--config=tiny:my_parts:hinge"]
+    words = ["config", "objective", "--config=my_parts:hinge+sft"]
     command = [sys.executable, "-P", "-c", f"import sys; sys.path.append({str(ROOT)!r}); {start}"]
     found = subprocess.run([*command, *words], cwd=folder, capture_output=True, text=True)
-    assert found.returncode == 0 and "my_parts:hinge" in found.stdout, found.stderr
+    assert found.returncode == 0 and "my_parts:hinge+sft" in found.stdout, found.stderr
+
+
+def test_an_own_objective_s_name_is_a_recipe(folder):
+    for name in ("my_parts:hinge", "tiny:my_parts:hinge"):
+        assert align_jax.recipe(name).objective.name == "my_parts:hinge"
+    assert config_file.find("online_my_parts", "hinge")[1] == "online_my_parts:hinge"
+    assert set(config_file.objectives()) == set(align_jax.OBJECTIVES)  # read, and imported
