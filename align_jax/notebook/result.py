@@ -27,6 +27,7 @@ from align_jax.online.rewards import resolve
 from align_jax.runs import command
 from align_jax.runs import trained as trained_runs
 from align_jax.runs.reported import read_runs
+from align_jax.runs.setup import ResolvedConfig
 from align_jax.runs.trained import Trained
 from align_jax.runs.weights import load_model
 
@@ -183,7 +184,8 @@ class Result:
                 raise ValueError("nothing was held out, so nothing is measured: give data")
             found = {key.removeprefix("eval/"): value for key, value in rows[-1].items()}
             return {key: value for key, value in found.items() if key not in ("step", "time")}
-        config, kind = self._trained.config, self._trained.resolved.kind
+        config = self._trained.config
+        kind = learns_from(config, self._trained.resolved)
         policy = evaluate.policy_of(self._trained, self.workdir)
         own = {"score": "reward", "steps": "process"}.get(policy.head)
         name = name or own or FITS.get(kind, "preference")
@@ -271,6 +273,11 @@ def load(workdir: str | os.PathLike[str], step: str | int = "latest") -> Result:
     if not (epath.Path(folder) / "config.json").exists():
         raise FileNotFoundError(f"{folder} is not a run's folder: it has no config.json")
     return Result(folder, str(step))
+
+
+def learns_from(config: Config, resolved: ResolvedConfig) -> str:
+    """Return the kind of data that a run learns from: of an online DPO, too, its rollouts."""
+    return "rollout" if config.rewards and resolved.rollouts is not None else resolved.kind
 
 
 def _prompt(prompt: Any, template: bool) -> Any:

@@ -21,6 +21,8 @@ from align_jax.data import datasets
 from align_jax.data import given as rows_of_python
 from align_jax.data.given import given
 from align_jax.notebook.asked import ask
+from align_jax.notebook.result import learns_from
+from align_jax.runs.setup import resolve_config
 
 SMALL = {
     "hidden_size": 32,
@@ -189,6 +191,12 @@ def test_a_function_is_a_reward_by_its_name():
         "tiny:grpo", None, None, "", {"rewards": {agree: 2.0, "length": 0.5}}
     ).config.rewards
     assert mixed["agree"]["weight"] == 2.0 and mixed["length"] == 0.5
+
+
+@pytest.mark.parametrize(("name", "kind"), [("online_dpo", "rollout"), ("dpo", "pairs")])
+def test_a_run_is_measured_on_the_kind_of_data_that_it_learns_from(name, kind):
+    config = ask(f"tiny:{name}", ROWS, None, "", {"model.config": SMALL}).config
+    assert learns_from(config, resolve_config(config, 1)) == kind
 
 
 def test_keys_change_a_copy_of_the_config():
