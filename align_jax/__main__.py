@@ -47,7 +47,11 @@ def main() -> None:
         if sys.stderr.isatty() and not set(HELP) & set(rest):  # the imports take seconds
             print(f"{own} {name} ...", file=sys.stderr, flush=True)
         called = {"CALLED": f"{own} {name}"}  # for the program's messages
-        runpy.run_module(f"align_jax.{program}", called, run_name="__main__", alter_sys=True)
+        try:
+            runpy.run_module(f"align_jax.{program}", called, run_name="__main__", alter_sys=True)
+        except KeyboardInterrupt:  # before the program itself takes it
+            print(f"{own} {name}: interrupted", file=sys.stderr)
+            sys.exit(130)
         return
     if name and name not in HELP:
         print(f"{own}: no program {name!r}{nearest(name, programs())}", file=sys.stderr)

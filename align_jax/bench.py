@@ -40,6 +40,7 @@ from ml_collections import ConfigDict
 from align_jax import losses
 from align_jax.core import config as configs
 from align_jax.core.choose import choose
+from align_jax.core.files import write_text
 from align_jax.core.schema import Example
 from align_jax.core.tree import flatten
 from align_jax.data.datasets import Examples
@@ -367,11 +368,12 @@ def main(argv: Sequence[str]) -> None:
     )
     print(table(rows, names[0]))
     if written is not None:
-        written.write_text(
+        write_text(
+            written,
             json.dumps(
                 {"preset": name, "devices": devices, "jax": jax.__version__, "variants": rows},
                 indent=2,
-            )
+            ),
         )
 
 

@@ -34,6 +34,7 @@ from ml_collections import ConfigDict
 from align_jax import losses
 from align_jax.core import config as configs
 from align_jax.core.choose import nearest
+from align_jax.core.files import write_text
 from align_jax.core.options import Checked, ObjectiveOptions
 
 
@@ -134,7 +135,7 @@ def main(groups: Sequence[str]) -> None:
     found = select(keys(config), groups)
     if (written := command.output_path("json")) is not None:
         rows = [key._asdict() for key in found]
-        written.write_text(json.dumps(rows, indent=1, default=_plain) + "\n")
+        write_text(written, json.dumps(rows, indent=1, default=_plain) + "\n")
     else:
         print(table(found))
 

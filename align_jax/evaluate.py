@@ -130,7 +130,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from align_jax.core.files import json_text
+from align_jax.core.files import json_text, write_text
 from align_jax.core.options import Config, DataOptions, RolloutOptions
 from align_jax.core.progress import samples_table
 from align_jax.data import datasets
@@ -371,12 +371,13 @@ def main(argv: Sequence[str]) -> None:
     finally:  # a judge that fails in the end leaves what was sampled
         if kept is not None:
             lines = ({"eval": item, **row} for item, rows in answers.items() for row in rows)
-            kept.write_text("".join(json_text(line) + "\n" for line in lines))
+            write_text(kept, "".join(json_text(line) + "\n" for line in lines))
     print(table(results))
     for item, rows in answers.items():
         print(f"\n{item}: {min(4, len(rows))} of {len(rows)} answers\n{samples_table(rows)}")
     if written is not None:
-        written.write_text(json.dumps({"policy": policy.name, "results": results}, indent=1) + "\n")
+        found = {"policy": policy.name, "results": results}
+        write_text(written, json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

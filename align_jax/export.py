@@ -62,6 +62,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from align_jax.core.files import writing
 from align_jax.core.tree import flatten, unflatten
 from align_jax.data.tokenizer import load_tokenizer
 from align_jax.interop import hf, hub, peft
@@ -211,18 +212,19 @@ def main(argv: Sequence[str]) -> None:
         hub.check(values.push_to_hub)
     distributed.start()
     compile_cache.keep()
-    if values.model:
-        export_model(values.model, values.output, dtype=values.dtype)
-        what = values.model
-    else:
-        step = export_run(
-            values.workdir,
-            values.output,
-            step=values.step,
-            dtype=values.dtype,
-            adapter=values.adapter,
-        )
-        what = f"{values.workdir}, step {step},"
+    with writing(values.output):
+        if values.model:
+            export_model(values.model, values.output, dtype=values.dtype)
+            what = values.model
+        else:
+            step = export_run(
+                values.workdir,
+                values.output,
+                step=values.step,
+                dtype=values.dtype,
+                adapter=values.adapter,
+            )
+            what = f"{values.workdir}, step {step},"
     if not distributed.is_main():
         return
     print(f"{what} written to {values.output}")

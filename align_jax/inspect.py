@@ -36,7 +36,7 @@ from collections.abc import Mapping, Sequence
 from ml_collections import ConfigDict
 
 from align_jax.core import config as configs
-from align_jax.core.files import json_text
+from align_jax.core.files import json_text, write_text
 from align_jax.core.options import Config
 from align_jax.data.sources import Source
 from align_jax.runs import weights
@@ -86,7 +86,7 @@ def main(argv: Sequence[str]) -> None:
     )
     print(found.text(color=sys.stdout.isatty() and not os.environ.get("NO_COLOR")))
     if written is not None:
-        written.write_text(json_text(found.to_dict(), indent=1) + "\n")
+        write_text(written, json_text(found.to_dict(), indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ import tqdm
 from absl import logging
 
 from align_jax.core.choose import nearest
-from align_jax.core.files import json_text
+from align_jax.core.files import json_text, writing
 from align_jax.core.schema import Example, Message
 from align_jax.data.messages import kind_of
 from align_jax.data.rows import LARGEST, prompt_of, response_of
@@ -413,7 +413,7 @@ def write(path: str, records: Sequence[Mapping[str, Any]]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(f"{file.name}.{os.getpid()}.part")
     try:
-        with part.open("w", encoding="utf-8") as out:
+        with writing(file), part.open("w", encoding="utf-8") as out:
             if file.suffix == ".json":
                 out.write(json_text(list(records), indent=1) + "\n")
             else:

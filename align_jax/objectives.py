@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from align_jax.core.choose import choose
+from align_jax.core.files import write_text
 from align_jax.losses import OBJECTIVES
 
 
@@ -67,7 +68,7 @@ def main(names: Sequence[str]) -> None:
     table, written = rows(names), command.output_path("json")
     print(text(table))
     if written is not None:
-        written.write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n")
+        write_text(written, json.dumps(table, indent=1, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

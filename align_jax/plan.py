@@ -58,6 +58,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 from ml_collections import ConfigDict
 
 from align_jax.core import config as configs
+from align_jax.core.files import write_text
 from align_jax.core.options import Config
 from align_jax.data.layout import usual
 from align_jax.interop import hf
@@ -210,9 +211,9 @@ def main(argv: Sequence[str]) -> None:
         found += estimates
         rows.append(row)
     if written is not None:
-        written.write_text(json.dumps(rows, indent=2))
+        write_text(written, json.dumps(rows, indent=2))
     if plot is not None:
-        plot.write_text(bars(found))
+        write_text(plot, bars(found))
 
 
 if __name__ == "__main__":

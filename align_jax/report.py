@@ -34,7 +34,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from align_jax.core.files import escaped
+from align_jax.core.files import escaped, write_text
 from align_jax.data.sources import open_source
 from align_jax.runs import reported
 from align_jax.runs.reported import Run, embedded, html_table, markdown_table, read_runs
@@ -96,7 +96,7 @@ def page_of(runs: Sequence[Run], columns: Columns = (), *, refresh: int = 0) -> 
 def _replace(path: pathlib.Path, text: str) -> None:
     """Write a file at once: whoever reads it meanwhile has the old one."""
     partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(escaped(text), "utf-8")
+    write_text(partial, escaped(text))
     os.replace(partial, path)
 
 

@@ -89,7 +89,7 @@ from typing import Any, NamedTuple
 import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from align_jax.core.files import json_text
+from align_jax.core.files import json_text, writing
 from align_jax.core.options import DataOptions, ServerOptions
 from align_jax.core.schema import Example, Message
 from align_jax.data import chat, datasets
@@ -304,7 +304,7 @@ def sample_file(
     numbered = list(enumerate(examples.items))[done // samples :]
     skip, written, total = done % samples, 0, len(examples) * samples
     bar = tqdm.tqdm(total=total, initial=done, unit="sample", file=sys.stderr, disable=not show)
-    with bar, path.open("a", encoding="utf-8") as file:
+    with writing(path), bar, path.open("a", encoding="utf-8") as file:
         for begin in range(0, len(numbered), chunk):
             part = numbered[begin : begin + chunk]
             encoded = chat.encode_many([example for _, example in part], tokenizer)

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files that a user hands in: read whole, or refused by name with what they seem to be instead.
+"""Files: what a user hands in is read whole, or refused by name with what it seems to be instead;
+a write that fails names the file and the room that is left.
 
 A download that failed leaves a file of the right name: a git-lfs pointer, a login page, the first
 half. What a library says of those ("invalid UTF-8", "EOF") names neither file nor remedy.
@@ -7,15 +8,21 @@ half. What a library says of those ("invalid UTF-8", "EOF") names neither file n
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import decimal
+import errno
 import gzip
 import json
 import os
+import pathlib
+import resource
+import shutil
 import stat
 import uuid
 import zipfile
 import zlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -174,6 +181,45 @@ def read_json(path: epath.PathLike) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path}: expected a JSON object, got {json_kind(value)}")
     return value
+
+
+@contextlib.contextmanager
+def writing(path: epath.PathLike) -> Iterator[None]:
+    """Name the file that does not fit, which the system's error does not, and the room left.
+
+    Raises:
+        OSError: as the write did.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        raise OSError(error.errno, f"{error.strerror}{_room(path)}", str(path)) from error
+
+
+def write_text(path: epath.PathLike, text: str) -> None:
+    """Write a text file.
+
+    Raises:
+        OSError: as ``writing``.
+    """
+    with writing(path):
+        epath.Path(path).write_text(text)
+
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def _room(path: epath.PathLike) -> str:
+    """Say how much can still be written where a file lies; "" where nobody can tell."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if limit != resource.RLIM_INFINITY:
+        return f" (a file may have {limit:,} bytes here: ulimit -f)"
+    if "://" in str(path):
+        return ""
+    above = (one for one in pathlib.Path(path).absolute().parents if one.exists())
+    return f" ({shutil.disk_usage(next(above)).free:,} bytes are free)"
 
 
 def no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

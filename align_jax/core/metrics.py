@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from align_jax.core.files import write_text, writing
 from align_jax.core.progress import Progress, Values, last_words, samples_table
 
 
@@ -197,10 +198,10 @@ class JsonLines:
         self._lines, self._uploaded = lines, time.monotonic()
         self._upload: threading.Thread | None = None
         if self._remote:
-            self._path.write_text("".join(lines))
+            write_text(self._path, "".join(lines))
         else:
             whole = pathlib.Path(f"{self._path}.tmp")
-            whole.write_text("".join(lines))
+            write_text(whole, "".join(lines))
             whole.replace(str(self._path))  # atomic: a crash here leaves the old file
             self._file = open(str(self._path), "a", encoding="utf-8", buffering=1)
 
@@ -213,7 +214,8 @@ class JsonLines:
         """Append one row."""
         line = json.dumps(row, default=str) + "\n"
         if not self._remote:
-            self._file.write(line)
+            with writing(self._path):
+                self._file.write(line)
             return
         self._lines.append(line)
         busy = self._upload is not None and self._upload.is_alive()
@@ -238,7 +240,8 @@ class JsonLines:
         if self._remote:
             self._upload_now()
         else:
-            self._file.close()
+            with writing(self._path):  # what a full disk has not taken is tried once more
+                self._file.close()
 
     def _upload_now(self) -> None:
         if self._upload is not None:

@@ -4,10 +4,12 @@ samples as a table."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 import time
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import tqdm
@@ -134,6 +136,9 @@ def in_notebook() -> bool:
 class Progress:
     """A bar (terminal, notebook) or a line every ``every_steps`` steps (pipe, file).
 
+    Where nothing can be shown any more (the terminal was closed, a pipe's reader has ended, the
+    disk of a log is full), nothing is, and what runs goes on.
+
     Args:
         total_steps: steps of the whole run.
         start_step: steps already done (a resumed run).
@@ -182,28 +187,43 @@ class Progress:
         """Show that ``step`` steps are done, with the newest metrics."""
         done, self._step = step - self._step, step
         self._first = self._first or (step, time.monotonic())
-        if self._bar is not None:
-            self._bar.set_postfix(summary(values), refresh=False)
-            self._bar.update(done)
-        elif self._shown and (step - self._line >= self._every or step == self._total):
-            self._line = step
-            words = "  ".join(f"{word} {number}" for word, number in summary(values).items())
-            steps, spent = step - self._first[0], time.monotonic() - self._first[1]
-            left = f"  {duration(spent / steps * (self._total - step))} left" if steps else ""
-            print(
-                f"{self._name} step {step}/{self._total}  {words}{left}",
-                file=self._stream,
-                flush=True,
-            )
+        with self._muted_if_unread():
+            if self._bar is not None:
+                self._bar.set_postfix(summary(values), refresh=False)
+                self._bar.update(done)
+            elif self._shown and (step - self._line >= self._every or step == self._total):
+                self._line = step
+                words = "  ".join(f"{word} {number}" for word, number in summary(values).items())
+                steps, spent = step - self._first[0], time.monotonic() - self._first[1]
+                left = f"  {duration(spent / steps * (self._total - step))} left" if steps else ""
+                print(
+                    f"{self._name} step {step}/{self._total}  {words}{left}",
+                    file=self._stream,
+                    flush=True,
+                )
 
     def note(self, text: str) -> None:
         """Print a line of its own, above the bar."""
-        if self._bar is not None:
-            self._bar.write(text, file=self._stream)
-        elif self._shown:
-            print(text, file=self._stream, flush=True)
+        with self._muted_if_unread():
+            if self._bar is not None:
+                self._bar.write(text, file=self._stream)
+            elif self._shown:
+                print(text, file=self._stream, flush=True)
 
     def close(self) -> None:
         """Leave the bar's last state on the screen and end its line."""
-        if self._bar is not None:
-            self._bar.close()
+        with self._muted_if_unread():
+            if self._bar is not None:
+                self._bar.close()
+
+    @contextlib.contextmanager
+    def _muted_if_unread(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            self._bar, self._shown = None, False
+            # whoever writes there next, the stream's own buffer included, is not to fail
+            with contextlib.suppress(OSError):  # it has no descriptor
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, self._stream.fileno())
+                os.close(nowhere)

@@ -31,7 +31,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 from transformers import PreTrainedTokenizerBase
 
-from align_jax.core.files import read_arrays
+from align_jax.core.files import read_arrays, writing
 from align_jax.core.metrics import JsonLines, means
 from align_jax.core.options import Config
 from align_jax.core.schema import Batch, Example, Outputs
@@ -537,7 +537,9 @@ class Rollouts:
         buffer = io.BytesIO()
         fields: dict[str, Any] = _flatten_batch(self._now.batch)
         np.savez(buffer, **fields)
-        (folder / f"{step}-{jax.process_index()}.npz").write_bytes(buffer.getvalue())
+        path = folder / f"{step}-{jax.process_index()}.npz"
+        with writing(path):
+            path.write_bytes(buffer.getvalue())
         if jax.process_index() == 0:
             for old in folder.iterdir():
                 made = re.fullmatch(r"(\d+)-\d+\.npz", old.name)  # what else lies there stays

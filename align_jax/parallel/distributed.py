@@ -286,8 +286,8 @@ def deadline(message: str, seconds: float | int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def stop_signal() -> Iterator[Callable[[int], bool]]:
-    """Notice SIGTERM (the platform takes the machine back) and Ctrl-C, and agree on the step to
-    save at.
+    """Notice SIGTERM (the platform takes the machine back), SIGHUP (the terminal is closed, unless
+    nohup has it ignored) and Ctrl-C, and agree on the step to save at.
 
     One process: the function is true from the first step after the signal.  Several: the notice to
     any of them spreads through JAX's coordinator, and the function is true on all at the same step.
@@ -316,19 +316,25 @@ def stop_signal() -> Iterator[Callable[[int], bool]]:
         if notices and number == signal.SIGINT:
             raise KeyboardInterrupt
         notices.append(signal.Signals(number).name)
-        print(
-            f"align_jax: {notices[-1]}: saving after this step, then stopping (Ctrl-C again: stop "
-            "at once)",
-            file=sys.stderr,
-            flush=True,
-        )
+        # the terminal may be gone, or another line be half written
+        with contextlib.suppress(OSError, RuntimeError):
+            print(
+                f"align_jax: {notices[-1]}: saving after this step, then stopping (Ctrl-C again: "
+                "stop at once)",
+                file=sys.stderr,
+                flush=True,
+            )
         if together:
             os.kill(os.getpid(), signal.SIGTERM)  # JAX's notifier tells the other processes
 
     before = {}
     if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
-        # SIGTERM is JAX's own then
-        for number in (signal.SIGINT,) if together else (signal.SIGINT, signal.SIGTERM):
+        numbers = [signal.SIGINT]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
+        if not together:  # JAX's own otherwise
+            numbers.append(signal.SIGTERM)
+        for number in numbers:
             before[number] = signal.signal(number, take)
     stopped: list[int] = []  # the steps at which the answer was yes
 

@@ -23,11 +23,12 @@ import math
 import os
 import pathlib
 import re
+import signal
 import sys
 import tempfile
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from absl import flags, logging
 
@@ -67,6 +68,8 @@ def read(*, arguments: str = "", check: Callable[[], None] | None = None) -> lis
     Returns:
         What stands beside the flags, for ``run``.
     """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _stop_importing)
     flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
     program = typed.program()
     if isinstance(sys.stdout, io.TextIOWrapper):  # no terminal has every character
@@ -131,6 +134,8 @@ def run(main: Callable[[Sequence[str]], None], rest: Sequence[str]) -> NoReturn:
     gc.set_threshold(20_000, 20, 20)
     gc.enable()
     with _told(typed.program()):
+        if signal.getsignal(signal.SIGINT) is _stop_importing:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         main(rest)
         sys.stdout.flush()
     sys.exit(0)
@@ -142,6 +147,7 @@ def _told(program: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
+        print(f"{program}: interrupted", file=sys.stderr)
         _leave(130)
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -157,6 +163,13 @@ def _told(program: str) -> Iterator[None]:
             file=sys.stderr,
         )
         _leave(1)
+
+
+def _stop_importing(*_: Any) -> NoReturn:
+    """Take Ctrl-C at once: an exception in the middle of an import may be taken for another."""
+    with contextlib.suppress(OSError, RuntimeError):
+        print(f"{typed.program()}: interrupted", file=sys.stderr, flush=True)
+    os._exit(130)
 
 
 def spelled_out(words: Sequence[str]) -> list[str]:

@@ -22,6 +22,8 @@ from typing import Any
 
 from etils import epath
 
+from align_jax.core.files import writing
+
 FILE = "lock.json"
 BEAT_SECONDS = 20.0
 _log = logging.getLogger(__name__)
@@ -58,17 +60,19 @@ def hold(workdir: epath.PathLike, *, beat_seconds: float = BEAT_SECONDS) -> Iter
 def _locked(folder: epath.Path, me: dict[str, Any]) -> Iterator[None]:
     import fcntl  # here, because only Unix has it
 
-    with open(str(folder / FILE), "a+", encoding="utf-8") as file:
+    with open(str(folder / FILE), "ab+", buffering=0) as file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            raise _refusal(folder, _parsed(file.read())) from None
+            raise _refusal(folder, _parsed(file.read().decode())) from None
         except OSError as error:  # a file system without locks
             _log.warning("%s cannot be locked (%s): keep other runs out of it", folder, error)
         file.truncate(0)
-        file.write(json.dumps(me) + "\n")
-        file.flush()
+        said = json.dumps(me).encode() + b"\n"
+        with writing(folder / FILE):
+            while said:  # a disk that is nearly full takes a part
+                said = said[file.write(said) :]
         yield
         file.truncate(0)
 

@@ -19,7 +19,7 @@ import jax
 from etils import epath
 
 from align_jax.core import typed
-from align_jax.core.files import read_json
+from align_jax.core.files import read_json, write_text
 
 PACKAGES = (
     "align_jax",
@@ -168,7 +168,7 @@ def write_record(
     folder = epath.Path(workdir)
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / "config.json.partial"  # a kill here leaves the old file
-    partial.write_text(json.dumps(record, indent=1) + "\n")
+    write_text(partial, json.dumps(record, indent=1) + "\n")
     partial.replace(folder / "config.json")
     return record
 

@@ -21,7 +21,7 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from align_jax.core.files import read_arrays
+from align_jax.core.files import read_arrays, writing
 from align_jax.core.schema import Batch
 
 
@@ -134,7 +134,8 @@ def save(path: epath.Path, cache: Cache, inputs: Mapping[str, Any]) -> None:
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.parent / f"{path.name}.partial"
-    partial.write_bytes(buffer.getvalue())
+    with writing(partial):
+        partial.write_bytes(buffer.getvalue())
     partial.rename(path)
 
 

@@ -3,11 +3,13 @@
 
 import gzip
 import io
+import resource
 
 import numpy as np
 import pytest
 
-from align_jax.core import files
+from align_jax.core import files, metrics
+from align_jax.storage import lock, workdir
 
 JSON = [  # bytes of x.json, what is said of them
     (b"", "x.json: expected a JSON object, got an empty file"),
@@ -74,3 +76,39 @@ def test_what_a_file_looks_like(tmp_path):
         (tmp_path / "x").write_bytes(data)
         assert expected in files.looks_like(tmp_path / "x")
     assert files.looks_like(tmp_path) == "a directory"
+
+
+def _locked(folder):
+    with lock.hold(folder):
+        pass
+
+
+def _append(path):
+    rows = metrics.JsonLines(path)
+    try:
+        rows.append({"said": "x" * 200})
+    finally:
+        rows.close()
+
+
+FIRST_WRITES = {  # what a run writes first, in its workdir
+    "lock.json": lambda folder: _locked(folder),
+    "config.json.partial": lambda folder: workdir.write_record(folder, {}),
+    "metrics.jsonl": lambda folder: _append(folder / "metrics.jsonl"),
+    "found.json": lambda folder: files.write_text(folder / "found.json", "x" * 200),
+}
+
+
+@pytest.mark.parametrize("name", FIRST_WRITES)
+def test_a_write_that_does_not_fit_names_the_file_and_the_room(tmp_path, name):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16, before[1]))
+    try:
+        with pytest.raises(OSError) as found:
+            FIRST_WRITES[name](tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert found.value.filename == str(tmp_path / name)
+    assert "File too large (a file may have 16 bytes here: ulimit -f)" in str(found.value)
+    with pytest.raises(OSError, match=r"No space left on device \([\d,]+ bytes are free\)"):
+        files.write_text("/dev/full", "x")

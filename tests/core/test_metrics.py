@@ -7,6 +7,7 @@ import io
 import json
 import math
 import operator
+import os
 import sys
 import types
 
@@ -250,6 +251,21 @@ def test_on_a_terminal_there_is_a_bar(monkeypatch):
     bar.update(4, {"loss": 0.5})
     bar.close()
     assert "loss=0.5" in stream.getvalue() and "4/4" in stream.getvalue()
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_run_outlives_whoever_watched_it(terminal):
+    reading, writing = os.pipe()
+    stream = open(writing, "w")
+    stream.isatty = lambda: terminal
+    bar = progress.Progress(9, every_steps=1, stream=stream)
+    os.close(reading)
+    for step in range(1, 9):
+        bar.update(step, {"loss": 0.5})
+        bar.note("saved")
+    bar.close()
+    print("said by another part", file=stream, flush=True)
+    stream.close()
 
 
 def test_other_processes_say_nothing():

@@ -32,6 +32,7 @@ CONFIG_FILES = {
     "asks": "def get_config(size):\n    return size\n",
     "syntax": "def get_config():\n    x = (\n",
     "imports": "\nimport no_such_module\n",
+    "interrupts": "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n",
     "typo": "from align_jax.core import config\n\ndef get_config():\n    made = config.defaults()\n"
     "    made.optimizer.learning_rte = 1\n    return made\n",
 }
@@ -192,6 +193,11 @@ def test_a_mistake_is_one_message_and_status_2(line, folder):
     assert status == 2 and output.startswith("python -m align_jax"), output
     assert "Traceback" not in output and len(output.splitlines()) <= 3, output
     assert not (folder / "x").exists()
+
+
+def test_an_interrupt_is_one_line_even_while_a_config_is_made(folder):
+    status, output = typed(".train --config=interrupts.py --workdir=x", folder)
+    assert (status, output) == (130, "python -m align_jax.train: interrupted\n")
 
 
 WITHOUT_JAX = """
