@@ -51,8 +51,12 @@ MARKS = (
     "loss_weight",
     "loss_scale",
 )
-# marks that say more than that, or of which it is not clear what they say
-UNKNOWN_MARKS = ("mask", "masked", "ignore", "ignored", "train_detail", "training_detail")
+# words of marks that say more than that, or of which it is not clear what they say
+_MARKING = re.compile(
+    r"(^|_)(mask|masked|ignored?|train|trained|trainable|training|loss|weights?|learn|learned|"
+    r"learnable)(_|$)",
+    re.IGNORECASE,
+)
 REASONING = ("reasoning_content", "reasoning", "thinking", "thought", "thoughts")
 # keys of a turn that are a part of what it says: a template that leaves one out loses words
 SAID = ("tool_calls", *REASONING, "refusal", "tools", "functions")
@@ -101,6 +105,7 @@ def text_of(value: Any, what: str) -> str:
                 f"{what}: a part that is no text cannot be kept", f"type {part['type']!r:.60}"
             )
         check_no_media(part, f"{what}: ")
+        _check_marks(part, f"{what}: a part's", ())
         parts.append(part["text"])
     return "".join(parts)
 
@@ -272,14 +277,24 @@ def _is_named(call: Any) -> bool:
 
 def _learned(turn: Row, what: str) -> bool:
     """Tell whether a turn's marks leave it to be learned; a share of a turn is refused."""
-    for mark in UNKNOWN_MARKS:
-        if turn.get(mark) is not None:
-            raise RowError(f"{what}: a turn's {mark} is no known mark; known: {', '.join(MARKS)}")
+    _check_marks(turn, f"{what}: a turn's", MARKS)
     values = {mark: turn[mark] for mark in MARKS if turn.get(mark) is not None}
     for mark, value in values.items():
         if value not in (0, 1):
             raise RowError(f"{what}: a turn's {mark} is neither 0 nor 1 (true, false)")
     return all(values.values())
+
+
+def _check_marks(row: Row, whose: str, known: tuple[str, ...]) -> None:
+    """Refuse keys that seem to say what is learned, and are not among the known ones.
+
+    Raises:
+        RowError: naming the key.
+    """
+    for name, value in row.items():
+        if value is not None and name not in known and _MARKING.search(name):
+            hint = f"is no known mark; known: {', '.join(MARKS)}"
+            raise RowError(f"{whose} {name[:40]} {hint}" + ("" if known else ", of a whole turn"))
 
 
 def given(row: Row, *names: str) -> str:

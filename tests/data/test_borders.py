@@ -356,10 +356,17 @@ REFUSED |= {
     )
     for value in (5, True, {"a": "b"}, [["a"]])
 }
+REFUSED["a mark on a part of a turn"] = (
+    {"messages": [U("q"), A([{"type": "text", "text": "a", "weight": 0}])]},
+    "completions",
+    "a part's weight is no known mark; known: weight",
+)
 REFUSED |= {
     f"a turn's {key}": ({"messages": [U("q", **{key: "x"}), A("a")]}, "completions", said)
     for key, said in (
         ("mask", "mask is no known mark"),
+        ("is_trainable", "is_trainable is no known mark"),
+        ("Weight", "Weight is no known mark"),
         ("images", "messages's images: text alone cannot keep it"),
         ("Video_Path", "Video_Path: text alone"),
     )
