@@ -233,8 +233,7 @@ class Variant:
 
     def start(self) -> tuple[Any, Any]:
         """Return a first state and the frozen weights, drawn at random."""
-        frozen = weights.load_frozen(self.spec, self.specs, self.config)
-        trained = weights.load_trained(self.spec, self.specs, frozen, self.config)
+        frozen, trained = weights.load_start(self.spec, self.specs, self.config)
         return initialize.first_state(self.spec, self.specs, trained), frozen
 
     def takes(self, state: Any, frozen: Any) -> bool:

@@ -530,8 +530,7 @@ def train(
 
 
 def _stages(run: Run, job: Job, start: LoadedModel, compiled: dict[Any, Any]) -> Iterator[Stage]:
-    frozen = weights.load_frozen(run.step_spec, run.state_specs, run.config)
-    trained = weights.load_trained(run.step_spec, run.state_specs, frozen, run.config)
+    frozen, trained = weights.load_start(run.step_spec, run.state_specs, run.config)
     state = initialize.first_state(run.step_spec, run.state_specs, trained, None)
     key = repr(job.method._replace(data=Data(""), values=()))
     if is_constant(job.method):

@@ -31,6 +31,7 @@ fi
 .venv/bin/python -m pip install --quiet "torch==2.13.0"
 .venv/bin/python -m pip install --quiet --editable ".[test,tensorboard]"
 wait  # for the browser
+unset PYTHONDONTWRITEBYTECODE  # many tests start programs, which read what the first has compiled
 export JAX_PLATFORMS=cpu TPU_SKIP_MDS_QUERY=1 HF_HUB_OFFLINE=1
 .venv/bin/python -m ruff check
 .venv/bin/python -m ruff format --check

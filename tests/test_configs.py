@@ -26,8 +26,18 @@ FOLDER = pathlib.Path(__file__).parents[1] / "configs"
 FILES = sorted(path.stem for path in FOLDER.glob("*.py"))
 RECIPES = [name for name in FILES if name not in ("tiny", "start")]
 SPECS = [*RECIPES, "dpo_pythia_2p8b:sft"]
-# trained are those of a kind that no other recipe has: these two are as dpo_mixtral and dpo_7b are
-TRAINED = [spec for spec in SPECS if spec not in ("dpo_qwen3_30b_a3b", "dpo_gemma3_27b")]
+# Trained are those of a kind that no other recipe has; a family's gradients are tests/models'.
+ALIKE = {
+    "dpo_70b": "dpo_7b",
+    "dpo_deepseek_v3": "dpo_mixtral",
+    "dpo_gemma3_27b": "dpo_7b",
+    "dpo_pythia_2p8b:sft": "sft_7b",
+    "dpo_qwen3_30b_a3b": "dpo_mixtral",
+    "kto_llama3_8b": "kto_7b",
+    "rloo_7b": "grpo_7b",
+    "simpo_7b": "dpo_7b",
+}
+TRAINED = [spec for spec in SPECS if spec not in ALIKE]
 ONLINE = ("dpo", "kto", "ipo", "simpo")  # as tiny.py:online_NAME
 
 # A model small enough for a test: what a family's fields are shrunk to, where the recipe has them.

@@ -46,7 +46,6 @@ def start(run: Run, checkpoints: Checkpoints) -> tuple[int, Any, Any, dict[str, 
         (finished steps, state, frozen, what was saved beside the state).
     """
     config, which = run.config, str(run.config.checkpoint.restore)
-    frozen = weights.load_frozen(run.step_spec, run.state_specs, config)
     restored = checkpoints.restore(
         run.state_specs.state,
         which,
@@ -54,10 +53,11 @@ def start(run: Run, checkpoints: Checkpoints) -> tuple[int, Any, Any, dict[str, 
         usable=functools.partial(check_source, run.train, run.workdir),
     )
     if restored is None:
-        trained = weights.load_trained(run.step_spec, run.state_specs, frozen, config)
+        frozen, trained = weights.load_start(run.step_spec, run.state_specs, config)
         moving = weights.load_moving_reference(run.step_spec, run.state_specs, config)
         state = initialize.first_state(run.step_spec, run.state_specs, trained, moving)
         return 0, state, frozen, {}
+    frozen = weights.load_frozen(run.step_spec, run.state_specs, config)
     if not restored.own:  # where another run stood in its data is not where this one begins
         return 0, restored.state, frozen, {}
     return restored.step, restored.state, frozen, restored.extra

@@ -2,7 +2,8 @@
 """Weights from checkpoints: the trees of a run, and whole models for the programs.
 
 load_model                       a checkpoint over a mesh: to sample, evaluate, judge with
-load_frozen, load_trained        what ``training.initialize`` says that a run holds
+load_start                       what ``training.initialize`` says that a run holds, at its start
+load_frozen, load_trained        the two parts of it
 save_policy                      a policy's newest weights, for a server to read
 """
 
@@ -15,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -166,7 +168,8 @@ def load_params(model: Model, shapes: Tree, *, path: str, key: jax.Array) -> Tre
     Returns:
         The same tree with arrays, each of its dtype and sharding.
     """
-    wanted = flatten(shapes)
+    if not (wanted := flatten(shapes)):
+        return {}
     codes = [name for name, leaf in wanted.items() if isinstance(leaf, Quantized)]
     loaded: dict[str, Any] = {}
     if path:
@@ -266,11 +269,29 @@ def _value_head(path: str, shapes: Tree) -> Tree:
         path, shardings=where, dtype=leaf.dtype, heads=("score",), only=("score/out/kernel",)
     )
     bias = shapes["out"]["bias"]
-    zeros = jax.jit(lambda: jax.numpy.zeros(bias.shape, bias.dtype), out_shardings=bias.sharding)
+    zeros = jax.jit(lambda: jnp.zeros(bias.shape, bias.dtype), out_shardings=bias.sharding)
     return {"out": {"kernel": found["score"]["out"]["kernel"], "bias": zeros()}}
 
 
-def load_frozen(spec: StepSpec, specs: StateSpecs, config: Config) -> Tree:
+def load_start(spec: StepSpec, specs: StateSpecs, config: Config) -> tuple[Tree, Tree]:
+    """Load or draw what a run begins with, reading each of the policy's weights once.
+
+    Args:
+        spec, specs, config: as ``load_frozen`` takes them.
+
+    Returns:
+        (frozen, trained parameters).
+    """
+    if spec.policy.options.lora is not None:  # an adapter is drawn for the base that is there
+        frozen = load_frozen(spec, specs, config)
+        return frozen, load_trained(spec, specs, frozen, config)
+    trained = load_trained(spec, specs, {}, config)
+    return load_frozen(spec, specs, config, trained), trained
+
+
+def load_frozen(
+    spec: StepSpec, specs: StateSpecs, config: Config, trained: Tree | None = None
+) -> Tree:
     """Load or draw the weights that are not trained.
 
     Args:
@@ -278,16 +299,38 @@ def load_frozen(spec: StepSpec, specs: StateSpecs, config: Config) -> Tree:
         specs: from ``training.initialize.make_state_specs``.
         config: of the run: where the starting weights and the reference's are, and the seed of
             random ones.
+        trained: the policy's parameters as they were just loaded; the reference's copies of them
+            are taken from there, where their type holds them.
     """
     key = jax.random.key(config.seed)
     frozen: dict[str, Tree] = {"base": {}}
     if specs.base:
-        base = load_params(spec.base, specs.base, path=config.model.path, key=key)
+        copied = _copies(flatten(specs.base), flatten(trained or {}))
+        left = {name: leaf for name, leaf in flatten(specs.base).items() if name not in copied}
+        read = load_params(spec.base, unflatten(left), path=config.model.path, key=key)
+        base = unflatten(copied | flatten(read))
         frozen["base"] = _with_replaced(base, spec.policy, config)
     if specs.reference is not None:
         path = config.reference.path
         frozen["reference"] = load_params(spec.reference, specs.reference, path=path, key=key)
     return frozen
+
+
+def _copies(wanted: Mapping[str, Any], given: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """Copy, rounded to the wanted type, the parameters whose own type is at least as wide."""
+    found = {
+        name: leaf
+        for name, leaf in wanted.items()
+        if name in given
+        and not isinstance(leaf, Quantized)
+        and np.can_cast(leaf.dtype, given[name].dtype)
+    }
+
+    def copy(values: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        return {name: jnp.array(values[name], leaf.dtype) for name, leaf in found.items()}
+
+    placed = jax.jit(copy, out_shardings=_shardings(found))
+    return placed({name: given[name] for name in found}) if found else {}
 
 
 def draw_start(model: Model, mesh: Mesh, config: Config) -> LoadedModel:

@@ -58,7 +58,7 @@ def checkpoint(tmp_path_factory):
     return str(path)
 
 
-def prepared(name, lora, mesh=None, **model_options):
+def prepared(name, lora, mesh=None, reference_dtype="float32", **model_options):
     terms = losses.resolve(name, {})
     options = ModelOptions(compute_dtype="float32", attention="xla", **model_options)
     models = initialize.make_models(CONFIG, terms, options, lora)
@@ -74,7 +74,7 @@ def prepared(name, lora, mesh=None, **model_options):
         value_head=options.value_head,
     )
     mesh = make_mesh(mesh or {"data": 1}, jax.devices()[: math.prod((mesh or {}).values())])
-    reference = ReferenceOptions(dtype="float32")
+    reference = ReferenceOptions(dtype=reference_dtype)
     return spec, mesh, initialize.make_state_specs(spec, mesh, options, reference)
 
 
@@ -169,6 +169,45 @@ def test_what_came_with_an_adapter_stands_in_the_place_of_the_base_s(checkpoint,
     np.testing.assert_array_equal(
         base["final_norm/scale"], flatten(hf.load(checkpoint)[1])["final_norm/scale"]
     )
+
+
+@pytest.mark.parametrize(
+    "param_dtype, reference_dtype, once",
+    [
+        ("float32", "bfloat16", True),
+        ("float32", "float32", True),
+        ("bfloat16", "float32", False),  # what was rounded away is not there any more
+    ],
+)
+def test_a_start_reads_each_weight_once_and_is_the_same(
+    checkpoint, monkeypatch, param_dtype, reference_dtype, once
+):
+    spec, _, specs = prepared(
+        "dpo", None, SHARDED, reference_dtype, param_dtype=param_dtype, freeze=("embed",)
+    )
+    config = started(checkpoint)
+    reads, load = [], hf.load
+    monkeypatch.setattr(
+        weights.hf, "load", lambda *args, **kw: reads.extend(kw["only"]) or load(*args, **kw)
+    )
+    frozen, trained = weights.load_start(spec, specs, config)
+    assert (len(reads) == len(set(reads))) == once
+    assert set(reads) == set(flatten(specs.frozen["base"]))
+    alone = weights.load_frozen(spec, specs, config)
+    apart = jax.device_get((alone, weights.load_trained(spec, specs, {}, config)))
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get((frozen, trained)), apart)
+    assert jax.tree.map(lambda x: (x.dtype, x.sharding), frozen) == jax.tree.map(
+        lambda x: (x.dtype, x.sharding), specs.frozen
+    )
+    held = [
+        {
+            part.data.unsafe_buffer_pointer()
+            for x in jax.tree.leaves(tree)
+            for part in x.addressable_shards
+        }
+        for tree in (frozen, trained)
+    ]
+    assert not set.intersection(*held)  # a step takes the buffers of what is trained
 
 
 @pytest.mark.parametrize("method", ["int8", "nf4"])
