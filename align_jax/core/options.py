@@ -146,7 +146,7 @@ class ModelOptions(Checked):
     )
     param_dtype: str = option(
         "float32",
-        "of what is trained; bfloat16 halves memory but loses small updates",
+        "of what is trained; bfloat16 halves memory, and updates are rounded at random",
         choices=("float32", "bfloat16"),
     )
     compute_dtype: str = option(

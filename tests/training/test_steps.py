@@ -7,6 +7,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from align_jax.core.options import Config, OptimizerOptions
@@ -97,6 +98,27 @@ def test_gradients_of_bfloat16_parameters_are_added_and_measured_in_float32(
         norms.append(float(values["grad_norm"]))
     # added up in bfloat16, eight parts would lose half a percent
     assert norms[1] == pytest.approx(norms[0], rel=5e-4)
+
+
+def test_what_bfloat16_has_no_place_for_arrives_in_the_mean(make_step_spec):
+    """An update, a second moment's decay, a small share of the policy: each below half of the last
+    place of the ones that it changes."""
+    spec = make_step_spec("dpo", sync_every_steps=1, mix=2**-10)
+    spec = spec._replace(optimizer=optax.adamw(0.06))
+    lost = []
+    for dtype in (jnp.float32, jnp.bfloat16):
+        ones = {"w": jnp.ones(4096, dtype)}
+        state = steps.init_state(spec, ones, jax.tree.map(lambda x: 2 * x, ones))
+        state["opt_state"] = optax.tree_utils.tree_set(state["opt_state"], nu=ones)
+        grads, key = {"w": jnp.full(4096, 0.5)}, jax.random.key(0)
+        after, _ = steps._update(spec, state, jnp.ones(()), grads, {}, key)
+        nu = optax.tree_utils.tree_get(after["opt_state"], "nu")
+        found = after["params"]["w"], nu["w"], after["reference"]["w"]
+        assert all(x.dtype == dtype for x in found)
+        means = [float(x.mean(dtype=jnp.float32)) for x in found]
+        lost.append(np.array([1.0, 1.0, 2.0]) - means)
+    assert (lost[0] > 5e-4).all() and (lost[0] < 2e-3).all()
+    np.testing.assert_allclose(lost[1], lost[0], rtol=0.15)
 
 
 @pytest.mark.parametrize(
