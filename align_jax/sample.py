@@ -152,6 +152,24 @@ def load_checkpoint(
     return SamplingPolicy(engines.Local(generator, params), tokenizer, path, limit)
 
 
+def load_server(
+    url: str, model: str, *, chat_template: str | None = None, allow_http: bool = False
+) -> SamplingPolicy:
+    """Ask a server of a checkpoint, whose tokenizer and end tokens are read here.
+
+    Args:
+        url: the server's address.
+        model: directory or hub id, as the server names it; or a tokenizer alone.
+        chat_template: replaces the tokenizer's own.
+        allow_http: plain http, to a host that is not this one, too.
+    """
+    tokenizer = load_tokenizer(model, chat_template=chat_template)
+    alone = model == "byte" or model.endswith((".json", ".json.gz"))
+    ends = () if alone else hf.end_tokens(model)
+    options = ServerOptions(url, model, allow_http=allow_http)
+    return SamplingPolicy(engines.Server(options, tokenizer, end_tokens=ends), tokenizer, model)
+
+
 def load_run(
     workdir: str, *, rows: int, which: str = "latest", max_length: int | None = None
 ) -> SamplingPolicy:
@@ -425,12 +443,9 @@ def main(argv: Sequence[str]) -> None:
     template = values.chat_template or None
     max_length = values.max_length or None
     if values.url:
-        tokenizer = load_tokenizer(values.model, chat_template=template)
-        options = ServerOptions(values.url, values.model, allow_http=values.allow_http)
-        alone = values.model == "byte" or values.model.endswith((".json", ".json.gz"))
-        own = () if alone else hf.end_tokens(values.model)
-        server = engines.Server(options, tokenizer, end_tokens=own)
-        policy = SamplingPolicy(server, tokenizer, values.model)
+        policy = load_server(
+            values.url, values.model, chat_template=template, allow_http=values.allow_http
+        )
     elif values.workdir:
         policy = load_run(values.workdir, rows=rows, which=values.step, max_length=max_length)
     else:

@@ -3,6 +3,7 @@
 the end."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -241,3 +242,13 @@ def test_stop_tokens_are_the_ends_of_text_and_turn(policy, testdata):
     assert stop_tokens(policy.tokenizer, hf.load_config(folder).end_tokens) == (2,)
     minimind = load_tokenizer(str(testdata / "tokenizers" / "minimind"))
     assert minimind.convert_tokens_to_ids("<|im_end|>") in stop_tokens(minimind)
+
+
+def test_a_server_is_told_the_end_tokens_of_the_checkpoint(tiny_chat, tmp_path):
+    folder = shutil.copytree(tiny_chat, tmp_path / "served")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 7]}))
+    asked = sample.load_server("http://127.0.0.1:9", str(folder))
+    assert {5, 7, asked.tokenizer.eos_token_id} == set(asked.engine._stop_ids)
+    assert sample.load_server("http://127.0.0.1:9", "byte").engine._stop_ids == (
+        load_tokenizer("byte").eos_token_id,
+    )

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Evaluations: against transformers' log-probabilities, by hand, and as a program."""
 
+import dataclasses
 import json
 import types
 
@@ -14,7 +15,7 @@ from align_jax import evaluate
 from align_jax.core.options import DataOptions, RolloutOptions
 from align_jax.data import datasets
 from align_jax.data.tokenizer import load_tokenizer
-from align_jax.evals import EVALS
+from align_jax.evals import EVALS, generation
 from align_jax.evals.policy import EvaluatedPolicy
 from align_jax.evals.win_rate import by_judge, by_rewards, tally
 from align_jax.inference.client import Client
@@ -132,6 +133,22 @@ def test_generation_reports_rewards_and_the_kl_of_its_own_samples(policy, pairs)
     same = policy._replace(params=policy.reference.params)
     found = EVALS["generation"].fn(same, examples, REWARD, options(1))
     assert found["objective/kl"] == pytest.approx(0.0, abs=1e-5) and "best_of_n" not in found
+
+
+def test_an_evaluations_environment_knows_the_policys_end_tokens(policy, pairs, monkeypatch):
+    told = []
+
+    def made(*given, end_tokens, **options):
+        told.extend(end_tokens)
+        raise InterruptedError
+
+    monkeypatch.setattr(generation, "make_player", made)
+    config = dataclasses.replace(policy.model.config, end_tokens=(5, 7))
+    ends = policy._replace(model=dataclasses.replace(policy.model, config=config))
+    examples = datasets.load(pairs, "prompts", DataOptions(), chat=False)
+    with pytest.raises(InterruptedError):
+        EVALS["generation"].fn(ends, examples, REWARD, options(1))
+    assert told == [5, 7]
 
 
 def _lost(*given):

@@ -16,7 +16,7 @@ from test_rollout import CONFIG, EXAMPLES, REWARDS, equal, make_config, vowels
 
 from align_jax import losses
 from align_jax.core import config as configs
-from align_jax.core.options import RolloutOptions
+from align_jax.core.options import Config, RolloutOptions, ServerOptions
 from align_jax.core.schema import Example
 from align_jax.data import chat
 from align_jax.data.tokenizer import load_tokenizer, pad_id
@@ -24,14 +24,16 @@ from align_jax.inference import decoding, generate
 from align_jax.inference.engines import Local, Server
 from align_jax.inference.generate import Generator, Request
 from align_jax.inference.samplers import Sampling
+from align_jax.interop import hf
 from align_jax.losses.logprobs import token_outputs
 from align_jax.losses.objective import Inputs
 from align_jax.models.model import build
 from align_jax.online import rewards, tools
 from align_jax.online.environment import Reply, make_player, read_reply
-from align_jax.online.rollout import RolloutMaker, Rollouts, Weights
+from align_jax.online.rollout import RolloutMaker, Rollouts, Weights, make_rollouts
 from align_jax.online.sampling import Prompts, PromptSampler
 from align_jax.parallel.mesh import make_mesh
+from align_jax.runs.weights import load_model
 
 TOKENIZER = load_tokenizer("byte")
 CHAT = [
@@ -527,6 +529,24 @@ def test_an_answer_ends_with_the_tokens_of_tokenizer_and_checkpoint():
     lengths |= dict(max_length=56, rewarded=False)
     player = make_player(options, TOKENIZER, CHAT, **lengths, end_tokens=(5,))
     assert player.ends == (5, TOKENIZER.eos_token_id)
+
+
+def test_a_rollout_s_server_and_environment_know_the_policys_end_tokens():
+    policy = build(dataclasses.replace(CONFIG, end_tokens=(5,)), compute_dtype="float32")
+    server = ServerOptions("http://127.0.0.1:9", "policy")
+    source = make_rollouts(
+        make_config("grpo", environment="test_environment:Game", server=server),
+        Config(max_length=56),
+        CHAT,
+        TOKENIZER,
+        policy=policy,
+        reference=policy,
+        mesh=make_mesh({"data": 1}, jax.devices()[:1]),
+        load_model=load_model,
+        export=hf.save,
+    )
+    sampler = source._maker.sampler
+    assert sampler.player.ends == sampler.engine._stop_ids == (5, TOKENIZER.eos_token_id)
 
 
 def divides(said, gold):

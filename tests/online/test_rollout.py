@@ -12,13 +12,15 @@ import numpy as np
 import pytest
 
 from align_jax import losses
+from align_jax.core.metrics import means
 from align_jax.core.options import Config, DataOptions, RolloutOptions, ServerOptions
-from align_jax.core.schema import Example
+from align_jax.core.schema import Example, Outputs
 from align_jax.data.tokenizer import load_tokenizer, pad_id
 from align_jax.inference.engines import Local
 from align_jax.inference.generate import Generator, Request
 from align_jax.losses import advantages, baselines, targets
 from align_jax.losses.logprobs import spread_to_tokens, sum_by_slot
+from align_jax.losses.objective import Inputs
 from align_jax.models.config import ModelConfig, Rope
 from align_jax.models.model import build
 from align_jax.online import sampling
@@ -378,6 +380,26 @@ def test_behind_a_cut_off_response_stands_the_value_where_it_is_asked_for(models
     assert more.final_values is None
     with pytest.raises(ValueError, match="keep_unfinished"):
         make_config("ppo", objective={"bootstrap": True}, keep_unfinished=False)
+
+
+@pytest.mark.parametrize("name", ["rloo", "reinforce"])
+def test_cut_off_responses_bear_no_loss_and_count_in_baseline_and_metrics(models, name):
+    given = dict(objective={"kl_coef": 0.0}, stop=tuple("aeiouAEIOU0123456789"))
+    sources = [make(models, name, keep_unfinished=keep, **given) for keep in (True, False)]
+    whole, part = (source.next(lambda: models[2]) for source in sources)
+    kept = part.loss_mask
+    assert 0 < kept.sum() < whole.loss_mask.sum() and not (kept & ~whole.loss_mask).any()
+    np.testing.assert_array_equal(part.scores, whole.scores)
+    np.testing.assert_array_equal(part.advantages, np.where(kept, whole.advantages, 0.0))
+    for metric, value in sources[0].metrics.items():
+        if not metric.startswith("rollout/"):
+            assert sources[1].metrics[metric] == pytest.approx(value), metric
+    terms, batch = losses.resolve(name, given["objective"]), jax.tree.map(jnp.asarray, part)
+    said = Outputs(batch.old_token_logps, sum_by_slot(batch.old_token_logps, batch), batch.lengths)
+    found = means(losses.total(terms, Inputs(batch, said)).metrics)
+    assert found["reward"] == pytest.approx(whole.scores.mean(), rel=1e-6)
+    assert found["reward_std"] == pytest.approx(whole.scores.std(axis=1, ddof=1).mean(), rel=1e-5)
+    assert found["frac_reward_zero_std"] == (np.ptp(whole.scores, axis=1) == 0).mean()
 
 
 def test_one_response_has_no_group_to_be_compared_with():

@@ -105,6 +105,14 @@ def test_keys_that_do_not_go_together_are_refused(name, keys, words):
         resolve(name, **keys)
 
 
+@pytest.mark.parametrize("platform, chunk", [("cpu", 128), ("gpu", 512), ("tpu", 128)])
+def test_a_gpu_takes_more_positions_of_the_head_at_once(monkeypatch, platform, chunk):
+    config = configs.read(config_file.load("tiny:sft"))
+    resolved = setup.resolve_config(config, 1)
+    monkeypatch.setattr(setup.jax, "default_backend", lambda: platform)
+    assert setup.make_step_spec(config, resolved, 1).chunk == chunk
+
+
 LATE = [
     ({"debug.profile_steps": (40, 50)}, "debug.profile_steps: step 40 never comes: the run has 30"),
     ({"debug.memory_profile_step": 31}, "memory_profile_step: step 31 never comes"),
