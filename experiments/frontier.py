@@ -669,6 +669,7 @@ def run_job(
         found = measure(stage.policy, config, values.lexicon, folder, 1, scale.rows, told)
         row = {"study": job.study, "label": job.label, "strength": job.strength, "seed": job.seed}
         row |= {"step": stage.step, "last": stage.step == config.total_steps}
+        row |= {"jax": jax.__version__}
         rows.append({**row, "flops": stage.flops, "seconds": stage.seconds, **found})
     cpu = time.process_time() - began
     return [{**row, "cpu_seconds": cpu} for row in rows]

@@ -17,6 +17,7 @@ the same for all methods, and moving each run by what seeds differ.
 
 from __future__ import annotations
 
+import collections
 import gzip
 import json
 import pathlib
@@ -497,6 +498,8 @@ def introduction(results: Results) -> list[str]:
     """Say what was done, and how much of it."""
     hours = sum(row["cpu_seconds"] for row in results.rows if "flops" in row and row["last"]) / 3600
     scale, dpo = frontier.SCALES[False], frontier.METHODS["DPO"]
+    runs = collections.Counter(row["jax"] for row in results.rows if "jax" in row and row["last"])
+    versions = " and ".join(f"{version} ({count})" for version, count in sorted(runs.items()))
     return [
         "The controlled-sentiment experiment (arXiv 2305.18290, section 6.1) with a model small "
         "enough for a processor, TinyStories-656K: it continues a story's sentence by the next; "
@@ -507,9 +510,11 @@ def introduction(results: Results) -> list[str]:
         f"{dpo.groups * scale.offline_steps:,} in its {scale.offline_steps} steps.  "
         f"{results.start['prompts']} prompts of other stories are held out, a sample each; "
         "reward and KL from the start are measured at a third, two thirds and all of the steps.  "
-        f"On shared CPU cores {hours:.1f} core-hours were spent on what is below.  The "
-        "number of steps, the rates and the rollouts' sizes were set after pilots that were "
-        "measured on the same prompts, and no method was tuned by itself.",
+        f"On shared CPU cores {hours:.1f} core-hours were spent on what is below, on "
+        f"several machines, by the runs' JAX: {versions}; each trained the start anew by the same "
+        "command, which no two processors do to the same bits, so that its samples and pairs "
+        "differ a little.  The number of steps, the rates and the rollouts' sizes were set after "
+        "pilots that were measured on the same prompts, and no method was tuned by itself.",
         "",
         *COMMAND,
         "",
