@@ -306,7 +306,7 @@ def given(row: Row, *names: str) -> str:
     """
     has = [name for name in names if row.get(name) is not None]
     has = [name for name in has if row[name] != ""] or has
-    if any(row[name] != row[has[0]] for name in has):
+    if any(row[name] != row[has[0]] for name in has[1:]):
         raise RowError(f"{' and '.join(has)} differ: two names of one thing")
     return has[0] if has else names[-1]
 

@@ -335,6 +335,11 @@ REFUSED = {
         "pairs",
         "reward: expected a finite number",
     ),
+    "a strength that is no number": (
+        {"prompt": "q", "response_1": "a", "response_2": "b", "preference_strength": float("nan")},
+        "pairs",
+        "preference_strength: expected a finite number",
+    ),
     "a better one of three": (
         {"prompt": "q", "response_0": "a", "response_1": "b", "better_response_id": 2},
         "pairs",
