@@ -161,8 +161,16 @@ def test_peers_that_never_come_end_the_wait_with_a_message():
     assert "process 1 of 2 waited 2 s for its peers at the coordinator localhost:1" in result.stderr
 
 
+@pytest.fixture
+def hangup():
+    """SIGHUP as it is in a terminal, whatever started the tests."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
-def test_a_signal_is_noticed_once_and_the_old_handler_comes_back(number):
+def test_a_signal_is_noticed_once_and_the_old_handler_comes_back(number, hangup):
     before = signal.getsignal(number)
     with distributed.stop_signal() as stop:
         assert not stop(1)
@@ -171,7 +179,7 @@ def test_a_signal_is_noticed_once_and_the_old_handler_comes_back(number):
     assert signal.getsignal(number) is before
 
 
-def test_a_closed_terminal_stops_no_run_under_nohup_and_no_word_of_it_fails(monkeypatch):
+def test_a_closed_terminal_stops_no_run_under_nohup_and_no_word_of_it_fails(monkeypatch, hangup):
     def fail(*_):
         raise OSError(5, "Input/output error")
 
@@ -179,13 +187,10 @@ def test_a_closed_terminal_stops_no_run_under_nohup_and_no_word_of_it_fails(monk
     with distributed.stop_signal() as stop:
         os.kill(os.getpid(), signal.SIGHUP)
         assert stop(1)
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with distributed.stop_signal() as stop:
-            os.kill(os.getpid(), signal.SIGHUP)
-            assert not stop(1)
-    finally:
-        signal.signal(signal.SIGHUP, before)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with distributed.stop_signal() as stop:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert not stop(1)
 
 
 def test_a_scheduler_can_tell_a_stopped_run_from_a_finished_one(monkeypatch):

@@ -59,7 +59,7 @@ MISTAKES = {
     ".sample --xyzzy=1": "no flag --xyzzy; --help shows all flags",
     ".bench --prest=tiny_dpo": "did you mean '--preset'?",
     # the short form
-    ".train my_prts:hinge --data=p.jsonl": "and no module 'my_prts': start where it lies, or put",
+    ".train my_prts:hinge --data=p.jsonl": "and no module 'my_prts': start where it lies, or name",
     ".train tny:dpo": "did you mean 'tiny'?",
     ".inspect xyzzy": "; recipes: dpo_70b, dpo_7b, ",
     ".train dpo --data=p.jsonl": "path is empty and so is model.config: name a checkpoint",
