@@ -29,7 +29,6 @@ SPECS = [*RECIPES, "dpo_pythia_2p8b:sft"]
 # Trained are those of a kind that no other recipe has; a family's gradients are tests/models'.
 ALIKE = {
     "dpo_70b": "dpo_7b",
-    "dpo_deepseek_v3": "dpo_mixtral",
     "dpo_gemma3_27b": "dpo_7b",
     "dpo_pythia_2p8b:sft": "sft_7b",
     "dpo_qwen3_30b_a3b": "dpo_mixtral",
