@@ -199,13 +199,13 @@ def writing(path: epath.PathLike) -> Iterator[None]:
 
 
 def write_text(path: epath.PathLike, text: str) -> None:
-    """Write a text file, in UTF-8 whatever the locale.
+    """Write a text file.
 
     Raises:
         OSError: as ``writing``.
     """
     with writing(path):
-        epath.Path(path).write_text(text, encoding="utf-8")
+        epath.Path(path).write_text(text)
 
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
