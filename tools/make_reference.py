@@ -31,14 +31,16 @@ KINDS = {
     "prompts": "Prompts alone: for online objectives and samples",
 }
 ABOUT_ROWS = """
-A file is JSON lines, a JSON array, CSV, Parquet or Arrow (gzip too); a source is a file, `gs://...`,
-a hub id or `tfds:NAME`. The format is found from the first rows' fields, in the order of the table
-that these examples stand for, or named by `config.data.format`; `config.data.columns` renames
-columns. A prompt or an answer is a text or a list of messages (`role`, `content`, and whatever else
-the chat template reads: `tool_calls`, `name`, `reasoning_content`, ...). Beside the fields shown,
-rows may have `system`, `tools`, `documents`, `chat_template_kwargs`, `weight` and `margin` where
-they mean something; what would not be used is refused by name. A kind becomes the simpler ones
-where an objective needs them: a ranking makes pairs, pairs make unpaired answers, and so on.
+A file is JSON lines, a JSON array, CSV, Parquet or Arrow (packed by gzip, bzip2 or xz too); a
+source is a file, `gs://...`, a hub id or `tfds:NAME`. The format is found from the first rows'
+fields, in the order of the table that these examples stand for, or named by `config.data.format`;
+`config.data.columns` renames columns. A prompt or an answer is a text or a list of messages
+(`role`, `content`, and whatever else the chat template reads: `tool_calls`, `name`,
+`reasoning_content`, ...). Beside the fields shown, rows may have `system`, `tools`, `documents`,
+`chat_template_kwargs`, `weight` and `margin` where they mean something; what would not be used is
+refused by name. A turn or a row that says `train: false` (or `loss`, `trainable`, `loss_mask`, ...
+of 0) is not learned. A kind becomes the simpler ones where an objective needs them: a ranking makes
+pairs, pairs make unpaired answers, and so on.
 """
 
 

@@ -21,8 +21,7 @@ import shutil
 import stat
 import uuid
 import zipfile
-import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -37,12 +36,12 @@ SIGNATURES: tuple[tuple[bytes, str], ...] = (
     (b"<?xml", "an XML document (a store's error message, saved by a download?)"),
     (b"<<<<<<< ", "a file with git's conflict marks"),
     (b"\x1f\x8b", "gzip data (unpack it, or give it a name that ends in .gz)"),
+    (b"\xfd7zXZ", "xz data (unpack it, or give it a name that ends in .xz)"),
+    (b"BZh", "bzip2 data (unpack it, or give it a name that ends in .bz2)"),
     (b"PK\x03\x04", "a zip archive (as torch.save and numpy.savez write)"),
     (b"\x80\x02", "a Python pickle (as torch.save writes)"),
     (b"\x80\x04", "a Python pickle"),
     (b"\x28\xb5\x2f\xfd", "zstd data"),
-    (b"\xfd7zXZ", "xz data"),
-    (b"BZh", "bzip2 data"),
     (b"GGUF", "a GGUF file (llama.cpp's)"),
     (b"PAR1", "a Parquet file"),
     (b"\x93NUMPY", "a numpy array"),
@@ -114,22 +113,67 @@ def check_is_file(path: epath.PathLike) -> None:
 
 
 def read_bytes(path: epath.PathLike) -> bytes:
-    """Read a file, unpacked if its name ends in .gz.
+    """Read a file, unpacked if its name has an ending of ``PACKED``.
 
     Raises:
-        ValueError: not a file, or not a whole gzip file.
+        ValueError: not a file, or not a whole packed one.
     """
     check_is_file(path)
     data = epath.Path(path).read_bytes()
-    if not str(path).endswith(".gz"):
+    ending = os.path.splitext(str(path))[1]
+    if ending not in PACKED:
         return data
+    kind, unpack = PACKED[ending]
     try:
-        return gzip.decompress(data)
-    except (OSError, EOFError, zlib.error) as error:
+        return unpack(data)
+    except MemoryError:
+        raise
+    # each library has errors of its own
+    except Exception as error:
         cut = isinstance(error, EOFError)
         fault = "it ends too early, as a copy that was broken off" if cut else str(error)
-        kind = "" if data.startswith(b"\x1f\x8b") else f"; it is {looks_like(path)}"
-        raise ValueError(f"{path}: not a whole gzip file: {fault}{kind}") from error
+        looks = "" if signature(data[:512]).startswith(kind) else f"; it is {looks_like(path)}"
+        raise ValueError(f"{path}: not a whole {kind} file: {fault}{looks}") from error
+
+
+def _unpack_bz2(data: bytes) -> bytes:
+    import bz2
+
+    return _unpack_streams(data, bz2.BZ2Decompressor)
+
+
+def _unpack_xz(data: bytes) -> bytes:
+    import lzma
+
+    return _unpack_streams(data, lzma.LZMADecompressor)
+
+
+def _unpack_streams(data: bytes, start: Callable[[], Any]) -> bytes:
+    """Unpack one stream after the other: a whole library's reader drops what follows the first
+    and is damaged.
+
+    Raises:
+        EOFError: the last one does not end.
+    """
+    parts, stream, begun, step = [], start(), False, 1 << 20
+    for place in range(0, len(data), step):
+        block = data[place : place + step]
+        while block := block if begun else block.lstrip(b"\x00"):  # padding between streams
+            parts.append(stream.decompress(block))
+            block, begun = stream.unused_data, not stream.eof
+            if stream.eof:
+                stream = start()
+    if begun or not parts:
+        raise EOFError
+    return b"".join(parts)
+
+
+# how a file's name ends -> what it is packed by, and what unpacks it
+PACKED: Mapping[str, tuple[str, Callable[[bytes], bytes]]] = {
+    ".gz": ("gzip", gzip.decompress),
+    ".bz2": ("bzip2", _unpack_bz2),
+    ".xz": ("xz", _unpack_xz),
+}
 
 
 def read_text(path: epath.PathLike) -> str:

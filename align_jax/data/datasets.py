@@ -89,7 +89,7 @@ class Later(Sequence[Example]):
         return iter(self._items)
 
 
-VERSION = 5  # of how rows become examples: what is kept of an older one is made anew
+VERSION = 6  # of how rows become examples: what is kept of an older one is made anew
 # what of the options decides which examples there are; the digest is made of it
 _READ = (
     "format",
@@ -270,10 +270,15 @@ def _of_kind(
     counts["rankings with ties"] += sum(
         len(set(one.scores)) < len(one.scores) for one in made if one.scores
     )
+    if rows.kind == "pairs":
+        counts["pairs whose rejected answer has the higher score"] += sum(
+            one.scores[0] < one.scores[1] for one in made if one.scores
+        )
     try:
         made = conversions.convert(made, rows.kind, kind, options, seed=seed)
     except ValueError as error:
         raise _unlike(error, rows.where, rows.fields, rows.format, kind) from error
+    _count_weights(made, counts)
     counts["answers that begin with their prompt"] += sum(map(_repeats, made))
     counts["conversations with turns after the last answer, left out"] += sum(map(_goes_on, made))
     if kind == "pairs":
@@ -289,6 +294,19 @@ def _of_kind(
         before, made = len(made), conversions.balance(made, seed)
         counts["dropped: balanced labels"] += before - len(made)
     return made
+
+
+OUTWEIGHS = 1000  # a weight of so many times the median's is told
+
+
+def _count_weights(examples: Sequence[Example], counts: collections.Counter[str]) -> None:
+    """Count examples that are not learned, and those beside which the others hardly are."""
+    weights = np.asarray([one.weight for one in examples])
+    learned = weights[weights > 0]
+    counts["examples of weight 0"] += len(weights) - len(learned)
+    if len(learned):
+        heavy = learned > OUTWEIGHS * np.median(learned)
+        counts[f"examples of over {OUTWEIGHS:,} times the median weight"] += int(heavy.sum())
 
 
 def _goes_on(example: Example) -> bool:

@@ -7,10 +7,11 @@ every other key for the chat template.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from align_jax.core.choose import nearest
@@ -39,7 +40,7 @@ ROLES = {
     "ipython": "tool",
 }
 CALLS = ("function_call", "tool_call")  # roles of turns whose words are a call, as JSON
-# on a turn: 0 or false, and it is not learned
+# on a turn or a row: 0 or false, and it is not learned
 MARKS = (
     "weight",
     "train",
@@ -224,7 +225,7 @@ def _message(value: Any, what: str) -> Message:
     if calls:
         found["tool_calls"] = calls
         content = "" if content in (None, []) else content
-    if not _learned(value, what):
+    if not learned(value, f"{what}: a turn's"):
         found["loss"] = False
     return {"role": ROLES[name], "content": text_of(content, f"{what}'s content"), **found}
 
@@ -275,26 +276,58 @@ def _is_named(call: Any) -> bool:
     return isinstance(call, Mapping) and isinstance(call.get("name"), str)
 
 
-def _learned(turn: Row, what: str) -> bool:
-    """Tell whether a turn's marks leave it to be learned; a share of a turn is refused."""
-    _check_marks(turn, f"{what}: a turn's", MARKS)
-    values = {mark: turn[mark] for mark in MARKS if turn.get(mark) is not None}
-    for mark, value in values.items():
-        if value not in (0, 1):
-            raise RowError(f"{what}: a turn's {mark} is neither 0 nor 1 (true, false)")
+def no_remedy(mark: str) -> str:
+    """Say nothing of how else a mark may be read."""
+    return ""
+
+
+def learned(marked: Row, whose: str, remedy: Callable[[str], str] = no_remedy) -> bool:
+    """Tell whether the marks of a turn or a row leave it to be learned; a share is refused.
+
+    Args:
+        marked: the turn or the row.
+        whose: for the message.
+        remedy: a mark's name -> what ends the message that refuses it.
+
+    Raises:
+        RowError: naming the key.
+    """
+    _check_marks(marked, whose, MARKS, remedy)
+    values = {mark: truth_of(marked[mark]) for mark in MARKS if marked.get(mark) is not None}
+    for mark, is_on in values.items():
+        if is_on is None:
+            raise RowError(f"{whose} {mark} is neither 0 nor 1 (true, false){remedy(mark)}")
     return all(values.values())
 
 
-def _check_marks(row: Row, whose: str, known: tuple[str, ...]) -> None:
+def truth_of(value: Any) -> bool | None:
+    """Read true or false, as JSON or a table's cell has it; None where it is neither.
+
+    >>> truth_of("False"), truth_of(1.0), truth_of(0.5)
+    (False, True, None)
+    """
+    name = str(value).strip().lower().removesuffix(".0")
+    return {"true": True, "1": True, "false": False, "0": False}.get(name)
+
+
+def _check_marks(
+    marked: Row, whose: str, known: tuple[str, ...], remedy: Callable[[str], str] = no_remedy
+) -> None:
     """Refuse keys that seem to say what is learned, and are not among the known ones.
 
     Raises:
         RowError: naming the key.
     """
-    for name, value in row.items():
-        if value is not None and name not in known and _MARKING.search(name):
-            hint = f"is no known mark; known: {', '.join(MARKS)}"
+    for name, value in marked.items():
+        if value is not None and name not in known and is_marking(name):
+            hint = f"is no known mark; known: {', '.join(MARKS)}{remedy(name)}"
             raise RowError(f"{whose} {name[:40]} {hint}" + ("" if known else ", of a whole turn"))
+
+
+@functools.lru_cache(4096)
+def is_marking(name: str) -> bool:
+    """Tell whether a key seems to say what is learned."""
+    return _MARKING.search(name) is not None
 
 
 def given(row: Row, *names: str) -> str:

@@ -82,6 +82,12 @@ def find_kind(path: str) -> str:
     raise ValueError(f"{path}: unknown kind of file; {said}")
 
 
+def _unpacked(path: str) -> str:
+    """Return a path without the ending that says how it is packed."""
+    stem, ending = os.path.splitext(path)
+    return stem if ending in files.PACKED else path
+
+
 def numbered(name: str) -> Callable[[int], str]:
     """Return what tells where a row stands that has a number alone."""
 
@@ -99,8 +105,11 @@ def _text(path: str, wanted: str) -> bytes:
     """
     data = files.read_bytes(path)
     if data and (kind := files.signature(data[:512])):
-        if path.endswith(".gz") and kind.startswith("gzip"):
-            kind = f"gzip data in gzip data: unpack it once, gunzip -k {shlex.quote(path)}"
+        ending = os.path.splitext(path)[1]
+        packed = files.PACKED.get(ending, ("",))[0]
+        if packed and kind.startswith(packed):
+            once = f"unpack it once, {_UNPACK[ending]} {shlex.quote(path)}"
+            kind = f"{packed} data in {packed} data: {once}"
         raise ValueError(f"{path}: expected {wanted}, got {kind}")
     return _as_utf8(path, data)
 
@@ -112,7 +121,7 @@ _HOLDS_ROWS = re.compile(rb'\{\s*"(%s)"\s*:\s*\[' % "|".join(_HOLDERS).encode())
 
 def _open_json(path: str) -> Rows:
     data = _text(path, "rows of JSON")
-    if path.removesuffix(".gz").endswith(".json") or _is_document(data):
+    if _unpacked(path).endswith(".json") or _is_document(data):
         if (found := _whole_document(path, data)) is not None:
             return _rows_of_document(path, found)
     return _open_json_lines(path, data)
@@ -258,7 +267,7 @@ def _open_csv(path: str) -> Rows:
     line ends)."""
     text = _text(path, "rows of CSV").decode()
     head = text.partition("\n")[0]
-    tabs = path.removesuffix(".gz").endswith(".tsv")
+    tabs = _unpacked(path).endswith(".tsv")
     delimiter = "\t" if tabs else max(",;\t", key=head.count)
     csv.field_size_limit(max(csv.field_size_limit(), len(text)))
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
@@ -421,7 +430,7 @@ def _rows_of_table(path: str, table: Any) -> Rows:
 _TEXTS = {".json": _open_json, ".jsonl": _open_json, ".csv": _open_csv, ".tsv": _open_csv}
 SUFFIXES: Mapping[str, Callable[[str], Rows]] = {
     **_TEXTS,
-    **{f"{suffix}.gz": opener for suffix, opener in _TEXTS.items()},
+    **{f"{suffix}{packed}": _TEXTS[suffix] for suffix in _TEXTS for packed in files.PACKED},
     ".parquet": _open_parquet,
     ".arrow": _open_arrow,
     ".feather": _open_arrow,

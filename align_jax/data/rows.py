@@ -17,13 +17,17 @@ from typing import Any
 from align_jax.core.schema import Example, Message
 from align_jax.data import transcripts
 from align_jax.data.messages import (
+    MARKS,
     Row,
     answer_of,
     check_no_media,
     given,
+    is_marking,
     kind_of,
+    learned,
     messages,
     text_of,
+    truth_of,
     user,
 )
 from align_jax.data.transcripts import RowError
@@ -63,24 +67,28 @@ def renaming(**columns: str) -> str:
     return f"--config.data.columns='{json.dumps(columns)}'"
 
 
-def number_of(value: Any, what: str, *, low: float | int = -math.inf) -> float:
+def number_of(
+    value: Any, what: str, *, low: float | int = -math.inf, high: float | int = math.inf
+) -> float:
     """Read a finite number of single precision, as batches hold it.
 
     Raises:
-        RowError: no number, NaN, infinite or above 3e38, or below ``low``.
+        RowError: no number, NaN, infinite or above 3e38, below ``low`` or above ``high``.
     """
     try:
         number = math.nan if isinstance(value, bool) else float(value)
     except (TypeError, ValueError, OverflowError):
         number = math.nan
-    if not abs(number) <= LARGEST or number < low:
+    if not abs(number) <= LARGEST or number < low or number > high:
         least = f" of at least {low:g}" if low > -math.inf else ""
+        least += f" and at most {high:g}" if high < math.inf and number > high else ""
         got = f"{value!r:.40}" if isinstance(value, (int, float)) else kind_of(value)
         raise RowError(f"{what}: expected a finite number{least}", f"got {got}")
     return number
 
 
 LARGEST = 3e38  # training keeps numbers in float32
+MOST_WEIGHT = 1e6  # of a row: beside a larger one all others are nothing
 
 
 def choice_of(row: Row, name: str) -> int:
@@ -128,21 +136,39 @@ def with_system(row: Row, turns: tuple[Message, ...]) -> tuple[Message, ...]:
 def about(row: Row, *used: str) -> dict[str, Any]:
     """Read margin, weight and what the template is given; keep the columns that are not ``used``.
 
+    A row that a mark, such as ``train: false``, leaves out of the loss has the weight 0.
+
     Raises:
-        RowError: a margin that is no number, a negative weight, or pictures and the like.
+        RowError: a margin that is no number, a negative weight, a mark that is not known or is
+            neither on nor off, or pictures and the like.
     """
     check_no_media(row, "")
     if row.get("functions") and "tools" not in row:
         hint = f"{renaming(tools='functions')} makes them so"
         raise RowError("functions: a chat template is given tools", hint)
     margin, weight = row.get("margin"), row.get("weight")
-    used = (*used, "margin", "weight", *TEMPLATE)
+    weight = 1.0 if weight is None else number_of(weight, "weight", low=0, high=MOST_WEIGHT)
+    used = (*used, "margin", *MARKS, *TEMPLATE)
     return {
         "margin": 0.0 if margin is None else number_of(margin, "margin"),
-        "weight": 1.0 if weight is None else number_of(weight, "weight", low=0),
+        "weight": weight * _is_learned(row),
         "extras": {key: value for key, value in row.items() if key not in used},
         "template": _template(row),
     }
+
+
+def _is_learned(row: Row) -> bool:
+    """Tell whether the row's marks, its weight aside, leave it to be learned."""
+    marks = {name: one for name, one in row.items() if is_marking(name) and name != "weight"}
+
+    def remedy(mark: str) -> str:
+        value, says = marks[mark], ""
+        if isinstance(value, (bool, int, float)):
+            name = "train" if isinstance(value, bool) else "weight"
+            says = f"{renaming(**{name: mark})} makes it the row's {name}, "
+        return f"; {says}{renaming(note=mark)} gives it another name"
+
+    return not marks or learned(marks, "the row's", remedy)
 
 
 def _template(row: Row) -> dict[str, Any]:
@@ -186,10 +212,9 @@ def _parsed(value: Any, name: str) -> Any:
 
 def _truth(value: Any, name: str) -> bool:
     """Read true or false: to a template each text is true, "false" too."""
-    words = {"true": True, "1": True, "false": False, "0": False}
-    if (name_of := str(value).strip().lower()) not in words:
+    if (is_on := truth_of(value)) is None:
         raise RowError(f"{name}: expected true or false", f"got {value!r:.40}")
-    return words[name_of]
+    return is_on
 
 
 def prompt_of(row: Row, name: str = "prompt") -> tuple[Message, ...] | str:

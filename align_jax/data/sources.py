@@ -2,7 +2,8 @@
 """Where rows come from: files, TFDS, the Hugging Face hub, code; all read as random-access rows
 that know their place.
 
-    path, glob, gs://...      .json .jsonl .csv .tsv (each also .gz) .parquet .arrow .feather
+    path, glob, gs://...      .json .jsonl .csv .tsv (each also .gz .bz2 .xz) .parquet .arrow
+                              .feather
     tfds:name:split           a TFDS builder prepared with file_format="array_record", or its
                               directory
     hf:owner/name[/folder]:split   a data set repository's own JSON or Parquet files

@@ -317,6 +317,7 @@ REFUSED = {
     "pictures": ({"instruction": "q", "output": "a", "images": ["x.png"]}, "completions", "images"),
     "a surrogate": ({**P, "chosen": "c \ud83d"}, "pairs", "lone surrogate"),
     "a negative weight": ({**P, "weight": -1}, "pairs", "weight: expected a finite number of at"),
+    "a weight beside which others are nothing": ({**P, "weight": 1e30}, "pairs", "at most 1e+06"),
     "no number": ({**P, "margin": "much"}, "pairs", "margin: expected a finite number: got a text"),
     "half a turn": ({"messages": [U("q"), A("a", weight=0.5)]}, "completions", "neither 0 nor 1"),
     "an endless score": (
@@ -376,6 +377,14 @@ REFUSED |= {
         ("Video_Path", "Video_Path: text alone"),
     )
 }
+for _key, _value, _remedy in (
+    ("weights", [0, 1], '{"note": "weights"}'),
+    ("loss_mask", [0, 1], '{"note": "loss_mask"}'),
+    ("loss_weight", 0.5, '{"weight": "loss_weight"}'),
+    ("is_trainable", False, '{"train": "is_trainable"}'),
+    ("Mask", "x", '{"note": "Mask"}'),
+):
+    REFUSED[f"the row's {_key}"] = ({**P, _key: _value}, "pairs", _remedy)
 REFUSED |= {
     "a picture in a text part": (
         {"messages": [U([{"type": "text", "text": "q", "image_url": "x"}]), A("a")]},
@@ -627,6 +636,26 @@ def test_answers_that_truncation_makes_equal_are_counted():
     encoded = encoding.encode_all([alike, whole], made, DataOptions())
     report = truncation.truncate_all(encoded, truncation.Limits(64)).report
     assert report["answers made equal by truncation"] == 1
+
+
+@pytest.mark.parametrize("off", [{"train": False}, {"loss": 0}, {"trainable": "false"}])
+@pytest.mark.parametrize("kind", ["pairs", "completions", "unpaired"])
+def test_a_mark_of_a_whole_row_leaves_it_out_as_a_weight_of_0_does(tmp_path, kind, off):
+    row = {"pairs": P, "completions": {"messages": [U("q"), A("a")]}, "unpaired": LABELED}[kind]
+    rows = [{**row, **off}, {**row, **off, "weight": 2}, {**row, "train": True, "weight": 2}, row]
+    found = load(tmp_path, rows, kind)
+    assert [one.weight for one in found.items] == [0, 0, 2, 1]
+    assert found.report == {"examples": 4, "examples of weight 0": 2}
+
+
+def test_weights_and_scores_that_are_hardly_meant_are_counted(tmp_path):
+    scores = {"score_chosen": 1, "score_rejected": 2}
+    report = load(tmp_path, [{**P, **scores}, P, {**P, "weight": 2000}]).report
+    assert report == {
+        "examples": 3,
+        "pairs whose rejected answer has the higher score": 1,
+        "examples of over 1,000 times the median weight": 1,
+    }
 
 
 def test_equal_answers_are_counted_and_weights_of_0_alone_refused(tmp_path):

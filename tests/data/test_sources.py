@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rows from files of every kind, TFDS and the hub; each knows its place."""
 
+import bz2
 import csv
 import gzip
 import io
 import json
+import lzma
 import os
 
 import numpy as np
@@ -21,8 +23,11 @@ def lines(rows):
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
+PACK = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
+
+
 def write(path, text):
-    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+    path.write_bytes(PACK.get(path.suffix, bytes)(text.encode()))
     return str(path)
 
 
@@ -34,6 +39,8 @@ def write(path, text):
         ("a.json", json.dumps(ROWS)),
         ("b.json", lines(ROWS)),
         ("a.json.gz", json.dumps(ROWS, indent=1)),
+        ("a.jsonl.bz2", lines(ROWS)),
+        ("a.json.xz", json.dumps(ROWS, indent=1)),
         ("c.jsonl", "\n" + lines(ROWS[:2]) + "\r\n" + lines(ROWS[2:]) + "\n"),
     ],
 )
@@ -41,6 +48,19 @@ def test_files_give_their_rows(tmp_path, name, text):
     source = sources.open_source(write(tmp_path / name, text))
     assert [source[i] for i in range(len(source))] == ROWS
     assert source.where(2).startswith(str(tmp_path / name))
+
+
+@pytest.mark.parametrize("ending", [".bz2", ".xz"])
+def test_a_packed_file_is_read_to_its_end_or_refused(tmp_path, ending):
+    pack, path = PACK[ending], tmp_path / f"a.jsonl{ending}"
+    halves = [pack(lines(part).encode()) for part in (ROWS[:2], ROWS[2:])]
+    path.write_bytes(halves[0] + bytes(4) + halves[1] + bytes(8))
+    source = sources.open_source(str(path))
+    assert [source[i] for i in range(len(source))] == ROWS
+    for second, said in ((halves[1][:-1], "ends too early"), (b"junk", ".")):
+        path.write_bytes(halves[0] + second)
+        with pytest.raises(ValueError, match=rf"a\.jsonl{ending}: not a whole \w+ file: .*{said}"):
+            sources.open_source(str(path))
 
 
 TABLE = [
@@ -99,7 +119,7 @@ def test_a_name_with_brackets_is_a_file_where_there_is_one(tmp_path):
     assert len(sources.open_source(path)) == 2
 
 
-@pytest.mark.parametrize("name", ["a.csv", "a.csv.gz", "a.tsv", "semicolon.csv"])
+@pytest.mark.parametrize("name", ["a.csv", "a.csv.bz2", "a.tsv", "semicolon.csv"])
 def test_csv_gives_texts_and_the_values_of_json(tmp_path, name):
     text = io.StringIO(newline="")
     delimiter = {"a.tsv": "\t", "semicolon.csv": ";"}.get(name, ",")
@@ -299,6 +319,9 @@ MISTAKES = [
     (lambda folder: str(saved_to_disk(folder) / "*"), ValueError, "test: is a directory, not a"),
     (holding("t.jsonl.gz", gzip.compress(gzip.compress(b"{}"))), ValueError, "gzip data in gzip"),
     (holding("t.tar.gz", b""), ValueError, "unpack it: tar -xf /"),
+    (holding("z.jsonl", lzma.compress(b"{}")), ValueError, r"got xz data .*ends in \.xz"),
+    (holding("t.json.bz2", bz2.compress(bz2.compress(b"{}"))), ValueError, "it once, bunzip2 -k /"),
+    (holding("p.json.xz", b"<html>"), ValueError, "xz: not a whole xz file: .*HTML page"),
     (holding("t.jsonl.part", b""), ValueError, "a download that has not ended"),
     (
         lambda folder: write(folder / "a.xlsx", "x"),
