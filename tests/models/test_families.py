@@ -538,7 +538,8 @@ def test_export_of_import_is_byte_identical(peer, tmp_path):
     with torch.no_grad():
         again = type(theirs).from_pretrained(tmp_path, attn_implementation="eager")
         tokens = torch.tensor(padded_rows()[0][:1])
-        assert torch.equal(again(tokens).logits, theirs(tokens).logits)
+        # the same weights, by the lines above; how they lie in memory moves a product's last bits
+        torch.testing.assert_close(again(tokens).logits, theirs(tokens).logits)
 
 
 @only([case for case in MIXTURES if case != "gpt_oss"])  # whose files are like its modules
