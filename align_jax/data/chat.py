@@ -238,6 +238,8 @@ def _check_context(
                 f"keys that the chat template does not read: {printable(key[:40])}"
                 for key in unread
             }
+            if turn["role"] != "assistant" and turn.get("loss"):
+                notes.add("turns marked to be learned that are no assistant's, and are not")
             if any(turn[key].strip() not in text for key in REASONING if key in turn):
                 notes.add("reasoning in the history that the chat template leaves out")
             if turn["content"].strip() in text and i not in doubtful:

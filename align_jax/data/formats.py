@@ -33,7 +33,8 @@ class Format:
             (one response with a number), ``stepwise`` (one response of labeled steps) or
             ``prompts``.
         fields: a row that has all of these is taken for this format, unless an earlier one matches;
-            an alternative is written ``a|b``, a value ``type=sample``, a list ``output[]``.
+            an alternative is written ``a|b``, a value ``type=sample``, a list ``output[]``, a list
+            of dicts that have a key ``answers[rank]``.
         read: (row, has a chat template) -> an example, or several.
         beside: columns that it reads where they are there (those of every format aside).
     """
@@ -51,8 +52,12 @@ class Format:
 
 
 def _has(row: Row, name: str) -> bool:
-    if name.endswith("[]"):
-        return isinstance(row.get(name[:-2]), (list, tuple))
+    if name.endswith("]"):
+        name, _, key = name[:-1].partition("[")
+        value = row.get(name)
+        if not isinstance(value, (list, tuple)):
+            return False
+        return all(isinstance(one, Mapping) and key in one for one in value[:1] if key)
     name, _, value = name.partition("=")
     return row.get(name) is not None and (not value or row[name] == value)
 
@@ -296,7 +301,7 @@ FORMATS: Mapping[str, Format] = {
         published.read_strength,
     ),
     "ranked_answers": Format(
-        "ranked", ("prompt", "answers[]", "num_responses"), published.read_ranked_answers
+        "ranked", ("prompt", "answers[rank]"), published.read_ranked_answers, ("num_responses",)
     ),
     "webgpt": Format(
         "ranked", ("question", "answer_0", "answer_1", "score_0", "score_1"), published.read_webgpt

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Reading messages: what of a turn is text, what is a call, who speaks, whether it is learned.
 
-A message comes out as ``role``, ``content`` (a text), ``loss: False`` where it is not learned, and
-every other key for the chat template.
+A message comes out as ``role``, ``content`` (a text), ``loss: False`` where it is not learned
+(``True`` where that is asked of a turn that no assistant speaks), and every other key for the chat
+template.
 """
 
 from __future__ import annotations
@@ -227,6 +228,8 @@ def _message(value: Any, what: str) -> Message:
         content = "" if content in (None, []) else content
     if not learned(value, f"{what}: a turn's"):
         found["loss"] = False
+    elif ROLES[name] != "assistant" and any(value.get(mark) is not None for mark in MARKS):
+        found["loss"] = True  # asked for in vain, which is told when it is rendered
     return {"role": ROLES[name], "content": text_of(content, f"{what}'s content"), **found}
 
 

@@ -247,6 +247,33 @@ READ |= {
     ),
 }
 
+READ |= {
+    "the system beside conversations that begin with it": (
+        {"system": "s", "chosen": [S("s"), U("q"), A("c")], "rejected": [S("s"), U("q"), A("r")]},
+        "pairs",
+        (S("s"), U("q")),
+        ("c", "r"),
+    ),
+    "the system beside a prompt that begins with it": (
+        {"system": "s", "prompt": [S("s"), U("q")], "chosen": "c", "rejected": "r"},
+        "pairs",
+        (S("s"), U("q")),
+        ("c", "r"),
+    ),
+    "history beside the system": (
+        {"instruction": "b", "output": "c", "system": "s", "history": [["a", "x"]]},
+        "completions",
+        (S("s"), U("a"), A("x"), U("b")),
+        ("c",),
+    ),
+    "an answer of text parts": (
+        {"messages": [U("q"), A([{"type": "text", "text": "a"}, {"type": "text", "text": "!"}])]},
+        "completions",
+        (U("q"),),
+        ("a!",),
+    ),
+}
+
 
 @pytest.mark.parametrize("name", READ)
 def test_a_row_is_read_whole(tmp_path, name):
@@ -376,6 +403,31 @@ REFUSED |= {
         ("images", "messages's images: text alone cannot keep it"),
         ("Video_Path", "Video_Path: text alone"),
     )
+}
+SHAREGPT = [G("human", "q"), G("function_call", "{}"), G("gpt", "a")]
+REFUSED |= {
+    "an instruction of messages": ({**ALPACA, "instruction": [U("q")]}, "completions", "ion: exp"),
+    "a call without a name": ({"conversations": SHAREGPT}, "completions", "no JSON with name and"),
+    "half a character in a turn": (
+        {"messages": [U("q"), A("a \ud83d")]},
+        "completions",
+        "response: a text with half a character",
+    ),
+    "half a character in a prompt": (
+        {"prompt": "\ud83d", "answer": "4"},
+        "prompts",
+        "prompt: a te",
+    ),
+    "an answer to another prompt": (
+        {"prompt": [U("q")], "chosen": [U("q"), A("c")], "rejected": [U("p")]},
+        "pairs",
+        "rejected: its first turns are not the prompt's",
+    ),
+    "a prompt that is the last of several turns": (
+        {"prompt": [U("b")], "chosen": [U("a"), A("x"), U("b"), A("c")], "rejected": "r"},
+        "pairs",
+        "got user: 'a' / assistant: 'x' / user: 'b' / assistant: 'c'",
+    ),
 }
 for _key, _value, _remedy in (
     ("weights", [0, 1], '{"note": "weights"}'),
@@ -664,13 +716,27 @@ def test_equal_answers_are_counted_and_weights_of_0_alone_refused(tmp_path):
         load(tmp_path, [{**P, "weight": 0}])
 
 
-def test_a_field_that_is_null_in_the_first_row_is_a_field(tmp_path):
-    rows = [
-        {"prompt": "q", "completion": "a", "label": None},
-        {"prompt": "q", "completion": "b", "label": True},
-    ]
-    found = load(tmp_path, rows, "unpaired", invalid="drop")
-    assert found.items[0].label is True and found.report["dropped: label: null"] == 1
+@pytest.mark.parametrize(
+    "row, field, kind",
+    [
+        (P, "chosen", "pairs"),
+        ({"text": "a"}, "text", "completions"),
+        ({"prompt": "q", "completion": "a", "label": True}, "label", "unpaired"),
+    ],
+)
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_null_is_a_bad_row_wherever_it_stands(tmp_path, row, field, kind, place):
+    rows = [row, row]
+    rows[place] = {**row, field: None}
+    with pytest.raises(ValueError, match=rf"jsonl:{place + 1}: {field}: null; --config"):
+        load(tmp_path, rows, kind)
+    report = load(tmp_path, rows, kind, invalid="drop").report
+    assert report == {"examples": 1, f"dropped: {field}: null": 1}
+
+
+def test_tools_in_a_text_are_the_templates_tools(tmp_path):
+    (found,) = load(tmp_path, [{**P, "prompt": [U("q")], "tools": json.dumps(TOOLS)}])
+    assert found.template == {"tools": TOOLS}
 
 
 def test_a_row_that_lacks_a_field_or_is_none_is_a_bad_row(tmp_path):
@@ -724,6 +790,9 @@ def test_another_kind_is_told_with_the_columns_that_may_hold_it(tmp_path):
         load(tmp_path, [row])
     columns = str(error.value).rpartition("=")[2].strip("'")
     assert len(load(tmp_path, [row], columns=json.loads(columns))) == 1
+    row = {"prompt": "q", "response": "a", "helpfulness": 4}
+    with pytest.raises(ValueError, match=r"jsonl:1: .*'helpfulness'.*format 'completion'.*'sft'"):
+        load(tmp_path, [row])
 
 
 LIST = json.dumps([P, P]).encode()
@@ -735,6 +804,7 @@ LIST = json.dumps([P, P]).encode()
         ("a.jsonl", LIST),
         ("a.jsonl", json.dumps([P, P], indent=1).encode()),
         ("a.json", b"\xef\xbb\xbf" + LIST),
+        ("a.json", b"\xef\xbb\xbf" + json.dumps([P, P], indent=1).encode()),
         ("a.json", json.dumps({"data": [P, P], "version": 1}).encode()),
         ("a.jsonl", b"\xef\xbb\xbf" + f"{json.dumps(P)}\n{json.dumps(P)}\n".encode()),
         ("a.jsonl", json.dumps({"data": [P, P]}).encode()),
@@ -865,6 +935,15 @@ def test_a_marked_turn_bears_no_loss():
     assert [span.text for span in found.responses[0] if span.loss] == ["good<|end|>"]
 
 
+def test_a_mark_that_asks_for_a_users_turn_is_told_to_be_in_vain(tmp_path):
+    rows = [{"messages": [U("q", **{"train": on}), A("a")]} for on in (True, False)]
+    found = [render(PLAIN, x.prompt, "a") for x in load(tmp_path, rows, "completions").items]
+    assert [one.notes for one in found] == [
+        ("turns marked to be learned that are no assistant's, and are not",),
+        (),
+    ]
+
+
 @pytest.mark.parametrize(
     "answer", ["<answer>4</answer>", "<thinking>x</thinking>4", "<table>", "4"]
 )
@@ -938,6 +1017,23 @@ def test_a_header_that_closes_its_thinking_gives_way_to_an_answer_that_thinks():
 def test_a_template_that_rewrites_the_answer_is_refused_with_the_lost_words():
     with pytest.raises(ValueError, match="rewrites the answer.*lost: '<think>add</think>4'"):
         render(DROPS_THINK, [U("q")], "<think>add</think>4")
+
+
+def test_a_template_that_makes_the_last_answer_otherwise_takes_an_example_each(tmp_path):
+    alone = PLAIN.replace(
+        "{{ m.content }}",
+        "{% if m.role == 'assistant' and loop.last %}<think></think>{% endif %}{{ m.content }}",
+    )
+    row = {"messages": [U("a"), A(" b \n"), U("c"), A("d ")]}
+    (whole,) = load(tmp_path, [row], "completions")
+    with pytest.raises(ValueError, match="--config.data.turns=each"):
+        render(alone, whole.prompt, *whole.responses)
+    each = load(tmp_path, [row], "completions", turns="each").items
+    learned = [render(alone, one.prompt, *one.responses).responses[0] for one in each]
+    assert [[span.text for span in spans if span.loss] for spans in learned] == [
+        ["<think></think> b \n<|end|>"],
+        ["<think></think>d <|end|>"],
+    ]
 
 
 def test_a_template_that_always_writes_the_next_header_is_refused():

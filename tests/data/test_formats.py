@@ -300,7 +300,6 @@ CASES = [
         {
             "prompt": "\n\nHuman: p\n\nAssistant: ",
             "answers": [{"answer": "b", "rank": 2.0}, {"answer": "a", "rank": 1.0}],
-            "num_responses": 2,
         },
         (U("p"),),
         ("a", "b"),
