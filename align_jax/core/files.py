@@ -14,6 +14,7 @@ import decimal
 import errno
 import gzip
 import json
+import math
 import os
 import pathlib
 import resource
@@ -257,13 +258,18 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 def _room(path: epath.PathLike) -> str:
     """Say how much can still be written where a file lies; "" where nobody can tell."""
-    limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
-    if limit != resource.RLIM_INFINITY:
+    if (limit := most_bytes()) < math.inf:
         return f" (a file may have {limit:,} bytes here: ulimit -f)"
     if "://" in str(path):
         return ""
     above = (one for one in pathlib.Path(path).absolute().parents if one.exists())
     return f" ({shutil.disk_usage(next(above)).free:,} bytes are free)"
+
+
+def most_bytes() -> float:
+    """Return how many bytes a file may have here (``ulimit -f``), however much room there is."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    return math.inf if limit == resource.RLIM_INFINITY else limit
 
 
 def no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

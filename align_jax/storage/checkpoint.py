@@ -34,6 +34,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
+from align_jax.core import files
 from align_jax.core.choose import nearest
 from align_jax.core.options import CheckpointOptions
 from align_jax.storage.checksums import checksums, differences, is_sound_extra, json_checksum
@@ -53,6 +54,7 @@ from align_jax.storage.multihost import (
 FOLDER = "checkpoints"
 REWOUND = "rewound.json"  # the step that the run was told to go back to, and has
 LINEAGE = "lineage"  # names the run's history; begun anew or set back, it has another
+DATA_FILE_BYTES = 1 << 31  # what Orbax packs into one file at most
 LONGEST_WAIT_SECONDS = 60.0
 _log = logging.getLogger(__name__)
 
@@ -261,7 +263,8 @@ class Checkpoints:
         What is written is compressed, to half of its size at best.
 
         Raises:
-            StorageError: on every process, if the disk of one is too full.
+            StorageError: on every process, if the disk of one is too full, or none of its files
+                may be as large as one of a checkpoint's is (``ulimit -f``).
         """
         if "://" in str(self._folder):
             return
@@ -271,6 +274,12 @@ class Checkpoints:
             raise StorageError(
                 f"no space left on the device: {needed:,} bytes are to be written, and {free:,} "
                 "are free"
+            )
+        largest, most = min(needed, DATA_FILE_BYTES), files.most_bytes()
+        if any_process(2 * most < largest):
+            raise StorageError(
+                f"a file of {largest:,} bytes is to be written, and a file may have {most:,} here: "
+                "ulimit -f"
             )
 
     def wait(self) -> None:

@@ -4,6 +4,7 @@
 import json
 import os
 import shutil
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import optax
 import pytest
 
 from align_jax.core import config as configs
+from align_jax.core import files
 from align_jax.core.options import CheckpointOptions
 from align_jax.parallel.mesh import make_mesh
 from align_jax.storage import checkpoint, checksums
@@ -356,12 +358,20 @@ def test_a_failing_store_is_tried_again_and_then_the_run_stops(tmp_path, mesh, m
         failures[0] = 0
 
 
-def test_a_save_that_the_disk_has_no_room_for_is_not_begun(tmp_path, mesh, monkeypatch):
-    full = shutil.disk_usage(tmp_path)._replace(free=3)
+@pytest.mark.parametrize(
+    "module, name, found, said",
+    [
+        (shutil, "disk_usage", SimpleNamespace(free=3), "no space left .*, and 3 are free"),
+        (files, "most_bytes", 3, "and a file may have 3 here: ulimit -f"),
+    ],
+)
+def test_a_save_that_there_is_no_room_for_is_not_begun(
+    tmp_path, mesh, monkeypatch, module, name, found, said
+):
     with Checkpoints(tmp_path, OPTIONS, attempts=2, backoff_seconds=0.0) as checkpoints:
-        monkeypatch.setattr(shutil, "disk_usage", lambda _: full)
+        monkeypatch.setattr(module, name, lambda *_: found)
         monkeypatch.setattr(checkpoints._manager, "save", pytest.fail)
-        with pytest.raises(StorageError, match="in 2 attempts: .*no space left .*, and 3 are free"):
+        with pytest.raises(StorageError, match=f"in 2 attempts: .*{said}"):
             checkpoints.save(1, _state(mesh, 1), wait=True)
 
 
