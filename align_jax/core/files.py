@@ -266,7 +266,7 @@ def _room(path: epath.PathLike) -> str:
     return f" ({shutil.disk_usage(next(above)).free:,} bytes are free)"
 
 
-def most_bytes() -> float:
+def most_bytes() -> float | int:
     """Return how many bytes a file may have here (``ulimit -f``), however much room there is."""
     limit, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
     return math.inf if limit == resource.RLIM_INFINITY else limit

@@ -192,6 +192,7 @@ CALL = {"type": "function", "function": {"name": "f", "arguments": {"q": "x"}}}
 MORE = {
     "weight": junk.numbers,
     "margin": junk.numbers,
+    "train": st.sampled_from((True, False, "false", "x", [0], None)),
     "system": st.just("s0s"),
     "system_prompt": st.just("s00s"),
     "score_chosen": junk.numbers,
@@ -334,6 +335,9 @@ def words(turn):
 
 
 def check_numbers(row, example):
+    if str(row.get("train")).strip().lower() in ("false", "0", "0.0"):
+        same(example.weight, 0.0, "weight of a row that is not to be learned")
+        row = {**row, "weight": 0.0}
     for name, default in (("weight", 1.0), ("margin", 0.0)):
         value = row.get(name)
         if value is None:
