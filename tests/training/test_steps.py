@@ -12,11 +12,12 @@ import pytest
 
 from align_jax.core.options import Config, OptimizerOptions
 from align_jax.core.tree import flatten
+from align_jax.models.roles import Role
 from align_jax.parallel.mesh import make_mesh
 from align_jax.planner import hlo
 from align_jax.planner.collectives import read_collectives
 from align_jax.runs import weights
-from align_jax.training import evaluation, initialize, partitioning, steps
+from align_jax.training import evaluation, initialize, optim, partitioning, steps
 
 SPLIT = (("data", 2), ("fsdp", 2), ("tensor", 2))
 # objective, model, rank of the adapter (0: all is trained), mesh; all shapes:
@@ -119,6 +120,26 @@ def test_what_bfloat16_has_no_place_for_arrives_in_the_mean(make_step_spec):
         lost.append(np.array([1.0, 1.0, 2.0]) - means)
     assert (lost[0] > 5e-4).all() and (lost[0] < 2e-3).all()
     np.testing.assert_allclose(lost[1], lost[0], rtol=0.15)
+
+
+@pytest.mark.parametrize("name, kept", [("adamw", 0.9), ("lion", 0.99), ("muon", 0.95)])
+def test_a_first_moment_in_bfloat16_follows_the_gradients_in_the_mean(make_step_spec, name, kept):
+    options = OptimizerOptions(
+        name=name, b1=0.9, b2=0.99, moment_dtype="bfloat16", learning_rate=0.0, clip_norm=0.0
+    )
+    roles = {"w": Role("linear", inputs=1, leading=1)}
+    optimizer = optim.make_optimizer(options, lambda step: 0.0, roles)
+    spec = make_step_spec("simpo")._replace(optimizer=optimizer)
+    params = {"w": jnp.ones((1, 64, 64))}
+    state, ones = steps.init_state(spec, params), {"w": jnp.ones((1, 64, 64), jnp.bfloat16)}
+    moments = [x for x in jax.tree.leaves(state["opt_state"]) if x.dtype == jnp.bfloat16]
+    assert [x.shape for x in moments] == [(1, 64, 64)]
+    held = jax.tree.map(lambda x: ones["w"] if x.dtype == jnp.bfloat16 else x, state["opt_state"])
+    grads = {"w": jnp.full((1, 64, 64), 1 - 1e-3 / (1 - kept))}  # a quarter of the last place
+    given = (spec, state | {"opt_state": held}, jnp.ones(()), grads, {}, jax.random.key(0))
+    after, _ = steps._update(*given)
+    (found,) = (x for x in jax.tree.leaves(after["opt_state"]) if x.dtype == jnp.bfloat16)
+    assert 1 - float(found.mean(dtype=jnp.float32)) == pytest.approx(1e-3, rel=0.15)
 
 
 @pytest.mark.parametrize(
