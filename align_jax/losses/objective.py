@@ -385,22 +385,54 @@ def resolve(
     terms: list[Term] = []
     for part, coefficient in zip(names, coefficients):
         terms += _terms(find, part, options, coefficient)
-    for option, value in options.items():
-        owners = [term for term in terms if option in term.objective.declared]
-        if not owners and value != known[option].default:
-            raise ValueError(
-                f"objective {name!r}: {option} = {value!r} has no effect: it is of a term that is "
-                "left out, because its coefficient is 0"
-            )
-    if len({term.objective.data for term in terms} - {"completions"}) > 1:
-        kinds = {term.name: term.objective.data for term in terms}
-        raise ValueError(f"objective {name!r} mixes kinds of data: {kinds}")
-    if {"rollout", "completions"} <= {term.objective.data for term in terms}:
-        raise ValueError(
-            f"objective {name!r}: 'sft' would imitate the policy's own samples, good or bad; for "
-            "text beside the rollouts use ptx_coef"
-        )
+    try:
+        owned = {option for term in terms for option in term.objective.declared}
+        for option in options.keys() - owned:
+            known[option].check(option, options[option])
+            if options[option] != known[option].default:
+                raise ValueError(
+                    f"{option} = {options[option]!r} has no effect: it is of a term that is left "
+                    "out, because its coefficient is 0"
+                )
+        _check_sum(terms)
+    except ValueError as error:
+        raise ValueError(f"objective {name!r}: {error}") from error
     return tuple(terms)
+
+
+# kinds of data whose answers a term of completions would learn whatever they are worth
+_UNTOLD = {
+    "rollout": "the policy's own samples, good or bad; for text beside the rollouts use ptx_coef",
+    "scored": "every answer, whatever its score",
+    "stepwise": "every step, right or wrong",
+}
+
+
+def _check_sum(terms: Sequence[Term]) -> None:
+    """Refuse terms that do not learn from the same batch.
+
+    Raises:
+        ValueError: the terms, and in what they differ.
+    """
+    kinds = {term.name: term.objective.data for term in terms}
+    if len({*kinds.values()} - {"completions"}) > 1:
+        raise ValueError(f"mixes kinds of data: {kinds}")
+    learning = [name for name, kind in kinds.items() if kind == "completions"]
+    for kind in kinds.values() if learning else ():
+        if kind in _UNTOLD:
+            raise ValueError(f"{learning[0]!r} would learn {_UNTOLD[kind]}")
+    sampled = [term for term in terms if term.rollout or term.loss.opponent != "none"]
+    for term in sampled[1:]:
+        first, other = (
+            {**one.rollout, "rollout.against": one.loss.opponent} for one in (sampled[0], term)
+        )
+        unlike = [key for key in {**first, **other} if first.get(key) != other.get(key)]
+        if unlike:
+            key = unlike[0]
+            raise ValueError(
+                f"{sampled[0].name!r} and {term.name!r} want one rollout made in two ways: {key} = "
+                f"{first.get(key)!r} and {other.get(key)!r}"
+            )
 
 
 def _terms(find: Find, name: str, options: Mapping[str, Any], weight: float) -> list[Term]:

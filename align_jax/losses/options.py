@@ -94,7 +94,7 @@ class Option:
         if value is None:
             return types.NoneType in self.kinds
         if self.choices:
-            return value in self.choices
+            return isinstance(value, self.kinds) and value in self.choices
         if bool in self.kinds:
             return isinstance(value, (bool, np.bool_))
         kind = numbers.Real if float in self.kinds else numbers.Integral

@@ -60,7 +60,11 @@ SCORES_ALONE = ("group", "decoupled", "pass_at_k", "filtered")
 Gamma = Annotated[
     float, Option("γ: discount per token", low=0, high=1, only={"advantages": ("gae", "global")})
 ]
-WhitenAdvantages = Annotated[bool, Option("to mean 0 and variance 1 over all tokens")]
+# methods that whiten as it is
+WHITENED = ("global", "group_global")
+WhitenAdvantages = Annotated[
+    bool, Option("to mean 0 and variance 1 over all tokens", unless={"advantages": WHITENED})
+]
 Epochs = Annotated[int, Option("passes over a rollout", low=1)]
 
 
@@ -465,7 +469,7 @@ def make_targets(
         if whiten_rewards:
             rewards = estimators.whiten(rewards, token_weight, shift_mean=False)
         found, returns = _gae(batch, rewards, gamma, lam, bootstrap)
-    if whiten_advantages or advantages in ("global", "group_global"):
+    if whiten_advantages or advantages in WHITENED:
         found = estimators.whiten(found, token_weight)
     batch = batch._replace(advantages=jax.lax.stop_gradient(found), returns=returns)
     return batch, _describe(scores, totals, kl, extras, weight)
