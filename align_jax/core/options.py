@@ -709,7 +709,11 @@ class RolloutOptions(Checked):
         "old log-probabilities from a forward like the training one (the first ratio is exactly "
         "1); else from generation",
     )
-    keep_unfinished: bool = option(True, "responses cut off by the limit bear the loss")
+    keep_unfinished: bool = option(
+        True,
+        "responses cut off by the limit bear the loss; False: their scores count in the baselines "
+        "of policy gradients alone, preferences of them in nothing",
+    )
     missing_eos_penalty: float = option(
         0.0, "taken from the score of a response that is cut off", unit="of reward"
     )

@@ -60,6 +60,8 @@ class Xpo(Loss):
             pairs = square(chosen - rejected - 0.5 / self.beta)
         else:
             pairs = -log_sigmoid(self.beta * (chosen - rejected))
+        there = jnp.asarray(batch.lengths) > 0  # not those cut off, where these are not learned
+        pairs = jnp.where(there[:, :half] & there[:, half : 2 * half], pairs, 0.0)
         exploration = self.alpha * inputs.policy.logps[:, half : 2 * half]
         margins = self.beta * (chosen - rejected)
         parts = {

@@ -2,11 +2,11 @@
 """Policies learned from rankings: a group's responses, the best first."""
 
 import dataclasses
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from align_jax.core.schema import Batch
 from align_jax.losses.objective import (
@@ -23,19 +23,61 @@ from align_jax.losses.pairs import Beta
 from align_jax.losses.preference import smoothed_logistic, square
 
 
-def _ranking_metrics(
-    batch: Batch, rewards: Float[Array, "B k"], logps: Float[Array, "B k"]
+class Ranking(NamedTuple):
+    """Which responses are there, the best first: some may bear no loss, and groups may hold fewer
+    than K.
+
+    Attributes:
+        order: [B, K] indices of those that are there, then of the others.
+        count: [B] how many there are.
+        scores: [B, K]; equal ones say nothing of each other.
+    """
+
+    order: Int[Array, "B K"]
+    count: Int[Array, "B"]
+    scores: Float[Array, "B K"]
+
+    @classmethod
+    def of(cls, batch: Batch) -> "Ranking":
+        """Read a batch's rankings."""
+        real = jnp.asarray(batch.lengths) > 0
+        places = jnp.broadcast_to(-jnp.arange(real.shape[1], dtype=jnp.float32), real.shape)
+        scores = places if batch.scores is None else jnp.asarray(batch.scores, jnp.float32)
+        order = jnp.argsort(~real, axis=1, stable=True)
+        return cls(order, real.sum(axis=1, dtype=jnp.int32), scores)
+
+    def take(self, x: Float[Array, "B K"], place: int) -> Float[Array, "B"]:
+        """Return the value of the response at a place of the ranking; -1: of the last there is."""
+        last = jnp.maximum(self.count - 1, 0)
+        at = last if place < 0 else jnp.full_like(last, place)
+        index = jnp.take_along_axis(self.order, at[:, None], axis=1)
+        return jnp.take_along_axis(x, index, axis=1)[:, 0]
+
+    def above_last(self, place: int) -> Float[Array, "B"]:
+        """Return 1.0 where the response at a place is better than the last one, 0.0 where they are
+        a tie, or one."""
+        unequal = self.take(self.scores, place) != self.take(self.scores, -1)
+        return (unequal & (place < self.count - 1)).astype(jnp.float32)
+
+
+def _metrics(
+    batch: Batch,
+    ranking: Ranking,
+    better: int,
+    rewards: Float[Array, "B K"],
+    logps: Float[Array, "B K"],
 ) -> Metrics:
-    """Report the first response's reward and log-probability as a pair's chosen, the last one's as
-    its rejected."""
-    weight, chosen, rejected = group_weights(batch), rewards[:, 0], rewards[:, -1]
+    """Report the response at a place as a pair's chosen and the last one as its rejected, where
+    they are no tie."""
+    weight = group_weights(batch) * ranking.above_last(better)
+    chosen, rejected = ranking.take(rewards, better), ranking.take(rewards, -1)
     values = {
         "rewards/chosen": chosen,
         "rewards/rejected": rejected,
         "rewards/margins": chosen - rejected,
         "rewards/accuracies": (chosen > rejected).astype(jnp.float32),
-        "logps/chosen": logps[:, 0],
-        "logps/rejected": logps[:, -1],
+        "logps/chosen": ranking.take(logps, better),
+        "logps/rejected": ranking.take(logps, -1),
     }
     return {name: summed(value, weight) for name, value in values.items()}
 
@@ -50,7 +92,8 @@ class Tpo(Loss):
         ipo:   (p̄_w - p̄_l - 1 / (2 β))² - α p̄_gold
 
     S(z) = -(1-ε) log σ(z) - ε log σ(-z).  Of a ranking the best response is the gold one, the next
-    the chosen, the last the rejected.
+    the chosen, the last the rejected; where these two have equal ``batch.scores``, the gold one
+    alone is learned.
 
     References:
         Saeidi et al. 2024, arXiv 2405.16681, the TPO and TPO-L losses; hinge: Zhao et al. 2023,
@@ -97,17 +140,14 @@ class Tpo(Loss):
                 "tpo expects rankings of R >= 3 responses (gold, chosen, rejected), got R = "
                 f"{logps.shape[1]}"
             )
-        per_token = self.form in ("mean", "ipo")
+        per_token, ranking = self.form in ("mean", "ipo"), Ranking.of(batch)
         x = logps / jnp.maximum(token_counts(batch), 1.0) if per_token else logps
-        last = jnp.maximum((jnp.asarray(batch.lengths) > 0).sum(axis=1, keepdims=True) - 1, 1)
-        x, logps = (
-            jnp.concatenate([of[:, :2], jnp.take_along_axis(of, last, axis=1)], axis=1)
-            for of in (x, logps)
-        )
-        gold, chosen, rejected = x.T  # [B] each
-        losses = self._contrast(chosen - rejected) - self.alpha * gold
-        metrics = _ranking_metrics(batch, self.beta * x[:, 1:], logps[:, 1:])
-        return losses, metrics | {"logps/gold": summed(logps[:, 0], group_weights(batch))}
+        contrast = self._contrast(ranking.take(x, 1) - ranking.take(x, -1))
+        losses = ranking.above_last(1) * contrast - self.alpha * ranking.take(x, 0)
+        metrics = _metrics(batch, ranking, 1, self.beta * x, logps)
+        return losses, metrics | {
+            "logps/gold": summed(ranking.take(logps, 0), group_weights(batch))
+        }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -117,7 +157,8 @@ class Adpo(Loss):
         -Σ_i q_i log softmax(β x)_i
         target = "best": q is 1 at the best response;    "scores": q = softmax(scores / temperature)
 
-    A response without tokens is not there: groups may hold fewer than K.
+    A response without tokens is not there: groups may hold fewer than K.  Several best ones, of
+    equal ``batch.scores``, share q.
 
     References:
         Wang 2025, arXiv 2510.18913, the listwise anchored loss (β is its 1/τ).
@@ -143,9 +184,13 @@ class Adpo(Loss):
         real = jnp.asarray(batch.lengths) > 0
         rewards = self.beta * (inputs.policy.logps - inputs.of_reference("logps"))
         logs = jax.nn.log_softmax(jnp.where(real, rewards, -1e30), axis=1)
+        ranking = Ranking.of(batch)
         if self.target == "best":
-            losses = -logs[:, 0]
+            best = ranking.scores == ranking.take(ranking.scores, 0)[:, None]
+            best = (real & best).astype(jnp.float32)
+            target = best / jnp.maximum(best.sum(axis=1, keepdims=True), 1.0)
         else:
             scores = jnp.where(real, inputs.of_batch("scores") / self.temperature, -1e30)
-            losses = -(jax.nn.softmax(scores, axis=1) * jnp.where(real, logs, 0.0)).sum(axis=1)
-        return losses, _ranking_metrics(batch, rewards, inputs.policy.logps)
+            target = jax.nn.softmax(scores, axis=1)
+        losses = -(target * jnp.where(real, logs, 0.0)).sum(axis=1)
+        return losses, _metrics(batch, ranking, 0, rewards, inputs.policy.logps)

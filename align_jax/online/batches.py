@@ -131,6 +131,23 @@ def write(
     return layouts.make_batch(bins, shape, layout, pad=pad, weight=weight, **fields)
 
 
+def weigh_learned(batch: Batch, kind: str) -> Batch:
+    """Give weight 0 to groups of which too few responses bear a loss to say anything: there is no
+    preference for or against an answer that is not learned.
+
+    Policy gradients alone count such responses, with their scores, in the baselines.
+
+    Args:
+        batch: of groups, some of whose responses may bear no loss.
+        kind: what the objective trains on, a key of ``SELECTIONS``.
+    """
+    if kind == "rollout":
+        return batch
+    least = 2 if kind in ("pairs", "ranked") else 1
+    enough = (batch.lengths > 0).sum(axis=1) >= least
+    return batch._replace(weight=np.where(enough, batch.weight, np.float32(0)))
+
+
 def token_field(
     batch: Batch, groups: Groups, completions: Completions, field: str
 ) -> Float[np.ndarray, "N T"]:

@@ -237,7 +237,7 @@ class RolloutMaker:
             pad=self.pad,
             keep_unfinished=self.config.options.keep_unfinished,
         )
-        return batch, groups, completions
+        return batches.weigh_learned(batch, self.config.kind), groups, completions
 
     def divergence(self, params: Params, batch: Batch) -> float:
         """Estimate how far the policy has moved since the rollout: mean of (log π - log π_old)² /

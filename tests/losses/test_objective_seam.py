@@ -101,6 +101,8 @@ def test_every_option_says_its_meaning_to_help_and_accepts_its_default(name):
         ("grpo", {"epochs": 0}, "epochs = 0: expected an integer at least 1"),
         ("kto", {"kl_scope": "device"}, "expected one of 'global', 'microbatch'"),
         ("dpo", {"sft_coef": "1"}, "sft_coef = '1': expected a number"),
+        ("grpo", {"entropy_step": 0}, r"entropy_step = 0: expected a number in \(0, 1\]"),
+        ("dpo", {"f_divergence": np.zeros(2)}, "f_divergence = array.*: expected one of"),
     ],
 )
 def test_a_value_out_of_range_is_refused_with_the_range(name, options, expected):
@@ -111,6 +113,17 @@ def test_a_value_out_of_range_is_refused_with_the_range(name, options, expected)
 def test_sums_over_different_kinds_of_data_are_errors():
     with pytest.raises(ValueError, match="mixes kinds of data"):
         losses.resolve("dpo+kto")
+    for name, words in (
+        ("reward_regression+sft", "'sft' would learn every answer, whatever its score"),
+        ("sft+reward_process", "'sft' would learn every step, right or wrong"),
+        ("gkd+grpo", "'gkd' would learn the policy's own samples"),
+        ("ppo+grpo", "one rollout made in two ways: advantages = 'gae' and 'group'"),
+        ("grpo+nash_md", "'grpo' and 'nash_md' want one rollout made in two ways"),
+        ("xpo+nash_md", "rollout.against = 'reference' and 'mixture'"),
+    ):
+        with pytest.raises(ValueError, match=f"objective '.*': .*{words}"):
+            losses.resolve(name)
+    assert len(losses.resolve("grpo+gspo+entropy")) == 3
     with pytest.raises(ValueError, match="expected 2 weights"):
         losses.resolve("dpo+sft", {}, (1.0,))
     with pytest.raises(ValueError, match="humanline"):
@@ -139,6 +152,8 @@ def test_sums_over_different_kinds_of_data_are_errors():
         ("reinforce_pp", {"advantages": "batch", "gamma": 0.5}),
         ("grpo", {"max_length": 9}),
         ("grpo", {"advantages": "batch", "scale": "none"}),
+        ("ppo", {"advantages": "global", "whiten_advantages": False}),
+        ("rloo", {"advantages": "group_global", "whiten_advantages": True}),
     ],
 )
 def test_an_option_without_effect_is_an_error_that_names_what_it_needs(name, options):
@@ -197,6 +212,48 @@ def test_equal_scores_are_no_preference(form):
     equal = problem._replace(batch=problem.batch._replace(scores=jnp.ones((1, 4))))
     nothing, grads = cases.value_and_grad(terms, equal)
     assert nothing == 0 and not grads["scores"].any()
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"form": "sum"}, {"form": "hinge", "beta": 0.01}, {"form": "ipo", "beta": 0.1}]
+)
+def test_tpo_learns_the_gold_response_alone_where_the_other_two_are_equal(options):
+    """The same where the others bear no loss, wherever they stand."""
+    problem = cases.make_problem("tpo", groups=4, lengths=3)
+    scores = jnp.float32([[4, 3, 2, 1], [4, 2, 2, 2], [4, 3, 2, 1], [4, 3, 2, 1]])
+    there = np.array([[1, 1, 1, 1], [1, 1, 1, 1], [0, 1, 0, 1], [0, 0, 0, 0]])
+    grads, metrics = ranked_grads(losses.resolve("tpo", options), problem, scores, there)
+    signs = [[-1, -1, 0, 1], [-1, 0, 0, 0], [0, -1, 0, 0], [0, 0, 0, 0]]
+    np.testing.assert_array_equal(np.sign(grads), signs)
+    assert metrics["rewards/accuracies"][1] == 1  # where there is something to be right about
+
+
+def test_adpo_shares_its_target_among_the_best():
+    problem = cases.make_problem("adpo", groups=4, lengths=3, spread=0.05)
+    scores = jnp.float32([[4, 3, 2, 1], [4, 4, 2, 2], [4, 3, 2, 1], [0, 0, 0, 0]])
+    there = np.array([[1, 1, 1, 1], [1, 1, 1, 1], [0, 1, 0, 1], [1, 1, 1, 1]])
+    problem = problem._replace(reference=problem.policy)
+    grads, metrics = ranked_grads(losses.resolve("adpo"), problem, scores, there)
+    expected = [[-3, 1, 1, 1], [-1, -1, 1, 1], [0, -2, 0, 2], [0, 0, 0, 0]]
+    np.testing.assert_allclose(grads / 0.1 * 4 * 4, expected, atol=1e-5)
+    assert metrics["rewards/margins"][1] == 3
+
+
+def ranked_grads(terms, problem, scores, there):
+    """Return the gradient of each response's first token, and the metrics, where responses that
+    are not there bear no loss."""
+    keep = np.repeat(there.reshape(-1, 1) > 0, problem.batch.tokens.shape[1], axis=1)
+    batch = problem.batch._replace(
+        scores=scores,
+        loss_mask=problem.batch.loss_mask & keep,
+        lengths=problem.batch.lengths * there.astype(np.int32),
+    )
+    said = (cases.make_outputs(batch, x.token_logps) for x in problem[1:3])
+    problem = problem._replace(batch=batch, policy=next(said), reference=next(said))
+    grads = cases.value_and_grad(terms, problem)[1]["token_logps"]
+    return np.asarray(grads).sum(axis=1).reshape(there.shape) / 3, cases.whole(
+        terms, problem
+    ).metrics
 
 
 def test_the_lowest_and_the_highest_reward_are_those_of_all_batches():

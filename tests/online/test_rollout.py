@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import string
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +25,7 @@ from align_jax.losses.objective import Inputs
 from align_jax.models.config import ModelConfig, Rope
 from align_jax.models.model import build
 from align_jax.online import sampling
-from align_jax.online.batches import abstract_batch, rollout_shape
+from align_jax.online.batches import abstract_batch, rollout_shape, weigh_learned
 from align_jax.online.config import make_rollout_config
 from align_jax.online.rewards import WeightedRewards
 from align_jax.online.rollout import RolloutMaker, Rollouts, Weights
@@ -400,6 +401,20 @@ def test_cut_off_responses_bear_no_loss_and_count_in_baseline_and_metrics(models
     assert found["reward"] == pytest.approx(whole.scores.mean(), rel=1e-6)
     assert found["reward_std"] == pytest.approx(whole.scores.std(axis=1, ddof=1).mean(), rel=1e-5)
     assert found["frac_reward_zero_std"] == (np.ptp(whole.scores, axis=1) == 0).mean()
+
+
+def test_there_is_no_preference_for_or_against_what_was_cut_off(models):
+    given = dict(keep_unfinished=False, stop=tuple(string.ascii_letters), batch_size=12)
+    batch = make(models, "dpo", responses_per_prompt=2, **given).next(lambda: models[2])
+    whole, unequal = (batch.lengths > 0).all(axis=1), np.ptp(batch.scores, axis=1) > 0
+    np.testing.assert_array_equal(batch.weight, whole & unequal)
+    assert 0 < (whole & unequal).sum() < unequal.sum()
+    lengths, ones = np.array([[3, 0, 2], [0, 4, 0], [0, 0, 0]]), np.ones(3, np.float32)
+    other = batch._replace(lengths=lengths, weight=ones)
+    assert weigh_learned(other, "ranked").weight.tolist() == [1, 0, 0]
+    assert weigh_learned(other, "rollout").weight.tolist() == [1, 1, 1]  # they have advantages
+    one = other._replace(lengths=lengths[:, :1])
+    assert weigh_learned(one, "unpaired").weight.tolist() == [1, 0, 0]
 
 
 def test_one_response_has_no_group_to_be_compared_with():
