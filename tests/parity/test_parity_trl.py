@@ -15,7 +15,7 @@ from align_jax import losses
 from align_jax.core import config as configs
 from align_jax.core.metrics import means
 from align_jax.losses import advantages, arrays, baselines
-from align_jax.losses.logprobs import spread_to_tokens
+from align_jax.losses.logprobs import spread_to_tokens, token_outputs
 from align_jax.losses.sampler import Correction, correct
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "trl_objectives.npz"
@@ -220,3 +220,36 @@ def test_advantages_equal_trl(index):
         scores = jnp.asarray(each @ np.float32(weights))
         found = advantages.group_advantages(scores, scale=case["scale"])
     close(found, expected)
+
+
+DIVERGENCE = GOLDEN.parent / "trl_divergence.npz"
+with np.load(DIVERGENCE) as _file:
+    DISTILLED = json.loads(_file["cases"].item())["cases"]
+
+
+@pytest.mark.parametrize("index", range(len(DISTILLED)), ids=lambda i: str(DISTILLED[i]))
+def test_distillation_equals_trl(index):
+    case = DISTILLED[index]
+    terms = losses.resolve("gkd", {key: case[key] for key in ("beta", "temperature")})
+    with np.load(DIVERGENCE) as file:
+        student, teacher, mask, loss, grad = (
+            file[f"{index}/{name}"] for name in ("student", "teacher", "mask", "loss", "grad")
+        )
+    batch, _ = arrays.make_batch(np.zeros(mask.shape), responses=1, mask=mask)
+    batch = batch._replace(source_index=batch.positions)  # the logits stand at their tokens
+
+    def f(student):
+        said = token_outputs(
+            student,
+            jnp.asarray,
+            batch,
+            needs=("divergence",),
+            reference=(jnp.asarray(teacher), jnp.asarray),
+            divergence=terms[0].loss.divergence,
+            chunk=2,
+        )
+        return losses.total(terms, losses.Inputs(batch, said, said)).loss
+
+    found = jax.value_and_grad(f)(jnp.asarray(student))
+    close(found[0], loss)
+    close(found[1], grad)
