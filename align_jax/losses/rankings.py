@@ -29,12 +29,12 @@ class Ranking(NamedTuple):
 
     Attributes:
         order: [B, K] indices of those that are there, then of the others.
-        count: [B] how many there are.
+        number: [B] of those that are there.
         scores: [B, K]; equal ones say nothing of each other.
     """
 
     order: Int[Array, "B K"]
-    count: Int[Array, "B"]
+    number: Int[Array, "B"]
     scores: Float[Array, "B K"]
 
     @classmethod
@@ -48,7 +48,7 @@ class Ranking(NamedTuple):
 
     def take(self, x: Float[Array, "B K"], place: int) -> Float[Array, "B"]:
         """Return the value of the response at a place of the ranking; -1: of the last there is."""
-        last = jnp.maximum(self.count - 1, 0)
+        last = jnp.maximum(self.number - 1, 0)
         at = last if place < 0 else jnp.full_like(last, place)
         index = jnp.take_along_axis(self.order, at[:, None], axis=1)
         return jnp.take_along_axis(x, index, axis=1)[:, 0]
@@ -57,7 +57,7 @@ class Ranking(NamedTuple):
         """Return 1.0 where the response at a place is better than the last one, 0.0 where they are
         a tie, or one."""
         unequal = self.take(self.scores, place) != self.take(self.scores, -1)
-        return (unequal & (place < self.count - 1)).astype(jnp.float32)
+        return (unequal & (place < self.number - 1)).astype(jnp.float32)
 
 
 def _metrics(
