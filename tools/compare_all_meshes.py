@@ -57,6 +57,9 @@ same steps on one device. Each figure is the largest of those four runs.
   gradient that is all rounding would decide the direction of a whole step.
 - The last column names what the compiled steps of any of these runs have of the collectives that
   no step should need.
+- With bfloat16 products what `tensor` adds up over devices is added in bfloat16, as it is moved: of
+  independent parts the sum's rounding is 1.5, 1.9 and 2.4 times a single product's over 2, 4 and 8
+  devices (by NumPy, 4096 terms). Sums in float32 would move twice the bytes.
 - A shape that the code refused would stand here with its error.
 
 """

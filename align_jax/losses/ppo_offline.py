@@ -84,6 +84,13 @@ class PpoOffline(StatisticsLoss):
 
     reference: ClassVar[bool] = True
 
+    def __post_init__(self) -> None:
+        if self.clip_form == "reciprocal" and self.clip >= 1:
+            raise ValueError(
+                f"clip = {self.clip:g}: expected below 1 with clip_form = 'reciprocal': ratios are "
+                "kept in [c, 1/c]"
+            )
+
     @property
     def needs(self) -> tuple[str, ...]:
         return ("values",)

@@ -72,6 +72,7 @@ def test_unknown_names_and_options_are_errors(name, options, words):
         ("grpo", {"loss_type": "luspo"}, "set importance = 'sequence'"),
         ("ppo_offline", {"clip_form": "both"}, "clip_form"),
         ("ppo_offline", {"kl_sign": 0}, "kl_sign"),
+        ("ppo_offline", {"clip_form": "reciprocal", "clip": 1.5}, "clip = 1.5: expected below 1"),
         ("ppo_offline", {"critic_target": "td"}, "critic_target"),
     ],
 )

@@ -21,7 +21,7 @@ from align_jax.online.rewards import WeightedRewards
 from align_jax.online.rollout import RolloutMaker, Rollouts
 from align_jax.online.sampling import Prompts, PromptSampler
 from align_jax.parallel.mesh import make_mesh
-from align_jax.runs import setup
+from align_jax.runs import loop, setup
 
 TINY = pathlib.Path(__file__).parents[2] / "configs/tiny.py"
 ANSWERS = [Example(f"prompt {i}", (f" gold {i}" * (i + 1),), source=f"a[{i}]") for i in range(4)]
@@ -179,6 +179,16 @@ def test_rounds_move_the_reference_after_each_rollout():
     resolved = setup.resolve_config(config, 1)
     assert resolved.rollouts.steps == 6 and resolved.rollouts.answers
     assert setup.make_step_spec(config, resolved, 30).sync_every_steps == 12
+
+
+def test_a_rollout_is_held_against_the_reference_that_has_moved():
+    frozen = {"base": {"w": 1, "v": 2}}
+    moved = loop.weights_of({"params": {"w": 3}, "reference": {"w": 4}}, frozen)
+    assert moved == ({"w": 3, "v": 2}, {"w": 4, "v": 2})
+    kept = loop.weights_of({"params": {"w": 3}}, frozen)
+    assert kept.reference == frozen["base"]
+    other = loop.weights_of({"params": {"w": 3}}, frozen | {"reference": {"u": 5}})
+    assert other.reference == {"u": 5}
 
 
 @pytest.mark.parametrize(

@@ -104,3 +104,12 @@ def test_the_temperature_divides_the_logits_of_policy_and_reference(
     got, expected = measure(2.0, 1.0), measure(1.0, 0.5)
     for name in expected:
         np.testing.assert_allclose(got[name], expected[name], rtol=1e-4, err_msg=name)
+    # text beside a rollout is none of its samples
+    beside = batch._replace(text=make_batch(1, responses=1))
+
+    def of_text(temperature):
+        state = steps.init_state(spec, trained)
+        forwards = steps.forwards_of(spec._replace(temperature=temperature), state, frozen)
+        return jax.jit(forwards.text)(trained, beside).token_logps
+
+    np.testing.assert_array_equal(of_text(2.0), of_text(1.0))
