@@ -3,6 +3,7 @@
 
 import functools
 import math
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -324,6 +325,13 @@ def test_margin_column_asks_for_more(name):
         assert cases.total(terms, with_margin) != cases.total(terms, problem)
     else:
         assert cases.total(terms, with_margin) > cases.total(terms, problem)
+
+
+def test_every_row_is_on_the_page_of_what_was_measured():
+    page = (pathlib.Path(__file__).parents[2] / "docs/objectives.md").read_text()
+    terms = {name for row in OBJECTIVES.values() for name, _ in row.adds.values()}
+    missing = [name for name in OBJECTIVES if f"\n| {name} |" not in page]
+    assert set(missing) <= terms, "python tools/measure_tiny.py measures them"
 
 
 @pytest.mark.parametrize("name", ["dpo", "aot_unpaired", "kto"])
