@@ -36,7 +36,8 @@ if __name__ == "__main__":  # here, because what is imported next takes seconds
         "output",
         None,
         "Folder to write.  A checkpoint or adapter that lies there is written over: its weights "
-        "(model*, adapter_model*, pytorch_model*), index, config, tokenizer and *_config.json.",
+        "(model*, adapter_model*, pytorch_model*, consolidated*), index, config, tokenizer and the "
+        "*_config.json of generation, processors and quantization.",
         required=True,
     )
     flags.DEFINE_string("step", "latest", "Checkpoint of the run: latest, best or a step.")
@@ -134,6 +135,8 @@ def export_run(
             changes=_classifier(trained) if "score" in policy.options.heads else None,
         )
     if distributed.is_main():
+        if adapter and trained.config.model.quantize:
+            print(f"note: {card.rounded_base(trained.config.model.quantize)}")
         _write_beside(trained, output)
         record, rows = card.of_run(workdir, trained.step)
         path = trained.config.model.path
@@ -169,8 +172,7 @@ def _classifier(trained: Trained) -> dict[str, Any]:
 def _write_beside(trained: Trained, output: str) -> None:
     """Write what the weights are used with: the tokenizer, the starting checkpoint's settings."""
     config = trained.config
-    if config.model.path:
-        carry(config.model.path, output)
+    carry(config.model.path, output)
     tokenizer = trained.resolved.tokenizer
     template = tokenizer.chat_template if config.data.chat_template else ""
     carry_tokenizer(tokenizer, config.tokenizer or config.model.path, output, template=template)

@@ -295,7 +295,7 @@ class Server:
     def _completion(
         self, request: Request, ids: list[int], logps: list[float], finish: str
     ) -> Completion:
-        text = completion_text(self._tokenizer, request.prompt, ids)
+        text = completion_text(self._tokenizer, request.prompt, ids, self._stop_ids)
         stopped = before_stop(text, request.stop)
         told, untold = np.array(logps, np.float32), np.full(len(ids), np.nan, np.float32)
         same, raw = not request.sampling.filters, self._options.logprobs == "raw"

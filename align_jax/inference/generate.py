@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -156,13 +156,19 @@ def bucket(length: int, largest: int) -> int:
 
 
 def completion_text(
-    tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], tokens: Sequence[int]
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Sequence[int],
+    tokens: Sequence[int],
+    ends: Container[int] = (),
 ) -> str:
-    """Return what the tokens add to the prompt's text, special tokens left out.
+    """Return what the tokens add to the prompt's text, special tokens left out, and a last one of
+    ``ends``.
 
     Some tokenizers drop the space before a text's first word, so tokens are decoded behind their
     prompt.
     """
+    if tokens and tokens[-1] in ends:
+        tokens = tokens[:-1]
 
     def decode(ids: Sequence[int]) -> str:
         keep = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
@@ -225,8 +231,9 @@ def stop_tokens(tokenizer: PreTrainedTokenizerBase, own: Sequence[int] = ()) -> 
         except chat.RowError as error:
             raise ValueError(f"the tokenizer {tokenizer.name_or_path!r}: {error}") from error
         last = tokenizer(rendered.responses[0][-1].text, add_special_tokens=False).input_ids[-1]
-        special = tokenizer.added_tokens_decoder.get(last)
-        found |= {last} if special is not None and special.special else set()
+        # of its own, whether it is called special or not; runs of blanks are added tokens too
+        added = tokenizer.added_tokens_decoder.get(last)
+        found |= {last} if added is not None and added.content.strip() else set()
     return tuple(sorted(found))
 
 
@@ -644,6 +651,7 @@ class Generator:
         _, fields, rows, stops = drawn
         tokens, logps, drawn_logps, counts, _, stopped = (fields[name] for name in _FETCHED)
         found: list[list[Completion]] = []
+        ends = set(self._stop_ids.tolist())
         for row, (request, number) in enumerate(rows):
             if row % samples == 0:
                 found.append([])
@@ -653,7 +661,8 @@ class Generator:
             if row in stops:
                 n, text = stops[row]
             else:
-                text = completion_text(self._tokenizer, request.prompt, tokens[row, :n].tolist())
+                ids = tokens[row, :n].tolist()
+                text = completion_text(self._tokenizer, request.prompt, ids, ends)
             finish = "stop" if row in stops or stopped[row] else "length"
             own, own_logps, own_drawn = (x[row, :n].copy() for x in (tokens, logps, drawn_logps))
             found[-1].append(Completion(own, own_logps, own_drawn, text, finish))

@@ -30,17 +30,18 @@ SETTINGS = "|".join(
     ]
 )
 # those that are taken away where the checkpoint has none: a name of the user's own is left alone
-REPLACED = r"(generation|processor|(video_)?preprocessor)_config\.json"
+REPLACED = r"(generation|processor|(video_)?preprocessor|(hf_)?quant|quantize)_config\.json"
 
 
 def carry(source: str, output: str) -> None:
     """Copy a checkpoint's settings of generation and processors, and its code.
 
     Args:
-        source: folder or hub id of the checkpoint.
+        source: folder or hub id of the checkpoint; "" = random weights, which have none.
         output: folder of what was made of it; settings that it had before are replaced.
     """
-    _replace(output, REPLACED, _copy(hf.locate(source), output, SETTINGS))
+    written = _copy(hf.locate(source), output, SETTINGS) if source else set()
+    _replace(output, REPLACED, written)
 
 
 def carry_tokenizer(

@@ -39,8 +39,12 @@ CHUNK_NUMBERS = 1 << 24  # what is counted or compared of a tensor at once
 MOST = 10  # tensors of a kind that a message names
 NO_FLOATS = f"of a type that is no weight's ({', '.join(DTYPES)}; quantized ones are not read)"
 CODES = {dtype: code for code, dtype in DTYPES.items()}
-# of either kind of checkpoint; what an export does not write of them is of an older one
-WEIGHTS = r"(model|adapter_model|pytorch_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?"
+# of either kind of checkpoint, variants (model.fp16) and Mistral's own too; what an export does not
+# write of them is of an older one
+WEIGHTS = (
+    r"(model|adapter_model|pytorch_model|consolidated)(\.\w+)?(-\d+-of-\d+)?"
+    r"\.(safetensors|bin|pth)(\.index(\.\w+)?\.json)?"
+)
 
 
 class Reader:
@@ -334,14 +338,23 @@ def write(
         shard_bytes: largest size of a file, in bytes (a larger tensor gets a file to itself).
         keep: False makes each tensor and writes none (a process that only takes part in making
             them).
+
+    Raises:
+        ValueError: other tensors lie in the folder, by a name of the user's own.
     """
+    path = epath.Path(folder)
+    for file in path.glob("*.safetensors"):
+        if not re.fullmatch(WEIGHTS, file.name):
+            raise ValueError(
+                f"{folder} holds {file.name}, which servers read together with what is written "
+                "(vLLM and SGLang: every *.safetensors): take it away, or give another folder"
+            )
     if not keep:
         for name in shapes:
             make(name)
         return
     sizes = {name: math.prod(shape) * dtypes[name].itemsize for name, shape in shapes.items()}
     shards = _shards(sizes, shard_bytes)
-    path = epath.Path(folder)
     path.mkdir(parents=True, exist_ok=True)
     files = [SINGLE]
     if len(shards) > 1:

@@ -219,14 +219,17 @@ def unit_lower_inverse(lower: Float[Array, "*batch C C"]) -> Float[Array, "*batc
     """
     size = lower.shape[-1]
     at, ahead = jnp.arange(size), tuple(range(lower.ndim - 2))
-    inverse = jnp.broadcast_to(jnp.eye(size, dtype=lower.dtype), lower.shape)
-    width = 1
-    while width < size:
+
+    def twice_as_wide(inverse: jax.Array, width: jax.Array) -> tuple[jax.Array, None]:
         block = at // width
         below = (block[:, None] == block[None, :] + 1) & (block[:, None] % 2 == 1)
         part = jnp.where(jnp.expand_dims(below, ahead), lower, 0)
-        inverse = inverse - _product(_product(inverse, part), inverse)
-        width *= 2
+        return inverse - _product(_product(inverse, part), inverse), None
+
+    # a loop, because the TPU's compiler takes seconds for each product that it is shown
+    widths = 2 ** jnp.arange(size.bit_length() - 1, dtype=at.dtype)
+    same = jnp.broadcast_to(jnp.eye(size, dtype=lower.dtype), lower.shape)
+    inverse, _ = jax.lax.scan(twice_as_wide, same, widths)
     return inverse
 
 

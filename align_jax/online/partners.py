@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from align_jax.core.options import RolloutOptions
 from align_jax.data import chat
 from align_jax.inference.engines import Engine
-from align_jax.inference.generate import Completion, completion_text
+from align_jax.inference.generate import Completion, completion_text, stop_tokens
 
 
 class Answers:
@@ -43,7 +43,8 @@ class Answers:
         """Return an answer as a completion; nobody drew it, so its log-probabilities are 0."""
         ids, mask, whole = self._found[place]
         zeros = np.zeros(len(ids), np.float32)
-        text = completion_text(tokenizer, prompt.tolist(), ids.tolist())
+        ends = stop_tokens(tokenizer)
+        text = completion_text(tokenizer, prompt.tolist(), ids.tolist(), ends)
         return Completion(ids, zeros, zeros, text, "stop" if whole else "length", mask)
 
 

@@ -196,6 +196,8 @@ class Card:
             'tokenizer = AutoTokenizer.from_pretrained("PATH_OR_REPOSITORY")',
         ]
         note = f"\n\n{self.note[0].upper()}{self.note[1:]}." if self.note else ""
+        if rounded := self.adapter and rounded_base(str(self._config.get("model.quantize", ""))):
+            note += f"\n\n{rounded[0].upper()}{rounded[1:]}."
         if "reward_process" in str(self._config.get("objective.name")):
             separator = self._config.get("data.step_separator")
             note += (
@@ -233,6 +235,19 @@ class Card:
                 "</details>",
             ]
         )
+
+
+def rounded_base(quantize: str) -> str:
+    """Say what becomes of an adapter that was trained beside a quantized base.
+
+    Args:
+        quantize: ``model.quantize``; "" of none, of which nothing is to be said.
+    """
+    return quantize and (
+        f"the adapter was trained beside a base rounded to {quantize}; PEFT loads the base as it "
+        "is stored, so its logits differ from the run's by what was rounded (a merged export's, "
+        "without --adapter, are the run's)"
+    )
 
 
 def _cell(value: Any) -> str:

@@ -84,7 +84,8 @@ def test_completions_come_back_as_tokens_with_log_probabilities(server):
     np.testing.assert_array_equal(first.token_logps, np.float32([-0.5, -0.5]))
     np.testing.assert_array_equal(second.token_logps, np.float32([-1.0, -1.0]))
     assert second.finish == "stop" and np.isnan(second.drawn_logps).all()
-    assert len(server.seen) == 2  # the first try met a 503
+    assert make(server)([Request((65, 6))])[0][0].text == "B"  # 7 is an end, and no text
+    assert len(server.seen) == 3  # the first try met a 503
     assert server.seen[1][1] == {
         "model": "m",
         "prompt": [65, 66],

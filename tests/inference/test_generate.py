@@ -183,7 +183,9 @@ def test_stop_tokens_end_a_completion_and_belong_to_it(tiny):
         n = int(np.flatnonzero(np.isin(longer.tokens, stops))[0]) + 1
         np.testing.assert_array_equal(one.tokens, longer.tokens[:n])
         np.testing.assert_allclose(one.token_logps, longer.token_logps[:n], rtol=1e-5)
-        assert one.finish == "stop"
+        # the end is no text, though it is no special token
+        text = generate.completion_text(tokenizer, request.prompt, one.tokens[:-1].tolist())
+        assert one.finish == "stop" and one.text == text
 
 
 def test_stop_strings_cut_text_and_tokens_where_they_first_occur(tiny):
@@ -274,6 +276,14 @@ def test_an_adapter_generates_unmerged_what_its_merged_model_does(tiny):
             == [x.tokens.tolist() for x in b]
             != [x.tokens.tolist() for x in c]
         )
+
+
+@pytest.mark.parametrize(("end", "found"), [("<|im_end|>", (258, 272)), (" \n", (258,))])
+def test_an_end_of_turn_need_not_be_called_special(end, found):
+    tokenizer = load_tokenizer("byte")
+    tokenizer.add_tokens([end])  # a token of its own, not special
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|end|>", end)
+    assert generate.stop_tokens(tokenizer) == found
 
 
 def test_a_special_token_stops_as_a_string():

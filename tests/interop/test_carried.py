@@ -19,7 +19,7 @@ from align_jax.core.tree import flatten
 from align_jax.data.tokenizer import byte_tokenizer, load_tokenizer, tokenizer_digest
 from align_jax.inference.generate import stop_tokens
 from align_jax.interop import hf, peft
-from align_jax.interop.carried import carry_tokenizer
+from align_jax.interop.carried import carry, carry_tokenizer
 from align_jax.models.lora import LoraConfig
 from align_jax.models.model import build
 
@@ -165,8 +165,24 @@ def test_an_export_replaces_whatever_was_there(folder, tmp_path):
     assert np.abs(logits(out)).max() == 0 == np.abs(theirs(out)).max()
     peft.save(str(out), config, lora, adapter, base_name=str(folder))
     assert names() == ["adapter_config.json", "adapter_model.safetensors"]
+    kept = ["notes.bin", "params.json"]
+    stale = "model.fp16.safetensors model.safetensors.index.fp16.json pytorch_model.bin.index.json"
+    stale += " consolidated.00.pth consolidated-00001-of-00002.safetensors"
+    for name in (*kept, *stale.split()):
+        (out / name).touch()
     hf.save(str(out), config, params)
-    assert names() == ["config.json", "model.safetensors"]
+    assert names() == ["config.json", "model.safetensors", *kept]
+    (out / "mine.safetensors").touch()
+    with pytest.raises(ValueError, match="mine.safetensors, which servers read .* take it away"):
+        hf.save(str(out), config, zero)
+    assert np.abs(logits(out)).max() > 0
+
+
+def test_settings_of_what_lay_there_go_though_the_run_began_with_none(tmp_path):
+    for name in ("generation_config.json", "hf_quant_config.json", "my_config.json"):
+        (tmp_path / name).touch()
+    carry("", str(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["my_config.json"]
 
 
 def test_an_export_over_what_it_reads_is_refused(folder):

@@ -44,7 +44,8 @@ def base(tmp_path):
 
 
 def made(base, **changes):
-    return card.Card("mine", card.base_of(base), RECORD, ROWS, **{"step": 9, **changes})
+    fields = {"record": RECORD, "rows": ROWS, "step": 9}
+    return card.Card("mine", card.base_of(base), **fields | changes)
 
 
 def test_a_card_says_what_it_is_made_of_and_keeps_what_is_private(base):
@@ -62,6 +63,11 @@ def test_a_card_says_what_it_is_made_of_and_keeps_what_is_private(base):
     adapter = made(base, adapter=True).text()
     assert "library_name: peft" in adapter and "AutoPeftModelForCausalLM" in adapter
     assert "text-classification" in made(base, reward=True).text()
+    assert "rounded" not in adapter
+    model = RECORD["config"]["model"] | {"quantize": "int8"}
+    beside = {"record": RECORD | {"config": RECORD["config"] | {"model": model}}}
+    assert "a base rounded to int8; PEFT" in made(base, adapter=True, **beside).text()
+    assert "rounded" not in made(base, **beside).text()  # merged, it is what the run was
 
 
 def test_a_card_of_names_with_half_characters_is_written(base, tmp_path):

@@ -213,6 +213,7 @@ for line in sys.argv[1:]:
 """
 # what is typed -> in the answer
 AT_ONCE = {f"{name} --help": f"python -m align_jax.{name}" for name in PROGRAMS} | {
+    "export --help": "is written over: its weights (model*, adapter_model*, pytorch_model*, conso",
     f"train {TINY}": "missing --workdir",
     f"plan {TINY} --topolgy=v5e:2x2": "did you mean '--topology'?",
     f"train {TINY} --workdir=x --config.optimizer.learning_rte=1": "optimizer.learning_rate'?",
