@@ -32,6 +32,7 @@ from align_jax.core.options import (
     ReferenceOptions,
     RolloutOptions,
 )
+from align_jax.core.tree import flatten
 from align_jax.data import datasets, pipeline, synthetic, template
 from align_jax.data.datasets import Examples
 from align_jax.data.layout import BatchSizes
@@ -346,12 +347,15 @@ def _check_rollout(config: Config) -> None:
     Raises:
         ValueError: the keys.
     """
-    given = configs.to_dict(config.rollout)
-    default = configs.to_dict(RolloutOptions())
-    if named := [f"config.rollout.{key}" for key in given if given[key] != default[key]]:
+    given, default = (
+        flatten(configs.to_dict(options), "config/rollout/")
+        for options in (config.rollout, RolloutOptions())
+    )
+    if named := [key for key in given if key not in default or given[key] != default[key]]:
         raise ValueError(
-            f"{', '.join(named)}: no effect: the objective {config.objective.name!r} trains on "
-            "data; with config.rewards it would train on its own samples"
+            f"{', '.join(named).replace('/', '.')}: no effect: the objective "
+            f"{config.objective.name!r} trains on data; with config.rewards it would train on its "
+            "own samples"
         )
 
 

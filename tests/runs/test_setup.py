@@ -93,8 +93,8 @@ def resolve(name, **keys):
         ("dpo", {"data.step_separator": ""}, "not on labeled steps, as reward_process does"),
         (
             "dpo",
-            {"rollout.temperature": 0.5, "rollout.stop": ("x",)},
-            "rollout.stop, config.rollout.temperature: no effect",
+            {"rollout.temperature": 0.5, "rollout.server.timeout_seconds": 1.0},
+            r"rollout.server.timeout_seconds, config.rollout.temperature: no effect",
         ),
         ("dpo", {"reference.cache": "kept"}, "nothing of the reference is kept"),
         ("ppo", {"objective.kl_coef": 0.0, "objective.kl_target": 6.0}, "has no effect"),
