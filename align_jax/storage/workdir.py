@@ -191,14 +191,23 @@ def git_commit() -> str:
     the tree to; else "".
     """
     unknown = os.environ.get("ALIGN_JAX_COMMIT", "")
-    try:
-        result = subprocess.run(
-            ["git", "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+"],
-            cwd=pathlib.Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            timeout=10,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return unknown
-    return result.stdout.strip() if result.returncode == 0 else unknown
+    found = []
+    # a status without locks: one that is killed would leave its lock, and no commit could be made
+    for asked in (
+        ["rev-parse", "HEAD"],
+        ["--no-optional-locks", "status", "--porcelain", "--untracked-files=no"],
+    ):
+        try:
+            result = subprocess.run(
+                ["git", *asked],
+                cwd=pathlib.Path(__file__).parent,
+                capture_output=True,
+                text=True,
+                timeout=10,
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return unknown
+        if result.returncode != 0:
+            return unknown
+        found.append(result.stdout.strip())
+    return found[0] + ("+" if found[1] else "")

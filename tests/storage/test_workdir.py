@@ -2,6 +2,9 @@
 """A workdir remembers its configuration and refuses another."""
 
 import json
+import os
+import re
+import subprocess
 
 import pytest
 
@@ -25,6 +28,22 @@ def _changed(group, key, value):
 def _started(folder):
     workdir.write_record(folder, CONFIG | {"old_key": 2})
     (folder / "checkpoints" / "4").mkdir(parents=True)
+
+
+def test_the_commit_of_a_tree_is_asked_for_without_a_lock(tmp_path, monkeypatch):
+    file = tmp_path / "workdir.py"
+    file.write_text("a")
+    git = ["git", "-c", "user.name=n", "-c", "user.email=n@n"]
+    for asked in (["init", "-q"], ["add", "."], ["commit", "-qm", "x"]):
+        subprocess.run([*git, *asked], cwd=tmp_path, check=True)
+    monkeypatch.setattr(workdir, "__file__", str(file))
+    (index,) = tmp_path.glob(".git/index")
+    os.utime(file, (1, 1))  # looked at anew, as of any file that was touched
+    before = index.read_bytes()
+    assert re.fullmatch("[0-9a-f]{40}", workdir.git_commit())
+    assert index.read_bytes() == before
+    file.write_text("ab")
+    assert re.fullmatch(r"[0-9a-f]{40}\+", workdir.git_commit())
 
 
 def test_the_record_holds_what_is_needed_to_repeat_the_run(tmp_path):
