@@ -567,6 +567,11 @@ def rope_from_hf(
         raise ValueError(
             f"rope_parameters (rope_scaling) of type {kind!r}: expected {', '.join(missing)} too"
         )
+    if options.pop("llama_4_scaling_beta", None):
+        raise ValueError(
+            "rope_parameters.llama_4_scaling_beta: expected 0, or no such key, as no family that "
+            "is read scales queries by their position (ministral3, mistral4 do)"
+        )
     theta = float(options.pop("rope_theta"))
     part = options.pop("partial_rotary_factor", 1.0)
     if kind == "proportional":  # all features have angles, of which the slowest are zero

@@ -133,6 +133,7 @@ QWEN2 = {
     "rope_theta": 1000000.0,
     "vocab_size": 152064,
 }
+SCALED = {"rope_type": "linear", "factor": 2.0, "llama_4_scaling_beta": 0.1}
 GLM = {"model_type": "glm4_moe", "head_dim": 128, "num_hidden_layers": 2}
 CASES = {  # case -> (configuration, parameters in all, what must be read)
     "Llama 3.1 8B": (
@@ -226,6 +227,7 @@ def test_unsupported_variants_are_errors():
         ({"model_type": "deepseek_v2", "topk_method": "noaux_tc"}, "'group_limited_greedy'"),
         ({"model_type": "dots1"}, "dots1: expected n_routed_experts, num_experts_per_tok, n_shar"),
         (GEMMA2 | {"use_bidirectional_attention": True}, "bidirectional"),
+        (MISTRAL | {"rope_scaling": SCALED}, "llama_4_scaling_beta: expected 0"),
     ):
         with pytest.raises(ValueError, match=message):
             hf.config_from(raw)

@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
-from align_jax.core.choose import choose
 from align_jax.models.config import ModelConfig, complete
 from align_jax.models.families import (
     gemma3_text,
@@ -58,7 +57,11 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     """
     full = complete(hf)
     text = full["text_config"]
-    kind, module = choose(TEXT, text["model_type"], "text_config.model_type")
+    if text["model_type"] not in TEXT:  # no near name is said: it is another decoder
+        raise ValueError(
+            f"text_config.model_type: expected one of {', '.join(TEXT)}; got {text['model_type']!r}"
+        )
+    kind, module = TEXT[text["model_type"]]
     return dataclasses.replace(
         module.from_hf(text | {"model_type": kind}),
         family=full["model_type"],
