@@ -59,10 +59,13 @@ def add_sums(total: Sums | None, new: Sums) -> dict[str, Any]:
         return dict(new)
     if total.keys() != new.keys():
         raise ValueError(f"metrics changed between batches: {sorted(total.keys() ^ new.keys())}")
-    return {
-        name: join(jax.tree.map(lambda a, b: jnp.stack([a, b]), total[name], new[name]))
-        for name in new
-    }
+    return _added(dict(total), dict(new))
+
+
+@jax.jit  # one program, where each metric's own operations are dozens
+def _added(total: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    pairs = jax.tree.map(lambda a, b: jnp.stack([a, b]), total, new)
+    return {name: join(pair) for name, pair in pairs.items()}
 
 
 def join(stacked: Any) -> Any:
