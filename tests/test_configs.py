@@ -30,6 +30,7 @@ SPECS = [*RECIPES, "dpo_pythia_2p8b:sft"]
 ALIKE = {
     "dpo_70b": "dpo_7b",
     "dpo_gemma3_27b": "dpo_7b",
+    "dpo_pythia_2p8b": "dpo_7b",
     "dpo_pythia_2p8b:sft": "sft_7b",
     "dpo_qwen3_30b_a3b": "dpo_mixtral",
     "kto_llama3_8b": "kto_7b",

@@ -205,10 +205,15 @@ def test_the_exported_model_speaks_in_transformers_as_here(finished, tmp_path):
     "overrides",
     [
         dict(data__layout="packed", row_length=448, data__groups_per_row=2, batch_size=16),
-        dict(data__layout="shared_prefix", row_length=448, data__groups_per_row=2, batch_size=16),
-        dict(reference__mode="cached"),
+        dict(
+            data__layout="shared_prefix",
+            row_length=448,
+            data__groups_per_row=2,
+            batch_size=16,
+            reference__mode="cached",
+        ),
     ],
-    ids=["packed", "shared_prefix", "cached_reference"],
+    ids=["packed", "shared_prefix_and_cached_reference"],
 )
 def test_layout_and_cache_leave_the_held_out_measure_unchanged(finished, tmp_path, overrides):
     config = tiny(total_steps=1, optimizer__learning_rate=1e-30, eval__batch_size=16, **overrides)

@@ -195,7 +195,7 @@ def git_commit() -> str:
     # a status without locks: one that is killed would leave its lock, and no commit could be made
     for asked in (
         ["rev-parse", "HEAD"],
-        ["--no-optional-locks", "status", "--porcelain", "--untracked-files=no"],
+        ["--no-optional-locks", "status", "--porcelain", "-uno"],
     ):
         try:
             result = subprocess.run(
