@@ -193,10 +193,7 @@ def git_commit() -> str:
     unknown = os.environ.get("ALIGN_JAX_COMMIT", "")
     found = []
     # a status without locks: one that is killed would leave its lock, and no commit could be made
-    for asked in (
-        ["rev-parse", "HEAD"],
-        ["--no-optional-locks", "status", "--porcelain", "-uno"],
-    ):
+    for asked in (["rev-parse", "HEAD"], ["--no-optional-locks", "status", "--porcelain", "-uno"]):
         try:
             result = subprocess.run(
                 ["git", *asked],
