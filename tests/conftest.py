@@ -47,9 +47,9 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 DATA = pathlib.Path(
     os.environ.get("ALIGN_JAX_TESTDATA") or pathlib.Path(__file__).parents[2] / "shared" / "data"
 )
-# Where shapes and dtypes are checked at every call: tests of the parts.  Whole programs are made of
-# the same parts, and there the checks took a quarter of the time.
-CHECKED = ("core", "data", "inference", "losses", "models", "online", "parity", "training")
+# Where shapes and dtypes are not checked at every call, which took a quarter of the time: tests of
+# whole programs (those beside this file too), made of the parts that the others test.
+WHOLE = ("tests", "docs", "faults", "fuzz", "launch", "notebook", "runs", "tpu")
 
 
 def pytest_collection_finish() -> None:
@@ -59,8 +59,10 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Check shapes and dtypes in the folders named, before a test's first fixture."""
-    jaxtyping.config.update("jaxtyping_disable", item.path.parent.name not in CHECKED)
+    """Check shapes and dtypes, or leave them, before a test's first fixture."""
+    folder = item.path.parent
+    is_whole = folder.name in WHOLE and pathlib.Path(__file__).parent in (folder, folder.parent)
+    jaxtyping.config.update("jaxtyping_disable", is_whole)
 
 
 def pytest_ignore_collect(collection_path: pathlib.Path) -> bool | None:

@@ -71,7 +71,7 @@ def test_steps_are_scored_where_they_were_in_training(checkpoint):
         fn = REWARDS["process"](path=str(path), form=form, load_model=load_model).fn
         (((_, reward),),) = fn(["What? "], ["one step"], [{}])
         assert reward == pytest.approx(  # in a batch of another shape
-            np.tanh(found[1][0][1] / 2) if expected is None else expected, rel=1e-4
+            np.tanh(found[1][0][1] / 2) if expected is None else expected, rel=1e-5
         )
 
 
