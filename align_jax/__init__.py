@@ -13,6 +13,11 @@ A name is imported when it is first used, so that ``import align_jax`` takes no 
 
 from __future__ import annotations
 
+from align_jax.core import typed
+
+if typed.is_starting():  # a program's imports take seconds: Ctrl-C ends them with one line
+    typed.take_interrupts()
+
 import importlib
 import os
 import sys

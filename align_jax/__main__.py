@@ -18,9 +18,10 @@ import sys
 
 from align_jax import __version__
 from align_jax.core.choose import nearest
+from align_jax.core.typed import SCRIPT
 
 HELP = ("--help", "-h")
-SCRIPT, CHAT = "align-jax", "chat"
+CHAT = "chat"
 
 
 def programs() -> dict[str, str]:
@@ -47,11 +48,7 @@ def main() -> None:
         if sys.stderr.isatty() and not set(HELP) & set(rest):  # the imports take seconds
             print(f"{own} {name} ...", file=sys.stderr, flush=True)
         called = {"CALLED": f"{own} {name}"}  # for the program's messages
-        try:
-            runpy.run_module(f"align_jax.{program}", called, run_name="__main__", alter_sys=True)
-        except KeyboardInterrupt:  # before the program itself takes it
-            print(f"{own} {name}: interrupted", file=sys.stderr)
-            sys.exit(130)
+        runpy.run_module(f"align_jax.{program}", called, run_name="__main__", alter_sys=True)
         return
     if name and name not in HELP:
         print(f"{own}: no program {name!r}{nearest(name, programs())}", file=sys.stderr)

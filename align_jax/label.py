@@ -24,6 +24,16 @@ from align_jax.runs import command
 KINDS = ("binary", "pairwise", "scalar")
 PAIRINGS = ("max", "random", "min")
 
+
+def check_flags() -> None:
+    """Refuse flags that would have no effect, and an output that cannot be written."""
+    kind = flags.FLAGS.feedback
+    command.belong(["pairing", "seed"], "--feedback=pairwise", kind == "pairwise")
+    command.belong(["one_class"], "--feedback=binary", kind == "binary")
+    command.belong(["threshold"], "--feedback=binary and pairwise", kind != "scalar")
+    command.rows_path("output", "samples")
+
+
 if __name__ == "__main__":  # here, because what is imported next takes seconds
     flags.DEFINE_string(
         "samples", None, "Samples: JSON or JSON lines, of align_jax.sample or HALOs.", required=True
@@ -47,7 +57,7 @@ if __name__ == "__main__":  # here, because what is imported next takes seconds
     )
     flags.DEFINE_bool("one_class", False, "binary: write labels that are all the same, too.")
     flags.DEFINE_integer("seed", 0, "Of random pairing and of which sample is A.")
-    arguments = command.read()
+    arguments = command.read(check=check_flags)
 
 import collections
 import itertools
@@ -114,11 +124,14 @@ _ids = operator.itemgetter("prompt_id", "sample_id")
 def _ordered(samples: Iterable[Sample]) -> list[Sample]:
     ordered = sorted(samples, key=_ids)
     for before, after in itertools.pairwise(ordered):
+        alike = ""
         if _ids(before) == _ids(after):
-            raise ValueError(
-                f"two samples have prompt_id {after['prompt_id']} and sample_id "
-                f"{after['sample_id']}; label one round's samples at a time"
-            )
+            alike = f"two samples have prompt_id {after['prompt_id']} and sample_id "
+            alike += str(after["sample_id"])
+        elif _prompt_id(before) == _prompt_id(after) and before["prompt"] != after["prompt"]:
+            alike = f"two prompts have prompt_id {after['prompt_id']}"
+        if alike:
+            raise ValueError(f"{alike}; label one round's samples at a time")
     return ordered
 
 
@@ -238,6 +251,7 @@ def pairwise(
     return feedback
 
 
+_WORDS = {(str, list): "a text or messages", (int,): "an integer"}
 FIELDS: Mapping[str, tuple[type, ...]] = {
     "prompt": (str, list),
     "output": (str, list),
@@ -265,7 +279,10 @@ def read_samples(path: str) -> list[dict[str, Any]]:
         for name, kinds in {**FIELDS, "reward": (int, float, type(None))}.items():
             value = row.get(name)
             if not isinstance(value, kinds) or isinstance(value, bool):
-                raise ValueError(f"{source.where(i)}: {name} is {kind_of(value)}")
+                wanted = _WORDS.get(kinds, "a number")
+                raise ValueError(
+                    f"{source.where(i)}: {name}: expected {wanted}, got {kind_of(value)}"
+                )
         try:
             prompt = prompt_of(row)
             if prompt == ():

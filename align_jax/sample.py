@@ -38,7 +38,7 @@ def check_flags() -> None:
     command.belong(of_files, "--prompts, not to --chat", not values.chat)
     if values.stop and not all(values.stop):
         raise command.Usage("--stop is empty")
-    command.output_path("output")
+    command.rows_path("output", "prompts")
 
 
 if __name__ == "__main__":  # here, because what is imported next takes seconds
@@ -320,15 +320,16 @@ def sample_file(
     path.parent.mkdir(parents=True, exist_ok=True)
     done = count_records(path, settings)
     numbered = list(enumerate(examples.items))[done // samples :]
+    # all at once: a prompt that the template refuses is told before hours of the others
+    encoded = chat.encode_many([example for _, example in numbered], tokenizer)
     skip, written, total = done % samples, 0, len(examples) * samples
     bar = tqdm.tqdm(total=total, initial=done, unit="sample", file=sys.stderr, disable=not show)
     with writing(path), bar, path.open("a", encoding="utf-8") as file:
         for begin in range(0, len(numbered), chunk):
             part = numbered[begin : begin + chunk]
-            encoded = chat.encode_many([example for _, example in part], tokenizer)
             requests = [
                 dataclasses.replace(request, prompt=tuple(one.prompt), seed=request.seed + number)
-                for (number, _), one in zip(part, encoded)
+                for (number, _), one in zip(part, encoded[begin : begin + chunk])
             ]
             completions = policy.engine(requests, bar.update)
             records = list(

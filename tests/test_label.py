@@ -94,6 +94,7 @@ def test_ids_of_two_rounds_never_meet_and_scalar_keeps_all_fields():
         (lambda s: label.pairwise(s, "best"), "'best'"),
         (lambda s: label.pairwise(s, "max", -1.0), "-1"),
         (lambda s: label.scalar(s + s), "one round"),
+        (lambda s: label.pairwise([s[0], {**s[1], "prompt": "p"}]), "two prompts have prompt_id 0"),
         (lambda s: label.scalar(s, -1), "round"),
     ],
 )
@@ -129,9 +130,9 @@ def test_labels_that_are_all_the_same_are_refused_unless_asked_for():
     "change, said",
     [
         ({"output": None}, "this has no output"),
-        ({"sample_id": "3"}, "sample_id is a text"),
-        ({"reward": "good"}, "reward is a text"),
-        ({"reward": True}, "reward is true or false"),
+        ({"sample_id": "3"}, "sample_id: expected an integer, got a text"),
+        ({"reward": "good"}, "reward: expected a number, got a text"),
+        ({"reward": True}, "reward: expected a number, got true or false"),
         ({"prompt": []}, "prompt: no messages"),
         ({"prompt": [{"a": 1}]}, "prompt: expected messages with role and content"),
         ({"output": [3]}, "output: expected a text or messages"),

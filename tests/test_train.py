@@ -98,7 +98,9 @@ def test_a_run_writes_the_metrics_that_dashboards_know(finished):
     assert record["config"]["objective"]["beta"] == 0.1 and "jax" in record["versions"]
 
 
-def test_stopped_and_resumed_equals_uninterrupted_to_the_bit(finished, tmp_path, monkeypatch):
+def test_stopped_and_resumed_equals_uninterrupted_to_the_bit(
+    finished, tmp_path, monkeypatch, capsys
+):
     @contextlib.contextmanager
     def stop_after_three():
         yield lambda step: step == 3
@@ -114,6 +116,11 @@ def test_stopped_and_resumed_equals_uninterrupted_to_the_bit(finished, tmp_path,
         for name in ("loss", "grad_norm", "num_tokens", "rewards/margins"):
             assert whole[step][name] == halves[step][name], (step, name)
     jax.tree.map(np.testing.assert_array_equal, params(finished), params(tmp_path))
+    loop.train(tiny(), str(tmp_path))
+    assert (
+        "nothing left to train: step 6 is saved, and config.total_steps = 6; raise"
+        in capsys.readouterr().err
+    )
 
 
 def listing(folder):
@@ -175,6 +182,7 @@ def test_a_run_that_gains_nothing_stops_early_and_a_resumed_one_at_the_same_step
         loop.train(config, str(tmp_path))
     said = capsys.readouterr().err
     assert said.count("not been better than 0.6931 (step 0) in 3 evaluations") == 1, said
+    assert said.count("step 3 is saved, where it stopped early, and config.eval.patience = 3") == 1
     assert [row["step"] for row in rows(tmp_path) if "loss" in row] == [1, 2, 3]
     assert trained.restore(str(tmp_path)).step == 3
 

@@ -249,6 +249,8 @@ def _check_context(
                 if not _differs(apply, other, text, header=asked):
                     words = f"a turn's words: role {turn['role']}"
                     raise RowError(f"the chat template leaves out {words}")
+                if turn["content"].strip() not in text:
+                    notes.add(f"turns that the chat template rewrites: {turn['role']}'s")
             elif i < first:
                 notes.add("answers in the history that the chat template rewrites")
             else:

@@ -21,7 +21,7 @@ from jaxtyping import Bool
 from align_jax.core import own
 from align_jax.core.choose import nearest
 from align_jax.core.options import DataOptions
-from align_jax.core.progress import printable
+from align_jax.core.progress import last_words, printable
 from align_jax.core.schema import Example
 from align_jax.data import cache, conversions, formats, named
 from align_jax.data.messages import ROLES, Row, answer_of, decoded, with_roles
@@ -89,7 +89,7 @@ class Later(Sequence[Example]):
         return iter(self._items)
 
 
-VERSION = 6  # of how rows become examples: what is kept of an older one is made anew
+VERSION = 7  # of how rows become examples: what is kept of an older one is made anew
 # what of the options decides which examples there are; the digest is made of it
 _READ = (
     "format",
@@ -281,6 +281,7 @@ def _of_kind(
     _count_weights(made, counts)
     counts["answers that begin with their prompt"] += sum(map(_repeats, made))
     counts["conversations with turns after the last answer, left out"] += sum(map(_goes_on, made))
+    counts["texts that are nan, None or the like alone"] += sum(map(_is_filler, made))
     if kind == "pairs":
         counts["identical answers"] += sum(one.responses[0] == one.responses[1] for one in made)
     if kind == "ranked" and options.responses:
@@ -307,6 +308,16 @@ def _count_weights(examples: Sequence[Example], counts: collections.Counter[str]
     if len(learned):
         heavy = learned > OUTWEIGHS * np.median(learned)
         counts[f"examples of over {OUTWEIGHS:,} times the median weight"] += int(heavy.sum())
+
+
+FILLERS = {"nan", "<na>", "n/a", "none", "null", "nil", "undefined"}  # what tables write of nothing
+
+
+def _is_filler(example: Example) -> bool:
+    """Tell whether a prompt or a response is what a program writes in the place of a missing
+    text; it may be an answer all the same."""
+    texts = (example.prompt, *example.responses)
+    return any(last_words(one).strip().lower() in FILLERS for one in texts)
 
 
 def _goes_on(example: Example) -> bool:

@@ -19,7 +19,8 @@ from typing import Any
 from align_jax.core import own
 from align_jax.core.schema import Example, Message
 from align_jax.data import published, rows, steps
-from align_jax.data.messages import SAID, Row
+from align_jax.data.beside import check_beside
+from align_jax.data.messages import SAID, Row, is_blank
 from align_jax.data.rows import fields_of
 from align_jax.data.transcripts import RowError
 
@@ -178,6 +179,8 @@ def read(row: Row, name: str, *, chat: bool) -> list[Example]:
     examples = [_with_system(one, row) for one in examples]
     if form.kind == "completions":
         examples = [dataclasses.replace(one, scores=rows.score_of(row)) for one in examples]
+    if name in FORMATS:  # an own one may read what it does not declare
+        check_beside(row, unread(form, row), form.kind, examples)
     for example in examples:
         if any(_is_empty(response) for response in example.responses):
             raise RowError("empty response")
@@ -215,9 +218,9 @@ def _with_system(example: Example, row: Row) -> Example:
 def _is_silent(prompt: str | tuple[Message, ...]) -> bool:
     """Tell whether a prompt says nothing."""
     if isinstance(prompt, str):
-        return not prompt.strip()
+        return is_blank(prompt)
     turns = [turn for turn in prompt if turn["role"] != "system"] or prompt
-    return not any(turn["content"].strip() or turn.get("tool_calls") for turn in turns)
+    return all(is_blank(turn["content"]) and not turn.get("tool_calls") for turn in turns)
 
 
 def _check_encodable(example: Example) -> None:
@@ -233,10 +236,10 @@ def _check_encodable(example: Example) -> None:
 def _is_empty(response: str | tuple[Message, ...]) -> bool:
     """Tell whether a response, or one of its turns of the assistant, says nothing."""
     if isinstance(response, str):
-        return not response.strip()
+        return is_blank(response)
     turns = [message for message in response if message["role"] == "assistant"]
-    return not turns or not all(
-        turn["content"].strip() or turn.keys() & set(SAID) for turn in turns
+    return not turns or any(
+        is_blank(turn["content"]) and not turn.keys() & set(SAID) for turn in turns
     )
 
 

@@ -55,7 +55,7 @@ MARKS = (
 )
 # words of marks that say more than that, or of which it is not clear what they say
 _MARKING = re.compile(
-    r"(^|_)(mask|masked|ignored?|train|trained|trainable|training|loss|weights?|learn|learned|"
+    r"(^|_)(masks?|masked|ignored?|skip|skipped|excluded?|train|trained|trainable|training|loss|weights?|learn|learned|"
     r"learnable)(_|$)",
     re.IGNORECASE,
 )
@@ -84,6 +84,18 @@ def kind_of(value: Any) -> str:
         return "a number"
     kinds = ((str, "a text"), ((list, tuple), "a list"), (Mapping, "a dict"))
     return next((name for kind, name in kinds if isinstance(value, kind)), type(value).__name__)
+
+
+_UNSEEN = "\u00ad\u200b\u200c\u200d\u2060\ufeff"  # characters that no reader sees
+
+
+def is_blank(text: str) -> bool:
+    """Tell whether a text shows nothing.
+
+    >>> is_blank(" \u200b\n"), is_blank("-")
+    (True, False)
+    """
+    return all(one.isspace() or one in _UNSEEN for one in text)  # a first word is enough
 
 
 def text_of(value: Any, what: str) -> str:

@@ -140,9 +140,7 @@ def _is_document(data: bytes) -> bool:
 def _as_utf8(path: str, data: bytes) -> bytes:
     """Return a text file's bytes in UTF-8 without its mark; other encodings are named."""
     if wide := _wide(data):
-        raise ValueError(
-            f"{path}: it seems to be {wide} without its mark: iconv -f {wide} -t utf-8 {path}"
-        )
+        raise ValueError(f"{path}: it seems to be {wide}: iconv -f {wide} -t utf-8 {path}")
     for mark, encoding in ((b"\xff\xfe", "utf-16-le"), (b"\xfe\xff", "utf-16-be")):
         if data.startswith(mark):
             try:
@@ -212,6 +210,8 @@ def _rows_of_document(path: str, value: Any) -> Rows:
             )
         if len(lists) == len(value) == 1 and lists[0] in _HOLDERS:
             named = lists
+        if not named:
+            _check_not_nested(path, value)
         value = value[named[0]] if named else [value]
     where = numbered(path)
 
@@ -219,6 +219,22 @@ def _rows_of_document(path: str, value: Any) -> Rows:
         return _check_row(value[index], where(index))
 
     return Rows(len(value), read, where)
+
+
+def _check_not_nested(path: str, value: dict[str, Any]) -> None:
+    """Refuse an object whose values are rows under names, or columns of numbered cells, which
+    would be taken for one row.
+
+    Raises:
+        ValueError: with the command that writes rows.
+    """
+    keys = {tuple(inner) if isinstance(inner, dict) else () for inner in value.values()}
+    names = keys.pop() if len(keys) == 1 else ()
+    if names and all(name.isdigit() for name in names):
+        made = f"pandas.read_json({path!r}).to_json('rows.jsonl', orient='records', lines=True)"
+        raise ValueError(f"{path}: one object of columns, as pandas writes it; in Python: {made}")
+    if names and len(value) > 1 and not {"role", "from"} & set(names):  # they may be messages
+        raise ValueError(f"{path}: one object of rows under names: jq -c '.[]' {path} > rows.jsonl")
 
 
 def _open_json_lines(path: str, data: bytes) -> Rows:
@@ -240,6 +256,12 @@ def _open_json_lines(path: str, data: bytes) -> Rows:
             said = str(error)
             if isinstance(error, json.JSONDecodeError):  # whose line is always the first
                 said = f"{error.msg} (column {error.colno})"
+                if (
+                    line.strip() == b"{"
+                    or error.msg == "Extra data"
+                    and line[error.pos :][:1] == b"{"
+                ):
+                    said += f"; jq -c . {path} > rows.jsonl writes an object a line"
             raise ValueError(
                 f"{where(index)}: malformed JSON: {said}; the line begins {line[:60]!r}"
             ) from error
@@ -270,7 +292,13 @@ def _open_csv(path: str) -> Rows:
     tabs = _unpacked(path).endswith(".tsv")
     delimiter = "\t" if tabs else max(",;\t", key=head.count)
     csv.field_size_limit(max(csv.field_size_limit(), len(text)))
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    reader = csv.reader(
+        io.StringIO(text, newline=""),
+        delimiter=delimiter,
+        strict=True,
+        # "prompt, chosen": the space is the file's, before the names and before the cells
+        skipinitialspace=0 < head.count(delimiter) == head.count(f"{delimiter} "),
+    )
     cells: list[list[str]] = []
     lines, line = array.array("q"), 1
     try:

@@ -11,6 +11,7 @@ import dataclasses
 import difflib
 import json
 import math
+import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -80,15 +81,15 @@ def number_of(
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not abs(number) <= LARGEST or number < low or number > high:
-        least = f" of at least {low:g}" if low > -math.inf else ""
-        least += f" and at most {high:g}" if high < math.inf and number > high else ""
+        range_ = f" of at least {low:g}" if low > -math.inf else ""
+        range_ = f" from {low:g} to {high:g}" if high < math.inf else range_
         got = f"{value!r:.40}" if isinstance(value, (int, float)) else kind_of(value)
-        raise RowError(f"{what}: expected a finite number{least}", f"got {got}")
+        raise RowError(f"{what}: expected a finite number{range_}", f"got {got}")
     return number
 
 
 LARGEST = 3e38  # training keeps numbers in float32
-MOST_WEIGHT = 1e6  # of a row: beside a larger one all others are nothing
+MOST = 1e6  # a row's weight or margin: beside a larger one all others are nothing
 
 
 def choice_of(row: Row, name: str) -> int:
@@ -139,22 +140,26 @@ def about(row: Row, *used: str) -> dict[str, Any]:
     A row that a mark, such as ``train: false``, leaves out of the loss has the weight 0.
 
     Raises:
-        RowError: a margin that is no number, a negative weight, a mark that is not known or is
-            neither on nor off, or pictures and the like.
+        RowError: a margin or weight out of range, a mark that is not known or is neither on nor
+            off, or pictures and the like.
     """
     check_no_media(row, "")
     if row.get("functions") and "tools" not in row:
         hint = f"{renaming(tools='functions')} makes them so"
         raise RowError("functions: a chat template is given tools", hint)
     margin, weight = row.get("margin"), row.get("weight")
-    weight = 1.0 if weight is None else number_of(weight, "weight", low=0, high=MOST_WEIGHT)
+    weight = 1.0 if weight is None else number_of(weight, "weight", low=0, high=MOST)
+    margin = 0.0 if margin is None else number_of(margin, "margin", low=-MOST, high=MOST)
     used = (*used, "margin", *MARKS, *TEMPLATE)
     return {
-        "margin": 0.0 if margin is None else number_of(margin, "margin"),
+        "margin": margin,
         "weight": weight * _is_learned(row),
         "extras": {key: value for key, value in row.items() if key not in used},
         "template": _template(row),
     }
+
+
+_LEAVES_OUT = re.compile("mask|ignore|skip|exclude", re.IGNORECASE)  # true, or false, of a mask
 
 
 def _is_learned(row: Row) -> bool:
@@ -163,7 +168,7 @@ def _is_learned(row: Row) -> bool:
 
     def remedy(mark: str) -> str:
         value, says = marks[mark], ""
-        if isinstance(value, (bool, int, float)):
+        if isinstance(value, (bool, int, float)) and not _LEAVES_OUT.search(mark):
             name = "train" if isinstance(value, bool) else "weight"
             says = f"{renaming(**{name: mark})} makes it the row's {name}, "
         return f"; {says}{renaming(note=mark)} gives it another name"

@@ -23,12 +23,11 @@ import math
 import os
 import pathlib
 import re
-import signal
 import sys
 import tempfile
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NoReturn
+from typing import NoReturn
 
 from absl import flags, logging
 
@@ -68,8 +67,7 @@ def read(*, arguments: str = "", check: Callable[[], None] | None = None) -> lis
     Returns:
         What stands beside the flags, for ``run``.
     """
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _stop_importing)
+    typed.take_interrupts()
     flags.DEFINE_bool("debug", False, "Show the traceback of an error.")
     program = typed.program()
     if isinstance(sys.stdout, io.TextIOWrapper):  # no terminal has every character
@@ -134,10 +132,12 @@ def run(main: Callable[[Sequence[str]], None], rest: Sequence[str]) -> NoReturn:
     gc.set_threshold(20_000, 20, 20)
     gc.enable()
     with _told(typed.program()):
-        if signal.getsignal(signal.SIGINT) is _stop_importing:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-        main(rest)
-        sys.stdout.flush()
+        typed.give_interrupts()
+        try:
+            main(rest)
+            sys.stdout.flush()
+        finally:
+            typed.take_interrupts()
     sys.exit(0)
 
 
@@ -156,20 +156,13 @@ def _told(program: str) -> Iterator[None]:
         if "--debug" in sys.argv[1:]:
             raise
         if isinstance(error, MISTAKES):
-            print(f"{program}: {_cut(words(error))}", file=sys.stderr)
+            print(f"{program}: {_with_its_flags(_cut(words(error)))}", file=sys.stderr)
             _leave(2)
         print(
             f"{program}: {type(error).__name__}: {words(error)}\n(--debug shows where)",
             file=sys.stderr,
         )
         _leave(1)
-
-
-def _stop_importing(*_: Any) -> NoReturn:
-    """Take Ctrl-C at once: an exception in the middle of an import may be taken for another."""
-    with contextlib.suppress(OSError, RuntimeError):
-        print(f"{typed.program()}: interrupted", file=sys.stderr, flush=True)
-    os._exit(130)
 
 
 def spelled_out(words: Sequence[str]) -> list[str]:
@@ -251,6 +244,28 @@ def output_path(name: str, *, folder: bool = False) -> pathlib.Path | None:
     """
     value = flags.FLAGS[name].value
     return writable(value, f"--{name}", folder=folder) if value else None
+
+
+def rows_path(name: str, source: str) -> None:
+    """Refuse a file for rows of JSON that they cannot be written to.
+
+    Args:
+        name: of the flag, whose value is a path.
+        source: of the flag that names the rows that are read.
+
+    Raises:
+        Usage: it is the file that is read, its name is another kind of file's, or it cannot be
+            written.
+    """
+    path, read = flags.FLAGS[name].value, flags.FLAGS[source].value
+    if not path:
+        return
+    if read and os.path.exists(read) and os.path.exists(path) and os.path.samefile(path, read):
+        raise Usage(f"--{name}={path} is the file that --{source} names: it would be lost")
+    ending = os.path.splitext(path)[1]
+    if ending in (".csv", ".tsv", ".parquet", ".arrow", ".feather", ".gz", ".bz2", ".xz"):
+        raise Usage(f"--{name}={path}: JSON is written, which no {ending} holds: end it in .jsonl")
+    output_path(name)
 
 
 def writable(value: str, what: str, *, folder: bool = False) -> pathlib.Path:
@@ -360,6 +375,16 @@ def _flag_message(error: flags.Error) -> str:
             close if "did you mean" in close else "; --help shows all flags"
         )
     return re.sub(r"^flag (--\w+=)", r"\1", text)
+
+
+def _with_its_flags(message: str) -> str:
+    """Say of a message's flags that they are other programs', where this one takes no config."""
+    if "config" in flags.FLAGS or "--config." not in message:
+        return message
+    return (
+        f"{message}\n(--config.* are flags of the programs that take --config, such as train; here "
+        "change the rows, or look for its like in --help)"
+    )
 
 
 def _cut(message: str) -> str:

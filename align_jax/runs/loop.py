@@ -18,7 +18,7 @@ from etils import epath
 from align_jax import losses
 from align_jax.core import config as configs
 from align_jax.core import metrics
-from align_jax.core.options import Config
+from align_jax.core.options import LENGTHS, Config
 from align_jax.core.progress import Progress
 from align_jax.data.pipeline import Pipeline
 from align_jax.data.sources import Source
@@ -169,6 +169,7 @@ def train(
         if main_process:
             record.write_record(workdir, configs.to_dict(config), run.total_steps)
         first, state, frozen, extra = start(run, checkpoints)
+        checkpoints.check_room(state)  # not after the hours until the first save
         opened = (
             metrics.open_writers(
                 workdir,
@@ -200,7 +201,6 @@ def train(
         )
         for line in describe(run, first):
             recorder.note(line)
-        recorder.note("compiling: the first evaluation and the first step take longest")
         batches = make_source(run, first, extra.get("source", {}))
         try:
             stopping = evaluation.Stopping(*extra.get("stopping", ()))
@@ -259,9 +259,14 @@ def loop(
         checkpoints.check_measured(values)
         return values
 
+    last_step = first if early.is_spent(config.eval) else run.total_steps
+    recorder.note(
+        "compiling: the first evaluation and the first step take longest"
+        if first < last_step
+        else nothing_left(run, first, early)
+    )
     if evaluate is not None and first == 0:
         last_eval = evaluate_at(0)
-    last_step = first if early.is_spent(config.eval) else run.total_steps
     if config.debug.dump_hlo:
         debug.dump_hlo(folder / "hlo", lower(run))
     with debug.traced(folder / "profile", config.debug.profile_steps) as before:
@@ -315,6 +320,23 @@ def loop(
                 )
                 break
     return last_eval
+
+
+def nothing_left(run: Run, first: int, early: evaluation.Stopping) -> str:
+    """Say that a run that was started again had come to its end, and which key lets it go on."""
+    key = next(name for name in LENGTHS if getattr(run.config, name))
+    given, end = f"config.{key} = {getattr(run.config, key):g}", ""
+    if early.is_spent(run.config.eval):
+        given, end = (
+            f"config.eval.patience = {run.config.eval.patience}",
+            ", where it stopped early",
+        )
+    elif key != LENGTHS[0]:
+        given += f" ({run.total_steps} steps)"
+    return (
+        f"nothing left to train: step {first} is saved{end}, and {given}; raise it to go on, or "
+        "name another workdir to begin anew"
+    )
 
 
 def model_flops(run: Run) -> float:

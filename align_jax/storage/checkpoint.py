@@ -249,7 +249,7 @@ class Checkpoints:
         while True:
             error = None
             try:
-                self._check_room(state)
+                self.check_room(state)
                 self._pending_step = step
                 self._manager.save(step, args=items, metrics=scores or None, force=True)
             except Exception as caught:  # whatever a store throws: the count below decides
@@ -257,14 +257,16 @@ class Checkpoints:
             if self._succeeded(step, error) and (not wait or self._await_save()):
                 return True
 
-    def _check_room(self, state: Any) -> None:
-        """Fail before a save begins that cannot end: Orbax's threads would go on without it.
+    def check_room(self, state: Any) -> None:
+        """Fail before a save begins that cannot end, or a run whose saves cannot: Orbax's threads
+        would go on without it.
 
-        What is written is compressed, to half of its size at best.
+        What is written is compressed, to half of its size at best: a disk with room for that half
+        is tried.
 
         Raises:
             StorageError: on every process, if the disk of one is too full, or none of its files
-                may be as large as one of a checkpoint's is (``ulimit -f``).
+                may be as large as one of a checkpoint's can be (``ulimit -f``).
         """
         if "://" in str(self._folder):
             return
@@ -276,7 +278,7 @@ class Checkpoints:
                 "are free"
             )
         largest, most = min(needed, DATA_FILE_BYTES), files.most_bytes()
-        if any_process(2 * most < largest):
+        if any_process(most < largest):
             raise StorageError(
                 f"a file of {largest:,} bytes is to be written, and a file may have {most:,} here: "
                 "ulimit -f"

@@ -343,9 +343,18 @@ REFUSED = {
     "a picture": ({"messages": [U([{"type": "image"}]), A("a")]}, "completions", "'image'"),
     "pictures": ({"instruction": "q", "output": "a", "images": ["x.png"]}, "completions", "images"),
     "a surrogate": ({**P, "chosen": "c \ud83d"}, "pairs", "lone surrogate"),
-    "a negative weight": ({**P, "weight": -1}, "pairs", "weight: expected a finite number of at"),
-    "a weight beside which others are nothing": ({**P, "weight": 1e30}, "pairs", "at most 1e+06"),
-    "no number": ({**P, "margin": "much"}, "pairs", "margin: expected a finite number: got a text"),
+    "a negative weight": ({**P, "weight": -1}, "pairs", "weight: expected a finite number from 0"),
+    "a weight beside which others are nothing": ({**P, "weight": 1e30}, "pairs", "to 1e+06"),
+    "a margin beyond all others": (
+        {**P, "margin": -1e30},
+        "pairs",
+        "margin: expected a finite number from -1e+06 to",
+    ),
+    "no number": (
+        {**P, "margin": "much"},
+        "pairs",
+        "margin: expected a finite number from -1e+06 to 1e+06: got a text",
+    ),
     "half a turn": ({"messages": [U("q"), A("a", weight=0.5)]}, "completions", "neither 0 nor 1"),
     "an endless score": (
         {**P, "score_chosen": float("inf"), "score_rejected": 1},
@@ -611,6 +620,29 @@ REFUSED |= {
     "fewer scores": ({**_RANKED, "scores": [1]}, "ranked", "another number of responses"),
     "one vote of two": (_SHP, "pairs", "score_B: expected a finite number"),
     "history in a text": ({**P, "history": "what was said"}, "pairs", '"note": "history"'),
+    "a mark's plural": ({**P, "token_masks": [0, 1]}, "pairs", '"note": "token_masks"'),
+    "a skipped row": (
+        {**P, "skip": True},
+        "pairs",
+        """loss_scale; --config.data.columns='{"note": "skip"}'""",
+    ),
+    "a prompt beside messages": (
+        {"messages": [U("q"), A("a")], "prompt": "p"},
+        "completions",
+        "prompt: seems",
+    ),
+    "a response beside messages": (
+        {"messages": [U("q"), A("a")], "response": "b"},
+        "completions",
+        "response: se",
+    ),
+    "a context": ({**P, "context": "k"}, "pairs", "context: seems to be a part of the prompt, and"),
+    "contexts": ({**P, "contexts": ["q", "k"]}, "pairs", '"note": "contexts"'),
+    "an input": ({"prompt": "q", "completion": "a", "input": "k"}, "completions", "input: seems"),
+    "a context of a prompt": ({"prompt": "q", "context": "k"}, "prompts", "context: seems"),
+    "another system turn": ({**P, "system_message": "s"}, "pairs", '"system": "system_message"'),
+    "a reasoning": ({**ALPACA, "deepseek_reasoning": "t"}, "completions", "a part of the answer"),
+    "an answer that shows nothing": ({**P, "chosen": "\u200b \ufeff"}, "pairs", "empty response"),
 }
 
 
@@ -639,10 +671,10 @@ def test_drops_are_counted_by_reason_without_the_rows_words(tmp_path):
     bad = [{**P, "prompt": [{"role": "alien", "content": f"secret {i}"}]} for i in range(3)]
     report = load(tmp_path, [P, *bad], invalid="drop").report
     assert report == {"examples": 1, "dropped: prompt: a role is unknown": 3}
-    for field, said in (("weight", "of at least 0"), ("margin", "")):
+    for field, said in (("weight", "from 0 to 1e+06"), ("margin", "from -1e+06 to 1e+06")):
         bad = [{**P, field: value} for value in ("x", float("nan"), float("-inf"))]
         report = load(tmp_path, [P, *bad], invalid="drop").report
-        reason = f"dropped: {field}: expected a finite number {said}".rstrip()
+        reason = f"dropped: {field}: expected a finite number {said}"
         assert report == {"examples": 1, reason: 3}
 
 
@@ -712,6 +744,8 @@ def test_weights_and_scores_that_are_hardly_meant_are_counted(tmp_path):
 
 def test_equal_answers_are_counted_and_weights_of_0_alone_refused(tmp_path):
     assert load(tmp_path, [{**P, "rejected": "c"}]).report["identical answers"] == 1
+    report = load(tmp_path, [{**P, "rejected": "None"}, {**P, "prompt": [U(" nan")]}, P]).report
+    assert report["texts that are nan, None or the like alone"] == 2
     with pytest.raises(ValueError, match="all 1 examples have the weight 0"):
         load(tmp_path, [{**P, "weight": 0}])
 
@@ -760,9 +794,9 @@ def test_thumbs_of_which_no_pairs_can_be_made_are_told_what_learns_of_them(tmp_p
 
 
 def test_what_stands_beside_the_text_is_said(tmp_path):
-    row = {**P, "reasoning": "t", "id": 3, "score_chosen": 1, "score_rejected": 0}
-    report = load(tmp_path, [{**row, "context": "k", "scores": [1], "label": 1}]).report
-    assert report["columns beside the text"] == "context id label reasoning scores"
+    row = {**P, "rationale": "t", "id": 3, "score_chosen": 1, "score_rejected": 0}
+    report = load(tmp_path, [{**row, "context": " q  ", "scores": [1], "label": 1}]).report
+    assert report["columns beside the text"] == "context id label rationale scores"
 
 
 def test_turns_after_the_last_answer_are_counted(tmp_path):
@@ -810,6 +844,7 @@ LIST = json.dumps([P, P]).encode()
         ("a.jsonl", json.dumps({"data": [P, P]}).encode()),
         ("a.jsonl", json.dumps({"rows": [P, P]}, indent=1).encode()),
         ("a.csv", b",prompt, chosen,rejected\n0,q,c,r\n1,q,c,r\n"),
+        ("a.csv", b"prompt, chosen, rejected\nq, c, r\nq, c, r\n"),
         ("a.json", json.dumps([P, P]).encode("utf-16")),
         ("a.json", f"{json.dumps(P)}\n{json.dumps(P)}\n".encode()),
     ],
@@ -825,8 +860,11 @@ def test_json_is_read_in_the_forms_it_has(tmp_path, name, raw):
     [
         (json.dumps({"prompt": ["a", "b"], "chosen": ["c", "d"]}).encode(), "looks like columns"),
         (json.dumps({**P, "prompt": "é"}, ensure_ascii=False).encode("latin-1"), "Latin-1"),
-        (json.dumps(P).encode("utf-16-le"), "seems to be utf-16le without its mark"),
+        (json.dumps(P).encode("utf-16-le"), "seems to be utf-16le: iconv"),
         (json.dumps(P).encode("utf-32"), "seems to be utf-32le"),
+        (json.dumps({"a": P, "b": P}).encode(), r"rows under names: jq -c '\.\[\]'"),
+        (json.dumps({key: {"0": key, "1": key} for key in P}).encode(), "one object of columns"),
+        (f"{json.dumps(P, indent=1)}\n{json.dumps(P)}".encode(), "json:1: .*; jq -c . "),
         (json.dumps({"train": [P], "test": [P]}).encode(), "several lists of rows: test, train"),
         (b'{"data": []}', "no rows"),
     ],
@@ -972,7 +1010,8 @@ def test_a_template_that_leaves_out_the_words_of_a_turn_is_refused(role):
     for responses in (("so three",), ()):
         with pytest.raises(ValueError, match=f"leaves out a turn's words: role {role}"):
             render(drops, turns, *responses)
-    assert render(PLAIN.replace("m.content", "m.content | tojson"), [U('an "e"')], "a")
+    found = render(PLAIN.replace("m.content", "m.content | tojson"), [U('an "e"')], "a")
+    assert found.notes == ("turns that the chat template rewrites: user's",)
 
 
 def test_what_a_template_makes_otherwise_of_the_turns_before_is_counted():

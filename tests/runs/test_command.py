@@ -111,6 +111,14 @@ MISTAKES = {
     ".sample --workdir=no --prompts=p.jsonl --output=o.jsonl": "no is not a run's folder: it has",
     ".evaluate --workdir=run --eval=preference=builtin:preferences": "run has no checkpoint: ",
     ".export --workdir=run --output=out --step=first": "--step=first: expected latest, best or a",
+    ".label --samples=alien.jsonl --output=o.jsonl": """='{"alien": "assistant"}' says what it is
+(--config.* are flags of the programs that take --config, such as train; here change""",
+    ".label --samples=s --output=o --feedback=scalar --threshold=1": "--threshold belongs to --",
+    ".label --samples=s --output=o --feedback=binary --pairing=max": "--pairing belongs to --f",
+    ".label --samples=alien.jsonl --output=alien.jsonl": "is the file that --samples names",
+    ".sample --model=m --prompts=p.jsonl --output=./p.jsonl": "is the file that --prompts names",
+    ".label --samples=s --output=o.csv": "--output=o.csv: JSON is written, which no",
+    ".label --samples=no.jsonl --output=/proc/o": "--output=/proc/o: cannot be written",
     ".label --samples=no.jsonl --output=o.jsonl": "no such file: 'no.jsonl'",
     ".report run --output=out": "run is no workdir: it has no metrics.jsonl",
     ".report --output=out": "name the workdir of a run",
@@ -161,6 +169,8 @@ def folder(tmp_path_factory):
         (made / f"{name}.py").write_text(text)
     (made / "empty.jsonl").touch()
     (made / "p.jsonl").write_text('{"prompt": "p"}\n')
+    alien = {"prompt": [{"role": "alien", "content": "q"}], "output": "a"}
+    (made / "alien.jsonl").write_text(json.dumps({**alien, "prompt_id": 0, "sample_id": 0}))
     (made / "run").mkdir()
     config = configs.defaults()
     config.update(total_steps=1)
@@ -198,6 +208,27 @@ def test_a_mistake_is_one_message_and_status_2(line, folder):
 def test_an_interrupt_is_one_line_even_while_a_config_is_made(folder):
     status, output = typed(".train --config=interrupts.py --workdir=x", folder)
     assert (status, output) == (130, "python -m align_jax.train: interrupted\n")
+
+
+AT_AN_IMPORT = """
+import os, signal, sys
+class Finder:
+    def find_spec(name, *_):
+        if name == "align_jax.core.choose":  # among the first things that are imported
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Finder)
+"""
+
+
+@pytest.mark.parametrize("command", ["-m align_jax.train", "-m align_jax", "align-jax train"])
+def test_an_interrupt_is_one_line_from_the_packages_first_line_on(command, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(AT_AN_IMPORT)
+    (tmp_path / "align-jax").write_text("from align_jax.__main__ import main\nmain()\n")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    line = [sys.executable, *command.split(), "--help"]
+    found = subprocess.run(line, cwd=tmp_path, env=environment, stderr=-1, text=True, timeout=60)
+    name = command if command.startswith("align") else f"python {command}"
+    assert (found.returncode, found.stderr) == (130, f"{name}: interrupted\n")
 
 
 WITHOUT_JAX = """

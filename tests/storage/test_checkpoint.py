@@ -362,7 +362,8 @@ def test_a_failing_store_is_tried_again_and_then_the_run_stops(tmp_path, mesh, m
     "module, name, found, said",
     [
         (shutil, "disk_usage", SimpleNamespace(free=3), "no space left .*, and 3 are free"),
-        (files, "most_bytes", 3, "and a file may have 3 here: ulimit -f"),
+        # less than the state's 49,000, which are compressed to more than half
+        (files, "most_bytes", 40_000, "and a file may have 40,000 here: ulimit -f"),
     ],
 )
 def test_a_save_that_there_is_no_room_for_is_not_begun(
@@ -373,6 +374,8 @@ def test_a_save_that_there_is_no_room_for_is_not_begun(
         monkeypatch.setattr(checkpoints._manager, "save", pytest.fail)
         with pytest.raises(StorageError, match=f"in 2 attempts: .*{said}"):
             checkpoints.save(1, _state(mesh, 1), wait=True)
+        with pytest.raises(StorageError, match=said):  # as a run does before its first step
+            checkpoints.check_room(_state(mesh, 1))
 
 
 def test_a_store_that_cannot_be_read_now_is_not_called_corrupt(tmp_path, mesh, monkeypatch):
