@@ -216,6 +216,20 @@ def check_room(policy: SamplingPolicy, request: Request) -> None:
         )
 
 
+def _check_prompts(policy: SamplingPolicy, examples: Sequence[Example], tokens: list[int]) -> None:
+    """Refuse prompts that no token of an answer fits beside.
+
+    Raises:
+        ValueError: with the first one's place.
+    """
+    for example, count in zip(examples, tokens):
+        if 0 < policy.max_length <= count:
+            raise ValueError(
+                f"{example.source}: a prompt of {count} tokens; {policy.name} has room for "
+                f"{policy.max_length}, prompt and completion together"
+            )
+
+
 def round_up(rows: int, multiple: int) -> int:
     """Return the least multiple that is at least so many rows."""
     return -(-rows // multiple) * multiple
@@ -320,8 +334,9 @@ def sample_file(
     path.parent.mkdir(parents=True, exist_ok=True)
     done = count_records(path, settings)
     numbered = list(enumerate(examples.items))[done // samples :]
-    # all at once: a prompt that the template refuses is told before hours of the others
+    # all at once: a prompt that does not fit is told before hours of the others
     encoded = chat.encode_many([example for _, example in numbered], tokenizer)
+    _check_prompts(policy, [one for _, one in numbered], [len(one.prompt) for one in encoded])
     skip, written, total = done % samples, 0, len(examples) * samples
     bar = tqdm.tqdm(total=total, initial=done, unit="sample", file=sys.stderr, disable=not show)
     with writing(path), bar, path.open("a", encoding="utf-8") as file:

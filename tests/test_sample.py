@@ -50,6 +50,14 @@ def records(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def test_a_prompt_that_does_not_fit_is_named_before_any_is_sampled(policy, tmp_path):
+    path, output = tmp_path / "long.jsonl", tmp_path / "out.jsonl"
+    path.write_text("".join(f'{{"prompt": "{text}"}}\n' for text in ("a", "a " * 5000)))
+    with pytest.raises(ValueError, match=r"long\.jsonl:2: a prompt of \d{4,} tokens; .* room for"):
+        run(policy, str(path), output)
+    assert not output.exists()
+
+
 def test_samples_have_halos_fields_and_an_interrupted_file_is_completed(policy, prompts, tmp_path):
     whole, part = tmp_path / "whole.jsonl", tmp_path / "part.jsonl"
     assert run(policy, prompts, whole) == 12

@@ -45,12 +45,18 @@ def convert(
         seed: of a random pairing.
 
     Raises:
-        ValueError: no way from one kind to the other, or labels to be made without scores.
+        ValueError: no way from one kind to the other, labels to be made without scores, or prompts
+            of plain texts, which have none.
     """
     check_way(source, target)
     if source == target:
         return list(examples)
     if target == "prompts":
+        if any(example.prompt == "" for example in examples):
+            raise ValueError(
+                "a text is an answer without a prompt; "
+                '--config.data.columns=\'{"prompt": "text"}\' makes it the prompt'
+            )
         return [_without_responses(example, source) for example in _unique(examples)]
     return CONVERSIONS[source, target](examples, options, seed)
 

@@ -536,6 +536,7 @@ HINTED = {
     "lmsys": ({"conversation": [U("q"), A("a")], "model": "m"}, "completions", (U("q"),), ("a",)),
     "numina": ({"problem": "q", "solution": "s", "answer": "4"}, "prompts", "q", ()),
     "output": ({"prompt": "q", "output": "a"}, "completions", "q", ("a",)),
+    "a text": ({"text": "q"}, "prompts", "q", ()),
 }
 
 
