@@ -251,7 +251,7 @@ def pairwise(
     return feedback
 
 
-_WORDS = {(str, list): "a text or messages", (int,): "an integer"}
+_WORDS: Mapping[tuple[type, ...], str] = {(str, list): "a text or messages", (int,): "an integer"}
 FIELDS: Mapping[str, tuple[type, ...]] = {
     "prompt": (str, list),
     "output": (str, list),

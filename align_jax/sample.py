@@ -36,6 +36,10 @@ def check_flags() -> None:
     command.belong(("step",), "--workdir", bool(values.workdir))
     of_files = ("prompts", "output", "strings", "samples_per_prompt", "rows", "limit")
     command.belong(of_files, "--prompts, not to --chat", not values.chat)
+    if values.temperature == 0 and values.samples_per_prompt > 1:
+        raise command.Usage(
+            f"--samples_per_prompt={values.samples_per_prompt} are alike at --temperature=0"
+        )
     if values.stop and not all(values.stop):
         raise command.Usage("--stop is empty")
     command.rows_path("output", "prompts")

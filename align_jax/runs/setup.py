@@ -707,12 +707,16 @@ def _as_laid_out(config: Config, train: Pipeline | Rollouts) -> Config:
     return dataclasses.replace(config, data=data, row_length=length)
 
 
-def _check_compile_cache(config: Config) -> None:
-    """Refuse a folder of compiled programs where they cannot be used again.
+def _check_before_reading(config: Config) -> None:
+    """Refuse what is a mistake whatever the data are.
 
     Raises:
-        ValueError: several CPU devices.
+        ValueError: a writer of metrics that is not installed, a warm-up that is longer than the
+            run, or a folder of compiled programs on several CPU devices.
     """
+    metrics.check_installed(dataclasses.asdict(config.log))
+    if config.total_steps:  # else the data say how long the run is
+        optim.make_schedule(config.optimizer, config.total_steps)
     named = config.debug.compile_cache not in ("", compile_cache.AUTO)
     if named and jax.default_backend() == "cpu" and jax.device_count() > 1:
         raise ValueError(
@@ -737,8 +741,7 @@ def prepare(
     Raises:
         ValueError, KeyError, FileNotFoundError: a mistake in the config, the data or the workdir.
     """
-    metrics.check_installed(dataclasses.asdict(config.log))
-    _check_compile_cache(config)
+    _check_before_reading(config)
     config = as_first_started(config, workdir)
     config, resolved = _resolve_dated(config, workdir)
     record.check(workdir, configs.to_dict(config), configs.may_change())

@@ -103,6 +103,7 @@ MISTAKES = {
     ".train --config.seed=1 TINY --workdir=x": "--config.seed changes a key of a config: give",
     ".config --config.seed=1": "--config.seed changes a key of a config: give --config=FILE, too",
     # what is read
+    ".train TINY --workdir=x --config.data.train=no --config.optimizer.warmup_steps=99": "is long",
     ".train TINY --workdir=x --config.data.train=no.jsonl": "no such file: 'no.jsonl'",
     ".train TINY --workdir=x --config.data.train=empty.jsonl": "empty.jsonl: ",
     ".train TINY --workdir=x --config.max_length=8": "cut every response; the longest example has",
@@ -143,6 +144,7 @@ MISTAKES = {
     ".sample --model=m --prompts=p --output=o --top_p=1.1": "the range [0, 1]",
     ".sample --model=m --prompts=p --output=o --samples_per_prompt=0": "0 is not a positive",
     ".sample --model=m --prompts=p --output=o --dtype=fp32": "float32|bfloat16|float16",
+    ".sample --model=m --prompts=p --output=o --temperature=0 --samples_per_prompt=2": "are alike",
     ".sample --model=m --chat --output=o": "--output belongs to --prompts, not to --chat",
     ".sample --workdir=run --prompts=p --output=o --dtype=float32": "--dtype belongs to --model",
     ".evaluate --model=m --eval=prefrence=p": "did you mean 'preference'?",
