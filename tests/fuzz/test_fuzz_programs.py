@@ -123,6 +123,8 @@ def _child(name, arguments, folder, writing):
         sys.stdout, sys.stderr = (io.TextIOWrapper(os.fdopen(n, "wb"), "utf-8") for n in (1, 2))
         os.chdir(folder)
         sys.argv = [name, *arguments]
+        # runpy would keep what the tests' import hook makes of a program under the program's name
+        sys.dont_write_bytecode = True
         runpy.run_module(f"align_jax.{name}", run_name="__main__", alter_sys=True)
     except SystemExit as error:
         status = error.code if isinstance(error.code, int) else 1
