@@ -103,7 +103,8 @@ MISTAKES = {
     ".train --config.seed=1 TINY --workdir=x": "--config.seed changes a key of a config: give",
     ".config --config.seed=1": "--config.seed changes a key of a config: give --config=FILE, too",
     # what is read
-    ".train TINY --workdir=x --config.data.train=no --config.optimizer.warmup_steps=99": "is long",
+    ".train TINY --workdir=x --config.data.train=no --config.optimizer.warmup_steps=99 "
+    "--config.optimizer.warmup_fraction=0": "warmup_steps = 99 is longer than the run's 30 steps",
     ".train TINY --workdir=x --config.data.train=no.jsonl": "no such file: 'no.jsonl'",
     ".train TINY --workdir=x --config.data.train=empty.jsonl": "empty.jsonl: ",
     ".train TINY --workdir=x --config.max_length=8": "cut every response; the longest example has",
