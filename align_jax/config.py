@@ -119,7 +119,10 @@ def select(found: Sequence[Key], groups: Sequence[str]) -> list[Key]:
     known = {name for key in found for name in _prefixes(key.name)}
     for group in groups:
         if group not in known:
-            raise ValueError(f"no key or group {group!r}{nearest(group, known)}")
+            near = nearest(group, known)
+            if "did you mean" not in near:  # hundreds
+                near = nearest(group, {name.partition(".")[0] for name in known})
+            raise ValueError(f"no key or group {group!r:.60}{near}")
     return [key for key in found if not groups or _prefixes(key.name) & set(groups)]
 
 

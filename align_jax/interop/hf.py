@@ -105,7 +105,8 @@ def _unknown_family(kind: str, hf: Mapping[str, Any]) -> str:
         text = hf.get("text_config")
         own = text.get("model_type") if isinstance(text, Mapping) else None
         return (
-            f"model_type = {kind!r} is a multimodal model ({', '.join(parts)}), which is not read"
+            f"model_type = {kind!r:.60} is a multimodal model ({', '.join(parts)}), which is not "
+            "read"
             + (f"; its text_config is a {own}" if own else "")
             + f"; known: {', '.join(FAMILIES)}"
         )
@@ -121,9 +122,9 @@ def _unknown_family(kind: str, hf: Mapping[str, Any]) -> str:
     from transformers import CONFIG_MAPPING  # here, because importing it takes seconds
 
     if near and kind not in CONFIG_MAPPING:  # which is a name of its own: gemma3n, olmo
-        return f"model_type = {kind!r} is unknown; did you mean {near[0]!r}?"
+        return f"model_type = {kind!r:.60} is unknown; did you mean {near[0]!r}?"
     return (
-        f"model_type = {kind!r} is unknown; known: {', '.join(FAMILIES)}; or your own: "
+        f"model_type = {kind!r:.60} is unknown; known: {', '.join(FAMILIES)}; or your own: "
         f"config.model.family = 'module:name' of a Family, or {OWN_FAMILY!r} in config.json"
     )
 

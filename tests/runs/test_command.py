@@ -75,6 +75,7 @@ MISTAKES = {
     ".train --config=raises.py --workdir=x": "raises.py:1: RuntimeError: mine",
     ".plan --config=lacks.py --topology=v5e:2x2": "lacks.py has no function get_config",
     ".train --config=other.py --workdir=x": "other.py: get_config returned a dict; expected",
+    ".config xyzzy": "no key or group 'xyzzy'; known: batch_size, checkpoint, data, debug, ",
     ".config --config=asks.py": "get_config(size) does not fit --config=asks.py: missing a req",
     ".config --config=lacks.py --" + "x" * 300: f"no flag --{'x' * 58}...; --help",
     ".export --model=m --output=" + "x" * 300: f"--output={'x' * 60}...: a name of more than 255",
