@@ -3,24 +3,13 @@
 strictly; tests of the parts with the shapes and dtypes of every call."""
 
 import gc
-import importlib.metadata
 import os
 import pathlib
 
+import xla_flags
+
 os.environ["JAX_PLATFORMS"] = "cpu"
-# Tests compile much and compute little: without LLVM's optimizations, MLIR's fusions and a module
-# split for many cores a train step compiles in an eighth of the time.
-FLAGS = (
-    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
-    "--xla_cpu_collective_call_terminate_timeout_seconds=300"
-)
-FASTER = (
-    "--xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false "
-    "--xla_cpu_parallel_codegen_split_count=1"
-)
-# XLA ends a process at a flag that it does not know, and JAX 0.11 has one way to compile fusions.
-OLDER = importlib.metadata.version("jaxlib").startswith("0.10.")
-os.environ["XLA_FLAGS"] = f"{FLAGS} {FASTER}" if OLDER else FLAGS
+os.environ["XLA_FLAGS"] = xla_flags.of_cpu(8)
 os.environ["ALIGN_JAX_TEST_FLAGS"] = os.environ["XLA_FLAGS"]  # for processes that tests start
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -40,7 +29,7 @@ import pytest
 jaxtyping.install_import_hook("align_jax", "beartype.beartype")
 jax.devices()
 # Libtpu reads the flags too, when a test compiles for a TPU, and knows fewer of them.
-os.environ["XLA_FLAGS"] = FLAGS
+os.environ["XLA_FLAGS"] = xla_flags.known_to_tpu(8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 

@@ -26,7 +26,8 @@ class Xpo(Loss):
         -log σ(β d) + α P_ref    (or IPO's (d - 1/(2β))²),    P_ref of the reference's sample
 
     The better-scored of the two is chosen, the policy's where they are equal.  A group holds n
-    samples of the policy, then n of the reference; mean over these pairs.
+    samples of the policy, then n of the reference; mean over these pairs, of which one with a
+    response that bears no loss (cut off, and not kept) adds nothing.
 
     References:
         Xie et al. 2024, arXiv 2405.21046, algorithm 1; ``form``: TRL 1.10, ``xpo_trainer.py``.
@@ -61,21 +62,25 @@ class Xpo(Loss):
         else:
             pairs = -log_sigmoid(self.beta * (chosen - rejected))
         there = jnp.asarray(batch.lengths) > 0  # not those cut off, where these are not learned
-        pairs = jnp.where(there[:, :half] & there[:, half : 2 * half], pairs, 0.0)
+        both = there[:, :half] & there[:, half : 2 * half]
+        pairs = jnp.where(both, pairs, 0.0)
         exploration = self.alpha * inputs.policy.logps[:, half : 2 * half]
-        margins = self.beta * (chosen - rejected)
-        parts = {
-            "loss/dpo": pairs,
-            "loss/xpo": exploration,
+        margins, weight = self.beta * (chosen - rejected), group_weights(batch)
+        compared = {
             "rewards/chosen": self.beta * chosen,
             "rewards/rejected": self.beta * rejected,
             "rewards/margins": margins,
             "rewards/accuracies": (margins > 0).astype(jnp.float32),
+        }
+        others = {
+            "loss/dpo": pairs,
+            "loss/xpo": exploration,
             "rewards/win_rate": wins.astype(jnp.float32),
             "reward": scores[:, :half],
         }
-        weight = group_weights(batch)
-        metrics = {name: summed(x.mean(axis=1), weight) for name, x in parts.items()}
+        whole = jnp.where(both, weight[:, None], 0.0).reshape(-1)
+        metrics = {name: summed(x.reshape(-1), whole) for name, x in compared.items()}
+        metrics |= {name: summed(x.mean(axis=1), weight) for name, x in others.items()}
         return (pairs + exploration).mean(axis=1), metrics
 
 

@@ -417,6 +417,28 @@ def test_there_is_no_preference_for_or_against_what_was_cut_off(models):
     assert weigh_learned(one, "unpaired").weight.tolist() == [1, 0, 0]
 
 
+def test_xpo_compares_with_nothing_that_was_cut_off():
+    # own, own, the reference's, the reference's: of the second pair each, then both were cut off
+    mask = np.array([[1, 1, 1, 1], [1, 0, 1, 1], [1, 1, 1, 0], [1, 0, 1, 0]], bool)[..., None]
+    rng = np.random.default_rng(0)
+    policy, reference = -rng.gamma(2.0, size=(2, 4, 4, 1)).astype(np.float32)
+    scores = np.tile(np.float32([1.0, 0.0, 0.0, 1.0]), (4, 1))  # the first own one wins its pair
+    xpo = losses.jitted("xpo", beta=0.5, alpha=0.25)
+    given = {"reference": reference, "scores": scores, "mask": mask}
+    found = xpo(policy, **given)
+    ratio, there = (policy - reference)[..., 0], mask[..., 0]
+    gaps = np.stack([ratio[:, 0] - ratio[:, 2], ratio[:, 3] - ratio[:, 1]], axis=1)
+    whole = there[:, :2] & there[:, 2:]
+    pairs = np.where(whole, np.log1p(np.exp(-0.5 * gaps)), 0.0)
+    explored = 0.25 * np.where(there[:, 2:], policy[:, 2:, 0], 0.0)
+    np.testing.assert_allclose(found.losses, (pairs + explored).mean(axis=1), rtol=1e-6)
+    for name, of_pairs in {"margins": 0.5 * gaps, "accuracies": gaps > 0}.items():
+        assert float(found.metrics[f"rewards/{name}"]) == pytest.approx(of_pairs[whole].mean())
+    slope = jax.grad(lambda x: xpo(x, **given).losses.sum())(jnp.asarray(policy))[..., 0]
+    np.testing.assert_array_equal(np.asarray(slope)[:, 1] != 0, whole[:, 1])
+    assert slope[1, 3] == 0.125  # its exploration alone: half of α
+
+
 def test_one_response_has_no_group_to_be_compared_with():
     with pytest.raises(ValueError, match="must be at least 2, got 1"):
         make_config("grpo", responses_per_prompt=1)

@@ -6,7 +6,9 @@ and compared.  Every option of every objective has a case; settings are dealt to
 objective and each option meets every weights, layout, microbatches and reference, and these meet
 each other: pairwise covering, not the whole product.
 
-    PYTHONPATH=. python tests/training/covering.py [few | FIRST:LAST]       # all cases, or some
+    PYTHONPATH=. python tests/training/covering.py [few | FIRST:LAST] [LOG]     # all cases, or some
+
+What came of each is a line of the file LOG, too; what stands there already is not run again.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import functools
 import importlib.util
 import itertools
 import json
+import os
 import pathlib
 import random
 import sys
@@ -37,6 +40,7 @@ from align_jax.parallel.sharding import put_batch
 from align_jax.runs import loop, setup, weights
 from align_jax.runs.source import make_source
 from align_jax.training import partitioning, steps
+from tests import xla_flags
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 SETTINGS = {
@@ -542,27 +546,49 @@ def check(case: Case) -> str:
     return "changed"
 
 
+def read_log(file: pathlib.Path | None) -> dict[str, dict[str, Any]]:
+    """Return what came of the cases that ran before, by their names."""
+    if file is None or not file.exists():
+        return {}
+    return {line["case"]: line for line in map(json.loads, file.read_text().splitlines())}
+
+
+def attempt(case: Case) -> dict[str, Any]:
+    """Run a case; return its line of the log, with its seconds of CPU."""
+    began = time.process_time()
+    try:
+        result = check(case)
+    except Exception as error:  # a campaign: all of it is wanted
+        result = f"FAILED: {type(error).__name__}: {error}"
+    seconds = time.process_time() - began
+    return {"case": str(case), "seconds": round(seconds, 2), "result": result}
+
+
 def main(argv: list[str]) -> None:
     """Run all cases (or some: "few", or a slice as "0:100"), and say what came of each."""
+    os.environ.setdefault("XLA_FLAGS", xla_flags.of_cpu(1))
     one_device(setattr)
     check_covered()
-    began, counts, failures = time.process_time(), dict.fromkeys(("changed", "trained"), 0), []
-    chosen = few() if argv == ["few"] else list(cases())
-    if argv and argv != ["few"]:
-        first, last = map(int, argv[0].split(":"))
+    chosen = few() if "few" in argv else list(cases())
+    for first, last in (map(int, one.split(":")) for one in argv if one[0].isdigit()):
         chosen = chosen[first:last]
+    files = [pathlib.Path(one) for one in argv if one != "few" and not one[0].isdigit()]
+    log = files[0] if files else None
+    done = read_log(log)
+    counts: dict[str, int] = {}
     for number, case in enumerate(chosen):
-        try:
-            result = check(case)
-        except Exception as error:  # a campaign: all of it is wanted
-            result = f"FAILED: {type(error).__name__}: {error}"
-            failures.append(case)
-        word = result.partition(":")[0]
+        known = str(case) in done
+        line = done[str(case)] if known else attempt(case)
+        if log is not None and not known:
+            with log.open("a") as lines:
+                lines.write(json.dumps(line) + "\n")
+        done[str(case)], word = line, line["result"].partition(":")[0]
         counts[word] = counts.get(word, 0) + 1
-        seconds = time.process_time() - began
-        print(f"{number} {seconds:.0f}s {case}: {result}"[:600].replace("\n", " "), flush=True)
-    print(f"{len(chosen)} cases, {time.process_time() - began:.0f} s of CPU: {counts}", flush=True)
-    sys.exit(bool(failures))
+        said = f"{number} {line['seconds']:.1f}s {case}: {line['result']}"
+        print(said[:600].replace("\n", " "), flush=True)
+    total = sum(done[str(case)]["seconds"] for case in chosen)
+    print(f"{len(chosen)} cases, {total:.0f} s of CPU: {counts}", flush=True)
+    sys.exit(bool(counts.get("FAILED")))
 
 
 if __name__ == "__main__":

@@ -11,15 +11,14 @@ import pathlib
 import subprocess
 import sys
 
-import covering
-
 ROOT = pathlib.Path(__file__).parents[2]
+COVERING = pathlib.Path(__file__).with_name("covering.py")
 
 
 def test_an_option_trains_and_changes_something_or_is_refused():
     flags = os.environ["ALIGN_JAX_TEST_FLAGS"].replace("device_count=8", "device_count=1")
     done = subprocess.run(
-        [sys.executable, covering.__file__, os.environ.get("ALIGN_JAX_COVER", "few")],
+        [sys.executable, str(COVERING), os.environ.get("ALIGN_JAX_COVER", "few")],
         env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags},
         capture_output=True,
         text=True,
