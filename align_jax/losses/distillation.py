@@ -36,10 +36,11 @@ class Gkd(Loss):
         between: β KL(q || m) + (1 - β) KL(p || m),  m = β q + (1 - β) p
 
     On a data set's answers it is supervised; a share λ of the prompts (``on_policy``) may get the
-    student's own samples in their place.
+    student's own samples in their place, the others the teacher's (``seq_kd``).
 
     References:
-        Agarwal et al. 2023, arXiv 2306.13649, equations 1 and 4, λ: algorithm 1; β = 0: Hinton et
+        Agarwal et al. 2023, arXiv 2306.13649, equations 1 and 4, λ: algorithm 1; ``seq_kd``: Kim
+        and Rush 2016, arXiv 1606.07947, section 3.2, the name: TRL 1.16; β = 0: Hinton et
         al. 2015, arXiv 1503.02531; β = 1: the direction of Gu et al. 2023, arXiv 2306.08543, whose
         whole gradient is ``minillm``.  With ``on_policy`` 1 it is what TRL 1.16's
         ``DistillationTrainer`` minimizes.
@@ -64,12 +65,23 @@ class Gkd(Loss):
             high=1,
         ),
     ] = 0.0
+    seq_kd: Annotated[
+        bool,
+        Option(
+            "the teacher's own samples are learned in the place of the data's answers",
+            unless={"on_policy": (1,)},
+        ),
+    ] = False
 
     reference: ClassVar[bool] = True
 
     @property
     def own_share(self) -> float:
         return self.on_policy
+
+    @property
+    def teacher_answers(self) -> bool:
+        return self.seq_kd
 
     @property
     def needs(self) -> tuple[str, ...]:

@@ -129,6 +129,11 @@ class Loss(Options):
         return None
 
     @property
+    def teacher_answers(self) -> bool:
+        """Whether the reference's own samples stand in the place of the data's answers."""
+        return False
+
+    @property
     def reference_share(self) -> float:
         """α of the mixture that samples are drawn from, token by token, α reference + (1 - α)
         policy; its ratios are then those to the mixture (``sampler_token_logps``)."""

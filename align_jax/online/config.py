@@ -42,7 +42,9 @@ class RolloutConfig:
         correction: for samples of another distribution than the trainer's; None: none.
         value_head: the policy's head that gives values; "" = none.
         mismatched: add mismatched completions.
-        own_share: of the prompts whose responses are sampled; the others have the data's answer.
+        own_share: of the prompts whose responses are the policy's samples; the others have the
+            data's answer.
+        taught: the others have the reference's samples instead.
         reference_share: of the reference in the mixture that samples are drawn from.
         learns_opponent: what the samples meet is in the groups of policy gradients, too.
         steps_rewarded: some rewards stand at the ends of a completion's steps.
@@ -65,6 +67,7 @@ class RolloutConfig:
     value_head: str = ""
     mismatched: bool = False
     own_share: float = 1.0
+    taught: bool = False
     reference_share: float = 0.0
     learns_opponent: bool = False
     steps_rewarded: bool = False
@@ -182,7 +185,7 @@ class RolloutConfig:
     @property
     def answers(self) -> bool:
         """Whether the data's answers are needed beside the prompts."""
-        return self.own_share < 1 or self.options.against == "data"
+        return (self.own_share < 1 and not self.taught) or self.options.against == "data"
 
     @property
     def wins(self) -> bool:
@@ -312,9 +315,14 @@ class RolloutConfig:
         return self.slices * self.options.epochs
 
     @property
-    def sampled_prompts(self) -> int:
-        """Prompts of a rollout whose responses are sampled."""
+    def own_prompts(self) -> int:
+        """Prompts of a rollout whose responses are the policy's samples."""
         return round(self.own_share * self.options.prompts)
+
+    @property
+    def sampled_prompts(self) -> int:
+        """Prompts of a rollout whose responses are sampled, by the policy or its teacher."""
+        return self.options.prompts if self.taught else self.own_prompts
 
     @property
     def greedy(self) -> bool:
@@ -348,7 +356,8 @@ def is_online(terms: Sequence[Term], config: Config) -> bool:
         return True
     shares = [(term.name, term.loss.own_share) for term in terms]
     own = next((share for _, share in shares if share is not None), None)
-    if config.rewards and own == 0:
+    taught = any(term.loss.teacher_answers for term in terms)
+    if config.rewards and own == 0 and not taught:
         name = next(name for name, share in shares if share is not None)
         raise ValueError(
             f"config.rewards say what samples are worth, of which the objective {name!r} learns "
@@ -359,8 +368,8 @@ def is_online(terms: Sequence[Term], config: Config) -> bool:
             f"the objective {config.objective.name!r} learns from the policy's own samples: "
             "config.rewards must name at least one reward, such as {'length': 1.0}"
         )
-    if not config.rewards and own and data_kind(terms) == "completions":
-        if any(share is None for _, share in shares):
+    if not config.rewards and (own or taught) and data_kind(terms) == "completions":
+        if own and any(share is None for _, share in shares):
             raise ValueError(
                 f"objective {config.objective.name!r}: 'sft' would imitate the student's own "
                 "samples, good or bad: set on_policy = 0, or leave it out"
@@ -371,7 +380,7 @@ def is_online(terms: Sequence[Term], config: Config) -> bool:
                 "without config.rewards no sample of a prompt is its best, which alone is "
                 "learned: set it to 1"
             )
-    return bool(config.rewards) or bool(own)
+    return bool(config.rewards) or bool(own) or taught
 
 
 def make_rollout_config(terms: Sequence[Term], config: Config) -> RolloutConfig:
@@ -387,7 +396,7 @@ def make_rollout_config(terms: Sequence[Term], config: Config) -> RolloutConfig:
             ``config.rollout`` for which the objective has an option of its own.
     """
     kind, options = data_kind(terms), config.rollout
-    taught = [term.name for term in terms if term.loss.own_share]
+    taught = [term.name for term in terms if term.loss.own_share or term.loss.teacher_answers]
     if taught and options.eval_responses_per_prompt:
         raise ValueError(
             f"config.rollout.eval_responses_per_prompt = {options.eval_responses_per_prompt}: "
@@ -440,7 +449,8 @@ def make_rollout_config(terms: Sequence[Term], config: Config) -> RolloutConfig:
         learns_opponent=any(term.loss.learns_opponent for term in terms),
         steps_rewarded=any(rewards.gives_steps(one) for one in named),
         judged=judged,
-        own_share=next((s for term in terms if (s := term.loss.own_share)), 1.0),
+        own_share=next((s for term in terms if (s := term.loss.own_share) is not None), 1.0),
+        taught=any(term.loss.teacher_answers for term in terms),
         reference_share=mixed,
         seed=config.seed,
     )

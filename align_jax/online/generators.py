@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
@@ -27,8 +29,9 @@ def make_opponent(
     max_length: int,
     longest: int,
 ) -> Opponent | None:
-    """Make the other player: the reference, or its mixture with the policy, which may draw the
-    policy's own samples in its place; None where there is none that samples.
+    """Make the other player: the reference, whose samples may stand in the data's place, or its
+    mixture with the policy, which may draw the policy's own in its place; None where there is none
+    that samples.
 
     Args:
         rollouts, policy, reference, tokenizer, mesh: as ``make_rollouts`` takes them.
@@ -38,8 +41,9 @@ def make_opponent(
         ValueError: as ``generation_mesh``.
     """
     options, against = rollouts.options, rollouts.options.against
+    reference = within(reference, policy.config.vocab_size)
     mixes = against == "mixture" or rollouts.reference_share > 0
-    if not mixes and against != "reference":
+    if not mixes and against != "reference" and not rollouts.taught:
         return None
     where = generation_mesh(rollouts, reference, mesh)
     player = make_mixture(rollouts, policy, reference) if mixes else reference
@@ -53,6 +57,14 @@ def make_opponent(
 
         reshard = reshard_both if mixes else theirs
     return Opponent(Local(generator, reshard=reshard), mixes)
+
+
+def within(model: Model, tokens: int) -> Model:
+    """Return the model with no more than the first so many tokens: what it draws, another one of
+    the same tokenizer can read, though its table may be padded to fewer rows."""
+    if model.config.vocab_size <= tokens:
+        return model
+    return dataclasses.replace(model, config=dataclasses.replace(model.config, vocab_size=tokens))
 
 
 def make_mixture(rollouts: RolloutConfig, policy: Model, reference: Model) -> Mixture:

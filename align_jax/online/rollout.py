@@ -691,6 +691,7 @@ def make_rollouts(
         scored,
         player,
         own_share=rollouts.own_share,
+        taught=rollouts.taught,
         greedy=rollouts.greedy,
         opponent=opponent,
         facing=rollouts.facing,

@@ -292,7 +292,9 @@ class PromptSampler:
         engine: what generates.
         rewards: what a completion is worth.
         player: plays episodes of several turns; None: a completion has one.
-        own_share: of the prompts whose responses are sampled; the others have the data's answer.
+        own_share: of the prompts whose responses are the policy's samples; the others have the
+            data's answer.
+        taught: the others have the opponent's samples instead.
         greedy: score the most probable completion to each of a rollout's prompts too.
         opponent: the other player, where it samples.
         facing: a judge of pairs compares each sample with what was drawn against it alone.
@@ -304,6 +306,7 @@ class PromptSampler:
     rewards: WeightedRewards
     player: Player | None = None
     own_share: float = 1.0
+    taught: bool = False
     greedy: bool = False
     opponent: Opponent | None = None
     facing: bool = False
@@ -483,15 +486,26 @@ class PromptSampler:
             first = position + tries * options.prompts + jax.process_index() * share
             positions = range(first, first + share)
             sampled = sampled_positions(positions, self.own_share)
-            found, moments, taken = self.sample(prompts, sampled, moments, self.greedy)
-            seconds += taken
+            rest = [one for one in positions if one not in sampled]
+            found = []
+            for some, by in ((sampled, self), (rest if self.taught else [], self.teacher)):
+                if not some:
+                    continue
+                more, moments, taken = by.sample(prompts, some, moments, self.greedy)
+                found += more
+                seconds += taken
             tokens += sum(int(one.mask.sum()) for each in found for one in each.completions)
-            found += [self._answered(prompts, one) for one in positions if one not in sampled]
+            found += [self._answered(prompts, one) for one in rest if not self.taught]
             found.sort(key=lambda one: one.position)
             for one in found:
                 (kept if options.tries == 1 or one.differ else spare).append(one)
             tries += 1
         return SampledRollout((kept + spare)[:share], tries, moments, seconds, tokens)
+
+    @property
+    def teacher(self) -> PromptSampler:
+        """What samples the opponent alone in the policy's place."""
+        return dataclasses.replace(self, mixed=True)
 
     def _answered(self, prompts: Prompts, position: int) -> PromptSamples:
         """Take the data's answer in the place of samples."""

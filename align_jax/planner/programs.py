@@ -127,12 +127,16 @@ def rollout_programs(run: AbstractRun, rollouts: RolloutConfig) -> Iterator[Prog
     policy, options = merge(run.specs.base, run.specs.trained), rollouts.options
     reference, held = _reference(run, policy)
     both = [(run.spec.policy, policy), (reference, held)]
-    if not options.server.url:
-        yield from _generation(run, rollouts, both if rollouts.reference_share else both[:1])
+    own = rollouts.own_prompts
+    if not options.server.url and own:
+        weights = both if rollouts.reference_share else both[:1]
+        yield from _generation(run, rollouts, weights, own)
     if options.against == "reference":
-        yield from _generation(run, rollouts, both[1:], " opponent")
+        yield from _generation(run, rollouts, both[1:], own, " opponent")
     if options.against == "mixture":
-        yield from _generation(run, rollouts, both, " opponent")
+        yield from _generation(run, rollouts, both, own, " opponent")
+    if rollouts.taught:
+        yield from _generation(run, rollouts, both[1:], options.prompts - own, " teacher")
     for name, reward in run.rewards.items():
         beside = rollouts.greedy + others(options)  # what is scored of each prompt, too
         samples = rollouts.samples + rollouts.sampled_prompts * beside
@@ -204,9 +208,9 @@ Weights = Sequence[tuple[Model, Any]]  # of one model, or of the two that a mixt
 
 
 def _generation(
-    run: AbstractRun, rollouts: RolloutConfig, weights: Weights, name: str = ""
+    run: AbstractRun, rollouts: RolloutConfig, weights: Weights, prompts: int, name: str = ""
 ) -> Iterator[Program]:
-    """Lower what one player samples with."""
+    """Lower what one player samples a rollout's prompts with, so many of them."""
     max_length, options = run.config.max_length, rollouts.options
     longest = max_length - options.max_new_tokens
     (model, params), mesh = weights[0], generation_mesh(rollouts, weights[-1][0], run.mesh)
@@ -226,7 +230,7 @@ def _generation(
         stop=options.stop,
     )
     turn = functools.partial(_turn, run, weights, params, mesh)
-    prompts, alone = rollouts.sampled_prompts, dataclasses.replace(first, samples=1)
+    alone = dataclasses.replace(first, samples=1)
     greedy = [alone] * (prompts * rollouts.greedy)  # of ReMax
     together = greedy if first == alone else []  # requests of like shapes share their calls
     asked = [first] * prompts + together

@@ -116,7 +116,8 @@ TO_TEACHER = ("divergence", "reverse_kl")  # metrics of samples alone, whatever 
 def _of_samples(run: Run, source: Offline | Rollouts) -> Callable[[Any, Any], dict[str, float]]:
     """Return a function from (state, frozen) to what is said of the held-out prompts' samples; of
     distillation, how far the student is from its teacher on them."""
-    taught = tuple(term for term in run.step_spec.terms if term.loss.own_share)
+    terms = run.step_spec.terms
+    taught = tuple(one for one in terms if one.loss.own_share or one.loss.teacher_answers)
     step = partitioning.jit_eval_step(run.step_spec._replace(terms=taught), run.mesh)
 
     def evaluate(state: Any, frozen: Any) -> dict[str, float]:

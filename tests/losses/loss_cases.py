@@ -33,6 +33,7 @@ RESPONSES = {
 VARIANTS: dict[str, list[dict[str, Any]]] = {
     "beta": [{"beta": 0.7}],
     "on_policy": [{"on_policy": 0.5}],
+    "seq_kd": [{"seq_kd": True}],
     "teacher_share": [{"teacher_share": 0.3}],
     "single_step": [{"single_step": False}],
     "length_normalization": [{"length_normalization": False}],

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the policy's samples meet: the data's answers, another player's samples; rounds."""
 
+import dataclasses
 import pathlib
 import runpy
 
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_rollout import REWARDS, make_config, models  # noqa: F401
+from test_rollout import CONFIG, REWARDS, make_config, models  # noqa: F401
 
 from align_jax.core import config as configs
 from align_jax.core.schema import Example
@@ -16,7 +17,9 @@ from align_jax.data.tokenizer import load_tokenizer, pad_id
 from align_jax.inference.engines import Local
 from align_jax.inference.generate import Generator, Request
 from align_jax.inference.mixture import Mixture
-from align_jax.online.partners import Opponent
+from align_jax.models.model import build
+from align_jax.online.generators import make_opponent
+from align_jax.online.partners import Opponent, sampled_positions
 from align_jax.online.rewards import WeightedRewards
 from align_jax.online.rollout import RolloutMaker, Rollouts
 from align_jax.online.sampling import Prompts, PromptSampler
@@ -42,6 +45,7 @@ def play(models):  # noqa: F811
         "teacher": (generator(Mixture(policy, reference, 0.25, arithmetic=True)), True),
     }
     own = generator(policy)
+    players["own"] = own, False
 
     def make(name, rewards=REWARDS, **keywords):
         config = make_config(name, **keywords)
@@ -49,11 +53,14 @@ def play(models):  # noqa: F811
             ANSWERS, tokenizer, max_length=24, max_new_tokens=6, answers=config.answers
         )
         opponent, mixed = None, config.reference_share > 0
-        if mixed or config.options.against in players:
-            engine, mixes = players["teacher" if mixed else config.options.against]
+        against = "reference" if config.taught else config.options.against
+        if mixed or against in players:
+            engine, mixes = players["teacher" if mixed else against]
             opponent = Opponent(Local(engine), mixes)
-        engine = Local(own, weights.policy)
-        sampler = PromptSampler(config.options, engine, rewards, opponent=opponent, mixed=mixed)
+        engine, shares = Local(own, weights.policy), (config.own_share, config.taught)
+        sampler = PromptSampler(
+            *(config.options, engine, rewards, None), *shares, opponent=opponent, mixed=mixed
+        )
         maker = RolloutMaker(config, prompts, sampler, pad_id(tokenizer), policy, reference, mesh)
         return Rollouts(maker), prompts
 
@@ -90,6 +97,38 @@ def test_nash_md_scores_a_sample_by_its_probability_to_win(play):
     sample = source._now.samples[0]
     assert ((batch.scores > 0) & (batch.scores < 1)).all()
     assert sample["reward"] == sample["score"] != batch.scores[0, 0]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5])
+def test_the_teachers_own_samples_stand_in_the_place_of_the_datas_answers(play, share):
+    make, players, weights = play
+    given = {"objective": {"on_policy": share, "seq_kd": True}, "responses_per_prompt": 1}
+    source, prompts = make("gkd", WeightedRewards(()), **given)
+    found = responses(source.next(lambda: weights))
+    own = sampled_positions(range(2), share)
+    for i in range(2):
+        request = Request(tuple(prompts[i][1].tolist()), 1, 6, seed=prompts.seed(i))
+        both = [
+            Local(players[name][0], params)([request])[0][0].tokens.tolist()
+            for name, params in (("own", weights.policy), ("reference", weights.reference))
+        ]
+        assert both[0] != both[1] and found[i] == both[i not in own]
+    with pytest.raises(ValueError, match="without their answers"):
+        prompts.answer(0)
+
+
+def test_another_player_draws_no_token_that_the_policy_does_not_have(models):  # noqa: F811
+    policy, tokenizer = models[0], load_tokenizer("byte")
+    wide = build(
+        dataclasses.replace(CONFIG, vocab_size=544, vocab_rows=544),
+        compute_dtype="float32",
+        remat="none",
+    )
+    config, mesh = make_config("xpo"), make_mesh({"data": 1}, jax.devices()[:1])
+    opponent = make_opponent(config, policy, wide, tokenizer, mesh, 24, 18)
+    opponent.update(None, jax.jit(wide.init)(jax.random.key(2)))
+    [found] = opponent.engine([Request(tuple(b"prompt"), 8, 6)])
+    assert max(int(one.tokens.max()) for one in found) < policy.config.vocab_size
 
 
 @pytest.mark.parametrize("name", ["mixture", "teacher"])

@@ -136,6 +136,9 @@ def test_a_share_of_the_prompts_is_learned_on_own_samples_the_rest_on_the_datas_
         (ON_POLICY | {"rollout.responses_per_prompt": 8}, "set it to 1"),
         (ON_POLICY | {"objective.sft_coef": 0.5}, "good or bad"),
         (ON_POLICY | {"reference.mode": "cached"}, "trains on new samples"),
+        (ON_POLICY | {"objective.seq_kd": True, "objective.on_policy": 1.0}, "seq_kd .*no effect"),
+        ({"objective.seq_kd": True, "rollout.responses_per_prompt": 8}, "set it to 1"),
+        ({"objective.seq_kd": True, "reference.mode": "cached"}, "trains on new samples"),
     ],
 )
 def test_what_does_not_go_with_own_samples_is_refused(teacher, keys, words):

@@ -123,6 +123,11 @@ def test_what_the_samples_meet_is_sampled_and_scored_too(reward_model, name, mod
             [2, 32, 2],
         ),
         ("gkd", {"objective__on_policy": 0.5, "rollout__responses_per_prompt": 1}, [1, 16]),
+        (
+            "gkd",
+            {"objective__seq_kd": True, "rollout__responses_per_prompt": 1, "rollout__rows": 4},
+            [2, 32],
+        ),
         ("minillm", {}, [4, 64]),
     ],
 )
@@ -132,10 +137,13 @@ def test_a_greedy_sample_a_prompt_counts_and_answers_of_the_data_do_not(
     learns_rewards = "advantages" in str(keys)
     rewards = {"model": {"path": reward_model, "rows": 8, "max_length": 64}}
     keys = {"rollout__responses_per_prompt": 4, "rollout__prompts": 8, "rollout__rows": 8} | keys
+    player = " teacher" if "objective__seq_kd" in keys else ""
     config = _config(name, rewards if learns_rewards else None, rollout__max_new_tokens=16, **keys)
     run = plan.make_run(config, describe_topology("v5e:2x2"))
     programs = {program.name: program.runs for program in other_programs(run)}
-    names = ["prefill", "decode"] + ["prefill greedy", "decode greedy"] * (len(runs) == 5)
+    names = [f"prefill{player}", f"decode{player}"] + ["prefill greedy", "decode greedy"] * (
+        len(runs) == 5
+    )
     names += ["reward model"] * learns_rewards
     assert [name for name in programs if "rescore" not in name] == names
     assert [programs[name] for name in names] == runs

@@ -136,6 +136,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "sampler_ratio_max": {"sampler_ratio_max": 0.5, "sampler_correction": "token_truncate"},
     "sampler_ratio_min": {"sampler_ratio_min": 1.5, "sampler_correction": "token_truncate"},
     "scale": {"scale": "none"},
+    "seq_kd": {"seq_kd": True, "rollout.responses_per_prompt": 1, "rollout.max_new_tokens": 6},
     "sft_coef": {"sft_coef": 0.5},
     "shift": {"shift": 0.5},
     "single_step": {"single_step": False},
@@ -262,7 +263,8 @@ def traits(row: Row) -> tuple[bool, bool, bool]:
     }
     terms = losses.resolve(name, own)
     online = name != row[0] or any(
-        term.objective.data == "rollout" or term.loss.own_share for term in terms
+        term.objective.data == "rollout" or term.loss.own_share or term.loss.teacher_answers
+        for term in terms
     )
     compares = any(term.reference or term.rollout.get("kl_coef") for term in terms)
     whole = any(term.objective.mismatched or setup.WHOLE & set(term.needs) for term in terms)
@@ -540,7 +542,7 @@ def check(case: Case) -> str:
         return "trained"
     changed_key = f"objective.{case.option}" if case.option else list(own)[-1]
     rest = {key: value for key, value in own.items() if key != changed_key}
-    if case.option in ("humanline", "on_policy"):  # the rest has no effect without it
+    if case.option in ("humanline", "on_policy", "seq_kd"):  # the rest has no effect without it
         rest = {}
     if "ptx" in changed_key:
         rest.pop("data.text", None)
