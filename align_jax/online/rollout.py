@@ -683,12 +683,11 @@ def make_rollouts(
     )
     lengths = config.max_length, longest
     engine = _make_engine(rollouts, policy, tokenizer, mesh, *lengths, export)
-    scored = _scored(config, tokenizer, mesh, load_model)
     opponent = make_opponent(rollouts, policy, reference, tokenizer, mesh, *lengths)
     sampler = PromptSampler(
         rollouts.options,
         engine,
-        scored,
+        _scored(config, tokenizer, mesh, load_model),
         player,
         own_share=rollouts.own_share,
         taught=rollouts.taught,

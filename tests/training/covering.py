@@ -274,11 +274,12 @@ def traits(row: Row) -> tuple[bool, bool, bool]:
 def refused(row: Row, setting: tuple[Any, ...]) -> bool:
     """Tell whether a setting has to be refused for these options."""
     online, compares, cached = traits(row)
-    _, layout, _, reference = setting
+    weights, layout, _, reference = setting
+    part = weights != "full" and row[0] == "gkd"  # what moves of it cannot start at a whole teacher
     return (
         (online and layout == "packed")
         or (reference == "cached" and not cached)
-        or (reference == "moving" and not compares)
+        or (reference == "moving" and (part or not compares))
     )
 
 
@@ -462,7 +463,8 @@ def start(run: setup.Run) -> tuple[Any, Any]:
         trained = weights.load_trained(spec, specs, frozen, run.config)
         _WEIGHTS[key] = jax.device_get((frozen, trained))
     frozen, trained = jax.tree.map(jax.numpy.asarray, _WEIGHTS[key])
-    return steps.init_state(spec, trained), frozen
+    reference = weights.load_moving_reference(spec, specs, run.config)
+    return steps.init_state(spec, trained, reference), frozen
 
 
 _STEPS: dict[str, Any] = {}  # compiled, by what they are compiled from
