@@ -185,7 +185,12 @@ class RolloutConfig:
     @property
     def answers(self) -> bool:
         """Whether the data's answers are needed beside the prompts."""
-        return (self.own_share < 1 and not self.taught) or self.options.against == "data"
+        return self.answered or self.options.against == "data"
+
+    @property
+    def answered(self) -> bool:
+        """Whether some prompts are learned on the data's answers."""
+        return self.own_share < 1 and not self.taught
 
     @property
     def wins(self) -> bool:

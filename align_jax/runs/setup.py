@@ -773,9 +773,7 @@ def prepare(
             held_out=() if held_out is None else held_out.items,
             text=text,
         )
-        rollouts = resolved.rollouts
-        if held_out is not None and rollouts.own_share < 1 and not rollouts.taught:
-            # held-out answers are there
+        if held_out is not None and resolved.rollouts.answered:  # held-out answers are there
             held = make_pipeline(config, resolved, mesh, held_out, once=True)
     config = _as_laid_out(config, train)
     total = config.total_steps_of(train.steps_per_epoch)
