@@ -138,7 +138,6 @@ def test_a_share_of_the_prompts_is_learned_on_own_samples_the_rest_on_the_datas_
         (ON_POLICY | {"reference.mode": "cached"}, "trains on new samples"),
         (ON_POLICY | {"objective.seq_kd": True, "objective.on_policy": 1.0}, "seq_kd .*no effect"),
         ({"objective.seq_kd": True, "rollout.responses_per_prompt": 8}, "set it to 1"),
-        ({"objective.seq_kd": True, "reference.mode": "cached"}, "trains on new samples"),
     ],
 )
 def test_what_does_not_go_with_own_samples_is_refused(teacher, keys, words):
