@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from align_jax.models import cache as caches
 from align_jax.models.cache import Held
 from align_jax.models.config import Delta, ModelConfig
-from align_jax.models.delta_rule import gated_delta_rule, step
+from align_jax.models.delta_rule import gated_delta_rule, in_chunks, step
 from align_jax.models.layers import ACTIVATIONS, Norm, Options, linear, normal, ones, parameter
 from align_jax.models.roles import Role
 from align_jax.models.self_attention import Layer, Rows, States
@@ -129,7 +129,9 @@ class DeltaAttention(nn.Module):
         y = mixed.astype(jnp.float32) * weights[-1]
         for number, at in enumerate(rows.past.back):
             y = y + _earlier(mixed, at, number + 1, rows.prefix_ids) * weights[-2 - number]
-        q, k, v = self._parted(y)
+        # chunks first: where queries, keys and values are parted before their tokens are, the TPU's
+        # compiler makes one of them whole and another by chunks in one loop, and stops
+        q, k, v = self._parted(in_chunks(y, rows.past.paths))
         y, states = gated_delta_rule(q, k, v, fade, rate, rows.past.paths)
         y = constrain(y, "rows", "length", "heads", None, None)
         if cache is None:

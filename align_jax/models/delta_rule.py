@@ -120,9 +120,9 @@ def _paths(segments: Int[Array, "N T"], prefixes: jax.Array | None, chunk: int) 
 
 
 def gated_delta_rule(
-    q: Float[Array, "N T g n"],
-    k: Float[Array, "N T g n"],
-    v: Float[Array, "N T g r o"],
+    q: Float[Array, "N c C g n"],
+    k: Float[Array, "N c C g n"],
+    v: Float[Array, "N c C g r o"],
     fade: Float[Array, "N T g r"],
     rate: Float[Array, "N T g r"],
     paths: Paths,
@@ -130,16 +130,16 @@ def gated_delta_rule(
     """Return each token's output, and the state behind each row's last, in float32.
 
     Args:
-        q, k: queries and keys of g heads, of any length: they are normalized, and queries scaled by
-            n^-1/2.
-        v: r values a head.
+        q, k: queries and keys of g heads, in chunks, of any length: they are normalized, and
+            queries scaled by n^-1/2.
+        v: r values a head, in chunks.
         fade: log a_t <= 0, in nats; 0 of padding.
         rate: b_t, in [0, 1]; 0 of padding.
         paths: what each token's state has seen.
     """
-    length, chunk = q.shape[1], paths.seen.shape[2]
-    exact = jnp.float32
-    q, k, v, fade, rate = (_chunks(x.astype(exact), chunk) for x in (q, k, v, fade, rate))
+    length, exact = fade.shape[1], jnp.float32
+    q, k, v = (x.astype(exact) for x in (q, k, v))
+    fade, rate = (in_chunks(x.astype(exact), paths) for x in (fade, rate))
     q, k = _normalized(q) * q.shape[-1] ** -0.5, _normalized(k)
     ways = paths._replace(starts=paths.starts.astype(exact), kept=paths.kept.astype(exact))
     # faded since the path entered the chunk, and between each token and those on its path
@@ -150,7 +150,7 @@ def gated_delta_rule(
     between = jnp.exp(between)  # [N, c, g, r, C, C]
     rate = jnp.moveaxis(rate, 2, -1)  # [N, c, g, r, C]
     likeness = jnp.einsum("Ncign,Ncjgn->Ncgij", k, k)[:, :, :, None]
-    strict = jnp.tril(jnp.ones((chunk, chunk), exact), -1)
+    strict = jnp.tril(jnp.ones(paths.seen.shape[2:], exact), -1)
     system = rate[..., None] * likeness * between * strict[None, None, None, None]
     solved = unit_lower_inverse(system) * rate[..., None, :]
     attention = jnp.einsum("Ncign,Ncjgn->Ncgij", q, k)[:, :, :, None] * between
@@ -199,8 +199,9 @@ def step(
     return jnp.einsum("Ngn,Ngrno->Ngro", q, state), state
 
 
-def _chunks(x: jax.Array, chunk: int) -> jax.Array:
+def in_chunks(x: jax.Array, paths: Paths) -> jax.Array:
     """[N, T, ...] -> [N, c, C, ...], zeros behind T."""
+    chunk = paths.seen.shape[2]
     extra = -x.shape[1] % chunk
     x = jnp.pad(x, ((0, 0), (0, extra), *((0, 0),) * (x.ndim - 2)))
     return x.reshape(x.shape[0], -1, chunk, *x.shape[2:])

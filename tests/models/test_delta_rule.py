@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from align_jax.models.delta_rule import gated_delta_rule, past, step, unit_lower_inverse
+from align_jax.models.delta_rule import gated_delta_rule, in_chunks, past, step, unit_lower_inverse
 
 T, G, R, N, O = 40, 2, 2, 4, 3  # noqa: E741
 # rows of three kinds, in chunks of 8: segments and the prompts that they share
@@ -69,7 +69,9 @@ def test_chunks_give_outputs_states_and_gradients_of_the_recurrence(shared):
         return jnp.sum(jnp.where(real, y * weights, 0)) + jnp.sum(jnp.sin(state))
 
     def chunks(args):
-        outputs = gated_delta_rule(*args, found.paths)
+        *parts, fade, rate = args
+        parts = [in_chunks(x, found.paths) for x in parts]
+        outputs = gated_delta_rule(*parts, fade, rate, found.paths)
         return loss(outputs), outputs
 
     def tokens(args):

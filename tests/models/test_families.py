@@ -652,3 +652,15 @@ def test_every_family_is_compared_with_transformers():
     assert {family for family, _ in CASES.values()} == set(FAMILIES) - {"kimi_k2"}
     listed = (pathlib.Path(__file__).parents[2] / "docs/families.md").read_text()
     assert not [family for family in FAMILIES if f"`{family}`" not in listed]
+
+
+def test_what_the_page_calls_not_there_is_refused_by_its_name():
+    page = (pathlib.Path(__file__).parents[2] / "docs/families.md").read_text()
+    rows = re.findall(r"^\| (`.*?) \| ", page.split("**Not there**")[1], re.MULTILINE)
+    names = [
+        name for row in rows[1:] for name in re.findall(r"`(\w+)`", re.sub(r"\(.*?\)", "", row))
+    ]
+    assert {"llama4", "mistral4", "mellum"} < set(names)
+    for name in names:
+        with pytest.raises(ValueError, match=f"^model_type = '{name}' is unknown"):
+            hf.config_from({"model_type": name})
