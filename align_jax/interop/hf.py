@@ -121,7 +121,7 @@ def _unknown_family(kind: str, hf: Mapping[str, Any]) -> str:
     near = [name for name in near if abs(len(name) - len(kind)) <= 1]  # a typo, not a relative
     from transformers import CONFIG_MAPPING  # here, because importing it takes seconds
 
-    if near and kind not in CONFIG_MAPPING:  # which is a name of its own: gemma3n, olmo
+    if near and kind not in CONFIG_MAPPING:  # which is a name of its own: olmo
         return f"model_type = {kind!r:.60} is unknown; did you mean {near[0]!r}?"
     return (
         f"model_type = {kind!r:.60} is unknown; known: {', '.join(FAMILIES)}; or your own: "

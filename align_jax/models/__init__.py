@@ -22,6 +22,7 @@ from align_jax.models.families import (
     gemma,
     gemma2,
     gemma3_text,
+    gemma3n_text,
     gemma4_text,
     glm4,
     glm4_moe,
@@ -86,7 +87,7 @@ class Family:
 
 
 # keys and values of layers that use others', which released files hold all the same
-GEMMA4_UNUSED = r"model\.(language_model\.)?layers\.\d+\.self_attn\.[kv]_(proj|norm)\."
+GEMMA_UNUSED = r"model\.(language_model\.)?layers\.\d+\.self_attn\.[kv]_(proj|norm)\."
 # what modules of models that see images are called beside the decoder
 BESIDE = "(vision_tower|multi_modal_projector|visual|audio_tower|embed_vision|embed_audio)"
 
@@ -129,8 +130,10 @@ FAMILIES: Mapping[str, Family] = {
     "gemma2": _row(gemma2, "Gemma2"),
     "gemma3": _tower("gemma3", "Gemma3"),
     "gemma3_text": _row(gemma3_text, "Gemma3", classifier="Gemma3TextForSequenceClassification"),
-    "gemma4": _tower("gemma4", "Gemma4", GEMMA4_UNUSED),
-    "gemma4_text": _row(gemma4_text, "Gemma4", classifier="", carried=GEMMA4_UNUSED),
+    "gemma3n": _tower("gemma3n", "Gemma3n", GEMMA_UNUSED),
+    "gemma3n_text": _row(gemma3n_text, "Gemma3n", classifier="", carried=GEMMA_UNUSED),
+    "gemma4": _tower("gemma4", "Gemma4", GEMMA_UNUSED),
+    "gemma4_text": _row(gemma4_text, "Gemma4", classifier="", carried=GEMMA_UNUSED),
     "glm4": _row(glm4, "Glm4"),
     # the further layers predict more tokens at once, which transformers leaves out
     "glm4_moe": _row(glm4_moe, "Glm4Moe", classifier="", carried=r"^model\.layers\.(46|92)\."),

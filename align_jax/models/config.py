@@ -119,6 +119,21 @@ class Wide:
 
 
 @dataclasses.dataclass(frozen=True)
+class Streams:
+    """Residual streams side by side (``models.altup``).
+
+    Attributes:
+        count: how many.
+        active: which of them the layers compute.
+        scaled: whether it is scaled, feature by feature, before it gates a token's own inputs.
+    """
+
+    count: int
+    active: int
+    scaled: bool
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """A decoder-only transformer.
 
@@ -140,6 +155,11 @@ class ModelConfig:
         reused: how many of the last layers attend to the keys and values of the last layer before
             them that is as wide; ``reused_size``: the width of their MLP.
         token_inputs: width of what each layer is given of a token beside the states; 0 = nothing.
+        token_rows: tokens that have a row of their own in its table, the others take the first's; 0
+            = all.
+        streams: where there are several residual streams, what they are.
+        laurel_rank: rank of the branch beside attention; 0 = none.
+        sparsities: of each layer, the part of its MLP's gates that is to be zero; () = of none.
         layer_scale: whether a layer's output is multiplied by a number of the layer, which is not
             trained.
         attention_gate: whether a sigmoid of the token scales each head's output; it is made with
@@ -201,6 +221,10 @@ class ModelConfig:
     reused: int = 0
     reused_size: int = 0
     token_inputs: int = 0
+    token_rows: int = 0
+    streams: Streams | None = None
+    laurel_rank: int = 0
+    sparsities: tuple[float, ...] = ()
     layer_scale: bool = False
     attention_gate: bool = False
     sinks: bool = False
@@ -240,7 +264,7 @@ class ModelConfig:
     hf: str = "{}"
 
     def __post_init__(self) -> None:
-        for name in ("windows", "layer_ropes"):
+        for name in ("windows", "layer_ropes", *(["sparsities"] if self.sparsities else [])):
             if len(getattr(self, name)) != self.num_layers:
                 raise ValueError(
                     f"{self.family}: {name} needs {self.num_layers} entries, one a layer; got "
@@ -285,11 +309,17 @@ class ModelConfig:
         its key and value heads, n and o their widths, s the convolution's taps, m and p the
         outputs a key head of its fused maps; t is a query's width with its gate's; k and l are
         the heads with keys of wide layers and their width, j the width of the MLPs that follow
-        reused keys, e that of a layer's own inputs)."""
+        reused keys, e that of a layer's own inputs, Y the rows of their table; a and b are the
+        residual streams, A their square, r the rank of the branch beside attention)."""
         wide = self.wide or Wide(0, 0, False)
         latent = self.latent or Latent(0, 0, 0, self.head_dim)
         delta = self.delta or Delta(1, 1, 0, 0, 0, False)
         return {
+            "a": self.num_streams,
+            "b": self.num_streams,
+            "A": self.num_streams**2,
+            "r": self.laurel_rank,
+            "Y": self.token_rows or self.vocab_rows,
             "q": latent.query_rank,
             "c": latent.rank,
             "z": latent.rank + latent.rope_dim,
@@ -327,6 +357,16 @@ class ModelConfig:
         return self.head_dim * (2 if self.attention_gate else 1)
 
     @property
+    def num_streams(self) -> int:
+        """Residual streams side by side."""
+        return self.streams.count if self.streams else 1
+
+    @property
+    def sparsity(self) -> float:
+        """Of a kind of layers, the part of its MLP's gates that is to be zero."""
+        return self.sparsities[0] if self.sparsities else 0.0
+
+    @property
     def width(self) -> str:
         """Whose keys and values a kind of layers may reuse: "wide" ones, or the others'."""
         return "wide" if self.wide else ""
@@ -351,23 +391,24 @@ class ModelConfig:
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """What each layer is: with or without experts, attending (with wide heads, to reused keys)
-        or keeping a state."""
+        """What each layer is: with or without experts, with sparse gates or not, attending (with
+        wide heads, to reused keys) or keeping a state."""
         layers = range(self.num_layers)
         apart = {
             "delta": self.delta_layers,
             "reused": layers[self.num_layers - self.reused :],
             "wide": self.wide_layers,
         }
-        return tuple(
-            " ".join(
-                [
-                    *(word for word, of in apart.items() if n in of),
-                    "dense" if n in self.dense_layers else "experts",
-                ]
-            )
+        sparse = [f"sparse{part}" if part else "" for part in self.sparsities] or [""] * len(layers)
+        words = (
+            [
+                *(word for word, of in apart.items() if n in of),
+                sparse[n],
+                "dense" if n in self.dense_layers else "experts",
+            ]
             for n in layers
         )
+        return tuple(" ".join(filter(None, of_one)) for of_one in words)
 
     @property
     def stacks(self) -> tuple[Stack, ...]:
@@ -381,6 +422,9 @@ class ModelConfig:
             changes |= dict(delta=None, delta_layers=())
         if self.wide:
             changes |= self._of_width(kind)
+        if self.sparsities:
+            own = self.sparsities[self.kinds.index(kind)]
+            changes["sparsities"] = (own,) * self.num_layers
         if "reused" in words:
             size = "shared_size" if self.num_experts else "intermediate_size"
             changes |= {"reused": self.num_layers, size: self.reused_size}
@@ -495,7 +539,7 @@ class ModelConfig:
         hf = json.loads(self.hf) | {kind: self.family}
         text = hf.get("text_config", hf)
         text["vocab_size"] = self.vocab_size
-        if self.token_inputs:
+        if self.token_inputs and not self.token_rows:
             text["vocab_size_per_layer_input"] = self.vocab_size
         for part in (hf, text):  # the weights that they described are no more
             part.pop("quantization_config", None)

@@ -43,6 +43,10 @@ def _is_small(value: Any) -> bool:
     return is_number(value) and 0 < value < 1
 
 
+def _is_rest(value: Any) -> bool:
+    return is_number(value) and 0 <= value < 1
+
+
 def _is_base(value: Any) -> bool:
     return is_number(value) and value > 1
 
@@ -69,13 +73,19 @@ FIELDS = (
         "a positive integer",
         is_count,
         tuple(
-            """vocab_size hidden_size num_attention_heads intermediate_size max_position_embeddings
-            n_embd n_head n_positions ffn_dim word_embed_proj_dim num_experts_per_tok
-            kv_lora_rank qk_rope_head_dim qk_nope_head_dim v_head_dim
+            """vocab_size hidden_size num_attention_heads max_position_embeddings n_embd
+            n_head n_positions ffn_dim word_embed_proj_dim num_experts_per_tok kv_lora_rank
+            qk_rope_head_dim qk_nope_head_dim v_head_dim
             shared_expert_intermediate_size linear_num_key_heads linear_num_value_heads
             linear_key_head_dim linear_value_head_dim linear_conv_kernel_dim
-            vocab_size_per_layer_input full_attention_interval decoder_sparse_step""".split()
+            vocab_size_per_layer_input full_attention_interval decoder_sparse_step
+            altup_num_inputs laurel_rank""".split()
         ),
+    ),
+    Kind(
+        "a positive integer, or in some families a list with one for each layer",
+        lambda value: is_count(value) or is_list_of(is_count)(value),
+        ("intermediate_size",),
     ),
     Kind(
         f"an integer from 1 to {MOST}",
@@ -103,7 +113,7 @@ FIELDS = (
         tuple(
             """query_pre_attn_scalar logit_scale logits_scaling embedding_multiplier
             attention_multiplier residual_multiplier routed_scaling_factor swiglu_limit
-            swiglu_alpha""".split()
+            swiglu_alpha altup_coef_clip""".split()
         ),
     ),
     Kind(
@@ -119,7 +129,7 @@ FIELDS = (
         _is_some,
         tuple(
             """first_k_dense_replace n_shared_experts num_kv_shared_layers
-            hidden_size_per_layer_input""".split()
+            hidden_size_per_layer_input altup_active_idx""".split()
         ),
     ),
     Kind(
@@ -130,7 +140,8 @@ FIELDS = (
             do_layer_norm_before enable_bias layer_norm_elementwise_affine scale_attn_weights
             scale_attn_by_inverse_layer_idx add_cross_attention norm_topk_prob
             use_sliding_window attention_out_bias qk_layernorm qkv_bias use_qk_norm
-            rope_interleave attention_k_eq_v enable_moe_block use_double_wide_mlp""".split()
+            rope_interleave attention_k_eq_v enable_moe_block use_double_wide_mlp
+            altup_correct_scale""".split()
         ),
     ),
     Kind("true, false or null", or_null(is_bool), ("use_bias",)),
@@ -156,6 +167,11 @@ FIELDS = (
         "a list with 0 or 1 for each layer, or null",
         or_null(is_list_of(_is_flag)),
         ("no_rope_layers",),
+    ),
+    Kind(
+        "a list with a number from 0 to below 1 for each layer, or null",
+        or_null(is_list_of(_is_rest)),
+        ("activation_sparsity_pattern",),
     ),
     Kind("an integer or null", or_null(is_integer), ("bos_token_id", "pad_token_id")),
     Kind("an integer, a list of them or null", _is_ids, ("eos_token_id",)),

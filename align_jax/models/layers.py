@@ -383,10 +383,11 @@ def linear(
     outputs: tuple[int, ...],
     axes: tuple[str | None, ...],
     bias: bool,
+    part: str = "linear",
 ) -> Linear:
     """Make a linear map of the layers, with its adapter if it gets one; ``target``'s end is its
-    name."""
-    role = Role("linear", len(inputs), target=target)
+    name, ``part`` its role's."""
+    role = Role(part, len(inputs), target=target)
     lora, beside = (one.on(target) if one else None for one in (options.lora, options.beside))
     name = target.split("/")[-1]
     std, dtype, exact = config.init_std, options.dtype, beside is not None

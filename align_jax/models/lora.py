@@ -47,8 +47,11 @@ class LoraConfig:
             takes every token "shared/gate", "shared/up", "shared/down"; of latent attention
             "attention/query_a", "attention/query_b", "attention/key_value_a" and "_b"; of a layer
             with a state "delta/mixed", "delta/gates" (or "delta/query", "delta/key", "delta/value",
-            "delta/output_gate", "delta/rate", "delta/fade"), "delta/output"; and "embed" (of a tied
-            model the head too), "output".
+            "delta/output_gate", "delta/rate", "delta/fade"), "delta/output"; of inputs of a layer's
+            own "token/gate", "token/up" and "token_inputs/projection"; of several residual streams
+            "altup/router", "altup/prediction", "altup/correction", "streams/open1" and on,
+            "streams/close1" and on, and "laurel/left", "laurel/right"; and "embed" (of a tied model
+            the head too), "output".
         rank_stabilized: rsLoRA.
         dora: train each output's magnitude beside the direction.
         whole: paths of the base's parameters that are trained whole beside the adapter.

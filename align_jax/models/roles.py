@@ -57,7 +57,7 @@ class Role:
     @property
     def adaptable(self) -> bool:
         """Whether an adapter may stand beside it."""
-        return self.part in ("linear", "embedding", "output") and bool(self.target)
+        return self.part in ("linear", "router", "embedding", "output") and bool(self.target)
 
     @property
     def quantized(self) -> bool:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import operator
+import statistics
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -22,6 +23,7 @@ from jaxtyping import Array, Float, Int
 
 from align_jax.models import cache as caches
 from align_jax.models import rope as ropes
+from align_jax.models.altup import AltUp, Ends, Laurel
 from align_jax.models.cache import Cache, Held
 from align_jax.models.config import ModelConfig
 from align_jax.models.delta_attention import DeltaAttention
@@ -46,6 +48,8 @@ from align_jax.models.roles import Role
 from align_jax.models.self_attention import Attention, LatentAttention, Layer, Rows, States
 from align_jax.models.stacks import Stack
 from align_jax.parallel.sharding import constrain
+
+Carried = Float[Array, "*P N T D"]  # the states, or several streams of them
 
 REMAT: Mapping[str, Callable[..., Any]] = {
     "none": checkpoint_policies.everything_saveable,
@@ -81,8 +85,27 @@ class Mlp(nn.Module):
             return linear(c, self.options, f"{self.part}/{name}", D, F, axes, c.mlp_bias)(x)
 
         y = up("up")
-        y = act(up("gate")) * y if c.gated else act(y)
+        if c.gated:
+            gate = up("gate")
+            y = act(_largest(gate, c.sparsity) if c.sparsity else gate) * y
+        else:
+            y = act(y)
         return linear(c, self.options, f"{self.part}/down", F, D, ("ffn", "embed"), c.mlp_bias)(y)
+
+
+def _largest(x: Float[Array, "N T F"], sparsity: float) -> Float[Array, "N T F"]:
+    """Return by how much features exceed what so large a part of them would not, were they drawn
+    from a normal distribution; else zero.  Computed in float32.
+
+    References:
+        You et al. 2025, Spark Transformer (arXiv 2506.06644), section 3.2 (statistical top-k).
+    """
+    y = x.astype(jnp.float32)
+    mean, variance = (of(y, axis=-1, keepdims=True) for of in (jnp.mean, jnp.var))
+    # the root of zero has no gradient
+    deviation = jnp.sqrt(jnp.maximum(variance, jnp.finfo(jnp.float32).tiny))
+    cut = mean + deviation * statistics.NormalDist().inv_cdf(sparsity)
+    return jax.nn.relu(y - cut).astype(x.dtype)
 
 
 class Block(nn.Module):
@@ -93,10 +116,14 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, carry: tuple[States, Held | None], layer: Layer, rows: Rows
-    ) -> tuple[tuple[States, Held | None], dict[str, jax.Array]]:
+        self, carry: tuple[Carried, Held | None], layer: Layer, rows: Rows
+    ) -> tuple[tuple[Carried, Held | None], dict[str, jax.Array]]:
         c = self.config
         x, cache = carry
+        if c.streams:
+            altup = AltUp(c, self.options, name="altup")
+            streams = altup.predict(x)
+            x = streams[c.streams.active]
         shape, dtype = (c.hidden_size,), self.options.dtype
 
         def norm(name: str, on: bool, y: States) -> States:
@@ -115,6 +142,9 @@ class Block(nn.Module):
             y = dropped(norm("attention_out_norm", c.norm_outputs, y))
             y = y if c.residual_scale == 1 else y * c.residual_scale
         residual = x if c.parallel_residual else x + y
+        if c.laurel_rank:
+            residual = residual + Laurel(c, self.options, name="laurel")(first)
+            residual = residual * jnp.asarray(2**-0.5, dtype)
         aux: dict[str, jax.Array] = {}
         with jax.named_scope("mlp"):
             z = first if c.shared_norm else norm("mlp_norm", c.norm_inputs, residual)
@@ -128,12 +158,29 @@ class Block(nn.Module):
             z = dropped(norm("mlp_out_norm", c.norm_outputs, z))
             z = z if c.residual_scale == 1 else z * c.residual_scale
         x = x + y + z if c.parallel_residual else residual + z
+        if c.streams:
+            return (self._corrected(altup, streams, x, layer), cache), aux
+        return (self._ended(x, layer), cache), aux
+
+    def _ended(self, x: States, layer: Layer) -> States:
+        """Return what a layer leaves behind, given its two parts' sum."""
         if layer.inputs is not None:
-            x = TokenInput(c, self.options, name="token")(x, layer.inputs)
-        if c.layer_scale:
+            x = x + self._of_token(x, layer.inputs)
+        if self.config.layer_scale:
             scale = parameter(self, "scale", ones, (1,), (None,), Role("norm", matrix=False))
-            x = x * jax.lax.stop_gradient(array(scale, dtype))[None, None]
-        return (constrain(x, "rows", "length", "features"), cache), aux
+            x = x * jax.lax.stop_gradient(array(scale, self.options.dtype))[None, None]
+        return constrain(x, "rows", "length", "features")
+
+    def _corrected(self, altup: AltUp, predicted: Carried, x: States, layer: Layer) -> Carried:
+        """Return the same of several residual streams: a token's inputs go to all but the first."""
+        streams = altup.correct(predicted, x)
+        if layer.inputs is None:
+            return streams
+        more = self._of_token(altup.active(streams), layer.inputs)
+        return jnp.concatenate([streams[:1], streams[1:] + more[None]])
+
+    def _of_token(self, x: States, inputs: Float[Array, "N T e"]) -> States:
+        return TokenInput(self.config, self.options, name="token")(x, inputs)
 
     def _mixer(self) -> Attention | LatentAttention | DeltaAttention:
         if self.config.delta:
@@ -163,7 +210,7 @@ class Block(nn.Module):
 
 
 class TokenInput(nn.Module):
-    """What a layer makes of its own inputs of a token: they are gated by the states, and added."""
+    """What a layer adds for its own inputs of a token: they are gated by the states."""
 
     config: ModelConfig
     options: Options
@@ -175,7 +222,7 @@ class TokenInput(nn.Module):
         y = linear(c, o, "token/gate", D, E, ("embed", "ffn"), False)(x)
         y = ACTIVATIONS[c.activation](y) * inputs
         y = linear(c, o, "token/up", E, D, ("ffn", "embed"), False)(y)
-        return x + Norm(D, c.norm, c.norm_eps, c.norm_offset, o.dtype, name="norm")(y)
+        return Norm(D, c.norm, c.norm_eps, c.norm_offset, o.dtype, name="norm")(y)
 
 
 class TokenInputs(nn.Module):
@@ -183,7 +230,8 @@ class TokenInputs(nn.Module):
     linear map of its embedding, normalized.
 
     References:
-        Gemma 3n's and 4's per-layer embeddings (transformers 5, ``Gemma4TextModel``).
+        Gemma 3n's and 4's per-layer embeddings (transformers 5, ``Gemma3nTextModel``,
+        ``Gemma4TextModel``).
     """
 
     config: ModelConfig
@@ -196,6 +244,8 @@ class TokenInputs(nn.Module):
         init, axes = normal(c.init_std), ("vocab", None, "embed")
         table = parameter(self, "table", init, (c.vocab_rows, L, e), axes, Role("embedding"))
         table = constrain(array(table, dtype), "vocab", None, None)
+        if c.token_rows:
+            tokens = jnp.where(tokens < c.token_rows, tokens, 0)
         own = jnp.take(table, tokens, axis=0) * jnp.asarray(e**0.5, dtype)
         shape, axes = ((c.hidden_size,), (L, e)), ("embed", None, "ffn")
         made = linear(c, o, "token_inputs/projection", *shape, axes, False)(x)
@@ -219,8 +269,8 @@ class Pattern(nn.Module):
 
     @nn.compact
     def __call__(
-        self, carry: tuple[States, Held | None], layers: Layer, rows: Rows
-    ) -> tuple[tuple[States, Held | None], dict[str, jax.Array]]:
+        self, carry: tuple[Carried, Held | None], layers: Layer, rows: Rows
+    ) -> tuple[tuple[Carried, Held | None], dict[str, jax.Array]]:
         aux: dict[str, jax.Array] = {}
         for place, config in enumerate(self.configs):
             layer = jax.tree.map(operator.itemgetter(place), layers)
@@ -248,6 +298,8 @@ class Decoder(nn.Module):
         self.embed = Embedding(c, o.dtype, o.lora)
         if c.token_inputs:
             self.token_inputs = TokenInputs(c, o)
+        if c.streams:
+            self.streams = Ends(c, o)
         self.drop = nn.Dropout(o.dropout)
         self.final_norm = Norm((c.hidden_size,), c.norm, c.norm_eps, c.norm_offset, o.dtype)
         if o.unembed and not c.tied:
@@ -369,11 +421,15 @@ class Decoder(nn.Module):
             cache = (cache or Held())._replace(last=self._last(tokens.shape))
         if self.options.dropout and self.has_rng("dropout"):
             x = self.drop(x, deterministic=False)
+        if c.streams:
+            x = self.streams.opened(x)
         aux: dict[str, jax.Array] = {}
         for stack, run in zip(c.stacks, self.stacks):
             own = jax.tree.map(functools.partial(_turns, stack), layer)
             (x, cache), sums = run((x, cache), own, rows)
             aux = _added(aux, {name: each.sum(axis=0) for name, each in sums.items()})
+        if c.streams:
+            x = self.streams.closed(x)
         with jax.named_scope("final_norm"):
             return constrain(self.final_norm(x), "rows", "length", "features"), cache, aux
 

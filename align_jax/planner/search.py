@@ -180,6 +180,8 @@ def _rate(
     reduced = 10 * 2 * layers * own * width * 2 * (1 - 1 / one.tensor)
     ring = 2 * chip.link
     seconds = compute + 0.5 * (gathered + reduced) / ring  # half of it hides behind computation
-    activations = own / one.microbatches * layers * width * 2 * (cost.saved / one.tensor + 1)
+    activations = (
+        own / one.microbatches * layers * width * 2 * (cost.saved / one.tensor + model.num_streams)
+    )
     gathered_layer = 6 * weights / layers / one.tensor
     return seconds, weights * trained_bytes / (split * one.tensor) + activations + gathered_layer

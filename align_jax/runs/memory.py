@@ -72,7 +72,7 @@ def check(config: Config, model: ModelConfig, held: Any, batch: Batch, mesh: Mes
     tokens = sum(math.prod(one.shape) * one.dtype.itemsize for one in jax.tree.leaves(batch))
     # the backward pass finds each layer's input at least; a frozen layer may need none
     layers = 1 if config.model.freeze else model.num_layers
-    width = model.hidden_size * jnp.dtype(config.model.compute_dtype).itemsize
+    width = model.num_streams * model.hidden_size * jnp.dtype(config.model.compute_dtype).itemsize
     at_once = parts * config.microbatches * mesh.shape["sequence"]
     inputs = rows * length * width * layers / at_once
     needed, has = weights + tokens / parts + inputs, capacity(mesh)

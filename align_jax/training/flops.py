@@ -73,10 +73,11 @@ class StepFlops:
 
 
 def layer_weights(config: ModelConfig) -> int:
-    """Count the weights of all layers that multiply each token (of a mixture: the chosen
-    experts')."""
+    """Count the weights of all layers that multiply each token (of a mixture: the chosen experts'),
+    with what makes several residual streams and joins them."""
     kinds = collections.Counter(config.kinds)
-    return sum(count * _weights(config.of_kind(kind)) for kind, count in kinds.items())
+    ends = 2 * (config.num_streams - 1) * config.hidden_size**2
+    return ends + sum(count * _weights(config.of_kind(kind)) for kind, count in kinds.items())
 
 
 def _weights(config: ModelConfig) -> int:
@@ -98,7 +99,10 @@ def _weights(config: ModelConfig) -> int:
     if config.num_experts:
         mlp = mlp * config.experts_per_token + D * config.num_experts
         mlp += 3 * D * config.shared_size
-    return mixer + mlp + 3 * D * config.token_inputs
+    mlp += 3 * D * config.token_inputs + 2 * D * config.laurel_rank
+    if config.streams:  # two routers, a mixture of all, a correction of each
+        mlp += D * config.num_streams * (config.num_streams + 3)
+    return mixer + mlp
 
 
 def _state(config: ModelConfig, chunk: int) -> float:

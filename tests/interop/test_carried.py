@@ -310,7 +310,7 @@ def test_other_quantized_weights_are_refused_in_a_line(folder, said, names):
         ("qwen_3", {}, "did you mean 'qwen3'"),
         ("jamba", {}, "known: "),
         ("qwen4", {}, "known: "),
-        ("gemma3n", {}, "known: "),
+        ("olmo", {}, "known: "),
         (
             "mistral3",
             {"text_config": {"model_type": "ministral3"}},

@@ -157,6 +157,19 @@ CASES = {  # family -> (what differs from SHAPE, a fused module's name)
         },
         "",
     ),
+    "gemma3n_text": (
+        {
+            "num_hidden_layers": 4,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+            "head_dim": 8,
+            "vocab_size_per_layer_input": V,
+            "hidden_size_per_layer_input": 12,
+            "num_kv_shared_layers": 2,
+            "laurel_rank": 6,
+            "activation_sparsity_pattern": [0.5, 0.5, 0.0, 0.0],
+        },
+        "",
+    ),
     "gemma4": (EYES | {"text_config": SHAPE | WIDE, "audio_config": None}, ""),
     "gemma3": (EYES | {"text_config": SHAPE | {"head_dim": 8}}, ""),
     "mistral3": (EYES | {"text_config": SHAPE | {"model_type": "mistral"}}, ""),
@@ -184,6 +197,9 @@ VARIANTS = {
     "glm4_moe": dict(targets="attention/.*|shared/.*"),
     "dots1": dict(targets="shared/.*"),
     "gemma4_text": dict(targets="attention/.*|mlp/.*|token/.*|token_inputs/.*"),
+    "gemma3n_text": dict(
+        targets="attention/.*|mlp/.*|token/.*|token_inputs/.*|altup/.*|laurel/.*|streams/.*"
+    ),
     "qwen3_next": dict(targets="attention/.*|delta/.*|shared/.*"),
     "qwen3_5_text": dict(targets="attention/.*|delta/.*|mlp/.*"),
     "qwen3_5": dict(targets="delta/(output_gate|fade)"),
@@ -297,7 +313,7 @@ def test_peft_computes_what_we_do_from_our_file(family, saved, tmp_path):
     same(read, adapter)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "gpt_neox", "gemma4_text"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "gpt_neox", "gemma3n_text"])
 def test_we_compute_what_peft_does_from_its_file(family, saved, tmp_path):
     config, base = hf.load(saved(family), dtype="float32")
     fused = CASES[family][1]
@@ -306,7 +322,7 @@ def test_we_compute_what_peft_does_from_its_file(family, saved, tmp_path):
         r=4,
         lora_alpha=6,
         # there it is not in the layers alone
-        target_modules="all-linear" if family == "gemma4_text" else modules,
+        target_modules="all-linear" if family == "gemma3n_text" else modules,
         use_dora=family != "phi3",
         fan_in_fan_out=family == "gpt2",
         task_type="CAUSAL_LM",
@@ -784,6 +800,7 @@ def test_shared_experts_go_by_their_weights_and_without_dora(tmp_path, saved):
 
 
 def test_every_family_is_compared():
-    # those left out have the modules of deepseek_v2, and of qwen3_5 with qwen2_moe
-    out = {"deepseek_v3", "kimi_k2", "qwen3_5_moe", "qwen3_5_moe_text"}
+    # those left out have the modules of deepseek_v2, of qwen3_5 with qwen2_moe, and of gemma3n_text
+    # where gemma4 has its own
+    out = {"deepseek_v3", "kimi_k2", "qwen3_5_moe", "qwen3_5_moe_text", "gemma3n"}
     assert set(CASES) == set(FAMILIES) - out

@@ -74,6 +74,18 @@ GEMMA3 = {
     "rope_local_base_freq": 10000,
     "vocab_size": 262144,
 }
+GEMMA3N = {
+    "model_type": "gemma3n_text",
+    "hidden_size": 2048,
+    "intermediate_size": [16384] * 35,
+    "num_hidden_layers": 35,
+    "rope_theta": 1000000.0,
+    "rope_local_base_freq": 10000.0,
+    "rope_scaling": None,
+    "query_pre_attn_scalar": 256,
+    "altup_lr_multiplier": 1.0,
+    "activation_sparsity_pattern": [0.95] * 10 + [0.0] * 25,
+}
 QWEN3_MOE = {
     "model_type": "qwen3_moe",
     "hidden_size": 2048,
@@ -164,6 +176,16 @@ CASES = {  # case -> (configuration, parameters in all, what must be read)
             and c.ropes[c.layer_ropes[0]].theta == 1e4
         ),
     ),
+    "Gemma 3n E4B": (
+        GEMMA3N,
+        6_835_235_568 + 256 * 35 * 256,  # rows that fill its layers' table
+        lambda c: (
+            c.windows[3:5] == (512, 0)
+            and c.ropes[c.layer_ropes[4]].theta == 1e6
+            and (c.reused, c.streams.count, c.sparsities[9:11]) == (15, 4, (0.95, 0.0))
+            and [stack.count for stack in c.stacks] == [2, 2, 3]
+        ),
+    ),
     "Qwen 3 30B": (
         QWEN3_MOE,
         30_532_122_624,
@@ -227,6 +249,17 @@ def test_unsupported_variants_are_errors():
         ({"model_type": "deepseek_v2", "topk_method": "noaux_tc"}, "'group_limited_greedy'"),
         ({"model_type": "dots1"}, "dots1: expected n_routed_experts, num_experts_per_tok, n_shar"),
         (GEMMA2 | {"use_bidirectional_attention": True}, "bidirectional"),
+        (GEMMA3N | {"intermediate_size": [8, 16384, *[8] * 33]}, r"one width .*\[8, 16384\]"),
+        (GEMMA3N | {"hidden_size_per_layer_input": 0}, "per_layer_input: expected a width above 0"),
+        (GEMMA3N | {"vocab_size_per_layer_input": 262401}, "at most vocab_size, 262400"),
+        (GEMMA3N | {"altup_active_idx": 4}, "one below altup_num_inputs, 4; got 4"),
+        (GEMMA3N | {"altup_coef_clip": 2.0}, "altup_coef_clip: expected at least 100"),
+        (GEMMA3N | {"activation_sparsity_pattern": [1.0] * 35}, "from 0 to below 1 for each layer"),
+        *(
+            (raw | {"num_kv_shared_layers": count}, f"num_kv_shared_layers: expected .*{said}")
+            for raw in (GEMMA3N, {"model_type": "gemma4_text", "num_hidden_layers": 35})
+            for count, said in ((35, "fewer than num_hidden_layers, 35"), (31, "of full_attention"))
+        ),
         (MISTRAL | {"rope_scaling": SCALED}, "llama_4_scaling_beta: expected 0"),
     ):
         with pytest.raises(ValueError, match=message):

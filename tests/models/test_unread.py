@@ -33,6 +33,7 @@ BY_KIND = {
     "full_attention": YARN | {"truncate": False},
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
 }
+NANO = {"num_kv_shared_layers": 0, "vocab_size_per_layer_input": 60}
 
 
 def read(family, **more):
@@ -60,6 +61,7 @@ def read(family, **more):
         ("gemma", {"use_bidirectional_attention": True}, "use_bidirectional_attention: .*false"),
         ("gemma", {"final_logit_softcapping": 2.0}, "final_logit_softcapping: .*null"),
         ("llama", {"query_pre_attn_scalar": 3}, r"query_pre_attn_scalar: expected 8.0, .*got 3"),
+        ("gemma3n_text", NANO | {"query_pre_attn_scalar": 255}, "attn_scalar: expected 1.0"),
         ("qwen3", {"logits_scaling": 3.0}, "logits_scaling: expected 1.0"),
         ("mistral", {"embedding_multiplier": 3.0}, "embedding_multiplier: expected 1.0"),
         ("llama", {"no_rope_layers": [1, 0, 1]}, "no_rope_layers: expected"),

@@ -46,7 +46,7 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
             full["attention_k_eq_v"],
         ),
         wide_layers=tuple(n for n, kind in enumerate(types) if kind == GLOBAL),
-        reused=full["num_kv_shared_layers"],
+        reused=reused(full),
         reused_size=double * full["intermediate_size"],
         token_inputs=_token_inputs(full),
         **_expert_fields(full),
@@ -73,16 +73,31 @@ def _heads(full: Mapping[str, Any]) -> dict[str, dict[str, int]]:
     return found
 
 
+def reused(full: Mapping[str, Any]) -> int:
+    """Return how many of the last layers attend to keys and values of earlier ones.
+
+    Raises:
+        ValueError: all of them; a kind of layers that has none before them.
+    """
+    count, types = full["num_kv_shared_layers"], full["layer_types"]
+    if not 0 <= count < len(types):
+        raise ValueError(
+            f"num_kv_shared_layers: expected fewer than num_hidden_layers, {len(types)}; got "
+            f"{count}"
+        )
+    if missing := set(types[len(types) - count :]) - set(types[: len(types) - count]):
+        raise ValueError(
+            f"num_kv_shared_layers: expected so few that layers of {', '.join(sorted(missing))} "
+            f"are among those before them, whose keys and values they share; got {count}"
+        )
+    return int(count)
+
+
 def _token_inputs(full: Mapping[str, Any]) -> int:
     width, rows = full["hidden_size_per_layer_input"], full["vocab_size_per_layer_input"]
     if full["use_bidirectional_attention"] == "all":
         raise ValueError(
             "use_bidirectional_attention: expected null or 'vision', as a decoder has it; got 'all'"
-        )
-    if not 0 <= full["num_kv_shared_layers"] < full["num_hidden_layers"]:
-        raise ValueError(
-            f"num_kv_shared_layers: expected fewer than num_hidden_layers, "
-            f"{full['num_hidden_layers']}; got {full['num_kv_shared_layers']}"
         )
     if width and rows != full["vocab_size"]:
         raise ValueError(
@@ -108,37 +123,55 @@ def _expert_fields(full: Mapping[str, Any]) -> dict[str, Any]:
 
 def tensor_maps(config: ModelConfig) -> list[TensorMap]:
     """Return the tensor map."""
+    return [*ends(config), *by_layer(config, lambda words: _layer(config, words))]
+
+
+def ends(config: ModelConfig, rows: str = "V") -> list[TensorMap]:
+    """Return the tensors outside the layers; ``rows``: the letter of those inputs' table."""
     out = llama.ends(config)
     if config.token_inputs:
         name, table, path = "model.per_layer", "embed_tokens_per_layer", "token_inputs"
+        axes = f"{rows} (L e) -> {rows} L e"
         out += [
-            TensorMap(f"model.{table}.weight", f"{path}/table", "V (L e) -> V L e"),
+            TensorMap(f"model.{table}.weight", f"{path}/table", axes),
             *linear(f"{name}_model_projection", f"{path}/projection", "(L e) D -> D L e"),
             TensorMap(f"{name}_projection_norm.weight", f"{path}/norm/scale", "e -> e"),
         ]
-    return out + by_layer(config, lambda words: _layer(config, words))
+    return out
+
+
+def attention(config: ModelConfig, words: Sequence[str]) -> list[TensorMap]:
+    """Return a layer's attention."""
+    left_out = ("/key/", "/value/", "/key_norm/") if "reused" in words else ()
+    if "wide" in words and config.wide and config.wide.key_is_value:
+        left_out = (*left_out, "/value/")
+    out = llama.attention(config)
+    out = [entry for entry in out if not any(part in entry.path for part in left_out)]
+    return _lettered(out, WIDE) if "wide" in words else out
+
+
+def around(config: ModelConfig) -> list[TensorMap]:
+    """Return a layer's norms, and what makes use of its own inputs."""
+    name, path, out = "model.layers.{layer}", "layers", list[TensorMap]()
+    norms = {"input": "attention", "post_attention": "attention_out", "pre_feedforward": "mlp"}
+    norms |= {"post_feedforward": "mlp_out"}
+    for theirs, ours in norms.items():
+        out += norm(f"{name}.{theirs}_layernorm", f"{path}/{ours}_norm", "rms")
+    if config.token_inputs:
+        out += linear(f"{name}.per_layer_input_gate", f"{path}/token/gate", "e D -> D e")
+        out += linear(f"{name}.per_layer_projection", f"{path}/token/up", "D e -> e D")
+        out += norm(f"{name}.post_per_layer_input_norm", f"{path}/token/norm", "rms")
+    return out
 
 
 def _layer(config: ModelConfig, words: Sequence[str]) -> list[TensorMap]:
     """Return the tensors of a layer of this kind."""
     name, path = "model.layers.{layer}", "layers"
-    left_out = ("/key/", "/value/", "/key_norm/") if "reused" in words else ()
-    if "wide" in words and config.wide and config.wide.key_is_value:
-        left_out = (*left_out, "/value/")
-    attention, shared = llama.attention(config), config.num_experts > 0
+    shared = config.num_experts > 0
     mlp = llama.mlp(config, path=f"{path}/{'shared' if shared else 'mlp'}", width="Ff"[shared])
-    out = [entry for entry in attention if not any(part in entry.path for part in left_out)]
-    out = _lettered(out, WIDE) if "wide" in words else out
+    out = attention(config, words) + around(config)
     out += _lettered(mlp, DOUBLE) if "reused" in words else mlp
-    norms = {"input": "attention", "post_attention": "attention_out", "pre_feedforward": "mlp"}
-    norms |= {"post_feedforward": "mlp_out"}
-    for theirs, ours in norms.items():
-        out += norm(f"{name}.{theirs}_layernorm", f"{path}/{ours}_norm", "rms")
     out.append(TensorMap(f"{name}.layer_scalar", f"{path}/scale", "1 -> 1"))
-    if config.token_inputs:
-        out += linear(f"{name}.per_layer_input_gate", f"{path}/token/gate", "e D -> D e")
-        out += linear(f"{name}.per_layer_projection", f"{path}/token/up", "D e -> e D")
-        out += norm(f"{name}.post_per_layer_input_norm", f"{path}/token/norm", "rms")
     return out + _experts(name, path) if shared else out
 
 

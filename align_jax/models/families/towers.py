@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The text decoders of models that see images too: Gemma 3 and 4, Mistral 3, Qwen's from 2 to 3.5.
+"""The text decoders of models that see images too: Gemma 3 to 4, Mistral 3, Qwen's from 2 to 3.5.
 
 They are read and trained on text; what sees images is carried from checkpoint to export as it is
 (``Family.carried``).  The rotary sections of Qwen's are one embedding where there is text alone.
@@ -16,6 +16,7 @@ from typing import Any
 from align_jax.models.config import ModelConfig, complete
 from align_jax.models.families import (
     gemma3_text,
+    gemma3n_text,
     gemma4_text,
     mistral,
     qwen2,
@@ -28,6 +29,7 @@ from align_jax.models.tensor_map import TensorMap
 # model_type of a text_config -> the family that it is
 TEXT: Mapping[str, tuple[str, ModuleType]] = {
     "gemma3_text": ("gemma3_text", gemma3_text),
+    "gemma3n_text": ("gemma3n_text", gemma3n_text),
     "gemma4_text": ("gemma4_text", gemma4_text),
     "mistral": ("mistral", mistral),
     "qwen2_vl_text": ("qwen2", qwen2),
@@ -39,6 +41,7 @@ TEXT: Mapping[str, tuple[str, ModuleType]] = {
 # family -> what its tensors' names have for Llama's "model." and "lm_head."
 NAMES: Mapping[str, tuple[str, str]] = {
     "gemma3": ("language_model.model.", "language_model.lm_head."),
+    "gemma3n": ("model.language_model.", "lm_head."),
     "gemma4": ("model.language_model.", "lm_head."),
     "mistral3": ("language_model.model.", "language_model.lm_head."),
     "qwen2_vl": ("model.", "lm_head."),
