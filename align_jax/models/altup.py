@@ -24,6 +24,7 @@ from align_jax.parallel.sharding import constrain
 State = Float[Array, "N T D"]
 Side = Float[Array, "P N T D"]  # P states side by side
 LEAST = 1e-5  # mean square of a stream as it is scaled, at least
+_AXES = (None, "rows", "length", "features")
 
 
 def _streams(config: ModelConfig) -> Streams:
@@ -89,9 +90,6 @@ class AltUp(nn.Module):
         if not streams.scaled:
             return chosen
         return chosen * array(self.scale, self.options.dtype)[None, None]
-
-
-_AXES = (None, "rows", "length", "features")
 
 
 class Ends(nn.Module):
