@@ -76,6 +76,7 @@ GEMMA3 = {
 }
 GEMMA3N = {
     "model_type": "gemma3n_text",
+    "vocab_size": 262400,
     "hidden_size": 2048,
     "intermediate_size": [16384] * 35,
     "num_hidden_layers": 35,
