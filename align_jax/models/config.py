@@ -310,7 +310,7 @@ class ModelConfig:
         outputs a key head of its fused maps; t is a query's width with its gate's; k and l are
         the heads with keys of wide layers and their width, j the width of the MLPs that follow
         reused keys, e that of a layer's own inputs, Y the rows of their table; a and b are the
-        residual streams, A their square, r the rank of the branch beside attention)."""
+        residual streams, A their square, i the rank of the branch beside attention)."""
         wide = self.wide or Wide(0, 0, False)
         latent = self.latent or Latent(0, 0, 0, self.head_dim)
         delta = self.delta or Delta(1, 1, 0, 0, 0, False)
@@ -318,7 +318,7 @@ class ModelConfig:
             "a": self.num_streams,
             "b": self.num_streams,
             "A": self.num_streams**2,
-            "r": self.laurel_rank,
+            "i": self.laurel_rank,
             "Y": self.token_rows or self.vocab_rows,
             "q": latent.query_rank,
             "c": latent.rank,

@@ -111,7 +111,7 @@ def _layer(config: ModelConfig, words: Sequence[str]) -> list[TensorMap]:
         *linear(f"{altup}.correction_coefs", f"{path}/altup/correction", "b a -> a b"),
         *norm(f"{altup}.router_norm", f"{path}/altup/norm", "rms"),
         TensorMap(f"{altup}.correct_output_scale", f"{path}/altup/scale", "D -> D"),
-        *linear(f"{laurel}.linear_left", f"{path}/laurel/left", "r D -> D r"),
-        *linear(f"{laurel}.linear_right", f"{path}/laurel/right", "D r -> r D"),
+        *linear(f"{laurel}.linear_left", f"{path}/laurel/left", "i D -> D i"),
+        *linear(f"{laurel}.linear_right", f"{path}/laurel/right", "D i -> i D"),
         *norm(f"{laurel}.post_laurel_norm", f"{path}/laurel/norm", "rms"),
     ]
