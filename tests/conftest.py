@@ -2,9 +2,11 @@
 """Every test runs on eight simulated CPU devices, with dtypes' promotion and warnings checked
 strictly; tests of the parts with the shapes and dtypes of every call."""
 
+import functools
 import gc
 import os
 import pathlib
+from typing import Any
 
 import xla_flags
 
@@ -26,6 +28,15 @@ import jax
 import jaxtyping
 import pytest
 
+
+def but_inner(jaxtyped: Any, **given: Any) -> Any:
+    """Return jaxtyping's decorator, for all but functions within functions: their checks are made
+    anew at each call of the outer one, which took longer than all that was checked."""
+    checked = jaxtyped(**given)
+    return lambda part: part if "<locals>" in part.__qualname__ else checked(part)
+
+
+jaxtyping.jaxtyped = functools.partial(but_inner, jaxtyping.jaxtyped)
 jaxtyping.install_import_hook("align_jax", "beartype.beartype")
 jax.devices()
 # Libtpu reads the flags too, when a test compiles for a TPU, and knows fewer of them.

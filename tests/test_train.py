@@ -39,6 +39,7 @@ def tiny(objective="dpo", **overrides):
     spec.loader.exec_module(module)
     config = module.get_config(objective)
     config.model.config.update(hidden_size=32, intermediate_size=64, num_hidden_layers=1)
+    config.data.train += "?size=256"
     settings = dict(
         total_steps=6,
         batch_size=8,
