@@ -274,12 +274,12 @@ def traits(row: Row) -> tuple[bool, bool, bool]:
 def refused(row: Row, setting: tuple[Any, ...]) -> bool:
     """Tell whether a setting has to be refused for these options."""
     online, compares, cached = traits(row)
-    weights, layout, _, reference = setting
-    part = weights != "full" and row[0] == "gkd"  # what moves of it cannot start at a whole teacher
+    _, layout, _, reference = setting
+    teacher = row[0] == "gkd"  # of other sizes than the student, which would have to move to it
     return (
         (online and layout == "packed")
         or (reference == "cached" and not cached)
-        or (reference == "moving" and (part or not compares))
+        or (reference == "moving" and (teacher or not compares))
     )
 
 
