@@ -64,6 +64,12 @@ SMALL = dict(
     v_head_dim=8,
     max_position_embeddings=512,
     sliding_window=32,
+    shared_expert_intermediate_size=16,
+    full_attention_interval=2,
+    linear_num_key_heads=2,
+    linear_num_value_heads=4,
+    linear_key_head_dim=8,
+    linear_value_head_dim=8,
 )
 MADE = {
     "completions": "completions",

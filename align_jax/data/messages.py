@@ -55,8 +55,8 @@ MARKS = (
 )
 # words of marks that say more than that, or of which it is not clear what they say
 _MARKING = re.compile(
-    r"(^|_)(masks?|masked|ignored?|skip|skipped|excluded?|train|trained|trainable|training|loss|weights?|learn|learned|"
-    r"learnable)(_|$)",
+    r"(^|_)(masks?|masked|ignored?|skip|skipped|excluded?|train|trained|trainable|training|loss|"
+    r"weights?|learn|learned|learnable)(_|$)",
     re.IGNORECASE,
 )
 REASONING = ("reasoning_content", "reasoning", "thinking", "thought", "thoughts")

@@ -87,6 +87,25 @@ GEMMA3N = {
     "altup_lr_multiplier": 1.0,
     "activation_sparsity_pattern": [0.95] * 10 + [0.0] * 25,
 }
+QWEN3_NEXT = {
+    "model_type": "qwen3_next",
+    "hidden_size": 2048,
+    "intermediate_size": 5120,
+    "moe_intermediate_size": 512,
+    "shared_expert_intermediate_size": 512,
+    "num_experts": 512,
+    "num_experts_per_tok": 10,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "head_dim": 256,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "num_hidden_layers": 48,
+    "full_attention_interval": 4,
+    "vocab_size": 151936,
+}
 QWEN3_MOE = {
     "model_type": "qwen3_moe",
     "hidden_size": 2048,
@@ -191,6 +210,11 @@ CASES = {  # case -> (configuration, parameters in all, what must be read)
         QWEN3_MOE,
         30_532_122_624,
         lambda c: (c.num_experts, c.intermediate_size, c.normalize_experts) == (128, 768, True),
+    ),
+    "Qwen 3 Next 80B": (
+        QWEN3_NEXT,
+        79_674_391_296,
+        lambda c: (len(c.kinds), c.num_experts, c.experts_per_token) == (48, 512, 10),
     ),
     "Phi 3 mini 128k": (
         PHI3,
