@@ -90,7 +90,7 @@ _UNSEEN = "\u00ad\u200b\u200c\u200d\u2060\ufeff"  # characters that no reader se
 
 
 def is_blank(text: str) -> bool:
-    """Tell whether a text shows nothing.
+    r"""Tell whether a text shows nothing.
 
     >>> is_blank(" \u200b\n"), is_blank("-")
     (True, False)
