@@ -216,6 +216,7 @@ def test_an_interrupt_is_one_line_even_while_a_config_is_made(folder):
 
 AT_AN_IMPORT = """
 import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 class Finder:
     def find_spec(name, *_):
         if name == "align_jax.core.choose":  # among the first things that are imported
