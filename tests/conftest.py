@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every test runs on eight simulated CPU devices, with dtypes' promotion and warnings checked
-strictly; tests of the parts with the shapes and dtypes of every call."""
+strictly; tests of the parts with the shapes and dtypes of every call, but of functions within
+functions."""
 
 import functools
 import gc

@@ -117,11 +117,19 @@ def test_stopped_and_resumed_equals_uninterrupted_to_the_bit(
         for name in ("loss", "grad_norm", "num_tokens", "rewards/margins"):
             assert whole[step][name] == halves[step][name], (step, name)
     jax.tree.map(np.testing.assert_array_equal, params(finished), params(tmp_path))
+    monkeypatch.setattr(checkpoint.files, "most_bytes", lambda: 3)  # it has nothing to write
     loop.train(tiny(), str(tmp_path))
     assert (
         "nothing left to train: step 6 is saved, and config.total_steps = 6; raise"
         in capsys.readouterr().err
     )
+
+
+def test_a_run_whose_checkpoints_have_no_room_ends_before_its_first_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint.files, "most_bytes", lambda: 3)
+    with pytest.raises(checkpoint.StorageError, match="a file may have 3 here: ulimit -f"):
+        loop.train(tiny(), str(tmp_path))
+    assert not (tmp_path / "metrics.jsonl").exists() or not rows(tmp_path)
 
 
 def listing(folder):

@@ -787,8 +787,9 @@ class DebugOptions(Checked):
     dump_hlo: bool = option(False, "write the compiled step's text to WORKDIR/hlo")
     compile_cache: str = option(
         "auto",
-        "folder that keeps compiled programs for the next start; auto = align_jax/programs in the "
-        "user's cache folder, or JAX_COMPILATION_CACHE_DIR (several CPU devices or processes keep "
+        "folder that keeps compiled programs for the next start; auto = "
+        "JAX_COMPILATION_CACHE_DIR, which several CPU devices must not have, else "
+        "align_jax/programs in the user's cache folder (several CPU devices or processes keep "
         "none); '' = none",
     )
     memory_profile_step: int = option(

@@ -81,10 +81,10 @@ def number_of(
     except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not abs(number) <= LARGEST or number < low or number > high:
-        range_ = f" of at least {low:g}" if low > -math.inf else ""
-        range_ = f" from {low:g} to {high:g}" if high < math.inf else range_
+        allowed = f" of at least {low:g}" if low > -math.inf else ""
+        allowed = f" from {low:g} to {high:g}" if high < math.inf else allowed
         got = f"{value!r:.40}" if isinstance(value, (int, float)) else kind_of(value)
-        raise RowError(f"{what}: expected a finite number{range_}", f"got {got}")
+        raise RowError(f"{what}: expected a finite number{allowed}", f"got {got}")
     return number
 
 

@@ -100,13 +100,13 @@ def config_from(hf: Mapping[str, Any], family: str = "") -> ModelConfig:
 
 def _unknown_family(kind: str, hf: Mapping[str, Any]) -> str:
     """Say what is not read, and the family that was meant only where it is spelled nearly so."""
+    said = f"model_type = {kind!r:.60}"  # whole pages have been pasted there
     parts = [key for key in ("vision_config", "audio_config") if key in hf]
     if parts:
         text = hf.get("text_config")
         own = text.get("model_type") if isinstance(text, Mapping) else None
         return (
-            f"model_type = {kind!r:.60} is a multimodal model ({', '.join(parts)}), which is not "
-            "read"
+            f"{said} is a multimodal model ({', '.join(parts)}), which is not read"
             + (f"; its text_config is a {own}" if own else "")
             + f"; known: {', '.join(FAMILIES)}"
         )
@@ -122,9 +122,9 @@ def _unknown_family(kind: str, hf: Mapping[str, Any]) -> str:
     from transformers import CONFIG_MAPPING  # here, because importing it takes seconds
 
     if near and kind not in CONFIG_MAPPING:  # which is a name of its own: olmo
-        return f"model_type = {kind!r:.60} is unknown; did you mean {near[0]!r}?"
+        return f"{said} is unknown; did you mean {near[0]!r}?"
     return (
-        f"model_type = {kind!r:.60} is unknown; known: {', '.join(FAMILIES)}; or your own: "
+        f"{said} is unknown; known: {', '.join(FAMILIES)}; or your own: "
         f"config.model.family = 'module:name' of a Family, or {OWN_FAMILY!r} in config.json"
     )
 

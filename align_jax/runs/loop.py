@@ -170,7 +170,6 @@ def train(
         if main_process:
             record.write_record(workdir, configs.to_dict(config), run.total_steps)
         first, state, frozen, extra = start(run, checkpoints)
-        checkpoints.check_room(state)  # not after the hours until the first save
         opened = (
             metrics.open_writers(
                 workdir,
@@ -261,11 +260,11 @@ def loop(
         return values
 
     last_step = first if early.is_spent(config.eval) else run.total_steps
-    recorder.note(
-        "compiling: the first evaluation and the first step take longest"
-        if first < last_step
-        else nothing_left(run, first, early)
-    )
+    if first < last_step:
+        checkpoints.check_room(state)  # not after the hours until the first save
+        recorder.note("compiling: the first evaluation and the first step take longest")
+    else:
+        recorder.note(nothing_left(run, first, early))
     if evaluate is not None and first == 0:
         last_eval = evaluate_at(0)
     if config.debug.dump_hlo:

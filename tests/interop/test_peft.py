@@ -313,7 +313,9 @@ def test_peft_computes_what_we_do_from_our_file(family, saved, tmp_path):
     same(read, adapter)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "gpt_neox", "gemma3n_text"])
+@pytest.mark.parametrize(
+    "family", ["llama", "gpt2", "phi3", "gpt_neox", "gemma4_text", "gemma3n_text"]
+)
 def test_we_compute_what_peft_does_from_its_file(family, saved, tmp_path):
     config, base = hf.load(saved(family), dtype="float32")
     fused = CASES[family][1]
@@ -322,7 +324,7 @@ def test_we_compute_what_peft_does_from_its_file(family, saved, tmp_path):
         r=4,
         lora_alpha=6,
         # there it is not in the layers alone
-        target_modules="all-linear" if family == "gemma3n_text" else modules,
+        target_modules="all-linear" if family.startswith("gemma") else modules,
         use_dora=family != "phi3",
         fan_in_fan_out=family == "gpt2",
         task_type="CAUSAL_LM",
