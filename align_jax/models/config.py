@@ -300,6 +300,19 @@ class ModelConfig:
                 f"{self.family}: vocab_rows {self.vocab_rows} < vocab_size {self.vocab_size}"
             )
 
+    def differences(self, other: ModelConfig) -> list[tuple[str, Any, Any]]:
+        """Return what two models compute differently of equal weights and in which shapes they
+        differ: each field with both values.  What only a start, a run, texts, files, or a longest
+        row that no table bounds go by is none of it."""
+        unlike = {"init_std", "run_length", "end_tokens", "hf"}
+        unlike |= set() if other.learned_positions else {"max_positions"}
+        pairs = (
+            (field.name, getattr(self, field.name), getattr(other, field.name))
+            for field in dataclasses.fields(self)
+            if field.name not in unlike
+        )
+        return [(name, a, b) for name, a, b in pairs if a != b]
+
     @property
     def sizes(self) -> dict[str, int]:
         """The dimension letters' sizes (core/schema.py; d is D again, f a shared expert's

@@ -388,27 +388,15 @@ def _reference_config(
             "token ids"
         )
     if config.reference.moves:
-        if differing := _differing(found, policy):
+        if unlike := found.differences(policy):
+            named = ", ".join(f"{name} ({a!r}, {b!r})" for name, a, b in unlike)
             raise ValueError(
-                f"config.reference.path = {path!r} and the policy differ in {differing}: a "
+                f"config.reference.path = {path!r} and the policy differ in {named}: a "
                 "reference that moves with the policy (reference.sync_every_steps) is a model of "
                 "its kind"
             )
         return None
     return found
-
-
-def _differing(reference: ModelConfig, policy: ModelConfig) -> str:
-    """Name what two models compute differently of equal weights, and in which shapes they differ;
-    "" if in nothing."""
-    unlike = {"init_std", "run_length", "end_tokens", "hf"}  # of a start, a run, texts and files
-    unlike |= set() if policy.learned_positions else {"max_positions"}
-    pairs = (
-        (field.name, getattr(reference, field.name), getattr(policy, field.name))
-        for field in dataclasses.fields(policy)
-        if field.name not in unlike
-    )
-    return ", ".join(f"{name} ({a!r}, {b!r})" for name, a, b in pairs if a != b)
 
 
 def make_step_spec(config: Config, resolved: ResolvedConfig, total_steps: int) -> StepSpec:

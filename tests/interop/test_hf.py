@@ -2,6 +2,7 @@
 """Import into shardings: each device reads its own part, and the host never holds more than a
 tensor."""
 
+import dataclasses
 import tracemalloc
 
 import jax
@@ -59,6 +60,26 @@ def test_every_device_reads_its_own_part(tmp_path, family):
         )
     for path, got in flatten(sharded).items():
         assert got.sharding == flatten(shardings)[path], path
+
+
+def test_a_checkpoint_is_read_for_a_model_that_computes_the_same(tmp_path):
+    """What a model started from, and how long its rows may be, makes no other model of it."""
+    config, params = saved(tmp_path, "llama")
+    asked = dataclasses.replace(config, init_std=0.5, max_positions=99, run_length=8)
+    _, found = hf.load(str(tmp_path), config=asked)
+    np.testing.assert_array_equal(found["embed"]["tokens"], params["embed"]["tokens"])
+    for change, words in (
+        ({"num_heads": 2}, "another model .*: num_heads is 4, expected 2"),
+        ({"norm_eps": 0.1}, "norm_eps is 1e-06, expected 0.1"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            hf.load(str(tmp_path), config=dataclasses.replace(config, **change))
+
+
+def test_learned_positions_are_as_many_as_asked_for(tmp_path):
+    config, _ = saved(tmp_path, "gpt2")
+    with pytest.raises(ValueError, match="max_positions is 16, expected 99"):
+        hf.load(str(tmp_path), config=dataclasses.replace(config, max_positions=99))
 
 
 def test_an_import_holds_no_more_than_its_largest_tensor(tmp_path, monkeypatch):
