@@ -14,7 +14,7 @@ from __future__ import annotations
 from absl import flags
 from ml_collections import config_flags
 
-from align_jax.runs import command
+from align_jax.runs import command, early
 
 if __name__ == "__main__":  # here, because what is imported next takes seconds
     config_flags.DEFINE_config_file(
@@ -24,7 +24,6 @@ if __name__ == "__main__":  # here, because what is imported next takes seconds
     arguments = command.read(arguments="keys or groups of keys, such as optimizer")
 
 import dataclasses
-import importlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -74,17 +73,9 @@ def _group(options: Checked, prefix: str, free: set[str]) -> Iterator[Key]:
         elif isinstance(options, ObjectiveOptions) and field.name == "options":
             yield from _objective(options, prefix)
         else:
-            choices = rules["choices"] or _names(rules["table"])
+            choices = rules["choices"] or early.names_in(rules["table"])
             default = getattr(unset, field.name)
             yield Key(name, value, default, rules["unit"], choices, rules["meaning"], name in free)
-
-
-def _names(table: str) -> tuple[str, ...]:
-    """Return the keys of a table that is named as ``module:NAME``."""
-    if not table:
-        return ()
-    module, _, name = table.partition(":")
-    return tuple(sorted(getattr(importlib.import_module(module), name)))
 
 
 def _objective(options: ObjectiveOptions, prefix: str) -> Iterator[Key]:

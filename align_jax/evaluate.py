@@ -86,6 +86,8 @@ def check_flags() -> None:
         )
     if "win_rate" in names and not (values.rewards or values.judge):
         raise command.Usage("--eval=win_rate needs --rewards or --judge")
+    rows = [named_source(item)[1] for item in values.eval]
+    command.check_there(values.model, values.workdir, *rows)
 
 
 if __name__ == "__main__":  # here, because what is imported next takes seconds

@@ -27,6 +27,7 @@ def check_flags() -> None:
     command.belong(("dtype",), "a whole checkpoint, not to --adapter", not values.adapter)
     command.belong(("private",), "--push_to_hub", bool(values.push_to_hub))
     command.output_path("output", folder=True)
+    command.check_there(values.model, values.workdir)
 
 
 if __name__ == "__main__":  # here, because what is imported next takes seconds

@@ -26,7 +26,7 @@ if __name__ == "__main__":  # here, because what is imported next takes seconds
     flags.DEFINE_integer("step", 1, "Step of the batch whose examples are shown.", 1)
     flags.DEFINE_string("json", None, "Write all of it to this file as well.")
     flags.mark_flag_as_required("config")
-    arguments = command.read()
+    arguments = command.read(reads=True)
 
 import os
 import sys

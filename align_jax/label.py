@@ -32,6 +32,7 @@ def check_flags() -> None:
     command.belong(["one_class"], "--feedback=binary", kind == "binary")
     command.belong(["threshold"], "--feedback=binary and pairwise", kind != "scalar")
     command.rows_path("output", "samples")
+    command.check_there("", "", flags.FLAGS.samples)
 
 
 if __name__ == "__main__":  # here, because what is imported next takes seconds

@@ -21,10 +21,15 @@ config.json; give ``model.config`` beside ``model.path`` to plan without a netwo
 
 from __future__ import annotations
 
+import os
+
 from absl import flags
 from ml_collections import config_flags
 
 from align_jax.runs import command
+
+# before anything imports jax, as a config may: planning must not take a machine's own chips
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 if __name__ == "__main__":  # here, because what is imported next takes seconds
     config_flags.DEFINE_config_file(
@@ -48,12 +53,8 @@ if __name__ == "__main__":  # here, because what is imported next takes seconds
 
 import dataclasses
 import json
-import os
 from collections.abc import Sequence
 from typing import Any
-
-# before jax is imported: planning must not take a machine's own chips
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from ml_collections import ConfigDict
 

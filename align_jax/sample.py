@@ -43,6 +43,7 @@ def check_flags() -> None:
     if values.stop and not all(values.stop):
         raise command.Usage("--stop is empty")
     command.rows_path("output", "prompts")
+    command.check_there("" if values.url else values.model, values.workdir, values.prompts)
 
 
 if __name__ == "__main__":  # here, because what is imported next takes seconds

@@ -46,4 +46,4 @@ if __name__ == "__main__":
         "workdir", None, "Folder of the run: a local path or gs://...; restarting resumes it."
     )
     flags.mark_flags_as_required(["config", "workdir"])
-    command.run(main, command.read(check=check_flags))
+    command.run(main, command.read(check=check_flags, reads=True))

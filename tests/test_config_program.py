@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What ``python -m align_jax.config`` prints: every key, and what each means."""
 
+import dataclasses
+import importlib
 import pathlib
 import runpy
 
@@ -9,6 +11,8 @@ import pytest
 from align_jax import config as program
 from align_jax import losses
 from align_jax.core import config as configs
+from align_jax.core import options
+from align_jax.runs import early
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 
@@ -27,6 +31,18 @@ def test_every_key_is_printed_once_with_its_meaning():
     assert len(names) == len(set(names)) and all(key.meaning for key in found)
     own = {f"objective.{name}" for name in losses.describe_options("dpo")}
     assert set(names) == set(dotted(configs.defaults())) | own
+
+
+def test_the_names_that_are_read_from_a_tables_file_are_the_tables():
+    groups = [one for one in vars(options).values() if hasattr(one, "__dataclass_fields__")]
+    tables = [
+        field.metadata.get("table", "") for one in groups for field in dataclasses.fields(one)
+    ]
+    tables = [*filter(None, tables), *early.ALSO.values()]
+    for module, name in (table.split(":") for table in tables):
+        imported = getattr(importlib.import_module(module), name)
+        assert early.names_in(f"{module}:{name}") == tuple(sorted(imported)), name
+    assert len(tables) > 8
 
 
 def test_a_changed_value_stands_beside_its_default():

@@ -310,7 +310,7 @@ class DataOptions(Checked):
         "auto",
         "of the rows: a format, a named data set, or your own module:name; auto = found from the "
         "fields",
-        table="align_jax.data:FORMATS",
+        table="align_jax.data.formats:FORMATS",
     )
     columns: Mapping[str, str] = option({}, "field that the format expects -> column of the data")
     roles: Mapping[str, str] = option(

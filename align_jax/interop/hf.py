@@ -15,7 +15,6 @@ import difflib
 import functools
 import json
 import os
-import pathlib
 import re
 from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any
@@ -28,8 +27,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Sharding, SingleDeviceSharding
 from jax.typing import DTypeLike
 
-from align_jax.core.choose import choose, nearest
-from align_jax.core.files import json_kind, looks_like, read_json
+from align_jax.core.choose import choose
+from align_jax.core.files import json_kind, read_json
 from align_jax.core.tree import flatten, unflatten
 from align_jax.interop import hub, tensor_files
 from align_jax.interop.streaming import read_parameter
@@ -154,19 +153,9 @@ def locate(path: str, file: str = "") -> str:
     Raises:
         FileNotFoundError: neither a folder nor a hub id that can be had.
     """
-    if os.path.isdir(path):
+    if hub.is_here(path):
         return path
-    if os.path.isfile(path):
-        raise FileNotFoundError(
-            f"{path!r} is a file ({looks_like(path)}): expected the folder of a model, with "
-            "config.json and safetensors"
-        )
-    near = nearest(path, map(str, pathlib.Path(path).parent.glob("*/")))
-    near = near if "did you mean" in near else ""
-    if path.startswith((".", "/", "~")) or path.count("/") > 1:
-        raise FileNotFoundError(
-            f"no model folder at {path!r} (nor is that a hub id, owner/name){near}"
-        )
+    near = hub.near_folder(path)
     import huggingface_hub  # here, because importing it is slow and most runs are local
 
     wanted = "*.json *.safetensors *.model *.model.v* *.txt *.jinja *.tiktoken *.spm".split()

@@ -1,12 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Hugging Face hub as a place to publish to; no token is ever in a message."""
+"""Checkpoints by name: a folder here, or a repository of the Hugging Face hub; and the hub as a
+place to publish to.  No token is ever in a message."""
 
 from __future__ import annotations
 
 import contextlib
+import os
+import pathlib
 import re
 from collections.abc import Iterator
 from typing import Any
+
+from align_jax.core.choose import nearest
+from align_jax.core.files import looks_like
 
 # Code that a checkpoint's auto_map names, as transformers calls such files.
 CODE = (
@@ -39,6 +45,32 @@ PUBLISHED = (
 
 class HubError(RuntimeError):
     """The hub cannot be reached, or has failed."""
+
+
+def is_here(path: str) -> bool:
+    """Tell whether a checkpoint is a folder here; else it may be on the hub.
+
+    Raises:
+        FileNotFoundError: a file, or a path that is no hub id and leads nowhere.
+    """
+    if os.path.isdir(path):
+        return True
+    if os.path.isfile(path):
+        raise FileNotFoundError(
+            f"{path!r} is a file ({looks_like(path)}): expected the folder of a model, with "
+            "config.json and safetensors"
+        )
+    if path.startswith((".", "/", "~")) or path.count("/") > 1:
+        raise FileNotFoundError(
+            f"no model folder at {path!r} (nor is that a hub id, owner/name){near_folder(path)}"
+        )
+    return False
+
+
+def near_folder(path: str) -> str:
+    """Say which folder is nearest to one that is not there; "" where none is near."""
+    near = nearest(path, map(str, pathlib.Path(path).parent.glob("*/")))
+    return near if "did you mean" in near else ""
 
 
 def check(repo: str) -> None:

@@ -31,8 +31,11 @@ from typing import NoReturn
 
 from absl import flags, logging
 
+from align_jax.core import config as configs
 from align_jax.core import typed
 from align_jax.core.choose import nearest
+from align_jax.interop import hub
+from align_jax.runs import early
 from align_jax.runs.config_file import ConfigFile, list_keys, nearest_key, value_message, words
 
 
@@ -55,7 +58,9 @@ SHORT = {"model": "model.path", "data": "data.train", "eval_data": "data.eval"} 
 HELP = ("--help", "-h", "-help", "--helpfull", "--helpshort", "-?")
 
 
-def read(*, arguments: str = "", check: Callable[[], None] | None = None) -> list[str]:
+def read(
+    *, arguments: str = "", check: Callable[[], None] | None = None, reads: bool = False
+) -> list[str]:
     """Read the flags; --help and mistakes are answered here, and end the program.
 
     A program calls this before it imports what takes seconds.
@@ -63,6 +68,7 @@ def read(*, arguments: str = "", check: Callable[[], None] | None = None) -> lis
     Args:
         arguments: what may stand beside the flags, in a word for the help; "" = nothing.
         check: refuses flags that do not go together.
+        reads: the model and the data that the config names are read.
 
     Returns:
         What stands beside the flags, for ``run``.
@@ -76,7 +82,7 @@ def read(*, arguments: str = "", check: Callable[[], None] | None = None) -> lis
         run(lambda _: print(usage(program, arguments)), [])
     debug = "--debug" in sys.argv[1:]
     if "config" in flags.FLAGS:
-        flags.FLAGS["config"].parser = ConfigFile()
+        flags.FLAGS["config"].parser = ConfigFile(reads)
     try:
         if "config" in flags.FLAGS and not arguments:
             sys.argv[1:] = spelled_out(sys.argv[1:])
@@ -95,9 +101,13 @@ def read(*, arguments: str = "", check: Callable[[], None] | None = None) -> lis
             raise
         print(f"{program}: {_cut(_flag_message(error))}", file=sys.stderr)
         sys.exit(2)
-    if check is not None:
-        with _told(program):
+    with _told(program):
+        if check is not None:
             check()
+        if "config" in flags.FLAGS and not arguments:
+            options = configs.read(flags.FLAGS.config)
+            early.check(options, reads=reads)
+            early.check_objective(options)
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax tells much of little
     gc.disable()  # of what is imported next nothing is to be collected
@@ -303,6 +313,20 @@ def writable(value: str, what: str, *, folder: bool = False) -> pathlib.Path:
     except OSError as error:
         raise Usage(f"{what}={value}: cannot be written to {above}: {error.strerror}") from error
     return path
+
+
+def check_there(model: str, workdir: str, *rows: str) -> None:
+    """Refuse a checkpoint, a run's folder or sources of rows that are not there; "" = not given.
+
+    Raises:
+        FileNotFoundError, ValueError: as what reads them.
+    """
+    if model:
+        hub.is_here(model)
+    if workdir:
+        early.find_record(workdir)
+    for spec in rows:
+        early.check_source(spec)
 
 
 def define_dtype(of: str) -> None:

@@ -10,8 +10,6 @@ command line changes in it.
 
 from __future__ import annotations
 
-import ast
-import functools
 import inspect
 import pathlib
 import re
@@ -29,6 +27,7 @@ from align_jax.core import config as configs
 from align_jax.core import own
 from align_jax.core.choose import nearest
 from align_jax.core.options import LENGTHS, Config
+from align_jax.runs import early
 
 
 class ConfigMistake(flags.Error):
@@ -45,7 +44,14 @@ def words(error: BaseException) -> str:
 
 
 class ConfigFile(flags.ArgumentParser):
-    """The parser of ``--config``: runs the file, and says of a mistake in it where it is."""
+    """The parser of ``--config``: runs the file, and says of a mistake in it where it is.
+
+    Args:
+        reads: the program reads the model and the data that the config names.
+    """
+
+    def __init__(self, reads: bool = False):
+        self.reads = reads
 
     def parse(self, argument: str) -> ConfigDict:
         """Return the file's config; the keys that the command line changes are in it.
@@ -62,6 +68,10 @@ class ConfigFile(flags.ArgumentParser):
         given = next(i for i, word in enumerate(sys.argv) if re.match("--?config(=|$)", word))
         for key in _changed(sys.argv[given:]):
             _check_spelling(key)
+        try:
+            early.check(configs.parse(_given(sys.argv[given:])), reads=self.reads)
+        except (ValueError, FileNotFoundError) as error:
+            raise ConfigMistake(words(error)) from error
         config = load(argument).lock()
         for key in _changed(sys.argv[1:given]):
             raise ConfigMistake(f"--config.{key} changes a key of a config: give --config first")
@@ -82,16 +92,6 @@ def recipes() -> dict[str, pathlib.Path]:
     return {path.stem: path for path in sorted(folder.glob("[!_]*.py"))}
 
 
-@functools.cache
-def objectives() -> tuple[str, ...]:
-    """Return the names in ``losses.OBJECTIVES``, read from its file: importing it imports JAX."""
-    file = pathlib.Path(__file__).parents[1] / "losses/__init__.py"
-    for node in ast.parse(file.read_text("utf-8")).body:
-        if isinstance(node, ast.AnnAssign) and isinstance(node.value, ast.Dict):
-            return tuple(ast.literal_eval(key) for key in node.value.keys if key is not None)
-    raise AssertionError(f"{file} has no table")
-
-
 def find(path: str, *argument: str) -> tuple[str, ...]:
     """Return the file that a config's name means, and the argument of its ``get_config``.
 
@@ -108,7 +108,7 @@ def find(path: str, *argument: str) -> tuple[str, ...]:
     if path in known:
         return (str(known[path]), *argument)
     terms = ":".join((path, *argument)).removeprefix("online_").split("+")
-    names = objectives()
+    names = early.names_in("align_jax.losses:OBJECTIVES")
     if all(term in names or own.is_named(term) for term in terms):
         return (str(known["start"]), ":".join((path, *argument)))
     if file.suffix or len(file.parts) > 1:
@@ -391,6 +391,32 @@ def _changed(argv: Sequence[str]) -> Iterator[str]:
             yield match[1]
 
 
+def _given(argv: Sequence[str]) -> ConfigDict:
+    """Return the defaults with what a command line says, before there is a config that it changes.
+
+    Keys that the defaults lack are passed over, and so are groups, tuples and dicts.
+
+    Raises:
+        ConfigMistake: what is no value of its key's type.
+    """
+    config = configs.defaults()
+    for word in argv[: argv.index("--") if "--" in argv else None]:
+        if not (match := re.match(r"--?config\.([\w.]*?)(\w+)=(.*)", word, re.DOTALL)):
+            continue
+        group, name, value = match.groups()
+        node: Any = config
+        for part in group.split(".")[:-1]:
+            node = node.get(part) if isinstance(node, ConfigDict) else None
+        parser = _PARSERS.get(type(node.get(name))) if isinstance(node, ConfigDict) else None
+        if parser is not None:
+            try:
+                node[name] = parser.parse(value)
+            except (ValueError, TypeError) as error:
+                kind = _EXPECTED[type(node[name])]
+                raise ConfigMistake(f"--config.{group}{name}={value}: expected {kind}") from error
+    return config
+
+
 def _check_key(config: ConfigDict, key: str) -> None:
     """Refuse a key that a config has not.
 
@@ -471,6 +497,12 @@ _EXPECTED: Mapping[type, str] = {
     float: "a number",
     tuple: "a tuple, such as (1, 2)",
     ConfigDict: "a dict, such as {'key': 1}",
+}
+_PARSERS: Mapping[type, flags.ArgumentParser] = {
+    bool: flags.BooleanParser(),
+    int: flags.IntegerParser(),
+    float: flags.FloatParser(),
+    str: flags.ArgumentParser(),
 }
 
 

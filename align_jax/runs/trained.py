@@ -14,7 +14,7 @@ from align_jax.core import config as configs
 from align_jax.core.options import Config, MeshOptions
 from align_jax.models.lora import merge
 from align_jax.parallel.mesh import make_mesh
-from align_jax.runs import memory, weights
+from align_jax.runs import early, memory, weights
 from align_jax.runs.setup import ResolvedConfig, make_step_spec, resolve_config
 from align_jax.storage import workdir as record
 from align_jax.storage.checkpoint import FOLDER, Checkpoints
@@ -53,9 +53,7 @@ def restore(workdir: str, which: str = "latest", *, speaks: bool = False) -> Tra
     """
     if which not in ("latest", "best") and not which.isdigit():
         raise ValueError(f"--step={which}: expected latest, best or a step, such as 100")
-    path = epath.Path(workdir) / "config.json"
-    if not path.exists():
-        raise FileNotFoundError(f"{workdir} is not a run's folder: it has no config.json")
+    path = early.find_record(workdir)
     found = record.read_record(path)["config"]
     try:
         config = configs.read(configs.from_dict(found))

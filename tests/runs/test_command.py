@@ -104,7 +104,7 @@ MISTAKES = {
     ".train --config.seed=1 TINY --workdir=x": "--config.seed changes a key of a config: give",
     ".config --config.seed=1": "--config.seed changes a key of a config: give --config=FILE, too",
     # what is read
-    ".train TINY --workdir=x --config.data.train=no --config.optimizer.warmup_steps=99 "
+    ".train TINY --workdir=x --config.data.train=empty.jsonl --config.optimizer.warmup_steps=99 "
     "--config.optimizer.warmup_fraction=0": "warmup_steps = 99 is longer than the run's 30 steps",
     ".train TINY --workdir=x --config.data.train=no.jsonl": "no such file: 'no.jsonl'",
     ".train TINY --workdir=x --config.data.train=empty.jsonl": "empty.jsonl: ",
@@ -142,7 +142,7 @@ MISTAKES = {
     ".sample --model=m --prompts=p --output=o --temperature=-1": "-1.0 is not a non-negative n",
     ".sample --model=m --prompts=p --output=o --temperature=inf": "expected a finite number",
     ".sample --model=m --prompts=p --output=o --temperature=nan": "expected a finite number",
-    ".sample --model=m --prompts=p --output=o --top_p=0": "0 < top_p <= 1",
+    ".sample --model=m --prompts=p.jsonl --output=o --top_p=0": "0 < top_p <= 1",
     ".sample --model=m --prompts=p --output=o --top_p=1.1": "the range [0, 1]",
     ".sample --model=m --prompts=p --output=o --samples_per_prompt=0": "0 is not a positive",
     ".sample --model=m --prompts=p --output=o --dtype=fp32": "float32|bfloat16|float16",
@@ -151,7 +151,7 @@ MISTAKES = {
     ".sample --workdir=run --prompts=p --output=o --dtype=float32": "--dtype belongs to --model",
     ".evaluate --model=m --eval=prefrence=p": "did you mean 'preference'?",
     ".evaluate --model=m --eval=generation=p": "--eval=generation needs --rewards",
-    ".evaluate --model=m --eval=generation=p --rewards=[]": "[]: expected reward -> weight",
+    ".evaluate --model=m --eval=generation=p.jsonl --rewards=[]": "[]: expected reward -> weight",
     ".evaluate --model=m --eval=generation=p --rewards=x --top_p=-1": "the range [0, 1]",
     ".evaluate --model=m --eval=preference=p --temperature=0": "--temperature belongs to --eval=",
     ".export --model=m --output=o --private": "--private belongs to --push_to_hub",
@@ -261,6 +261,22 @@ AT_ONCE = {f"{name} --help": f"python -m align_jax.{name}" for name in PROGRAMS}
     "evaluate --model=m --eval=perplexity=r --beta=1": "--beta belongs to --eval=preference",
     "export --model=m --output=o --step=3": "--step belongs to --workdir",
     "label --samples=s": "missing --output",
+    # what is not there, and values that no recipe takes
+    "train dpo --model=/m --data=p.jsonl": "no model folder at '/m'",
+    "train dpo --model=run --data=pp.jsonl": "'pp.jsonl'; did you mean 'p.jsonl'?",
+    f"inspect {TINY} --config.data.eval=run": "'run' is a directory: name its files",
+    f"inspect {TINY} --config.tokenizer=./m": "tokenizer './m': expected 'byte', a directory",
+    f"train {TINY} --workdir=x --config.seed=bad": "--config.seed=bad: expected an integer",
+    f"plan {TINY} --topology=v5e:2x2 --config.batch_size=0": "batch_size = 0: expected at least 1",
+    f"plan {TINY} --topology=v5e:2x2 --config.optimizer.name=adam": "did you mean 'adamw'?",
+    f"train {TINY} --workdir=x --config.data.format=pars": "did you mean 'pairs'?",
+    f"train {TINY} --workdir=x --config.objective.name=dp0": "did you mean 'dpo'?",
+    "sample --chat --model=p.jsonl": "'p.jsonl' is a file (",
+    "sample --model=m --prompts=pp.jsonl --output=o": "did you mean 'p.jsonl'?",
+    "evaluate --model=m --eval=preference=pp.jsonl": "did you mean 'p.jsonl'?",
+    "evaluate --workdir=w --eval=preference=p.jsonl": "w is not a run's folder",
+    "export --workdir=w --output=o": "w is not a run's folder",
+    "label --samples=pp.jsonl --output=o": "did you mean 'p.jsonl'?",
 }
 
 
