@@ -18,9 +18,10 @@ References:
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -257,6 +258,14 @@ def _with_rows(node: Tree, lora: LoraConfig) -> dict[str, Any]:
 def _folded(node: Tree, name: str, scale: float) -> jax.Array:
     kernel = node[name]
     stacked = node["lora_a"].ndim + node["lora_b"].ndim - 2 > kernel.ndim
+    leaves = {key: node[key] for key in (name, *LEAVES) if key in node}
+    place = None if isinstance(kernel, Quantized) else kernel.sharding
+    return _folding(name, scale, stacked, kernel.dtype, place)(leaves)
+
+
+@functools.lru_cache
+def _folding(name: str, scale: float, stacked: bool, dtype: Any, place: Any) -> Callable:
+    """Make what folds the leaves of a module: compiled once for all modules of its shapes."""
 
     def layer(leaves: Tree) -> jax.Array:
         stored = leaves[name].astype(jnp.float32)
@@ -267,11 +276,9 @@ def _folded(node: Tree, name: str, scale: float) -> jax.Array:
             norm = jnp.sqrt(jnp.sum(jnp.square(merged), axis=inputs))
             factor = leaves["lora_m"].astype(jnp.float32) / norm
             merged = merged * jnp.expand_dims(factor, inputs)
-        return merged.astype(kernel.dtype)
+        return merged.astype(dtype)
 
     def every(leaves: Tree) -> jax.Array:
         return jax.lax.map(layer, leaves) if stacked else layer(leaves)
 
-    leaves = {key: node[key] for key in (name, *LEAVES) if key in node}
-    place = None if isinstance(kernel, Quantized) else kernel.sharding
-    return jax.jit(every, out_shardings=place)(leaves)
+    return jax.jit(every, out_shardings=place)

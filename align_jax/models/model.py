@@ -34,6 +34,12 @@ Params = Mapping[str, Any]
 Aux = Mapping[str, Array]
 
 
+# how a model is computed says nothing of its parameters: traced once for all that differ in it
+_PLAINLY: dict[str, Any] = dict(
+    dtype=jnp.dtype("float32"), remat="none", attention="xla", beside=None, dropout=0.0
+)
+
+
 @functools.lru_cache
 def _boxed(config: ModelConfig, options: Options) -> dict[str, Named]:
     """Return every parameter by its path, in the box that says its shape, its axes and its role."""
@@ -77,7 +83,7 @@ class Model:
         return jax.tree.map(lambda box: box.value.astype(dtype), boxed, is_leaf=_is_box)
 
     def _each(self, read: Callable[[Named], Any]) -> dict[str, Any]:
-        boxes = _boxed(self.config, self.options)
+        boxes = _boxed(self.config, dataclasses.replace(self.options, **_PLAINLY))
         return unflatten({path: read(box) for path, box in boxes.items()})
 
     def axes(self) -> dict[str, Any]:
