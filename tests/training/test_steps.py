@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tiny_runs
 
 from align_jax.core.options import Config, OptimizerOptions
 from align_jax.core.tree import flatten
@@ -20,16 +21,18 @@ from align_jax.runs import weights
 from align_jax.training import evaluation, initialize, optim, partitioning, steps
 
 SPLIT = (("data", 2), ("fsdp", 2), ("tensor", 2))
-# objective, model, rank of the adapter (0: all is trained), mesh; all shapes:
+# objective, model, rank of the adapter (0: all is trained), mesh, microbatches; all shapes:
 # tools/compare_all_meshes.py
 MESHES = [
-    ("dpo", "dense", 0, (("data", 8),)),
-    ("dpo", "dense", 0, (("fsdp", 2), ("sequence", 2), ("tensor", 2))),
+    ("aot", "dense", 0, (("data", 8),), 2),
+    ("dpo", "dense", 0, (("fsdp", 2), ("sequence", 2), ("tensor", 2)), 1),
     # without experts the axis splits rows
-    ("dpo", "dense", 0, (("data", 2), ("fsdp", 2), ("expert", 2))),
-    ("kto", "dense", 2, (("fsdp", 4), ("tensor", 2))),
-    ("kto", "experts", 0, (("expert", 2), ("sequence", 2), ("tensor", 2))),
-    ("dpo", "experts", 2, (("data", 2), ("fsdp", 2), ("expert", 2))),
+    ("dpo", "dense", 0, (("data", 2), ("fsdp", 2), ("expert", 2)), 1),
+    ("dpo", "dense", 2, SPLIT, 2),
+    ("kto", "dense", 0, SPLIT, 2),
+    ("kto", "dense", 2, (("fsdp", 4), ("tensor", 2)), 1),
+    ("kto", "experts", 0, (("expert", 2), ("sequence", 2), ("tensor", 2)), 1),
+    ("dpo", "experts", 2, (("data", 2), ("fsdp", 2), ("expert", 2)), 1),
 ]
 
 
@@ -45,10 +48,10 @@ def same(a, b):
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0, atol=5e-6), a[1], b[1])
 
 
-@pytest.mark.parametrize("objective, model, rank, mesh", MESHES, ids=name_of)
-def test_eight_devices_equal_one(train_steps, objective, model, rank, mesh):
+@pytest.mark.parametrize("objective, model, rank, mesh, parts", MESHES, ids=name_of)
+def test_eight_devices_equal_one(train_steps, objective, model, rank, mesh, parts):
     alone = train_steps(objective, model=model, rank=rank)
-    same(alone, train_steps(objective, mesh, model=model, rank=rank, devices=8))
+    same(alone, train_steps(objective, mesh, parts, model=model, rank=rank, devices=8))
 
 
 def test_muon_moves_matrices_alike_on_one_device_and_on_eight(train_steps):
@@ -63,7 +66,9 @@ def test_muon_moves_matrices_alike_on_one_device_and_on_eight(train_steps):
 
 
 def test_weights_drawn_over_a_mesh_are_those_of_one_device(train_steps, drawn_weights):
-    specs, spec, mesh, _ = train_steps(*MESHES[-1][::3], model="experts", rank=2, devices=8)[3]
+    specs, spec, mesh, _ = train_steps("dpo", MESHES[-1][3], 1, model="experts", rank=2, devices=8)[
+        3
+    ]
     expected = drawn_weights("dpo", "experts", 2, options=())
     with jax.set_mesh(mesh):
         frozen = weights.load_frozen(spec, specs, Config())
@@ -142,15 +147,6 @@ def test_a_first_moment_in_bfloat16_follows_the_gradients_in_the_mean(make_step_
     assert 1 - float(found.mean(dtype=jnp.float32)) == pytest.approx(1e-3, rel=0.15)
 
 
-@pytest.mark.parametrize(
-    "name, mesh, rank", [("kto", SPLIT, 0), ("dpo", SPLIT, 2), ("aot", (("data", 8),), 0)]
-)
-def test_microbatches_and_devices_together_leave_the_step_unchanged(train_steps, name, mesh, rank):
-    same(
-        train_steps(name, rank=rank), train_steps(name, mesh, microbatches=2, rank=rank, devices=8)
-    )
-
-
 def test_the_step_compiles_once(train_steps):
     assert train_steps("dpo")[2]._cache_size() == 1
 
@@ -178,20 +174,19 @@ def test_no_array_of_all_logits_is_alive(train_steps):
 def test_a_copied_output_head_gives_the_same_step(train_steps):
     # chunks of one position
     assert train_steps("dpo")[3][3].loss_index.shape[1] >= steps.COPIED_FROM_CHUNKS
-    same(train_steps("dpo"), train_steps("dpo", SPLIT, devices=8, chunk=1))
+    same(train_steps("dpo"), train_steps("dpo", SPLIT, devices=8, chunk=1, ahead=True))
 
 
 def test_chunks_of_the_loss_move_the_output_head_but_once(train_steps):
-    _, _, _, (specs, spec, mesh, batch) = train_steps("dpo", SPLIT, devices=8)
-    abstract, moved = partitioning.abstract_batch(mesh, batch), []
-    for chunk in (1, batch.loss_index.shape[1]):
-        step = spec._replace(chunk=chunk)
-        text = (
-            partitioning.lower_train_step(step, specs.state, specs.frozen, abstract, mesh)
-            .compile()
-            .as_text()
-        )
-        found = read_collectives(hlo.parse(text))
+    _, _, chunked, (specs, spec, mesh, batch) = train_steps(
+        "dpo", SPLIT, devices=8, chunk=1, ahead=True
+    )
+    abstract = partitioning.abstract_batch(mesh, batch)
+    step = spec._replace(chunk=batch.loss_index.shape[1])
+    whole = partitioning.lower_train_step(step, specs.state, specs.frozen, abstract, mesh).compile()
+    moved = []
+    for compiled in (chunked, whole):
+        found = read_collectives(hlo.parse(compiled.as_text()))
         moved.append(
             sum(one.count * one.traffic for one in found if "fsdp" in one.axes(mesh.shape))
         )
@@ -247,7 +242,7 @@ def test_an_indivisible_batch_is_an_error(make_batch):
 
 
 def test_a_step_that_is_not_finite_leaves_the_state_as_it_was(train_steps, make_batch):
-    _, _, step, (specs, spec, mesh, batch) = train_steps("dpo", steps=1)
+    _, _, step, (specs, spec, mesh, batch) = train_steps("dpo")
     with jax.set_mesh(mesh):
         frozen = weights.load_frozen(spec, specs, Config())
         trained = weights.load_trained(spec, specs, frozen, Config())
@@ -304,6 +299,8 @@ def test_an_adapter_s_reference_is_its_base_without_a_second_copy(train_steps):
     assert specs.reference is None and not any("lora" in name for name in flatten(specs.base))
 
 
-def test_an_objective_without_reference_holds_none(train_steps):
-    specs = train_steps("simpo")[3][0]
+def test_an_objective_without_reference_holds_none(make_step_spec):
+    mesh = make_mesh({"data": 1}, jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        specs = tiny_runs.state_specs_of(make_step_spec("simpo"), mesh)
     assert specs.base == {} and specs.reference is None

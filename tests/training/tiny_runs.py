@@ -9,6 +9,8 @@ learning rate.
 """
 
 import functools
+import inspect
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -133,7 +135,21 @@ def weights_of(*arguments, **options):
         return jax.device_get((frozen, weights.load_trained(spec, specs, frozen, Config())))
 
 
-@functools.cache
+def once(function: Callable) -> Callable:
+    """Remember a function's results by its arguments, defaults and keywords laid out: tests ask for
+    the same run in many ways."""
+    kept, signature = functools.cache(function), inspect.signature(function)
+
+    @functools.wraps(function)
+    def called(*arguments, **options):
+        bound = signature.bind(*arguments, **options)
+        bound.apply_defaults()
+        return kept(*bound.args, **bound.kwargs)
+
+    return called
+
+
+@once
 def steps_of(
     name: str,
     mesh: tuple = (),
