@@ -57,6 +57,7 @@ from align_jax.training.steps import CHUNK, CHUNKS, StepSpec
 # The embedding's rows are padded to this whatever the mesh, so that a checkpoint of one tensor axis
 # is read on another.
 VOCABULARY_MULTIPLE = 16
+SMALLER = ("eval/loss", "eval/nll", "eval/ptx_nll")  # of an evaluation: the better
 
 
 class ResolvedConfig(NamedTuple):
@@ -641,12 +642,12 @@ def _resolve_dated(config: Config, workdir: str) -> tuple[Config, ResolvedConfig
 
 
 def _check_measured(config: Config, held_out: Examples | None) -> None:
-    """Refuse metrics of held-out examples where there are none.
+    """Refuse metrics of held-out examples where there are none, and a loss that is to grow.
 
     Raises:
         ValueError: the key.
     """
-    names = {
+    names: dict[str, Any] = {
         "eval.stop_metric": config.eval.stop_metric,
         "checkpoint.best_metric": config.checkpoint.best_metric,
         "rollout.eval_responses_per_prompt": config.rollout.eval_responses_per_prompt,
@@ -657,6 +658,8 @@ def _check_measured(config: Config, held_out: Examples | None) -> None:
                 f"config.{key} = {name!r}: nothing is held out to measure it on: name data.eval, "
                 "or set data.eval_fraction > 0"
             )
+        if str(name) in SMALLER:
+            raise ValueError(f"config.{key} = {name!r}: smaller is better there: write '-{name}'")
 
 
 def _check_total(config: Config, total: int) -> None:

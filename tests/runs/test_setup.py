@@ -126,6 +126,11 @@ LATE = [
         | {"data.eval_fraction": 0.0, "objective": {"name": "sft"}},
         "nothing is held out to measure it on",
     ),
+    ({"eval.stop_metric": "eval/loss", "eval.every_steps": 1}, "smaller is better .* '-eval/loss'"),
+    (
+        {"checkpoint.best_metric": "eval/loss", "eval.every_steps": 1},
+        "config.checkpoint.best_metric = 'eval/loss': smaller is better there",
+    ),
     ({"data.date": "2026-01-31"}, "data.date = '2026-01-31' has no effect"),
 ]
 
