@@ -10,6 +10,7 @@ import subprocess
 import pytest
 
 from align_jax import report
+from align_jax.losses import OBJECTIVES
 from align_jax.runs import reported
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
@@ -109,6 +110,14 @@ def test_files_of_samples_stand_side_by_side(tmp_path):
     for item, said in (("mine", "expected NAME=FILE"), ("x={}/bad.jsonl", "expected prompt and")):
         with pytest.raises(ValueError, match=said):
             report.read_columns([item.format(tmp_path)])
+
+
+def test_what_an_objective_improves_has_a_direction():
+    ways = {"up": 1, "down": -1}
+    for name, row in OBJECTIVES.items():
+        metric, way = row.metric.split()
+        if metric != "entropy":  # kept up by a term of a sum, and no aim
+            assert reported.direction(f"eval/{metric}") == ways[way], name
 
 
 def test_a_long_run_is_thinned(tmp_path):

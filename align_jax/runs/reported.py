@@ -43,7 +43,7 @@ PANELS: Mapping[str, tuple[str, ...]] = {
 REWARD, KL = PANELS["reward"], PANELS["KL"]
 # Held-out metrics of which more, or less, is better; of the others neither.
 MORE = (*PANELS["accuracy"], *PANELS["margin"], *REWARD, "win_rate", "logps/accuracies")
-LESS = ("loss", "nll", "perplexity")
+LESS = ("loss", "nll", "ptx_nll", "perplexity", "divergence", "absolute_error")
 # What differs is told in this order; the groups of keys that change nothing that is learned, not.
 FIRST = ("objective", "model", "optimizer", "data", "rollout", "rewards")
 UNTOLD = ("eval", "log", "checkpoint", "debug")

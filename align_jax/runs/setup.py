@@ -48,7 +48,7 @@ from align_jax.online.config import RolloutConfig, is_online, make_rollout_confi
 from align_jax.online.rollout import Rollouts, make_rollouts
 from align_jax.parallel import compile_cache
 from align_jax.parallel.mesh import AXES, make_mesh, mesh_shape, row_shards
-from align_jax.runs import memory, vocabulary, weights
+from align_jax.runs import memory, reported, vocabulary, weights
 from align_jax.storage import workdir as record
 from align_jax.training import initialize, optim, partitioning
 from align_jax.training.flops import attention_cost
@@ -57,7 +57,6 @@ from align_jax.training.steps import CHUNK, CHUNKS, StepSpec
 # The embedding's rows are padded to this whatever the mesh, so that a checkpoint of one tensor axis
 # is read on another.
 VOCABULARY_MULTIPLE = 16
-SMALLER = ("eval/loss", "eval/nll", "eval/ptx_nll")  # of an evaluation: the better
 
 
 class ResolvedConfig(NamedTuple):
@@ -642,7 +641,7 @@ def _resolve_dated(config: Config, workdir: str) -> tuple[Config, ResolvedConfig
 
 
 def _check_measured(config: Config, held_out: Examples | None) -> None:
-    """Refuse metrics of held-out examples where there are none, and a loss that is to grow.
+    """Refuse metrics of held-out examples where there are none, and those whose worst is kept.
 
     Raises:
         ValueError: the key.
@@ -658,8 +657,12 @@ def _check_measured(config: Config, held_out: Examples | None) -> None:
                 f"config.{key} = {name!r}: nothing is held out to measure it on: name data.eval, "
                 "or set data.eval_fraction > 0"
             )
-        if str(name) in SMALLER:
-            raise ValueError(f"config.{key} = {name!r}: smaller is better there: write '-{name}'")
+        if not isinstance(name, str):
+            continue
+        metric = name.removeprefix("-")
+        if (better := reported.direction(metric)) and (better < 0) != name.startswith("-"):
+            size, wanted = ("greater", metric) if better > 0 else ("smaller", f"-{metric}")
+            raise ValueError(f"config.{key} = {name!r}: {size} is better there: write {wanted!r}")
 
 
 def _check_total(config: Config, total: int) -> None:

@@ -131,6 +131,10 @@ LATE = [
         {"checkpoint.best_metric": "eval/loss", "eval.every_steps": 1},
         "config.checkpoint.best_metric = 'eval/loss': smaller is better there",
     ),
+    (
+        {"checkpoint.best_metric": "-eval/rewards/accuracies", "eval.every_steps": 1},
+        "greater is better there: write 'eval/rewards/accuracies'",
+    ),
     ({"data.date": "2026-01-31"}, "data.date = '2026-01-31' has no effect"),
 ]
 
