@@ -8,7 +8,8 @@ each other: pairwise covering, not the whole product.
 
     PYTHONPATH=. python tests/training/covering.py [few | FIRST:LAST] [LOG]     # all cases, or some
 
-What came of each is a line of the file LOG, too; what stands there already is not run again.
+What came of each is a line of the file LOG, too; what stands there already is not run again.  A
+process holds the programs of some 400 cases (Linux's vm.max_map_count); more are run in slices.
 """
 
 from __future__ import annotations
