@@ -77,24 +77,11 @@ def pytest_ignore_collect(collection_path: pathlib.Path) -> bool | None:
 
 @pytest.fixture
 def quick_compiles():
-    """Compile in half the time, where what the steps of a tiny model take does not matter."""
+    """Leave out LLVM's expensive passes where what the steps of a tiny model take does not matter;
+    under JAX 0.10 every test does (tests/xla_flags.py)."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
-
-
-@pytest.fixture
-def only_devices(monkeypatch):
-    """Leave a test so many of the devices: of a mesh that splits nothing further, eight take a
-    third longer than two."""
-
-    def leave(count: int) -> None:
-        given = jax.devices()[:count]
-        for name in ("devices", "local_devices"):
-            monkeypatch.setattr(jax, name, lambda *_, **__: given)
-        monkeypatch.setattr(jax, "device_count", lambda *_: count)
-
-    return leave
 
 
 @pytest.fixture(scope="session")

@@ -194,6 +194,20 @@ def test_a_recipe_fits_its_topology(spec):
     )
 
 
+@pytest.fixture
+def only_devices(monkeypatch):
+    """Leave a test so many of the devices: of a mesh that splits nothing further, eight take a
+    third longer than two."""
+
+    def leave(count: int) -> None:
+        given = jax.devices()[:count]
+        for name in ("devices", "local_devices"):
+            monkeypatch.setattr(jax, name, lambda *_, **__: given)
+        monkeypatch.setattr(jax, "device_count", lambda *_: count)
+
+    return leave
+
+
 @pytest.mark.parametrize("spec", TRAINED)
 def test_a_shrunk_recipe_trains_two_steps(spec, tmp_path, quick_compiles, only_devices):
     config = shrunk(spec)

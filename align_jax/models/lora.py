@@ -264,7 +264,9 @@ def _folded(node: Tree, name: str, scale: float) -> jax.Array:
 
 
 @functools.lru_cache
-def _folding(name: str, scale: float, stacked: bool, dtype: Any, place: Any) -> Callable:
+def _folding(
+    name: str, scale: float, stacked: bool, dtype: Any, place: Any
+) -> Callable[[Tree], jax.Array]:
     """Make what folds the leaves of a module: compiled once for all modules of its shapes."""
 
     def layer(leaves: Tree) -> jax.Array:

@@ -657,10 +657,8 @@ def _check_measured(config: Config, held_out: Examples | None) -> None:
                 f"config.{key} = {name!r}: nothing is held out to measure it on: name data.eval, "
                 "or set data.eval_fraction > 0"
             )
-        if not isinstance(name, str):
-            continue
-        metric = name.removeprefix("-")
-        if (better := reported.direction(metric)) and (better < 0) != name.startswith("-"):
+        metric = str(name).removeprefix("-")
+        if (better := reported.direction(metric)) and (better < 0) != (metric != name):
             size, wanted = ("greater", metric) if better > 0 else ("smaller", f"-{metric}")
             raise ValueError(f"config.{key} = {name!r}: {size} is better there: write {wanted!r}")
 
