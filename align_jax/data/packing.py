@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import bisect
 import heapq
 import math
 from collections.abc import Sequence
@@ -41,38 +42,29 @@ def best_fit(
     """
     bins: list[list[int]] = []
     # of the bins that still take items, by the tokens left in them: the least loaded first
-    room: list[list[tuple[int, int]]] = [[] for _ in range(capacity + 1)]
-    least = np.full(capacity + 1, _FULL, np.int64)  # what that one holds of the second measure
+    room: dict[int, list[tuple[int, int]]] = {}
+    places: list[int] = []  # its keys, sorted: few, for nearly all bins are full
     for item in np.argsort(-np.asarray(lengths, np.int64), kind="stable").tolist():
         load = 0 if loads is None else loads[item]
-        left = _first(least, lengths[item], max_load - load)
-        if left < 0:
+        at = bisect.bisect_left(places, lengths[item])
+        while at < len(places) and room[places[at]][0][0] > max_load - load:
+            at += 1
+        if at == len(places):
             left, held, chosen = capacity, 0, len(bins)
             bins.append([])
         else:
+            left = places[at]
             held, chosen = heapq.heappop(room[left])
-            least[left] = room[left][0][0] if room[left] else _FULL
+            if not room[left]:
+                del room[left], places[at]
         bins[chosen].append(item)
         left -= lengths[item]
         if left and len(bins[chosen]) < max_items:
+            if left not in room:
+                room[left] = []
+                bisect.insort(places, left)
             heapq.heappush(room[left], (held + load, chosen))
-            least[left] = room[left][0][0]
     return bins
-
-
-_FULL = np.iinfo(np.int64).max
-_NEAR = 256  # the fullest bin that has room is seldom further
-
-
-def _first(least: Int[np.ndarray, "C"], begin: int, most: int) -> int:
-    """Return the first place from ``begin`` on that holds at most so much; -1 where none does."""
-    width = _NEAR
-    while begin < len(least):
-        fits = least[begin : begin + width] <= most
-        if fits[at := int(fits.argmax())]:
-            return begin + at
-        begin, width = begin + width, 8 * width
-    return -1
 
 
 def group_slots(mean_groups: float) -> int:

@@ -11,7 +11,7 @@ import os
 import jinja2
 import jinja2.meta
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from align_jax.core.choose import nearest
 from align_jax.core.files import json_kind
@@ -181,6 +181,8 @@ def _load(path: str) -> PreTrainedTokenizerBase:
         return _from_file(zipped)
     if os.path.isdir(path):
         files.check(path)
+    from transformers import AutoTokenizer  # here, because it reads the names of every model
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     # transformers and tokenizers raise what they like at a damaged file, and seldom name it

@@ -19,7 +19,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tokenizers import Tokenizer
-from transformers import AutoConfig
 
 from align_jax.core.choose import nearest
 from align_jax.core.fields import (
@@ -126,6 +125,8 @@ def find_fault(folder: str) -> None:
             _ = read_json(file) if name.endswith(".json") else read_text(file)
     if os.path.exists(file := os.path.join(folder, "config.json")):  # it is asked for the class
         read_json(file)
+        from transformers import AutoConfig  # here, because it reads the names of every model
+
         try:
             AutoConfig.from_pretrained(folder)
         except Exception as error:

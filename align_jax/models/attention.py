@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from align_jax.core.choose import choose
-from align_jax.models import attention_kernels, segment_attention
+from align_jax.models import segment_attention
 
 
 def mask(
@@ -210,7 +210,9 @@ def splash(
             scale=scale,
             sinks=sinks,
         )
-    return attention_kernels.splash(
+    from align_jax.models import splash_attention  # here, because importing Pallas takes long
+
+    return splash_attention.splash(
         q,
         k,
         v,
@@ -236,8 +238,11 @@ def cudnn(
     scale: float = 1.0,
     sinks: Float[Array, "H"] | None = None,
 ) -> Float[Array, "N T H v"]:
-    """Attend by cuDNN's fused kernels; what they lack, float32, soft caps, sinks and values of
-    another width than keys, goes by blocks."""
+    """Attend by cuDNN's fused kernels (Ampere or newer; h at most 128, on Hopper 256).
+
+    Their mask is an [N, 1, T, T] array; the weights are never held.  What they lack, float32, soft
+    caps, sinks and values of another width than keys, goes by blocks.
+    """
     plain = not softcap and sinks is None and q.shape[-1] == v.shape[-1]
     if not plain or q.dtype == jnp.float32:
         return blocks(
@@ -252,9 +257,8 @@ def cudnn(
             scale=scale,
             sinks=sinks,
         )
-    return attention_kernels.cudnn(
-        q, k, v, mask(segment_ids, positions, prefix_ids, window), scale=scale
-    )
+    allowed = mask(segment_ids, positions, prefix_ids, window)[:, None]
+    return jax.nn.dot_product_attention(q, k, v, mask=allowed, scale=scale, implementation="cudnn")
 
 
 ATTENTION: Mapping[str, Callable[..., jax.Array]] = {

@@ -21,12 +21,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from align_jax.models.attention_kernels import SAVED, divisible
 from align_jax.parallel.mesh import ROWS
 
+# what a rematerialization policy calls a kernel's output and softmax denominators
+SAVED = "attention"
 BLOCK = 64  # queries and keys at once: of 32, 64, 128 and 256 the fastest on two cores
 _HIDDEN = -1e30  # a logit that is not seen; the maxima begin above it, so that its weight is 0
 
@@ -273,7 +275,7 @@ def _forward(
     shape = q.shape[:-1]
     begin = jnp.zeros((*shape, v.shape[-1]), v.dtype), jnp.zeros(shape, jnp.float32)
     out, log_sum = jax.lax.fori_loop(0, q.shape[0] * count, queries, begin)
-    out, log_sum = (jax.ad_checkpoint.checkpoint_name(x, SAVED) for x in (out, log_sum))
+    out, log_sum = (checkpoint_name(x, SAVED) for x in (out, log_sum))
     return out, (q, k, v, sinks, fields, walk, out, log_sum)
 
 
@@ -323,3 +325,28 @@ def _backward(numbers: tuple[int | None, float, int], saved: tuple, d_out: jax.A
 
 
 _attend.defvjp(_forward, _backward)
+
+
+def divisible(k: jax.Array, v: jax.Array, heads: int, tensor: int) -> tuple[jax.Array, jax.Array]:
+    """Return keys and values whose heads the tensor axis divides: repeated where there are fewer.
+
+    Args:
+        k, v: keys and values, [N, T, K, h].
+        heads: H.
+        tensor: devices of the tensor axis.
+
+    Raises:
+        ValueError: query heads, or key-value heads, that cannot be split.
+    """
+    groups = k.shape[2]
+    if heads % tensor:
+        raise ValueError(f"{heads} query heads cannot be split over mesh.tensor={tensor}")
+    # fewer key-value heads than devices: each device gets a copy of the ones it needs
+    if groups % tensor:
+        if tensor % groups:
+            raise ValueError(
+                f"{groups} key-value heads cannot be split over, nor copied to, "
+                f"mesh.tensor={tensor}"
+            )
+        k, v = (jnp.repeat(x, tensor // groups, axis=2) for x in (k, v))
+    return k, v

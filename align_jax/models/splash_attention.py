@@ -1,13 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention by kernels that never hold the [T, T] weights: splash attention on TPUs, cuDNN on
-NVIDIA GPUs.
+"""Attention by JAX's splash kernels (Pallas, TPU), which never hold the [T, T] weights.
 
     q [N, T, H, h]   rows over data, fsdp, expert;  T over sequence;  H over tensor
     k [N, T, K, h]   rows likewise, K over tensor;  gathered over sequence, so that a query sees all
                      keys before it
 
-Pallas kernels are opaque to XLA's partitioner, so splash attention runs inside ``shard_map`` over
-the ambient mesh.
+Pallas kernels are opaque to XLA's partitioner, so they run inside ``shard_map`` over the ambient
+mesh.
 """
 
 from __future__ import annotations
@@ -19,19 +18,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernels
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
+from align_jax.models.segment_attention import SAVED, divisible
 from align_jax.parallel.mesh import ROWS
 
 LANES = 128  # of a TPU's vector registers: rows are padded to a multiple
 # queries and keys that a kernel works on at once, at most: fits the vector memory with head dim
 # 256
 BLOCK = 512
-# what a rematerialization policy calls the kernel's output and softmax denominators
-SAVED = "attention"
 
 
 def splash(
@@ -119,54 +118,6 @@ def splash(
         )
     out = run(kernel, scaled, k, v, segment_ids, prefix_ids, sinks)
     return out[:, :length] if extra else out
-
-
-def cudnn(
-    q: Float[Array, "N T H h"],
-    k: Float[Array, "N T K h"],
-    v: Float[Array, "N T K v"],
-    allowed: Bool[Array, "N T T"],
-    *,
-    scale: float = 1.0,
-) -> Float[Array, "N T H v"]:
-    """Attend by cuDNN's fused kernels (Ampere or newer; bfloat16 or float16; h at most 128, on
-    Hopper 256).
-
-    The mask is an [N, 1, T, T] array in the compute dtype; the weights are never held.
-
-    Args:
-        q, k, v: queries, keys (both already rotated) and values.
-        allowed: which keys each query attends to.
-        scale: factor on q k.
-    """
-    return jax.nn.dot_product_attention(
-        q, k, v, mask=allowed[:, None], scale=scale, implementation="cudnn"
-    )
-
-
-def divisible(k: jax.Array, v: jax.Array, heads: int, tensor: int) -> tuple[jax.Array, jax.Array]:
-    """Return keys and values whose heads the tensor axis divides: repeated where there are fewer.
-
-    Args:
-        k, v: keys and values, [N, T, K, h].
-        heads: H.
-        tensor: devices of the tensor axis.
-
-    Raises:
-        ValueError: query heads, or key-value heads, that cannot be split.
-    """
-    groups = k.shape[2]
-    if heads % tensor:
-        raise ValueError(f"{heads} query heads cannot be split over mesh.tensor={tensor}")
-    # fewer key-value heads than devices: each device gets a copy of the ones it needs
-    if groups % tensor:
-        if tensor % groups:
-            raise ValueError(
-                f"{groups} key-value heads cannot be split over, nor copied to, "
-                f"mesh.tensor={tensor}"
-            )
-        k, v = (jnp.repeat(x, tensor // groups, axis=2) for x in (k, v))
-    return k, v
 
 
 def _kernel(
@@ -288,7 +239,7 @@ def _merged(
             for part, (log_sum,) in parts
         )
         out = functools.reduce(jnp.add, scaled).astype(q.dtype)
-        out, total = (jax.ad_checkpoint.checkpoint_name(x, SAVED) for x in (out, total))
+        out, total = (checkpoint_name(x, SAVED) for x in (out, total))
         return out, (q, k, v, sinks, ids, tables, out, total)
 
     def backward(saved: tuple, d_out: jax.Array) -> tuple:

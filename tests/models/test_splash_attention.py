@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from align_jax.models import attention, attention_kernels
+from align_jax.models import attention, splash_attention
 from align_jax.parallel.mesh import make_mesh
 
 ROWS, HEADS, GROUPS, WIDTH = 2, 4, 2, 8
@@ -56,7 +56,7 @@ def _both(length, shared=False, rows=ROWS, sinks=False, **numbers):
         return out, *pull(cotangent)
 
     expected = run(attention.xla, positions=positions)
-    got = jax.jit(lambda: run(attention_kernels.splash, interpret=True))()
+    got = jax.jit(lambda: run(splash_attention.splash, interpret=True))()
     for name, a, b in zip(("out", "dq", "dk", "dv", "dsinks"), expected, got):
         np.testing.assert_allclose(a, b, atol=2e-5, err_msg=name)
 
@@ -86,7 +86,7 @@ def test_splash_is_the_same_on_every_mesh(sizes, length, shared):
 def test_a_window_over_shared_prefixes_is_refused():
     arrays, fields, _ = _inputs(128, True)
     with pytest.raises(ValueError, match="no sliding window over shared prefixes"):
-        attention_kernels.splash(*arrays, **fields, window=8, interpret=True)
+        splash_attention.splash(*arrays, **fields, window=8, interpret=True)
 
 
 @pytest.mark.parametrize("shared", [False, True])
