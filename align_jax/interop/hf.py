@@ -257,12 +257,29 @@ def _is_tied(folder: str, config: ModelConfig) -> bool:
     except (ValueError, FileNotFoundError):
         return True  # damaged or parted from its shards, which who reads the weights says
     with reader:
-        entries = _with_base(tensor_maps(config), reader.names, config.family)
-        (embed,) = (entry.name for entry in entries if entry.path == "embed/tokens")
-        untied = tensor_maps(dataclasses.replace(config, tied=False))
-        untied = _with_base(untied, reader.names, config.family)
-        heads = {entry.name for entry in set(untied) - set(entries)} & reader.names
-        return embed not in reader.names or all(reader.equal(head, embed) for head in heads)
+        embed, heads = _ends(config, reader.names)
+        there = heads & reader.names
+        return embed not in reader.names or all(reader.equal(head, embed) for head in there)
+
+
+def _ends(config: ModelConfig, present: set[str]) -> tuple[str, set[str]]:
+    """Return the names of a tied model's embedding, and of what its head would have apart, as a
+    checkpoint with these tensors spells them."""
+    entries, untied = (
+        _with_base(tensor_maps(dataclasses.replace(config, tied=tied)), present, config.family)
+        for tied in (True, False)
+    )
+    (embed,) = (entry.name for entry in entries if entry.path == "embed/tokens")
+    return embed, {entry.name for entry in set(untied) - set(entries)}
+
+
+def _stored(config: ModelConfig, present: set[str]) -> dict[str, str]:
+    """Return what a tied model's embedding is called where its head stands for both, as programs
+    write it that keep one name of what is shared."""
+    embed, heads = _ends(config, present)
+    there = heads & present
+    alone = config.tied and embed not in present and len(there) == 1
+    return {embed: there.pop()} if alone else {}
 
 
 def _instead(folder: str) -> str:
@@ -410,6 +427,10 @@ def _checked_entries(
     checked."""
     present = tuple(head for head in heads if HEAD_TENSORS[head][0].name in reader.names)
     entries = _with_base(tensor_maps(config, present, unembed), reader.names, config.family)
+    stored = _stored(own, reader.names)
+    entries = [
+        dataclasses.replace(entry, name=stored.get(entry.name, entry.name)) for entry in entries
+    ]
     if own.tied and not config.tied:
         (embed,) = (entry.name for entry in entries if entry.path == "embed/tokens")
         entries = [
@@ -507,9 +528,15 @@ def _check_tensors(
         ],
     }
     if any(wrong.values()):
+        head = {*wrong["missing"]} & _ends(config, reader.names)[1]
+        way = (
+            "\n  if the head is the embedding, config.json says so: tie_word_embeddings true"
+            if head
+            else ""
+        )
         raise ValueError(
             f"the checkpoint {path!r} does not hold a {config.family} model as its config.json "
-            f"says:\n{tensor_files.listed(wrong)}"
+            f"says:\n{tensor_files.listed(wrong)}{way}"
         )
 
 
@@ -626,9 +653,10 @@ def _types(folder: str, config: ModelConfig, wanted: Iterable[str]) -> dict[str,
     """Return the types that a checkpoint stores these tensors in, of those that it has."""
     out: dict[str, np.dtype] = {}
     with _reader(folder, config) as reader:
-        base = find_family(config.family).base
+        base, stored = find_family(config.family).base, _stored(config, reader.names)
         for name in wanted:
-            spelled = (name, as_module(name, config.family), name.removeprefix(base))
+            spelled = [name, as_module(name, config.family), name.removeprefix(base)]
+            spelled += [stored[one] for one in spelled if one in stored]
             if there := next((one for one in spelled if one in reader.names), ""):
                 out[name] = reader.dtype(there)
     return out

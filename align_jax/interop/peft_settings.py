@@ -138,9 +138,11 @@ def read(folder: str, path: str) -> dict[str, Any]:
         )
     file = os.path.join(folder, CONFIG)
     settings = read_json(file)
-    if wrong := fields.faults({"r": None, "lora_alpha": None, **settings}, FIELDS):
-        raise ValueError(f"{file}: {'; '.join(wrong)}")
-    _check_patterns(file, settings)
+    plain = settings.get("peft_type", "LORA") in PLAIN["peft_type"]
+    if plain:  # another kind's keys are others
+        if wrong := fields.faults({"r": None, "lora_alpha": None, **settings}, FIELDS):
+            raise ValueError(f"{file}: {'; '.join(wrong)}")
+        _check_patterns(file, settings)
     wrong = [
         f"{key} = {settings[key]!r} (expected {', '.join(map(repr, known))})"
         for key, known in PLAIN.items()
@@ -149,7 +151,7 @@ def read(folder: str, path: str) -> dict[str, Any]:
     wrong += [
         f"{key} = {value!r} (not known here)"
         for key, value in settings.items()
-        if key not in PLAIN and key not in HARMLESS and value not in (None, False, [], {})
+        if plain and key not in PLAIN and key not in HARMLESS and value not in (None, False, [], {})
     ]
     if wrong:
         way = "" if settings.get("peft_type") in PROMPTS else f"; {MERGE}"

@@ -16,7 +16,7 @@ from typing import Any
 
 from align_jax.core.choose import choose
 from align_jax.core.files import json_kind
-from align_jax.models.hf_fields import ROPE_KINDS
+from align_jax.models.hf_fields import ROPE_KINDS, rope_unread
 from align_jax.models.stacks import Stack, stacks
 from align_jax.models.unread import unread
 
@@ -638,6 +638,11 @@ def rope_from_hf(
             f"partial_rotary_factor: expected 1, or none, as transformers' modules of this family "
             f"turn whole heads; got {part}"
         )
+    if passed := rope_unread(kind, options, max_positions):
+        raise ValueError(
+            f"rope_parameters (rope_scaling) of type {kind!r}: expected no "
+            f"{', '.join(sorted(passed))}, which such a rotary embedding passes over"
+        )
     rotary_dim = int(head_dim * part)
     if rotary_dim % 2 or rotary_dim < (4 if kind == "dynamic" else 2):
         raise ValueError(
@@ -678,6 +683,11 @@ def ropes_by_kind(full: Mapping[str, Any], head_dims: Mapping[str, int]) -> dict
         ValueError: as ``rope_from_hf``; YaRN's ``truncate``, which transformers passes over here.
     """
     types, parts = full["layer_types"], full["rope_parameters"]
+    if flat := sorted(key for key, part in parts.items() if not isinstance(part, Mapping)):
+        raise ValueError(
+            "rope_parameters: expected an object for each kind of layer and nothing beside them, "
+            f"which transformers passes over; got {', '.join(flat)} too"
+        )
     for kind, part in parts.items():
         if part["rope_type"] == "yarn" and not part.get("truncate", True):
             raise ValueError(

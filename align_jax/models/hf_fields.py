@@ -215,6 +215,35 @@ ROPE_KINDS: Mapping[str, tuple[str, ...]] = {
     "longrope": ("short_factor", "long_factor"),
     "proportional": (),
 }
+# and what it reads beside that
+_ROPE_MORE: Mapping[str, tuple[str, ...]] = {
+    "yarn": tuple("attention_factor beta_fast beta_slow mscale mscale_all_dim truncate".split()),
+    "longrope": ("factor", "attention_factor"),
+    "proportional": ("factor", "partial_rotary_factor"),
+}
+# what no scaling reads as a number of its own: images' positions, where a model came from, the
+# context before it was stretched
+_ROPE_HARMLESS = frozenset(
+    """mrope_section mrope_interleaved finetuned original_max_position_embeddings""".split()
+)
+
+
+def rope_unread(kind: str, options: Mapping[str, Any], positions: int) -> list[str]:
+    """Return the keys of a rotary embedding that its kind passes over, and that say something.
+
+    Args:
+        kind: one of ``ROPE_KINDS``.
+        options: its keys, but for kind and base.
+        positions: the model's, which is what these are though the keys say otherwise.
+    """
+    read = {*ROPE_KINDS[kind], *_ROPE_MORE.get(kind, ()), *_ROPE_HARMLESS}
+    # what it has where it is not given, and what changes nothing
+    neutral = {"beta_fast": 32, "max_position_embeddings": positions}
+    return [
+        key
+        for key, value in options.items()
+        if key not in read and value not in (None, False, neutral.get(key, 1))
+    ]
 
 
 def _quantized(found: Any, family: str) -> list[str]:

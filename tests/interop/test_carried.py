@@ -90,6 +90,25 @@ def test_a_stored_head_is_used_whatever_the_flag_says(folder, tmp_path):
     assert hf.load_config(str(folder)).tied
 
 
+def test_the_head_of_a_tied_model_is_its_embedding_where_that_is_not_stored(folder, tmp_path):
+    """As programs write it that keep one name of what is shared, the first by the alphabet."""
+    expected = logits(folder)
+    change(folder, lambda x: x.update({"lm_head.weight": x.pop("model.embed_tokens.weight")}))
+    with pytest.raises(ValueError, match="model.embed_tokens.weight"):
+        hf.load(str(folder))
+    edit(folder, tie_word_embeddings=True)
+    np.testing.assert_allclose(logits(folder), theirs(folder), atol=1e-4)
+    export.export_model(str(folder), str(tmp_path / "out"))
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    assert "lm_head.weight" not in written
+    np.testing.assert_array_equal(logits(tmp_path / "out"), logits(folder))
+    assert np.abs(logits(folder) - expected).max() > 0.1  # of another head
+    edit(folder, tie_word_embeddings=False)
+    change(folder, lambda x: x.update({"model.embed_tokens.weight": x.pop("lm_head.weight")}))
+    with pytest.raises(ValueError, match="(?s)lm_head.weight.*says so: tie_word_embeddings true"):
+        hf.load(str(folder))
+
+
 @pytest.mark.parametrize(
     "config, generation, expected",
     [

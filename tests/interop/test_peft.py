@@ -757,6 +757,10 @@ REFUSED = {
         dict(init_lora_weights="pissa"),
         "init_lora_weights = 'pissa' .*merge_and_unload.*config.model.path",
     ),
+    "another kind": (
+        dict(edited=dict(peft_type="IA3", r=None, lora_alpha=None, feedforward_modules=["x"])),
+        r"not supported: peft_type = 'IA3' \(expected 'LORA'\); .*merge_and_unload",
+    ),
     "a pattern": (
         dict(target_modules=["q_proj"], edited=dict(target_modules="(q_proj")),
         r"adapter_config.json: target_modules: '\(q_proj' is no regular expression",

@@ -80,6 +80,28 @@ def read(family, **more):
             for family in ("olmo3", "gemma3_text")
         ),
         ("opt", {"_remove_final_layer_norm": True}, "_remove_final_layer_norm false"),
+        *(
+            (family, {"rope_scaling": scaling}, words)
+            for family, scaling, words in (
+                ("llama", {"factor": 2.0}, "'default': expected no factor"),
+                ("phi", {"rope_type": "linear", "factor": 2.0, "attn_factor": 3}, "no attn_factor"),
+                ("mistral", YARN | {"original_max_position_embedding": 8}, "no original_max"),
+                (
+                    "qwen2",
+                    {"type": "dynamic", "factor": 2.0, "max_position_embeddings": 8},
+                    "no max_position",
+                ),
+                (
+                    "hunyuan_v1_dense",
+                    {"type": "dynamic", "factor": 2.0, "alpha": 3.0},
+                    "expected no factor",
+                ),
+            )
+        ),
+        *(
+            (family, {"rope_parameters": YARN}, "kind of layer and nothing beside .*got factor,")
+            for family in ("olmo3", "gemma3_text")
+        ),
     ],
 )
 def test_a_key_that_would_be_passed_over_is_refused_by_name(family, more, words):
@@ -100,6 +122,10 @@ def test_a_key_that_would_be_passed_over_is_refused_by_name(family, more, words)
         ("phi3", {"attention_bias": True, "pad_token_id": 0}),
         ("qwen2", {"attention_bias": False}),
         ("hunyuan_v1_dense", {"use_qk_norm": True, "head_dim": 8}),
+        (
+            "llama",
+            {"rope_scaling": {"rope_type": "default", "factor": 1, "beta_fast": 32, "mscale": 1.0}},
+        ),
     ],
 )
 def test_a_key_that_says_what_is_computed_anyway_is_none(family, more):

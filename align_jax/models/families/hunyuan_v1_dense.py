@@ -18,8 +18,8 @@ def from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     parts = dict(full["rope_parameters"])
     width = full["head_dim"] or full["hidden_size"] // full["num_attention_heads"]
     if parts.get("rope_type") == "dynamic" and parts.get("alpha"):
-        theta = parts["rope_theta"] * parts["alpha"] ** (width / (width - 2))
-        parts = {"rope_type": "default", "rope_theta": theta}
+        theta = parts["rope_theta"] * parts.pop("alpha") ** (width / (width - 2))
+        parts |= {"rope_type": "default", "rope_theta": theta}
     full = full | {"rope_parameters": parts}
     return decoder_config(hf, full, qk_norm="head", qk_norm_turned=True)
 
