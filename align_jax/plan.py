@@ -49,7 +49,15 @@ if __name__ == "__main__":  # here, because what is imported next takes seconds
     flags.DEFINE_string("json", None, "Write the estimates to this file.")
     flags.DEFINE_string("plot", None, "Draw the HBM by kind as an SVG file.")
     flags.mark_flags_as_required(["config", "topology"])
-    arguments = command.read()
+
+    def check_flags() -> None:
+        """Refuse topologies that there are not."""
+        from align_jax.planner import topology
+
+        for name in flags.FLAGS.topology:
+            topology.describe_topology(name)
+
+    arguments = command.read(check=check_flags)
 
 import dataclasses
 import json

@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from absl import flags
 from ml_collections import config_flags
 
-from align_jax.runs import command
+from align_jax.core import config as configs
+from align_jax.runs import command, early
 
 
 def check_flags() -> None:
@@ -26,10 +27,12 @@ def check_flags() -> None:
 def main(argv: Sequence[str]) -> None:
     """Run from the command line."""
     from align_jax.parallel import distributed
+
+    config, workdir = flags.FLAGS.config, flags.FLAGS.workdir
+    early.check_mesh(configs.read(config))
     from align_jax.runs import loop  # here, because importing it takes seconds
 
-    workdir = flags.FLAGS.workdir
-    loop.train(flags.FLAGS.config, workdir)
+    loop.train(config, workdir)
     if distributed.is_main():
         print(
             f"align-jax report {workdir} shows the run; sample, evaluate and export take "

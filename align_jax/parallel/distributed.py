@@ -185,8 +185,8 @@ def check_tpu(
 
 
 def start(*, wait_seconds: int | None = None, heartbeat_seconds: int | None = None) -> Processes:
-    """Bring this process up, with its peers where there are any.  Call it once, before any other
-    use of JAX.
+    """Bring this process up, with its peers where there are any.  Call it before any other use of
+    JAX; called again it changes nothing.
 
     Args:
         wait_seconds: how long to wait for the peers; default $ALIGN_JAX_WAIT_SECONDS or 300.

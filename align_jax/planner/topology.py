@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import math
 import os
@@ -51,6 +52,7 @@ class Topology:
         return len(self.shape) == 3 and all(size % 4 == 0 for size in self.shape)
 
 
+@functools.cache
 def describe_topology(name: str) -> Topology:
     """Describe a slice of TPUs that this machine need not have.
 

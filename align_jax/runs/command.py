@@ -108,6 +108,8 @@ def read(
             options = configs.read(flags.FLAGS.config)
             early.check(options, reads=reads)
             early.check_objective(options)
+            if reads:
+                early.check_model(options)
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)  # Orbax tells much of little
     gc.disable()  # of what is imported next nothing is to be collected

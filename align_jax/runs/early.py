@@ -1,8 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is wrong in a command is told before JAX, the models and the tokenizers are imported, which
-takes seconds: values and names of keys, files and folders that are not there.
+"""What is wrong in a command is told before all that a run needs is imported, which takes seconds.
 
-    keys on the command line ─ check ─► the recipe, which may import JAX ─ check ─► the program
+    keys on the command line
+      │ check             without JAX: values, names of keys, files and folders that are not there
+    the recipe, which may import JAX
+      │ check             the same
+      │ check_objective   with JAX
+      │ check_model       with Flax and transformers
+      │ check_mesh        with the devices
+    the program           with Grain, Orbax and the rest
 
 What is refused here the run would refuse, too; the functions that know are the run's own.
 """
@@ -16,6 +22,7 @@ import importlib.util
 import os
 import pathlib
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from etils import epath
 
@@ -23,6 +30,9 @@ from align_jax.core.choose import nearest
 from align_jax.core.options import Checked, Config
 from align_jax.data import sources
 from align_jax.interop import hub
+
+if TYPE_CHECKING:
+    from align_jax.models.config import ModelConfig
 
 ALSO = {"align_jax.data.formats:FORMATS": "align_jax.data.named:DATASETS"}  # names that will do
 
@@ -87,6 +97,49 @@ def check_objective(options: Config) -> None:
 
     chosen = options.objective
     losses.resolve(chosen.name, chosen.options, chosen.weights or None)
+
+
+def check_model(options: Config) -> None:
+    """Refuse a model's folder that holds none, and texts that are longer than its positions; of a
+    model on the hub the run finds out.
+
+    Raises:
+        ValueError, FileNotFoundError: as the run.
+    """
+    from align_jax.interop import hf
+
+    path = options.model.path
+    if path and hub.is_here(path):
+        found = hf.load_config(path, family=options.model.family)
+        check_positions(options, dataclasses.replace(found, run_length=options.max_length))
+
+
+def check_positions(options: Config, model: ModelConfig) -> None:
+    """Refuse texts that are longer than a model's positions.
+
+    Raises:
+        ValueError: the key, and the most.
+    """
+    if options.max_length > model.max_positions:
+        raise ValueError(
+            f"config.max_length = {options.max_length} exceeds the {model.max_positions} "
+            "positions of the model (max_position_embeddings): "
+            f"--config.max_length={model.max_positions} is the most"
+        )
+
+
+def check_mesh(options: Config) -> None:
+    """Refuse a mesh that these devices do not make up; this starts them.
+
+    Raises:
+        ValueError: as the run.
+    """
+    import jax
+
+    from align_jax.parallel import distributed, mesh
+
+    distributed.start()
+    mesh.mesh_shape(dataclasses.asdict(options.mesh), len(jax.devices()))
 
 
 def _named(options: Checked, prefix: str = "") -> Iterator[tuple[str, str, str]]:

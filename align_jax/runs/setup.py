@@ -48,7 +48,7 @@ from align_jax.online.config import RolloutConfig, is_online, make_rollout_confi
 from align_jax.online.rollout import Rollouts, make_rollouts
 from align_jax.parallel import compile_cache
 from align_jax.parallel.mesh import AXES, make_mesh, mesh_shape, row_shards
-from align_jax.runs import memory, reported, vocabulary, weights
+from align_jax.runs import early, memory, reported, vocabulary, weights
 from align_jax.storage import workdir as record
 from align_jax.training import initialize, optim, partitioning
 from align_jax.training.flops import attention_cost
@@ -154,12 +154,7 @@ def resolve_config(config: Config, devices: int) -> ResolvedConfig:
     model_config = dataclasses.replace(model_config.padded(multiple), run_length=config.max_length)
     if any({"scores", "step_scores"} & set(term.needs) for term in terms):
         model_config = model_config.with_pad(pad_id(tokenizer))
-    if config.max_length > model_config.max_positions:
-        raise ValueError(
-            f"config.max_length = {config.max_length} exceeds the {model_config.max_positions} "
-            "positions of the model (max_position_embeddings): "
-            f"--config.max_length={model_config.max_positions} is the most"
-        )
+    early.check_positions(config, model_config)
     _check_reference(config, terms)
     _check_guide(config, terms)
     _check_model(config, terms, model_config)

@@ -30,6 +30,7 @@ CONFIG_FILES = {
     "lacks": "x = 1\n",
     "other": "def get_config():\n    return {'seed': 1}\n",
     "asks": "def get_config(size):\n    return size\n",
+    "platforms": "import os\nraise ValueError(f\"JAX_PLATFORMS={os.environ['JAX_PLATFORMS']}\")\n",
     "syntax": "def get_config():\n    x = (\n",
     "imports": "\nimport no_such_module\n",
     "interrupts": "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n",
@@ -175,6 +176,7 @@ def folder(tmp_path_factory):
     (made / "p.jsonl").write_text('{"prompt": "p"}\n')
     alien = {"prompt": [{"role": "alien", "content": "q"}], "output": "a"}
     (made / "alien.jsonl").write_text(json.dumps({**alien, "prompt_id": 0, "sample_id": 0}))
+    (made / "lacking").mkdir()
     (made / "run").mkdir()
     config = configs.defaults()
     config.update(total_steps=1)
@@ -236,11 +238,15 @@ def test_an_interrupt_is_one_line_from_the_packages_first_line_on(command, tmp_p
     assert (found.returncode, found.stderr) == (130, f"{name}: interrupted\n")
 
 
-WITHOUT_JAX = """
+WITHOUT = """
 import os, runpy, sys
-sys.modules["jax"] = None  # whoever imports it fails
+missing, *lines = sys.argv[1:]
+for name in missing.split(","):
+    sys.modules[name] = None  # whoever imports it fails
 import align_jax.runs.command
-for line in sys.argv[1:]:
+if "jax" not in missing:
+    import align_jax.losses
+for line in lines:
     if not os.fork():
         program, *sys.argv[1:] = line.split()
         runpy.run_module(f"align_jax.{program}", run_name="__main__", alter_sys=True)
@@ -277,18 +283,31 @@ AT_ONCE = {f"{name} --help": f"python -m align_jax.{name}" for name in PROGRAMS}
     "evaluate --workdir=w --eval=preference=p.jsonl": "w is not a run's folder",
     "export --workdir=w --output=o": "w is not a run's folder",
     "label --samples=pp.jsonl --output=o": "did you mean 'p.jsonl'?",
+    # a machine's own chips are not taken, even if the config imports JAX
+    "plan --config=platforms.py --topology=v5e:2x2": "JAX_PLATFORMS=cpu",
+}
+# what the models, the tokenizers and the data are imported for
+BEFORE_THE_REST = {
+    f"train {TINY} --workdir=x --config.mesh.data=7": "devices are not divisible by 7",
+    "train dpo --model=lacking --data=p.jsonl": "no model in 'lacking': there is no lacking/config",
+    f"plan {TINY} --topology=v9:2x2": "topology 'v9:2x2': expected CHIP:AxB",
 }
 
 
-def test_help_and_mistakes_of_the_command_line_wait_for_no_import(folder):
-    command = [sys.executable, "-c", WITHOUT_JAX, *AT_ONCE]
+@pytest.mark.parametrize(
+    ("missing", "lines"), [("jax", AT_ONCE), ("transformers,grain", BEFORE_THE_REST)]
+)
+def test_help_and_mistakes_of_the_command_line_wait_for_no_import(missing, lines, folder):
+    command = [sys.executable, "-c", WITHOUT, missing, *lines]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    if missing == "jax":  # else devices are started: those that the suite is given
+        environment.pop("JAX_PLATFORMS", None)
     found = subprocess.run(
         command, cwd=folder, env=environment, stdout=-1, stderr=-2, text=True, timeout=120
     )
     *outputs, _ = re.split(r"(?<=== \d)\n", found.stdout)
-    for line, output in zip(AT_ONCE, outputs, strict=True):
-        wanted, asked = AT_ONCE[line], line.endswith("--help")
+    for line, output in zip(lines, outputs, strict=True):
+        wanted, asked = lines[line], line.endswith("--help")
         assert wanted in output and "Traceback" not in output, output
         assert output.endswith(f"== {0 if asked else 2}") and len(output.splitlines()) < 50
         keys = line.split()[0] in ("train", "inspect", "plan", "config")
