@@ -125,16 +125,10 @@ def test_policy_equal_to_reference_gives_the_known_value(name):
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_every_variant_is_finite_and_jit_agrees(name):
-    problem = cases.make_problem(name)
-    for options in cases.variants(name):
-        terms = losses.resolve(name, options)
-        value, grads = cases.value_and_grad(terms, problem)
-        assert np.isfinite(value), options
-        assert all(np.isfinite(grad).all() for grad in grads.values()), options
-        if not options:
-            compiled = jax.jit(functools.partial(cases.total, terms))(problem)
-            np.testing.assert_allclose(value, compiled, rtol=2e-6, atol=1e-6)
+def test_compiled_it_is_the_same(name):
+    problem, terms = cases.make_problem(name), losses.resolve(name)
+    compiled = jax.jit(functools.partial(cases.total, terms))(problem)
+    np.testing.assert_allclose(cases.total(terms, problem), compiled, rtol=2e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", PAIRS)
@@ -184,20 +178,14 @@ def test_gradient_raises_the_best_score_and_lowers_the_worst(name):
 
 
 EXTREMES = {
+    "ordinary": {},
     "log-ratios of 1e4 and -1e4": {"scale": 1e4},
     "empty responses": {"lengths": 0},
-    "one group": {"groups": 1},
     "only desirable": {"label": True},
     "only undesirable": {"label": False},
     "all weights 0": {"weight": 0.0},
     "certain tokens": {"certain": True},
 }
-EXTREME_CASES = [
-    (name, case)
-    for case, change in EXTREMES.items()
-    for name, row in OBJECTIVES.items()
-    if "label" not in change or row.data in ("unpaired", "rollout")
-]
 
 
 def extreme(name, *, scale=None, weight=None, certain=False, **shape):
@@ -223,16 +211,22 @@ def extreme(name, *, scale=None, weight=None, certain=False, **shape):
     return problem._replace(batch=batch, policy=policy)
 
 
-@pytest.mark.parametrize("name, case", EXTREME_CASES)
-def test_loss_and_gradient_are_finite_in_extremes(name, case):
-    problem = extreme(name, **EXTREMES[case])
-    for options in cases.variants(name) if "1e4" in case else [{}]:
-        if options.get("loss_type") not in (None, "dr_grpo") or options.get("humanline"):
-            continue
-        value, grads = cases.value_and_grad(losses.resolve(name, options), problem)
-        assert np.isfinite(value), options
-        for field, grad in grads.items():
-            assert np.isfinite(grad).all(), (options, field)
+@pytest.mark.parametrize("name", ROWS)
+def test_every_variant_is_finite_in_extremes(name):
+    extremes = [extreme(name, **change) for change in EXTREMES.values()]
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *extremes)
+    for options in cases.variants(name):
+        each = jax.vmap(functools.partial(cases.value_and_grad, losses.resolve(name, options)))
+        value, grads = each(stacked)
+        for field, found in {"loss": value, **grads}.items():
+            finite = np.isfinite(found).reshape(len(EXTREMES), -1).all(axis=1)
+            assert finite.all(), (options, field, dict(zip(EXTREMES, finite)))
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_one_group_is_enough(name):
+    value, grads = cases.value_and_grad(losses.resolve(name), extreme(name, groups=1))
+    assert all(np.isfinite(found).all() for found in (value, *grads.values()))
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -259,12 +253,11 @@ def test_loss_and_gradient_do_not_depend_on_microbatches(name):
             else cases.in_microbatches(terms, changed, parts)
         )
 
-    expected, *others = (
-        jax.value_and_grad(loss)(problem.policy.token_logps, parts) for parts in (1, 2, 4)
+    whole, parted = (
+        jax.value_and_grad(loss)(problem.policy.token_logps, parts) for parts in (1, 2)
     )
-    for found in others:
-        for a, b in zip(found, expected):
-            np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6)
+    for a, b in zip(parted, whole):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6)
 
 
 @pytest.mark.parametrize("name", ROWS)
