@@ -221,10 +221,12 @@ def _each_scored(examples: Sequence[Example], options: DataOptions, seed: int) -
     made = []
     for example in examples:
         if example.scores is None and example.label is None:
+            given = [name for name in ("score", "reward") if name in example.extras]
+            held = "".join(f", got {name}: {example.extras[name]!r:.40}" for name in given)
             raise ValueError(
-                f"{example.source}: no score: a column score or reward holds a number for each "
-                "response (of pairs: score_chosen and score_rejected); --config.data.invalid=drop "
-                "leaves such rows out"
+                f"{example.source}: no score: a column score or reward holds a finite number for "
+                f"each response (of pairs: score_chosen and score_rejected){held}; "
+                "--config.data.invalid=drop leaves such rows out"
             )
         for index in range(len(example.responses)):
             one = _take(example, index)

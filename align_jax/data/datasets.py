@@ -525,8 +525,12 @@ def _read(
     try:
         conversions.check_way(form.kind, target)
     except ValueError as error:  # before a row is refused for what it lacks as this format
-        first = {name: None for row in _first_rows(source, options.columns) for name in row}
-        raise _unlike(error, source.where(0), first, format, target) from error
+        first = _first_rows(source, options.columns)
+        named = {name for row in first for name in row}
+        empty = named - {name for row in first for name, value in row.items() if value is not None}
+        if empty:
+            error = ValueError(f"{error}; null in each of the rows: {', '.join(sorted(empty))}")
+        raise _unlike(error, source.where(0), named - empty, format, target) from error
     examples: list[Example] = []
     fields: Collection[str] = ()
     for where, get in tqdm.tqdm(rows, desc="reading", total=size, unit="rows", disable=None):

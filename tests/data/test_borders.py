@@ -811,10 +811,16 @@ def test_a_number_written_as_a_text_is_a_score_and_nan_a_missing_one(tmp_path):
     found = load(tmp_path, [{**row, "score": "0.5"}], "scored")
     assert found.items[0].scores == (0.5,)
     rows = [{**row, "score": 1}, {**row, "score": float("nan")}]
-    with pytest.raises(ValueError, match=r"data\.jsonl:2: no score.*--config.data.invalid=drop"):
+    with pytest.raises(ValueError, match=r"data\.jsonl:2: no score.*got score: nan; --config"):
         load(tmp_path, rows, "scored")
     report = load(tmp_path, rows, "scored", invalid="drop").report
     assert report == {"examples": 1, "dropped: no score": 1}
+
+
+def test_a_field_that_no_row_fills_is_named(tmp_path):
+    rows = [{"prompt": "q", "completion": "a", "label": None}] * 2
+    with pytest.raises(ValueError, match="null in each of the rows: label; it lacks label"):
+        load(tmp_path, rows, "unpaired")
 
 
 def test_another_kind_is_told_with_the_columns_that_may_hold_it(tmp_path):
