@@ -262,6 +262,11 @@ def _indexed(folder: str, single: str) -> tuple[str, dict[str, str]]:
             raise FileNotFoundError(
                 f"no weights in {folder}: expected {single} or {single}.index.json{others(folder)}"
             )
+        if single == SINGLE and (shards := _shards_in(folder)):
+            raise ValueError(
+                f"{folder} holds both {single} and {shards[0]}, without an index, of which some "
+                "programs read the first and some all: take away what is not meant"
+            )
         return index, {}
     where = read_json(index).get("weight_map")
     if not isinstance(where, dict) or not where or not all(map(_is_name, where.values())):
@@ -287,6 +292,12 @@ def _is_name(file: Any) -> bool:
     return isinstance(file, str) and file not in ("", ".", "..") and os.path.basename(file) == file
 
 
+def _shards_in(folder: str) -> list[str]:
+    return sorted(
+        name for name in os.listdir(folder) if re.fullmatch(r"model-\d+-of-\d+\.safetensors", name)
+    )
+
+
 def others(folder: str) -> str:
     """Say what else may hold weights in a folder that lacks safetensors."""
     ends = (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".ckpt", ".safetensors")
@@ -295,7 +306,7 @@ def others(folder: str) -> str:
         return f"; Hugging Face's cache has a model's files in a folder of {snapshots}"
     if not there:
         return ""
-    if shards := [name for name in there if re.fullmatch(r"model-\d+-of-\d+\.safetensors", name)]:
+    if shards := _shards_in(folder):
         return f"; {shards[0]} is there, and no {INDEX}: fetch that too"
     return (
         f"; {', '.join(there[:3])} beside it is not read: convert with transformers' "

@@ -23,6 +23,10 @@ qk_layernorm""".split()
 IMPLIED: Mapping[str, Callable[[Any], Any]] = {
     "use_bidirectional_attention": lambda config: False,
     "alibi": lambda config: False,
+    "use_alibi": lambda config: False,
+    "rope_interleave": lambda config: config.rope_interleaved,
+    "use_parallel_residual": lambda config: config.parallel_residual,
+    "swiglu_limit": lambda config: config.glu_limit or None,
     "sliding_window": lambda config: None,
     "attention_chunk_size": lambda config: None,
     "layer_types": lambda config: [

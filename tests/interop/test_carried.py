@@ -3,6 +3,7 @@
 of tensors, fp8 and MXFP4 codes."""
 
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -202,6 +203,13 @@ def test_settings_of_what_lay_there_go_though_the_run_began_with_none(tmp_path):
         (tmp_path / name).touch()
     carry("", str(tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["my_config.json"]
+
+
+def test_shards_beside_a_whole_file_are_refused(folder):
+    """transformers reads the one, vLLM all, as the latter takes whatever no index leaves out."""
+    shutil.copy(folder / "model.safetensors", folder / "model-00001-of-00002.safetensors")
+    with pytest.raises(ValueError, match="both model.safetensors and model-00001-of-00002.safe"):
+        hf.load(str(folder))
 
 
 def test_an_export_over_what_it_reads_is_refused(folder):

@@ -33,6 +33,19 @@ BY_KIND = {
     "full_attention": YARN | {"truncate": False},
     "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
 }
+LATENT = {
+    "kv_lora_rank": 12,
+    "q_lora_rank": 20,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 6,
+    "v_head_dim": 10,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": 24,
+    "n_group": 1,
+    "topk_group": 1,
+}
 NANO = {"num_kv_shared_layers": 0, "vocab_size_per_layer_input": 60}
 
 
@@ -66,6 +79,9 @@ def read(family, **more):
         ("mistral", {"embedding_multiplier": 3.0}, "embedding_multiplier: expected 1.0"),
         ("llama", {"no_rope_layers": [1, 0, 1]}, "no_rope_layers: expected"),
         ("llama", {"attention_chunk_size": 4}, "attention_chunk_size: expected null"),
+        ("llama", {"rope_interleave": True}, "rope_interleave: expected false"),
+        ("qwen3", {"use_parallel_residual": True}, "use_parallel_residual: expected false"),
+        ("mixtral", {"swiglu_limit": 7.0}, "swiglu_limit: expected null"),
         ("mixtral", {"norm_topk_prob": False}, "norm_topk_prob: expected true"),
         *(
             (family, {"is_causal": False}, "is_causal: expected true")
@@ -80,6 +96,8 @@ def read(family, **more):
             for family in ("olmo3", "gemma3_text")
         ),
         ("opt", {"_remove_final_layer_norm": True}, "_remove_final_layer_norm false"),
+        ("deepseek_v3", LATENT, "num_key_value_heads: expected 4, .*got 2"),
+        ("deepseek_v3", LATENT | {"num_key_value_heads": 4, "head_dim": 2}, "expected 4 or 10"),
         *(
             (family, {"rope_scaling": scaling}, words)
             for family, scaling, words in (
@@ -121,6 +139,7 @@ def test_a_key_that_would_be_passed_over_is_refused_by_name(family, more, words)
         ("mistral", {"attention_bias": True, "mlp_bias": True}),
         ("phi3", {"attention_bias": True, "pad_token_id": 0}),
         ("qwen2", {"attention_bias": False}),
+        ("ernie4_5", {"rope_interleave": True, "use_parallel_residual": False}),
         ("hunyuan_v1_dense", {"use_qk_norm": True, "head_dim": 8}),
         (
             "llama",

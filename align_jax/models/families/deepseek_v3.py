@@ -42,8 +42,19 @@ def check_routing(hf: Mapping[str, Any], **computed: Any) -> None:
 
 
 def latent_fields(full: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what latent attention has."""
+    """Return what latent attention has.
+
+    Raises:
+        ValueError: heads of another width, or fewer that have keys.
+    """
     turning, width = full["qk_rope_head_dim"], full["qk_rope_head_dim"] + full["qk_nope_head_dim"]
+    for key, known in (
+        ("head_dim", (turning, width)),  # transformers writes the first, others what it is
+        ("num_key_value_heads", (full["num_attention_heads"],)),
+    ):
+        if full.get(key) not in (None, *known):
+            said = " or ".join(map(str, known))
+            raise ValueError(f"{key}: expected {said}, as latent attention has; got {full[key]}")
     rope = rope_from_hf(full["rope_parameters"], turning, full["max_position_embeddings"])
     scale, all_dim = width**-0.5, rope.option("mscale_all_dim")
     if rope.kind != "default" and all_dim and (factor := rope.option("factor", 1)) > 1:
