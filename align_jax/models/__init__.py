@@ -26,6 +26,7 @@ from align_jax.models.families import (
     gemma4_text,
     glm4,
     glm4_moe,
+    glm4_moe_lite,
     gpt2,
     gpt_neox,
     gpt_oss,
@@ -35,6 +36,7 @@ from align_jax.models.families import (
     llama,
     minimax_m2,
     ministral,
+    ministral3,
     mistral,
     mixtral,
     nemotron,
@@ -137,6 +139,9 @@ FAMILIES: Mapping[str, Family] = {
     "glm4": _row(glm4, "Glm4"),
     # the further layers predict more tokens at once, which transformers leaves out
     "glm4_moe": _row(glm4_moe, "Glm4Moe", classifier="", carried=r"^model\.layers\.(46|92)\."),
+    "glm4_moe_lite": _row(
+        glm4_moe_lite, "Glm4MoeLite", classifier="", carried=r"^model\.layers\.47\."
+    ),
     "gpt2": _row(
         gpt2,
         "GPT2",
@@ -158,6 +163,7 @@ FAMILIES: Mapping[str, Family] = {
     "llama": _row(llama, "Llama"),
     "minimax_m2": _row(minimax_m2, "MiniMaxM2", classifier=""),
     "ministral": _row(ministral, "Ministral"),
+    "ministral3": _row(ministral3, "Ministral3"),
     "mistral": _row(mistral, "Mistral"),
     "mistral3": _tower("mistral3", "Mistral3"),
     "mixtral": _row(mixtral, "Mixtral"),

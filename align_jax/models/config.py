@@ -162,6 +162,8 @@ class ModelConfig:
         sparsities: of each layer, the part of its MLP's gates that is to be zero; () = of none.
         layer_scale: whether a layer's output is multiplied by a number of the layer, which is not
             trained.
+        query_growth: rate and length by which queries grow with their position: by 1 + rate
+            log(1 + n) behind n such lengths.
         attention_gate: whether a sigmoid of the token scales each head's output; it is made with
             the query.
         sinks: whether each head has a learned logit more in its softmax, of no key.
@@ -226,6 +228,7 @@ class ModelConfig:
     laurel_rank: int = 0
     sparsities: tuple[float, ...] = ()
     layer_scale: bool = False
+    query_growth: tuple[float, int] | None = None
     attention_gate: bool = False
     sinks: bool = False
     attention_bias: bool = False
@@ -626,8 +629,8 @@ def rope_from_hf(
         )
     if options.pop("llama_4_scaling_beta", None):
         raise ValueError(
-            "rope_parameters.llama_4_scaling_beta: expected 0, or no such key, as no family that "
-            "is read scales queries by their position (ministral3, mistral4 do)"
+            "rope_parameters.llama_4_scaling_beta: expected 0, or no such key, as this family does "
+            "not scale queries by their position (ministral3 does)"
         )
     theta = float(options.pop("rope_theta"))
     part = options.pop("partial_rotary_factor", 1.0)

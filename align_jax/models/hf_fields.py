@@ -178,6 +178,11 @@ FIELDS = (
     Kind("a list of integers, or null", or_null(is_list_of(is_integer)), ("mlp_only_layers",)),
     Kind("a list of text, or null", or_null(is_list_of(is_text)), ("architectures",)),
     Kind(
+        "a list with 'dense' or 'sparse' for each layer, or null",
+        or_null(is_list_of(lambda value: value in ("dense", "sparse"))),
+        ("mlp_layer_types",),
+    ),
+    Kind(
         "'float32', 'bfloat16', 'float16', 'float64' or null",
         or_null(_is_dtype),
         ("dtype", "torch_dtype"),
@@ -196,7 +201,11 @@ ROPE_FIELDS = (
             beta_slow""".split()
         ),
     ),
-    Kind("a number, at least 0, or null", or_null(is_not_below_zero), ("mscale", "mscale_all_dim")),
+    Kind(
+        "a number, at least 0, or null",
+        or_null(is_not_below_zero),
+        ("mscale", "mscale_all_dim", "llama_4_scaling_beta"),
+    ),
     Kind(
         "a positive integer or null",
         or_null(is_count),

@@ -75,6 +75,8 @@ class Attention(nn.Module):
             q, gate = jnp.split(q, 2, axis=-1)
         new = None if c.reused else self._keys(project, layer, rows)
         q = self._turned("query", q, "heads", layer, rows)
+        if c.query_growth:
+            q = _grown(q, rows.positions, *c.query_growth)
         sinks = self._sinks() if c.sinks else None
         if cache is not None and rows.slots is not None:
             (k, v), allowed, cache = _extended(new, layer, rows, cache, c)
@@ -205,6 +207,12 @@ def _rotated(x: Heads, layer: Layer, rows: Rows, config: ModelConfig) -> Heads:
         cos, sin = (jnp.stack(tables)[layer.rope] for tables in zip(*rows.ropes))
     turned = ropes.rotate(x, cos, sin, config.rope_interleaved)
     return turned if -1 not in config.layer_ropes else jnp.where(layer.rope >= 0, turned, x)
+
+
+def _grown(q: Queries, positions: Int[Array, "N T"], rate: float, length: int) -> Queries:
+    """Scale queries by how many lengths lie behind them, in float32."""
+    factor = 1 + rate * jnp.log1p((positions // length).astype(jnp.float32))
+    return q * factor[:, :, None, None].astype(q.dtype)
 
 
 def _attended(

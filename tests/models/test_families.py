@@ -274,6 +274,13 @@ CASES = {  # case -> (model_type, what differs from SHAPE)
     "olmoe": ("olmoe", {"num_experts": 4, "num_experts_per_tok": 2}),
     "cwm": ("cwm", MIXED | {"head_dim": 8}),
     "ministral": ("ministral", MIXED | {"head_dim": 12}),
+    "ministral3": (
+        "ministral3",
+        {
+            "head_dim": 12,
+            "rope_parameters": YARN | {"mscale": 1.0, "llama_4_scaling_beta": 0.7},
+        },
+    ),
     "starcoder2": ("starcoder2", {"sliding_window": WINDOW, "tie_word_embeddings": False}),
     "arcee": ("arcee", {"head_dim": 8, "mlp_bias": True}),
     "nemotron": ("nemotron", {"head_dim": 8, "attention_bias": True}),
@@ -327,6 +334,19 @@ CASES = {  # case -> (model_type, what differs from SHAPE)
         {
             "text_config": SHAPE
             | {"model_type": "mistral", "head_dim": 8, "sliding_window": WINDOW},
+            "vision_config": EYES | {"model_type": "pixtral"},
+            "tie_word_embeddings": False,
+        },
+    ),
+    "mistral3, ministral3": (
+        "mistral3",
+        {
+            "text_config": SHAPE
+            | {
+                "model_type": "ministral3",
+                "head_dim": 8,
+                "rope_parameters": YARN | {"llama_4_scaling_beta": 0.7},
+            },
             "vision_config": EYES | {"model_type": "pixtral"},
             "tie_word_embeddings": False,
         },
@@ -415,6 +435,10 @@ CASES = {  # case -> (model_type, what differs from SHAPE)
             "use_qk_norm": True,
         },
     ),
+    "glm4_moe_lite": (
+        "glm4_moe_lite",
+        LATENT | {"mlp_layer_types": ["dense", "dense", "sparse"], "first_k_dense_replace": 2},
+    ),
     "qwen3_next": ("qwen3_next", DELTA | EXPERTS | {"mlp_only_layers": [1]}),
     "qwen3_5_text": ("qwen3_5_text", DELTA),
     "qwen3_5_moe_text": ("qwen3_5_moe_text", DELTA | EXPERTS),
@@ -456,7 +480,7 @@ def seen_by_decoding(case):
         c.delta and c.delta.fused,
     )
     places = c.learned_positions, c.position_offset, len(c.ropes), -1 in c.layer_ropes
-    scores = c.attention_softcap > 0, c.sinks, c.attention_gate
+    scores = c.attention_softcap > 0, c.sinks, c.attention_gate, bool(c.query_growth)
     layers = (
         c.reused > 0,
         c.token_inputs > 0,
@@ -646,15 +670,16 @@ def test_a_tower_is_configured_as_its_text_family(peer):
 
 @only([case for case in TOWERS if case not in ("gemma3n", "gemma4")])  # of one spelling
 def test_newer_names_of_a_text_tower_are_read(peer, tmp_path):
-    case, path, _, model, params, _ = peer
-    row = FAMILIES[model.config.family]
+    _, path, _, model, params, _ = peer
+    family = model.config.family
+    row = FAMILIES[family]
     tensors = load_file(path / "model.safetensors")
     renamed = {
         name
         if name.startswith("model.visual")
         else "model." + name
         if re.search(row.carried, name)
-        else hf.as_module(name, case): tensor
+        else hf.as_module(name, family): tensor
         for name, tensor in tensors.items()
     }
     save_file(renamed, tmp_path / "model.safetensors")
