@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measure each family of the tests against transformers, for the table of docs/families.md.
 
-    python tools/measure_families.py [--only=llama,gpt_oss]
+    python tools/measure_families.py [--only="llama;gpt_oss"]
 
 Of a tiny random model in float32: the largest difference of the logits over padded rows, how many
 greedily drawn tokens are the same, whether an export holds the same bytes. Some five seconds a

@@ -718,7 +718,7 @@ def decoder_config(
     heads = full["num_attention_heads"]
     head_dim = full.get("head_dim") or full["hidden_size"] // heads
     derived = not hf.get("head_dim") and head_dim == full["hidden_size"] // heads
-    if derived and full["hidden_size"] % heads:
+    if derived and "head_dim" not in changes and full["hidden_size"] % heads:
         raise ValueError(
             f"hidden_size: expected a multiple of num_attention_heads, {heads}, or a head_dim; got "
             f"{full['hidden_size']}"

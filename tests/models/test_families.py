@@ -276,10 +276,7 @@ CASES = {  # case -> (model_type, what differs from SHAPE)
     "ministral": ("ministral", MIXED | {"head_dim": 12}),
     "ministral3": (
         "ministral3",
-        {
-            "head_dim": 12,
-            "rope_parameters": YARN | {"mscale": 1.0, "llama_4_scaling_beta": 0.7},
-        },
+        {"head_dim": 12, "rope_parameters": YARN | {"mscale": 1.0, "llama_4_scaling_beta": 0.7}},
     ),
     "starcoder2": ("starcoder2", {"sliding_window": WINDOW, "tie_word_embeddings": False}),
     "arcee": ("arcee", {"head_dim": 8, "mlp_bias": True}),
