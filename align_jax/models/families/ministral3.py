@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ministral 3: Mistral whose queries grow with every context that lies behind them (Mistral AI 2025;
-transformers 5, ``Ministral3Attention``)."""
+"""Ministral 3: Mistral whose queries grow with every context that lies behind them (Mistral AI
+2025; transformers 5, ``Ministral3Attention``)."""
 
 from __future__ import annotations
 
