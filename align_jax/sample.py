@@ -17,7 +17,8 @@ from absl import flags
 
 from align_jax.runs import command
 
-COMMANDS = "/quit or Ctrl-D leaves; /reset begins anew; /system WORDS also sets the system turn"
+COMMANDS = "/quit or Ctrl-D leaves; /reset begins anew"
+SYSTEM = "; /system WORDS also sets the system turn"  # which a chat template writes
 
 
 def check_flags() -> None:
@@ -63,7 +64,7 @@ if __name__ == "__main__":  # here, because what is imported next takes seconds
         "default: plain, or what the run was trained with.",
     )
     flags.DEFINE_string("output", "", "File of JSON lines.")
-    flags.DEFINE_bool("chat", False, f"Talk instead of reading prompts: {COMMANDS}.")
+    flags.DEFINE_bool("chat", False, f"Talk instead of reading prompts: {COMMANDS}{SYSTEM}.")
     flags.DEFINE_integer("samples_per_prompt", 1, "Completions of each prompt.", 1)
     flags.DEFINE_integer("max_new_tokens", 256, "Tokens of a completion at most.", 1)
     flags.DEFINE_integer(
@@ -377,8 +378,9 @@ def converse(
     """
     tokenizer, name = policy.tokenizer, policy.name
     check_room(policy, request)
+    commands = COMMANDS + (SYSTEM if tokenizer.chat_template else "")
     turns: list[Message] = []
-    write(f"{name}: {COMMANDS}\n")
+    write(f"{name}: {commands}\n")
     if not tokenizer.chat_template:
         write("There is no chat template: the model continues the text.\n")
     while True:
@@ -395,7 +397,7 @@ def converse(
         elif command == "/reset":
             turns = []
         elif command.startswith("/"):
-            write(f"{command}: {COMMANDS}\n")
+            write(f"{command}: {commands}\n")
         elif command:
             asked = [*turns, {"role": "user", "content": words}]
             try:

@@ -170,7 +170,7 @@ def test_a_conversation_streams_whole_characters_and_keeps_its_turns():
     tokenizer = load_tokenizer("byte")
     policy = sample.SamplingPolicy(Parrot(tokenizer), tokenizer, "parrot", 512)
     written = talk(policy, "Hi", "", "And?", "/reset", "Yo", "/system Be", "Oh", stop=("##",))
-    assert "/quit or Ctrl-D leaves" in written[0]
+    assert "/quit or Ctrl-D leaves" in written[0] and "/system" in written[0]
     assert written[1:5] == ["n", "é", " ", "\n"]
     assert "\N{REPLACEMENT CHARACTER}" not in "".join(written) and "#" not in "".join(written)
     hi, both, anew, system = policy.engine.asked
@@ -189,6 +189,7 @@ def test_a_conversation_ends_with_quit_and_says_what_it_cannot_do():
 def test_a_conversation_of_a_real_model_says_what_sampling_says(policy):
     start, sampling = "Once upon a time, ", Sampling(0.0)
     written = talk(policy, start, "Then ", max_new_tokens=8, sampling=sampling)
+    assert "/system" not in written[0]  # for which a template is needed
     assert "continues the text" in written[1] and len(written) > 8
     ids = tuple(policy.tokenizer(start).input_ids)
     [[whole]] = policy.engine([Request(ids, max_new_tokens=8, sampling=sampling)])

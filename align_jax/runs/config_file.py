@@ -145,9 +145,10 @@ def load(name: str) -> ConfigDict:
     try:
         found = runpy.run_path(path)
         if "get_config" not in found:
-            raise ConfigMistake(
-                f"{path} has no function get_config; see {recipes()['tiny']} for what a config is"
-            )
+            instead = f"see {recipes()['tiny']} for what a config is"
+            if argument and argument[0] in found:
+                instead = f"as an objective it is {file.stem}:{argument[0]}"
+            raise ConfigMistake(f"{path} has no function get_config; {instead}")
         try:
             inspect.signature(found["get_config"]).bind(*argument)
         except TypeError as error:
