@@ -18,6 +18,7 @@ from align_jax.models.families import (
     deepseek_v3,
     dots1,
     ernie4_5,
+    ernie4_5_moe,
     exaone4,
     gemma,
     gemma2,
@@ -127,6 +128,8 @@ FAMILIES: Mapping[str, Family] = {
     "deepseek_v3": _row(deepseek_v3, "DeepseekV3", carried=r"^model\.layers\.61\."),
     "dots1": _row(dots1, "Dots1", classifier=""),
     "ernie4_5": _row(ernie4_5, "Ernie4_5", classifier=""),
+    # what predicts more tokens at once stands under mtp, which transformers leaves out
+    "ernie4_5_moe": _row(ernie4_5_moe, "Ernie4_5_Moe", classifier="", carried=r"^(model\.)?mtp_"),
     "exaone4": _row(exaone4, "Exaone4"),
     "gemma": _row(gemma, "Gemma"),
     "gemma2": _row(gemma2, "Gemma2"),

@@ -176,7 +176,7 @@ class ModelConfig:
         expert_bias: whether the router and the experts' maps have biases.
         glu_limit: where above 0, gate and up are clipped to it, and a gated map is
             (up + 1) * gate * sigmoid(``glu_gain`` * gate).
-        routing: "softmax", or "sigmoid" with a bias that corrects the choice alone.
+        routing: "softmax"; "corrected" or "sigmoid", with a bias that corrects the choice alone.
         expert_groups, groups_per_token: the experts stand in so many groups, of which a token
             chooses from so many.
         routed_scale: factor on the chosen experts' sum.

@@ -79,7 +79,7 @@ FIELDS = (
             shared_expert_intermediate_size linear_num_key_heads linear_num_value_heads
             linear_key_head_dim linear_value_head_dim linear_conv_kernel_dim
             vocab_size_per_layer_input full_attention_interval decoder_sparse_step
-            altup_num_inputs laurel_rank""".split()
+            altup_num_inputs laurel_rank moe_k moe_num_experts moe_layer_interval""".split()
         ),
     ),
     Kind(
@@ -123,13 +123,17 @@ FIELDS = (
     ),
     Kind("a number above 1", _is_base, ("rope_theta", "rope_local_base_freq", "rotary_emb_base")),
     Kind("a number above 0, at most 1", _is_part, ("partial_rotary_factor", "rotary_pct")),
-    Kind("a number, at least 0", is_not_below_zero, ("initializer_range", "init_std")),
+    Kind(
+        "a number, at least 0", is_not_below_zero, ("initializer_range", "init_std", "moe_norm_min")
+    ),
+    Kind("an integer", is_integer, ("moe_layer_end_index",)),
     Kind(
         "an integer, at least 0",
         _is_some,
         tuple(
             """first_k_dense_replace n_shared_experts num_kv_shared_layers
-            hidden_size_per_layer_input altup_active_idx""".split()
+            hidden_size_per_layer_input altup_active_idx moe_num_shared_experts
+            moe_layer_start_index""".split()
         ),
     ),
     Kind(

@@ -66,10 +66,11 @@ def route(
     normalize: bool,
     bias: Float[Array, "E"] | None = None,
     groups: tuple[int, int] = (1, 1),
+    sigmoid: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Choose each token's experts, by a softmax or, with a bias, by sigmoids.
+    """Choose each token's experts, by a softmax or by sigmoids.
 
-    The bias corrects the choice alone (DeepSeek-AI 2024, arXiv 2412.19437, equation 16); of (n, k)
+    A bias corrects the choice alone (DeepSeek-AI 2024, arXiv 2412.19437, equation 16); of (n, k)
     ``groups`` of experts the k are chosen from whose best is highest, of sigmoids the best two.
 
     Returns:
@@ -77,12 +78,12 @@ def route(
         experts int32 [N, T, k].
     """
     probabilities = jax.nn.softmax(logits.astype(jnp.float32), axis=-1)
-    scores = ranked = probabilities
+    scores = jax.nn.sigmoid(logits.astype(jnp.float32)) if sigmoid else probabilities
+    ranked = scores
     if bias is not None:
-        scores = jax.nn.sigmoid(logits.astype(jnp.float32))
         ranked = scores + bias.astype(jnp.float32)[None, None]
     if groups[1] < groups[0]:
-        ranked = _of_best_groups(ranked, *groups, of=1 if bias is None else 2)
+        ranked = _of_best_groups(ranked, *groups, of=2 if sigmoid else 1)
     _, experts = jax.lax.top_k(ranked, count)
     weights = jnp.take_along_axis(scores, experts, axis=-1)
     if normalize:
@@ -237,7 +238,7 @@ class Experts(nn.Module):
             shift = parameter(self, "router_bias", zeros, (E,), (None,), role.vector())
             logits = logits + array(shift, exact)[None, None]
         bias = None
-        if c.routing == "sigmoid":
+        if c.routing != "softmax":
             bias = parameter(self, "bias", zeros, (E,), (None,), role.vector())
         probabilities, weights, experts = route(
             logits,
@@ -245,6 +246,7 @@ class Experts(nn.Module):
             c.normalize_experts,
             bias,
             (c.expert_groups, c.groups_per_token),
+            c.routing == "sigmoid",
         )
         if c.routed_scale != 1:
             weights = weights * c.routed_scale

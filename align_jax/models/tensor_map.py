@@ -211,7 +211,9 @@ def fused(entries: Sequence[TensorMap], present: Container[str]) -> list[TensorM
     transformers 5 do; what it holds one by one stays."""
     out = []
     for entry in entries:
-        name = entry.name.replace(".block_sparse_moe.", ".mlp.")
+        name = entry.name
+        for older, newer in _NEWER.items():
+            name = name.replace(older, newer)
         whole, by_expert, _ = name.partition(".experts.{expert}.")
         part = entry.path.rsplit("/", 1)[-1]
         if by_expert:
@@ -223,6 +225,8 @@ def fused(entries: Sequence[TensorMap], present: Container[str]) -> list[TensorM
     return out
 
 
+# a part of a checkpoint's name -> what modules of transformers 5 have there
+_NEWER = {".block_sparse_moe.": ".mlp.", ".mlp.moe_statics.": ".mlp.gate.moe_statics."}
 _FUSED = {"gate": "E (2:0 F) D -> E D F", "up": "E (2:1 F) D -> E D F", "down": "E D F -> E F D"}
 
 

@@ -98,6 +98,7 @@ CASES = {  # family -> (what differs from SHAPE, a fused module's name)
     "cohere2": ({}, ""),
     "cwm": ({"head_dim": 8}, ""),
     "ernie4_5": ({"head_dim": 8}, ""),
+    "ernie4_5_moe": ({"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 24}, ""),
     "exaone4": ({}, ""),
     "glm4": ({"head_dim": 8}, "gate_up_proj"),
     "granite": ({"residual_multiplier": 0.5}, ""),
@@ -198,6 +199,7 @@ VARIANTS = {
     "gpt_oss": dict(targets="attention/.*"),
     "glm4_moe": dict(targets="attention/.*|shared/.*"),
     "dots1": dict(targets="shared/.*"),
+    "ernie4_5_moe": dict(targets="attention/.*|shared/.*"),
     "gemma4_text": dict(targets="attention/.*|mlp/.*|token/.*|token_inputs/.*"),
     "gemma3n_text": dict(
         targets="attention/.*|mlp/.*|token/.*|token_inputs/.*|altup/.*|laurel/.*|streams/.*"

@@ -306,6 +306,16 @@ CASES = {  # case -> (model_type, what differs from SHAPE)
         },
     ),
     "ernie4_5": ("ernie4_5", {"head_dim": 8, "use_bias": True}),
+    "ernie4_5_moe": (
+        "ernie4_5_moe",
+        {
+            "moe_num_experts": 4,
+            "moe_k": 2,
+            "moe_intermediate_size": 24,
+            "num_hidden_layers": 4,
+            "moe_layer_interval": 2,
+        },
+    ),
     "gemma3": (
         "gemma3",
         {
