@@ -447,6 +447,9 @@ def read(rewards: Mapping[str, Any]) -> list[RewardTerm]:
         weight, kind = options.pop("weight", 1.0), options.pop("kind", name)
         if not is_number(weight):
             raise ValueError(f"reward {name!r}: weight = {weight!r:.60}: expected a finite number")
+        if isinstance(kind, str) and ":" in kind:
+            own = {kind.rpartition(":")[2]: {"kind": "function", "path": kind}}
+            raise ValueError(f"reward {kind!r}: a function of yours is named {json.dumps(own)}")
         choose(REWARDS, str(kind), "reward")
         terms.append(RewardTerm(name, float(weight), kind, options))
         _bind(terms[-1], load_model=None, mesh=None)

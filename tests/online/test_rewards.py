@@ -165,6 +165,7 @@ def test_a_judge_without_a_number_is_named(monkeypatch):
         ({"format": None}, "expected a weight or options such as .*, got None"),
         ({"format": [1.0]}, r"got \[1.0\]"),
         ({"format": {"kind": ["length"]}}, "is unknown"),
+        ({"mine:f": 1.0}, 'is named {"f": {"kind": "function", "path": "mine:f"}}'),
         ({"regex": {"pattern": "("}}, "reward 'regex': .*unterminated"),
         ({"lexicon": {"path": "/no/such/file"}}, "reward 'lexicon': .*No such file.*/no/such/file"),
         ({"judge": {"url": "http://gpu7:8000", "model": "m"}}, "'judge': .*plain http.*allow_http"),
