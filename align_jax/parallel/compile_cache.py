@@ -11,6 +11,8 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 AUTO = "auto"
+# seconds that a program took, to be kept: a small model's hundred small ones together take longest
+SMALLEST = "jax_persistent_cache_min_compile_time_secs"
 MAX_BYTES = 4 * 2**30  # of the user's cache folder: what was not used for longest goes first
 
 
@@ -26,16 +28,21 @@ def keep(folder: str = AUTO) -> None:
     Call it after ``distributed.start()``, before anything is compiled.
 
     Args:
-        folder: a path; "" = keep none, but where JAX_COMPILATION_CACHE_DIR says; "auto" = there,
-            else in ``users_folder()``, unless it cannot be written to. Programs of several CPU
-            devices cannot be kept, and several processes need a folder that they share: of these
-            "auto" keeps none.
+        folder: a path; "" = keep none, but where JAX_COMPILATION_CACHE_DIR says; "auto" = there
+            (small programs too, unless JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS is set), else in
+            ``users_folder()``, unless it cannot be written to. Programs of several CPU devices
+            cannot be kept, and several processes need a folder that they share: of these "auto"
+            keeps none.
 
     Raises:
         ValueError: nothing can be written to the path, of which JAX would warn at each program.
     """
     named = getattr(jax.config, "jax_compilation_cache_dir", None)  # it has no types
-    if not folder or folder == AUTO and named:
+    if not folder:
+        return
+    if folder == AUTO and named:
+        if SMALLEST.upper() not in os.environ:
+            jax.config.update(SMALLEST, 0.0)
         return
     if folder == AUTO:
         several_cpus = jax.default_backend() == "cpu" and jax.device_count() > 1
@@ -49,8 +56,7 @@ def keep(folder: str = AUTO) -> None:
             "'' to keep nothing"
         )
     jax.config.update("jax_compilation_cache_dir", folder)
-    # a small model's hundred small programs together take longest
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update(SMALLEST, 0.0)
     compilation_cache.reset_cache()  # where a notebook has compiled something already
 
 

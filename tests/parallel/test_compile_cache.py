@@ -51,3 +51,16 @@ def test_a_folder_that_cannot_be_written_to_is_an_error(settings, tmp_path, monk
     jax.config.update("jax_compilation_cache_dir", None)
     compile_cache.keep()  # nobody has asked for it
     assert jax.config.jax_compilation_cache_dir is None
+
+
+@pytest.mark.parametrize("said, kept", [("", 0.0), ("0.3", 1.0)])
+def test_small_programs_are_kept_where_the_environment_names_the_folder(
+    settings, monkeypatch, said, kept
+):
+    monkeypatch.delenv(compile_cache.SMALLEST.upper(), raising=False)
+    if said:
+        monkeypatch.setenv(compile_cache.SMALLEST.upper(), said)  # JAX has read it: it stays
+    jax.config.update("jax_compilation_cache_dir", "theirs")
+    jax.config.update(compile_cache.SMALLEST, 1.0)
+    compile_cache.keep()
+    assert getattr(jax.config, compile_cache.SMALLEST) == kept
