@@ -44,7 +44,8 @@ SCORE = "score/out/kernel"
 # family -> targets whose modules PEFT 0.21 takes for experts (transformers_weight_conversion.py)
 # where they are called modules, and not where their weights are called parameters
 AS_PARAMETERS = dict.fromkeys(
-    "deepseek_v2 deepseek_v3 dots1 ernie4_5_moe glm4_moe glm4_moe_lite kimi_k2 qwen3_next".split(),
+    """deepseek_v2 deepseek_v3 dots1 ernie4_5_moe glm4_moe glm4_moe_lite kimi_k2 qwen3_next
+    solar_open""".split(),
     "shared/",
 )
 

@@ -56,6 +56,7 @@ from align_jax.models.families import (
     qwen3_next,
     seed_oss,
     smollm3,
+    solar_open,
     starcoder2,
     towers,
 )
@@ -197,6 +198,7 @@ FAMILIES: Mapping[str, Family] = {
     "qwen3_vl": _tower("qwen3_vl", "Qwen3VL"),
     "seed_oss": _row(seed_oss, "SeedOss"),
     "smollm3": _row(smollm3, "SmolLM3"),
+    "solar_open": _row(solar_open, "SolarOpen", classifier=""),
     "starcoder2": _row(starcoder2, "Starcoder2"),
 }
 

@@ -446,6 +446,16 @@ CASES = {  # case -> (model_type, what differs from SHAPE)
         "glm4_moe_lite",
         LATENT | {"mlp_layer_types": ["dense", "dense", "sparse"], "first_k_dense_replace": 2},
     ),
+    "solar_open": (
+        "solar_open",
+        {
+            "head_dim": 8,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 24,
+            "attention_bias": True,
+        },
+    ),
     "qwen3_next": ("qwen3_next", DELTA | EXPERTS | {"mlp_only_layers": [1]}),
     "qwen3_5_text": ("qwen3_5_text", DELTA),
     "qwen3_5_moe_text": ("qwen3_5_moe_text", DELTA | EXPERTS),
