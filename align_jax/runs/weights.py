@@ -27,6 +27,7 @@ from align_jax.models.config import ModelConfig
 from align_jax.models.lora import fold, merge
 from align_jax.models.model import LoadedModel, Model, build
 from align_jax.models.quantize import Quantized, quantize
+from align_jax.parallel.compile_cache import jit_once
 from align_jax.parallel.sharding import tree_shardings
 from align_jax.runs import memory
 from align_jax.training.initialize import StateSpecs, own_dtype
@@ -195,7 +196,7 @@ def load_params(model: Model, shapes: Tree, *, path: str, key: jax.Array) -> Tre
                 name: _as(drawn[name].astype(leaf.dtype), leaf) for name, leaf in missing.items()
             }
 
-        loaded |= jax.jit(draw, out_shardings=_shardings(missing))(key)
+        loaded |= jit_once(draw, out_shardings=_shardings(missing))(key)
     return unflatten({name: loaded[name] for name in wanted})
 
 
@@ -406,7 +407,7 @@ def _load_trained(spec: StepSpec, specs: StateSpecs, frozen: Tree, config: Confi
             drawn = flatten(spec.policy.init_adapter(key, base))
             return {name: drawn[name].astype(leaf.dtype) for name, leaf in adapter.items()}
 
-        trained = jax.jit(draw, out_shardings=_shardings(adapter))(frozen["base"], key)
+        trained = jit_once(draw, out_shardings=_shardings(adapter))(frozen["base"], key)
     heads = unflatten({name: leaf for name, leaf in shapes.items() if name not in trained})
     if heads:
         heads = load_params(spec.policy, heads, path=path, key=key)

@@ -2,6 +2,7 @@
 """Where compiled programs are kept, and where not."""
 
 import jax
+import numpy as np
 import pytest
 
 from align_jax.parallel import compile_cache
@@ -64,3 +65,15 @@ def test_small_programs_are_kept_where_the_environment_names_the_folder(
     jax.config.update(compile_cache.SMALLEST, 1.0)
     compile_cache.keep()
     assert getattr(jax.config, compile_cache.SMALLEST) == kept
+
+
+@pytest.mark.parametrize("flags, level", [("", 1), ("--xla_backend_optimization_level=0", 0)])
+def test_what_runs_once_is_compiled_lightly(monkeypatch, flags, level):
+    monkeypatch.setenv("XLA_FLAGS", flags)  # which XLA read when it started
+    given, jit = [], jax.jit
+    monkeypatch.setattr(jax, "jit", lambda f, **options: given.append(options) or jit(f, **options))
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    drawn = compile_cache.jit_once(jax.random.normal, out_shardings=place)(jax.random.key(0))
+    np.testing.assert_allclose(drawn, jax.random.normal(jax.random.key(0)), rtol=1e-6)
+    options = {"xla_backend_optimization_level": level} if level else None
+    assert given[0]["compiler_options"] == options
