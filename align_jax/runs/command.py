@@ -394,9 +394,13 @@ def _flag_message(error: flags.Error) -> str:
     if isinstance(error, flags.UnrecognizedFlagError):
         name = error.flagname
         own = flags.FLAGS.get_flags_for_module(sys.modules["__main__"])
-        close = nearest(f"--{name}", [*(f"--{flag.name}" for flag in own), "--help"])
+        names = [*(f"--{flag.name}" for flag in own), "--help"]
+        close = nearest(f"--{name}", names)
         if "did you mean" not in close and "config" in flags.FLAGS:  # a key, perhaps
-            close = nearest_key(name).replace("'config.", "'--config.")
+            close = nearest_key(name).replace("mean '", "mean '--")
+            names += [f"--{short}" for short in SHORT]
+            if "'--config." not in close and not any(f"'{one}'" in close for one in names):
+                close = ""  # an argument of the function alone
         return f"no flag --{name}" + (
             close if "did you mean" in close else "; --help shows all flags"
         )

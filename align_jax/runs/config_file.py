@@ -28,6 +28,7 @@ from align_jax.core import own
 from align_jax.core.choose import nearest
 from align_jax.core.options import LENGTHS, Config
 from align_jax.runs import early
+from align_jax.runs.elsewhere import ELSEWHERE
 
 
 class ConfigMistake(flags.Error):
@@ -236,8 +237,7 @@ def _fill(
         key = str(key_node.value)
         name = f"{prefix}{key}"
         if key not in config:
-            close = nearest(key, list(config))
-            close = close if "did you mean" in close else nearest_key(key) or close
+            close = _closest(key, list(config))
             raise mistake(key_node, f"the config has no key {name!r}{close}")
         if name in lines:
             raise mistake(key_node, f"{name} stands on line {lines[name]}, too")
@@ -332,8 +332,7 @@ def _change(config: ConfigDict, values: Mapping[str, Any], prefix: str, known: C
         first, _, rest = name.partition(".")
         value = {rest: value} if rest else value
         if first not in config:
-            close = nearest(first, list(config))
-            close = close if "did you mean" in close else nearest_key(first) or close
+            close = _closest(first, list(config))
             raise ConfigMistake(f"the config has no key {prefix + first!r}{close}")
         group = known.get(first)
         if isinstance(group, ConfigDict) and group:
@@ -438,13 +437,12 @@ def _check_key(config: ConfigDict, key: str) -> None:
                 f"--config.{key}: config.{group} is empty; give it whole, as "
                 f"--config.{group}=\"{{'{part}': ...}}\""
             )
-        named = f"--config.{group}.{{}}" if group else "--config.{}"
-        close = nearest(named.format(part), [named.format(one) for one in node])
         own = _leaves(config)  # with the objective's
         if part in own:
             close = f"; did you mean '--config.{own[part]}'?"
-        elif "did you mean" not in close:
-            close = nearest_key(part) or close
+        else:
+            named = f"--config.{group}.{{}}" if group else "--config.{}"
+            close = _closest(part, [*node], named).replace("'config.", "'--config.")
         raise ConfigMistake(f"--config.{key}: the config has no key {part!r}{close}")
 
 
@@ -475,9 +473,24 @@ def _leaves(config: ConfigDict, prefix: str = "") -> Mapping[str, str]:
     return found
 
 
+def _closest(name: str, here: Sequence[str], named: str = "{}") -> str:
+    """Return "did you mean" for a key that is not among those of its group, else which there are.
+
+    Args:
+        name: what was given.
+        here: the group's keys.
+        named: how one of these is written.
+    """
+    close = nearest(named.format(name), [named.format(one) for one in here])
+    away = nearest_key(name)
+    return close if "did you mean" in close and name not in ELSEWHERE else away or close
+
+
 def nearest_key(name: str) -> str:
-    """Return "did you mean" for the last part of a key, wherever it stands; "" where none is
-    near."""
+    """Return "did you mean" for the last part of a key, wherever it stands, or for what other
+    trainers call one; "" where none is near."""
+    if name in ELSEWHERE:
+        return f"; did you mean {ELSEWHERE[name]!r}?"
     leaves = _leaves(configs.defaults())
     close = nearest(name, leaves)
     match = re.match(r"; did you mean '(\w+)'", close)

@@ -2,6 +2,7 @@
 """The front door: rows from Python are a file's rows, and a result does what the programs do."""
 
 import importlib
+import inspect
 import itertools
 import json
 import re
@@ -22,6 +23,7 @@ from align_jax.data import given as rows_of_python
 from align_jax.data.given import given
 from align_jax.notebook.asked import ask
 from align_jax.notebook.result import learns_from
+from align_jax.runs.elsewhere import ELSEWHERE
 from align_jax.runs.setup import resolve_config
 
 SMALL = {
@@ -160,6 +162,18 @@ def test_a_wrong_row_is_told_by_its_number(data, said, monkeypatch):
 def test_a_wrong_key_is_told_with_the_nearest(config, keys, said):
     with pytest.raises(ValueError, match=said):
         align_jax.show_batch(config, ROWS, **keys)
+
+
+@pytest.mark.parametrize("name, key", ELSEWHERE.items())
+def test_what_other_trainers_call_a_key_is_answered_with_it(name, key):
+    config = align_jax.recipe("tiny:dpo")
+    with pytest.raises(ValueError, match=f"did you mean '{key}'"):
+        ask(config, None, None, "", {name: 1})
+    arguments = {*inspect.signature(align_jax.train).parameters}
+    node = config
+    for part in key.split(".")[1:]:
+        node = node[part]  # is there
+    assert key in arguments or key.startswith("config.")
 
 
 def test_a_notebook_shows_a_mistake_s_message_alone_and_another_s_error_whole(tmp_path):

@@ -87,6 +87,10 @@ MISTAKES = {
     ".train --config=typo.py --workdir=x": "typo.py:5: the config has no key 'learning_rte'; "
     "did you mean 'config.optimizer.learning_rate'?",
     ".train TINY:dp0 --workdir=x": "no module 'dpo'; start where it lies",
+    # what TRL calls them
+    ".train TINY --workdir=x --config.save_steps=1": "mean '--config.checkpoint.every_steps'?",
+    ".train dpo --model_name_or_path=m": "did you mean '--model'?",
+    ".train TINY --workdir=x --callbacks=x": "no flag --callbacks; --help shows all flags",
     # its keys
     ".train TINY --workdir=x --config.optimizer.learning_rte=1": "did you mean "
     "'--config.optimizer.learning_rate'?",
