@@ -11,6 +11,9 @@ from hypothesis import strategies as st
 from ml_collections import ConfigDict
 from oracle import Wrong, fuzzed, judge
 
+# read here, for its first use takes seconds, which are no key's
+from transformers import AutoTokenizer  # noqa: F401
+
 from align_jax import config as program
 from align_jax import losses
 from align_jax.core import config as configs
