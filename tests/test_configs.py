@@ -116,6 +116,8 @@ def shrunk(spec):
     with config.unlocked():
         fields = config.model.config.get("text_config", config.model.config)
         fields.update({key: value for key, value in SMALL.items() if fields.get(key)})
+        if fields.get("kv_lora_rank"):  # every head has its keys
+            fields.num_key_value_heads = fields.num_attention_heads
         if "rope_scaling" in fields:
             fields.rope_scaling.original_max_position_embeddings = 64
         if config.rewards:  # no reward model to load

@@ -338,11 +338,7 @@ def test_other_quantized_weights_are_refused_in_a_line(folder, said, names):
         ("jamba", {}, "known: "),
         ("qwen4", {}, "known: "),
         ("olmo", {}, "known: "),
-        (
-            "mistral3",
-            {"text_config": {"model_type": "ministral3"}},
-            r"expected .*; got 'ministral3'$",
-        ),
+        ("mistral3", {"text_config": {"model_type": "mistral4"}}, r"expected .*; got 'mistral4'$"),
         ("llama4", {"vision_config": {}, "text_config": {"model_type": "llama4_text"}}, "multimod"),
     ],
 )
