@@ -276,10 +276,11 @@ def _ends(config: ModelConfig, present: set[str]) -> tuple[str, set[str]]:
 def _stored(config: ModelConfig, present: set[str]) -> dict[str, str]:
     """Return what a tied model's embedding is called where its head stands for both, as programs
     write it that keep one name of what is shared."""
+    if not config.tied:
+        return {}
     embed, heads = _ends(config, present)
     there = heads & present
-    alone = config.tied and embed not in present and len(there) == 1
-    return {embed: there.pop()} if alone else {}
+    return {embed: there.pop()} if embed not in present and len(there) == 1 else {}
 
 
 def _instead(folder: str) -> str:

@@ -210,7 +210,7 @@ def _rotated(x: Heads, layer: Layer, rows: Rows, config: ModelConfig) -> Heads:
 
 
 def _grown(q: Queries, positions: Int[Array, "N T"], rate: float, length: int) -> Queries:
-    """Scale queries by how many lengths lie behind them, in float32."""
+    """Scale queries by how many lengths lie behind them, by a factor of their own type."""
     factor = 1 + rate * jnp.log1p((positions // length).astype(jnp.float32))
     return q * factor[:, :, None, None].astype(q.dtype)
 

@@ -67,8 +67,8 @@ def jit_once(function: Callable[..., Any], *, out_shardings: Any) -> Callable[..
     """Compile what runs once.
 
     A CPU's code for drawing a model's parameters takes longer to optimize than to run: at LLVM's
-    first level it compiles in a third of the time and gives the same bits as fast.  A level that
-    $XLA_FLAGS names stands.
+    first level it compiles in a third to a half of the time and gives the same bits as fast.  A
+    level that $XLA_FLAGS names stands.
     """
     level = "xla_backend_optimization_level"
     lightly = jax.default_backend() == "cpu" and level not in os.environ.get("XLA_FLAGS", "")
